@@ -1,0 +1,128 @@
+"""How far the actor is from the reference, and what that costs it.
+
+Estimators of KL(actor || reference) from the log-probabilities of tokens that the actor sampled (J. Schulman,
+"Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html), and the two controllers of the
+coefficient. Left out: the KL over the whole vocabulary, which needs both models' logits at once.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import KW_ONLY, dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.precision import at_least_fp32
+
+_MAX_EXPONENT = 20.0  # exp(20) = 5e8 has ended the run already; beyond it only overflow is left
+_MAX_ERROR = 0.2
+
+
+def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, kind: str) -> Tensor:
+    """Estimate KL(actor || reference) at each token, `[B, R]` in at least fp32, with p the actor and q the reference.
+
+    * "k1": `log p - log q`. Unbiased, negative for about every other token.
+    * "k2": `(log p - log q)^2 / 2`. Biased but never negative; the only one whose *gradient* is, in expectation, that
+      of the KL.
+    * "k3": `q/p - 1 - log(q/p)`. Unbiased and never negative. `log(q/p)` is capped at 20, with gradient 0 above it, so
+      that no token gives inf.
+
+    Args:
+        logprobs: `[B, R]` under the actor, which sampled the tokens.
+        reference_logprobs: `[B, R]` under the reference.
+        kind: "k1", "k2" or "k3".
+    """
+    log_ratio = at_least_fp32(logprobs) - at_least_fp32(reference_logprobs)  # log p - log q
+    if kind == "k1":
+        return log_ratio
+    if kind == "k2":
+        return log_ratio.square() / 2
+    if kind == "k3":
+        inverse = (-log_ratio).clamp(max=_MAX_EXPONENT)  # log q - log p
+        return torch.expm1(inverse) - inverse
+    raise ValueError(f'found KL estimator "{kind}", expected "k1", "k2" or "k3"')
+
+
+class KLController(Protocol):
+    """Keeps the coefficient of the KL in the reward, between rollouts and across restarts."""
+
+    value: float
+
+    def update(self, kl_per_sequence: float, num_sequences: int) -> None:
+        """Take note of one rollout: its KL summed over tokens and averaged over its `num_sequences` sequences."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What a restart needs."""
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a `state_dict`."""
+
+
+@dataclass
+class FixedKL:
+    """A coefficient that stays what it is."""
+
+    value: float
+
+    def update(self, kl_per_sequence: float, num_sequences: int) -> None:
+        """Nothing to do, whatever the KL was."""
+
+    def state_dict(self) -> dict[str, float]:
+        """What a restart needs."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a `state_dict`."""
+        self.value = state["value"]
+
+
+@dataclass
+class AdaptiveKL:
+    """A coefficient that steers the KL towards a target (Ziegler et al. 2019, arXiv:1909.08593, section 2.2).
+
+    Attributes:
+        value: the coefficient now; positive.
+        target: the wanted KL in nats per *sequence*: summed over tokens, averaged over sequences. The paper's 6.0 is
+            of this kind; fed with a mean per token, as some codebases do, the controller only ever lowers `value`.
+        horizon: the number of sequences over which a clipped error of 0.2 changes `value` by about a fifth.
+    """
+
+    value: float
+    _: KW_ONLY
+    target: float
+    horizon: float
+
+    def __post_init__(self) -> None:
+        for name, number in (("value", self.value), ("target", self.target), ("horizon", self.horizon)):
+            if not number > 0:
+                raise ValueError(f"found {name}={number} for the adaptive KL, expected a positive number")
+
+    def update(self, kl_per_sequence: float, num_sequences: int) -> None:
+        """Move the coefficient after one rollout.
+
+        Args:
+            kl_per_sequence: KL in nats, summed over tokens and averaged over the rollout of all ranks.
+            num_sequences: sequences in that rollout, over all ranks.
+
+        Raises:
+            ValueError: if the KL is not finite, or the rollout so large for the horizon that `value` could reach 0.
+        """
+        if not math.isfinite(kl_per_sequence):
+            raise ValueError(f"found a KL of {kl_per_sequence} per sequence, expected a finite number")
+        if _MAX_ERROR * num_sequences >= self.horizon:
+            raise ValueError(
+                f"found {num_sequences} sequences in a rollout for a horizon of {self.horizon}: one update could turn "
+                f"the KL penalty off; expected a horizon above {_MAX_ERROR * num_sequences:g} sequences"
+            )
+        error = max(-_MAX_ERROR, min(kl_per_sequence / self.target - 1, _MAX_ERROR))  # clip((KL - target) / target)
+        self.value *= 1 + error * num_sequences / self.horizon  # beta_{t+1} = beta_t (1 + K e_t), K = n / horizon
+
+    def state_dict(self) -> dict[str, float]:
+        """What a restart needs; target and horizon belong to the configuration."""
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from a `state_dict`."""
+        self.value = state["value"]

@@ -1,0 +1,187 @@
+"""From logits to the log-probability and the entropy of each token: the one place where the shift by one happens.
+
+[Note: alignment] A language model's logits at position n speak of token n + 1. The functions here take logits
+`[B, N, V]` of one of two kinds and return `[B, R]`, whose index t speaks of target t:
+
+* N = R: already aligned, `logits[:, t]` predicts target t.
+* N > R: logits of a whole sequence, or of its end, whose last R tokens are the targets. The last logit predicts a
+  token beyond the sequence and is not used: `logits[:, N - R - 1 : N - 1]` predict the targets.
+
+[Note: memory] Logits are the largest tensor of a training step, and fp32 copies of them are what runs out of memory.
+Here no fp32 tensor has more than `CHUNK_ELEMENTS` elements (or one row of V): the work is done chunk by chunk in
+fp32, autograd keeps the logits themselves and nothing else of their size, and backward recomputes the softmax of a
+chunk and writes its gradient in the logits' own dtype. Hand over whole logits rather than a slice of them: autograd
+would pad the gradient of the slice into one more tensor of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from rlhf.algorithms.precision import at_least_fp32
+
+CHUNK_ELEMENTS = 2**22
+"""Logits worked on at a time: 16 MiB in fp32, 32 rows of a vocabulary of 128 k."""
+
+
+class TokenStatistics(NamedTuple):
+    """What the logits say of each target and of the distribution that it was drawn from."""
+
+    logprobs: Tensor  # [B, R] log-probability of each target, in nats
+    entropy: Tensor  # [B, R] entropy in nats
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """Log-probability of each target, `[B, R]` in fp32 (fp64 for fp64 logits), differentiable once in the logits.
+
+    Args:
+        logits: `[B, N, V]` of any floating dtype; N >= R, see [Note: alignment].
+        targets: `[B, R]` token ids. Masked positions may hold any valid id, but no marker such as -100.
+        temperature: the logits are divided by it, in fp32.
+
+    Raises:
+        ValueError: for logits too short, a temperature that is not positive, or ids outside the vocabulary. The ids
+            are checked on the CPU only, as reading them would wait for the GPU; there, CUDA's own index assertion ends
+            the process.
+    """
+    _check(logits, targets, temperature)
+    logprobs: Tensor
+    logprobs, _ = _TokenStatistics.apply(logits, targets.long(), temperature, False)  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+def token_logprobs_and_entropy(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> TokenStatistics:
+    """Log-probability of each target and entropy of its distribution in one pass, both differentiable once.
+
+    Arguments and errors are those of `token_logprobs`; the entropy is the one of `token_entropy`, fit for a bonus.
+    """
+    _check(logits, targets, temperature)
+    statistics = _TokenStatistics.apply(logits, targets.long(), temperature, True)  # type: ignore[no-untyped-call]
+    return TokenStatistics(*statistics)
+
+
+@torch.no_grad()
+def token_entropy(logits: Tensor, *, num_targets: int, temperature: float = 1.0) -> Tensor:
+    """Entropy in nats of the distribution of each of the last `num_targets` tokens, `[B, R]` in fp32, no gradient.
+
+    Args:
+        logits: `[B, N, V]` of any floating dtype; N >= R, see [Note: alignment].
+        num_targets: R.
+        temperature: the logits are divided by it, in fp32.
+    """
+    _check_temperature(temperature)
+    window = _window(logits, num_targets)
+    entropy = _empty_statistic(window)
+    for rows in _chunks(window):
+        entropy[rows] = torch.special.entr(_scaled(window[rows], temperature).softmax(-1)).sum(-1)
+    return entropy
+
+
+class _TokenStatistics(torch.autograd.Function):
+    """Log-probabilities and, if wanted, entropies, in chunks. See [Note: memory]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, targets: Tensor, temperature: float, with_entropy: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        window = _window(logits, targets.shape[1])
+        logprobs = _empty_statistic(window)
+        entropy = _empty_statistic(window) if with_entropy else None
+        for rows in _chunks(window):
+            chunk = _scaled(window[rows], temperature).log_softmax(-1)
+            logprobs[rows] = chunk.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
+            if entropy is not None:
+                entropy[rows] = torch.special.entr(chunk.exp_()).sum(-1)  # H = sum_j -p_j log p_j
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, targets)
+        ctx.temperature = temperature
+        return logprobs, entropy
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, logprobs_grad: Tensor | None, entropy_grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, targets = ctx.saved_tensors
+        logits_grad = torch.zeros_like(logits)
+        window, window_grad = _window(logits, targets.shape[1]), _window(logits_grad, targets.shape[1])
+        for rows in _chunks(window):
+            probabilities = _scaled(window[rows], ctx.temperature).softmax(-1)
+            scaled_grad = torch.zeros_like(probabilities)  # with respect to z = logits / temperature
+            if logprobs_grad is not None:
+                _add_logprobs_grad(scaled_grad, probabilities, targets=targets[rows], grad=logprobs_grad[rows])
+            if entropy_grad is not None:
+                _add_entropy_grad(scaled_grad, probabilities, grad=entropy_grad[rows])
+            window_grad[rows] = scaled_grad.div_(ctx.temperature)
+        return logits_grad, *(None,) * 3
+
+
+def _add_logprobs_grad(total: Tensor, probabilities: Tensor, *, targets: Tensor, grad: Tensor) -> None:
+    """Add the gradient of log p_target: d log p_target / d z_j = [j = target] - p_j."""
+    grad = grad.unsqueeze(-1)
+    total.addcmul_(probabilities, grad, value=-1)
+    total.scatter_add_(-1, targets.unsqueeze(-1), grad.to(total.dtype))
+
+
+def _add_entropy_grad(total: Tensor, probabilities: Tensor, *, grad: Tensor) -> None:
+    """Add the gradient of H: d H / d z_j = -p_j (log p_j + H), by way of -p log p, which is 0, not NaN, at p = 0."""
+    surprise = torch.special.entr(probabilities)  # -p_j log p_j
+    surprise.addcmul_(probabilities, surprise.sum(-1, keepdim=True), value=-1)
+    total.addcmul_(surprise, grad.unsqueeze(-1))
+
+
+def _window(logits: Tensor, num_targets: int) -> Tensor:
+    """The logits that predict the targets, a view `[B, R, V]`. See [Note: alignment]."""
+    length = logits.shape[1]
+    if length < num_targets:
+        raise ValueError(
+            f"found logits at {length} positions for {num_targets} targets, expected one per target, or the logits of "
+            "a sequence that ends with the targets"
+        )
+    return logits if length == num_targets else logits[:, length - num_targets - 1 : length - 1]
+
+
+def _chunks(window: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut `[B, R, V]` into blocks of whole rows, several sequences at a time where they are short."""
+    num_sequences, num_tokens, vocabulary = window.shape
+    rows = max(1, CHUNK_ELEMENTS // vocabulary)
+    sequences_per_chunk, tokens_per_chunk = max(1, rows // max(1, num_tokens)), max(1, min(rows, num_tokens))
+    for sequence in range(0, num_sequences, sequences_per_chunk):
+        for token in range(0, num_tokens, tokens_per_chunk):
+            yield slice(sequence, sequence + sequences_per_chunk), slice(token, token + tokens_per_chunk)
+
+
+def _scaled(chunk: Tensor, temperature: float) -> Tensor:
+    """The chunk in at least fp32, divided by the temperature there."""
+    chunk = at_least_fp32(chunk)
+    return chunk if temperature == 1.0 else chunk / temperature
+
+
+def _empty_statistic(window: Tensor) -> Tensor:
+    return window.new_empty(window.shape[:2], dtype=torch.promote_types(window.dtype, torch.float32))
+
+
+def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
+    _check_temperature(temperature)
+    if logits.dim() != 3 or targets.dim() != 2 or logits.shape[0] != targets.shape[0]:
+        raise ValueError(
+            f"found logits of shape {tuple(logits.shape)} and targets of shape {tuple(targets.shape)}, expected "
+            "[B, N, V] and [B, R]"
+        )
+    if targets.device.type == "cpu" and targets.numel():
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0 or highest >= logits.shape[-1]:
+            raise ValueError(
+                f"found target ids from {lowest} to {highest}, expected 0 to {logits.shape[-1] - 1}; give masked "
+                "positions any valid id and leave them out with a mask, not with a marker such as -100"
+            )
+
+
+def _check_temperature(temperature: float) -> None:
+    if not temperature > 0:
+        raise ValueError(
+            f"found temperature {temperature}, expected a positive number; greedy choice has no log-probability"
+        )

@@ -1,0 +1,50 @@
+"""What happens to a reward model's scores before they become rewards. `[B]` in, `[B]` out, in at least fp32."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.precision import at_least_fp32
+
+
+def normalize_scores(scores: Tensor, *, mean: float, std: float, clamp: float | None) -> Tensor:
+    """`(scores - mean) / std`, then clamped to +-`clamp`, `[B]`.
+
+    Args:
+        scores: `[B]`, in the reward model's own units.
+        mean: of the reward model's scores on held-out data.
+        std: of the same; positive.
+        clamp: bound in units of `std`; None for no bound.
+    """
+    if not std > 0:
+        raise ValueError(
+            f"found a reward model whose scores have std {std}, expected a positive number; a model that scores all "
+            "responses alike cannot be normalised, nor trained on"
+        )
+    if clamp is not None and not clamp > 0:
+        raise ValueError(f"found a score clamp of {clamp}, expected a positive number, or null for no clamp")
+    normalized = (at_least_fp32(scores) - mean) / std
+    return normalized if clamp is None else normalized.clamp(-clamp, clamp)
+
+
+def penalize_unended(scores: Tensor, ended: Tensor, *, penalty: float, kind: str) -> Tensor:
+    """Lower the score of the responses that hit the length limit before a stop token, `[B]`.
+
+    * "set": such a response scores `-penalty`, whatever it says (Huang et al. 2024, arXiv:2403.17031, with 1).
+    * "subtract": such a response loses `penalty` (TRL's `missing_eos_penalty`).
+
+    Args:
+        scores: `[B]`, normalised.
+        ended: `[B]` bool, True where the response ends with a stop token.
+        penalty: at least 0, in the units of `scores`.
+        kind: "set" or "subtract".
+    """
+    if not penalty >= 0:
+        raise ValueError(f"found a penalty of {penalty} for unended responses, expected a number of at least 0")
+    scores = at_least_fp32(scores)
+    if kind == "set":
+        return torch.where(ended.bool(), scores, -float(penalty))
+    if kind == "subtract":
+        return torch.where(ended.bool(), scores, scores - penalty)
+    raise ValueError(f'found penalty kind "{kind}", expected "set" or "subtract"')

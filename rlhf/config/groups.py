@@ -1,0 +1,265 @@
+"""The settings that stages share: launch, model, adapters, optimizer, engine, data, tracking.
+
+`conf/` holds the numbers; a field without a default here must be given there. The text under a field says its unit and
+consequence. Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+
+class Precision(StrEnum):
+    """Type of the working weights. Masters, moments and reductions are fp32 in every case."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+class Device(StrEnum):
+    """Where the models live."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Schedule(StrEnum):
+    """Shape of the learning rate after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(StrEnum):
+    """How W&B is used; auto is online with a key and a reachable server, else offline. It never prompts."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class Progress(StrEnum):
+    """What the terminal shows; auto is a bar on a terminal and plain lines elsewhere."""
+
+    auto = "auto"
+    bar = "bar"
+    plain = "plain"
+    quiet = "quiet"
+
+
+class Embedded(StrEnum):
+    """Models that the project can make without a model hub."""
+
+    smollm2 = "smollm2"
+    tiny = "tiny"
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError with `message` unless `condition`."""
+    if not condition:
+        raise ValueError(message)
+
+
+def divisible(total: int, *, by: int, names: str) -> int:
+    """`total // by`, or a ValueError that names both settings and the nearest totals that divide."""
+    lower, upper = total // by * by, -(-total // by) * by
+    require(lower == total, f"{names}: {total} is not a multiple of {by}; use {lower or upper} or {upper}.")
+    return total // by
+
+
+def accumulation(global_batch_size: int, *, micro_batch_size: int, ranks: int, name: str) -> int:
+    """Micro-batches per optimizer step and rank; raises ValueError when the sizes do not divide."""
+    names = f"{name} by ranks x micro_batch_size ({ranks} x {micro_batch_size})"
+    return divisible(global_batch_size, by=ranks * micro_batch_size, names=names)
+
+
+@dataclass(kw_only=True)
+class LaunchConfig:
+    """How a run is started."""
+
+    ranks: int = 1
+    """Processes on this machine; above 1 torchrun is started. Ignored when torchrun started us."""
+    threads: int = 0
+    """CPU threads of each rank; 0 shares the cores between the ranks."""
+
+    def __post_init__(self) -> None:
+        require(self.ranks >= 1, f"launch.ranks={self.ranks}: expected at least 1.")
+        require(self.threads >= 0, f"launch.threads={self.threads}: expected 0 (share the cores) or more.")
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The pretrained model that the run starts from."""
+
+    path: str
+    """A folder, or a hub id such as `Qwen/Qwen3-0.6B` (the only thing that makes the run use the network)."""
+    embedded: Embedded | None = None
+    """Make this model at `path` first, if the folder is not there; null when `path` already is a model."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template; null keeps the tokenizer's own."""
+    pad_token: str | None = None
+    """Token to pad with; null finds one that never occurs in a text (see `rlhf/text.py`)."""
+
+
+@dataclass(kw_only=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), through PEFT."""
+
+    rank: int
+    """Rank of the adapters; 0 trains the whole model."""
+    alpha: float = 32.0
+    """Scale: an adapter adds alpha / rank times its product."""
+    dropout: float = 0.0
+    """Dropout in front of the adapters; PPO needs 0."""
+    targets: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Names of the linear layers that get an adapter; `all-linear` is every one but the head."""
+    top_layers: int = 0
+    """Adapters only on the last layers, so that backward stops early; 0 means all layers."""
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, f"lora.rank={self.rank}: expected 0 (no adapters) or more.")
+        require(self.top_layers >= 0, f"lora.top_layers={self.top_layers}: expected 0 (all layers) or more.")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout}: expected a probability below 1.")
+
+
+@dataclass(kw_only=True)
+class OptimizerConfig:
+    """AdamW and its schedule."""
+
+    lr: float
+    """Learning rate after the warm-up."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay; never on biases, norms and other vectors."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    schedule: Schedule = Schedule.linear
+    """Shape after the warm-up, over the whole stage."""
+    warmup_steps: int = 0
+    """Optimizer steps in which the learning rate climbs linearly."""
+    min_ratio: float = 0.0
+    """The schedule ends at this fraction of `lr`."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optimizer.lr={self.lr}: expected a positive number.")
+        require(len(self.betas) == 2, f"optimizer.betas={self.betas}: expected two numbers.")
+        require(self.max_grad_norm >= 0, f"optimizer.max_grad_norm={self.max_grad_norm}: expected 0 (off) or more.")
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """The ZeRO engine."""
+
+    zero_stage: int
+    """What is split over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    precision: Precision = Precision.auto
+    """Working weights; auto is bf16 where the device multiplies it natively, else fp32."""
+    device: Device = Device.auto
+    """auto takes CUDA when there is one."""
+    activation_checkpointing: bool = False
+    """Recompute each block in backward: less memory, about a third more compute."""
+    max_skipped_steps: int = 3
+    """Steps in a row with a non-finite gradient before the run stops."""
+
+    def __post_init__(self) -> None:
+        require(self.zero_stage in range(4), f"engine.zero_stage={self.zero_stage}: expected 0, 1, 2 or 3.")
+
+
+@dataclass(kw_only=True)
+class StageDataConfig:
+    """The data sets of one stage."""
+
+    train: list[Any] = field(default_factory=list)
+    """Paths or hub ids, or mappings with the keys of `SourceConfig`; several are blended."""
+    eval: list[Any] = field(default_factory=list)
+    """Held-out data; empty takes `eval_fraction` of the training rows away."""
+    eval_fraction: float = 0.05
+    """Share of the training rows held out when `eval` is empty."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.eval_fraction < 1, f"data eval_fraction={self.eval_fraction}: expected 0 up to 1.")
+        self.train = [SourceConfig.parse(source) for source in self.train]
+        self.eval = [SourceConfig.parse(source) for source in self.eval]
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One data set: a JSON, JSONL, CSV or Parquet file, a `save_to_disk` folder, or a hub id."""
+
+    path: str
+    """File, folder or hub id."""
+    name: str | None = None
+    """Configuration name of a hub data set."""
+    split: str = "train"
+    """Split of a folder or hub data set."""
+    weight: float = 1.0
+    """Share of its rows that are used: 0.5 takes half of them, 2 takes each twice."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column name -> the data set's, where they differ."""
+
+    @classmethod
+    def parse(cls, source: Any) -> SourceConfig:
+        """A source written as a path or as a mapping."""
+        if isinstance(source, SourceConfig):
+            return source
+        if isinstance(source, str):
+            return cls(path=source)
+        unknown = set(source) - set(cls.__dataclass_fields__)
+        require(
+            not unknown, f"data source {source}: unknown {sorted(unknown)}; expected {[*cls.__dataclass_fields__]}."
+        )
+        require("path" in source, f"data source {source}: `path` is missing.")
+        return cls(**source)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """What the stages learn from."""
+
+    sft: StageDataConfig = field(default_factory=StageDataConfig)
+    """Demonstrations: `messages`, or `prompt` and `completion`, or `text`."""
+    reward: StageDataConfig = field(default_factory=StageDataConfig)
+    """Preferences: `chosen`, `rejected`, perhaps `prompt` and `margin`."""
+    ppo: StageDataConfig = field(default_factory=StageDataConfig)
+    """Prompts: `prompt`."""
+    stage_split: list[float] = field(default_factory=list)
+    """DeepSpeed-Chat's split of the same rows between the three stages, such as [2, 4, 4]; empty: all rows for each."""
+    split_seed: int = 1234
+    """Seed of `stage_split`."""
+    cache_dir: str | None = None
+    """Folder for tokenised data, found again by content; null tokenises every time."""
+    gold: dict[str, str] = field(default_factory=dict)
+    """Metrics that no model was trained on: name -> `module:function`, called with prompts and responses."""
+
+    def __post_init__(self) -> None:
+        shares = self.stage_split
+        require(len(shares) in (0, 3), f"data.stage_split={shares}: expected three numbers (sft, reward, ppo) or none.")
+        require(not shares or sum(shares) > 0, f"data.stage_split={shares}: expected a positive sum.")
+
+
+@dataclass(kw_only=True)
+class TrackingConfig:
+    """What is shown and recorded."""
+
+    wandb: WandbMode = WandbMode.auto
+    """How W&B is used."""
+    project: str = "rlhf-pipeline"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null is the key's default."""
+    progress: Progress = Progress.auto
+    """What the terminal shows."""
+    log_every: int = 1
+    """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""
+
+    def __post_init__(self) -> None:
+        require(self.log_every >= 1, f"tracking.log_every={self.log_every}: expected at least 1.")

@@ -1,0 +1,221 @@
+"""The settings of the three stages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from rlhf.config.groups import EngineConfig, LoraConfig, OptimizerConfig, divisible, require
+
+
+class KLKind(StrEnum):
+    """Estimator of the KL divergence (Schulman, "Approximating KL Divergence")."""
+
+    k1 = "k1"
+    k2 = "k2"
+    k3 = "k3"
+
+
+class NoEndKind(StrEnum):
+    """What the penalty does to the score of a response that never ends."""
+
+    set = "set"
+    subtract = "subtract"
+
+
+class AdvantageKind(StrEnum):
+    """Where advantages come from: a critic (gae), or the other responses to the same prompt."""
+
+    gae = "gae"
+    grpo = "grpo"
+    rloo = "rloo"
+    dr_grpo = "dr_grpo"
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """What the three stages share."""
+
+    selected: bool = False
+    """Set by the stage's own YAML: whether this run includes the stage."""
+    engine: EngineConfig = "${engine}"  # type: ignore[assignment]
+    """The run's engine, unless overridden for this stage."""
+    lora: LoraConfig
+    """Adapters; rank 0 trains the whole model."""
+    micro_batch_size: int
+    """Sequences (reward: pairs) in one forward and backward of one rank: memory, not results."""
+    max_prompt_tokens: int
+    """Longer prompts are dropped, and the run says how many."""
+    max_response_tokens: int
+    """Longer responses are dropped in SFT and reward; in PPO, where generation stops."""
+    seed: int = "${seed}"  # type: ignore[assignment]
+    """Seed of data order, new weights and sampling."""
+
+
+@dataclass(kw_only=True)
+class SupervisedConfig(StageConfig):
+    """What SFT and reward training share."""
+
+    optimizer: OptimizerConfig
+    """AdamW and its schedule."""
+    epochs: float = 1.0
+    """Passes over the data, unless `max_steps` is set."""
+    max_steps: int = 0
+    """Optimizer steps; 0 derives them from `epochs`."""
+    global_batch_size: int
+    """Sequences (reward: pairs) in one optimizer step, over all ranks."""
+    eval_every: int = 0
+    """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
+    eval_rows: int = 0
+    """Held-out rows that are evaluated; 0 takes all."""
+    dropout: float = 0.0
+    """Every dropout probability of the model."""
+
+    def __post_init__(self) -> None:
+        require(self.max_steps >= 0, f"max_steps={self.max_steps}: expected 0 (use epochs) or more.")
+        require(self.max_steps > 0 or self.epochs > 0, f"epochs={self.epochs}: expected a positive number.")
+        require(0 <= self.dropout < 1, f"dropout={self.dropout}: expected a probability below 1.")
+
+
+@dataclass(kw_only=True)
+class SFTConfig(SupervisedConfig):
+    """Supervised fine-tuning on demonstrations."""
+
+    init_from: str = "${model.path}"
+    """Model that is fine-tuned."""
+    response_only: bool = True
+    """Learn the responses only; false learns the prompts too."""
+
+
+@dataclass(kw_only=True)
+class RewardConfig(SupervisedConfig):
+    """Reward modelling on preferences."""
+
+    init_from: str = "${output_dir}/sft/model"
+    """Causal language model whose trunk gets a scalar head."""
+    num_layers: int = 0
+    """Keep only the first layers of the trunk; 0 keeps all."""
+    center_coef: float = 0.0
+    """Weight of the squared sum of both scores, which keeps scores near zero (Eisenstein et al. 2023)."""
+    use_margin: bool = False
+    """Require the score difference to exceed the data's `margin` (Touvron et al. 2023)."""
+
+
+@dataclass(kw_only=True)
+class SamplingConfig:
+    """How responses are drawn."""
+
+    temperature: float = 1.0
+    """Divides the logits, in sampling and in every log-probability; 0 is greedy and only for evaluation."""
+    top_k: int = 0
+    """Draw from this many most likely tokens; 0 from all."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with this much probability."""
+
+    def __post_init__(self) -> None:
+        require(self.temperature >= 0, f"sampling.temperature={self.temperature}: expected 0 or more.")
+        require(self.top_k >= 0, f"sampling.top_k={self.top_k}: expected 0 (all) or more.")
+        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: expected above 0, at most 1.")
+
+
+@dataclass(kw_only=True)
+class KLConfig:
+    """The penalty for leaving the reference."""
+
+    kind: KLKind = KLKind.k1
+    """Estimator in the reward."""
+    coef: float = 0.05
+    """Reward lost per nat; where an adaptive coefficient starts."""
+    target: float = 0.0
+    """KL per sequence that an adaptive coefficient steers to (Ziegler et al. 2019); 0 keeps it fixed."""
+    horizon: int = 10_000
+    """Sequences over which the adaptive coefficient reacts."""
+
+
+@dataclass(kw_only=True)
+class ScoreConfig:
+    """What happens to the reward model's scalar before it becomes a reward."""
+
+    normalize: bool = True
+    """Subtract the held-out mean and divide by the standard deviation that the reward stage stored."""
+    clamp: float = 5.0
+    """Limit of a normalised score, both ways; 0 leaves it alone."""
+    no_end_kind: NoEndKind = NoEndKind.subtract
+    """Whether the penalty replaces the score or is subtracted from it."""
+    no_end_penalty: float = 1.0
+    """Penalty for a response that never ends: `set` scores it minus this."""
+
+
+@dataclass(kw_only=True)
+class PPOConfig(StageConfig):
+    """Proximal policy optimisation of the actor against the reward model."""
+
+    actor: str = "${output_dir}/sft/model"
+    """Where the policy starts."""
+    reference: str | None = None
+    """What KL is measured from; null is the actor as it starts (with LoRA: its adapters switched off)."""
+    reward: str = "${output_dir}/reward/model"
+    """Reward model."""
+    critic: str | None = None
+    """Where the value function starts; null is the reward model."""
+    iterations: int
+    """Rollout batches, each followed by `epochs` of updates."""
+    rollout_size: int
+    """Sequences in one rollout batch, over all ranks."""
+    samples_per_prompt: int = 1
+    """Responses drawn to each prompt; the batch holds rollout_size / samples_per_prompt prompts."""
+    rollout_micro_batch_size: int
+    """Sequences that one rank generates and scores at once."""
+    epochs: int = 4
+    """Passes over a rollout batch."""
+    minibatch_size: int
+    """Sequences in one optimizer step, over all ranks."""
+    actor_optimizer: OptimizerConfig
+    """Of the policy."""
+    critic_optimizer: OptimizerConfig
+    """Of the value function."""
+    critic_warmup: int = 0
+    """First iterations in which only the critic learns."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are drawn."""
+    kl: KLConfig = field(default_factory=KLConfig)
+    """The penalty for leaving the reference."""
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    """From the reward model's scalar to the reward."""
+    advantage: AdvantageKind = AdvantageKind.gae
+    """gae trains a critic; grpo, rloo and dr_grpo compare the responses to one prompt."""
+    gamma: float = 1.0
+    """Discount per token."""
+    lam: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    whiten: bool = True
+    """Advantages to mean 0 and variance 1 over the batch of all ranks."""
+    clip_range: float = 0.2
+    """The ratio is clipped to 1 - clip_range ... 1 + clip_range."""
+    clip_range_high: float | None = None
+    """Upper clip, when it differs from the lower."""
+    dual_clip: float | None = None
+    """Lower bound for negative advantages, a ratio above 1 (Ye et al. 2020); null is off."""
+    value_clip_range: float = 0.2
+    """New values stay within this distance of the old ones."""
+    entropy_coef: float = 0.0
+    """Bonus per nat of entropy."""
+    target_kl: float | None = None
+    """Ends the epochs of an iteration when the approximate KL to the sampling policy exceeds it; null never."""
+    eval_prompts: int = 64
+    """Held-out prompts answered before and after; 0 evaluates nothing."""
+    eval_every: int = 0
+    """Iterations between evaluations; 0 evaluates at the start and the end only."""
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "rollout_size", "samples_per_prompt", "epochs", "minibatch_size"):
+            require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)}: expected at least 1.")
+        require(self.sampling.temperature > 0, "ppo.sampling.temperature=0: PPO explores; expected a positive number.")
+        require(self.lora.dropout == 0, f"ppo.lora.dropout={self.lora.dropout}: PPO runs without dropout; expected 0.")
+        divisible(self.rollout_size, by=self.samples_per_prompt, names="ppo.rollout_size by ppo.samples_per_prompt")
+        divisible(self.rollout_size, by=self.minibatch_size, names="ppo.rollout_size by ppo.minibatch_size")
+        grouped = self.advantage is not AdvantageKind.gae
+        require(
+            not grouped or self.samples_per_prompt > 1,
+            f"ppo.advantage={self.advantage} needs several responses to a prompt: ppo.samples_per_prompt above 1.",
+        )

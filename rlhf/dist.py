@@ -1,0 +1,120 @@
+"""Ranks, devices and reductions: the only user of `torch.distributed` outside `rlhf/engine/`.
+
+One rank needs no process group, and every reduction is then the identity. Left out: sharding (see `rlhf/engine/`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+T = TypeVar("T")
+
+_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and talks to people."""
+        return self.rank == 0
+
+
+def under_torchrun() -> bool:
+    """True when a launcher has said which rank this process is."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def start(device: str = "auto") -> World:
+    """Join the other ranks, if there are any.
+
+    Args:
+        device: `auto` (CUDA when there is one), `cpu` or `cuda`.
+
+    Raises:
+        ValueError: `cuda` was asked for and there is none.
+    """
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    target = _resolve_device(device, local_rank)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    if size > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=_TIMEOUT)
+    return World(rank=rank, size=size, local_rank=local_rank, device=target)
+
+
+def _resolve_device(device: str, local_rank: int) -> torch.device:
+    available = torch.cuda.is_available()
+    if device == "cuda" and not available:
+        raise ValueError("engine.device=cuda: this machine has no usable CUDA device; use engine.device=auto or cpu.")
+    return torch.device("cuda", local_rank) if available and device != "cpu" else torch.device("cpu")
+
+
+def stop() -> None:
+    """Leave the group, after everyone has arrived."""
+    if dist.is_initialized():
+        barrier()
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(x: Tensor) -> Tensor:
+    """Elementwise sum of every rank's `x`, as a new tensor."""
+    return _reduced(x, dist.ReduceOp.SUM)
+
+
+def max_over_ranks(x: Tensor) -> Tensor:
+    """Elementwise maximum of every rank's `x`, as a new tensor."""
+    return _reduced(x, dist.ReduceOp.MAX)
+
+
+def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
+    total = x.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(total, op=op)
+    return total
+
+
+def gather_objects(item: T) -> list[T]:
+    """Every rank's `item`, in the order of the ranks, on every rank."""
+    if not dist.is_initialized():
+        return [item]
+    gathered: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, item)
+    return gathered  # type: ignore[return-value]
+
+
+def broadcast_object(item: T) -> T:
+    """Rank 0's `item`, on every rank."""
+    if not dist.is_initialized():
+        return item
+    box = [item]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def device_mesh(world: World) -> DeviceMesh:
+    """All ranks in one dimension called `ranks`."""
+    return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))

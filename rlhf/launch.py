@@ -1,0 +1,38 @@
+"""Start the ranks of a run: one process here, or torchrun with several.
+
+The configuration is composed once and written to a file; the workers are handed that file, so that no rank can compute
+a different one. Left out: several machines (start torchrun on each; `rlhf/dist.py` joins them).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+
+def use_threads(threads: int, *, ranks: int) -> int:
+    """Set the CPU threads of this process; 0 shares the cores between the `ranks` of this machine."""
+    chosen = threads or max(1, (os.cpu_count() or 1) // ranks)
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
+    """Run `script` under torchrun on this machine and return its exit status.
+
+    The workers start in the project's folder: a folder called `data` elsewhere would hide ours.
+
+    Args:
+        script: Python file that each rank runs.
+        *arguments: its command line.
+        ranks: number of processes.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = {"OMP_NUM_THREADS": "1", **os.environ}
+    return subprocess.run(
+        [*command, str(script), *arguments], cwd=script.parent, env=environment, check=False
+    ).returncode

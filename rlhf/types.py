@@ -1,0 +1,135 @@
+"""The batches that travel through the pipeline, and the vocabulary they share.
+
+Letters, used in every docstring: B sequences, P prompt, R response, T = P + R, V vocabulary, D width.
+
+* prompt, response, sequence (= prompt + response).
+* A *score* `[B]` is what the reward model says of a whole response. A *reward* `[B, R]` is per token, after KL.
+* Everything per token is aligned to the response: index t speaks of response token t. A *value* `[B, R]` is the
+  critic's estimate *before* token t is emitted.
+* A mask is named for what is True. `response_mask` is True where a token counts, and the EOS counts. Masked
+  positions hold 0, never a sentinel.
+
+All classes are frozen; `to(device)` and `rows(index)` return new ones. Left out: padding (see `data/collate.py`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class _TensorBatch:
+    """What all batches can do: move and slice every tensor field along its first dimension."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with every tensor on `device`."""
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
+def _select(values: Any, index: Tensor) -> Any:
+    if isinstance(values, Tensor):
+        return values[index.to(values.device)]
+    if isinstance(values, tuple):
+        return tuple(values[i] for i in index.tolist())
+    return values
+
+
+@dataclass(frozen=True)
+class SFTBatch(_TensorBatch):
+    """Demonstrations, right padded."""
+
+    input_ids: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool, True where a real token is
+    target_mask: Tensor  # [B, T] bool, True where the token is learnt (predicted from the ones before it)
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(_TensorBatch):
+    """B preferences as 2B sequences, right padded: all chosen ones first, then the rejected in the same order."""
+
+    input_ids: Tensor  # [2B, T] int64
+    attention_mask: Tensor  # [2B, T] bool, True where a real token is
+    margin: Tensor  # [B] fp32, how much better the chosen one was judged; 0 where unknown
+
+
+@dataclass(frozen=True)
+class PromptBatch(_TensorBatch):
+    """Prompts, left padded, with what the data row said of them."""
+
+    input_ids: Tensor  # [B, P] int64
+    attention_mask: Tensor  # [B, P] bool, True where a real token is
+    sample_ids: Tensor  # [B] int64, unique in the run: seeds the sampling of this row, whatever rank it is on
+    prompts: tuple[str, ...]  # B texts, for people to read
+
+    def rows(self, index: Tensor) -> PromptBatch:
+        """The prompts `index` `[N]` names, in that order."""
+        return PromptBatch(**{field.name: _select(getattr(self, field.name), index) for field in fields(self)})
+
+
+@dataclass(frozen=True)
+class Rollout(_TensorBatch):
+    """What the actor said to B prompts and what the other three models think of it.
+
+    Log-probabilities are taken at the sampling temperature, by the path that trains, with dropout off.
+    """
+
+    sequences: Tensor  # [B, T] int64, left-padded prompt then right-padded response
+    attention_mask: Tensor  # [B, T] bool, True where a real token is
+    response_mask: Tensor  # [B, R] bool, True where a response token counts, EOS included
+    logprobs: Tensor  # [B, R] fp32, log-probability of each response token under the actor
+    reference_logprobs: Tensor  # [B, R] fp32, the same under the reference
+    generation_logprobs: Tensor  # [B, R] fp32, the same as seen by the generation path (a check, never trained on)
+    values: Tensor  # [B, R] fp32, the critic's estimate before token t
+    kl: Tensor  # [B, R] fp32, the chosen estimator of KL(actor || reference)
+    entropy: Tensor  # [B, R] fp32, entropy in nats of the distribution that token t was drawn from
+    raw_scores: Tensor  # [B] fp32, the reward model's scalar, in its own units
+    scores: Tensor  # [B] fp32, normalised, clamped and with the penalty for a response that never ends
+    ended: Tensor  # [B] bool, True where the response ends with a stop token
+    prompts: tuple[str, ...]  # B texts
+    responses: tuple[str, ...]  # B texts, special tokens removed
+
+    @property
+    def lengths(self) -> Tensor:
+        """Counted response tokens of each sequence, `[B]` int64."""
+        return self.response_mask.sum(-1)
+
+
+@dataclass(frozen=True)
+class PPOBatch(_TensorBatch):
+    """What a PPO update needs of a rollout; `rows` cuts minibatches and micro-batches from it."""
+
+    sequences: Tensor  # [B, T] int64
+    attention_mask: Tensor  # [B, T] bool, True where a real token is
+    response_mask: Tensor  # [B, R] bool, True where a response token counts
+    logprobs: Tensor  # [B, R] fp32, under the actor that sampled
+    values: Tensor  # [B, R] fp32, of the critic before the update
+    advantages: Tensor  # [B, R] fp32, whitened
+    returns: Tensor  # [B, R] fp32
+
+    @classmethod
+    def from_rollout(cls, rollout: Rollout, advantages: Tensor, returns: Tensor) -> PPOBatch:
+        """Join a rollout with its advantages and returns, both `[B, R]`."""
+        return cls(
+            sequences=rollout.sequences,
+            attention_mask=rollout.attention_mask,
+            response_mask=rollout.response_mask,
+            logprobs=rollout.logprobs,
+            values=rollout.values,
+            advantages=advantages,
+            returns=returns,
+        )
+
+    def __len__(self) -> int:
+        return self.sequences.shape[0]
+
+    def rows(self, index: Tensor) -> PPOBatch:
+        """The sequences `index` `[N]` names, in that order."""
+        return PPOBatch(**{field.name: _select(getattr(self, field.name), index) for field in fields(self)})

@@ -1,0 +1,179 @@
+"""The house stands: floors, gates, sizes and names."""
+
+import ast
+import re
+import statistics
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("rlhf", "stages", "data", "conf")
+FLOORS = [
+    {"rlhf.config", "rlhf.types"},
+    {"rlhf.algorithms", "rlhf.dist", "rlhf.launch", "rlhf.tracking", "rlhf.text"},
+    {"rlhf.models", "rlhf.generation", "data"},
+    {"rlhf.engine"},
+    {"rlhf.rollout", "rlhf.evaluation", "rlhf.chat", "rlhf.hf"},
+    {"stages"},
+    {"run_pipeline"},
+]
+GATES = {
+    "hydra": ("run_pipeline", "stages"),
+    "omegaconf": ("run_pipeline", "stages"),
+    "wandb": ("rlhf.tracking.",),
+    "transformers": ("rlhf.models", "rlhf.text", "rlhf.generation", "rlhf.hf"),
+    "torch.distributed": ("rlhf.dist", "rlhf.engine"),
+}
+
+
+def sources():
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    return sorted(files) + [ROOT / "run_pipeline.py"]
+
+
+def module_name(file):
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def tree(file):
+    return ast.parse(file.read_text())
+
+
+@cache
+def imports(file):
+    names = []
+    for node in ast.walk(tree(file)):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno} imports relatively"
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def room(name):
+    """The entry of FLOORS that a module belongs to, and its floor."""
+    for floor, rooms in enumerate(FLOORS):
+        for candidate in rooms:
+            if name == candidate or name.startswith(candidate + "."):
+                return candidate, floor
+    return None
+
+
+def functions(file):
+    return [node for node in ast.walk(tree(file)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def nesting(node, depth=0):
+    blocks = ast.If | ast.For | ast.While | ast.With | ast.Try
+    depths = [depth]
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.Lambda):
+            continue
+        elif_branch = isinstance(node, ast.If) and isinstance(child, ast.If) and node.orelse == [child]
+        depths.append(nesting(child, depth + (isinstance(child, blocks) and not elif_branch)))
+    return max(depths)
+
+
+@pytest.mark.parametrize("file", sources(), ids=module_name)
+def test_a_module_imports_only_from_lower_floors_or_its_own_room(file):
+    own = room(module_name(file))
+    if own is None:
+        return  # an empty package file above the rooms
+    for name in imports(file):
+        other = room(name)
+        if other is None or other[0] == own[0]:
+            continue
+        assert other[1] < own[1], f"{module_name(file)} (floor {own[1]}) imports {name} (floor {other[1]})"
+
+
+def test_rlhf_knows_neither_data_nor_stages():
+    for file in (ROOT / "rlhf").rglob("*.py"):
+        assert not [name for name in imports(file) if re.match(r"(data|stages|run_pipeline)\b", name)], file
+
+
+def test_stages_never_import_each_other():
+    stages = {"stages.sft", "stages.reward", "stages.ppo"}
+    for file in (ROOT / "stages").glob("*.py"):
+        for name in imports(file):
+            for stage in stages - {module_name(file)}:
+                assert not (module_name(file) in stages and name.startswith(stage)), f"{file} imports {name}"
+
+
+@pytest.mark.parametrize("library", GATES)
+def test_each_outside_library_has_one_gate(library):
+    users = [module_name(f) for f in sources() for n in imports(f) if n == library or n.startswith(library + ".")]
+    assert all(user.startswith(GATES[library]) for user in users), users
+    if library == "wandb":
+        assert len(set(users)) == 1, users
+
+
+def test_algorithms_need_torch_alone():
+    for file in (ROOT / "rlhf/algorithms").glob("*.py"):
+        for name in imports(file):
+            assert re.match(
+                r"(torch(?!\.distributed)|rlhf\.(algorithms|types)|typing|collections|dataclasses|math|"
+                r"__future__|abc|enum|functools)\b",
+                name,
+            ), f"{file} imports {name}"
+
+
+def test_the_configuration_imports_the_standard_library_alone():
+    for file in (ROOT / "rlhf/config").glob("*.py"):
+        assert not [n for n in imports(file) if not re.match(r"(rlhf\.config|dataclasses|enum|typing|__future__)", n)]
+
+
+def test_init_files_are_empty():
+    assert [file for file in sources() if file.name == "__init__.py" and file.read_text().strip()] == []
+
+
+def test_no_room_for_odds_and_ends():
+    assert [file for file in sources() if file.stem in {"utils", "common", "misc", "helpers"}] == []
+
+
+@pytest.mark.parametrize("file", sources(), ids=module_name)
+def test_files_and_functions_keep_their_size(file):
+    assert len(file.read_text().splitlines()) <= 400, file
+    contract = module_name(file).startswith("rlhf.algorithms")  # its signatures are the contract: up to four tensors
+    for function in functions(file):
+        where = f"{module_name(file)}.{function.name}"
+        assert function.end_lineno - function.lineno + 1 <= 60, where
+        assert nesting(function) <= 3, where
+        args = function.args
+        positional = [a.arg for a in args.posonlyargs + args.args if a.arg not in {"self", "cls"}]
+        assert len(positional) + len(args.kwonlyargs) <= 7, where
+        if not function.name.startswith("__"):
+            assert len(positional) <= (4 if contract else 2), f"{where}: keyword-only after the second parameter"
+
+
+def test_the_median_function_is_short():
+    sizes = [f.end_lineno - f.lineno + 1 for file in sources() for f in functions(file)]
+    assert statistics.median(sizes) <= 10
+
+
+def test_no_function_returns_an_unnamed_tuple_of_more_than_two():
+    for file in sources():
+        for node in ast.walk(tree(file)):
+            if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
+                assert len(node.value.elts) <= 2, f"{file}:{node.lineno}"
+
+
+def test_every_tensor_field_says_its_shape():
+    for number, line in enumerate((ROOT / "rlhf/types.py").read_text().splitlines(), 1):
+        if re.match(r"    \w+: Tensor", line):
+            assert re.search(r"#.*\[[0-9BPRTVD, ]+\]", line), f"rlhf/types.py:{number}: {line}"
+
+
+def test_masks_are_named_for_what_is_true():
+    for file in sources():
+        assert not re.search(r"padding_mask|INVALID_LOGPROB", file.read_text()), file
+
+
+def test_every_cited_note_exists_once():
+    text = "\n".join(file.read_text() for file in sources())
+    cited = re.findall(r"See \[Note: ([^\]]+)\]", text)
+    for note in cited:
+        assert len(re.findall(rf"(?<!See )\[Note: {re.escape(note)}\]", text)) == 1, note
