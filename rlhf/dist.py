@@ -29,15 +29,15 @@ class World:
     local_rank: int
     device: torch.device
 
+    @classmethod
+    def alone(cls) -> World:
+        """One process that is no rank of anything, on the CPU."""
+        return cls(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+
     @property
     def is_main(self) -> bool:
         """True on the one rank that writes files and talks to people."""
         return self.rank == 0
-
-
-def under_torchrun() -> bool:
-    """True when a launcher has said which rank this process is."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def start(device: str = "auto") -> World:

@@ -14,6 +14,11 @@ from pathlib import Path
 import torch
 
 
+def under_torchrun() -> bool:
+    """True when a launcher has said which rank this process is."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
 def use_threads(threads: int, *, ranks: int) -> int:
     """Set the CPU threads of this process; 0 shares the cores between the `ranks` of this machine."""
     chosen = threads or max(1, (os.cpu_count() or 1) // ranks)
@@ -24,8 +29,6 @@ def use_threads(threads: int, *, ranks: int) -> int:
 def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
     """Run `script` under torchrun on this machine and return its exit status.
 
-    The workers start in the project's folder: a folder called `data` elsewhere would hide ours.
-
     Args:
         script: Python file that each rank runs.
         *arguments: its command line.
@@ -34,5 +37,5 @@ def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return subprocess.run(
-        [*command, str(script), *arguments], cwd=script.parent, env=environment, check=False
+        [*command, str(script), *arguments], env=environment, check=False
     ).returncode

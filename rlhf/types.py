@@ -9,7 +9,8 @@ Letters, used in every docstring: B sequences, P prompt, R response, T = P + R, 
 * A mask is named for what is True. `response_mask` is True where a token counts, and the EOS counts. Masked
   positions hold 0, never a sentinel.
 
-All classes are frozen; `to(device)` and `rows(index)` return new ones. Left out: padding (see `data/collate.py`).
+All classes are frozen; `to(device)` and `rows(index)` return new ones (a `PreferenceBatch` is
+not cut by rows). Left out: padding (see `data/collate.py`).
 """
 
 from __future__ import annotations
@@ -29,17 +30,19 @@ class _TensorBatch:
         """The same batch with every tensor on `device`."""
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})
 
+    def rows(self, index: Tensor) -> Self:
+        """The rows that `index` `[N]` names, in that order."""
+        return replace(self, **{field.name: _selected(getattr(self, field.name), index) for field in fields(self)})
+
     def _tensors(self) -> dict[str, Tensor]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _select(values: Any, index: Tensor) -> Any:
+def _selected(values: Any, index: Tensor) -> Any:
     if isinstance(values, Tensor):
         return values[index.to(values.device)]
-    if isinstance(values, tuple):
-        return tuple(values[i] for i in index.tolist())
-    return values
+    return tuple(values[i] for i in index.tolist())
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,6 @@ class PromptBatch(_TensorBatch):
     attention_mask: Tensor  # [B, P] bool, True where a real token is
     sample_ids: Tensor  # [B] int64, unique in the run: seeds the sampling of this row, whatever rank it is on
     prompts: tuple[str, ...]  # B texts, for people to read
-
-    def rows(self, index: Tensor) -> PromptBatch:
-        """The prompts `index` `[N]` names, in that order."""
-        return PromptBatch(**{field.name: _select(getattr(self, field.name), index) for field in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class Rollout(_TensorBatch):
 
 @dataclass(frozen=True)
 class PPOBatch(_TensorBatch):
-    """What a PPO update needs of a rollout; `rows` cuts minibatches and micro-batches from it."""
+    """What a PPO update needs of a rollout; `rows` cuts minibatches from it, `trimmed` drops useless columns."""
 
     sequences: Tensor  # [B, T] int64
     attention_mask: Tensor  # [B, T] bool, True where a real token is
@@ -130,6 +129,14 @@ class PPOBatch(_TensorBatch):
     def __len__(self) -> int:
         return self.sequences.shape[0]
 
-    def rows(self, index: Tensor) -> PPOBatch:
-        """The sequences `index` `[N]` names, in that order."""
-        return PPOBatch(**{field.name: _select(getattr(self, field.name), index) for field in fields(self)})
+    def trimmed(self) -> PPOBatch:
+        """The same batch without the columns that are padding in every row."""
+        num_response = self.response_mask.shape[1]
+        num_prompt = self.sequences.shape[1] - num_response
+        first = int(self.attention_mask.any(0).int().argmax())
+        counted = self.response_mask.any(0).nonzero()
+        last = int(counted.max()) + 1 if len(counted) else 1
+        columns = {name: values[:, :last] for name, values in self._tensors().items()}
+        columns["sequences"] = self.sequences[:, first : num_prompt + last]
+        columns["attention_mask"] = self.attention_mask[:, first : num_prompt + last]
+        return replace(self, **columns)

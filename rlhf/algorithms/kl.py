@@ -95,9 +95,9 @@ class AdaptiveKL:
     horizon: float
 
     def __post_init__(self) -> None:
-        for name, number in (("value", self.value), ("target", self.target), ("horizon", self.horizon)):
+        for name, number in (("coef", self.value), ("target", self.target), ("horizon", self.horizon)):
             if not number > 0:
-                raise ValueError(f"found {name}={number} for the adaptive KL, expected a positive number")
+                raise ValueError(f"found ppo.kl.{name}={number} for an adaptive KL, expected a positive number")
 
     def update(self, kl_per_sequence: float, num_sequences: int) -> None:
         """Move the coefficient after one rollout.
@@ -107,17 +107,19 @@ class AdaptiveKL:
             num_sequences: sequences in that rollout, over all ranks.
 
         Raises:
-            ValueError: if the KL is not finite, or the rollout so large for the horizon that `value` could reach 0.
+            ValueError: if the KL is not finite, or the rollout so large for the horizon that `value` would not stay
+                positive.
         """
         if not math.isfinite(kl_per_sequence):
             raise ValueError(f"found a KL of {kl_per_sequence} per sequence, expected a finite number")
-        if _MAX_ERROR * num_sequences >= self.horizon:
-            raise ValueError(
-                f"found {num_sequences} sequences in a rollout for a horizon of {self.horizon}: one update could turn "
-                f"the KL penalty off; expected a horizon above {_MAX_ERROR * num_sequences:g} sequences"
-            )
         error = max(-_MAX_ERROR, min(kl_per_sequence / self.target - 1, _MAX_ERROR))  # clip((KL - target) / target)
-        self.value *= 1 + error * num_sequences / self.horizon  # beta_{t+1} = beta_t (1 + K e_t), K = n / horizon
+        factor = 1 + error * num_sequences / self.horizon  # beta_{t+1} = beta_t (1 + K e_t), K = n / horizon
+        if factor <= 0:
+            raise ValueError(
+                f"found ppo.kl.horizon={self.horizon} for rollouts of {num_sequences} sequences, with which one update "
+                f"turns the KL penalty off or around; expected a horizon above {_MAX_ERROR * num_sequences:g}"
+            )
+        self.value *= factor
 
     def state_dict(self) -> dict[str, float]:
         """What a restart needs; target and horizon belong to the configuration."""

@@ -82,15 +82,14 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
         lam: 0 trusts the critic after one token, 1 takes the rewards to the end (Monte Carlo).
     """
     rewards, values = zero_masked(rewards, response_mask), zero_masked(values, response_mask)
-    advantages = torch.zeros_like(rewards)
+    mask, advantages = response_mask.bool(), torch.zeros_like(rewards)
     next_value = next_advantage = rewards.new_zeros(rewards.shape[0])
     for t in reversed(range(rewards.shape[1])):
-        counts = response_mask[:, t].bool()
         delta = rewards[:, t] + gamma * next_value - values[:, t]  # delta_t = r_t + gamma V_{t+1} - V_t
         advantage = delta + gamma * lam * next_advantage  # A_t = delta_t + gamma lam A_{t+1}
-        next_value = torch.where(counts, values[:, t], next_value)
-        next_advantage = torch.where(counts, advantage, next_advantage)
-        advantages[:, t] = torch.where(counts, advantage, 0.0)
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+        advantages[:, t] = torch.where(mask[:, t], advantage, 0.0)
     return Advantages(advantages=advantages, returns=advantages + values)
 
 
@@ -202,7 +201,7 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
 def _dual_clipped(surrogate: Tensor, advantages: Tensor, *, bound: float) -> Tensor:
     """min(surrogate, -c A) where A < 0: a bad token grown likely cannot dominate the loss."""
     if not bound > 1:
-        raise ValueError(f"found dual_clip {bound}, expected a number above 1, or null to leave it out")
+        raise ValueError(f"found ppo.dual_clip={bound}, expected a number above 1, or null to leave it out")
     return torch.where(advantages < 0, torch.minimum(surrogate, -bound * advantages), surrogate)
 
 

@@ -15,17 +15,17 @@ def normalize_scores(scores: Tensor, *, mean: float, std: float, clamp: float | 
         scores: `[B]`, in the reward model's own units.
         mean: of the reward model's scores on held-out data.
         std: of the same; positive.
-        clamp: bound in units of `std`; None for no bound.
+        clamp: bound in units of `std`; 0 or None for no bound.
     """
     if not std > 0:
         raise ValueError(
             f"found a reward model whose scores have std {std}, expected a positive number; a model that scores all "
             "responses alike cannot be normalised, nor trained on"
         )
-    if clamp is not None and not clamp > 0:
-        raise ValueError(f"found a score clamp of {clamp}, expected a positive number, or null for no clamp")
+    if clamp is not None and not clamp >= 0:
+        raise ValueError(f"found ppo.score.clamp={clamp}, expected a positive number, or 0 for no bound")
     normalized = (at_least_fp32(scores) - mean) / std
-    return normalized if clamp is None else normalized.clamp(-clamp, clamp)
+    return normalized.clamp(-clamp, clamp) if clamp else normalized
 
 
 def penalize_unended(scores: Tensor, ended: Tensor, *, penalty: float, kind: str) -> Tensor:
@@ -41,10 +41,10 @@ def penalize_unended(scores: Tensor, ended: Tensor, *, penalty: float, kind: str
         kind: "set" or "subtract".
     """
     if not penalty >= 0:
-        raise ValueError(f"found a penalty of {penalty} for unended responses, expected a number of at least 0")
+        raise ValueError(f"found ppo.score.no_end_penalty={penalty}, expected at least 0: it is taken away, not added")
     scores = at_least_fp32(scores)
     if kind == "set":
         return torch.where(ended.bool(), scores, -float(penalty))
     if kind == "subtract":
         return torch.where(ended.bool(), scores, scores - penalty)
-    raise ValueError(f'found penalty kind "{kind}", expected "set" or "subtract"')
+    raise ValueError(f'found ppo.score.no_end_kind="{kind}", expected "set" or "subtract"')

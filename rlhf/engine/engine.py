@@ -1,0 +1,149 @@
+"""The engine: all that a stage touches of a model that learns, generates or only judges.
+
+Left out: what is computed (the stages), and how (the other modules of this room).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf.config.groups import EngineConfig, OptimizerConfig
+from rlhf.dist import World
+from rlhf.engine import hybrid
+from rlhf.engine.gradients import Gradients
+from rlhf.engine.learner import Learner, StepResult
+from rlhf.engine.materialize import materialize
+from rlhf.engine.optimizers import AdamW
+from rlhf.engine.precision import working_dtype
+from rlhf.engine.sharding import Sharding, full, parameter_groups, shard
+from rlhf.models.surgery import checkpoint_activations
+
+if TYPE_CHECKING:
+    from rlhf.models.blueprint import Blueprint
+
+
+class Engine:
+    """A model with memory, spread over the ranks as its ZeRO stage says; `build_engine` makes one.
+
+    A training step is `backward` for each micro-batch, the last of them with `last=True`, then `step`.
+    """
+
+    def __init__(
+        self, module: nn.Module, sharding: Sharding, *, world: World, dtype: torch.dtype, learner: Learner | None
+    ) -> None:
+        self.module = module
+        self.world = world
+        self.dtype = dtype
+        self._sharding = sharding
+        self._learner = learner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's forward; all ranks must call it equally often, except inside `generating`."""
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add a micro-batch's gradients to the step's, which are summed over micro-batches and ranks.
+
+        Args:
+            loss: scalar, divided by the global denominator of the whole step.
+            last: True for the last micro-batch before `step`.
+        """
+        gradients = self._learning.gradients
+        self._sharding.before_backward(last=last)
+        gradients.before_backward(last=last)
+        loss.backward()
+        gradients.after_backward(last=last)
+
+    def step(self) -> StepResult:
+        """Clip by the global norm, update, advance the schedule and clear the gradients, on all ranks alike.
+
+        A gradient that is not finite anywhere skips the update everywhere.
+
+        Raises:
+            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+        """
+        self._sharding.release()  # what is gathered is about to be out of date
+        return self._learning.step()
+
+    def generating(self) -> AbstractContextManager[nn.Module]:
+        """Context for decoding: gathered once, adapters merged, eval mode, no gradients, no other rank needed."""
+        return hybrid.generating(self.module, self._sharding)
+
+    def evaluating(self) -> AbstractContextManager[nn.Module]:
+        """Context for forwards that nothing is learnt from: eval mode, no gradients, all ranks together."""
+        return hybrid.evaluating(self.module, self._sharding)
+
+    def full_tensors(self, *, masters: bool = False) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter whole and on the CPU, one at a time; all ranks must iterate to the end.
+
+        Args:
+            masters: fp32 master weights for the parameters that learn, instead of the working weights.
+
+        Yields:
+            Name and tensor; a parameter with two names (tied embeddings) once, under its first. The tensor may share
+            the model's memory.
+        """
+        self._sharding.release()
+        replaced = self._learning.optimizer.masters() if masters else {}
+        for name, parameter in list(self.module.named_parameters()):
+            yield name, full(replaced.get(name, parameter)).cpu()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights that learn, optimizer state and counters; sharded tensors by name, in this engine's memory."""
+        return self._learning.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()` as if the run had not been interrupted."""
+        self._sharding.release()
+        self._learning.load_state_dict(state)
+
+    @property
+    def _learning(self) -> Learner:
+        assert self._learner is not None, "a frozen engine has no gradients and takes no steps"
+        return self._learner
+
+
+def build_engine(
+    blueprint: Blueprint,
+    *,
+    config: EngineConfig,
+    world: World,
+    optimizer: OptimizerConfig | None = None,
+    total_steps: int = 0,
+) -> Engine:
+    """Give a blueprint memory on this rank's device, each rank reading only its share of the weights.
+
+    Args:
+        blueprint: the model on meta; it is used up.
+        config: ZeRO stage, precision and what goes with them.
+        world: this rank among the others; all must call.
+        optimizer: how the trainable parameters learn; None for a frozen model.
+        total_steps: optimizer steps of the whole stage, for the schedule.
+    """
+    frozen = optimizer is None
+    module, dtype = blueprint.module, working_dtype(config.precision, world.device)
+    if frozen:
+        module.requires_grad_(False)
+    elif config.activation_checkpointing:
+        checkpoint_activations(module)
+    sharding = shard(blueprint, stage=config.zero_stage, world=world, frozen=frozen)
+    masters = materialize(blueprint, dtype=dtype, world=world)
+    module.train(not frozen)
+    learner = None
+    if optimizer is not None:
+        groups = _trainable_groups(blueprint)
+        gradients = Gradients(groups, sharding, world=world, dtype=dtype)
+        adam = AdamW(groups, masters, config=optimizer)
+        learner = Learner(
+            adam,
+            gradients,
+            config=optimizer,
+            total_steps=total_steps,
+            max_skipped_steps=config.max_skipped_steps,
+        )
+    return Engine(module, sharding, world=world, dtype=dtype, learner=learner)

@@ -1,0 +1,45 @@
+"""The hybrid engine: one set of weights, sharded for training and whole for generation.
+
+Left out: the decoding itself (`rlhf/generation/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from rlhf.engine.sharding import Sharding
+from rlhf.models.lora import merged
+
+
+@contextmanager
+def generating(module: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
+    """The model gathered once, with adapters merged, in eval mode and without gradients.
+
+    No forward inside needs another rank, so ranks may decode different numbers of tokens. On the way out, whatever
+    happened inside, the gathered weights are dropped: those that training goes on with were never touched.
+    """
+    with evaluating(module, sharding):
+        sharding.gather()
+        with merged(module):
+            yield module
+
+
+@contextmanager
+def evaluating(module: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
+    """The model in eval mode and without gradients; nothing stays gathered afterwards.
+
+    Forwards inside gather as the stage says: every rank must make the same number of them.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield module
+    finally:
+        sharding.release()
+        for part, training in modes:
+            part.training = training

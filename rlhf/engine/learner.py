@@ -1,0 +1,99 @@
+"""What makes a model learn: gradients, clipping, optimizer, schedule, and the decision to skip a step."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any, NamedTuple
+
+from rlhf.algorithms.schedules import learning_rate_multiplier
+from rlhf.config.groups import OptimizerConfig
+from rlhf.engine.gradients import Gradients
+from rlhf.engine.optimizers import AdamW
+
+logger = logging.getLogger(__name__)
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step did; the same on every rank."""
+
+    grad_norm: float  # before clipping; not finite on a skipped step
+    lr: float
+    skipped: bool
+
+
+class Learner:
+    """Turns collected gradients into steps."""
+
+    def __init__(
+        self,
+        optimizer: AdamW,
+        gradients: Gradients,
+        *,
+        config: OptimizerConfig,
+        total_steps: int,
+        max_skipped_steps: int,
+    ) -> None:
+        self.optimizer = optimizer
+        self.gradients = gradients
+        self.steps_taken = 0  # skipped ones too: the schedule ends with the data
+        self._skipped_in_a_row = 0
+        self._config = config
+        self._total_steps = total_steps
+        self._max_skipped_steps = max_skipped_steps
+
+    def step(self) -> StepResult:
+        """Clip, update and forget the gradients; or, when they are not finite, only forget them.
+
+        Raises:
+            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+        """
+        norm, reached = self.gradients.report()
+        lr = self.lr
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            sums = {name: rows for name, rows in self.gradients.sums().items() if name in reached}
+            self.optimizer.step(sums, lr=lr, scale=self._clip(norm))
+        self.gradients.clear()
+        self.steps_taken += 1
+        self._count(skipped=skipped, norm=norm)
+        return StepResult(norm, lr, skipped)
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step that comes."""
+        return self._config.lr * learning_rate_multiplier(
+            self.steps_taken,
+            kind=self._config.schedule,
+            total_steps=self._total_steps,
+            warmup_steps=self._config.warmup_steps,
+            min_ratio=self._config.min_ratio,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer state and counters."""
+        counters = {"steps_taken": self.steps_taken, "skipped_in_a_row": self._skipped_in_a_row}
+        return {"optimizer": self.optimizer.state_dict(), **counters}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict()`; the learning rate follows from the counters."""
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.steps_taken = state["steps_taken"]
+        self._skipped_in_a_row = state["skipped_in_a_row"]
+
+    def _clip(self, norm: float) -> float:
+        """The factor that brings the gradients down to `optimizer.max_grad_norm`, as `clip_grad_norm_` has it."""
+        limit = self._config.max_grad_norm
+        return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+    def _count(self, *, skipped: bool, norm: float) -> None:
+        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
+        if not skipped:
+            return
+        logger.warning("step %d skipped: the gradient norm is %s", self.steps_taken, norm)
+        if self._skipped_in_a_row >= self._max_skipped_steps:
+            raise RuntimeError(
+                f"The gradient was not finite in {self._skipped_in_a_row} steps in a row (engine.max_skipped_steps="
+                f"{self._max_skipped_steps}). Lower the learning rate, set engine.precision=fp32, or look at the data "
+                "of these steps; the weights are those before the first of them."
+            )

@@ -1,0 +1,186 @@
+"""What a model is worth on held-out data: perplexity, preference accuracy, and the summary of a rollout.
+
+Every number is over the data of all ranks. Left out: win rates and judges in the terminal.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.masked import masked_mean
+from rlhf.algorithms.ppo import explained_variance
+from rlhf.algorithms.sft import sft_loss
+from rlhf.dist import gather_objects, sum_over_ranks
+from rlhf.engine.engine import Engine
+from rlhf.models.scalar_head import last_token_scores
+from rlhf.models.positions import position_ids
+from rlhf.types import PreferenceBatch, Rollout, SFTBatch
+
+GoldMetric = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
+"""Prompts and responses -> one number each."""
+
+
+class CountedBatch(Protocol):
+    """A batch whose rows beyond `count` are fillers, so that all ranks have equally many batches."""
+
+    batch: SFTBatch | PreferenceBatch
+    count: int
+
+
+@dataclass(frozen=True)
+class LanguageResult:
+    """Held-out quality of a language model."""
+
+    loss: float
+    """Nats per target token."""
+    accuracy: float
+    """Share of target tokens that are the model's first choice."""
+
+    @property
+    def perplexity(self) -> float:
+        """Exponential of the loss."""
+        return float(torch.tensor(self.loss, dtype=torch.float64).exp())
+
+
+def evaluate_language(engine: Engine, batches: Sequence[CountedBatch]) -> LanguageResult:
+    """Loss and accuracy on the target tokens of demonstrations; all ranks must call it with equally many batches."""
+    device = engine.world.device
+    totals = torch.zeros(3, dtype=torch.float64, device=device)
+    with engine.evaluating() as model:
+        for item in batches:
+            batch = item.batch.to(device)
+            assert isinstance(batch, SFTBatch)
+            targets = batch.target_mask.clone()
+            targets[item.count :] = False
+            logits = model(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask,
+                position_ids=position_ids(batch.attention_mask),
+                use_cache=False,
+            ).logits
+            result = sft_loss(logits, batch.input_ids, targets, denominator=1.0)
+            totals += torch.stack([result.loss, result.accuracy, result.num_tokens.to(result.loss.dtype)]).double()
+    loss, accuracy, count = sum_over_ranks(totals).tolist()
+    return LanguageResult(loss=loss / max(count, 1), accuracy=accuracy / max(count, 1))
+
+
+@dataclass(frozen=True)
+class PreferenceResult:
+    """Held-out quality of a reward model."""
+
+    accuracy: float
+    """Share of pairs whose chosen response scores strictly higher."""
+    margin: float
+    """Mean difference of the two scores."""
+    mean: float
+    """Mean score of all held-out responses: what PPO subtracts."""
+    std: float
+    """Their standard deviation: what PPO divides by."""
+
+
+def evaluate_preferences(engine: Engine, batches: Sequence[CountedBatch]) -> PreferenceResult:
+    """Scores held-out pairs; all ranks must call it with equally many batches."""
+    pairs: list[Tensor] = []
+    with engine.evaluating() as model:
+        for item in batches:
+            batch = item.batch.to(engine.world.device)
+            assert isinstance(batch, PreferenceBatch)
+            per_position = model(batch.input_ids, batch.attention_mask, position_ids(batch.attention_mask))
+            scores = last_token_scores(per_position, batch.attention_mask).view(2, -1)  # chosen, rejected
+            pairs.append(scores[:, : item.count].double().cpu())
+    chosen, rejected = torch.cat(gather_objects(torch.cat(pairs, dim=1)), dim=1)
+    scores = torch.cat([chosen, rejected])
+    return PreferenceResult(
+        accuracy=float((chosen > rejected).double().mean()),
+        margin=float((chosen - rejected).mean()),
+        mean=float(scores.mean()),
+        std=float(scores.std(correction=0)),
+    )
+
+
+def rollout_metrics(rollout: Rollout, *, kl_coef: float) -> dict[str, float]:
+    """What a rollout says of the actor, masked tokens left out; see `rlhf/tracking/metrics.py` for the meanings."""
+    mask = rollout.response_mask
+    log_ratio = rollout.logprobs - rollout.reference_logprobs
+    gap = (rollout.generation_logprobs - rollout.logprobs).abs() * mask
+    penalty = -kl_coef * rollout.kl.sum(-1)
+    return {
+        "objective/kl": float(log_ratio.sum(-1).mean()),
+        "objective/kl_per_token": float(masked_mean(log_ratio, mask)),
+        "objective/entropy": float(masked_mean(rollout.entropy, mask)),
+        "objective/scores": float(rollout.scores.mean()),
+        "objective/raw_scores": float(rollout.raw_scores.mean()),
+        "objective/non_score_reward": float(penalty.mean()),
+        "objective/rlhf_reward": float((rollout.scores + penalty).mean()),
+        "rollout/response_length": float(rollout.lengths.double().mean()),
+        "rollout/eos_rate": float(rollout.ended.double().mean()),
+        "rollout/logprob_gap_max": float(gap.max()),
+        "rollout/logprob_gap_mean": float(masked_mean(gap, mask)),
+    }
+
+
+def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
+    """How well the critic foresaw the returns `[B, R]` of the whole rollout."""
+    explained = explained_variance(rollout.values, returns, rollout.response_mask)
+    return {"val/explained_variance": float(explained)}
+
+
+def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric]) -> list[dict[str, str | float | bool]]:
+    """One row per response, for people to read: what was said, how it was judged, what it cost."""
+    kl = (rollout.logprobs - rollout.reference_logprobs).sum(-1)
+    judged = {f"gold/{name}": metric(rollout.prompts, rollout.responses) for name, metric in gold.items()}
+    return [
+        {
+            "prompt": rollout.prompts[row],
+            "response": rollout.responses[row],
+            "score": float(rollout.scores[row]),
+            "raw_score": float(rollout.raw_scores[row]),
+            **{name: float(values[row]) for name, values in judged.items()},
+            "kl": float(kl[row]),
+            "length": int(rollout.lengths[row]),
+            "ended": bool(rollout.ended[row]),
+        }
+        for row in range(len(rollout.prompts))
+    ]
+
+
+def policy_metrics(rows: Sequence[dict[str, str | float | bool]]) -> dict[str, float]:
+    """Means over `sample_rows` of held-out prompts: the reward model, the cost, and metrics that no model saw."""
+    named = {"score": "eval/score", "kl": "eval/kl", "length": "eval/response_length", "ended": "eval/eos_rate"}
+    named |= {name: name for name in rows[0] if name.startswith("gold/")}
+    metrics = {key: sum(float(row[name]) for row in rows) / len(rows) for name, key in named.items()}
+    return metrics | {"eval/distinct_2": distinct_bigrams([str(row["response"]) for row in rows])}
+
+
+def distinct_bigrams(texts: Sequence[str]) -> float:
+    """Different word pairs as a share of all word pairs of `texts`; 0 where there are none (Li et al. 2016)."""
+    words = [text.lower().split() for text in texts]
+    bigrams = [pair for line in words for pair in zip(line, line[1:], strict=False)]
+    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+
+
+def load_gold(metrics: dict[str, str]) -> dict[str, GoldMetric]:
+    """Import the functions that `data.gold` names.
+
+    Raises:
+        ValueError: a name is not `module:function`, or does not exist.
+    """
+    return {name: _imported(name, target) for name, target in metrics.items()}
+
+
+def _imported(name: str, target: str) -> GoldMetric:
+    module_name, _, function_name = target.partition(":")
+    try:
+        function = vars(importlib.import_module(module_name))[function_name]
+    except (ImportError, KeyError) as error:
+        raise ValueError(
+            f"data.gold.{name}={target!r}: no such function ({error}); expected module:function, "
+            "called with the prompts and the responses and returning one number for each."
+        ) from error
+    return function

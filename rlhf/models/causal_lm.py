@@ -1,0 +1,39 @@
+"""Causal language models: the actor, the reference, and what SFT trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from rlhf.config.groups import LoraConfig
+from rlhf.models.blueprint import Blueprint, assemble
+from rlhf.models.checkpoint import Checkpoint, local_folder
+from rlhf.models.skeleton import decoder_config, skeleton
+from rlhf.models.surgery import with_dropout
+from rlhf.models.weights import open_weights
+
+
+def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> Blueprint:
+    """The language model at `path`, any decoder that transformers knows.
+
+    Args:
+        path: A folder, or a hub id.
+        dropout: Every dropout probability of the model.
+        lora: Adapters; None or rank 0 trains the whole model.
+        seed: Of the adapters' first values.
+
+    Returns:
+        A blueprint whose module is the plain `AutoModelForCausalLM`.
+
+    Raises:
+        ValueError: `path` is no decoder with safetensors weights.
+    """
+    folder = local_folder(path)
+    config = decoder_config(folder)
+    checkpoint = Checkpoint(folder)
+    module = skeleton(AutoModelForCausalLM, with_dropout(config, dropout))
+    if (folder / "generation_config.json").is_file():
+        module.generation_config = GenerationConfig.from_pretrained(folder)
+    config.architectures = [type(module).__name__]
+    return assemble(module, open_weights(module, checkpoint), config=config, new={}, lora=lora, seed=seed)

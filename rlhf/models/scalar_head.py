@@ -1,0 +1,145 @@
+"""One scalar per position: the reward model (its last one is the score) and the critic (each one is a value).
+
+The modules and their names are those of `AutoModelForSequenceClassification(num_labels=1)`, so an export is loaded by
+plain transformers and scores the same. Left out: pooling and labels, which transformers would do in `forward`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
+
+from rlhf.config.groups import LoraConfig
+from rlhf.models.blueprint import Blueprint, assemble
+from rlhf.models.checkpoint import Checkpoint, local_folder
+from rlhf.models.skeleton import decoder_config, skeleton
+from rlhf.models.surgery import first_layers, with_dropout
+from rlhf.models.weights import NewParameter, open_weights
+
+logger = logging.getLogger(__name__)
+
+_HEAD = "score.weight"
+
+
+class ScalarHead(nn.Linear):
+    """A linear map to one number, computed in fp32 whatever the type of its input and weight."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`[..., D]` of any type to `[..., 1]` fp32."""
+        return F.linear(hidden.float(), self.weight.float())
+
+
+class ScalarHeadModel(nn.Module):
+    """A decoder's trunk with a scalar head at every position."""
+
+    def __init__(self, classifier: PreTrainedModel) -> None:
+        """Take over the trunk of `classifier`, under the name it has there, and the shape of its head."""
+        super().__init__()
+        self.config = classifier.config
+        self._trunk_name = classifier.base_model_prefix
+        self.add_module(self._trunk_name, classifier.base_model)
+        self.score = ScalarHead(classifier.score.in_features, 1, bias=False, device="meta")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """One scalar for each of `[B, T]` positions, `[B, T]` fp32; `attention_mask` is True where a real token is."""
+        trunk = self.get_submodule(self._trunk_name)
+        hidden = trunk(
+            input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        return self.score(hidden).squeeze(-1)
+
+
+def scalar_head_model(
+    path: str | Path,
+    *,
+    num_layers: int = 0,
+    dropout: float = 0.0,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+) -> Blueprint:
+    """The trunk of the model at `path` with a scalar head.
+
+    Args:
+        path: A causal language model, whose head is replaced by a new one drawn from N(0, 1 / (D + 1)), or a reward
+            model (`...ForSequenceClassification` with one label), whose head is kept.
+        num_layers: Keep only the first layers of the trunk; 0 keeps all.
+        dropout: Every dropout probability of the model.
+        lora: Adapters; None or rank 0 trains the whole model. The head always learns.
+        seed: Of the new head and the adapters' first values.
+
+    Returns:
+        A blueprint whose module is a `ScalarHeadModel`.
+
+    Raises:
+        ValueError: `path` is no decoder with safetensors weights, or its head gives several numbers.
+    """
+    folder = local_folder(path)
+    config = _classifier_config(folder, num_layers)
+    checkpoint = Checkpoint(folder)
+    classifier = skeleton(AutoModelForSequenceClassification, with_dropout(config, dropout))
+    _require_linear_head(classifier)
+    config.architectures = [type(classifier).__name__]
+    weights = open_weights(classifier, checkpoint, optional={_HEAD})
+    new = {} if _HEAD in weights else {_HEAD: _new_head(classifier.score.in_features)}
+    logger.info("%s: %s scalar head.", folder, "new" if new else "loaded the")
+    return assemble(ScalarHeadModel(classifier), weights, config=config, new=new, lora=lora, seed=seed)
+
+
+def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:
+    """The scalar at the last real token of every sequence, for left and right padding alike.
+
+    Args:
+        values: `[B, T]`, one scalar per position.
+        attention_mask: `[B, T]`, True where a real token is; every row has one.
+
+    Returns:
+        `[B]`.
+    """
+    positions = torch.arange(values.shape[-1], device=values.device)
+    last = (positions * attention_mask.bool()).argmax(-1, keepdim=True)
+    return values.gather(-1, last).squeeze(-1)
+
+
+def response_values(values: Tensor, response_length: int) -> Tensor:
+    """The critic's estimate before each response token: that of the position which emits it.
+
+    Args:
+        values: `[B, T]` over prompt and response.
+        response_length: R, with T - R >= 1.
+
+    Returns:
+        `[B, R]`, positions T-R-1 to T-2.
+    """
+    total = values.shape[-1]
+    assert 0 < response_length < total, f"a response of {response_length} in sequences of {total} leaves no prompt"
+    return values[:, total - response_length - 1 : total - 1]
+
+
+def _classifier_config(folder: Path, num_layers: int) -> PreTrainedConfig:
+    config = decoder_config(folder)
+    is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
+    if is_classifier and config.num_labels != 1:
+        raise ValueError(f"Model folder {folder}: its head gives {config.num_labels} numbers; expected one (a score).")
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ValueError(f"Model folder {folder} ({config.model_type}): transformers has no classifier on this trunk.")
+    config.num_labels = 1
+    return first_layers(config, num_layers)
+
+
+def _require_linear_head(classifier: PreTrainedModel) -> None:
+    head = dict(classifier.named_children()).get("score")
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        raise ValueError(f"{type(classifier).__name__} has no bias-free linear head named `score`; not supported.")
+
+
+def _new_head(width: int) -> NewParameter:
+    """Variance 1 / (D + 1), so that first scores are small (Huang et al. 2024, "The N+ Implementation Details")."""
+    deviation = (width + 1) ** -0.5
+    return NewParameter(
+        shape=torch.Size((1, width)), fill=lambda head, generator: head.normal_(0.0, deviation, generator=generator)
+    )

@@ -1,0 +1,68 @@
+"""Changes to a model that do not depend on its family: fewer layers, other dropout, recomputed activations.
+
+The first two act on the configuration before anything is built, so that what is exported describes itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+_DROPOUT = re.compile(r"dropout|pdrop|drop_prob|layerdrop")
+
+
+def with_dropout(config: PreTrainedConfig, probability: float) -> PreTrainedConfig:
+    """A copy of `config` in which every dropout probability is `probability`.
+
+    Dropping whole layers (OPT) is always off: ranks would disagree on which layers to gather.
+    """
+    changed = copy.deepcopy(config)
+    for name, value in config.to_dict().items():
+        is_probability = isinstance(value, int | float) and not isinstance(value, bool)
+        if is_probability and _DROPOUT.search(name):
+            setattr(changed, name, 0.0 if "layerdrop" in name else probability)
+    return changed
+
+
+def first_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """A copy of `config` with its first `count` layers only; 0 keeps all.
+
+    Raises:
+        ValueError: The model has fewer layers.
+    """
+    total = config.num_hidden_layers
+    if not 0 <= count <= total:
+        raise ValueError(f"num_layers={count}: expected 0 (all) to {total}, the layers of this model.")
+    shorter = copy.deepcopy(config)
+    if count in (0, total):
+        return shorter
+    shorter.num_hidden_layers = count
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list | tuple) and len(value) == total:
+            setattr(shorter, name, value[:count])
+    return shorter
+
+
+def find_blocks(module: nn.Module, count: int) -> list[nn.Module]:
+    """The `count` repeated transformer blocks of `module` in forward order: its outermost ModuleList of that length.
+
+    Raises:
+        ValueError: There is no such list.
+    """
+    for child in module.modules():
+        if isinstance(child, nn.ModuleList) and len(child) == count:
+            return list(child)
+    raise ValueError(f"{type(module).__name__}: found no list of {count} blocks; this architecture is not supported.")
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """Recompute every block in backward instead of keeping its activations; acts in training mode only."""
+    for child in module.modules():
+        if isinstance(child, PreTrainedModel):
+            # The outermost one switches all blocks below it.
+            child.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            return
+    raise ValueError(f"{type(module).__name__} has no transformers model inside; its activations cannot be recomputed.")

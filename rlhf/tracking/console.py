@@ -1,0 +1,138 @@
+"""What a person sees while a stage runs: log lines, and a progress bar or plain lines.
+
+Everything goes to stderr. Left out: tables (see `table.py`), and what is worth saying (the stages decide).
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from tqdm import tqdm
+
+from rlhf.config.groups import Progress
+from rlhf.dist import World
+from rlhf.tracking.metrics import metric
+from rlhf.tracking.table import number, printable
+
+logger = logging.getLogger(__name__)
+
+_OUR_LOGGERS = ("rlhf", "stages", "data", "run_pipeline", "__main__")
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def setup_logging(world: World, *, quiet: bool = False) -> None:
+    """Show our log lines on the main rank from INFO up (`quiet`: warnings), and each warning of another rank once.
+
+    Other libraries show warnings only. May be called again; a console handler that is already there is replaced.
+    """
+    handler = logging.StreamHandler(_AboveTheBar())
+    handler.setFormatter(_LineFormat("" if world.is_main else f"[rank {world.rank}] "))
+    if not world.is_main:
+        handler.addFilter(_Once())
+    root = logging.getLogger()
+    for old in [old for old in root.handlers if type(old) is logging.StreamHandler]:
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    for name in _OUR_LOGGERS:
+        logging.getLogger(name).setLevel(logging.INFO if world.is_main and not quiet else logging.WARNING)
+    logging.captureWarnings(True)
+
+
+class _AboveTheBar(io.TextIOBase):
+    """stderr, with a progress bar moved out of the way; one write per record, so that ranks do not interleave."""
+
+    def write(self, text: str) -> int:
+        tqdm.write(text, file=sys.stderr, end="")
+        return len(text)
+
+
+class _LineFormat(logging.Formatter):
+    """`12:34:56 message`, with the rank where it is not the main one and the level from WARNING up.
+
+    Messages and tracebacks may quote model output: nothing in them steers the terminal.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__(f"%(asctime)s {prefix}%(label)s%(message)s", datefmt="%H:%M:%S")
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.label = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        return "\n".join(map(printable, super().format(record).split("\n")))
+
+
+class _Once(logging.Filter):
+    """Lets each text through once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        fresh = text not in self._seen
+        self._seen.add(text)
+        return fresh
+
+
+def headlines(metrics: Mapping[str, float]) -> dict[str, str]:
+    """The headline metrics among `metrics`, formatted, by a short name (`loss`, `kl`, but `eval/loss`)."""
+    keys = [key for key in metrics if metric(key).headline]
+    return {key if key.startswith("eval/") else key.split("/")[-1]: number(metrics[key]) for key in keys}
+
+
+class StageProgress:
+    """How far a stage is: one bar on a terminal, elsewhere lines, or nothing.
+
+    A line comes for the first and the last step and for each evaluation, between them at most one in ten seconds.
+    """
+
+    def __init__(self, stage: str, total_steps: int, *, mode: Progress) -> None:
+        self._stage, self._total = stage, total_steps
+        self._mode = mode
+        if mode is Progress.auto:
+            self._mode = Progress.bar if sys.stderr.isatty() else Progress.plain
+        self._bar: tqdm[Any] | None = None
+        self._headlines: dict[str, str] = {}
+        self._first_step, self._start, self._last_line = 0, 0.0, 0.0
+
+    def show(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`step` steps are finished; among the metrics, the headlines are shown."""
+        if self._mode is Progress.bar:
+            self._draw(step, headlines(metrics))
+        elif self._mode is Progress.plain:
+            self._say(step, headlines(metrics))
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _draw(self, step: int, shown: dict[str, str]) -> None:
+        self._headlines |= shown  # each stays until it has a new value
+        if self._bar is None:  # made late, because a resumed stage does not begin at step 0
+            self._bar = tqdm(desc=self._stage, total=self._total, initial=step, unit="step", dynamic_ncols=True)
+        self._bar.set_postfix(self._headlines, refresh=step == self._bar.n)
+        self._bar.update(step - self._bar.n)
+
+    def _say(self, step: int, shown: dict[str, str]) -> None:
+        now = time.monotonic()
+        if not self._start:
+            self._first_step, self._start = step, now
+        evaluated = any(name.startswith("eval/") for name in shown)
+        if step < self._total and not evaluated and now - self._last_line < _SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
+        logger.info("%s %d/%d  %s%s", self._stage, step, self._total, numbers, self._speed(step, now))
+
+    def _speed(self, step: int, now: float) -> str:
+        if step == self._first_step:
+            return ""
+        seconds = (now - self._start) / (step - self._first_step)
+        return f"  {number(seconds)} s/step, {tqdm.format_interval(seconds * (self._total - step))} left"

@@ -1,0 +1,138 @@
+"""The registry of metrics: what each logged number means, its unit, and which stages log it.
+
+Whatever is logged is looked up here first, and consoles, dashboards and reports are built from it, so the two cannot
+drift apart. Left out: how a metric is computed. A key ending in `/*` stands for every name the user or a stage puts
+there.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+STEP = "trainer/step"
+"""The axis that every metric is drawn over: optimizer steps in SFT and reward, iterations in PPO."""
+
+SUPERVISED = ("sft", "reward")
+ALL = ("sft", "reward", "ppo")
+REWARD = ("reward",)
+PPO = ("ppo",)
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What is known of one metric before anyone logs it."""
+
+    section: str
+    """Heading under which dashboards and reports show it."""
+    unit: str
+    """Unit, or what the number counts; empty for a pure number."""
+    stages: tuple[str, ...]
+    """The stages that log it."""
+    meaning: str
+    """One line for somebody who sees it for the first time."""
+    headline: bool = False
+    """Shown beside the progress bar."""
+
+
+METRICS: dict[str, Metric] = {
+    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", headline=True),
+    "train/accuracy": Metric(
+        "Training",
+        "fraction",
+        SUPERVISED,
+        "SFT: target tokens ranked first; reward: chosen scored higher",
+        headline=True,
+    ),
+    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch"),
+    "train/grad_norm": Metric("Training", "", SUPERVISED, "global gradient norm before clipping"),
+    "train/lr": Metric("Training", "", SUPERVISED, "learning rate of the step"),
+    "train/tokens": Metric("Training", "tokens", SUPERVISED, "tokens seen since the start of the stage"),
+    "train/skipped_steps": Metric("Training", "steps", SUPERVISED, "steps skipped for a non-finite gradient, so far"),
+    "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", headline=True),
+    "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token"),
+    "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", headline=True),
+    "eval/margin": Metric("Evaluation", "score", REWARD, "chosen minus rejected score, mean over held-out pairs"),
+    "eval/score_mean": Metric("Evaluation", "score", REWARD, "mean held-out score, which PPO subtracts"),
+    "eval/score_std": Metric("Evaluation", "score", REWARD, "deviation of the held-out scores, which PPO divides by"),
+    "eval/score": Metric(
+        "Evaluation", "score", PPO, "reward model's raw score of answers to held-out prompts", headline=True
+    ),
+    "eval/kl": Metric("Evaluation", "nats", PPO, "KL to the reference per held-out response"),
+    "eval/response_length": Metric("Evaluation", "tokens", PPO, "length of answers to held-out prompts"),
+    "eval/eos_rate": Metric("Evaluation", "fraction", PPO, "answers to held-out prompts that end by themselves"),
+    "eval/distinct_2": Metric(
+        "Evaluation", "fraction", PPO, "different word pairs among all: falls when answers repeat"
+    ),
+    "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on"),
+    "objective/kl": Metric(
+        "Objective", "nats", PPO, "KL to the reference, summed over a response, mean over responses", headline=True
+    ),
+    "objective/kl_per_token": Metric("Objective", "nats", PPO, "KL to the reference, mean over response tokens"),
+    "objective/entropy": Metric(
+        "Objective", "nats", PPO, "entropy of the distributions that responses were drawn from"
+    ),
+    "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
+    "objective/raw_scores": Metric("Objective", "score", PPO, "the reward model's own scalar", headline=True),
+    "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
+    "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
+    "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
+    "policy/loss": Metric("Policy", "", PPO, "clipped surrogate loss, mean over the iteration's updates"),
+    "policy/approxkl_avg": Metric("Policy", "nats", PPO, "KL per token from the sampling policy, over the updates"),
+    "policy/clipfrac_avg": Metric("Policy", "fraction", PPO, "response tokens whose ratio was clipped"),
+    "policy/ratio_mean": Metric("Policy", "", PPO, "probability ratio to the sampling policy, mean over tokens"),
+    "policy/ratio_max": Metric("Policy", "", PPO, "largest probability ratio to the sampling policy"),
+    "policy/entropy": Metric("Policy", "nats", PPO, "entropy per token during the updates"),
+    "policy/epochs": Metric("Policy", "epochs", PPO, "passes over the rollout before target_kl stopped them"),
+    "val/loss": Metric("Value", "", PPO, "clipped value loss, mean over the iteration's updates"),
+    "val/clipfrac_avg": Metric("Value", "fraction", PPO, "response tokens whose value was clipped"),
+    "val/explained_variance": Metric(
+        "Value", "fraction", PPO, "share of the returns' variance that the critic predicts"
+    ),
+    "actor/grad_norm": Metric("Optimizer", "", PPO, "actor's gradient norm before clipping"),
+    "actor/lr": Metric("Optimizer", "", PPO, "actor's learning rate"),
+    "actor/skipped_steps": Metric("Optimizer", "steps", PPO, "actor's steps with a non-finite gradient, so far"),
+    "critic/grad_norm": Metric("Optimizer", "", PPO, "critic's gradient norm before clipping"),
+    "critic/lr": Metric("Optimizer", "", PPO, "critic's learning rate"),
+    "critic/skipped_steps": Metric("Optimizer", "steps", PPO, "critic's steps with a non-finite gradient, so far"),
+    "rollout/response_length": Metric("Rollout", "tokens", PPO, "counted tokens of a response, mean", headline=True),
+    "rollout/eos_rate": Metric("Rollout", "fraction", PPO, "responses that end by themselves"),
+    "rollout/episodes": Metric("Rollout", "responses", PPO, "responses drawn since the start of the stage"),
+    "rollout/logprob_gap_max": Metric("Rollout", "nats", PPO, "generation path against training path, largest gap"),
+    "rollout/logprob_gap_mean": Metric("Rollout", "nats", PPO, "generation path against training path, mean gap"),
+    "timing_s/*": Metric("Throughput", "seconds", ALL, "time spent in this phase of the step"),
+    "perf/tokens_per_second": Metric("Throughput", "tokens/s", ALL, "tokens per second of the whole step, all ranks"),
+    "memory/rss_bytes": Metric("Memory", "bytes", ALL, "resident memory of this process"),
+    "memory/device_bytes": Metric("Memory", "bytes", ALL, "peak memory that tensors took on this process's GPU"),
+}
+
+
+def metric(key: str) -> Metric:
+    """What the registry says of `key`.
+
+    Raises:
+        ValueError: the registry has no such metric.
+    """
+    family, _, name = key.partition("/")
+    found = METRICS.get(key) or (METRICS.get(f"{family}/*") if name else None)
+    if found is None or name == "*":
+        raise ValueError(f"metric {key!r} is not registered; add it to METRICS in rlhf/tracking/metrics.py.")
+    return found
+
+
+def metrics_of(stage: str) -> dict[str, Metric]:
+    """The part of the registry that `stage` logs, in the registry's order."""
+    return {key: entry for key, entry in METRICS.items() if stage in entry.stages}
+
+
+def check(stage: str, keys: list[str]) -> None:
+    """Refuse a metric that is unknown, or that the registry gives to other stages than `stage`.
+
+    Raises:
+        ValueError: naming the key and the stages it is registered for.
+    """
+    for key in keys:
+        stages = metric(key).stages
+        if stage not in stages:
+            raise ValueError(
+                f"stage {stage!r} logged {key!r}, which rlhf/tracking/metrics.py registers for {', '.join(stages)}."
+            )

@@ -1,0 +1,161 @@
+"""Everything a stage says about itself goes through one Tracker: files, progress display and W&B.
+
+The files under the stage's folder are the record: `metrics.jsonl` (step, time, metrics), `samples.jsonl` (step and what
+the model said) and `summary.json`. They are complete without W&B. Left out: averaging (stages log finished numbers).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from rlhf.config.groups import TrackingConfig, WandbMode
+from rlhf.dist import World
+from rlhf.tracking.console import StageProgress
+from rlhf.tracking.journal import Journal, valid_json
+from rlhf.tracking.metrics import check, metric
+
+if TYPE_CHECKING:
+    from rlhf.tracking.wandb import WandbRun
+
+
+@dataclass
+class Tracker:
+    """Records one stage; only the main rank writes or shows anything, and every rank may call everything."""
+
+    folder: Path
+    """The stage's folder, directly under the run's output folder."""
+    _: KW_ONLY
+    stage: str
+    """sft, reward or ppo."""
+    config: TrackingConfig
+    """What is shown and recorded."""
+    run_name: str
+    """Groups the stages of one run."""
+    run_config: dict[str, Any]
+    """The run's whole configuration, resolved."""
+    total_steps: int
+    """Optimizer steps of the stage (PPO: iterations)."""
+    world: World
+    """Who we are among the ranks."""
+
+    def __post_init__(self) -> None:
+        self._columns: tuple[str, ...] = ()
+        if not self.world.is_main:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._metrics = Journal(self.folder / "metrics.jsonl")
+        self._samples = Journal(self.folder / "samples.jsonl")
+        for journal in (self._metrics, self._samples):
+            journal.repair()
+        self._progress = StageProgress(self.stage, self.total_steps, mode=self.config.progress)
+        self._run = self._start_wandb()
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of a step.
+
+        With `log_every` above 1 the rows between are shown but not recorded; the last step and evaluations always are.
+
+        Args:
+            step: optimizer steps (PPO: iterations) finished; 0 is before the first.
+            metrics: numbers by their key in the registry, already reduced over the ranks.
+
+        Raises:
+            ValueError: a key that the registry does not know, or gives to other stages; on every rank.
+        """
+        check(self.stage, list(metrics))
+        if not self.world.is_main:
+            return
+        values = {key: float(value) for key, value in metrics.items()}
+        self._progress.show(step, values)
+        if self._is_recorded(step, values):
+            self._metrics.append({"step": step, "time": round(time.time(), 3), **values})
+            if self._run is not None:
+                self._run.log(step, values)
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Record what the model said: one row per response, with the same columns in every call."""
+        for row in rows:
+            self._columns = self._columns or tuple(row)
+            assert tuple(row) == self._columns, f"samples have the columns {self._columns}, this one {tuple(row)}"
+        if not self.world.is_main or not rows:
+            return
+        for row in rows:
+            self._samples.append({"step": step, **row})
+        if self._run is not None:
+            self._run.samples(step, rows)
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Record final values of the stage; those of an earlier call stay unless they are named again."""
+        if not self.world.is_main:
+            return
+        file = self.folder / "summary.json"
+        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        complete = file.with_suffix(".tmp")
+        complete.write_text(json.dumps(valid_json({**earlier, **values}), indent=2) + "\n", encoding="utf-8")
+        complete.replace(file)
+        if self._run is not None:
+            self._run.summary(values)
+
+    def rewind(self, step: int) -> None:
+        """Forget the rows after `step`, which a resumed stage will log again; -1 forgets all.
+
+        W&B cannot take rows back: there, the repeated steps are drawn twice.
+        """
+        if self.world.is_main:
+            self._metrics.rewind(step)
+            self._samples.rewind(step)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close the display and the W&B run, which takes a minute at most."""
+        if not self.world.is_main:
+            return
+        self._progress.close()
+        if self._run is not None:
+            self._run.finish(failed=failed)
+            self._run = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close(failed=kind is not None)
+
+    def _is_recorded(self, step: int, metrics: Mapping[str, float]) -> bool:
+        evaluated = any(metric(key).section == "Evaluation" for key in metrics)
+        return evaluated or step % self.config.log_every == 0 or step >= self.total_steps
+
+    def _start_wandb(self) -> WandbRun | None:
+        mode = requested_mode(self.config.wandb)
+        if mode is WandbMode.disabled:
+            return None
+        # Here, not above: the other ranks and runs without W&B need not wait for it, or have it.
+        from rlhf.tracking.wandb import WandbRun
+
+        config = replace(self.config, wandb=mode)
+        return WandbRun(
+            self.folder, stage=self.stage, config=config, run_name=self.run_name, run_config=self.run_config
+        )
+
+
+def requested_mode(configured: WandbMode) -> WandbMode:
+    """What the user asked for: the configuration, and where that says auto, WANDB_MODE.
+
+    Raises:
+        ValueError: WANDB_MODE is none of the modes.
+    """
+    if configured is not WandbMode.auto:
+        return configured
+    wish = os.environ.get("WANDB_MODE", "").lower() or "auto"
+    modes = {**{mode.value: mode for mode in WandbMode}, "dryrun": WandbMode.offline, "run": WandbMode.online}
+    if wish not in modes:
+        raise ValueError(f"WANDB_MODE={wish}: expected one of {', '.join(modes)}.")
+    return modes[wish]

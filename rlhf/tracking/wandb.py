@@ -1,0 +1,188 @@
+"""One stage as one Weights & Biases run: the only file that knows wandb.
+
+It never asks for a key, never waits long for a network, prints nothing, and keeps everything under the output folder.
+Left out: model artifacts (the models stay where the stage wrote them).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import wandb
+
+from rlhf.config.groups import TrackingConfig, WandbMode
+from rlhf.tracking.journal import valid_json
+from rlhf.tracking.metrics import STEP, metrics_of
+
+logger = logging.getLogger(__name__)
+
+_REACH_SECONDS = 3.0
+_INIT_SECONDS = 20.0
+_FINISH_SECONDS = 60.0
+_NO_KEY = "there is no API key"
+
+
+class Choice(NamedTuple):
+    """How W&B will be used, and why."""
+
+    mode: Literal["online", "offline"]
+    reason: str
+
+
+def choose_mode(wanted: WandbMode) -> Choice:
+    """Online or offline, decided without a prompt and within a few seconds.
+
+    Args:
+        wanted: online, offline, or auto (online when there is a key and its server can be reached).
+
+    Raises:
+        ValueError: online was asked for and cannot be.
+    """
+    assert wanted is not WandbMode.disabled, "a disabled W&B has no run"
+    if wanted is WandbMode.offline:
+        return Choice("offline", "asked for")
+    obstacle = _obstacle()
+    if obstacle is None:
+        return Choice("online", "asked for" if wanted is WandbMode.online else "there is a key and its server answers")
+    if wanted is WandbMode.online:
+        raise _cannot_be_online(obstacle)
+    return Choice("offline", obstacle)
+
+
+def _cannot_be_online(obstacle: object) -> ValueError:
+    return ValueError(
+        f"tracking.wandb=online: {obstacle}. Run `wandb login` or set WANDB_API_KEY, check the network, or use "
+        "tracking.wandb=offline and `wandb sync` later."
+    )
+
+
+def _obstacle() -> str | None:
+    """What keeps this machine from being online; None when nothing does."""
+    # mode: a WANDB_MODE=offline in the environment would make login answer that there is no key.
+    session = wandb.setup(wandb.Settings(silent=True, mode="online"))
+    try:
+        has_key = wandb.login(prompt=False, verify=False)
+    except wandb.errors.AuthenticationError as error:
+        return f"the API key cannot be used ({error})"
+    if not has_key:
+        return _NO_KEY
+    server = session.settings.base_url
+    return None if _reachable(server) else f"{server} did not answer within {_REACH_SECONDS:.0f} seconds"
+
+
+def _reachable(url: str) -> bool:
+    """Whether the server, or the proxy in front of it, accepts a connection."""
+    server = urlsplit(url)
+    proxy = None if proxy_bypass(server.hostname or "") else getproxies().get(server.scheme)
+    if proxy:
+        server = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    address = (server.hostname or "", server.port or (80 if server.scheme == "http" else 443))
+    connected = threading.Event()
+
+    def connect() -> None:
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, timeout=_REACH_SECONDS).close()
+            connected.set()
+
+    # In a thread: a socket's timeout does not cover a slow name server.
+    attempt = threading.Thread(target=connect, daemon=True)
+    attempt.start()
+    attempt.join(_REACH_SECONDS)
+    return connected.is_set()
+
+
+class WandbRun:
+    """One stage's run: grouped with the other stages of the same name, continued under the same id when resumed."""
+
+    def __init__(
+        self, folder: Path, *, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
+    ) -> None:
+        """Start or continue the run of the stage in `folder`, in the group `run_name`; see `choose_mode` for errors."""
+        # Copies of logged tables would go to the home folder, and wandb's own telemetry would complain in our terminal.
+        os.environ["WANDB_DATA_DIR"] = str(folder.parent / "wandb")
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        choice = choose_mode(config.wandb)
+        arguments = {
+            "project": config.project,
+            "entity": config.entity,
+            "group": run_name,
+            "job_type": stage,
+            "name": f"{run_name}/{stage}",
+            "id": _run_id(folder, stage),
+            "resume": "allow",
+            "config": run_config,
+            "dir": str(folder.parent),
+        }
+        self._run = _start(arguments, wanted=config.wandb, choice=choice)
+        self._run.define_metric(STEP, hidden=True)
+        for family in dict.fromkeys(key.partition("/")[0] for key in metrics_of(stage)):
+            self._run.define_metric(f"{family}/*", step_metric=STEP)
+        self._run.define_metric("samples", step_metric=STEP)
+        self._table: wandb.Table | None = None
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Send one row."""
+        self._run.log({STEP: step, **metrics})
+
+    def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Add rows to the table `samples`; each call sends only what is new."""
+        if self._table is None:
+            columns: list[str | int] = ["step", *rows[0]]
+            self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL", allow_mixed_types=True)
+        for row in rows:
+            self._table.add_data(step, *valid_json(row).values())
+        self._run.log({STEP: step, "samples": self._table})
+
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Set final values of the run."""
+        self._run.summary.update(dict(values))
+
+    def finish(self, *, failed: bool) -> None:
+        """End the run; an upload that does not come to an end is given up, the data stay on disk."""
+        try:
+            self._run.finish(exit_code=int(failed))
+        except TimeoutError:
+            logger.warning("W&B did not take everything in time; run `wandb sync %s`.", self._run.settings.sync_dir)
+
+
+def _run_id(folder: Path, stage: str) -> str:
+    """The id in the stage's folder; a new one, which no other run can have, the first time."""
+    file = folder / "wandb_id"
+    if not file.exists():
+        file.write_text(f"{stage}-{secrets.token_hex(6)}\n")
+    return file.read_text().strip()
+
+
+def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: Choice) -> wandb.Run:
+    """The run as chosen; when the server turns it away and nobody insisted, the same run offline."""
+    settings = wandb.Settings(
+        silent=True,
+        console="off",
+        init_timeout=_INIT_SECONDS,
+        finish_timeout=_FINISH_SECONDS,
+        finish_timeout_raises=True,
+    )
+    if choice.mode == "online":
+        try:
+            run = wandb.init(mode="online", settings=settings, **arguments)
+            logger.info("W&B: %s", run.url)
+            return run
+        except wandb.Error as error:
+            if wanted is WandbMode.online:
+                raise _cannot_be_online(error) from error
+            choice = Choice("offline", str(error))
+            wandb.teardown()  # else the id of the attempt counts as in use
+    level = logging.INFO if choice.reason in ("asked for", _NO_KEY) else logging.WARNING
+    folder = Path(arguments["dir"]) / "wandb"
+    logger.log(level, "W&B is offline (%s); see the charts with `wandb leet %s`.", choice.reason, folder)
+    return wandb.init(mode="offline", settings=settings, **arguments)

@@ -1,0 +1,98 @@
+"""The table of contents: SFT -> reward model -> PPO.
+
+The configuration is composed once; then the chosen stages run in order, those that are finished are skipped, and a
+table says what was learnt. With `launch.ranks=N` each stage runs on N processes; under torchrun on those it started.
+
+    python run_pipeline.py                       the whole pipeline on the embedded model and data
+    python run_pipeline.py stage=sft             one stage
+    python run_pipeline.py engine=zero3 launch.ranks=2
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig
+
+from rlhf import launch
+from rlhf.config.groups import Progress
+from rlhf.config.run import RunConfig
+from rlhf.dist import World, broadcast_object, start, stop
+from rlhf.tracking.console import setup_logging
+from stages.composition import CONF_DIR, check_overrides, load_run, register_schema, save_run, to_run
+from stages.ppo import run_ppo
+from stages.preflight import preflight
+from stages.results import show_results
+from stages.reward import run_reward
+from stages.sft import run_sft
+
+STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
+_WORKER = "--worker"
+
+
+def main() -> None:
+    """Run what the command line asks for; a mistake in it ends with one sentence, not a traceback."""
+    if sys.argv[1:2] == [_WORKER]:
+        run = load_run(Path(sys.argv[2]))
+        run_stages(run, sys.argv[3:], world=start_rank(run))
+        return
+    register_schema()
+    if not {"-m", "--multirun"} & set(sys.argv[1:]):
+        with one_sentence():
+            check_overrides([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+    compose_and_start()
+
+
+@hydra.main(version_base=None, config_path=CONF_DIR, config_name="config")
+def compose_and_start(config: DictConfig) -> None:
+    """Compose once, check everything, and run the stages here, on ranks we start, or on those torchrun started."""
+    run = to_run(config)
+    world = start_rank(run) if launch.under_torchrun() else World.alone()
+    setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
+    ranks = max(world.size, run.launch.ranks)
+    with one_sentence():
+        todo = broadcast_object(preflight(run, ranks=ranks) if world.is_main else [])
+    path = save_run(run) if world.is_main else None
+    if todo and ranks > world.size:
+        exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
+        if exit_status != 0:
+            sys.exit(exit_status)
+    elif todo:
+        run_stages(run, todo, world=world if world.size > 1 else start_rank(run))
+    if world.is_main:
+        show_results(run)
+
+
+@contextmanager
+def one_sentence() -> Iterator[None]:
+    """End the program with the message of a ValueError; HYDRA_FULL_ERROR=1 shows where it came from."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        sys.exit(f"error: {error}")
+
+
+def start_rank(run: RunConfig) -> World:
+    """Join the other ranks and share the cores with them."""
+    world = start(run.engine.device)
+    launch.use_threads(run.launch.threads, ranks=world.size)
+    return world
+
+
+def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
+    """Run the named stages in order."""
+    setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
+    for stage in stages:
+        STAGES[stage](run, world)
+    stop()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""How stages meet: folders on disk, and the record `stage.json` that travels with a model.
+
+A stage is finished when its folder holds `stage.json`, written last. `config.json` says from which settings the folder
+was made; settings that change memory but not results may differ when the same run is started again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.run import RunConfig
+from stages.composition import as_plain
+
+RECORD = "stage.json"
+CONFIG = "config.json"
+_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size", "engine.zero_stage", "engine.device")
+_FREE_SUFFIXES = ("activation_checkpointing", "cache_dir")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a stage tells the next one, and the final table."""
+
+    stage: str
+    template: str
+    """Fingerprint of tokenizer and chat template: models of one pipeline must agree on it."""
+    pad_id: int
+    score_mean: float | None = None
+    """Reward stage: mean score of the held-out responses."""
+    score_std: float | None = None
+    """Reward stage: standard deviation of the held-out scores."""
+    before: dict[str, float] = field(default_factory=dict)
+    """Held-out metrics before training."""
+    after: dict[str, float] = field(default_factory=dict)
+    """The same metrics after it."""
+
+
+def write_record(record: Record, folder: Path) -> None:
+    """Write `stage.json` whole or not at all."""
+    _write_json(folder / RECORD, asdict(record))
+
+
+def read_record(folder: Path) -> Record | None:
+    """The record in `folder`, or None where there is none."""
+    path = folder / RECORD
+    return Record(**json.loads(path.read_text())) if path.exists() else None
+
+
+def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
+    """Every setting that the results of `stage` depend on, by dotted name."""
+    plain = as_plain(run)
+    parts = {stage: plain[stage], "model": plain["model"], "data": {stage: plain["data"][stage]}}
+    parts["data"] |= {name: plain["data"][name] for name in ("stage_split", "split_seed")}
+    return {name: value for name, value in _flat(parts, "").items() if not _is_free(name)}
+
+
+def _is_free(name: str) -> bool:
+    return name.partition(".")[2] in _FREE or name.endswith(_FREE_SUFFIXES)
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def check_folder(run: RunConfig, stage: str) -> None:
+    """Refuse a folder that was made from other settings.
+
+    Raises:
+        ValueError: which settings differ, and what to do.
+    """
+    folder = Path(run.output_dir) / stage
+    if not (folder / CONFIG).exists():
+        return
+    found, expected = json.loads((folder / CONFIG).read_text()), settings_of(run, stage)
+    differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
+    if differing:
+        changes = "; ".join(f"{name}: there {found.get(name)!r}, now {expected.get(name)!r}" for name in differing[:5])
+        more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
+        raise ValueError(
+            f"{folder} holds a run of other settings ({changes}{more}). "
+            f"Choose another output_dir=, set the settings back, or remove the folder."
+        )
+
+
+def claim_folder(run: RunConfig, stage: str) -> None:
+    """Say in the stage's folder which settings it is made from."""
+    _write_json(Path(run.output_dir) / stage / CONFIG, settings_of(run, stage))
+
+
+def is_finished(run: RunConfig, stage: str) -> bool:
+    """True when the stage's folder is complete."""
+    return (Path(run.output_dir) / stage / RECORD).exists()
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content, indent=2))
+    temporary.rename(path)

@@ -1,0 +1,172 @@
+"""PPO: the actor learns to please the reward model without leaving the reference.
+
+One iteration: collect a rollout, turn scores and KL into token rewards, rewards into advantages, and improve actor and
+critic for a few epochs of minibatches. Left out: asynchronous rollouts, tools, several turns.
+Run: `python run_pipeline.py stage=ppo`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data.collate import collate_prompts
+from data.loader import PromptLoader
+from data.prompts import Prompt, prompts
+from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
+from rlhf.algorithms.ppo import token_rewards
+from rlhf.config.run import RunConfig
+from rlhf.config.stages import AdvantageKind, KLConfig, PPOConfig
+from rlhf.dist import World
+from rlhf.engine.engine import build_engine
+from rlhf.evaluation import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
+from rlhf.models.causal_lm import causal_lm
+from rlhf.models.scalar_head import scalar_head_model
+from rlhf.rollout import Collector, Models, ScoreScale
+from rlhf.text import decode, stop_token_ids, template_fingerprint
+from rlhf.types import PPOBatch, PromptBatch
+from stages.handover import Record, read_record
+from stages.improve import advantages_of, improve
+from stages.session import Session, open_session
+
+_EVALUATION_SEED = 7_919
+"""Held-out prompts are answered with the same random numbers before and after."""
+
+
+def run_ppo(run: RunConfig, world: World) -> Record:
+    """Train `ppo/actor` and `ppo/critic` and leave their record."""
+    config = run.ppo
+    assert config is not None
+    with open_session(run, "ppo", world=world, init_from=config.actor, total_steps=config.iterations) as session:
+        splits = prompts(run.data, session.tokenizer, config=config)
+        examiner = Examiner.of(session, splits.eval)
+        scale = score_scale(config, session)
+        models = load_models(config, world)
+        collector = new_collector(session, models, scale)
+        loader = PromptLoader(splits.train, config=config, rank=world.rank, ranks=world.size, pad_id=session.pad_id)
+        kl = kl_controller(config.kl)
+        before = examiner.examine(collector, step=0)
+        session.finish_step(0, **before)
+        for step, batch in enumerate(loader, start=1):
+            rollout = collector.collect(batch, seed=config.seed)
+            rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
+            advantages, returns = advantages_of(rollout, rewards, config)
+            learnt = PPOBatch.from_rollout(rollout, advantages, returns)
+            with session.watch("train"):
+                diagnostics = improve(models, learnt, config, iteration=step)
+            metrics = rollout_metrics(rollout, kl_coef=kl.value) | {"objective/kl_coef": kl.value} | diagnostics
+            if models.critic is not None:
+                metrics |= critic_metrics(rollout, returns)
+            kl.update(metrics["objective/kl"], config.rollout_size)
+            after = examiner.examine(collector, step=step) if session.evaluates_at(step, config.eval_every) else {}
+            session.finish_step(step, **metrics, **after)
+        exports = [session.export(models.actor, "actor")]
+        if models.critic is not None:
+            exports.append(session.export(models.critic, "critic"))
+        return session.finish(*exports, record=session.record(before=before, after=after))
+
+
+def load_models(config: PPOConfig, world: World) -> Models:
+    """The four models; with LoRA the reference is the actor without its adapters, unless one is named."""
+    steps = config.iterations * config.epochs * (config.rollout_size // config.minibatch_size)
+    build = partial(build_engine, config=config.engine, world=world)
+    actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
+    reference = None
+    if config.reference is not None or config.lora.rank == 0:
+        reference = build(causal_lm(config.reference or config.actor))
+    critic = None
+    if config.advantage is AdvantageKind.gae:
+        blueprint = scalar_head_model(config.critic or config.reward, lora=config.lora, seed=config.seed)
+        critic = build(blueprint, optimizer=config.critic_optimizer, total_steps=steps)
+    return Models(
+        actor=build(actor, optimizer=config.actor_optimizer, total_steps=steps),
+        reward=build(scalar_head_model(config.reward)),
+        reference=reference,
+        critic=critic,
+    )
+
+
+def new_collector(session: Session, models: Models, scale: ScoreScale) -> Collector:
+    """A collector that speaks the session's tokenizer."""
+    config = session.run.ppo
+    assert config is not None
+    return Collector(
+        models=models,
+        config=config,
+        decode=partial(decode, session.tokenizer),
+        pad_id=session.pad_id,
+        stop_token_ids=stop_token_ids(session.tokenizer),
+        scale=scale,
+        watch=session.watch,
+    )
+
+
+def kl_controller(config: KLConfig) -> KLController:
+    """Fixed, or adaptive where there is a target."""
+    if config.target > 0:
+        return AdaptiveKL(config.coef, target=config.target, horizon=config.horizon)
+    return FixedKL(config.coef)
+
+
+def score_scale(config: PPOConfig, session: Session) -> ScoreScale:
+    """The reward model's held-out mean and deviation, after checking that it speaks the actor's language.
+
+    Raises:
+        ValueError: the reward model's tokenizer or template is another one, or its scale is unknown.
+    """
+    record = read_record(Path(config.reward))
+    template = template_fingerprint(session.tokenizer)
+    if record is not None and record.template != template:
+        raise ValueError(
+            f"ppo.reward={config.reward} was trained with the tokenizer and template {record.template}, "
+            f"ppo.actor={config.actor} has {template}: the reward model would read other tokens than the actor writes. "
+            f"Train both from the same model, or set model.chat_template for both."
+        )
+    if not config.score.normalize:
+        return ScoreScale()
+    if record is None or record.score_mean is None or record.score_std is None:
+        raise ValueError(
+            f"ppo.score.normalize needs the held-out mean and deviation of ppo.reward={config.reward}, which has no "
+            f"stage.json with score_mean and score_std. Train it with stage=reward, or set ppo.score.normalize=false."
+        )
+    return ScoreScale(mean=record.score_mean, std=record.score_std)
+
+
+@dataclass(frozen=True)
+class Examiner:
+    """Puts the same held-out prompts to the actor, with the same random numbers, and keeps what it says."""
+
+    session: Session
+    prompts: PromptBatch | None
+    """This rank's share; None evaluates nothing."""
+    count: int
+    """Prompts over all ranks; the last ranks repeat some to have equally many."""
+    gold: dict[str, GoldMetric]
+
+    @classmethod
+    def of(cls, session: Session, samples: Sequence[Prompt]) -> Examiner:
+        """Take the first `ppo.eval_prompts` held-out prompts."""
+        config, world = session.run.ppo, session.world
+        assert config is not None
+        gold = load_gold(session.run.data.gold)
+        count = min(config.eval_prompts, len(samples))
+        if count == 0:
+            return cls(session, None, count=0, gold=gold)
+        each = -(-count // world.size)
+        ids = [number % count for number in range(world.rank * each, (world.rank + 1) * each)]
+        batch = collate_prompts([samples[number] for number in ids], ids, pad_id=session.pad_id)
+        return cls(session, batch, count=count, gold=gold)
+
+    def examine(self, collector: Collector, *, step: int) -> dict[str, float]:
+        """Answer, record the samples, and return the means."""
+        if self.prompts is None:
+            return {}
+        with self.session.watch("evaluate"):
+            rollout = collector.collect(self.prompts, seed=_EVALUATION_SEED)
+            rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
+        self.session.tracker.samples(step, rows)
+        return policy_metrics(rows)

@@ -1,0 +1,47 @@
+"""The end of a run: one table of what was learnt, and what the policy says now beside what it said before."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+from rlhf.config.run import STAGES, RunConfig
+from rlhf.tracking.metrics import metric
+from rlhf.tracking.table import table
+from stages.handover import read_record
+
+log = logging.getLogger(__name__)
+
+_NUM_SAMPLES = 6
+
+
+def show_results(run: RunConfig) -> None:
+    """Print held-out metrics before and after each finished stage, and a few samples of PPO."""
+    folder = Path(run.output_dir)
+    rows = [row for stage in STAGES for row in _stage_rows(folder / stage)]
+    if rows:
+        log.info("%s", table("Held-out results", ["stage", "metric", "before", "after", "unit"], rows=rows))
+    samples = _sample_pairs(folder / "ppo" / "samples.jsonl")
+    if samples:
+        log.info("%s", table("The same held-out prompts, before and after PPO", ["prompt", "SFT", "PPO"], rows=samples))
+    log.info("everything is in %s", folder)
+
+
+def _stage_rows(folder: Path) -> list[list[object]]:
+    record = read_record(folder)
+    if record is None:
+        return []
+    names = sorted({*record.before, *record.after})
+    return [[record.stage, name, record.before.get(name), record.after.get(name), metric(name).unit] for name in names]
+
+
+def _sample_pairs(path: Path) -> list[list[object]]:
+    if not path.exists():
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    first = [row for row in rows if row["step"] == rows[0]["step"]]
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    every = max(1, len(first) // _NUM_SAMPLES)
+    pairs = list(zip(first, last, strict=False))[::every][:_NUM_SAMPLES]
+    return [[before["prompt"], before["response"], after["response"]] for before, after in pairs]

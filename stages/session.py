@@ -1,0 +1,94 @@
+"""What every stage has: a folder, a tokenizer, a tracker, a clock, and one way to start, step and finish."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from rlhf import dist
+from rlhf.config.run import RunConfig
+from rlhf.dist import World
+from rlhf.engine.engine import Engine
+from rlhf.models.export import export
+from rlhf.text import Tokenizer, load_tokenizer, template_fingerprint
+from rlhf.tracking.timing import Stopwatch, memory_metrics
+from rlhf.tracking.tracker import Tracker
+from stages.composition import as_plain
+from stages.handover import Record, claim_folder, write_record
+
+
+@dataclass
+class Session:
+    """One stage of a run, on one rank."""
+
+    run: RunConfig
+    stage: str
+    world: World
+    folder: Path
+    tokenizer: Tokenizer
+    tracker: Tracker
+    watch: Stopwatch
+
+    @property
+    def pad_id(self) -> int:
+        """What padding holds."""
+        return int(self.tokenizer.pad_token_id)
+
+    def finish_step(self, step: int, **metrics: float) -> None:
+        """Log what a step did, with the time its phases took."""
+        self.tracker.log(step, metrics | self.watch.take() | memory_metrics(self.world.device))
+
+    def evaluates_at(self, step: int, every: int) -> bool:
+        """True after every `every` steps (0: never in between) and after the last one."""
+        return step == self.tracker.total_steps or (every > 0 and step % every == 0)
+
+    def export(self, engine: Engine, name: str) -> Path:
+        """Write a model to the stage's folder, loadable without this project; all ranks must call it."""
+        folder = self.folder / name
+        export(engine.module, engine.full_tensors(), folder=folder, tokenizer=self.tokenizer, write=self.world.is_main)
+        dist.barrier()
+        return folder
+
+    def finish(self, *models: Path, record: Record) -> Record:
+        """Leave the record beside each model and, last of all, in the stage's folder: the stage is finished."""
+        self.tracker.summary(record.after)
+        if self.world.is_main:
+            for folder in (*models, self.folder):
+                write_record(record, folder)
+        dist.barrier()
+        return record
+
+    def record(self, *, before: dict[str, float], after: dict[str, float]) -> Record:
+        """The record of this stage, with held-out metrics from before and after training."""
+        template = template_fingerprint(self.tokenizer)
+        return Record(stage=self.stage, template=template, pad_id=self.pad_id, before=before, after=after)
+
+
+@contextmanager
+def open_session(run: RunConfig, stage: str, *, world: World, init_from: str, total_steps: int) -> Iterator[Session]:
+    """Claim the stage's folder and open its tracker; the tracker is closed whatever happens.
+
+    Args:
+        run: the whole configuration.
+        stage: `sft`, `reward` or `ppo`.
+        world: this process among its peers.
+        init_from: folder or hub id whose tokenizer the stage uses.
+        total_steps: steps of the progress bar.
+    """
+    folder = Path(run.output_dir) / stage
+    if world.is_main:
+        claim_folder(run, stage)
+    tokenizer = load_tokenizer(init_from, chat_template=run.model.chat_template, pad_token=run.model.pad_token)
+    with Tracker(
+        folder,
+        stage=stage,
+        config=run.tracking,
+        run_name=run.name,
+        run_config=as_plain(run),
+        total_steps=total_steps,
+        world=world,
+    ) as tracker:
+        tracker.rewind(-1)
+        yield Session(run, stage, world, folder, tokenizer, tracker, Stopwatch(world.device))

@@ -1,0 +1,84 @@
+"""The loop that SFT and reward modelling share: batches in, one optimizer step each, evaluation in between.
+
+Losses are divided by counts over the whole step, so micro-batches and ranks change nothing but memory and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.dist import sum_over_ranks
+from rlhf.engine.engine import Engine
+from rlhf.types import PreferenceBatch, SFTBatch
+from stages.handover import Record
+from stages.session import Session
+
+Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
+
+
+class Outcome(NamedTuple):
+    """What a micro-batch adds to its step; everything adds up over micro-batches and ranks."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Protocol, Generic[Batch]):
+    """What is learnt, and from how many of what."""
+
+    def count(self, batch: Batch) -> Tensor:
+        """What the loss of a whole step is divided by: target tokens, or pairs."""
+        ...
+
+    def outcome(self, engine: Engine, batch: Batch, *, denominator: Tensor) -> Outcome:
+        """Loss and diagnostics of a micro-batch, divided by the step's denominator."""
+        ...
+
+
+def supervise(
+    session: Session,
+    engine: Engine,
+    *,
+    loader: Iterable[Sequence[Batch]],
+    objective: Objective[Batch],
+    evaluate: Callable[[], dict[str, float]],
+    eval_every: int,
+) -> Record:
+    """Take one optimizer step for every item of `loader`; returns the held-out metrics before and after."""
+    before = evaluate()
+    after = before
+    session.finish_step(0, **before)
+    for step, micro_batches in enumerate(loader, start=1):
+        with session.watch("train"):
+            metrics = take_step(engine, micro_batches, objective)
+        if session.evaluates_at(step, eval_every):
+            with session.watch("evaluate"):
+                after = evaluate()
+            metrics |= after
+        session.finish_step(step, **metrics)
+    return session.record(before=before, after=after)
+
+
+def take_step(engine: Engine, micro_batches: Sequence[Batch], objective: Objective[Batch]) -> dict[str, float]:
+    """One optimizer step from this rank's micro-batches; metrics are those of the step over all ranks."""
+    batches = [batch.to(engine.world.device) for batch in micro_batches]
+    denominator = sum_over_ranks(torch.stack([objective.count(batch) for batch in batches]).sum())
+    outcomes = []
+    for index, batch in enumerate(batches, start=1):
+        outcome = objective.outcome(engine, batch, denominator=denominator)
+        engine.backward(outcome.loss, last=index == len(batches))
+        tokens = {"train/loss": outcome.loss.detach(), "train/tokens": batch.attention_mask.sum()}
+        outcomes.append(outcome.metrics | tokens)
+    result = engine.step()
+    return summed(outcomes) | {"train/grad_norm": result.grad_norm, "train/lr": result.lr}
+
+
+def summed(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Every metric added up over micro-batches and ranks."""
+    names = list(outcomes[0])
+    totals = torch.stack([torch.stack([outcome[name].float() for name in names]) for outcome in outcomes]).sum(0)
+    return dict(zip(names, sum_over_ranks(totals).tolist(), strict=True))

@@ -1,0 +1,69 @@
+import math
+
+import pytest
+import torch
+from torch import tensor
+from torch.testing import assert_close
+
+from rlhf.algorithms.groups import group_advantages
+
+KINDS = ("grpo", "dr_grpo", "rloo")
+SCORES = tensor([1.0, 2.0, 6.0, 5.0, 5.0, 8.0])  # two groups of three with means 3 and 6
+
+
+def test_grpo_by_hand():
+    # Sample std: sqrt((4 + 1 + 9) / 2) = sqrt 7 and sqrt((1 + 1 + 4) / 2) = sqrt 3.
+    expected = tensor([-2.0, -1.0, 3.0]) / math.sqrt(7), tensor([-1.0, -1.0, 2.0]) / math.sqrt(3)
+    assert_close(group_advantages(SCORES, group_size=3, kind="grpo"), torch.cat(expected), rtol=2e-6, atol=0)
+
+
+def test_grpo_adds_eps_to_the_std():
+    # Scores 0 and 2: mean 1, sample std sqrt 2.
+    found = group_advantages(tensor([0.0, 2.0]), group_size=2, kind="grpo", eps=1.0)
+    assert_close(found, tensor([-1.0, 1.0]) / (math.sqrt(2) + 1))
+
+
+def test_dr_grpo_by_hand():
+    found = group_advantages(SCORES, group_size=3, kind="dr_grpo")
+    assert_close(found, tensor([-2.0, -1.0, 3.0, -1.0, -1.0, 2.0]))
+
+
+def test_rloo_by_hand():
+    # Minus the mean of the others: 1 - 4, 2 - 3.5, 6 - 1.5; 5 - 6.5, 5 - 6.5, 8 - 5.
+    found = group_advantages(SCORES, group_size=3, kind="rloo")
+    assert_close(found, tensor([-3.0, -1.5, 4.5, -1.5, -1.5, 3.0]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("score", [0.1, -7.3, 1e4])
+def test_equal_scores_give_exactly_zero(kind, dtype, score):
+    scores = torch.full((6,), score, dtype=dtype, requires_grad=True)
+    found = group_advantages(scores, group_size=3, kind=kind)
+    assert found.tolist() == [0.0] * 6
+    assert found.dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_advantages_sum_to_zero_in_each_group_and_ignore_a_shift(kind):
+    scores = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = group_advantages(scores, group_size=4, kind=kind)
+    assert_close(found.view(3, 4).sum(-1), torch.zeros(3, dtype=torch.float64))
+    assert_close(group_advantages(scores + 9, group_size=4, kind=kind), found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_do_not_see_each_other(kind):
+    found = group_advantages(SCORES, group_size=3, kind=kind)
+    assert_close(found[3:], group_advantages(SCORES[3:], group_size=3, kind=kind))
+
+
+def test_what_cannot_be_grouped_is_refused():
+    with pytest.raises(ValueError, match="found groups of 1, expected at least 2"):
+        group_advantages(SCORES, group_size=1, kind="grpo")
+    with pytest.raises(ValueError, match=r"scores of shape \(6,\), expected \[B\] with B a multiple of 4"):
+        group_advantages(SCORES, group_size=4, kind="grpo")
+    with pytest.raises(ValueError, match=r"scores of shape \(2, 3\)"):
+        group_advantages(SCORES.view(2, 3), group_size=2, kind="grpo")
+    with pytest.raises(ValueError, match='found group advantage "gae"'):
+        group_advantages(SCORES, group_size=3, kind="gae")
