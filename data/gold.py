@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 REVIEWS = Path(__file__).parent / "reviews"
+PROMPT = "Movie review: "
 
 Floats = NDArray[np.float64]
 
@@ -81,3 +82,18 @@ def _lexicon() -> SentimentIntensityAnalyzer:
 def lexicon_score(texts: Iterable[str]) -> Floats:
     """VADER compound sentiment of each text, -1 to +1 (Hutto & Gilbert, ICWSM-14)."""
     return np.array([_lexicon().polarity_scores(text)["compound"] for text in texts])
+
+
+def predicted_rating(prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+    """What `ridge_judge` says of each review, prompt and response together."""
+    return ridge_judge()(reviews(prompts, responses))
+
+
+def lexicon(prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+    """What `lexicon_score` says of each review, prompt and response together."""
+    return lexicon_score(reviews(prompts, responses))
+
+
+def reviews(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+    """The reviews that prompts and responses make together, without the words that introduce every prompt."""
+    return [prompt.removeprefix(PROMPT) + response for prompt, response in zip(prompts, responses, strict=True)]

@@ -18,8 +18,8 @@ from rlhf.algorithms.ppo import explained_variance
 from rlhf.algorithms.sft import sft_loss
 from rlhf.dist import gather_objects, sum_over_ranks
 from rlhf.engine.engine import Engine
-from rlhf.models.scalar_head import last_token_scores
 from rlhf.models.positions import position_ids
+from rlhf.models.scalar_head import last_token_scores
 from rlhf.types import PreferenceBatch, Rollout, SFTBatch
 
 GoldMetric = Callable[[Sequence[str], Sequence[str]], Sequence[float]]

@@ -24,8 +24,8 @@ from rlhf.dist import gather_objects, max_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.generation.generate import Generated, generate
 from rlhf.models.lora import adapters_off
-from rlhf.models.scalar_head import last_token_scores, response_values
 from rlhf.models.positions import position_ids
+from rlhf.models.scalar_head import last_token_scores, response_values
 from rlhf.tracking.timing import Stopwatch
 from rlhf.types import PromptBatch, Rollout
 

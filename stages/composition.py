@@ -12,7 +12,6 @@ import re
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-import conf
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -20,6 +19,7 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+import conf
 from rlhf.config.run import STAGES, RunConfig
 from rlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
 

@@ -17,8 +17,8 @@ from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
 from rlhf.config.stages import AdvantageKind, PPOConfig
 from rlhf.dist import World, max_over_ranks
 from rlhf.engine.engine import Engine
-from rlhf.models.scalar_head import response_values
 from rlhf.models.positions import position_ids
+from rlhf.models.scalar_head import response_values
 from rlhf.rollout import Models, response_statistics
 from rlhf.types import PPOBatch, Rollout
 from stages.supervised import summed

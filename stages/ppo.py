@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
-
 from data.collate import collate_prompts
 from data.loader import PromptLoader
 from data.prompts import Prompt, prompts
+
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.run import RunConfig
@@ -31,7 +31,7 @@ from rlhf.text import decode, stop_token_ids, template_fingerprint
 from rlhf.types import PPOBatch, PromptBatch
 from stages.handover import Record, read_record
 from stages.improve import advantages_of, improve
-from stages.session import Session, open_session
+from stages.session import Session, open_session, stage_tokenizer
 
 _EVALUATION_SEED = 7_919
 """Held-out prompts are answered with the same random numbers before and after."""
@@ -41,8 +41,9 @@ def run_ppo(run: RunConfig, world: World) -> Record:
     """Train `ppo/actor` and `ppo/critic` and leave their record."""
     config = run.ppo
     assert config is not None
-    with open_session(run, "ppo", world=world, init_from=config.actor, total_steps=config.iterations) as session:
-        splits = prompts(run.data, session.tokenizer, config=config)
+    tokenizer = stage_tokenizer(run, config.actor)
+    splits = prompts(run.data, tokenizer, config=config)
+    with open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session:
         examiner = Examiner.of(session, splits.eval)
         scale = score_scale(config, session)
         models = load_models(config, world)

@@ -12,6 +12,7 @@ from pathlib import Path
 from data.demonstrations import demonstrations
 from data.preferences import preferences
 from data.prompts import prompts
+
 from rlhf.config.groups import accumulation, divisible
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import PPOConfig, SupervisedConfig
@@ -56,16 +57,24 @@ def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
     config = getattr(run, stage)
     assert isinstance(config, PPOConfig | SupervisedConfig)
     is_ppo = isinstance(config, PPOConfig)
-    size, setting = (config.minibatch_size, "minibatch_size") if is_ppo else (config.global_batch_size, "global_batch_size")
+    size, setting = (
+        (config.minibatch_size, "minibatch_size") if is_ppo else (config.global_batch_size, "global_batch_size")
+    )
     micro = config.micro_batch_size
     steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name=f"{stage}.{setting}")
     what = "pairs" if stage == "reward" else "sequences"
     text = f"{stage}: {setting} {size} = {ranks} ranks x {micro} {what} x {steps} accumulation"
     if not isinstance(config, PPOConfig):
         return text
-    each = divisible(config.rollout_size, by=ranks * config.samples_per_prompt, names="ppo.rollout_size by ranks x samples_per_prompt")
+    each = divisible(
+        config.rollout_size,
+        by=ranks * config.samples_per_prompt,
+        names="ppo.rollout_size by ranks x samples_per_prompt",
+    )
     updates = config.rollout_size // config.minibatch_size * config.epochs
-    rollout = f"rollout_size {config.rollout_size} = {ranks} ranks x {each} prompts x {config.samples_per_prompt} samples"
+    rollout = (
+        f"rollout_size {config.rollout_size} = {ranks} ranks x {each} prompts x {config.samples_per_prompt} samples"
+    )
     return f"{text}; {rollout}; {updates} steps per iteration = {updates // config.epochs} minibatches x {config.epochs} epochs"
 
 
@@ -76,7 +85,9 @@ def check_inputs(run: RunConfig, stage: str) -> None:
         ValueError: which is missing, and what would make it.
     """
     for setting, path in model_paths(run, stage).items():
-        made_by = next((name for product, name in _PRODUCTS.items() if Path(path) == Path(run.output_dir) / product), None)
+        made_by = next(
+            (name for product, name in _PRODUCTS.items() if Path(path) == Path(run.output_dir) / product), None
+        )
         if Path(path).exists() or path == run.model.path or made_by in run.stages:
             continue
         if made_by is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from rlhf import dist
@@ -47,7 +47,11 @@ class Session:
     def export(self, engine: Engine, name: str) -> Path:
         """Write a model to the stage's folder, loadable without this project; all ranks must call it."""
         folder = self.folder / name
-        export(engine.module, engine.full_tensors(), folder=folder, tokenizer=self.tokenizer, write=self.world.is_main)
+        tensors = engine.full_tensors()
+        if self.world.is_main:
+            export(engine.module, tensors, folder, config=engine.module.config, tokenizer=self.tokenizer)
+        for _ in tensors:
+            pass  # a rank that writes nothing still takes part in gathering
         dist.barrier()
         return folder
 
@@ -66,21 +70,27 @@ class Session:
         return Record(stage=self.stage, template=template, pad_id=self.pad_id, before=before, after=after)
 
 
+def stage_tokenizer(run: RunConfig, path: str) -> Tokenizer:
+    """The tokenizer at `path`, with the run's template and pad token."""
+    return load_tokenizer(path, chat_template=run.model.chat_template, pad_token=run.model.pad_token)
+
+
 @contextmanager
-def open_session(run: RunConfig, stage: str, *, world: World, init_from: str, total_steps: int) -> Iterator[Session]:
+def open_session(
+    run: RunConfig, stage: str, *, world: World, tokenizer: Tokenizer, total_steps: int
+) -> Iterator[Session]:
     """Claim the stage's folder and open its tracker; the tracker is closed whatever happens.
 
     Args:
         run: the whole configuration.
         stage: `sft`, `reward` or `ppo`.
         world: this process among its peers.
-        init_from: folder or hub id whose tokenizer the stage uses.
-        total_steps: steps of the progress bar.
+        tokenizer: what the stage reads and writes with.
+        total_steps: optimizer steps (PPO: iterations) of the stage.
     """
     folder = Path(run.output_dir) / stage
     if world.is_main:
         claim_folder(run, stage)
-    tokenizer = load_tokenizer(init_from, chat_template=run.model.chat_template, pad_token=run.model.pad_token)
     with Tracker(
         folder,
         stage=stage,

@@ -6,22 +6,23 @@ Run: `python run_pipeline.py stage=sft`.
 
 from __future__ import annotations
 
-from torch import Tensor
+from functools import partial
 
 from data.collate import collate_demonstrations
 from data.demonstrations import demonstrations
-from data.loader import TrainLoader, evaluation_batches, steps_of
+from torch import Tensor
+
 from rlhf.algorithms.sft import count_targets, sft_loss
 from rlhf.config.run import RunConfig
 from rlhf.dist import World
 from rlhf.engine.engine import Engine, build_engine
-from rlhf.evaluation import evaluate_language
+from rlhf.evaluation import LanguageResult, evaluate_language
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.positions import position_ids
 from rlhf.types import SFTBatch
 from stages.handover import Record
-from stages.session import open_session
-from stages.supervised import Outcome, supervise
+from stages.session import open_session, stage_tokenizer
+from stages.supervised import Outcome, held_out_batches, supervise, train_loader
 
 
 class NextToken:
@@ -47,11 +48,27 @@ def run_sft(run: RunConfig, world: World) -> Record:
     """Train `sft/model` and leave its record."""
     config = run.sft
     assert config is not None
-    with open_session(run, "sft", world=world, init_from=config.init_from) as session:
-        splits = demonstrations(run.data, session.tokenizer, config=config)
-        loader, held_out = session.supervised_batches(splits, collate_demonstrations, config=config)
-        session.start(total_steps=loader.steps)
+    tokenizer = stage_tokenizer(run, config.init_from)
+    splits = demonstrations(run.data, tokenizer, config=config)
+    collate = partial(collate_demonstrations, pad_id=int(tokenizer.pad_token_id))
+    loader = train_loader(splits.train, collate, config=config, world=world)
+    held_out = held_out_batches(splits.eval, collate, config=config, world=world)
+    with open_session(run, "sft", world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
         blueprint = causal_lm(config.init_from, dropout=config.dropout, lora=config.lora, seed=config.seed)
         engine = build_engine(
             blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
+        record = supervise(
+            session,
+            engine,
+            loader=loader,
+            objective=NextToken(),
+            evaluate=lambda: _metrics(evaluate_language(engine, held_out)),
+            eval_every=config.eval_every,
+        )
+        model = session.export(engine, "model")
+        return session.finish(model, record=record)
+
+
+def _metrics(result: LanguageResult) -> dict[str, float]:
+    return {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/accuracy": result.accuracy}

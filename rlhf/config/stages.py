@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
 
 from rlhf.config.groups import EngineConfig, LoraConfig, OptimizerConfig, divisible, require
 
@@ -32,13 +33,23 @@ class AdvantageKind(StrEnum):
     dr_grpo = "dr_grpo"
 
 
+T = TypeVar("T")
+
+
+def _inherited(cls: type[T], group: str) -> T:
+    """A `cls` whose every field is the run's until it is overridden (one interpolation for all would be shared)."""
+    node = object.__new__(cls)
+    vars(node).update({name: f"${{{group}.{name}}}" for name in vars(cls)["__dataclass_fields__"]})
+    return node
+
+
 @dataclass(kw_only=True)
 class StageConfig:
     """What the three stages share."""
 
     selected: bool = False
     """Set by the stage's own YAML: whether this run includes the stage."""
-    engine: EngineConfig = "${engine}"  # type: ignore[assignment]
+    engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "engine"))
     """The run's engine, unless overridden for this stage."""
     lora: LoraConfig
     """Adapters; rank 0 trains the whole model."""

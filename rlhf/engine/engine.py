@@ -20,8 +20,8 @@ from rlhf.engine.learner import Learner, StepResult
 from rlhf.engine.materialize import materialize
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
-from rlhf.engine.sharding import Sharding, full, parameter_groups, shard
-from rlhf.models.surgery import checkpoint_activations
+from rlhf.engine.sharding import Sharding, full, shard, trainable_groups
+from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:
     from rlhf.models.blueprint import Blueprint
@@ -130,13 +130,13 @@ def build_engine(
     if frozen:
         module.requires_grad_(False)
     elif config.activation_checkpointing:
-        checkpoint_activations(module)
+        enable_activation_checkpointing(module)
     sharding = shard(blueprint, stage=config.zero_stage, world=world, frozen=frozen)
     masters = materialize(blueprint, dtype=dtype, world=world)
     module.train(not frozen)
     learner = None
     if optimizer is not None:
-        groups = _trainable_groups(blueprint)
+        groups = trainable_groups(blueprint)
         gradients = Gradients(groups, sharding, world=world, dtype=dtype)
         adam = AdamW(groups, masters, config=optimizer)
         learner = Learner(

@@ -24,7 +24,7 @@ def generating(module: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
     """
     with evaluating(module, sharding):
         sharding.gather()
-        with merged(module):
+        with sharding.without_hooks(), merged(module):
             yield module
 
 

@@ -36,4 +36,7 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
     if (folder / "generation_config.json").is_file():
         module.generation_config = GenerationConfig.from_pretrained(folder)
     config.architectures = [type(module).__name__]
+    # An export writes the checkpoint's own dropout; the modules below have theirs from the other copy.
+    config._attn_implementation = module.config._attn_implementation
+    module.config = config
     return assemble(module, open_weights(module, checkpoint), config=config, new={}, lora=lora, seed=seed)

@@ -35,7 +35,9 @@ def local_folder(path: str | Path) -> Path:
     if folder.is_dir():
         return folder
     if not _HUB_ID.fullmatch(str(path)):
-        raise ValueError(f"Model {str(path)!r}: there is no such folder, and it is no hub id such as `Qwen/Qwen3-0.6B`.")
+        raise ValueError(
+            f"Model {str(path)!r}: there is no such folder, and it is no hub id such as `Qwen/Qwen3-0.6B`."
+        )
     try:
         return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED))
     except (HfHubHTTPError, OSError) as error:
@@ -104,11 +106,11 @@ def _no_weights(folder: Path) -> str:
     if (folder / "adapter_config.json").is_file():
         return (
             f"Model folder {folder} holds a PEFT adapter, not a model. Merge it first: "
-            "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new_folder)`."
+            "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new)`."
         )
     if any(folder.glob("pytorch_model*.bin")):
         return (
             f"Model folder {folder} has its weights in `.bin` files only, which are pickles and are never opened here. "
-            "Convert it once where you trust it: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)`."
+            "Convert it once where you trust it: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)`."
         )
     return f"Model folder {folder} holds no weights: expected `{_SINGLE}`, or `{_INDEX}` and its shards."

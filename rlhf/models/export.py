@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -26,10 +27,10 @@ _METADATA = {"format": "pt"}
 def export(
     module: nn.Module,
     tensors: Iterable[tuple[str, Tensor]],
-    folder: Path,
     *,
-    config: PreTrainedConfig,
+    folder: Path,
     tokenizer: PreTrainedTokenizerBase,
+    write: bool = True,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 2_000_000_000,
 ) -> None:
@@ -38,28 +39,32 @@ def export(
     With adapters, `folder` holds the merged model and `folder/adapter` the adapters in PEFT's format.
 
     Args:
-        module: The blueprint's module; its parameters are not read, their names are.
+        module: A blueprint's module; its parameters are not read, their names and `module.config` are.
         tensors: Each name of `module.named_parameters()` with its whole tensor on the CPU, in any order.
         folder: Appears when it is complete.
-        config: The blueprint's; gets the tokenizer's pad token and the type of the weights.
-        tokenizer: Saved with its chat template.
+        tokenizer: Saved with its chat template; its pad token goes into the configuration.
+        write: False takes the tensors and writes nothing: what all ranks but one do while an engine gathers.
         dtype: Floating-point tensors are stored in this type; None keeps theirs.
-        max_shard_bytes: A shard is closed before it grows beyond this; what is held in memory at once.
+        max_shard_bytes: A shard is closed before it grows beyond this; about what is held in memory at once.
     """
+    if not write:
+        deque(tensors, maxlen=0)
+        return
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     adapters: dict[str, Tensor] = {}
-    folds = lora.folds(module)
-    stream = lora.fold_adapters(_set_aside(tensors, adapters) if folds else tensors, folds)
     writer = _ShardWriter(partial, max_shard_bytes)
-    for name, tensor in _with_buffers(stream, module):
+    for name, tensor in _plain_tensors(module, tensors, adapters=adapters):
         writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
-    writer.finish()
     assert writer.names >= _plain_names(module), f"never arrived: {sorted(_plain_names(module) - writer.names)[:3]}"
-    _write_configs(partial, module, config=config, tokenizer=tokenizer, dtype=writer.dtype)
+    writer.finish()
+    _write_model_config(partial, module.config, pad_id=tokenizer.pad_token_id, dtype=writer.dtype)
+    tokenizer.save_pretrained(partial)
+    if isinstance(module, PreTrainedModel):
+        _write_generation_config(partial, module.generation_config, tokenizer=tokenizer)
     if adapters:
-        _write_adapter(partial / "adapter", module, adapters, base=config.name_or_path)
+        _write_adapter(partial / "adapter", module, adapters=adapters)
     _publish(partial, folder)
 
 
@@ -109,18 +114,24 @@ class _ShardWriter:
         return self._folder / f"shard-{number}.safetensors"
 
 
+def _plain_tensors(
+    module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, adapters: dict[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of the plain model, buffers included; what an adapter folder needs is put into `adapters`."""
+    folds = lora.folds(module)
+    if folds:
+        tensors = lora.fold_adapters(_set_aside(tensors, adapters), folds)
+    yield from tensors
+    for name, buffer in persistent_buffers(module):
+        yield name, buffer.cpu()
+
+
 def _set_aside(tensors: Iterable[tuple[str, Tensor]], adapters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Pass `tensors` through and keep those that an adapter folder holds, which are small."""
+    """Pass `tensors` through and keep the adapters and the head, which are small."""
     for name, tensor in tensors:
         if ".lora_" in name or name == "score.weight":
             adapters[name] = tensor
         yield name, tensor
-
-
-def _with_buffers(tensors: Iterator[tuple[str, Tensor]], module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from tensors
-    for name, buffer in persistent_buffers(module):
-        yield name, buffer.cpu()
 
 
 def _plain_names(module: nn.Module) -> set[str]:
@@ -128,24 +139,14 @@ def _plain_names(module: nn.Module) -> set[str]:
     return {name.replace(".base_layer.", ".") for name in names}
 
 
-def _write_configs(
-    folder: Path,
-    module: nn.Module,
-    *,
-    config: PreTrainedConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype,
-) -> None:
+def _write_model_config(folder: Path, config: PreTrainedConfig, *, pad_id: int, dtype: torch.dtype) -> None:
     written = copy.deepcopy(config)
     written.dtype = dtype
-    written.pad_token_id = tokenizer.pad_token_id
+    written.pad_token_id = pad_id
     written.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    if isinstance(module, PreTrainedModel) and module.can_generate():
-        _write_generation_config(folder, module.generation_config, tokenizer)
 
 
-def _write_generation_config(folder: Path, config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def _write_generation_config(folder: Path, config: GenerationConfig, *, tokenizer: PreTrainedTokenizerBase) -> None:
     written = copy.deepcopy(config)
     written.pad_token_id = tokenizer.pad_token_id
     if written.eos_token_id is None:
@@ -154,11 +155,12 @@ def _write_generation_config(folder: Path, config: GenerationConfig, tokenizer: 
     written.to_json_file(folder / "generation_config.json")
 
 
-def _write_adapter(folder: Path, module: nn.Module, adapters: dict[str, Tensor], *, base: str) -> None:
+def _write_adapter(folder: Path, module: nn.Module, *, adapters: dict[str, Tensor]) -> None:
     folder.mkdir()
     tensors = {lora.adapter_key(name): tensor.contiguous() for name, tensor in adapters.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata=_METADATA)
-    lora.exported_config(module, base=base, has_head="score.weight" in adapters).save_pretrained(folder)
+    config = lora.exported_config(module, base=module.config.name_or_path, has_head="score.weight" in adapters)
+    config.save_pretrained(folder)
 
 
 def _publish(partial: Path, folder: Path) -> None:

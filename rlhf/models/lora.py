@@ -3,7 +3,7 @@
 `inject` puts them in, `adapters_off` shows the base model, `merged` computes with W' = W + (alpha / rank) B A and
 restores W bit for bit, `fold_adapters` does the same for an export. All sums are in fp32, then cast to W's type.
 
-Under a sharded engine `merged` and `adapters_off` are for gathered (unsharded) parameters.
+Under a sharded engine `merged` is for gathered parameters; the others do not care.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) ->
         blocks: The transformer blocks of `module` in forward order.
 
     Returns:
-        The adapters' parameters by name: A is uniform in +-1 / sqrt(inputs), B is 0, so the model is unchanged at first.
+        The adapters' parameters by name. A is uniform in +-1 / sqrt(inputs) and B is 0: at first nothing changes.
 
     Raises:
         ValueError: A target names no linear layer, or there are fewer than `top_layers` blocks.
@@ -60,7 +60,7 @@ def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) ->
             target_modules=targets,
             fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
             bias="none",
-            **_top_layers(module, blocks, config.top_layers),
+            **_top_layers(module, blocks, count=config.top_layers),
         ),
         module,
         ADAPTER,
@@ -129,7 +129,7 @@ def fold_adapters(tensors: Iterable[tuple[str, Tensor]], how: Mapping[str, Fold]
         waiting[layer][part] = tensor
         if len(waiting[layer]) == 3:
             parts = waiting.pop(layer)
-            yield f"{layer}.weight", _merge(parts["weight"], parts["lora_A"], parts["lora_B"], how[layer])
+            yield f"{layer}.weight", _merge(parts["weight"], parts["lora_A"], b=parts["lora_B"], how=how[layer])
     assert not waiting, f"adapters or weights that never arrived: {sorted(waiting)[:3]}"
 
 
@@ -179,11 +179,13 @@ def _targets(wanted: list[str], linear: Mapping[str, nn.Module]) -> list[str]:
         if target != _ALL_LINEAR and not any(f".{name}".endswith(f".{target}") for name in linear)
     ]
     if unknown or not wanted:
-        raise ValueError(f"lora.targets={wanted}: {unknown} names no linear layer. Expected {_ALL_LINEAR}, or {leaves}.")
+        raise ValueError(
+            f"lora.targets={wanted}: {unknown} names no linear layer. Expected {_ALL_LINEAR}, or {leaves}."
+        )
     return leaves if _ALL_LINEAR in wanted else list(wanted)
 
 
-def _top_layers(module: nn.Module, blocks: list[nn.Module], count: int) -> dict[str, object]:
+def _top_layers(module: nn.Module, blocks: list[nn.Module], *, count: int) -> dict[str, object]:
     """PEFT's way of naming the last `count` blocks; empty for all."""
     if count > len(blocks):
         raise ValueError(f"lora.top_layers={count}: expected 0 (all) to {len(blocks)}, the layers of this model.")
@@ -222,11 +224,11 @@ def _fold(layer: LoraLayer) -> Fold:
 
 def _merged_weight(layer: LoraLayer) -> Tensor:
     a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return _merge(layer.base_layer.weight, a, b, _fold(layer))
+    return _merge(layer.base_layer.weight, a, b=b, how=_fold(layer))
 
 
 @torch.no_grad()
-def _merge(weight: Tensor, a: Tensor, b: Tensor, how: Fold) -> Tensor:
+def _merge(weight: Tensor, a: Tensor, *, b: Tensor, how: Fold) -> Tensor:
     """W + scale * B A for `weight` [out, in] (transposed: [in, out]), A [rank, in], B [out, rank]; in W's type."""
     product = b.float() @ a.float()
     product = product.T if how.transposed else product

@@ -37,16 +37,30 @@ class ScalarHead(nn.Linear):
 class ScalarHeadModel(nn.Module):
     """A decoder's trunk with a scalar head at every position."""
 
-    def __init__(self, classifier: PreTrainedModel) -> None:
-        """Take over the trunk of `classifier`, under the name it has there, and the shape of its head."""
+    def __init__(self, classifier: PreTrainedModel, config: PreTrainedConfig) -> None:
+        """Take over the trunk of `classifier`, under the name it has there, and the width of its head.
+
+        Args:
+            classifier: Parameters on meta.
+            config: What an export writes.
+        """
         super().__init__()
-        self.config = classifier.config
+        self.config = config
         self._trunk_name = classifier.base_model_prefix
         self.add_module(self._trunk_name, classifier.base_model)
         self.score = ScalarHead(classifier.score.in_features, 1, bias=False, device="meta")
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """One scalar for each of `[B, T]` positions, `[B, T]` fp32; `attention_mask` is True where a real token is."""
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, *, position_ids: Tensor) -> Tensor:
+        """One scalar for each position.
+
+        Args:
+            input_ids: `[B, T]`, padded on either side.
+            attention_mask: `[B, T]`, True where a real token is.
+            position_ids: `[B, T]`, see `rlhf/models/positions.py`.
+
+        Returns:
+            `[B, T]` fp32.
+        """
         trunk = self.get_submodule(self._trunk_name)
         hidden = trunk(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
@@ -87,7 +101,7 @@ def scalar_head_model(
     weights = open_weights(classifier, checkpoint, optional={_HEAD})
     new = {} if _HEAD in weights else {_HEAD: _new_head(classifier.score.in_features)}
     logger.info("%s: %s scalar head.", folder, "new" if new else "loaded the")
-    return assemble(ScalarHeadModel(classifier), weights, config=config, new=new, lora=lora, seed=seed)
+    return assemble(ScalarHeadModel(classifier, config), weights, config=config, new=new, lora=lora, seed=seed)
 
 
 def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def find_blocks(module: nn.Module, count: int) -> list[nn.Module]:
     raise ValueError(f"{type(module).__name__}: found no list of {count} blocks; this architecture is not supported.")
 
 
-def checkpoint_activations(module: nn.Module) -> None:
+def enable_activation_checkpointing(module: nn.Module) -> None:
     """Recompute every block in backward instead of keeping its activations; acts in training mode only."""
     for child in module.modules():
         if isinstance(child, PreTrainedModel):

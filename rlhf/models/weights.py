@@ -125,10 +125,10 @@ def open_weights(
     key_of = _keys_by_name(module, checkpoint)
     wanted = [name for name, _ in module.named_parameters() if name not in optional]
     if all(name in key_of for name in wanted) and not _converts(module, checkpoint):
-        _require_shapes(module, checkpoint, key_of)
+        _require_shapes(module, checkpoint, key_of=key_of)
         weights: SafetensorsWeights | LoadedWeights = SafetensorsWeights(checkpoint, key_of)
     else:
-        weights = _load_whole(module, checkpoint, optional)
+        weights = _load_whole(module, checkpoint, optional=optional)
     for name, buffer in persistent_buffers(module):
         if name in weights:
             buffer.copy_(weights.read(name, slice(None)))
@@ -174,7 +174,7 @@ def _converts(module: PreTrainedModel, checkpoint: Checkpoint) -> bool:
     return any(rule.compiled_sources.search(key) for rule in converters for key in checkpoint.keys())  # noqa: SIM118
 
 
-def _require_shapes(module: nn.Module, checkpoint: Checkpoint, key_of: Mapping[str, str]) -> None:
+def _require_shapes(module: nn.Module, checkpoint: Checkpoint, *, key_of: Mapping[str, str]) -> None:
     for name, parameter in module.named_parameters():
         if name in key_of and checkpoint.shape(key_of[name]) != parameter.shape:
             raise ValueError(
@@ -183,7 +183,7 @@ def _require_shapes(module: nn.Module, checkpoint: Checkpoint, key_of: Mapping[s
             )
 
 
-def _load_whole(module: PreTrainedModel, checkpoint: Checkpoint, optional: Collection[str]) -> LoadedWeights:
+def _load_whole(module: PreTrainedModel, checkpoint: Checkpoint, *, optional: Collection[str]) -> LoadedWeights:
     logger.warning(
         "%s: the tensors of this checkpoint are converted by transformers while loading, so every process reads the "
         "whole model (%.2f GB in fp32) into host memory before it is sharded.",

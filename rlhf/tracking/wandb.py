@@ -141,7 +141,10 @@ class WandbRun:
             self._table = wandb.Table(columns=columns, log_mode="INCREMENTAL", allow_mixed_types=True)
         for row in rows:
             self._table.add_data(step, *valid_json(row).values())
-        self._run.log({STEP: step, "samples": self._table})
+        try:
+            self._run.log({STEP: step, "samples": self._table})
+        except wandb.Error as error:  # online, a table needs the server at once, where plain numbers can wait
+            logger.warning("W&B did not take the samples of step %d (%s); samples.jsonl has them.", step, error)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values of the run."""

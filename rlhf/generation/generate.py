@@ -1,0 +1,154 @@
+"""Decode a batch of prompts with a cache, on this rank alone.
+
+The prompts are read once, then one token per row and forward. Rows that have ended leave the batch, so the cost follows
+the rows that still speak; what a row says depends on its prompt and its `sample_id` only, not on who is in the batch.
+Left out: beams, and the settings of `generation_config.json`, which would change the distribution behind PPO's back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+
+from rlhf.config.stages import SamplingConfig
+from rlhf.generation.kv_cache import kv_cache
+from rlhf.generation.sampling import Drawn, sample, uniforms
+from rlhf.types import PromptBatch
+
+_LEAVE_AT = 8  # rows leave when one in so many has ended: each departure copies the cache of those who stay
+
+
+@dataclass(frozen=True)
+class Generated:
+    """Responses to B prompts; R is the longest of them, so ranks may differ."""
+
+    responses: Tensor  # [B, R] int64, right padded
+    response_mask: Tensor  # [B, R] bool, True up to the stop token and including it
+    logprobs: Tensor  # [B, R] fp32, of each token under softmax(logits / temperature); 0 where masked
+    ended: Tensor  # [B] bool, True where the response ends with a stop token
+
+
+@torch.no_grad()
+def generate(
+    model: PreTrainedModel,
+    prompts: PromptBatch,
+    *,
+    max_new_tokens: int,
+    stop_token_ids: Sequence[int],
+    pad_id: int,
+    sampling: SamplingConfig,
+    seed: int,
+) -> Generated:
+    """Answer every prompt once; several answers to a prompt are several rows.
+
+    Args:
+        model: A causal language model in eval mode, with whole parameters.
+        prompts: B rows on the model's device, left padded.
+        max_new_tokens: Where a response that has not ended is cut.
+        stop_token_ids: Any of these ends a response and belongs to it.
+        pad_id: Fills responses after their end.
+        sampling: Temperature, top-k and top-p.
+        seed: With `sample_ids`, of every draw.
+
+    Returns:
+        Responses, masks and log-probabilities, on the device of the prompts.
+    """
+    assert not model.training, "generation needs eval mode: training mode may drop out or refuse the cache"
+    assert max_new_tokens > 0, "a response has at least one token"
+    stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=prompts.input_ids.device)
+    draws = uniforms(seed, prompts.sample_ids, max_new_tokens)
+    speakers = _Speakers(model, prompts, max_new_tokens=max_new_tokens)
+    record = _Record(prompts, max_new_tokens, pad_id=pad_id)
+    for step in range(max_new_tokens):
+        drawn = sample(
+            speakers.logits,
+            draws[speakers.rows, step],
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+        )
+        stopped = torch.isin(drawn.tokens, stops)
+        record.add(step, speakers, drawn=drawn, stopped=stopped)
+        speakers.speaking &= ~stopped
+        # The only wait for the device in a step.
+        count = int(speakers.speaking.sum())
+        if count == 0 or step + 1 == max_new_tokens:
+            break
+        speakers.say(drawn.tokens, leaving=count * _LEAVE_AT <= len(stopped) * (_LEAVE_AT - 1))
+    return record.trimmed()
+
+
+class _Speakers:
+    """The N rows in the batch: which they are, what they have seen, and what they might say next."""
+
+    def __init__(self, model: PreTrainedModel, prompts: PromptBatch, *, max_new_tokens: int) -> None:
+        batch, self._width = prompts.input_ids.shape
+        self.rows = torch.arange(batch, device=prompts.input_ids.device)  # [N] int64, their rows in the prompts
+        self.speaking = torch.ones_like(self.rows, dtype=torch.bool)  # [N]; those who have ended leave later
+        self._model = model
+        self._cache = kv_cache(model.config, self._width + max_new_tokens)
+        self._mask = pad(prompts.attention_mask, (0, max_new_tokens), value=True)  # [N, P + max_new_tokens]
+        positions = (prompts.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        self._position = positions[:, -1:]  # [N, 1], of the last token read
+        self.logits = self._read(prompts.input_ids, positions)  # [N, V]
+
+    def say(self, tokens: Tensor, *, leaving: bool) -> None:
+        """Read `tokens` `[N]`, the next of each row; with `leaving`, rows that have ended go first."""
+        if leaving:
+            tokens = tokens[self._leave()]
+        self._width += 1
+        self._position = self._position + 1
+        self.logits = self._read(tokens[:, None], self._position)
+
+    def _leave(self) -> Tensor:
+        stay = self.speaking.nonzero().squeeze(-1)
+        self.rows, self.speaking = self.rows[stay], self.speaking[stay]
+        self._mask, self._position = self._mask[stay], self._position[stay]
+        self._cache.batch_select_indices(stay)
+        return stay
+
+    def _read(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        output = self._model(
+            input_ids=tokens,
+            attention_mask=self._mask[:, : self._width],
+            position_ids=positions,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1]
+
+
+class _Record:
+    """What has been said, one column per step."""
+
+    def __init__(self, prompts: PromptBatch, max_new_tokens: int, *, pad_id: int) -> None:
+        shape = (len(prompts.input_ids), max_new_tokens)
+        self._responses = prompts.input_ids.new_full(shape, pad_id)
+        self._mask = torch.zeros_like(self._responses, dtype=torch.bool)
+        self._logprobs = torch.zeros_like(self._responses, dtype=torch.float32)
+        self._ended = self._mask[:, 0].clone()
+        self._pad_id = pad_id
+
+    def add(self, step: int, speakers: _Speakers, *, drawn: Drawn, stopped: Tensor) -> None:
+        """Write the tokens of the rows that had not ended before."""
+        rows, counts = speakers.rows, speakers.speaking
+        self._responses[rows, step] = drawn.tokens.where(counts, self._pad_id)
+        self._logprobs[rows, step] = drawn.logprobs.where(counts, 0.0)
+        self._mask[rows, step] = counts
+        self._ended[rows] |= counts & stopped
+
+    def trimmed(self) -> Generated:
+        """Everything, up to the longest response."""
+        longest = int(self._mask.sum(-1).max())
+        return Generated(
+            responses=self._responses[:, :longest],
+            response_mask=self._mask[:, :longest],
+            logprobs=self._logprobs[:, :longest],
+            ended=self._ended,
+        )

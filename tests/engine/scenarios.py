@@ -1,0 +1,223 @@
+"""What the tests of this room run on one, two and four ranks; each function returns numbers for a test to judge.
+
+All of them go into one start of the processes, because starting takes longer than running.
+"""
+
+import copy
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from rlhf import dist
+from rlhf.config.groups import EngineConfig
+from rlhf.engine.engine import build_engine
+from rlhf.engine.learner import StepResult
+from tests.engine import tiny
+
+STAGES = (0, 1, 2, 3)
+
+
+def everything(parts):
+    """Results of the named functions of this file, on a rank that has joined the others."""
+    torch.set_num_threads(1)
+    world = dist.start("cpu")
+    return {name: globals()[name](world) for name in parts}
+
+
+def curve(engine, steps, *, first=0, accumulation=2):
+    """Global loss and gradient norm of each step."""
+    points = []
+    for step in range(first, first + steps):
+        loss, result = tiny.train_step(engine, step, accumulation=accumulation)
+        total = dist.sum_over_ranks(torch.tensor(loss, dtype=torch.float64)).item()
+        points.append((total, result.grad_norm))
+    return points
+
+
+def weights(engine, **options):
+    return {name: tensor.clone() for name, tensor in engine.full_tensors(**options)}
+
+
+def first_gradient(engine):
+    """The gradient that the first step saw: at step one AdamW's first moment is a tenth of it."""
+    state = engine.state_dict()["optimizer"]
+    moments = {name: entry["exp_avg"] for name, entry in state.items()}
+    return {name: (m.full_tensor() if isinstance(m, DTensor) else m) / 0.1 for name, m in moments.items()}
+
+
+def parity(world):
+    """Ten steps and the weights after them, by stage."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage)
+        found[stage] = curve(engine, 10), weights(engine)
+    return found
+
+
+def tied(world):
+    """The same with tied embeddings, and the names that were exported."""
+    engine = tiny.engine(world, 3, kind={"tied": True})
+    shared = engine.module.llama.lm_head.weight is engine.module.llama.model.embed_tokens.weight
+    return curve(engine, 4), weights(engine), shared
+
+
+def odd(world):
+    """Parameters of one row, parameters that no loss reaches, and recomputed activations, by stage."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage, kind={"odd": True}, activation_checkpointing=True)
+        found[stage] = curve(engine, 3), weights(engine)
+    return found
+
+
+def is_adapter(name):
+    """Stands for adapters: little that learns, among much that is frozen; nothing learns in the first block."""
+    return "q_proj" in name and "layers.0" not in name
+
+
+def adapters(world):
+    """Frozen and learning parameters in one group, by stage."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage, learns=is_adapter)
+        found[stage] = curve(engine, 3), weights(engine), set(engine.state_dict()["optimizer"])
+    return found
+
+
+def micro_batches(world):
+    """The first gradient, by stage and accumulation."""
+    found = {}
+    for stage in STAGES:
+        for accumulation in (1, 8 // world.size):
+            engine = tiny.engine(world, stage, optimizer=tiny.optimizer_config(max_grad_norm=0))
+            tiny.train_step(engine, 0, accumulation=accumulation)
+            found[stage, accumulation] = first_gradient(engine)
+    return found
+
+
+def bf16(world):
+    """Loss curve, first gradient, masters and working weights in bf16, by stage."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage, precision="bf16", optimizer=tiny.optimizer_config(max_grad_norm=0))
+        points = curve(engine, 1)
+        gradient = first_gradient(engine)
+        points += curve(engine, 4, first=1)
+        found[stage] = [loss for loss, _ in points], gradient, weights(engine, masters=True), weights(engine)
+    return found
+
+
+def loading(world):
+    """What each rank read, and what an engine exports before it learns, by stage."""
+    found = {}
+    for stage in STAGES:
+        plan = tiny.blueprint()
+        engine = build_engine(plan, config=EngineConfig(zero_stage=stage, precision="fp32"), world=world)
+        found[stage] = plan.weights.reads, weights(engine)
+    return found
+
+
+def spoiled(world):
+    """A gradient that is not finite on the last rank only: results, weights before and after, and what is raised."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage, max_skipped_steps=2)
+        broken = world.rank == world.size - 1
+        before = weights(engine)
+        skipped = tiny.train_step(engine, 0, spoil=broken)[1]
+        after = weights(engine)
+        good = tiny.train_step(engine, 1)[1]
+        tiny.train_step(engine, 2, spoil=broken)
+        try:
+            tiny.train_step(engine, 3, spoil=broken)
+            message = ""
+        except RuntimeError as error:
+            message = str(error)
+        found[stage] = StepResult(*skipped), StepResult(*good), before, after, message
+    return found
+
+
+def hybrid(world):
+    """Generation between steps, of different lengths on the ranks, and once cut short by an error."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage, precision="bf16")
+        ids = tiny.batch(50)[0]
+        with engine.generating() as model:  # before any other forward
+            gathered = model(ids)
+        with engine.evaluating() as model:
+            evaluated = model(ids)
+        sharded = engine(ids).detach()
+        before = weights(engine)
+        tokens = decode(engine, ids[:2, :3], 2 + 3 * world.rank)
+        cut_short(engine, ids)
+        state = [type(p) for p in engine.module.parameters()], engine.module.training, torch.is_grad_enabled()
+        unchanged = all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items())
+        points = curve(engine, 2)
+        undisturbed = curve(tiny.engine(world, stage, precision="bf16"), 2)
+        found[stage] = {
+            "logits": (gathered, evaluated, sharded),
+            "tokens": tokens,
+            "state": state,
+            "unchanged": unchanged,
+            "curves": (points, undisturbed),
+        }
+    return found
+
+
+def decode(engine, ids, count):
+    """`count` greedy tokens, without a cache."""
+    with engine.generating() as model:
+        assert not model.training
+        for _ in range(count):
+            ids = torch.cat([ids, model(ids)[:, -1:].argmax(-1)], 1)
+    return ids
+
+
+def cut_short(engine, ids):
+    """An error in the middle of a forward while generating."""
+    handle = engine.module.llama.model.layers[1].mlp.register_forward_hook(lambda *_: 1 / 0)
+    try:
+        with engine.generating() as model:
+            model(ids)
+    except ZeroDivisionError:
+        handle.remove()
+
+
+def resumed(world):
+    """Four steps in one go, and the last two of them by another engine that got the state of the first."""
+    found = {}
+    for stage in STAGES:
+        for precision in ("fp32", "bf16"):
+            whole, rest = (tiny.engine(world, stage, precision=precision) for _ in range(2))
+            curve(whole, 2)
+            rest.load_state_dict(copy.deepcopy(whole.state_dict()))
+            found[stage, precision] = curve(whole, 2, first=2), curve(rest, 2, first=2), weights(whole), weights(rest)
+    return found
+
+
+def frozen(world):
+    """Logits of a frozen engine, and whether anything of it learns or stays gathered."""
+    found = {}
+    ids = tiny.batch(50)[0]
+    for stage in STAGES:
+        config = EngineConfig(zero_stage=stage, precision="fp32")
+        engine = build_engine(tiny.blueprint(), config=config, world=world)
+        with engine.evaluating() as model:
+            logits = [model(ids), model(ids)]
+        direct = engine(ids)
+        whole = [not isinstance(parameter, DTensor) for parameter in engine.module.parameters()]
+        learns = any(parameter.requires_grad for parameter in engine.module.parameters())
+        found[stage] = logits, direct, whole, learns, engine.module.training
+    return found
+
+
+def one_sided(world):
+    """At stage 0, a parameter that only the first rank's loss reaches: that gradient, on all ranks."""
+    engine = tiny.engine(world, 0, kind={"odd": True}, optimizer=tiny.optimizer_config(max_grad_norm=0))
+    loss = engine(tiny.batch(0)[0]).mean()
+    if world.rank == 0:
+        loss = loss + 3 * engine.module.spare.sum()
+    engine.backward(loss, last=True)
+    engine.step()
+    return first_gradient(engine)["spare"], weights(engine)

@@ -1,0 +1,161 @@
+"""What reaches the terminal, from which rank, in which form."""
+
+import io
+import logging
+import re
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from rlhf.config.groups import Progress
+from rlhf.dist import World
+from rlhf.tracking.console import StageProgress, setup_logging
+
+
+def world(rank):
+    return World(rank=rank, size=4, local_rank=rank, device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before():
+    names = [None, "rlhf", "stages", "data", "run_pipeline", "__main__"]
+    levels = [logging.getLogger(name).level for name in names]
+    handlers = list(logging.getLogger().handlers)
+    yield
+    logging.captureWarnings(False)
+    logging.getLogger().handlers[:] = handlers
+    for name, level in zip(names, levels, strict=True):
+        logging.getLogger(name).setLevel(level)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_main_rank_shows_our_information_and_the_warnings_of_others(capfd):
+    setup_logging(world(0))
+    logging.getLogger("rlhf.engine").info("64 = 4 ranks x 16")
+    logging.getLogger("rlhf.engine").debug("detail")
+    logging.getLogger("transformers.x").info("chatter")
+    logging.getLogger("somebody").warning("careful")
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert [re.sub(r"^\d\d:\d\d:\d\d ", "", line) for line in err.splitlines()] == [
+        "64 = 4 ranks x 16",
+        "WARNING: careful",
+    ]
+
+
+def test_another_rank_shows_each_warning_once_under_its_name(capfd):
+    setup_logging(world(3))
+    logger = logging.getLogger("stages.ppo")
+    logger.info("not shown")
+    for attempt in (1, 1, 2):
+        logger.warning("attempt %d", attempt)
+    lines = capfd.readouterr().err.splitlines()
+    assert [line.split(" ", 1)[1] for line in lines] == ["[rank 3] WARNING: attempt 1", "[rank 3] WARNING: attempt 2"]
+
+
+def test_setting_up_twice_shows_a_line_once_and_quiet_hides_information(capfd):
+    setup_logging(world(0))
+    setup_logging(world(0))
+    logging.getLogger("data").info("once")
+    setup_logging(world(0), quiet=True)
+    logging.getLogger("data").info("hidden")
+    logging.getLogger("data").warning("shown")
+    assert [line[9:] for line in capfd.readouterr().err.splitlines()] == ["once", "WARNING: shown"]
+
+
+def test_a_log_line_cannot_steer_the_terminal(capfd):
+    setup_logging(world(0))
+    logging.getLogger("rlhf").info("the model said %s\nand ended", "\x1b[2J\r")
+    assert capfd.readouterr().err.splitlines()[0].endswith(r"the model said \x1b[2J\r")
+
+
+def test_a_record_is_one_write_so_that_ranks_do_not_interleave(monkeypatch):
+    writes = []
+
+    class Recorder(io.StringIO):
+        def write(self, text):
+            writes.append(text)
+            return len(text)
+
+    setup_logging(world(0))
+    monkeypatch.setattr(sys, "stderr", Recorder())
+    logging.getLogger("rlhf").info("a\nb")
+    assert len([text for text in writes if text]) == 1
+
+
+def plain_lines(caplog, shows, total):
+    caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
+    progress = StageProgress("ppo", total, mode=Progress.plain)
+    for step, metrics in shows:
+        progress.show(step, metrics)
+    progress.close()
+    return [record.getMessage() for record in caplog.records]
+
+
+def test_plain_lines_come_for_the_first_the_last_and_the_evaluated_step(caplog, capfd):
+    shows = [(step, {"objective/kl": step / 4, "policy/loss": 1.0}) for step in range(5, 9)]
+    shows.insert(2, (6, {"eval/score": 0.5}))
+    lines = plain_lines(caplog, shows, total=8)
+    assert lines[0] == "ppo 5/8  kl 1.25"
+    assert re.fullmatch(r"ppo 6/8  eval/score 0\.5  \S+ s/step, 00:00 left", lines[1])
+    assert re.fullmatch(r"ppo 8/8  kl 2  \S+ s/step, 00:00 left", lines[2])
+    assert len(lines) == 3
+    assert "\r" not in capfd.readouterr().err
+
+
+def test_the_time_left_follows_from_the_steps_since_the_start(caplog, monkeypatch):
+    clock = iter([100.0, 130.0])
+    monkeypatch.setattr("rlhf.tracking.console.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    lines = plain_lines(caplog, [(10, {}), (15, {"objective/kl": 1.0})], total=40)
+    # 30 s for 5 steps are 6 s a step, 25 steps left are 150 s.
+    assert lines[1] == "ppo 15/40  kl 1  6 s/step, 02:30 left"
+
+
+def test_auto_is_a_bar_on_a_terminal(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = StageProgress("sft", 4, mode=Progress.auto)
+    for step in range(1, 5):
+        progress.show(step, {"train/loss": 2.0 / step, "train/lr": 0.1})
+    progress.show(4, {"eval/loss": 0.75})
+    progress.close()
+    last = terminal.getvalue().split("\r")[-1]
+    assert last.startswith("sft: 100%")
+    assert "4/4" in last
+    assert "loss=0.5" in last
+    assert "eval/loss=0.75" in last
+    assert "lr=" not in last
+    assert caplog.records == []
+
+
+def test_auto_is_plain_without_a_terminal_and_quiet_is_silent(caplog, capfd):
+    caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
+    StageProgress("sft", 2, mode=Progress.auto).show(1, {"train/loss": 2.0})
+    assert [record.getMessage() for record in caplog.records] == ["sft 1/2  loss 2"]
+    caplog.clear()
+    progress = StageProgress("sft", 2, mode=Progress.quiet)
+    progress.show(1, {"train/loss": 2.0})
+    progress.show(2, {"train/loss": 2.0})
+    progress.close()
+    assert caplog.records == []
+    assert capfd.readouterr().err == ""
+
+
+def test_a_log_line_does_not_break_the_bar(monkeypatch):
+    terminal = Terminal()
+    setup_logging(world(0))
+    monkeypatch.setattr(sys, "stderr", terminal)
+    progress = StageProgress("sft", 2, mode=Progress.bar)
+    progress.show(1, {})
+    logging.getLogger("rlhf").info("saved")
+    progress.show(2, {})
+    progress.close()
+    line = next(line for line in terminal.getvalue().split("\n") if "saved" in line)
+    assert re.fullmatch(r"\d\d:\d\d:\d\d saved", line.split("\r")[-1])
