@@ -1,6 +1,9 @@
 """Random models of six families, small enough to be saved and loaded in every test."""
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -9,11 +12,10 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3MoeConfig,
 )
-
-from rlhf.models.embedded import byte_tokenizer
 
 VOCAB, PAD, EOS = 128, 120, 121
 _IDS = {"vocab_size": VOCAB, "pad_token_id": PAD, "eos_token_id": EOS, "bos_token_id": 122}
@@ -97,8 +99,12 @@ def named_tensors(module):
 
 
 def tokenizer():
-    """A byte tokenizer; its ids go beyond these models, which only matters to who feeds them text."""
-    made = byte_tokenizer()
+    """One token a word, `w0` to `w127`, as many as the models have."""
+    words = {PAD: "<pad>", EOS: "<eos>"}
+    backend = Tokenizer(WordLevel({words.get(index, f"w{index}"): index for index in range(VOCAB)}, unk_token="w0"))
+    backend.pre_tokenizer = WhitespaceSplit()
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<eos>")
+    made.chat_template = "{% for message in messages %}{{ message['content'] }} <eos> {% endfor %}"
     return made
 
 

@@ -1,0 +1,79 @@
+"""What a step decides on all ranks alike: to skip, to stop, and to go on after an interruption."""
+
+import math
+
+import pytest
+import torch
+
+from rlhf import dist
+from tests.engine import scenarios, tiny
+
+BOTH = [(ranks, stage) for ranks in (1, 2) for stage in scenarios.STAGES]
+
+
+@pytest.mark.parametrize(("ranks", "stage"), BOTH)
+def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(on_ranks, ranks, stage):
+    for rank in on_ranks(ranks):
+        skipped, good, before, after, _ = rank["spoiled"][stage]
+        assert skipped.skipped
+        assert not math.isfinite(skipped.grad_norm)
+        assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+        assert not good.skipped
+        assert math.isfinite(good.grad_norm)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), BOTH)
+def test_too_many_skips_in_a_row_stop_every_rank_with_advice(on_ranks, ranks, stage):
+    for rank in on_ranks(ranks):
+        *_, message = rank["spoiled"][stage]
+        assert "2 steps in a row" in message
+        assert "engine.max_skipped_steps" in message
+
+
+def test_the_schedule_counts_skipped_steps_and_the_result_tells_the_rate(on_ranks):
+    skipped, good, *_ = on_ranks(1)[0]["spoiled"][0]
+    assert skipped.lr == pytest.approx(1.5e-3)  # 3e-3 / 2: first of two warm-up steps
+    assert good.lr == pytest.approx(3e-3)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), BOTH)
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_an_engine_that_was_given_the_state_goes_on_bit_for_bit(on_ranks, ranks, stage, precision):
+    for rank in on_ranks(ranks):
+        whole, rest, weights, other_weights = rank["resumed"][stage, precision]
+        assert whole == rest
+        assert all(torch.equal(other_weights[name], tensor) for name, tensor in weights.items())
+
+
+def test_a_state_of_other_parameters_is_refused():
+    world = dist.start("cpu")
+    whole = tiny.engine(world, 0)
+    part = tiny.engine(world, 0, learns=scenarios.is_adapter)
+    with pytest.raises(ValueError, match="do not learn here"):
+        part.load_state_dict(whole.state_dict())
+
+
+@pytest.mark.parametrize(("ranks", "stage"), BOTH)
+def test_a_frozen_engine_computes_and_does_not_learn(on_ranks, ranks, stage):
+    with torch.no_grad():
+        expected = tiny.reference()(tiny.batch(50)[0])
+    for rank in on_ranks(ranks):
+        logits, direct, _, learns, training = rank["frozen"][stage]
+        for found in [*logits, direct]:
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+            assert not found.requires_grad
+        assert not learns
+        assert not training
+
+
+def test_a_frozen_engine_at_stage_three_keeps_nothing_gathered(on_ranks):
+    for rank in on_ranks(2):
+        *_, whole, _, _ = rank["frozen"][3]
+        assert not any(whole)
+
+
+def test_a_frozen_engine_takes_no_steps():
+    config = tiny.EngineConfig(zero_stage=0, precision="fp32")
+    engine = tiny.build_engine(tiny.blueprint(), config=config, world=dist.start("cpu"))
+    with pytest.raises(AssertionError, match="frozen"):
+        engine.step()
