@@ -70,7 +70,7 @@ def margin_of(row: Row) -> float:
 
 
 def _check_part(value: Any, name: str) -> None:
-    if isinstance(value, list):
+    if isinstance(value, list) and name != "text":
         if not value:
             raise ValueError(f"`{name}` is an empty list; expected messages.")
         for number, message in enumerate(value):
@@ -78,7 +78,7 @@ def _check_part(value: Any, name: str) -> None:
         if not (value[-1].get("content") or "").strip() and not value[-1].get("tool_calls"):
             raise ValueError(f"`{name}` ends with an empty message; expected text.")
     elif not isinstance(value, str) or name == "messages":
-        expected = "a list of messages" if name == "messages" else "text or a list of messages"
+        expected = {"messages": "a list of messages", "text": "text"}.get(name, "text or a list of messages")
         raise ValueError(f"`{name}` is {_shown(value)}; expected {expected}.")
     elif not value.strip():
         raise ValueError(f"`{name}` is empty; expected text.")

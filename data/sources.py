@@ -133,7 +133,7 @@ def _read_json(path: Path) -> pa.Table:
 
 def _json_list(path: Path, text: str) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(text)
+        rows: list[dict[str, Any]] = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"data source {path}, line {error.lineno}: not JSON: {error.msg}.") from error
     for number, row in enumerate(rows):

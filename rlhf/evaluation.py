@@ -91,7 +91,7 @@ def evaluate_preferences(engine: Engine, batches: Sequence[CountedBatch]) -> Pre
         for item in batches:
             batch = item.batch.to(engine.world.device)
             assert isinstance(batch, PreferenceBatch)
-            per_position = model(batch.input_ids, batch.attention_mask, position_ids(batch.attention_mask))
+            per_position = model(batch.input_ids, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
             scores = last_token_scores(per_position, batch.attention_mask).view(2, -1)  # chosen, rejected
             pairs.append(scores[:, : item.count].double().cpu())
     chosen, rejected = torch.cat(gather_objects(torch.cat(pairs, dim=1)), dim=1)

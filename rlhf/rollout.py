@@ -149,7 +149,7 @@ class Collector:
 
     def _raw_scores(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
         with self.models.reward.evaluating() as reward:
-            per_position = reward(sequences, attention_mask, position_ids(attention_mask))
+            per_position = reward(sequences, attention_mask, position_ids=position_ids(attention_mask))
         return last_token_scores(per_position, attention_mask)
 
     def _scores(self, raw_scores: Tensor, ended: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Collector:
         if self.models.critic is None:
             return torch.zeros_like(response_mask, dtype=torch.float32)
         with self.models.critic.evaluating() as critic:
-            per_position = critic(sequences, attention_mask, position_ids(attention_mask))
+            per_position = critic(sequences, attention_mask, position_ids=position_ids(attention_mask))
         return response_values(per_position, response_mask.shape[1]) * response_mask
 
 

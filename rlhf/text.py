@@ -29,6 +29,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from rlhf.text_pad import set_pad_token
 
+Tokenizer = PreTrainedTokenizerBase
 Row = Mapping[str, Any]
 Message = dict[str, Any]
 Part = str | list[Message]
@@ -68,9 +69,7 @@ class Span(NamedTuple):
     end: int
 
 
-def load_tokenizer(
-    path: str, *, chat_template: str | None = None, pad_token: str | None = None
-) -> PreTrainedTokenizerBase:
+def load_tokenizer(path: str, *, chat_template: str | None = None, pad_token: str | None = None) -> Tokenizer:
     """The tokenizer at `path`, certain to have an EOS and a pad token, with the vocabulary size it came with.
 
     Args:
@@ -79,7 +78,7 @@ def load_tokenizer(
         pad_token: Token to pad with (`model.pad_token`); None looks for one. See [Note: padding].
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={path}: found no tokenizer there that loads. {error}") from error
     if tokenizer.eos_token_id is None:
@@ -93,28 +92,26 @@ def load_tokenizer(
     return tokenizer
 
 
-def template_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def template_fingerprint(tokenizer: Tokenizer) -> str:
     """Hash of chat template, special token ids and vocabulary size: what two stages must agree on."""
     ids = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     facts = json.dumps([tokenizer.chat_template, ids, len(tokenizer)], sort_keys=True)
     return hashlib.sha256(facts.encode()).hexdigest()
 
 
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """Hash of all that decides how a row is tokenised: `template_fingerprint` and the whole vocabulary."""
     fast = isinstance(tokenizer, PreTrainedTokenizerFast)
     vocabulary = tokenizer.backend_tokenizer.to_str() if fast else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256((template_fingerprint(tokenizer) + vocabulary).encode()).hexdigest()
 
 
-def decode(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> str:
+def decode(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
     """The text of `ids`, special tokens removed and spaces left alone."""
     return str(tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
-def stop_token_ids(
-    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
-) -> tuple[int, ...]:
+def stop_token_ids(tokenizer: Tokenizer, generation_config: GenerationConfig | None = None) -> tuple[int, ...]:
     """Tokens that end a response: the EOS, the model's own list, and the end of a turn in the chat template."""
     listed = generation_config.eos_token_id if generation_config is not None else None
     ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
@@ -125,14 +122,14 @@ def stop_token_ids(
 
 
 @lru_cache(maxsize=16)
-def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+def _turn_end(tokenizer: Tokenizer, template: str) -> str:
     """The control token that the template writes after an answer; empty where it writes none."""
     controls = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     tail = _encode(tokenizer, _after_answer(tokenizer, template, name="the tokenizer's chat template"))
     return next((str(tokenizer.convert_ids_to_tokens(token)) for token in tail if token in controls), "")
 
 
-def _after_answer(tokenizer: PreTrainedTokenizerBase, template: str, *, name: str) -> str:
+def _after_answer(tokenizer: Tokenizer, template: str, *, name: str) -> str:
     """What `template` writes after an assistant's answer; raises ValueError where it does not render."""
     answer = "the-answer-of-a-probe"
     messages = [{"role": "user", "content": "question"}, {"role": ASSISTANT, "content": answer}]
@@ -143,7 +140,7 @@ def _after_answer(tokenizer: PreTrainedTokenizerBase, template: str, *, name: st
     return text.rpartition(answer)[2] if answer in text else ""
 
 
-def tokenize_demonstration(tokenizer: PreTrainedTokenizerBase, row: Row, *, response_only: bool) -> Tokens:
+def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: bool) -> Tokens:
     """Tokenise a response to imitate, with the token that ends it.
 
     Args:
@@ -167,14 +164,14 @@ def tokenize_demonstration(tokenizer: PreTrainedTokenizerBase, row: Row, *, resp
     return tokens if response_only else tokens._replace(target_mask=np.arange(len(tokens.input_ids)) > 0)
 
 
-def tokenize_preference(tokenizer: PreTrainedTokenizerBase, row: Row) -> TokenPair:
+def tokenize_preference(tokenizer: Tokenizer, row: Row) -> TokenPair:
     """Tokenise `chosen` and `rejected`, whose prompt is in `prompt`, or is what both begin with."""
     prompt, chosen, rejected = _pair(row)
     responses = (chosen, rejected)
     return TokenPair(*(_respond(_start(tokenizer, row, prompt), row, prompt, response) for response in responses))
 
 
-def tokenize_prompt(tokenizer: PreTrainedTokenizerBase, row: Row) -> list[int]:
+def tokenize_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """The tokens that generation starts from; of a row that has a response, those before it."""
     return _start(tokenizer, row, _prompt(row)).ids
 
@@ -264,7 +261,7 @@ def _shared_start(chosen: Any, rejected: Any) -> Part:
 class _Sequence:
     """Tokens of a text that grows piece by piece, so that those of its start never change."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     bos: list[int] = field(default_factory=list)
     text: str = ""
     ids: list[int] = field(default_factory=list)
@@ -287,11 +284,11 @@ class _Sequence:
             self.add(text[start:end], learn=any(span.start <= start and end <= span.end for span in spans))
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _start(tokenizer: PreTrainedTokenizerBase, row: Row, prompt: Part, *, learn_turns: bool = False) -> _Sequence:
+def _start(tokenizer: Tokenizer, row: Row, prompt: Part, *, learn_turns: bool = False) -> _Sequence:
     """The sequence up to where the response begins; `learn_turns` makes targets of earlier assistant turns."""
     if isinstance(prompt, str):
         bos = [] if prompt.startswith(tokenizer.bos_token or "\0") else tokenizer("", verbose=False).input_ids[:1]
@@ -334,13 +331,13 @@ def _respond(sequence: _Sequence, row: Row, prompt: Part, response: Part) -> Tok
 class _Chat:
     """A chat template, and what a row gives it besides messages."""
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     template: str
     tools: list[Any] | None
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase, row: Row) -> _Chat:
+    def of(cls, tokenizer: Tokenizer, row: Row) -> _Chat:
         if tokenizer.chat_template is None:
             raise ValueError(
                 "the row has messages, but the tokenizer has no chat template; expected rows of text, or a Jinja file "

@@ -67,7 +67,8 @@ def _check_stages(overrides: list[str]) -> None:
         stage = override.key_or_group.split(".")[0]
         if stage in STAGES and stage not in selected:
             raise ValueError(
-                f"{override.input_line}: the stage {stage!r} is not part of this run (selected: {', '.join(selected)}). "
+                f"{override.input_line}: the stage {stage!r} is not part of this run "
+                f"(selected: {', '.join(selected)}). "
                 f"Add it, as in stage=[{','.join([*selected, stage])}], or drop the setting."
             )
 

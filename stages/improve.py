@@ -134,7 +134,7 @@ def update_critic(
     """One optimizer step of the value function; `denominator` as in `update_actor`."""
     outcomes = []
     for index, batch in enumerate(micro_batches, start=1):
-        per_position = critic(batch.sequences, batch.attention_mask, position_ids(batch.attention_mask))
+        per_position = critic(batch.sequences, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
         result = value_loss(
             response_values(per_position, batch.response_mask.shape[1]),
             batch.values,

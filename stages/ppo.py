@@ -13,10 +13,10 @@ from functools import partial
 from pathlib import Path
 
 import torch
+
 from data.collate import collate_prompts
 from data.loader import PromptLoader
 from data.prompts import Prompt, prompts
-
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.run import RunConfig
@@ -42,13 +42,13 @@ def run_ppo(run: RunConfig, world: World) -> Record:
     config = run.ppo
     assert config is not None
     tokenizer = stage_tokenizer(run, config.actor)
-    splits = prompts(run.data, tokenizer, config=config)
+    splits = prompts(run.data, config, tokenizer=tokenizer)
     with open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session:
         examiner = Examiner.of(session, splits.eval)
         scale = score_scale(config, session)
         models = load_models(config, world)
         collector = new_collector(session, models, scale)
-        loader = PromptLoader(splits.train, config=config, rank=world.rank, ranks=world.size, pad_id=session.pad_id)
+        loader = prompt_loader(session, splits.train)
         kl = kl_controller(config.kl)
         before = examiner.examine(collector, step=0)
         session.finish_step(0, **before)
@@ -88,6 +88,22 @@ def load_models(config: PPOConfig, world: World) -> Models:
         reward=build(scalar_head_model(config.reward)),
         reference=reference,
         critic=critic,
+    )
+
+
+def prompt_loader(session: Session, samples: Sequence[Prompt]) -> PromptLoader:
+    """This rank's prompts of every iteration."""
+    config = session.run.ppo
+    assert config is not None
+    return PromptLoader(
+        samples,
+        rollout_size=config.rollout_size,
+        samples_per_prompt=config.samples_per_prompt,
+        rank=session.world.rank,
+        ranks=session.world.size,
+        seed=config.seed,
+        iterations=config.iterations,
+        pad_id=session.pad_id,
     )
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from data.demonstrations import demonstrations
 from data.preferences import preferences
 from data.prompts import prompts
-
 from rlhf.config.groups import accumulation, divisible
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import PPOConfig, SupervisedConfig
@@ -23,6 +22,7 @@ from stages.session import stage_tokenizer
 
 log = logging.getLogger(__name__)
 
+_READERS = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
 _PRODUCTS = {"sft/model": "sft", "reward/model": "reward"}
 
 
@@ -56,26 +56,23 @@ def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
     """
     config = getattr(run, stage)
     assert isinstance(config, PPOConfig | SupervisedConfig)
-    is_ppo = isinstance(config, PPOConfig)
-    size, setting = (
-        (config.minibatch_size, "minibatch_size") if is_ppo else (config.global_batch_size, "global_batch_size")
-    )
+    setting = "minibatch_size" if isinstance(config, PPOConfig) else "global_batch_size"
+    size = config.minibatch_size if isinstance(config, PPOConfig) else config.global_batch_size
     micro = config.micro_batch_size
     steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name=f"{stage}.{setting}")
     what = "pairs" if stage == "reward" else "sequences"
     text = f"{stage}: {setting} {size} = {ranks} ranks x {micro} {what} x {steps} accumulation"
-    if not isinstance(config, PPOConfig):
-        return text
-    each = divisible(
-        config.rollout_size,
-        by=ranks * config.samples_per_prompt,
-        names="ppo.rollout_size by ranks x samples_per_prompt",
+    return f"{text}; {_rollout_arithmetic(config, ranks)}" if isinstance(config, PPOConfig) else text
+
+
+def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
+    group = ranks * config.samples_per_prompt
+    prompts_each = divisible(config.rollout_size, by=group, names="ppo.rollout_size by ranks x samples_per_prompt")
+    cuts = config.rollout_size // config.minibatch_size
+    return (
+        f"rollout_size {config.rollout_size} = {ranks} ranks x {prompts_each} prompts x {config.samples_per_prompt} "
+        f"samples; {cuts * config.epochs} steps per iteration = {cuts} minibatches x {config.epochs} epochs"
     )
-    updates = config.rollout_size // config.minibatch_size * config.epochs
-    rollout = (
-        f"rollout_size {config.rollout_size} = {ranks} ranks x {each} prompts x {config.samples_per_prompt} samples"
-    )
-    return f"{text}; {rollout}; {updates} steps per iteration = {updates // config.epochs} minibatches x {config.epochs} epochs"
 
 
 def check_inputs(run: RunConfig, stage: str) -> None:
@@ -108,18 +105,15 @@ def model_paths(run: RunConfig, stage: str) -> dict[str, str]:
 
 
 def check_data(run: RunConfig, stages: list[str]) -> None:
-    """Read, validate and tokenise the data of every stage that is left to do.
+    """Read, check and tokenise the data of every stage that is left to do.
 
     Raises:
         ValueError: a data set, a row, or a template that cannot be used.
     """
-    readers = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
-    for stage in stages:
-        readers[stage].check(run.data)
     if run.model.embedded is not None:
         prepare(run.model.embedded, Path(run.model.path))
     for stage in stages:
-        source = next(iter(model_paths(run, stage).values()))
-        tokenizer = stage_tokenizer(run, source if Path(source).exists() else run.model.path)
-        splits = readers[stage](run.data, tokenizer, config=getattr(run, stage))
-        log.info("%s", splits)
+        config, path = getattr(run, stage), next(iter(model_paths(run, stage).values()))
+        tokenizer = stage_tokenizer(run, path if Path(path).exists() else run.model.path)
+        splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
+        log.info("%s: %s rows to train on, %s held out", stage, len(splits.train), len(splits.eval))

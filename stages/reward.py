@@ -9,10 +9,10 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from data.collate import collate_preferences
-from data.preferences import preferences
 from torch import Tensor
 
+from data.collate import collate_preferences
+from data.preferences import preferences
 from rlhf.algorithms.preference import pairwise_loss
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import RewardConfig
@@ -39,7 +39,7 @@ class Pairwise:
 
     def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> Outcome:
         """Loss of the pairs, both responses in one forward."""
-        per_position = engine(batch.input_ids, batch.attention_mask, position_ids(batch.attention_mask))
+        per_position = engine(batch.input_ids, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
         chosen, rejected = last_token_scores(per_position, batch.attention_mask).chunk(2)
         result = pairwise_loss(
             chosen,
@@ -56,7 +56,7 @@ def run_reward(run: RunConfig, world: World) -> Record:
     config = run.reward
     assert config is not None
     tokenizer = stage_tokenizer(run, config.init_from)
-    splits = preferences(run.data, tokenizer, config=config)
+    splits = preferences(run.data, config, tokenizer=tokenizer)
     collate = partial(collate_preferences, pad_id=int(tokenizer.pad_token_id))
     loader = train_loader(splits.train, collate, config=config, world=world)
     held_out = held_out_batches(splits.eval, collate, config=config, world=world)

@@ -48,10 +48,7 @@ class Session:
         """Write a model to the stage's folder, loadable without this project; all ranks must call it."""
         folder = self.folder / name
         tensors = engine.full_tensors()
-        if self.world.is_main:
-            export(engine.module, tensors, folder, config=engine.module.config, tokenizer=self.tokenizer)
-        for _ in tensors:
-            pass  # a rank that writes nothing still takes part in gathering
+        export(engine.module, tensors, folder=folder, tokenizer=self.tokenizer, write=self.world.is_main)
         dist.barrier()
         return folder
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import partial
 
-from data.collate import collate_demonstrations
-from data.demonstrations import demonstrations
 from torch import Tensor
 
+from data.collate import collate_demonstrations
+from data.demonstrations import demonstrations
 from rlhf.algorithms.sft import count_targets, sft_loss
 from rlhf.config.run import RunConfig
 from rlhf.dist import World
@@ -49,7 +49,7 @@ def run_sft(run: RunConfig, world: World) -> Record:
     config = run.sft
     assert config is not None
     tokenizer = stage_tokenizer(run, config.init_from)
-    splits = demonstrations(run.data, tokenizer, config=config)
+    splits = demonstrations(run.data, config, tokenizer=tokenizer)
     collate = partial(collate_demonstrations, pad_id=int(tokenizer.pad_token_id))
     loader = train_loader(splits.train, collate, config=config, world=world)
     held_out = held_out_batches(splits.eval, collate, config=config, world=world)

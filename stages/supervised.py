@@ -6,12 +6,14 @@ Losses are divided by counts over the whole step, so micro-batches and ranks cha
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf.dist import sum_over_ranks
+from data.loader import EvalBatch, TrainLoader, evaluation_batches, steps_of
+from rlhf.config.stages import SupervisedConfig
+from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.types import PreferenceBatch, SFTBatch
 from stages.handover import Record
@@ -37,6 +39,34 @@ class Objective(Protocol, Generic[Batch]):
     def outcome(self, engine: Engine, batch: Batch, *, denominator: Tensor) -> Outcome:
         """Loss and diagnostics of a micro-batch, divided by the step's denominator."""
         ...
+
+
+def train_loader(
+    samples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], *, config: SupervisedConfig, world: World
+) -> TrainLoader[Any, Batch]:
+    """This rank's micro-batches of every step of the stage."""
+    steps = steps_of(
+        len(samples), config.epochs, max_steps=config.max_steps, global_batch_size=config.global_batch_size
+    )
+    return TrainLoader(
+        samples,
+        collate,
+        global_batch_size=config.global_batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=world.rank,
+        ranks=world.size,
+        seed=config.seed,
+        steps=steps,
+    )
+
+
+def held_out_batches(
+    samples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], *, config: SupervisedConfig, world: World
+) -> list[EvalBatch[Batch]]:
+    """This rank's part of the held-out rows."""
+    rows = samples[: config.eval_rows] if config.eval_rows else samples
+    size = config.micro_batch_size
+    return evaluation_batches(rows, collate, micro_batch_size=size, rank=world.rank, ranks=world.size)
 
 
 def supervise(

@@ -72,3 +72,18 @@ def bare_tokenizer(folder: Path | str) -> Path:
     return byte_level_tokenizer(
         folder, special_tokens=["<s>", "</s>"], bos_token="<s>", eos_token="</s>", add_bos_token=True
     )
+
+
+def byte_fallback_tokenizer(folder: Path | str) -> Path:
+    """SentencePiece style: a visible space in front of a word, a token `<0x..>` for each byte, no pad token."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdefghijklmnopqrstuvwxyz"]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], byte_fallback=True, unk_token="<unk>"
+        )
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(folder)
+    return Path(folder)

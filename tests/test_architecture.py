@@ -12,7 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "stages", "data", "conf")
 FLOORS = [
     {"rlhf.config", "rlhf.types"},
-    {"rlhf.algorithms", "rlhf.dist", "rlhf.launch", "rlhf.tracking", "rlhf.text"},
+    {"rlhf.dist"},
+    {"rlhf.algorithms", "rlhf.launch", "rlhf.tracking", "rlhf.text"},
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},
     {"rlhf.rollout", "rlhf.evaluation", "rlhf.chat", "rlhf.hf"},

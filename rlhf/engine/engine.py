@@ -136,6 +136,7 @@ def build_engine(
     module.train(not frozen)
     learner = None
     if optimizer is not None:
+        assert total_steps > 0, "the schedule needs to know its length"
         groups = trainable_groups(blueprint)
         gradients = Gradients(groups, sharding, world=world, dtype=dtype)
         adam = AdamW(groups, masters, config=optimizer)

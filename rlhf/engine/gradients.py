@@ -59,9 +59,10 @@ class Gradients:
     def report(self) -> GradientReport:
         """Norm and reach of the sums, the same on every rank, for one reduction and one wait for the device."""
         sums = self.sums()
-        squared = torch.nn.utils.get_total_norm(sums.values()).double().square() / self._copies
-        reached = torch.tensor([float(self._is_reached(name)) for name in self._parameters], dtype=torch.float64)
-        total, *counts = sum_over_ranks(torch.cat([squared.reshape(1), reached.to(squared.device)])).tolist()
+        norm = torch.nn.utils.get_total_norm(sums.values()).to(self._world.device)
+        squared = norm.double().square().reshape(1) / self._copies
+        reached = squared.new_tensor([self._is_reached(name) for name in self._parameters])
+        total, *counts = sum_over_ranks(torch.cat([squared, reached])).tolist()
         names = {name for name, count in zip(self._parameters, counts, strict=True) if count}
         return GradientReport(math.sqrt(total), names)
 
@@ -81,9 +82,15 @@ class Gradients:
         for parameter in self._parameters.values():
             parameter.grad = None
 
-    def replace(self, name: str, gradient: Tensor) -> None:
-        """Put `gradient` in the place of what was collected."""
+    def take(self, name: str) -> Tensor | None:
+        """Remove a sum and return it."""
+        gradient = self.sum_of(name)
+        self._sums.pop(name, None)
         self._parameters[name].grad = None
+        return gradient
+
+    def put(self, name: str, gradient: Tensor) -> None:
+        """Make `gradient` the sum of `name`."""
         self._sums[name] = gradient
 
     def _is_reached(self, name: str) -> bool:
@@ -136,18 +143,18 @@ class _ReplicaSum:
 
     def begin(self) -> None:
         self._awaited = [len(group) for group in self._groups]
-        self._sent = []
         self.reached = set()
 
     def finish(self) -> None:
         while len(self._sent) < len(self._groups):
             self._send()
-        self._awaited = []
         for group, (work, flat) in zip(self._groups, self._sent, strict=True):
             work.wait()
             pieces = flat.split([parameter.numel() for parameter in group.values()])
             for (name, parameter), piece in zip(group.items(), pieces, strict=True):
-                self._gradients.replace(name, piece.view_as(parameter))
+                self._gradients.put(name, piece.view_as(parameter))
+        self._awaited = []
+        self._sent = []
 
     def _arrive(self, index: int, _: Tensor) -> None:
         if not self._awaited:  # not the last micro-batch
@@ -159,11 +166,13 @@ class _ReplicaSum:
     def _send(self) -> None:
         pieces = []
         for name, parameter in self._groups[len(self._sent)].items():
-            gradient = self._gradients.sum_of(name)
-            if gradient is not None:
+            gradient = self._gradients.take(name)
+            if gradient is None:
+                gradient = torch.zeros_like(parameter, dtype=torch.float32)
+            else:
                 self.reached.add(name)
-            pieces.append(torch.zeros_like(parameter, dtype=torch.float32) if gradient is None else gradient)
-        flat = torch.cat([piece.flatten() for piece in pieces])
+            pieces.append(gradient.flatten())
+        flat = torch.cat(pieces)
         work = dist.all_reduce(flat, async_op=True)
         assert work is not None
         self._sent.append((work, flat))

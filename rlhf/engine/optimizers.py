@@ -81,8 +81,8 @@ class AdamW:
         for group, home in zip(self.groups, self.homes, strict=True):
             names = [name for name in group if name in gradients]
             state = home.load()
-            for name in names:
-                state.steps[name] += 1
+            if names:
+                torch._foreach_add_([state.steps[name] for name in names], 1)
             matrices = [name for name in names if group[name].ndim >= 2]
             vectors = [name for name in names if group[name].ndim < 2]
             for part, decay in ((matrices, self._config.weight_decay), (vectors, 0.0)):

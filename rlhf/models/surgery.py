@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import re
+from functools import partial
 
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
 _DROPOUT = re.compile(r"dropout|pdrop|drop_prob|layerdrop")
@@ -59,10 +61,15 @@ def find_blocks(module: nn.Module, count: int) -> list[nn.Module]:
 
 
 def enable_activation_checkpointing(module: nn.Module) -> None:
-    """Recompute every block in backward instead of keeping its activations; acts in training mode only."""
-    for child in module.modules():
-        if isinstance(child, PreTrainedModel):
-            # The outermost one switches all blocks below it.
-            child.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            return
-    raise ValueError(f"{type(module).__name__} has no transformers model inside; its activations cannot be recomputed.")
+    """Recompute every block in backward instead of keeping its activations; acts in training mode only.
+
+    Raises:
+        ValueError: The architecture has no such switch.
+    """
+    outermost = next((child for child in module.modules() if isinstance(child, PreTrainedModel)), None)
+    if outermost is None or not outermost.supports_gradient_checkpointing:
+        raise ValueError(
+            f"{type(module).__name__} cannot recompute activations; set engine.activation_checkpointing=false."
+        )
+    # The public switch also makes the embeddings require gradients, which would drag backward through frozen layers.
+    outermost._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))

@@ -108,8 +108,8 @@ class WandbRun:
         self, folder: Path, *, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
     ) -> None:
         """Start or continue the run of the stage in `folder`, in the group `run_name`; see `choose_mode` for errors."""
-        # Copies of logged tables would go to the home folder, and wandb's own telemetry would complain in our terminal.
-        os.environ["WANDB_DATA_DIR"] = str(folder.parent / "wandb")
+        # wandb would keep copies of tables and its own log in the home folder, and report errors to its makers.
+        os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(folder.parent / "wandb")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         choice = choose_mode(config.wandb)
         arguments = {

@@ -3,7 +3,17 @@
 import numpy as np
 import pytest
 
-from data.gold import REVIEWS, RidgeJudge, lexicon_score, read_ratings, ridge_judge, terms
+from data.gold import (
+    REVIEWS,
+    RidgeJudge,
+    lexicon,
+    lexicon_score,
+    predicted_rating,
+    read_ratings,
+    reviews,
+    ridge_judge,
+    terms,
+)
 
 TEXTS = ["good film", "good good story", "bad film", "bad story", "a bad bad story", "a good film"]
 RATINGS = [2.0, 3.0, -2.0, -1.0, -3.0, 1.0]
@@ -47,3 +57,14 @@ def test_the_lexicon_agrees_with_people_and_keeps_to_its_range():
 def test_the_lexicon_scores_the_published_example():
     # The package's README gives this compound score.
     assert lexicon_score(["VADER is smart, handsome, and funny."])[0] == pytest.approx(0.8316)
+
+
+def test_a_review_is_its_opening_and_its_continuation_without_the_instruction():
+    assert reviews(["Movie review: A small"], [" gem, never dull."]) == ["A small gem, never dull."]
+
+
+def test_both_metrics_judge_the_finished_review_and_put_praise_above_scorn():
+    prompts, responses = ["Movie review: A"] * 2, [" wonderful, moving film.", " dull, stupid mess."]
+    assert (lexicon(prompts, responses) == lexicon_score(["A wonderful, moving film.", "A dull, stupid mess."])).all()
+    praise, scorn = predicted_rating(prompts, responses)
+    assert praise > 1 > -1 > scorn

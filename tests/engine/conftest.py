@@ -8,8 +8,8 @@ from tests.engine import scenarios
 from tests.run_on_ranks import run_on_ranks
 
 PARTS = {
-    1: "parity tied odd adapters micro_batches bf16 loading spoiled hybrid resumed frozen",
-    2: "parity tied odd adapters micro_batches bf16 loading spoiled hybrid resumed frozen one_sided",
+    1: "parity tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank resumed frozen",
+    2: "parity tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank resumed frozen one_sided",
     4: "parity odd micro_batches loading",
 }
 

@@ -4,14 +4,16 @@ All of them go into one start of the processes, because starting takes longer th
 """
 
 import copy
+import tempfile
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from rlhf import dist
-from rlhf.config.groups import EngineConfig
+from rlhf.config.groups import EngineConfig, LoraConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.learner import StepResult
+from rlhf.models.causal_lm import causal_lm
 from tests.engine import tiny
 
 STAGES = (0, 1, 2, 3)
@@ -55,10 +57,14 @@ def parity(world):
 
 
 def tied(world):
-    """The same with tied embeddings, and the names that were exported."""
-    engine = tiny.engine(world, 3, kind={"tied": True})
-    shared = engine.module.llama.lm_head.weight is engine.module.llama.model.embed_tokens.weight
-    return curve(engine, 4), weights(engine), shared
+    """The same with tied embeddings, and whether they still are one parameter, by stage."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage, kind={"tied": True})
+        points = curve(engine, 4)
+        llama = engine.module.llama
+        found[stage] = points, weights(engine), llama.lm_head.weight is llama.model.embed_tokens.weight
+    return found
 
 
 def odd(world):
@@ -151,7 +157,8 @@ def hybrid(world):
         before = weights(engine)
         tokens = decode(engine, ids[:2, :3], 2 + 3 * world.rank)
         cut_short(engine, ids)
-        state = [type(p) for p in engine.module.parameters()], engine.module.training, torch.is_grad_enabled()
+        parameters = list(engine.module.parameters())
+        state = [isinstance(p, DTensor) for p in parameters], engine.module.training, torch.is_grad_enabled()
         unchanged = all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items())
         points = curve(engine, 2)
         undisturbed = curve(tiny.engine(world, stage, precision="bf16"), 2)
@@ -210,6 +217,40 @@ def frozen(world):
         learns = any(parameter.requires_grad for parameter in engine.module.parameters())
         found[stage] = logits, direct, whole, learns, engine.module.training
     return found
+
+
+def low_rank(world):
+    """Real adapters: logits before, while and after they are merged, and the step that follows, by stage."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        tiny.reference().llama.save_pretrained(folder)
+        for stage in STAGES:
+            plan = causal_lm(folder, lora=LoraConfig(rank=4), seed=3)
+            config = EngineConfig(zero_stage=stage, precision="fp32")
+            optimizer = tiny.optimizer_config(lr=0.1)
+            engine = build_engine(plan, config=config, world=world, optimizer=optimizer, total_steps=10)
+            found[stage] = merged_and_not(engine, tiny.batch(50)[0])
+    return found
+
+
+def merged_and_not(engine, ids):
+    """Logits with adapters apart and merged, whether merging changed a weight, and two steps around it."""
+    steps = [adapter_step(engine, 0)]
+    before = weights(engine)
+    with engine.evaluating() as model:
+        apart = model(ids).logits
+    with engine.generating() as model:
+        together = model(ids).logits
+    same = all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items())
+    return apart, together, same, [*steps, adapter_step(engine, 1)]
+
+
+def adapter_step(engine, step):
+    ids, counts = tiny.batch(step)
+    mine = slice(engine.world.rank, None, engine.world.size)
+    loss = tiny.token_loss(engine(ids[mine]).logits, ids[mine], counts[mine], counts.sum())
+    engine.backward(loss, last=True)
+    return engine.step().grad_norm
 
 
 def one_sided(world):

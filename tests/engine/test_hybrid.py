@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.distributed.tensor import DTensor
 
 from tests.engine import scenarios, tiny
 
@@ -40,10 +39,21 @@ def test_ranks_may_stop_at_different_lengths(on_ranks, unwrapped, ranks, stage):
 def test_after_generation_even_one_cut_short_training_goes_on_undisturbed(on_ranks, ranks, stage):
     for rank in on_ranks(ranks):
         found = rank["hybrid"][stage]
-        kinds, training, gradients = found["state"]
-        assert {issubclass(kind, torch.nn.Parameter) for kind in kinds} == {True}
+        sharded, training, gradients = found["state"]
+        assert sharded == [ranks > 1 and stage > 0] * len(sharded)
         assert training
         assert gradients
         assert found["unchanged"]
         disturbed, undisturbed = found["curves"]
         assert disturbed == undisturbed
+
+
+@pytest.mark.parametrize(("ranks", "stage"), BOTH)
+def test_adapters_are_merged_for_generation_and_apart_again_after(on_ranks, ranks, stage):
+    *_, steps_of_one = on_ranks(1)[0]["low_rank"][0]
+    for rank in on_ranks(ranks):
+        apart, together, same, steps = rank["low_rank"][stage]
+        torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+        assert not torch.equal(together, apart), "merged weights round differently"
+        assert same
+        assert steps == pytest.approx(steps_of_one, rel=1e-5)

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
+from rlhf.config.groups import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import scalar_head_model
@@ -89,20 +90,39 @@ def test_blocks_are_the_outermost_list_of_their_length():
         find_blocks(module, 3)
 
 
+def count_forwards(block):
+    calls = []
+    norm = next(child for child in block.modules() if "Norm" in type(child).__name__)
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    return calls
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "opt"])
 @pytest.mark.parametrize("make", [causal_lm, scalar_head_model])
 def test_recomputed_activations_give_the_same_gradients_from_more_forwards(family, make, tmp_path):
     tiny.save(family, tmp_path)
     plain, recomputing = (tiny.materialized(make(tmp_path)).train() for _ in range(2))
     enable_activation_checkpointing(recomputing)
-    calls = []
-    linear = next(
-        m for m in find_blocks(recomputing, 3)[1].modules() if isinstance(m, nn.LayerNorm) or "Norm" in type(m).__name__
-    )
-    linear.register_forward_hook(lambda *_: calls.append(1))
+    calls = count_forwards(find_blocks(recomputing, 3)[1])
     for module in (plain, recomputing):
         output = module(**ids_and_mask())
         (output if make is scalar_head_model else output.logits).square().sum().backward()
     assert len(calls) == 2
     for (name, a), b in zip(plain.named_parameters(), recomputing.parameters(), strict=True):
         assert torch.allclose(a.grad, b.grad, rtol=1e-5, atol=1e-6), name
+
+
+def test_frozen_layers_below_the_adapters_are_not_recomputed(tmp_path):
+    tiny.save("llama", tmp_path)
+    blueprint = causal_lm(tmp_path, lora=LoraConfig(rank=2, top_layers=1))
+    module = tiny.materialized(blueprint).train()
+    enable_activation_checkpointing(module)
+    below, above = (count_forwards(block) for block in blueprint.blocks[1:])
+    module(**ids_and_mask()).logits.square().sum().backward()
+    assert (len(below), len(above)) == (1, 2)
+    assert module.get_submodule("model.layers.2.mlp.up_proj.lora_B.default").weight.grad.abs().sum() > 0
+
+
+def test_a_module_that_cannot_recompute_says_so():
+    with pytest.raises(ValueError, match="engine.activation_checkpointing=false"):
+        enable_activation_checkpointing(nn.Linear(2, 2))

@@ -9,7 +9,10 @@ from contextlib import contextmanager
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers like W&B (`normal`), turns everybody away (`reject`), or takes a run but never its rows (`swallow`)."""
+    """W&B as it should be (`normal`), or with a fault.
+
+    `reject` turns everybody away, `swallow` takes a run but never its rows, `no tables` takes only runs and numbers.
+    """
 
     daemon_threads = True
 
@@ -39,7 +42,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     def do_POST(self):
         body = self.rfile.read(int(self.headers.get("content-length", 0)))
         body = gzip.decompress(body) if self.headers.get("content-encoding") == "gzip" else body
-        if self.server.behaviour == "reject":
+        operation = re.search(r"(?:query|mutation)\s+(\w+)", body.decode())
+        other = operation and operation[1] not in {"UpsertBucket", "CreateRunFiles", "RunResumeStatus"}
+        if self.server.behaviour == "reject" or (self.server.behaviour == "no tables" and other):
             self._answer({}, status=401)
         elif self.path.endswith("graphql"):
             self._answer({"data": self._graphql(json.loads(body))})

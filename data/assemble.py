@@ -1,0 +1,176 @@
+"""From the sources of a stage to its samples: share, hold out, weigh, tokenise, drop what is too long.
+
+A row is tokenised once, however often its weight repeats it, and nothing is ever truncated.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+import numpy as np
+from datasets import Dataset
+
+from data.blend import weighted
+from data.cache import cached, content_key
+from data.rows import COLUMNS, each_row, require_columns
+from data.sources import load_rows
+from data.split import Indices, hold_out, stage_rows
+from rlhf.config.groups import DataConfig, SourceConfig, StageDataConfig
+from rlhf.text import Row, Tokens
+
+logger = logging.getLogger(__name__)
+
+Sample = TypeVar("Sample")
+
+
+@dataclass(frozen=True)
+class Splits(Generic[Sample]):
+    """The samples of a stage."""
+
+    train: list[Sample]
+    eval: list[Sample]
+    dropped: dict[str, int]
+    """Reason -> rows that were left out for it."""
+    fingerprint: str
+    """Hash of every token in `train` and `eval`, in order."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Longer rows are dropped; both in tokens."""
+
+    stage: str
+    max_prompt_tokens: int
+    max_response_tokens: int
+
+    def broken_by(self, sequences: Sequence[Tokens]) -> str:
+        """Why a row is dropped; empty where it is not."""
+        if any(tokens.num_prompt > self.max_prompt_tokens for tokens in sequences):
+            return f"prompt longer than {self.stage}.max_prompt_tokens={self.max_prompt_tokens}"
+        if any(len(tokens.input_ids) - tokens.num_prompt > self.max_response_tokens for tokens in sequences):
+            return f"response longer than {self.stage}.max_response_tokens={self.max_response_tokens}"
+        return ""
+
+
+@dataclass(frozen=True)
+class Recipe(Generic[Sample]):
+    """What a stage makes of a row."""
+
+    stage: str
+    """Its name under `data` and in the configuration."""
+    position: int
+    """Its place in `data.stage_split`."""
+    sources: StageDataConfig
+    limits: Limits
+    columns: Sequence[Sequence[str]]
+    """Sets of columns, one of which is needed."""
+    settings: Sequence[str]
+    """What decides, besides the row, how it is tokenised."""
+    tokenize: Callable[[Row], list[Tokens]]
+    """Checks a row and tokenises it; always the same number of sequences."""
+    build: Callable[[Row, list[Tokens]], Sample]
+
+
+@dataclass
+class _Pile(Generic[Sample]):
+    """Samples of all sources of one split."""
+
+    name: str
+    samples: list[Sample] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    digest: str = ""
+
+    def require_some(self) -> None:
+        if self.dropped and not self.samples:
+            reasons = "; ".join(f"{count} for a {reason}" for reason, count in self.dropped.items())
+            raise ValueError(f"{self.name}: all rows were dropped: {reasons}. Raise the limit or use shorter rows.")
+
+
+def assemble(recipe: Recipe[Sample], *, data: DataConfig) -> Splits[Sample]:
+    """Read, check and tokenise the data of a stage.
+
+    Raises:
+        ValueError: No data, rows that cannot be used, or all of them longer than the limits.
+    """
+    name, sources = f"data.{recipe.stage}", recipe.sources
+    if not sources.train:
+        raise ValueError(f"{name}.train is empty; expected at least one file, folder or hub id.")
+    train, held_out = _Pile[Sample](f"{name}.train"), _Pile[Sample](f"{name}.eval")
+    for number, source in enumerate(sources.train):
+        part = _Part.open(source, recipe, data=data, where=f"{name}.train[{number}]")
+        halves = hold_out(part.rows, 0.0 if sources.eval else sources.eval_fraction, seed=data.split_seed)
+        part.add(weighted(halves.train, max(source.weight, 1.0), seed=data.split_seed), train)
+        part.add(halves.eval, held_out)
+    for number, source in enumerate(sources.eval):
+        part = _Part.open(source, recipe, data=data, where=f"{name}.eval[{number}]")
+        part.add(weighted(part.rows, max(source.weight, 1.0), seed=data.split_seed), held_out)
+    for pile in (train, held_out):
+        pile.require_some()
+    fingerprint = hashlib.sha256((train.digest + "|" + held_out.digest).encode()).hexdigest()
+    return Splits(train.samples, held_out.samples, dict(train.dropped + held_out.dropped), fingerprint)
+
+
+@dataclass(frozen=True)
+class _Part(Generic[Sample]):
+    """The rows of one source that belong to a stage."""
+
+    recipe: Recipe[Sample]
+    table: Dataset
+    rows: Indices
+    where: str
+    cache_dir: str | None
+
+    @classmethod
+    def open(cls, source: SourceConfig, recipe: Recipe[Sample], *, data: DataConfig, where: str) -> _Part[Sample]:
+        table = load_rows(source)
+        require_columns(table.column_names, recipe.columns, where=where)
+        rows = stage_rows(len(table), data.stage_split, position=recipe.position, seed=data.split_seed)
+        if len(rows) == 0:
+            raise ValueError(f"data.stage_split={data.stage_split} leaves {recipe.stage} none of {len(table)} rows.")
+        try:
+            rows = weighted(rows, min(source.weight, 1.0), seed=data.split_seed)
+        except ValueError as error:
+            raise ValueError(f"{where}.{error}") from error
+        known = table.select_columns([name for name in table.column_names if name in COLUMNS])
+        return cls(recipe, known, rows, f"{where} ({source.path})", data.cache_dir)
+
+    def add(self, numbers: Indices, pile: _Pile[Sample]) -> None:
+        """Put the samples of the rows `numbers` on a pile, in that order; a number may come twice."""
+        if len(numbers) == 0:
+            return
+        distinct, place = np.unique(numbers, return_inverse=True)
+        rows = self.table.select(distinct).to_list()
+        tokens = self._tokens(rows, distinct)
+        reasons = [self.recipe.limits.broken_by(sequences) for sequences in tokens]
+        samples = [self.recipe.build(row, sequences) for row, sequences in zip(rows, tokens, strict=True)]
+        kept = [index for index in place.tolist() if not reasons[index]]
+        pile.samples += [samples[index] for index in kept]
+        pile.digest += _digest([sequence for index in kept for sequence in tokens[index]])
+        self._count(Counter(reason for reason in reasons if reason), pile, num_rows=len(rows))
+
+    def _tokens(self, rows: list[Row], numbers: Indices) -> list[list[Tokens]]:
+        def make() -> list[Tokens]:
+            sequences = each_row(rows, self.recipe.tokenize, numbers=numbers, where=self.where)
+            return [tokens for row in sequences for tokens in row]
+
+        flat = cached(self.cache_dir, content_key(rows, self.recipe.settings), make=make)
+        width = len(flat) // len(rows)
+        return [flat[start : start + width] for start in range(0, len(flat), width)]
+
+    def _count(self, dropped: Counter[str], pile: _Pile[Sample], *, num_rows: int) -> None:
+        pile.dropped += dropped
+        for reason, count in dropped.items():
+            logger.warning("%s: dropped %d of %d rows: %s", self.where, count, num_rows, reason)
+
+
+def _digest(sequences: Sequence[Tokens]) -> str:
+    digest = hashlib.sha256()
+    for tokens in sequences:
+        digest.update(np.int64(len(tokens.input_ids)).tobytes())
+        digest.update(tokens.input_ids.tobytes() + tokens.target_mask.tobytes())
+    return digest.hexdigest()

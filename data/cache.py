@@ -1,0 +1,74 @@
+"""Tokenised rows on disk, found again by what they were made of: rows, tokenizer, settings.
+
+One Arrow file each, written under a temporary name and renamed, so that it is complete or absent and several ranks
+may write the same one. Nothing is pickled and nothing is ever out of date; old files can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import feather
+
+from rlhf.text import Row, Tokens
+
+LAYOUT = 1  # raise it when a row comes to be tokenised differently
+
+
+def content_key(rows: Iterable[Row], settings: Iterable[str]) -> str:
+    """Hash of the content of `rows` and of everything in `settings` that decides how they are tokenised."""
+    digest = hashlib.sha256(json.dumps([LAYOUT, *settings]).encode())
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def cached(folder: str | None, key: str, *, make: Callable[[], list[Tokens]]) -> list[Tokens]:
+    """The tokens stored in `folder` under `key`, else those that `make` makes, stored for the next time.
+
+    Args:
+        folder: `data.cache_dir`; None makes them every time.
+        key: From `content_key`.
+        make: Called where nothing is stored.
+    """
+    if folder is None:
+        return make()
+    file = Path(folder) / f"{key}.arrow"
+    if not file.exists():
+        _write(file, make())
+    return _read(file)
+
+
+def _write(file: Path, tokens: list[Tokens]) -> None:
+    ends = np.cumsum([0, *(len(sequence.input_ids) for sequence in tokens)])
+    flat = {
+        "input_ids": np.concatenate([sequence.input_ids for sequence in tokens]),
+        "target_mask": np.concatenate([sequence.target_mask for sequence in tokens]),
+    }
+    columns = {name: pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values)) for name, values in flat.items()}
+    table = pa.table({**columns, "num_prompt": [sequence.num_prompt for sequence in tokens]})
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{uuid.uuid4().hex}.unfinished")
+    feather.write_feather(table, str(unfinished))
+    unfinished.replace(file)
+
+
+def _read(file: Path) -> list[Tokens]:
+    try:
+        table = feather.read_table(str(file)).combine_chunks()
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"data.cache_dir: {file} is damaged ({error}); delete it.") from error
+    ids, masks = (_sequences(table.column(name)) for name in ("input_ids", "target_mask"))
+    return [Tokens(*parts) for parts in zip(ids, masks, table.column("num_prompt").to_pylist(), strict=True)]
+
+
+def _sequences(column: pa.ChunkedArray) -> list[np.ndarray]:
+    lists = column.combine_chunks()
+    values = lists.values.to_numpy(zero_copy_only=False)
+    return np.split(values, lists.offsets.to_numpy()[1:-1])

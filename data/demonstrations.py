@@ -1,0 +1,52 @@
+"""Demonstrations: what SFT imitates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.assemble import Limits, Recipe, Splits, assemble
+from data.rows import DEMONSTRATION, check_row
+from rlhf.config.groups import DataConfig
+from rlhf.config.stages import SFTConfig
+from rlhf.text import Row, Tokenizer, Tokens, tokenize_demonstration, tokenizer_fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstration:
+    """One sequence to imitate."""
+
+    input_ids: NDArray[np.int32]  # [T]
+    target_mask: NDArray[np.bool_]  # [T], True where the token is learnt
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def demonstrations(data: DataConfig, config: SFTConfig, *, tokenizer: Tokenizer) -> Splits[Demonstration]:
+    """The samples of `data.sft`.
+
+    Of a conversation every assistant turn is a target; the limits are for the last turn and for all before it.
+    """
+
+    def tokenize(row: Row) -> list[Tokens]:
+        check_row(row, DEMONSTRATION)
+        return [tokenize_demonstration(tokenizer, row, response_only=config.response_only)]
+
+    recipe = Recipe(
+        stage="sft",
+        position=0,
+        sources=data.sft,
+        limits=Limits("sft", config.max_prompt_tokens, config.max_response_tokens),
+        columns=DEMONSTRATION,
+        settings=("demonstration", tokenizer_fingerprint(tokenizer), f"response_only={config.response_only}"),
+        tokenize=tokenize,
+        build=_build,
+    )
+    return assemble(recipe, data=data)
+
+
+def _build(row: Row, sequences: list[Tokens]) -> Demonstration:
+    return Demonstration(sequences[0].input_ids, sequences[0].target_mask)

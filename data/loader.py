@@ -1,0 +1,198 @@
+"""Which rows a rank sees, and when.
+
+The rows of a step follow from the seed and the number of the step alone, never from the number of ranks or the size of
+a micro-batch: so results do not depend on the machine, and resuming needs nothing but the step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence, Sized
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Generic, TypeVar
+
+import numpy as np
+
+from data.collate import collate_prompts
+from data.prompts import Prompt
+from rlhf.config.groups import accumulation, divisible
+from rlhf.types import PromptBatch
+
+Sample = TypeVar("Sample", bound=Sized)
+Batch = TypeVar("Batch")
+
+
+def steps_of(num_rows: int, epochs: float, *, max_steps: int, global_batch_size: int) -> int:
+    """Optimizer steps: `max_steps` where it is set, else as many as see every row `epochs` times."""
+    return max_steps or math.ceil(round(epochs * num_rows / global_batch_size, 6))
+
+
+@lru_cache(maxsize=4)
+def _epoch(num_rows: int, seed: int, *, number: int) -> list[int]:
+    order: list[int] = np.random.default_rng([seed, number]).permutation(num_rows).tolist()
+    return order
+
+
+def stream(num_rows: int, seed: int, *, start: int, count: int) -> list[int]:
+    """Row numbers `start` up to `start + count` of an endless stream of shuffled epochs."""
+    positions = range(start, start + count)
+    return [_epoch(num_rows, seed, number=position // num_rows)[position % num_rows] for position in positions]
+
+
+@dataclass
+class TrainLoader(Generic[Sample, Batch]):
+    """For each optimizer step, the micro-batches of this rank.
+
+    An epoch that ends within a step is followed by the next one. The rows of a step are sorted by length, the longest
+    first (so that the first step shows whether memory suffices), cut into micro-batches and dealt to the ranks in
+    turn: little padding, equal numbers, similar work.
+    """
+
+    samples: Sequence[Sample]
+    collate: Callable[[Sequence[Sample]], Batch]
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    ranks: int
+    seed: int
+    steps: int
+    step: int = 0
+    """Steps that were handed out."""
+
+    def __post_init__(self) -> None:
+        assert len(self.samples) > 0, "no samples to train on"
+        accumulation(
+            self.global_batch_size,
+            micro_batch_size=self.micro_batch_size,
+            ranks=self.ranks,
+            name="global_batch_size",
+        )
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        while self.step < self.steps:
+            self.step += 1
+            yield self.micro_batches(self.step - 1)
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """The micro-batches of this rank in optimizer step `step`, counted from 0."""
+        size = self.global_batch_size
+        numbers = stream(len(self.samples), self.seed, start=step * size, count=size)
+        rows = sorted((self.samples[number] for number in numbers), key=len, reverse=True)
+        starts = range(self.rank * self.micro_batch_size, size, self.ranks * self.micro_batch_size)
+        return [self.collate(rows[start : start + self.micro_batch_size]) for start in starts]
+
+    def state_dict(self) -> dict[str, int]:
+        """Where to go on."""
+        return {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.step = state["step"]
+
+
+@dataclass(frozen=True)
+class EvalBatch(Generic[Batch]):
+    """A batch of which only the first rows count; the rest keeps ranks in step."""
+
+    batch: Batch
+    count: int
+
+
+def _fill(rows: list[Sample], size: int) -> list[Sample]:
+    return rows + rows[-1:] * (size - len(rows))
+
+
+def evaluation_batches(
+    samples: Sequence[Sample],
+    collate: Callable[[Sequence[Sample]], Batch],
+    *,
+    micro_batch_size: int,
+    rank: int,
+    ranks: int,
+) -> list[EvalBatch[Batch]]:
+    """This rank's part of all samples, once each: the same number of batches on every rank, all of one size.
+
+    Missing rows are filled by repeating one beyond `count`, which is 0 where a rank has nothing left to do.
+    """
+    rows = sorted(samples, key=len, reverse=True)
+    size = min(micro_batch_size, -(-len(rows) // ranks))
+    batches = []
+    for start in range(0, len(rows), size * ranks):
+        own = rows[start + rank * size : start + (rank + 1) * size]
+        batches.append(EvalBatch(collate(_fill(own or rows[-1:], size)), len(own)))
+    return batches
+
+
+def evaluation_prompts(
+    samples: Sequence[Prompt], pad_id: int, *, micro_batch_size: int, rank: int, ranks: int
+) -> list[EvalBatch[PromptBatch]]:
+    """`evaluation_batches` of prompts; a sample id is the number of its row, whatever rank it is on."""
+    rows = [_Numbered(number, sample) for number, sample in enumerate(samples)]
+    collate = partial(_collate_numbered, pad_id=pad_id)
+    return evaluation_batches(rows, collate, micro_batch_size=micro_batch_size, rank=rank, ranks=ranks)
+
+
+@dataclass(frozen=True)
+class _Numbered:
+    number: int
+    prompt: Prompt
+
+    def __len__(self) -> int:
+        return len(self.prompt)
+
+
+def _collate_numbered(rows: Sequence[_Numbered], *, pad_id: int) -> PromptBatch:
+    return collate_prompts([row.prompt for row in rows], [row.number for row in rows], pad_id=pad_id)
+
+
+@dataclass
+class PromptLoader:
+    """For each PPO iteration, the prompts that this rank answers.
+
+    A prompt stands `samples_per_prompt` times in a row, and such a group is never divided between ranks.
+    """
+
+    samples: Sequence[Prompt]
+    rollout_size: int
+    samples_per_prompt: int
+    rank: int
+    ranks: int
+    seed: int
+    iterations: int
+    pad_id: int
+    iteration: int = 0
+    """Iterations that were handed out."""
+
+    def __post_init__(self) -> None:
+        assert len(self.samples) > 0, "no prompts to answer"
+        group = self.ranks * self.samples_per_prompt
+        names = f"ppo.rollout_size by ranks x samples_per_prompt ({self.ranks} x {self.samples_per_prompt})"
+        divisible(self.rollout_size, by=group, names=names)
+
+    def __len__(self) -> int:
+        return self.iterations
+
+    def __iter__(self) -> Iterator[PromptBatch]:
+        while self.iteration < self.iterations:
+            self.iteration += 1
+            yield self.batch(self.iteration - 1)
+
+    def batch(self, iteration: int) -> PromptBatch:
+        """The prompts of this rank in `iteration`, counted from 0; sample ids are unique in the run."""
+        count = self.rollout_size // self.samples_per_prompt
+        numbers = stream(len(self.samples), self.seed, start=iteration * count, count=count)
+        own = range(self.rank * self.rollout_size // self.ranks, (self.rank + 1) * self.rollout_size // self.ranks)
+        prompts = [self.samples[numbers[row // self.samples_per_prompt]] for row in own]
+        return collate_prompts(prompts, [iteration * self.rollout_size + row for row in own], pad_id=self.pad_id)
+
+    def state_dict(self) -> dict[str, int]:
+        """Where to go on."""
+        return {"iteration": self.iteration}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.iteration = state["iteration"]

@@ -1,0 +1,99 @@
+"""What makes a row unusable."""
+
+import pytest
+
+from data.rows import DEMONSTRATION, PREFERENCE, PROMPT, check_row, each_row, margin_of, require_columns
+
+USER = {"role": "user", "content": "hello"}
+HI = {"role": "assistant", "content": "hi"}
+
+
+@pytest.mark.parametrize(
+    ("row", "columns"),
+    [
+        ({"messages": [USER, HI]}, DEMONSTRATION),
+        ({"prompt": "a", "completion": "b"}, DEMONSTRATION),
+        ({"prompt": [USER], "completion": [HI], "text": None}, DEMONSTRATION),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, DEMONSTRATION),
+        ({"text": "a", "messages": None, "id": 3}, DEMONSTRATION),
+        ({"chosen": [USER, HI], "rejected": [USER, USER], "margin": 1}, PREFERENCE),
+        ({"prompt": "a"}, PROMPT),
+        ({"messages": [{"role": "system", "content": ""}, USER]}, PROMPT),
+        ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [{}]}]}, DEMONSTRATION),
+    ],
+)
+def test_good_rows_pass(row, columns):
+    check_row(row, columns)
+
+
+@pytest.mark.parametrize(
+    ("row", "columns", "message"),
+    [
+        ({"prompt": " ", "completion": "b"}, DEMONSTRATION, "`prompt` is empty; expected text"),
+        ({"prompt": "a", "completion": "\n"}, DEMONSTRATION, "`completion` is empty"),
+        ({"prompt": "a", "completion": None}, DEMONSTRATION, r"\['prompt', 'completion'\] hold nothing"),
+        ({"prompt": 3, "completion": "b"}, DEMONSTRATION, "`prompt` is 3; expected text or a list of messages"),
+        ({"text": [USER]}, DEMONSTRATION, "`text` is .*; expected text"),
+        ({"messages": "hello"}, DEMONSTRATION, "`messages` is 'hello'; expected a list of messages"),
+        ({"messages": []}, DEMONSTRATION, "`messages` is an empty list"),
+        ({"messages": [USER, {**HI, "content": " "}]}, DEMONSTRATION, "`messages` ends with an empty message"),
+        ({"messages": [{"from": "human", "value": "a"}]}, DEMONSTRATION, r"`messages\[0\]` is .*expected {'role'"),
+        ({"messages": [USER, {"role": "assistant"}]}, DEMONSTRATION, r"`messages\[1\].content` is None"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, PROMPT, r"content` is \[.*expected text"),
+        ({"messages": ["hello"]}, DEMONSTRATION, r"`messages\[0\]` is 'hello'"),
+        ({"chosen": "a", "rejected": "a"}, PREFERENCE, "`chosen` and `rejected` are identical"),
+        ({"chosen": [USER, HI], "rejected": [USER, HI]}, PREFERENCE, "identical"),
+        ({"chosen": "a", "rejected": ""}, PREFERENCE, "`rejected` is empty"),
+        ({"prompt": "", "chosen": "a", "rejected": "b"}, PREFERENCE, "`prompt` is empty"),
+        ({"chosen": "a", "rejected": "b", "margin": "much"}, PREFERENCE, "`margin` is 'much'; expected a number"),
+        ({"chosen": "a", "rejected": "b", "margin": float("nan")}, PREFERENCE, "expected a finite number"),
+        ({"prompt": {"role": "user"}}, PROMPT, "`prompt` is {'role': 'user'}"),
+    ],
+)
+def test_bad_rows_say_what_is_wrong(row, columns, message):
+    with pytest.raises(ValueError, match=message):
+        check_row(row, columns)
+
+
+def test_a_margin_is_zero_where_the_data_does_not_say():
+    assert [margin_of(row) for row in ({}, {"margin": None}, {"margin": ""}, {"margin": "1.5"}, {"margin": 2})] == [
+        *(0.0, 0.0, 0.0),
+        *(1.5, 2.0),
+    ]
+
+
+def test_missing_columns_list_what_is_there_and_how_to_rename():
+    require_columns(["prompt", "completion", "id"], DEMONSTRATION, where="data.sft.train[0]")
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        require_columns(["question", "answer"], PREFERENCE, where="data.reward.train[1]")
+    assert str(error.value) == (
+        "data.reward.train[1]: found columns ['question', 'answer']; expected chosen and rejected. Where yours has "
+        "another name, set data.reward.train[1].columns={chosen: its_name}."
+    )
+    with pytest.raises(ValueError, match="messages, or prompt and completion, or chosen and rejected, or text"):
+        require_columns(["prompt"], DEMONSTRATION, where="data.sft.train[0]")
+
+
+def test_all_bad_rows_are_reported_by_reason_with_their_numbers():
+    def odd_only(row):
+        if row["n"] % 2 == 0:
+            raise ValueError("even" if row["n"] < 20 else "large")
+        return row["n"]
+
+    rows = [{"n": n} for n in range(22)]
+    assert each_row(rows[1::2], odd_only, numbers=range(11), where="x") == list(range(1, 22, 2))
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        each_row(rows, odd_only, numbers=range(100, 122), where="data.sft.train[0] (a.jsonl)")
+    assert str(error.value) == (
+        "data.sft.train[0] (a.jsonl): 11 of 22 rows cannot be used (rows count from 0); repair or remove them:\n"
+        "  row 100, 102, 104, 106, 108 and 5 more: even\n"
+        "  row 120: large"
+    )
+
+
+def test_many_different_reasons_are_cut_short():
+    def never(row):
+        raise ValueError(f"reason {row['n']}")
+
+    with pytest.raises(ValueError, match="and 3 more reasons$"):
+        each_row([{"n": n} for n in range(8)], never, numbers=range(8), where="x")

@@ -1,0 +1,228 @@
+"""Exports: what plain transformers and PEFT load is what we had, written a shard at a time."""
+
+import json
+import weakref
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+)
+
+from rlhf.config.groups import LoraConfig
+from rlhf.models.causal_lm import causal_lm
+from rlhf.models.export import export
+from rlhf.models.lora import merged
+from rlhf.models.positions import position_ids
+from rlhf.models.scalar_head import last_token_scores, scalar_head_model
+from tests.models import tiny
+
+IDS, MASK = tiny.padded([5, 9, 7], side="left")
+INPUTS = {"input_ids": IDS, "attention_mask": MASK, "position_ids": position_ids(MASK)}
+
+
+def write(module, folder, **settings):
+    export(module, tiny.named_tensors(module), folder=folder, tokenizer=tiny.tokenizer(), **settings)
+    return folder
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**INPUTS).logits
+
+
+def with_adapters(make, folder, **settings):
+    module = tiny.materialized(make(folder, lora=LoraConfig(rank=3, alpha=6.0), **settings))
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.2)
+    return module
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_plain_transformers_loads_the_same_language_model(family, tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save(family, tmp_path / "base"), dropout=0.3))
+    with torch.no_grad():
+        next(iter(module.parameters())).add_(0.5)
+    loaded, report = AutoModelForCausalLM.from_pretrained(write(module, tmp_path / "out"), output_loading_info=True)
+    assert not report["missing_keys"]
+    assert not report["unexpected_keys"]
+    assert torch.equal(logits(loaded.eval()), logits(module))
+
+
+def test_a_mixture_of_experts_survives_the_trip(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.moe(tmp_path / "base")))
+    loaded = AutoModelForCausalLM.from_pretrained(write(module, tmp_path / "out")).eval()
+    assert torch.equal(logits(loaded), logits(module))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "opt", "gemma3"])
+def test_with_adapters_the_folder_holds_the_merged_model(family, tmp_path):
+    module = with_adapters(causal_lm, tiny.save(family, tmp_path / "base"))
+    loaded = AutoModelForCausalLM.from_pretrained(write(module, tmp_path / "out")).eval()
+    with merged(module):
+        assert torch.equal(logits(loaded), logits(module))
+    assert torch.allclose(logits(loaded), logits(module), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied", "gpt2", "opt", "gemma3"])
+def test_peft_loads_the_adapter_on_the_base(family, tmp_path):
+    base = tiny.save(family, tmp_path / "base")
+    module = with_adapters(causal_lm, base)
+    write(module, tmp_path / "out")
+    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        base
+    )
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(plain.eval())
+    loaded = PeftModel.from_pretrained(plain, tmp_path / "out/adapter").eval()
+    assert torch.allclose(logits(loaded), logits(module), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(before, logits(module), atol=1e-2)
+
+
+def test_an_adapter_on_the_top_layers_loads_too(tmp_path):
+    base = tiny.save("llama", tmp_path / "base")
+    module = tiny.materialized(
+        causal_lm(base, lora=LoraConfig(rank=3, top_layers=1, targets=["q_proj", "mlp.up_proj"]))
+    )
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_()
+    write(module, tmp_path / "out")
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), tmp_path / "out/adapter").eval()
+    assert torch.allclose(logits(loaded), logits(module), rtol=1e-5, atol=1e-6)
+    assert len(load_file(tmp_path / "out/adapter/adapter_model.safetensors")) == 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_a_reward_models_adapter_brings_its_head(family, tmp_path):
+    base = tiny.save(family, tmp_path / "base")
+    module = with_adapters(scalar_head_model, base, seed=9)
+    out = write(module, tmp_path / "out")
+    with torch.no_grad():
+        scores = last_token_scores(module(IDS, MASK, position_ids=position_ids(MASK)), MASK)
+        whole = AutoModelForSequenceClassification.from_pretrained(out, num_labels=1).eval()
+        assert torch.allclose(whole(**INPUTS).logits[:, 0], scores, rtol=1e-4, atol=1e-5)
+        plain = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1, pad_token_id=tiny.PAD)
+        adapted = PeftModel.from_pretrained(plain, out / "adapter").eval()
+        assert torch.allclose(adapted(**INPUTS).logits[:, 0], scores, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_without_adapters_has_no_adapter_folder(tmp_path):
+    module = tiny.materialized(scalar_head_model(tiny.save("llama", tmp_path / "base")))
+    assert not (write(module, tmp_path / "out") / "adapter").exists()
+
+
+def test_shards_are_bounded_and_indexed(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path / "base")))
+    out = write(module, tmp_path / "out", max_shard_bytes=40_000)
+    files = sorted(out.glob("*.safetensors"))
+    assert len(files) > 2
+    assert files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert all(sum(t.nbytes for t in load_file(file).values()) <= 40_000 for file in files)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(dict(module.named_parameters()))
+    assert index["metadata"]["total_size"] == sum(p.numel() for p in module.parameters()) * 4
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(out).eval()), logits(module))
+
+
+def test_no_more_than_a_shard_the_adapters_and_one_layer_are_held(tmp_path):
+    module = with_adapters(causal_lm, tiny.save("llama", tmp_path / "base"))
+    sizes = {name: parameter.nbytes for name, parameter in module.named_parameters()}
+    alive: list[weakref.ref[Tensor]] = []
+    held = []
+
+    def stream():
+        for name, parameter in module.named_parameters():
+            held.append(sum(tensor.nbytes for ref in alive if (tensor := ref()) is not None))
+            tensor = parameter.detach().clone()
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+
+    export(module, stream(), folder=tmp_path / "out", tokenizer=tiny.tokenizer(), max_shard_bytes=20_000)
+    adapters = sum(size for name, size in sizes.items() if ".lora_" in name)
+    limit = 20_000 + adapters + max(sizes.values())
+    assert max(held) <= limit < 0.6 * sum(sizes.values())
+
+
+def test_tied_weights_are_written_once(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama_tied", tmp_path / "base")))
+    tensors = load_file(write(module, tmp_path / "out") / "model.safetensors")
+    assert "lm_head.weight" not in tensors
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.tie_word_embeddings
+
+
+def test_the_type_can_be_chosen_and_the_configuration_says_it(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path / "base")))
+    out = write(module, tmp_path / "out", dtype=torch.bfloat16)
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.bfloat16
+
+
+def test_tokenizer_template_and_generation_settings_come_along(tmp_path):
+    base = tiny.save("llama", tmp_path / "base")
+    GenerationConfig(eos_token_id=[7, tiny.EOS], temperature=0.6, do_sample=True).save_pretrained(base)
+    out = write(tiny.materialized(causal_lm(base)), tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    assert tokenizer.pad_token_id == tiny.PAD
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "w1 w2"}], tokenize=False) == "w1 w2 <eos> "
+    settings = GenerationConfig.from_pretrained(out)
+    assert (settings.eos_token_id, settings.pad_token_id, settings.temperature) == ([7, tiny.EOS], tiny.PAD, 0.6)
+
+
+def test_generation_settings_that_transformers_would_not_save_are_kept(tmp_path):
+    base = tiny.save("llama", tmp_path / "base")
+    (base / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": 7, "temperature": 0.6, "do_sample": False})
+    )
+    out = write(tiny.materialized(causal_lm(base)), tmp_path / "out")
+    assert json.loads((out / "generation_config.json").read_text())["temperature"] == 0.6
+
+
+def test_nothing_is_pickled(tmp_path):
+    out = write(with_adapters(causal_lm, tiny.save("llama", tmp_path / "base")), tmp_path / "out")
+    suffixes = {file.suffix for file in out.rglob("*") if file.is_file()}
+    assert suffixes <= {".safetensors", ".json", ".jinja", ".md"}
+
+
+def test_an_interrupted_export_leaves_the_old_folder_alone(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path / "base")))
+    out = write(module, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+
+    def torn():
+        yield from list(tiny.named_tensors(module))[:5]
+        raise KeyboardInterrupt
+
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+    with pytest.raises(KeyboardInterrupt):
+        export(module, torn(), folder=out, tokenizer=tiny.tokenizer())
+    assert (out / "model.safetensors").read_bytes() == before
+    write(module, out)
+    assert (out / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+def test_a_stream_that_lacks_a_parameter_is_not_published(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path / "base")))
+    stream = (item for item in tiny.named_tensors(module) if item[0] != "model.norm.weight")
+    with pytest.raises(AssertionError, match=r"never arrived: \['model\.norm\.weight'\]"):
+        export(module, stream, folder=tmp_path / "out", tokenizer=tiny.tokenizer())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_rank_that_does_not_write_still_takes_every_tensor(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path / "base")))
+    stream = tiny.named_tensors(module)
+    export(module, stream, folder=tmp_path / "out", tokenizer=tiny.tokenizer(), write=False)
+    assert next(stream, None) is None
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,237 @@
+"""Adapters: where they go, what they change, and that the base never does."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from rlhf.config.groups import LoraConfig
+from rlhf.models.causal_lm import causal_lm
+from rlhf.models.lora import adapted_layers, adapters_off, fold_adapters, folds, merged
+from rlhf.models.positions import position_ids
+from rlhf.models.scalar_head import scalar_head_model
+from tests.models import tiny
+
+LINEAR_PER_BLOCK = {"llama": 7, "qwen3": 7, "mistral": 7, "gemma2": 7, "gemma3": 7, "gpt2": 4, "opt": 6}
+
+
+class Adapted(NamedTuple):
+    module: nn.Module
+    base: nn.Module
+
+
+def adapted(family, folder, *, dtype=torch.float32, alpha=6.0, dropout=0.0):
+    """A model whose adapters all matter, and the plain model below it."""
+    tiny.save(family, folder)
+    module = tiny.materialized(
+        causal_lm(folder, lora=LoraConfig(rank=3, alpha=alpha, dropout=dropout)), dtype=torch.float32
+    )
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(0, 0.2)
+            elif ".lora_" not in name:
+                parameter.data = parameter.data.to(dtype)
+    return Adapted(module, AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval())
+
+
+def logits(module, seed=0):
+    ids, mask = tiny.padded([5, 9, 7], side="left", seed=seed)
+    with torch.no_grad():
+        return module(input_ids=ids, attention_mask=mask, position_ids=position_ids(mask)).logits[mask]
+
+
+@pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
+def test_all_linear_means_every_linear_layer_but_the_head(family, tmp_path):
+    blueprint = causal_lm(tiny.save(family, tmp_path), lora=LoraConfig(rank=3))
+    layers = adapted_layers(blueprint.module)
+    assert len(layers) == 3 * LINEAR_PER_BLOCK[family]
+    assert not any("head" in name for name in layers)
+    assert len(blueprint.trainable) == 2 * len(layers)
+    learning = {name for name, parameter in blueprint.module.named_parameters() if parameter.requires_grad}
+    assert learning == blueprint.trainable
+    assert all(parameter.is_meta for parameter in blueprint.module.parameters())
+
+
+@pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
+def test_a_fresh_adapter_changes_nothing(family, tmp_path):
+    tiny.save(family, tmp_path)
+    module = tiny.materialized(causal_lm(tmp_path, lora=LoraConfig(rank=3)))
+    assert torch.equal(logits(module), logits(AutoModelForCausalLM.from_pretrained(tmp_path).eval()))
+
+
+def test_an_adapter_adds_alpha_over_rank_times_its_product(tmp_path):
+    module = adapted("llama", tmp_path).module
+    layer = module.model.layers[1].mlp.up_proj
+    x = torch.randn(4, 32)
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    expected = x @ layer.base_layer.weight.T + 6.0 / 3 * (x @ a.T) @ b.T
+    assert torch.allclose(layer(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_first_values_are_uniform_within_one_over_the_root_of_the_inputs(tmp_path):
+    blueprint = causal_lm(tiny.save("llama", tmp_path), lora=LoraConfig(rank=8))
+    a = blueprint.weights.read("model.layers.0.mlp.down_proj.lora_A.default.weight", slice(None))
+    bound = 1 / math.sqrt(48)
+    assert a.shape == (8, 48)
+    assert 0.9 * bound < a.abs().max() <= bound
+    assert a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
+    assert not blueprint.weights.read("model.layers.0.mlp.down_proj.lora_B.default.weight", slice(None)).any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_only_the_top_layers_get_adapters_when_asked(family, tmp_path):
+    tiny.save(family, tmp_path)
+    layers = adapted_layers(causal_lm(tmp_path, lora=LoraConfig(rank=3, top_layers=2)).module)
+    assert {next(part for part in name.split(".") if part.isdigit()) for name in layers} == {"1", "2"}
+    assert len(layers) == 2 * LINEAR_PER_BLOCK[family]
+    with pytest.raises(ValueError, match=r"lora.top_layers=4: expected 0 .all. to 3"):
+        causal_lm(tmp_path, lora=LoraConfig(rank=3, top_layers=4))
+
+
+def test_targets_are_names_or_ends_of_names(tmp_path):
+    tiny.save("llama", tmp_path)
+    lora = LoraConfig(rank=3, targets=["q_proj", "mlp.down_proj"], top_layers=1)
+    assert set(adapted_layers(causal_lm(tmp_path, lora=lora).module)) == {
+        "model.layers.2.self_attn.q_proj",
+        "model.layers.2.mlp.down_proj",
+    }
+
+
+def test_a_target_that_names_nothing_lists_what_there_is(tmp_path):
+    tiny.save("llama", tmp_path)
+    with pytest.raises(ValueError, match=r"lora.targets.*\['c_attn'\] names no linear layer.*all-linear.*'q_proj'"):
+        causal_lm(tmp_path, lora=LoraConfig(rank=3, targets=["q_proj", "c_attn"]))
+
+
+def test_a_scalar_head_is_not_adapted_but_learns(tmp_path):
+    blueprint = scalar_head_model(tiny.save("gpt2", tmp_path), lora=LoraConfig(rank=3))
+    assert not any("score" in name for name in adapted_layers(blueprint.module))
+    assert "score.weight" in blueprint.trainable
+    assert len(blueprint.trainable) == 3 * 4 * 2 + 1
+
+
+@pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
+def test_with_adapters_off_the_model_is_its_base(family, tmp_path):
+    module, base = adapted(family, tmp_path)
+    with_adapters = logits(module)
+    before = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    with adapters_off(module):
+        assert torch.equal(logits(module), logits(base))
+    assert torch.equal(logits(module), with_adapters)
+    assert not torch.allclose(with_adapters, logits(base), atol=1e-2)
+    assert before == {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+
+
+def test_there_are_no_adapters_to_switch_off_in_a_plain_model(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path)))
+    with pytest.raises(AssertionError, match="no adapters"), adapters_off(module):
+        pass
+
+
+@pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_compute_the_same_and_leave_no_trace(family, dtype, tmp_path):
+    module, base = adapted(family, tmp_path, dtype=dtype)
+    unmerged = logits(module)
+    objects = {name: parameter for name, parameter in module.named_parameters()}
+    bits = {name: parameter.detach().clone() for name, parameter in objects.items()}
+    with merged(module):
+        inside = logits(module)
+        for name, layer in adapted_layers(module).items():
+            a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
+            product = 2.0 * (b @ a)
+            product = product.T if family == "gpt2" else product
+            exact = base.get_submodule(name).weight.double() + product
+            assert torch.allclose(
+                layer.base_layer.weight.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-6
+            )
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
+    assert torch.allclose(inside, unmerged, **tolerance)
+    assert not torch.allclose(inside, logits(base), atol=0.1)
+    assert torch.equal(logits(module), unmerged)
+    for name, parameter in module.named_parameters():
+        assert parameter is objects[name]
+        assert torch.equal(parameter, bits[name])
+
+
+def test_the_weights_return_after_an_error_too(tmp_path):
+    module = adapted("llama", tmp_path).module
+    objects = list(module.parameters())
+    with pytest.raises(KeyboardInterrupt), merged(module):
+        raise KeyboardInterrupt
+    assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
+
+
+def test_merging_a_model_without_adapters_does_nothing(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path)))
+    before = logits(module)
+    with merged(module):
+        assert torch.equal(logits(module), before)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_folding_needs_no_order_and_gives_the_merged_weights(family, tmp_path):
+    module = adapted(family, tmp_path).module
+    stream = list(tiny.named_tensors(module))
+    with merged(module):
+        expected = {
+            name.replace(".base_layer.", "."): parameter.clone()
+            for name, parameter in module.named_parameters()
+            if ".lora_" not in name
+        }
+    for order in (stream, stream[::-1]):
+        folded = dict(fold_adapters(iter(order), folds(module)))
+        assert folded.keys() == expected.keys()
+        assert all(torch.equal(folded[name], expected[name]) for name in expected)
+
+
+def test_folding_holds_one_layer_at_a_time(tmp_path):
+    module = adapted("llama", tmp_path).module
+    arrived = []
+
+    def stream():
+        for name, tensor in tiny.named_tensors(module):
+            arrived.append(name)
+            yield name, tensor
+
+    for name, _ in fold_adapters(stream(), folds(module)):
+        layer = name.rpartition(".")[0]
+        assert arrived[-1].startswith(layer), f"{name} was held back until {arrived[-1]}"
+
+
+def test_a_tensor_that_never_arrives_is_noticed(tmp_path):
+    module = adapted("llama", tmp_path).module
+    stream = [
+        item for item in tiny.named_tensors(module) if item[0] != "model.layers.1.mlp.up_proj.lora_B.default.weight"
+    ]
+    with pytest.raises(AssertionError, match=r"never arrived.*layers\.1\.mlp\.up_proj"):
+        list(fold_adapters(stream, folds(module)))
+
+
+def test_dropout_of_adapters_acts_in_training_only(tmp_path):
+    module = adapted("llama", tmp_path, dropout=0.5).module
+    assert torch.equal(logits(module), logits(module))
+    module.train()
+    assert not torch.allclose(logits(module), logits(module))
+
+
+def test_adapters_hold_the_only_gradients(tmp_path):
+    module = adapted("gpt2", tmp_path).module.train()
+    ids, mask = tiny.padded([5, 9], side="right")
+    module(input_ids=ids, attention_mask=mask).logits.square().mean().backward()
+    with_gradient = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {name for name, _ in module.named_parameters() if ".lora_" in name}
+    assert all(isinstance(layer, LoraLayer) for layer in adapted_layers(module).values())
+
+
+def test_rank_zero_is_no_adapter(tmp_path):
+    blueprint = causal_lm(tiny.save("llama", tmp_path), lora=LoraConfig(rank=0))
+    assert not adapted_layers(blueprint.module)
+    assert blueprint.trainable == {name for name, _ in blueprint.module.named_parameters()}
+    assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
