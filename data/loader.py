@@ -119,7 +119,7 @@ def evaluation_batches(
     Missing rows are filled by repeating one beyond `count`, which is 0 where a rank has nothing left to do.
     """
     rows = sorted(samples, key=len, reverse=True)
-    size = min(micro_batch_size, -(-len(rows) // ranks))
+    size = max(min(micro_batch_size, -(-len(rows) // ranks)), 1)
     batches = []
     for start in range(0, len(rows), size * ranks):
         own = rows[start + rank * size : start + (rank + 1) * size]

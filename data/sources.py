@@ -128,7 +128,7 @@ def _read_json(path: Path) -> pa.Table:
     text = (gzip.decompress(stored) if path.suffix == ".gz" else stored).decode("utf-8-sig")
     rows = _json_list(path, text) if text.lstrip().startswith("[") else list(_json_lines(path, text))
     names = dict.fromkeys(name for row in rows for name in row)
-    return pa.table({name: _column(path, name, [row.get(name) for row in rows]) for name in names})
+    return pa.table({name: _column(path, name, values=[row.get(name) for row in rows]) for name in names})
 
 
 def _json_list(path: Path, text: str) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def _json_lines(path: Path, text: str) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _column(path: Path, name: str, values: list[Any]) -> pa.Array:
+def _column(path: Path, name: str, *, values: list[Any]) -> pa.Array:
     try:
         return pa.array(values)
     except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:

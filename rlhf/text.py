@@ -159,8 +159,8 @@ def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: boo
         prompt, response, _ = _pair(row)
     else:
         prompt, response = "", _part(row, "text")
-    sequence = _start(tokenizer, row, prompt, learn_turns=_has(row, "messages"))
-    tokens = _respond(sequence, row, prompt, response)
+    sequence = _start(tokenizer, row, prompt=prompt, learn_turns=_has(row, "messages"))
+    tokens = _respond(sequence, row, prompt=prompt, response=response)
     return tokens if response_only else tokens._replace(target_mask=np.arange(len(tokens.input_ids)) > 0)
 
 
@@ -168,12 +168,17 @@ def tokenize_preference(tokenizer: Tokenizer, row: Row) -> TokenPair:
     """Tokenise `chosen` and `rejected`, whose prompt is in `prompt`, or is what both begin with."""
     prompt, chosen, rejected = _pair(row)
     responses = (chosen, rejected)
-    return TokenPair(*(_respond(_start(tokenizer, row, prompt), row, prompt, response) for response in responses))
+    return TokenPair(
+        *(
+            _respond(_start(tokenizer, row, prompt=prompt), row, prompt=prompt, response=response)
+            for response in responses
+        )
+    )
 
 
 def tokenize_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """The tokens that generation starts from; of a row that has a response, those before it."""
-    return _start(tokenizer, row, _prompt(row)).ids
+    return _start(tokenizer, row, prompt=_prompt(row)).ids
 
 
 def readable_prompt(row: Row) -> str:
@@ -288,7 +293,7 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def _start(tokenizer: Tokenizer, row: Row, prompt: Part, *, learn_turns: bool = False) -> _Sequence:
+def _start(tokenizer: Tokenizer, row: Row, *, prompt: Part, learn_turns: bool = False) -> _Sequence:
     """The sequence up to where the response begins; `learn_turns` makes targets of earlier assistant turns."""
     if isinstance(prompt, str):
         bos = [] if prompt.startswith(tokenizer.bos_token or "\0") else tokenizer("", verbose=False).input_ids[:1]
@@ -306,7 +311,7 @@ def _start(tokenizer: Tokenizer, row: Row, prompt: Part, *, learn_turns: bool = 
     return sequence
 
 
-def _respond(sequence: _Sequence, row: Row, prompt: Part, response: Part) -> Tokens:
+def _respond(sequence: _Sequence, row: Row, *, prompt: Part, response: Part) -> Tokens:
     """Append the response and the token that ends it."""
     num_prompt = len(sequence.ids)
     if isinstance(response, str):
@@ -368,9 +373,9 @@ class _Chat:
             self.require_start(prompt, text)
         limits = [*map(len, prompts[1:]), len(text)]
         parts = zip(prompts, limits, turns, strict=False)  # without turns there is one limit too many
-        return [self._turn(prompt, text[:limit], messages[: turn + 1]) for prompt, limit, turn in parts]
+        return [self._turn(prompt, text[:limit], messages=messages[: turn + 1]) for prompt, limit, turn in parts]
 
-    def _turn(self, prompt: str, text: str, messages: list[Message]) -> Span:
+    def _turn(self, prompt: str, text: str, *, messages: list[Message]) -> Span:
         """The turn that begins in `text` after `prompt`: up to the token that ends it, or all of it."""
         end_of_turn = _turn_end(self.tokenizer, self.template)
         stop = text.find(end_of_turn, len(prompt)) if end_of_turn else -1

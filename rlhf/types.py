@@ -114,7 +114,7 @@ class PPOBatch(_TensorBatch):
     returns: Tensor  # [B, R] fp32
 
     @classmethod
-    def from_rollout(cls, rollout: Rollout, advantages: Tensor, returns: Tensor) -> PPOBatch:
+    def from_rollout(cls, rollout: Rollout, *, advantages: Tensor, returns: Tensor) -> PPOBatch:
         """Join a rollout with its advantages and returns, both `[B, R]`."""
         return cls(
             sequences=rollout.sequences,

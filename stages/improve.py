@@ -24,7 +24,7 @@ from rlhf.types import PPOBatch, Rollout
 from stages.supervised import summed
 
 
-def advantages_of(rollout: Rollout, rewards: Tensor, config: PPOConfig) -> Advantages:
+def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Advantages:
     """Advantages and returns `[B, R]`: from the critic, or from the other responses to the same prompt.
 
     A group's advantage compares whole responses, score and KL penalty together, and is the same for each token.
@@ -55,7 +55,7 @@ def share_of(minibatch: PPOBatch, config: PPOConfig, *, world: World) -> list[PP
     return [minibatch.rows(piece).trimmed() for piece in pieces]
 
 
-def improve(models: Models, batch: PPOBatch, config: PPOConfig, *, iteration: int) -> dict[str, float]:
+def improve(models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: int) -> dict[str, float]:
     """Epochs of minibatches over one rollout; diagnostics are means over all updates.
 
     Args:

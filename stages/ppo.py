@@ -47,7 +47,7 @@ def run_ppo(run: RunConfig, world: World) -> Record:
         examiner = Examiner.of(session, splits.eval)
         scale = score_scale(config, session)
         models = load_models(config, world)
-        collector = new_collector(session, models, scale)
+        collector = new_collector(session, models, scale=scale)
         loader = prompt_loader(session, splits.train)
         kl = kl_controller(config.kl)
         before = examiner.examine(collector, step=0)
@@ -55,10 +55,10 @@ def run_ppo(run: RunConfig, world: World) -> Record:
         for step, batch in enumerate(loader, start=1):
             rollout = collector.collect(batch, seed=config.seed)
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
-            advantages, returns = advantages_of(rollout, rewards, config)
-            learnt = PPOBatch.from_rollout(rollout, advantages, returns)
+            advantages, returns = advantages_of(rollout, rewards, config=config)
+            learnt = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
             with session.watch("train"):
-                diagnostics = improve(models, learnt, config, iteration=step)
+                diagnostics = improve(models, learnt, config=config, iteration=step)
             metrics = rollout_metrics(rollout, kl_coef=kl.value) | {"objective/kl_coef": kl.value} | diagnostics
             if models.critic is not None:
                 metrics |= critic_metrics(rollout, returns)
@@ -73,7 +73,6 @@ def run_ppo(run: RunConfig, world: World) -> Record:
 
 def load_models(config: PPOConfig, world: World) -> Models:
     """The four models; with LoRA the reference is the actor without its adapters, unless one is named."""
-    steps = config.iterations * config.epochs * (config.rollout_size // config.minibatch_size)
     build = partial(build_engine, config=config.engine, world=world)
     actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
     reference = None
@@ -82,9 +81,9 @@ def load_models(config: PPOConfig, world: World) -> Models:
     critic = None
     if config.advantage is AdvantageKind.gae:
         blueprint = scalar_head_model(config.critic or config.reward, lora=config.lora, seed=config.seed)
-        critic = build(blueprint, optimizer=config.critic_optimizer, total_steps=steps)
+        critic = build(blueprint, optimizer=config.critic_optimizer, total_steps=config.optimizer_steps)
     return Models(
-        actor=build(actor, optimizer=config.actor_optimizer, total_steps=steps),
+        actor=build(actor, optimizer=config.actor_optimizer, total_steps=config.optimizer_steps),
         reward=build(scalar_head_model(config.reward)),
         reference=reference,
         critic=critic,
@@ -107,7 +106,7 @@ def prompt_loader(session: Session, samples: Sequence[Prompt]) -> PromptLoader:
     )
 
 
-def new_collector(session: Session, models: Models, scale: ScoreScale) -> Collector:
+def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Collector:
     """A collector that speaks the session's tokenizer."""
     config = session.run.ppo
     assert config is not None

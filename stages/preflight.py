@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from data.demonstrations import demonstrations
+from data.loader import steps_of
 from data.preferences import preferences
 from data.prompts import prompts
 from rlhf.config.groups import accumulation, divisible
@@ -104,6 +105,26 @@ def model_paths(run: RunConfig, stage: str) -> dict[str, str]:
     return {f"{stage}.{name}": path for name, path in named.items() if path is not None}
 
 
+def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: int) -> None:
+    """The warm-up ends before the stage does.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(config, PPOConfig):
+        steps = config.optimizer_steps
+        warmups = {"actor_optimizer": config.actor_optimizer, "critic_optimizer": config.critic_optimizer}
+    else:
+        size, warmups = config.global_batch_size, {"optimizer": config.optimizer}
+        steps = steps_of(num_rows, config.epochs, max_steps=config.max_steps, global_batch_size=size)
+    for name, optimizer in warmups.items():
+        if optimizer.warmup_steps > steps:
+            raise ValueError(
+                f"{stage}.{name}.warmup_steps={optimizer.warmup_steps}: the stage has only {steps} steps; "
+                f"expected at most that many."
+            )
+
+
 def check_data(run: RunConfig, stages: list[str]) -> None:
     """Read, check and tokenise the data of every stage that is left to do.
 
@@ -116,4 +137,5 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         config, path = getattr(run, stage), next(iter(model_paths(run, stage).values()))
         tokenizer = stage_tokenizer(run, path if Path(path).exists() else run.model.path)
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
+        check_warmup(config, stage, num_rows=len(splits.train))
         log.info("%s: %s rows to train on, %s held out", stage, len(splits.train), len(splits.eval))

@@ -84,7 +84,7 @@ def supervise(
     session.finish_step(0, **before)
     for step, micro_batches in enumerate(loader, start=1):
         with session.watch("train"):
-            metrics = take_step(engine, micro_batches, objective)
+            metrics = take_step(engine, micro_batches, objective=objective)
         if session.evaluates_at(step, eval_every):
             with session.watch("evaluate"):
                 after = evaluate()
@@ -93,7 +93,7 @@ def supervise(
     return session.record(before=before, after=after)
 
 
-def take_step(engine: Engine, micro_batches: Sequence[Batch], objective: Objective[Batch]) -> dict[str, float]:
+def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:
     """One optimizer step from this rank's micro-batches; metrics are those of the step over all ranks."""
     batches = [batch.to(engine.world.device) for batch in micro_batches]
     denominator = sum_over_ranks(torch.stack([objective.count(batch) for batch in batches]).sum())

@@ -175,6 +175,6 @@ def test_masks_are_named_for_what_is_true():
 
 def test_every_cited_note_exists_once():
     text = "\n".join(file.read_text() for file in sources())
-    cited = re.findall(r"See \[Note: ([^\]]+)\]", text)
+    cited = re.findall(r"[Ss]ee \[Note: ([^\]]+)\]", text)
     for note in cited:
-        assert len(re.findall(rf"(?<!See )\[Note: {re.escape(note)}\]", text)) == 1, note
+        assert len(re.findall(rf"(?<![Ss]ee )\[Note: {re.escape(note)}\]", text)) == 1, note

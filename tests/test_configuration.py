@@ -126,9 +126,7 @@ def test_a_class_refuses_what_makes_no_sense(make, sentence):
 
 def test_batch_arithmetic_adds_up_or_says_what_would():
     assert accumulation(64, micro_batch_size=4, ranks=4, name="sft.global_batch_size") == 4
-    with pytest.raises(
-        ValueError, match=r"global_batch_size by ranks x micro_batch_size \(3 x 4\): 64.*use 60 or 72"
-    ):
+    with pytest.raises(ValueError, match=r"global_batch_size by ranks x micro_batch_size \(3 x 4\): 64.*use 60 or 72"):
         accumulation(64, micro_batch_size=4, ranks=3, name="sft.global_batch_size")
 
 

@@ -1,11 +1,12 @@
 """Tokenizers, chat templates, prompts and targets."""
 
+import json
 import logging
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GenerationConfig, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from rlhf.text import (
     decode,
@@ -31,7 +32,10 @@ FORGETFUL_TEMPLATE = fakes.CHAT_TEMPLATE.replace(
     "{{ message.content }}",
     "{% if loop.last and message.role == 'assistant' %}<think></think>{% endif %}{{ message.content }}",
 )
-PLAIN_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 EOS_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -99,6 +103,19 @@ def test_a_pad_token_that_was_found_survives_saving(gpt, tmp_path):
     assert ids(again, "L'Haÿ") == ids(gpt, "L'Haÿ")
     assert template_fingerprint(again) == template_fingerprint(gpt)
     assert load_tokenizer(str(tmp_path / "saved")).pad_token_id == gpt.pad_token_id
+
+
+@pytest.mark.parametrize("kind", [GPT2Tokenizer, Qwen2Tokenizer])
+def test_tokenizers_with_a_class_of_their_own_find_one_too(tmp_path, kind):
+    folder = fakes.pad_is_eos_tokenizer(tmp_path / "gpt")
+    model = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]
+    before = kind(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]])
+    before.save_pretrained(tmp_path / "before")
+    load_tokenizer(str(tmp_path / "before")).save_pretrained(tmp_path / "after")
+    after = AutoTokenizer.from_pretrained(tmp_path / "after")
+    assert isinstance(after, kind)
+    assert (after.pad_token_id, len(after)) == (before.convert_tokens_to_ids("ÿ"), len(before))
+    assert ids(after, "ÿ the movie") == ids(before, "ÿ the movie")
 
 
 def test_a_byte_that_has_become_part_of_merges_is_passed_over(tmp_path):
@@ -355,7 +372,7 @@ def test_empty_fields_that_a_table_adds_do_not_matter(tmp_path):
 
 
 def test_options_and_tools_of_a_row_reach_the_template(tmp_path):
-    tokenizer = with_template(tmp_path, "{{ mood }}{{ tools | length }}" + PLAIN_TEMPLATE)
+    tokenizer = with_template(tmp_path, "{{ mood }}{{ tools | length if tools }}" + PLAIN_TEMPLATE)
     row = {"prompt": [USER], "chat_template_kwargs": {"mood": "good"}, "tools": [{"name": "search"}]}
     assert tokenizer.decode(tokenize_prompt(tokenizer, row)) == "good1user: hello\nassistant: "
 

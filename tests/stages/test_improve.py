@@ -7,7 +7,7 @@ from rlhf.config.groups import EngineConfig, LoraConfig, OptimizerConfig
 from rlhf.config.stages import KLConfig, PPOConfig, SamplingConfig
 from rlhf.dist import World
 from rlhf.types import PPOBatch
-from stages.improve import advantages_of, minibatches, share_of
+from stages.improve import minibatches, share_of
 
 
 def config(**changes):

@@ -1,0 +1,65 @@
+"""Tokenised rows are found again by content, and by nothing else."""
+
+import numpy as np
+import pytest
+
+from data.cache import cached, content_key
+from rlhf.text import Tokens
+
+TOKENS = [
+    Tokens(np.array([1, 2, 3], dtype=np.int32), np.array([False, False, True]), 2),
+    Tokens(np.array([70_000], dtype=np.int32), np.array([True]), 0),
+    Tokens(np.array([4, 5], dtype=np.int32), np.array([False, True]), 1),
+]
+
+
+def never():
+    raise AssertionError("made although it is stored")
+
+
+def plain(tokens):
+    return [(t.input_ids.tolist(), t.target_mask.tolist(), t.num_prompt) for t in tokens]
+
+
+def test_what_was_stored_is_read_back(tmp_path):
+    made = cached(str(tmp_path / "new/folder"), "key", make=lambda: TOKENS)
+    found = cached(str(tmp_path / "new/folder"), "key", make=never)
+    assert plain(made) == plain(found) == plain(TOKENS)
+    assert {(t.input_ids.dtype.name, t.target_mask.dtype.name) for t in found} == {("int32", "bool")}
+
+
+def test_nothing_unfinished_is_left_behind(tmp_path):
+    cached(str(tmp_path), "key", make=lambda: TOKENS)
+    assert [file.name for file in tmp_path.iterdir()] == ["key.arrow"]
+
+
+def test_without_a_folder_nothing_is_stored(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plain(cached(None, "key", make=lambda: TOKENS)) == plain(TOKENS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_stores_nothing(tmp_path):
+    with pytest.raises(AssertionError):
+        cached(str(tmp_path), "key", make=never)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    (tmp_path / "key.arrow").write_bytes(b"not arrow")
+    with pytest.raises(ValueError, match=r"data.cache_dir: .*key.arrow is damaged .*; delete it"):
+        cached(str(tmp_path), "key", make=never)
+
+
+def test_the_key_changes_with_rows_their_order_and_settings():
+    rows = [{"prompt": "a", "messages": [{"role": "user"}]}, {"prompt": "b"}]
+    keys = {
+        content_key(rows, ["x"]),
+        content_key(rows[::-1], ["x"]),
+        content_key([rows[0], {"prompt": "c"}], ["x"]),
+        content_key(rows, ["y"]),
+        content_key(rows, ["x", "y"]),
+        content_key(rows[:1], ["x"]),
+    }
+    assert len(keys) == 6
+    assert content_key([dict(reversed(row.items())) for row in rows], ["x"]) == content_key(rows, ["x"])

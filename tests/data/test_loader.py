@@ -1,0 +1,208 @@
+"""The same rows on any number of ranks; equal numbers of batches; resuming."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from data.loader import PromptLoader, TrainLoader, evaluation_batches, evaluation_prompts, steps_of
+from data.prompts import Prompt
+
+WORDS = ["x" * (1 + index * 7 % 13) + f"-{index}" for index in range(23)]
+
+
+def loader(*, ranks=1, rank=0, micro=8, steps=6, seed=3, samples=WORDS, size=8):
+    return TrainLoader(
+        samples,
+        list,
+        global_batch_size=size,
+        micro_batch_size=micro,
+        rank=rank,
+        ranks=ranks,
+        seed=seed,
+        steps=steps,
+    )
+
+
+def rows_of_steps(*, ranks, micro, **settings):
+    """For each step, the rows that all ranks see together."""
+    parts = [list(loader(ranks=ranks, rank=rank, micro=micro, **settings)) for rank in range(ranks)]
+    return [sorted(row for part in parts for batch in part[step] for row in batch) for step in range(len(parts[0]))]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_the_rows_of_a_step_do_not_depend_on_ranks_or_micro_batches(ranks, micro):
+    assert rows_of_steps(ranks=ranks, micro=micro) == rows_of_steps(ranks=1, micro=8)
+
+
+def test_the_seed_changes_the_rows():
+    assert rows_of_steps(ranks=1, micro=8, seed=3) != rows_of_steps(ranks=1, micro=8, seed=4)
+
+
+def test_every_rank_gets_the_same_number_of_full_micro_batches():
+    for rank in range(2):
+        for batches in loader(ranks=2, rank=rank, micro=2):
+            assert [len(batch) for batch in batches] == [2, 2]
+
+
+def test_an_epoch_runs_on_into_the_next_which_is_shuffled_anew():
+    rows = [row for step in loader(steps=23, size=2, micro=2) for batch in step for row in batch]
+    assert Counter(rows) == Counter({word: 2 for word in WORDS})
+    # step 11 takes the last row of the first epoch and the first of the second
+    assert set(rows[:22]) | {rows[22], rows[23]} >= set(WORDS)
+    first, second = rows[:22], rows[24:]
+    assert first != second
+    assert len(set(first)) == len(set(second)) == 22
+
+
+def test_a_batch_may_be_larger_than_the_data():
+    (batches,) = list(loader(samples=WORDS[:3], size=8, micro=8, steps=1))
+    assert sorted(Counter(batches[0]).values()) == [2, 3, 3]
+
+
+def test_micro_batches_hold_rows_of_similar_length_the_longest_first():
+    for rank in range(2):
+        (batches,) = list(loader(ranks=2, rank=rank, micro=2, steps=1))
+        flat = [len(row) for batch in batches for row in batch]
+        assert flat == sorted(flat, reverse=True)
+    ((first_of_0, last_of_0),) = list(loader(ranks=2, rank=0, micro=2, steps=1))
+    ((first_of_1, last_of_1),) = list(loader(ranks=2, rank=1, micro=2, steps=1))
+    lengths = [len(row) for batch in (first_of_0, first_of_1, last_of_0, last_of_1) for row in batch]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_a_loader_goes_on_where_its_state_was_taken():
+    whole = list(loader())
+    interrupted = loader()
+    steps = iter(interrupted)
+    done = [next(steps), next(steps)]
+    resumed = loader()
+    resumed.load_state_dict(interrupted.state_dict())
+    assert interrupted.state_dict() == {"step": 2}
+    assert done + list(resumed) == whole
+    assert len(resumed) == 6
+
+
+def test_sizes_that_do_not_divide_are_refused():
+    with pytest.raises(
+        ValueError, match=r"global_batch_size by ranks x micro_batch_size \(3 x 2\): 8 is not a multiple"
+    ):
+        loader(ranks=3, micro=2)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "epochs", "max_steps", "steps"),
+    [
+        (100, 1, 0, 13),
+        (96, 1, 0, 12),
+        (96, 0.5, 0, 6),
+        (100, 3, 0, 38),
+        (3, 1, 0, 1),
+        (100, 5, 7, 7),
+        (24, 1 / 3, 0, 1),
+    ],
+)
+def test_steps_see_every_row_as_often_as_there_are_epochs(num_rows, epochs, max_steps, steps):
+    assert steps_of(num_rows, epochs, max_steps=max_steps, global_batch_size=8) == steps
+
+
+# ---- evaluation
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 9, 23])
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_every_row_is_evaluated_once_in_equally_many_batches(num_rows, ranks):
+    parts = [
+        evaluation_batches(WORDS[:num_rows], list, micro_batch_size=3, rank=rank, ranks=ranks) for rank in range(ranks)
+    ]
+    assert len({len(part) for part in parts}) == 1
+    assert len({len(batch.batch) for part in parts for batch in part}) == 1
+    counted = [row for part in parts for batch in part for row in batch.batch[: batch.count]]
+    assert sorted(counted) == sorted(WORDS[:num_rows])
+
+
+def test_a_rank_without_rows_gets_filler_that_does_not_count():
+    first, second = (evaluation_batches(["a"], list, micro_batch_size=4, rank=rank, ranks=2) for rank in range(2))
+    assert [(b.batch, b.count) for b in first] == [(["a"], 1)]
+    assert [(b.batch, b.count) for b in second] == [(["a"], 0)]
+
+
+def test_no_rows_are_no_batches():
+    assert evaluation_batches([], list, micro_batch_size=4, rank=0, ranks=2) == []
+
+
+# ---- prompts
+
+PROMPTS = [Prompt(np.arange(1, 2 + index % 5, dtype=np.int32), f"prompt {index}") for index in range(7)]
+
+
+def prompt_loader(*, ranks=1, rank=0, iterations=4, samples_per_prompt=2):
+    return PromptLoader(
+        PROMPTS,
+        rollout_size=8,
+        samples_per_prompt=samples_per_prompt,
+        rank=rank,
+        ranks=ranks,
+        seed=5,
+        iterations=iterations,
+        pad_id=0,
+    )
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_prompts_and_sample_ids_do_not_depend_on_ranks(ranks):
+    whole = list(prompt_loader())
+    parts = [list(prompt_loader(ranks=ranks, rank=rank)) for rank in range(ranks)]
+    for iteration, batch in enumerate(whole):
+        assert batch.prompts == sum((part[iteration].prompts for part in parts), ())
+        assert batch.sample_ids.tolist() == sum((part[iteration].sample_ids.tolist() for part in parts), [])
+
+
+def test_sample_ids_are_unique_in_the_run():
+    ids = [index for batch in prompt_loader() for index in batch.sample_ids.tolist()]
+    assert ids == list(range(32))
+
+
+def test_a_prompt_is_repeated_side_by_side_and_stays_on_one_rank():
+    for rank in range(2):
+        for batch in prompt_loader(ranks=2, rank=rank):
+            assert batch.prompts[0::2] == batch.prompts[1::2]
+            assert batch.input_ids[0::2].tolist() == batch.input_ids[1::2].tolist()
+
+
+def test_all_prompts_are_seen_before_any_comes_again():
+    seen = [prompt for batch in prompt_loader(iterations=7) for prompt in batch.prompts[::2]]
+    assert [Counter(seen[start : start + 7]) for start in (0, 7, 14, 21)] == [Counter(p.text for p in PROMPTS)] * 4
+
+
+def test_prompts_are_padded_on_the_left_and_their_tokens_kept():
+    by_text = {prompt.text: prompt.input_ids.tolist() for prompt in PROMPTS}
+    for batch in prompt_loader():
+        for ids, mask, text in zip(batch.input_ids, batch.attention_mask, batch.prompts, strict=True):
+            assert ids[mask].tolist() == by_text[text]
+            assert mask.tolist() == sorted(mask.tolist())
+
+
+def test_a_prompt_loader_goes_on_where_its_state_was_taken():
+    whole = [batch.prompts for batch in prompt_loader()]
+    interrupted = prompt_loader()
+    next(iter(interrupted))
+    resumed = prompt_loader()
+    resumed.load_state_dict(interrupted.state_dict())
+    assert [batch.prompts for batch in resumed] == whole[1:]
+    assert len(resumed) == 4
+
+
+def test_groups_that_would_straddle_ranks_are_refused():
+    with pytest.raises(ValueError, match=r"ppo.rollout_size by ranks x samples_per_prompt \(4 x 4\): 8 is not"):
+        prompt_loader(ranks=4, samples_per_prompt=4)
+
+
+def test_evaluated_prompts_keep_their_sample_ids_on_any_rank():
+    for ranks in (1, 2, 3):
+        found = {}
+        for rank in range(ranks):
+            for batch in evaluation_prompts(PROMPTS, 0, micro_batch_size=2, rank=rank, ranks=ranks):
+                pairs = zip(batch.batch.sample_ids.tolist(), batch.batch.prompts, strict=True)
+                found.update(list(pairs)[: batch.count])
+        assert found == {index: f"prompt {index}" for index in range(7)}

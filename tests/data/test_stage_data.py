@@ -1,0 +1,289 @@
+"""From `data.*` to samples: every stage, limits, held-out rows, weights, shares, the cache, and bad data."""
+
+import json
+import logging
+
+import pytest
+
+from data.demonstrations import demonstrations
+from data.preferences import preferences
+from data.prompts import prompts
+from rlhf.config.groups import DataConfig, EngineConfig, LoraConfig, OptimizerConfig, StageDataConfig
+from rlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
+from rlhf.text import decode, load_tokenizer
+from tests import fakes
+
+SHARED = {
+    "engine": EngineConfig(zero_stage=0),
+    "lora": LoraConfig(rank=0),
+    "micro_batch_size": 2,
+    "max_prompt_tokens": 20,
+    "max_response_tokens": 20,
+    "seed": 0,
+}
+SUPERVISED = {"optimizer": OptimizerConfig(lr=1e-3), "global_batch_size": 4}
+ROLLOUT = {
+    "iterations": 1,
+    "rollout_size": 4,
+    "rollout_micro_batch_size": 2,
+    "minibatch_size": 4,
+    "actor_optimizer": OptimizerConfig(lr=1e-3),
+    "critic_optimizer": OptimizerConfig(lr=1e-3),
+}
+STAGES = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
+PAIRS = [{"prompt": f"p{n}", "chosen": f" good {n}", "rejected": f" bad {n}", "margin": n / 2} for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def gpt(tmp_path_factory):
+    return load_tokenizer(str(fakes.pad_is_eos_tokenizer(tmp_path_factory.mktemp("gpt"))))
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory):
+    return load_tokenizer(str(fakes.chat_tokenizer(tmp_path_factory.mktemp("chat"))))
+
+
+@pytest.fixture
+def write(tmp_path):
+    def save(name, rows):
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(file)
+
+    return save
+
+
+def samples(stage, train, *, tokenizer, evaluation=(), fraction=0.0, limits=None, **data):
+    config = DataConfig(
+        **{stage: StageDataConfig(train=list(train), eval=list(evaluation), eval_fraction=fraction)}, **data
+    )
+    kinds = {"sft": (SFTConfig, SUPERVISED), "reward": (RewardConfig, SUPERVISED), "ppo": (PPOConfig, ROLLOUT)}
+    kind, own = kinds[stage]
+    return STAGES[stage](config, kind(**{**SHARED, **own, **(limits or {})}), tokenizer=tokenizer)
+
+
+def texts(tokenizer, found):
+    return [decode(tokenizer, sample.input_ids) for sample in found]
+
+
+def test_every_stage_reads_the_same_preferences(gpt, write):
+    file = write("pairs.jsonl", PAIRS)
+    sft, reward, ppo = (samples(stage, [file], tokenizer=gpt).train for stage in STAGES)
+    assert texts(gpt, sft) == [f"p{n} good {n}" for n in range(40)]
+    assert [decode(gpt, pair.chosen) for pair in reward] == [f"p{n} good {n}" for n in range(40)]
+    assert [decode(gpt, pair.rejected) for pair in reward] == [f"p{n} bad {n}" for n in range(40)]
+    assert [pair.margin for pair in reward] == [n / 2 for n in range(40)]
+    assert [prompt.text for prompt in ppo] == texts(gpt, ppo) == [f"p{n}" for n in range(40)]
+
+
+def test_conversations_reach_every_stage(chat, write):
+    user, good, bad = ({"role": role, "content": text} for role, text in (("user", "q"), *[("assistant", "a")] * 2))
+    bad["content"] = "b"
+    pairs = write("pairs.jsonl", [{"chosen": [user, good], "rejected": [user, bad]}])
+    turns = write("turns.jsonl", [{"messages": [user, good]}])
+    limits = {"max_prompt_tokens": 40}
+    (demonstration,) = samples("sft", [turns], tokenizer=chat, limits=limits).train
+    (pair,) = samples("reward", [pairs], tokenizer=chat, limits=limits).train
+    (prompt,) = samples("ppo", [turns], tokenizer=chat, limits=limits).train
+    assert demonstration.input_ids.tolist() == pair.chosen.tolist()
+    assert demonstration.input_ids[: len(prompt)].tolist() == prompt.input_ids.tolist()
+    assert demonstration.target_mask.tolist() == [False] * len(prompt) + [True] * 2  # "a" and the end of the turn
+    assert prompt.text == "q"
+
+
+def test_the_eos_is_a_target_where_the_tokenizer_padded_with_it(gpt, write):
+    (sample,) = samples("sft", [write("a.jsonl", [{"prompt": "a", "completion": " b"}])], tokenizer=gpt).train
+    assert (sample.input_ids[-1], sample.target_mask[-1]) == (gpt.eos_token_id, True)
+
+
+def test_prompts_are_learnt_when_response_only_is_off(gpt, write):
+    file = write("a.jsonl", [{"prompt": "abc", "completion": " b"}])
+    (sample,) = samples("sft", [file], tokenizer=gpt, limits={"response_only": False}).train
+    assert sample.target_mask.tolist() == [False] + [True] * (len(sample) - 1)
+
+
+# ---- limits
+
+
+def test_long_rows_are_dropped_and_counted(gpt, write, caplog):
+    rows = [
+        {"prompt": "x" * 21, "completion": "y"},
+        {"prompt": "x" * 20, "completion": "y" * 19},  # 19 letters and the EOS
+        {"prompt": "x", "completion": "y" * 20},
+        {"prompt": "x" * 30, "completion": "y" * 30},
+    ]
+    with caplog.at_level(logging.WARNING):
+        found = samples("sft", [write("a.jsonl", rows)], tokenizer=gpt)
+    assert texts(gpt, found.train) == ["x" * 20 + "y" * 19]
+    assert found.dropped == {
+        "prompt longer than sft.max_prompt_tokens=20": 2,
+        "response longer than sft.max_response_tokens=20": 1,
+    }
+    assert "dropped 2 of 4 rows: prompt longer than sft.max_prompt_tokens=20" in caplog.text
+
+
+def test_a_pair_is_dropped_where_either_response_is_too_long(gpt, write):
+    rows = [
+        {"prompt": "x", "chosen": "y" * 20, "rejected": "z"},
+        {"prompt": "x", "chosen": "y", "rejected": "z" * 20},
+        {"prompt": "x", "chosen": "y", "rejected": "z"},
+    ]
+    found = samples("reward", [write("a.jsonl", rows)], tokenizer=gpt)
+    assert (len(found.train), found.dropped) == (1, {"response longer than reward.max_response_tokens=20": 2})
+
+
+def test_when_everything_is_dropped_the_error_says_why(gpt, write):
+    file = write("a.jsonl", [{"prompt": "x" * 21}, {"prompt": "x" * 22}])
+    with pytest.raises(
+        ValueError, match=r"data.ppo.train: all rows were dropped: 2 for a prompt longer than ppo.max_pr"
+    ):
+        samples("ppo", [file], tokenizer=gpt)
+    with pytest.raises(ValueError, match=r"data.ppo.eval: all rows were dropped"):
+        samples("ppo", [write("b.jsonl", [{"prompt": "x"}])], evaluation=[file], tokenizer=gpt)
+
+
+# ---- train, eval, weights, shares
+
+
+def test_held_out_rows_are_taken_away_and_the_same_for_every_stage(gpt, write):
+    file = write("pairs.jsonl", PAIRS)
+    sft = samples("sft", [file], tokenizer=gpt, fraction=0.1)
+    ppo = samples("ppo", [file], tokenizer=gpt, fraction=0.1)
+    assert (len(sft.train), len(sft.eval)) == (36, 4)
+    assert len({*texts(gpt, sft.train), *texts(gpt, sft.eval)}) == 40
+    assert [text.split(" ")[0] for text in texts(gpt, sft.eval)] == [prompt.text for prompt in ppo.eval]
+
+
+def test_evaluation_data_of_its_own_leaves_the_training_rows_alone(gpt, write):
+    train, evaluation = write("train.jsonl", PAIRS[:30]), write("eval.jsonl", PAIRS[30:])
+    found = samples("ppo", [train], evaluation=[evaluation], tokenizer=gpt, fraction=0.5)
+    assert [prompt.text for prompt in found.train] == [f"p{n}" for n in range(30)]
+    assert [prompt.text for prompt in found.eval] == [f"p{n}" for n in range(30, 40)]
+
+
+def test_weights_blend_sources_and_repeat_no_held_out_row(gpt, write):
+    first, second = write("a.jsonl", PAIRS[:20]), write("b.jsonl", PAIRS[20:])
+    sources = [{"path": first, "weight": 0.5}, {"path": second, "weight": 2}]
+    found = samples("ppo", sources, tokenizer=gpt, fraction=0.1)
+    train = [prompt.text for prompt in found.train]
+    evaluation = [prompt.text for prompt in found.eval]
+    assert (len(train), len(evaluation)) == (9 + 2 * 18, 1 + 2)
+    assert {train.count(f"p{n}") for n in range(20)} == {0, 1}
+    assert {train.count(f"p{n}") for n in range(20, 40)} == {0, 2}
+    assert not set(train) & set(evaluation)
+    assert len(set(evaluation)) == 3
+
+
+def test_a_bad_weight_is_named(gpt, write):
+    with pytest.raises(ValueError, match=r"data.ppo.train\[0\].weight=0: expected a positive number"):
+        samples("ppo", [{"path": write("a.jsonl", PAIRS), "weight": 0}], tokenizer=gpt)
+
+
+def test_the_stage_split_divides_rows_without_overlap(gpt, write):
+    file = write("pairs.jsonl", PAIRS)
+    split = {"stage_split": [2, 4, 4], "split_seed": 7}
+    sft = {text.split(" ")[0] for text in texts(gpt, samples("sft", [file], tokenizer=gpt, **split).train)}
+    reward = {decode(gpt, p.chosen).split(" ")[0] for p in samples("reward", [file], tokenizer=gpt, **split).train}
+    ppo = {prompt.text for prompt in samples("ppo", [file], tokenizer=gpt, **split).train}
+    assert [len(part) for part in (sft, reward, ppo)] == [8, 16, 16]
+    assert len(sft | reward | ppo) == 40
+
+
+def test_a_stage_without_a_share_is_told_so(gpt, write):
+    with pytest.raises(ValueError, match=r"data.stage_split=\[5, 5, 0\] leaves ppo none of 40 rows"):
+        samples("ppo", [write("a.jsonl", PAIRS)], tokenizer=gpt, stage_split=[5, 5, 0])
+
+
+# ---- bad data
+
+
+def test_no_data_is_refused(gpt):
+    with pytest.raises(ValueError, match="data.sft.train is empty; expected at least one"):
+        samples("sft", [], tokenizer=gpt)
+
+
+def test_missing_columns_name_the_setting_that_renames_them(gpt, write):
+    files = [write("a.jsonl", PAIRS), write("b.jsonl", [{"question": "a", "answer": "b"}])]
+    with pytest.raises(ValueError, match=r"data.sft.train\[1\].columns=\{text: its_name\}"):
+        samples("sft", files, tokenizer=gpt)
+
+
+def test_renamed_columns_are_found(gpt, write):
+    source = {"path": write("a.jsonl", [{"q": "a", "a": " b"}]), "columns": {"prompt": "q", "completion": "a"}}
+    assert texts(gpt, samples("sft", [source], tokenizer=gpt).train) == ["a b"]
+
+
+def test_bad_rows_are_all_reported_with_their_numbers_in_the_file(gpt, write):
+    rows = [*PAIRS[:5], {"prompt": "a", "chosen": "b", "rejected": "b"}, *PAIRS[5:9], {"prompt": "", "chosen": "b"}]
+    file = write("a.jsonl", rows)
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        samples("reward", [file], tokenizer=gpt)
+    assert str(error.value) == (
+        f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (rows count from 0); repair or remove them:\n"
+        "  row 5: `chosen` and `rejected` are identical; expected one to be better.\n"
+        "  row 10: ['chosen', 'rejected'] hold nothing; expected text or messages."
+    )
+
+
+def test_problems_that_only_show_when_tokenising_have_row_numbers_too(gpt, write):
+    file = write("a.jsonl", [{"chosen": "a b", "rejected": "a c"}, {"chosen": "yes", "rejected": "no"}])
+    with pytest.raises(ValueError, match="row 1: `chosen` and `rejected` begin differently"):
+        samples("reward", [file], tokenizer=gpt)
+
+
+def test_messages_without_a_chat_template_name_the_setting(gpt, write):
+    file = write("a.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
+    with pytest.raises(ValueError, match=r"row 0: the row has messages, but.*model.chat_template"):
+        samples("sft", [file], tokenizer=gpt)
+
+
+# ---- fingerprint and cache
+
+
+def test_the_fingerprint_follows_the_tokens(gpt, write):
+    first = samples("ppo", [write("a.jsonl", PAIRS)], tokenizer=gpt, fraction=0.1)
+    same = samples("ppo", [write("b.jsonl", PAIRS)], tokenizer=gpt, fraction=0.1)
+    other = samples("ppo", [write("a.jsonl", PAIRS)], tokenizer=gpt, fraction=0.2)
+    changed = samples("ppo", [write("c.jsonl", [*PAIRS[1:], {"prompt": "new"}])], tokenizer=gpt, fraction=0.1)
+    assert first.fingerprint == same.fingerprint
+    assert len({found.fingerprint for found in (first, other, changed)}) == 3
+
+
+def test_the_cache_gives_the_same_samples_and_misses_a_changed_row_or_setting(gpt, chat, write, tmp_path):
+    cache = tmp_path / "cache"
+
+    def files_after(rows, tokenizer=gpt, **limits):
+        found = samples("sft", [write("a.jsonl", rows)], tokenizer=tokenizer, limits=limits, cache_dir=str(cache))
+        return found, len(list(cache.iterdir()))
+
+    first, stored = files_after(PAIRS)
+    again, same = files_after(PAIRS)
+    assert (stored, same) == (1, 1)
+    assert (
+        first.fingerprint == again.fingerprint == samples("sft", [write("a.jsonl", PAIRS)], tokenizer=gpt).fingerprint
+    )
+    assert [s.target_mask.tolist() for s in first.train] == [s.target_mask.tolist() for s in again.train]
+    shorter, same = files_after(PAIRS, max_prompt_tokens=2)
+    assert (same, len(shorter.train)) == (1, 10)  # limits do not change tokens: p0 ... p9
+    changed, stored = files_after([*PAIRS[:-1], {**PAIRS[-1], "chosen": " new"}])
+    assert (stored, texts(gpt, changed.train)[-1]) == (2, "p39 new")
+    assert files_after(PAIRS, response_only=False)[1] == 3
+    assert files_after(PAIRS, tokenizer=chat)[1] == 4
+
+
+def test_a_changed_template_misses_the_cache(write, tmp_path):
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    cache = tmp_path / "cache"
+    found = []
+    for number, template in enumerate(
+        (fakes.CHAT_TEMPLATE, fakes.CHAT_TEMPLATE.replace("assistant\n", "assistant: \n"))
+    ):
+        tokenizer = load_tokenizer(str(fakes.chat_tokenizer(tmp_path / str(number), chat_template=template)))
+        limits = {"max_prompt_tokens": 99}
+        file = write("a.jsonl", rows)
+        found += texts(
+            tokenizer, samples("ppo", [file], tokenizer=tokenizer, limits=limits, cache_dir=str(cache)).train
+        )
+    assert len(list(cache.iterdir())) == 2
+    assert found[0] != found[1]

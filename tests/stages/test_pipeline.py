@@ -1,0 +1,152 @@
+"""The smoke pipeline end to end, as a user runs it: one rank, two ranks, again, and changed."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+ROOT = Path(__file__).parents[2]
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
+
+
+def pipeline(*arguments, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments]
+    environment = {**os.environ, **ONE_THREAD}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500, check=False)
+
+
+def smoke(folder, *arguments):
+    done = pipeline("experiment=smoke", "engine.precision=fp32", f"output_dir={folder}", *arguments)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    return folder, smoke(folder)
+
+
+def test_a_run_leaves_the_documented_tree(one_rank):
+    folder, _ = one_rank
+    expected = {
+        *("config.yaml", "sft/model/model.safetensors", "sft/model/chat_template.jinja", "sft/stage.json"),
+        *("reward/model/model.safetensors", "reward/model/stage.json", "reward/metrics.jsonl"),
+        *("ppo/actor/model.safetensors", "ppo/critic/model.safetensors", "ppo/samples.jsonl", "ppo/metrics.jsonl"),
+    }
+    assert {path for path in expected if not (folder / path).exists()} == set()
+
+
+def test_a_run_says_its_arithmetic_and_its_results(one_rank):
+    _, output = one_rank
+    assert "sft: global_batch_size 8 = 1 ranks x 4 sequences x 2 accumulation" in output
+    assert "4 steps per iteration = 2 minibatches x 2 epochs" in output
+    assert "Held-out results" in output
+    assert "before and after PPO" in output
+
+
+def test_plain_transformers_load_every_model(one_rank):
+    folder, _ = one_rank
+    tokenizer = AutoTokenizer.from_pretrained(folder / "ppo/actor")
+    batch = tokenizer(["Movie review: This", "Movie"], return_tensors="pt", padding=True)
+    for path in ("sft/model", "ppo/actor"):
+        assert AutoModelForCausalLM.from_pretrained(folder / path)(**batch).logits.isfinite().all()
+    for path in ("reward/model", "ppo/critic"):
+        model = AutoModelForSequenceClassification.from_pretrained(folder / path)
+        assert model(**batch).logits.shape == (2, 1)
+
+
+def test_every_iteration_is_logged_whole(one_rank):
+    folder, _ = one_rank
+    logged = rows(folder / "ppo/metrics.jsonl")
+    assert [row["step"] for row in logged] == [0, 1, 2]
+    for row in logged[1:]:
+        assert all(math.isfinite(value) for value in row.values())
+        assert {"objective/kl", "policy/clipfrac_avg", "val/explained_variance", "rollout/eos_rate"} <= set(row)
+        assert row["rollout/logprob_gap_max"] < 1e-4  # the generation path and the training path agree
+
+
+def test_before_training_the_policy_is_the_reference(one_rank):
+    folder, _ = one_rank
+    first = rows(folder / "ppo/metrics.jsonl")
+    assert first[0]["eval/kl"] == pytest.approx(0, abs=1e-5)
+    assert first[1]["objective/kl"] == pytest.approx(0, abs=1e-5)
+
+
+def test_two_ranks_with_zero_3_give_the_numbers_of_one_rank(one_rank, tmp_path):
+    alone = one_rank[0]
+    output = smoke(tmp_path, "engine=zero3", "launch.ranks=2")
+    assert "2 ranks x 4 sequences x 1 accumulation" in output
+    for stage in ("sft", "reward", "ppo"):
+        for one, two in zip(
+            rows(alone / stage / "metrics.jsonl"), rows(tmp_path / stage / "metrics.jsonl"), strict=True
+        ):
+            numbers = [name for name in one if not name.startswith(("time", "timing_s", "memory", "perf"))]
+            assert {name: two[name] for name in numbers} == pytest.approx(
+                {name: one[name] for name in numbers}, rel=2e-3, abs=2e-3
+            )
+    for model in ("sft/model", "reward/model"):
+        first = AutoModelForCausalLM if model == "sft/model" else AutoModelForSequenceClassification
+        pair = [first.from_pretrained(folder / model).state_dict() for folder in (alone, tmp_path)]
+        for name, value in pair[0].items():
+            torch.testing.assert_close(pair[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_the_same_command_again_skips_what_is_finished(one_rank):
+    folder, _ = one_rank
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")}
+    again = smoke(folder)
+    assert [f"{stage} is finished" in again for stage in ("sft", "reward", "ppo")] == [True] * 3
+    assert {file: file.stat().st_mtime_ns for file in folder.rglob("*.safetensors")} == before
+
+
+def test_a_folder_of_other_settings_is_refused_with_the_difference(one_rank):
+    folder, _ = one_rank
+    done = pipeline("experiment=smoke", "engine.precision=fp32", f"output_dir={folder}", "sft.optimizer.lr=0.5")
+    assert done.returncode == 1
+    assert "sft.optimizer.lr: there 0.001, now 0.5" in done.stderr
+    assert "output_dir=" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_ppo_runs_alone_on_given_models(one_rank, tmp_path):
+    folder, _ = one_rank
+    models = [f"ppo.actor={folder / 'sft/model'}", f"ppo.reward={folder / 'reward/model'}"]
+    smoke(tmp_path, "stage=[ppo_lora]", *models, "ppo.iterations=1")
+    assert (tmp_path / "ppo/actor/adapter/adapter_model.safetensors").exists()
+    assert not (tmp_path / "sft").exists()
+
+
+def test_a_policy_without_a_critic_learns_from_groups(one_rank, tmp_path):
+    folder, _ = one_rank
+    models = [f"ppo.actor={folder / 'sft/model'}", f"ppo.reward={folder / 'reward/model'}"]
+    smoke(tmp_path, "stage=grpo", *models, "ppo.iterations=1", "ppo.samples_per_prompt=4")
+    assert (tmp_path / "ppo/actor").exists()
+    assert not (tmp_path / "ppo/critic").exists()
+
+
+def test_a_missing_input_is_named_before_anything_is_loaded(tmp_path):
+    done = pipeline("experiment=smoke", "stage=ppo", f"output_dir={tmp_path}")
+    assert done.returncode == 1
+    assert "ppo.actor=" in done.stderr
+    assert "stage=[sft,ppo]" in done.stderr
+
+
+def test_a_folder_called_data_where_the_user_stands_hides_nothing(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/__init__.py").write_text("raise RuntimeError('the wrong data')")
+    (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 40)
+    arguments = ["experiment=smoke", "stage=sft", "data=files", "data.sft.train=[mine.jsonl]", "launch.ranks=2"]
+    done = pipeline(*arguments, "sft.max_steps=1", "output_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "out/sft/stage.json").exists()
