@@ -281,12 +281,13 @@ class _Sequence:
         self.ids += new
         self.learnt += [learn] * len(new)
 
-    def add_spans(self, text: str, spans: Sequence[Span]) -> None:
-        """Append the rest of `text`, cut where a span begins or ends; what is inside a span is learnt."""
+    def add_spans(self, text: str, spans: Sequence[Span], *, learn: bool) -> None:
+        """Append the rest of `text`, cut where a span begins or ends; `learn` makes targets of what is inside."""
         position = len(self.text)
         cuts = sorted({position, len(text), *(edge for span in spans for edge in span if edge > position)})
         for start, end in zip(cuts, cuts[1:], strict=False):
-            self.add(text[start:end], learn=any(span.start <= start and end <= span.end for span in spans))
+            inside = any(span.start <= start and end <= span.end for span in spans)
+            self.add(text[start:end], learn=learn and inside)
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -307,7 +308,7 @@ def _start(tokenizer: Tokenizer, row: Row, *, prompt: Part, learn_turns: bool = 
     chat = _Chat.of(tokenizer, row)
     sequence = _Sequence(tokenizer)
     text = chat.render(prompt, generation_prompt=True)
-    sequence.add_spans(text, chat.spans(prompt, text) if learn_turns else [])
+    sequence.add_spans(text, chat.spans(prompt, text), learn=learn_turns)
     return sequence
 
 
@@ -321,7 +322,7 @@ def _respond(sequence: _Sequence, row: Row, *, prompt: Part, response: Part) -> 
         text = chat.render([*prompt, *response])
         spans = chat.spans([*prompt, *response], text, first=len(prompt))
         chat.require_start(sequence.text, text)
-        sequence.add_spans(text[: spans[-1].end if spans else 0], spans)
+        sequence.add_spans(text[: spans[-1].end if spans else 0], spans, learn=True)
     if len(sequence.ids) == num_prompt:
         raise ValueError("the response is empty; expected text, or an assistant turn that the chat template renders.")
     if sequence.ids[-1] not in stop_token_ids(sequence.tokenizer):

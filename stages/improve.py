@@ -7,6 +7,7 @@ the whole minibatch, so micro-batches and ranks change nothing but memory and ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -78,14 +79,16 @@ def improve(models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: in
             history.append(update)
         if config.target_kl is not None and history[-1].get("policy/approxkl_avg", 0.0) > config.target_kl:
             break
-    return _mean_over_updates(history) | {"policy/epochs": float(epochs)}
+    return _over_updates(history) | {"policy/epochs": float(epochs)}
 
 
-def _mean_over_updates(history: list[dict[str, float]]) -> dict[str, float]:
-    means = {name: sum(update[name] for update in history) / len(history) for name in history[0]}
-    if "policy/ratio_max" in means:
-        means["policy/ratio_max"] = max(update["policy/ratio_max"] for update in history)
-    return means
+_COMBINED = {"policy/ratio_max": max, "actor/skipped_steps": sum, "critic/skipped_steps": sum}
+"""How updates are combined into one number, where not by their mean."""
+
+
+def _over_updates(history: list[dict[str, float]]) -> dict[str, float]:
+    values = {name: [update[name] for update in history] for name in history[0]}
+    return {name: _COMBINED.get(name, fmean)(numbers) for name, numbers in values.items()}
 
 
 def update_actor(
@@ -125,6 +128,7 @@ def update_actor(
         )
     step = actor.step()
     metrics = summed(outcomes) | {"actor/grad_norm": step.grad_norm, "actor/lr": step.lr}
+    metrics["actor/skipped_steps"] = float(step.skipped)
     return metrics | {"policy/ratio_max": float(max_over_ranks(largest))}
 
 
@@ -146,4 +150,5 @@ def update_critic(
         critic.backward(result.loss, last=index == len(micro_batches))
         outcomes.append({"val/loss": result.loss.detach(), "val/clipfrac_avg": result.clip_fraction})
     step = critic.step()
-    return summed(outcomes) | {"critic/grad_norm": step.grad_norm, "critic/lr": step.lr}
+    metrics = summed(outcomes) | {"critic/grad_norm": step.grad_norm, "critic/lr": step.lr}
+    return metrics | {"critic/skipped_steps": float(step.skipped)}

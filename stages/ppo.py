@@ -51,7 +51,7 @@ def run_ppo(run: RunConfig, world: World) -> Record:
         loader = prompt_loader(session, splits.train)
         kl = kl_controller(config.kl)
         before = examiner.examine(collector, step=0)
-        session.finish_step(0, **before)
+        session.finish_step(0, before)
         for step, batch in enumerate(loader, start=1):
             rollout = collector.collect(batch, seed=config.seed)
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
@@ -64,7 +64,8 @@ def run_ppo(run: RunConfig, world: World) -> Record:
                 metrics |= critic_metrics(rollout, returns)
             kl.update(metrics["objective/kl"], config.rollout_size)
             after = examiner.examine(collector, step=step) if session.evaluates_at(step, config.eval_every) else {}
-            session.finish_step(step, **metrics, **after)
+            metrics["rollout/episodes"] = step * config.rollout_size
+            session.finish_step(step, metrics | after, num_tokens=float(rollout.attention_mask.sum()))
         exports = [session.export(models.actor, "actor")]
         if models.critic is not None:
             exports.append(session.export(models.critic, "critic"))
@@ -115,7 +116,7 @@ def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Col
         config=config,
         decode=partial(decode, session.tokenizer),
         pad_id=session.pad_id,
-        stop_token_ids=stop_token_ids(session.tokenizer),
+        stop_token_ids=stop_token_ids(session.tokenizer, models.actor.module.generation_config),
         scale=scale,
         watch=session.watch,
     )

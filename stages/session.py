@@ -36,9 +36,12 @@ class Session:
         """What padding holds."""
         return int(self.tokenizer.pad_token_id)
 
-    def finish_step(self, step: int, **metrics: float) -> None:
-        """Log what a step did, with the time its phases took."""
-        self.tracker.log(step, metrics | self.watch.take() | memory_metrics(self.world.device))
+    def finish_step(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:
+        """Log what a step did, where its time went, and how many of `num_tokens` (all ranks) it did in a second."""
+        timing = self.watch.take()
+        if num_tokens:
+            metrics = metrics | {"perf/tokens_per_second": num_tokens / sum(timing.values())}
+        self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
 
     def evaluates_at(self, step: int, every: int) -> bool:
         """True after every `every` steps (0: never in between) and after the last one."""

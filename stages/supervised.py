@@ -81,7 +81,7 @@ def supervise(
     """Take one optimizer step for every item of `loader`; returns the held-out metrics before and after."""
     before = evaluate()
     after = before
-    session.finish_step(0, **before)
+    session.finish_step(0, before)
     for step, micro_batches in enumerate(loader, start=1):
         with session.watch("train"):
             metrics = take_step(engine, micro_batches, objective=objective)
@@ -89,7 +89,7 @@ def supervise(
             with session.watch("evaluate"):
                 after = evaluate()
             metrics |= after
-        session.finish_step(step, **metrics)
+        session.finish_step(step, metrics, num_tokens=metrics["train/tokens"])
     return session.record(before=before, after=after)
 
 
@@ -104,7 +104,8 @@ def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Obje
         tokens = {"train/loss": outcome.loss.detach(), "train/tokens": batch.attention_mask.sum()}
         outcomes.append(outcome.metrics | tokens)
     result = engine.step()
-    return summed(outcomes) | {"train/grad_norm": result.grad_norm, "train/lr": result.lr}
+    metrics = summed(outcomes) | {"train/grad_norm": result.grad_norm, "train/lr": result.lr}
+    return metrics | {"train/skipped_steps": float(result.skipped)}
 
 
 def summed(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, float]:

@@ -13,6 +13,7 @@ PACKAGES = ("rlhf", "stages", "data", "conf")
 FLOORS = [
     {"rlhf.config", "rlhf.types"},
     {"rlhf.dist"},
+    {"rlhf.text_pad"},
     {"rlhf.algorithms", "rlhf.launch", "rlhf.tracking", "rlhf.text"},
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},

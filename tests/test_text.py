@@ -315,6 +315,26 @@ def test_every_assistant_turn_and_its_end_is_a_target(tmp_path, template):
     )
 
 
+@pytest.mark.parametrize(
+    "template", [fakes.CHAT_TEMPLATE, fakes.MARKED_CHAT_TEMPLATE, FORGETFUL_TEMPLATE, PLAIN_TEMPLATE, EOS_TEMPLATE]
+)
+def test_every_form_of_a_conversation_starts_with_the_same_prompt_tokens(tmp_path, template):
+    tokenizer = with_template(tmp_path, template)
+    turns = [USER, FILM, MORE, HI]  # "assistant: the" has a token that joins header and answer
+    prompt = tokenize_prompt(tokenizer, {"prompt": turns[:-1]})
+    pair = {"chosen": turns, "rejected": [*turns[:-1], FILM]}
+    sequences = [
+        tokenize_demonstration(tokenizer, {"messages": turns}, response_only=True),
+        tokenize_demonstration(tokenizer, {"prompt": turns[:-1], "completion": [HI]}, response_only=True),
+        *tokenize_preference(tokenizer, pair),
+    ]
+    assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
+        turns[:-1], add_generation_prompt=True, tokenize=False
+    )
+    assert [tokens.input_ids[: tokens.num_prompt].tolist() for tokens in sequences] == [prompt] * 4
+    assert tokenize_prompt(tokenizer, {"messages": turns}) == tokenize_prompt(tokenizer, pair) == prompt
+
+
 def test_marks_in_a_template_agree_with_those_of_transformers(tmp_path):
     tokenizer = with_template(tmp_path, fakes.MARKED_CHAT_TEMPLATE)
     tokens = tokenize_demonstration(tokenizer, {"messages": TURNS}, response_only=True)

@@ -55,9 +55,7 @@ class Resident:
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), none of it on biases and norms."""
 
-    def __init__(
-        self, groups: list[ParameterGroup], masters: Mapping[str, Tensor], *, config: OptimizerConfig
-    ) -> None:
+    def __init__(self, groups: list[ParameterGroup], masters: Mapping[str, Tensor], *, config: OptimizerConfig) -> None:
         """Start at zero moments.
 
         Args:

@@ -222,14 +222,17 @@ def frozen(world):
 def low_rank(world):
     """Real adapters: logits before, while and after they are merged, and the step that follows, by stage."""
     found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        tiny.reference().llama.save_pretrained(folder)
+    with tempfile.TemporaryDirectory() as mine:
+        folder = dist.broadcast_object(mine)
+        tiny.reference().llama.save_pretrained(folder)  # transformers lets the first rank write
+        dist.barrier()
         for stage in STAGES:
             plan = causal_lm(folder, lora=LoraConfig(rank=4), seed=3)
             config = EngineConfig(zero_stage=stage, precision="fp32")
             optimizer = tiny.optimizer_config(lr=0.1)
             engine = build_engine(plan, config=config, world=world, optimizer=optimizer, total_steps=10)
             found[stage] = merged_and_not(engine, tiny.batch(50)[0])
+        dist.barrier()
     return found
 
 

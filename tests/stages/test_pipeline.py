@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.tracking.metrics import metrics_of
+
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
@@ -74,6 +76,16 @@ def test_every_iteration_is_logged_whole(one_rank):
         assert all(math.isfinite(value) for value in row.values())
         assert {"objective/kl", "policy/clipfrac_avg", "val/explained_variance", "rollout/eos_rate"} <= set(row)
         assert row["rollout/logprob_gap_max"] < 1e-4  # the generation path and the training path agree
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo"])
+def test_a_stage_logs_what_the_registry_says_and_nothing_else(one_rank, stage):
+    folder, _ = one_rank
+    logged = {name for row in rows(folder / stage / "metrics.jsonl") for name in row} - {"step", "time"}
+    registered = set(metrics_of(stage)) - {"memory/device_bytes"}  # needs a GPU
+    families = {name for name in registered if name.endswith("/*")}
+    assert registered - families <= logged
+    assert all(any(name.startswith(family[:-1]) for name in logged) for family in families)
 
 
 def test_before_training_the_policy_is_the_reference(one_rank):
