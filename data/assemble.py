@@ -20,7 +20,7 @@ from data.cache import cached, content_key
 from data.rows import COLUMNS, each_row, require_columns
 from data.sources import load_rows
 from data.split import Indices, hold_out, stage_rows
-from rlhf.config.groups import DataConfig, SourceConfig, StageDataConfig
+from rlhf.config.groups import BadRows, DataConfig, SourceConfig, StageDataConfig
 from rlhf.text import Row, Tokens
 
 logger = logging.getLogger(__name__)
@@ -145,22 +145,40 @@ class _Part(Generic[Sample]):
             return
         distinct, place = np.unique(numbers, return_inverse=True)
         rows = self.table.select(distinct).to_list()
-        tokens = self._tokens(rows, distinct)
-        reasons = [self.recipe.limits.broken_by(sequences) for sequences in tokens]
-        samples = [self.recipe.build(row, sequences) for row, sequences in zip(rows, tokens, strict=True)]
-        kept = [index for index in place.tolist() if not reasons[index]]
+        tokens, reasons = self._usable(rows) if self.drops_bad_rows else (self._tokens(rows, distinct), {})
+        reasons |= {index: reason for index in tokens if (reason := self.recipe.limits.broken_by(tokens[index]))}
+        kept = [index for index in place.tolist() if index not in reasons]
+        samples = {index: self.recipe.build(rows[index], tokens[index]) for index in dict.fromkeys(kept)}
         pile.samples += [samples[index] for index in kept]
         pile.digest += _digest([sequence for index in kept for sequence in tokens[index]])
-        self._count(Counter(reason for reason in reasons if reason), pile, num_rows=len(rows))
+        self._count(Counter(reasons.values()), pile, num_rows=len(rows))
 
-    def _tokens(self, rows: list[Row], numbers: Indices) -> list[list[Tokens]]:
+    @property
+    def drops_bad_rows(self) -> bool:
+        """Whether a row that cannot be used is dropped, rather than stopping the run."""
+        return self.recipe.sources.bad_rows is BadRows.drop
+
+    def _usable(self, rows: list[Row]) -> tuple[dict[int, list[Tokens]], dict[int, str]]:
+        """The tokens of each row that can be used, and why each other one cannot; not cached."""
+        tokens: dict[int, list[Tokens]] = {}
+        reasons: dict[int, str] = {}
+        for index, row in enumerate(rows):
+            try:
+                tokens[index] = self.recipe.tokenize(row)
+            except ValueError as error:
+                reasons[index] = f"row that cannot be used: {error}"
+        return tokens, reasons
+
+    def _tokens(self, rows: list[Row], numbers: Indices) -> dict[int, list[Tokens]]:
+        """The tokens of every row; raises ValueError unless all can be used."""
+
         def make() -> list[Tokens]:
             sequences = each_row(rows, self.recipe.tokenize, numbers=numbers, where=self.where)
             return [tokens for row in sequences for tokens in row]
 
         flat = cached(self.cache_dir, content_key(rows, self.recipe.settings), make=make)
         width = len(flat) // len(rows)
-        return [flat[start : start + width] for start in range(0, len(flat), width)]
+        return {index: flat[index * width : (index + 1) * width] for index in range(len(rows))}
 
     def _count(self, dropped: Counter[str], pile: _Pile[Sample], *, num_rows: int) -> None:
         pile.dropped += dropped

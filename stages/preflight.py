@@ -17,7 +17,9 @@ from rlhf.config.groups import accumulation, divisible
 from rlhf.config.run import RunConfig
 from rlhf.config.stages import PPOConfig, SupervisedConfig
 from rlhf.evaluation import load_gold
+from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import prepare
+from rlhf.models.skeleton import decoder_config
 from stages.handover import check_folder, is_finished
 from stages.session import stage_tokenizer
 
@@ -77,22 +79,28 @@ def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
 
 
 def check_inputs(run: RunConfig, stage: str) -> None:
-    """Every model that a stage starts from is there, or will be made by an earlier stage of this run.
+    """Every model that a stage starts from is a decoder that is there, or will be made by an earlier stage.
 
     Raises:
-        ValueError: which is missing, and what would make it.
+        ValueError: which is missing and what would make it, or why one cannot be used.
     """
     for setting, path in model_paths(run, stage).items():
-        made_by = next(
-            (name for product, name in _PRODUCTS.items() if Path(path) == Path(run.output_dir) / product), None
-        )
-        if Path(path).exists() or path == run.model.path or made_by in run.stages:
-            continue
-        if made_by is not None:
+        maker = maker_of(run, path)
+        if Path(path).exists():
+            decoder_config(Path(path))
+        elif maker is not None and maker not in run.stages:
             raise ValueError(
                 f"{setting}={path}: there is no such model. Run the stage that makes it first, "
-                f"as in stage=[{made_by},{stage}], or name another, as in {setting}=MODEL."
+                f"as in stage=[{maker},{stage}], or name another, as in {setting}=MODEL."
             )
+        elif maker is None and not (run.model.embedded and path == run.model.path):
+            decoder_config(local_folder(path))
+
+
+def maker_of(run: RunConfig, path: str) -> str | None:
+    """The stage of this run's folder that makes the model at `path`, if any does."""
+    products = {str(Path(run.output_dir) / product): maker for product, maker in _PRODUCTS.items()}
+    return products.get(path)
 
 
 def model_paths(run: RunConfig, stage: str) -> dict[str, str]:
@@ -135,7 +143,8 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         prepare(run.model.embedded, Path(run.model.path))
     for stage in stages:
         config, path = getattr(run, stage), next(iter(model_paths(run, stage).values()))
-        tokenizer = stage_tokenizer(run, path if Path(path).exists() else run.model.path)
+        is_to_come = maker_of(run, path) is not None and not Path(path).exists()
+        tokenizer = stage_tokenizer(run, run.model.path if is_to_come else path)
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
         check_warmup(config, stage, num_rows=len(splits.train))
         log.info("%s: %s rows to train on, %s held out", stage, len(splits.train), len(splits.eval))

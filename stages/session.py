@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf import dist
@@ -30,6 +31,8 @@ class Session:
     tokenizer: Tokenizer
     tracker: Tracker
     watch: Stopwatch
+    step_started: float = field(default_factory=time.perf_counter)
+    """When the last step was finished."""
 
     @property
     def pad_id(self) -> int:
@@ -38,9 +41,11 @@ class Session:
 
     def finish_step(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:
         """Log what a step did, where its time went, and how many of `num_tokens` (all ranks) it did in a second."""
-        timing = self.watch.take()
+        now = time.perf_counter()
+        seconds, self.step_started = now - self.step_started, now
+        timing = self.watch.take() | {"timing_s/step": seconds}
         if num_tokens:
-            metrics = metrics | {"perf/tokens_per_second": num_tokens / sum(timing.values())}
+            metrics = metrics | {"perf/tokens_per_second": num_tokens / seconds}
         self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
 
     def evaluates_at(self, step: int, every: int) -> bool:

@@ -35,6 +35,13 @@ class Schedule(StrEnum):
     cosine = "cosine"
 
 
+class BadRows(StrEnum):
+    """What a row that cannot be used does to a run."""
+
+    stop = "stop"
+    drop = "drop"
+
+
 class WandbMode(StrEnum):
     """How W&B is used; auto is online with a key and a reachable server, else offline. It never prompts."""
 
@@ -184,6 +191,8 @@ class StageDataConfig:
     """Held-out data; empty takes `eval_fraction` of the training rows away."""
     eval_fraction: float = 0.05
     """Share of the training rows held out when `eval` is empty."""
+    bad_rows: BadRows = BadRows.stop
+    """What a row that cannot be used (empty, chosen equal to rejected, ...) does: stop the run, or be dropped."""
 
     def __post_init__(self) -> None:
         require(0 <= self.eval_fraction < 1, f"data eval_fraction={self.eval_fraction}: expected 0 up to 1.")
@@ -234,7 +243,7 @@ class DataConfig:
     stage_split: list[float] = field(default_factory=list)
     """DeepSpeed-Chat's split of the same rows between the three stages, such as [2, 4, 4]; empty: all rows for each."""
     split_seed: int = 1234
-    """Seed of `stage_split`."""
+    """Seed of `stage_split`, of held-out rows and of fractional weights."""
     cache_dir: str | None = None
     """Folder for tokenised data, found again by content; null tokenises every time."""
     gold: dict[str, str] = field(default_factory=dict)

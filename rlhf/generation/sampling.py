@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_BLOCK = 256  # tokens whose weights are summed before the search, which then reads one block only
 _FEW = 1024  # the most likely tokens that top-p looks at before it sorts more of the vocabulary
 
 
@@ -22,6 +23,11 @@ class Drawn(NamedTuple):
     logprobs: Tensor  # [B] fp32, under softmax(logits / temperature) over the whole vocabulary
 
 
+class _Hit(NamedTuple):
+    index: Tensor  # [B] int64, the interval that the uniform falls into
+    rest: Tensor  # [B] fp64 in [0, 1), where in it
+
+
 def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Drawn:
     """Draw by inverting the cumulative distribution, many times faster on a CPU than `torch.multinomial`.
 
@@ -29,7 +35,7 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int =
     is what training recomputes.
 
     Args:
-        logits: `[B, V]` of any floating type; computed with in fp32, sums in fp64.
+        logits: `[B, V]` of any floating type; computed with in fp32, summed in fp64.
         uniforms: `[B]` in [0, 1), one draw each.
         temperature: Divides the logits; 0 takes the most likely token and reports its log-probability at 1.
         top_k: Draw from this many most likely tokens; 0 from all.
@@ -38,18 +44,18 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int =
     Returns:
         Tokens and log-probabilities, `[B]`.
     """
-    scaled = logits.float() / (temperature or 1.0)
-    highest, most_likely = scaled.max(-1, keepdim=True)
-    weights = (scaled - highest).exp()  # [B, V], not normalised
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    vocabulary = logits.shape[-1]
+    highest = logits.amax(-1, keepdim=True).float()
+    weights = _weights(logits, highest, temperature=temperature or 1.0)
+    totals = weights.sum(-1)  # [B, blocks]
     if temperature == 0:
-        tokens = most_likely.squeeze(-1)
-    elif 0 < top_k < logits.shape[-1] or top_p < 1:
-        tokens = _draw_from_top(weights, uniforms, top_k=top_k, top_p=top_p)
+        tokens = logits.argmax(-1)
+    elif 0 < top_k < vocabulary or top_p < 1:
+        tokens = _draw_from_top(weights.flatten(1)[:, :vocabulary], uniforms, top_k=top_k, top_p=top_p)
     else:
-        tokens = _invert(cumulative, uniforms)
-    shifted = (scaled - highest).gather(-1, tokens[:, None]).squeeze(-1)
-    return Drawn(tokens, shifted - cumulative[:, -1].log().float())
+        tokens = _draw(weights, uniforms, totals=totals)
+    chosen = (logits.gather(-1, tokens[:, None]).float() - highest).squeeze(-1) / (temperature or 1.0)
+    return Drawn(tokens, chosen - totals.sum(-1, dtype=torch.float64).log().float())
 
 
 def uniforms(seed: int, sample_ids: Tensor, length: int) -> Tensor:
@@ -72,20 +78,42 @@ def uniforms(seed: int, sample_ids: Tensor, length: int) -> Tensor:
     return (_mix(key ^ positions) >> 40 & 0xFFFFFF).float() / 2**24
 
 
-def _invert(cumulative: Tensor, uniforms: Tensor) -> Tensor:
-    """The first index at which `cumulative` `[B, K]` exceeds its last value times the uniform: weight 0 never wins."""
-    targets = uniforms.to(cumulative.dtype) * cumulative[:, -1]
-    return torch.searchsorted(cumulative, targets[:, None], right=True).squeeze(-1)
+def _weights(logits: Tensor, highest: Tensor, *, temperature: float) -> Tensor:
+    """Unnormalised probabilities `[B, blocks, 256]`, at most 1; what lies beyond the vocabulary has none.
+
+    Everything happens in one buffer: on a CPU, fresh memory of this size costs more than the arithmetic.
+    """
+    batch, vocabulary = logits.shape
+    weights = logits.new_zeros(batch, -(-vocabulary // _BLOCK), _BLOCK, dtype=torch.float32)
+    inside = weights.flatten(1)[:, :vocabulary]
+    inside.copy_(logits).sub_(highest).div_(temperature).exp_()
+    return weights
+
+
+def _invert(weights: Tensor, uniforms: Tensor) -> _Hit:
+    """Find the interval of `weights` `[B, K]`, laid end to end, that `uniforms` `[B]` falls into; 0 is never hit."""
+    cumulative = weights.cumsum(-1, dtype=torch.float64)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    index = torch.searchsorted(cumulative, target, right=True)
+    width = weights.gather(-1, index)
+    start = cumulative.gather(-1, index) - width
+    # Rounding could reach 1, which is the next interval.
+    rest = ((target - start) / width).clamp(0, 1 - 2**-40)
+    return _Hit(index.squeeze(-1), rest.squeeze(-1))
+
+
+def _draw(weights: Tensor, uniforms: Tensor, *, totals: Tensor) -> Tensor:
+    block = _invert(totals, uniforms)
+    rows = torch.arange(len(weights), device=weights.device)
+    return block.index * _BLOCK + _invert(weights[rows, block.index], block.rest).index
 
 
 def _draw_from_top(weights: Tensor, uniforms: Tensor, *, top_k: int, top_p: float) -> Tensor:
     candidates = weights.topk(min(top_k, weights.shape[-1])) if top_k else _most_likely(weights, top_p)
     mass = (candidates.values if top_k else weights).sum(-1, keepdim=True, dtype=torch.float64)
-    values = candidates.values.double()
-    before = values.cumsum(-1) - values
-    kept = values.where(before < top_p * mass, 0.0)
-    index = _invert(kept.cumsum(-1), uniforms)
-    return candidates.indices.gather(-1, index[:, None]).squeeze(-1)
+    before = candidates.values.cumsum(-1, dtype=torch.float64) - candidates.values
+    kept = candidates.values.where(before < top_p * mass, 0.0)
+    return candidates.indices.gather(-1, _invert(kept, uniforms).index[:, None]).squeeze(-1)
 
 
 def _most_likely(weights: Tensor, share: float) -> torch.return_types.topk:

@@ -8,7 +8,7 @@ import pytest
 from data.demonstrations import demonstrations
 from data.preferences import preferences
 from data.prompts import prompts
-from rlhf.config.groups import DataConfig, EngineConfig, LoraConfig, OptimizerConfig, StageDataConfig
+from rlhf.config.groups import BadRows, DataConfig, EngineConfig, LoraConfig, OptimizerConfig, StageDataConfig
 from rlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
 from rlhf.text import decode, load_tokenizer
 from tests import fakes
@@ -220,10 +220,19 @@ def test_bad_rows_are_all_reported_with_their_numbers_in_the_file(gpt, write):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         samples("reward", [file], tokenizer=gpt)
     assert str(error.value) == (
-        f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (rows count from 0); repair or remove them:\n"
+        f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (rows count from 0); repair them, or set bad_rows=drop:\n"
         "  row 5: `chosen` and `rejected` are identical; expected one to be better.\n"
         "  row 10: ['chosen', 'rejected'] hold nothing; expected text or messages."
     )
+
+
+def test_bad_rows_are_dropped_and_counted_where_the_user_says_so(gpt, write):
+    rows = [PAIRS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}, {"chosen": "yes", "rejected": "no"}, PAIRS[1]]
+    config = StageDataConfig(train=[write("a.jsonl", rows)], eval_fraction=0.0, bad_rows=BadRows.drop)
+    splits = preferences(DataConfig(reward=config), RewardConfig(**SHARED, **SUPERVISED), tokenizer=gpt)
+    assert len(splits.train) == 2
+    assert sorted(splits.dropped.values()) == [1, 1]
+    assert all("cannot be used" in reason for reason in splits.dropped)
 
 
 def test_problems_that_only_show_when_tokenising_have_row_numbers_too(gpt, write):

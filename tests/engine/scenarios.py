@@ -56,6 +56,24 @@ def parity(world):
     return found
 
 
+def peeked(world):
+    """A forward between the last backward and the step, which leaves weights gathered that the step outdates."""
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage)
+        norms = []
+        for step in range(3):
+            ids, counts = tiny.batch(step)
+            mine = slice(world.rank, None, world.size)
+            loss = tiny.token_loss(engine(ids[mine]), ids[mine], counts[mine], counts.sum())
+            engine.backward(loss, last=True)
+            with torch.no_grad():
+                engine(ids)
+            norms.append(engine.step().grad_norm)
+        found[stage] = norms
+    return found
+
+
 def tied(world):
     """The same with tied embeddings, and whether they still are one parameter, by stage."""
     found = {}

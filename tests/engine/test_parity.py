@@ -39,6 +39,13 @@ def test_ten_steps_are_those_of_plain_torch(on_ranks, trained, ranks, stage):
 
 
 @pytest.mark.parametrize(("ranks", "stage"), BOTH)
+def test_a_forward_before_the_step_leaves_nothing_outdated(on_ranks, trained, ranks, stage):
+    expected = [norm for _, norm in trained[1][:3]]
+    for rank in on_ranks(ranks):
+        assert rank["peeked"][stage] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(("ranks", "stage"), BOTH)
 def test_tied_embeddings_stay_tied_and_learn_as_in_plain_torch(on_ranks, ranks, stage):
     model = tiny.reference(tied=True)
     expected = plain.train(model, 4)
