@@ -128,7 +128,7 @@ def _report(problems: dict[str, list[int]], *, where: str, num_rows: int) -> str
     hidden = len(reasons) - SHOWN_PROBLEMS
     lines = reasons[:SHOWN_PROBLEMS] + [f"  and {hidden} more reasons"] * (hidden > 0)
     bad = sum(map(len, problems.values()))
-    head = f"{where}: {bad} of {num_rows} rows cannot be used (rows count from 0); repair them, or set bad_rows=drop:"
+    head = f"{where}: {bad} of {num_rows} rows cannot be used (from row 0); repair them or set bad_rows=drop:"
     return "\n".join([head, *lines])
 
 

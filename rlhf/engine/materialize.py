@@ -33,9 +33,9 @@ def materialize(blueprint: Blueprint, *, dtype: torch.dtype, world: World) -> di
     for name, empty in list(blueprint.module.named_parameters()):
         rows = blueprint.weights.read(name, _rows(empty, world))
         assert rows.shape == local(empty).shape, f"{name}: read {tuple(rows.shape)} for {tuple(local(empty).shape)}"
-        filled = nn.Parameter(like(empty, _copy(rows, dtype, world.device)), requires_grad=empty.requires_grad)
+        filled = nn.Parameter(like(empty, _copy(rows, dtype, device=world.device)), requires_grad=empty.requires_grad)
         if empty.requires_grad and dtype != torch.float32:
-            masters[name] = _copy(rows, torch.float32, world.device)
+            masters[name] = _copy(rows, torch.float32, device=world.device)
         for module, key in owners[id(empty)]:
             module.register_parameter(key, filled)
     return masters
@@ -50,7 +50,7 @@ def _rows(parameter: Tensor, world: World) -> slice:
     return slice(min(world.rank * share, total), min((world.rank + 1) * share, total))
 
 
-def _copy(rows: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _copy(rows: Tensor, dtype: torch.dtype, *, device: torch.device) -> Tensor:
     """A copy of its own: what was read may be a view of a file."""
     return torch.empty(rows.shape, dtype=dtype, device=device).copy_(rows)
 

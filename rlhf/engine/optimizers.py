@@ -147,7 +147,7 @@ class AdamW:
         for group, home in zip(self.groups, self.homes, strict=True):
             state = home.load()
             for name, parameter in group.items():
-                _weight(parameter, name, state).copy_(local(entries[name]["weight"]))
+                _weight(parameter, name, state=state).copy_(local(entries[name]["weight"]))
                 state.exp_avg[name].copy_(local(entries[name]["exp_avg"]))
                 state.exp_avg_sq[name].copy_(local(entries[name]["exp_avg_sq"]))
                 state.steps[name].copy_(entries[name]["step"])
@@ -162,7 +162,7 @@ class _Rows:
         self, group: ParameterGroup, state: AdamState, gradients: Mapping[str, Tensor], names: list[str]
     ) -> None:
         names = [name for name in names if gradients[name].numel()]
-        self.weights = [_weight(group[name], name, state) for name in names]
+        self.weights = [_weight(group[name], name, state=state) for name in names]
         self.gradients = [gradients[name] for name in names]
         self.exp_avg = [state.exp_avg[name] for name in names]
         self.exp_avg_sq = [state.exp_avg_sq[name] for name in names]
@@ -181,7 +181,7 @@ def _zero_state(group: ParameterGroup, masters: Mapping[str, Tensor]) -> AdamSta
     )
 
 
-def _weight(parameter: Tensor, name: str, state: AdamState) -> Tensor:
+def _weight(parameter: Tensor, name: str, *, state: AdamState) -> Tensor:
     """The fp32 rows that learn: the master's, or the parameter's own."""
     return state.masters[name] if state.masters else local(parameter)
 

@@ -85,7 +85,7 @@ def test_all_bad_rows_are_reported_by_reason_with_their_numbers():
     with pytest.raises(ValueError) as error:  # noqa: PT011
         each_row(rows, odd_only, numbers=range(100, 122), where="data.sft.train[0] (a.jsonl)")
     assert str(error.value) == (
-        "data.sft.train[0] (a.jsonl): 11 of 22 rows cannot be used (rows count from 0); repair them, or set bad_rows=drop:\n"
+        "data.sft.train[0] (a.jsonl): 11 of 22 rows cannot be used (from row 0); repair them or set bad_rows=drop:\n"
         "  row 100, 102, 104, 106, 108 and 5 more: even\n"
         "  row 120: large"
     )

@@ -220,7 +220,7 @@ def test_bad_rows_are_all_reported_with_their_numbers_in_the_file(gpt, write):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         samples("reward", [file], tokenizer=gpt)
     assert str(error.value) == (
-        f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (rows count from 0); repair them, or set bad_rows=drop:\n"
+        f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (from row 0); repair them or set bad_rows=drop:\n"
         "  row 5: `chosen` and `rejected` are identical; expected one to be better.\n"
         "  row 10: ['chosen', 'rejected'] hold nothing; expected text or messages."
     )

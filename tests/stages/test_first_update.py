@@ -1,0 +1,124 @@
+"""PPO on a real, tiny, random model: the first update starts from ratio 1, and whatever follows is measured."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from rlhf.algorithms.ppo import token_rewards
+from rlhf.config.groups import Embedded, EngineConfig, LoraConfig, Precision
+from rlhf.dist import World
+from rlhf.engine.engine import build_engine
+from rlhf.models.causal_lm import causal_lm
+from rlhf.models.embedded import prepare
+from rlhf.models.scalar_head import scalar_head_model
+from rlhf.rollout import Collector, Models, ScoreScale
+from rlhf.text import decode, load_tokenizer
+from rlhf.tracking.timing import Stopwatch
+from rlhf.types import PPOBatch, PromptBatch
+from stages.improve import advantages_of, improve
+from tests.stages.test_improve import config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    prepare(Embedded.tiny, path)
+    return path
+
+
+def settings(**changes):
+    engine = EngineConfig(zero_stage=0, precision=Precision.fp32)
+    return config(engine=engine, max_response_tokens=6, **changes)
+
+
+def four_models(folder, ppo):
+    build = partial(build_engine, config=ppo.engine, world=World.alone())
+    optimizer = {"optimizer": ppo.actor_optimizer, "total_steps": 8}
+    return Models(
+        actor=build(causal_lm(folder, lora=ppo.lora), **optimizer),
+        reward=build(scalar_head_model(folder, seed=3)),
+        reference=None if ppo.lora.rank else build(causal_lm(folder)),
+        critic=build(scalar_head_model(folder, seed=3, lora=ppo.lora), **optimizer),
+    )
+
+
+def rollout_of(folder, models, ppo):
+    tokenizer = load_tokenizer(str(folder))
+    collector = Collector(
+        models=models,
+        config=ppo,
+        decode=partial(decode, tokenizer),
+        pad_id=int(tokenizer.pad_token_id),
+        stop_token_ids=(int(tokenizer.eos_token_id), 7, 8, 9, 10, 11, 12, 13),  # so that lengths differ
+        scale=ScoreScale(),
+        watch=Stopwatch(torch.device("cpu")),
+    )
+    ids = torch.randint(20, 60, (8, 5))
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    mask[::2, :2] = False
+    return collector.collect(PromptBatch(ids, mask, sample_ids=torch.arange(8), prompts=("x",) * 8), seed=0)
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_the_first_minibatch_has_ratio_1_and_clips_nothing(folder, rank):
+    ppo = settings(epochs=1, minibatch_size=8, lora=LoraConfig(rank=rank))
+    models = four_models(folder, ppo)
+    rollout = rollout_of(folder, models, ppo)
+    assert len(set(rollout.lengths.tolist())) > 1
+    rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
+    estimate = advantages_of(rollout, rewards, config=ppo)
+    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    measured = improve(models, batch, config=ppo, iteration=1)
+    assert measured["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert measured["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert measured["policy/approxkl_avg"] == pytest.approx(0, abs=1e-8)
+    assert measured["policy/clipfrac_avg"] == 0
+    assert measured["val/clipfrac_avg"] == 0
+    # With ratio 1 the loss is minus the mean advantage, which whitening made 0; the values have not moved either.
+    assert measured["policy/loss"] == pytest.approx(0, abs=1e-5)
+    squares = ((rollout.values - estimate.returns) ** 2)[rollout.response_mask]
+    assert measured["val/loss"] == pytest.approx(0.5 * float(squares.mean()), rel=1e-4)
+    assert measured["actor/grad_norm"] > 0
+
+    again = improve(models, batch, config=ppo, iteration=2)
+    assert again["policy/ratio_max"] > 1.001
+    assert again["policy/approxkl_avg"] > 1e-8
+
+
+def test_before_training_kl_is_0_and_both_paths_agree(folder):
+    for rank in (0, 4):
+        ppo = settings(lora=LoraConfig(rank=rank))
+        rollout = rollout_of(folder, four_models(folder, ppo), ppo)
+        mask = rollout.response_mask
+        torch.testing.assert_close(rollout.kl, torch.zeros_like(rollout.kl), rtol=0, atol=1e-6)
+        torch.testing.assert_close(rollout.generation_logprobs, rollout.logprobs, rtol=0, atol=1e-4)
+        torch.testing.assert_close(rollout.values[:, 0].isfinite(), torch.ones(8, dtype=torch.bool))
+        for values in (rollout.logprobs, rollout.values, rollout.kl, rollout.entropy):
+            assert values[~mask].abs().max() == 0
+
+
+def test_micro_batches_do_not_change_an_update(folder):
+    def after(micro_batch_size):
+        ppo = settings(epochs=2, minibatch_size=8, micro_batch_size=micro_batch_size)
+        models = four_models(folder, ppo)
+        torch.manual_seed(1)
+        rollout = rollout_of(folder, models, ppo)
+        rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
+        estimate = advantages_of(rollout, rewards, config=ppo)
+        batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+        return improve(models, batch, config=ppo, iteration=1), dict(models.actor.full_tensors())
+
+    whole, cut = after(8), after(2)
+    assert cut[0] == pytest.approx(whole[0], rel=1e-3, abs=1e-5)
+    for name, value in whole[1].items():
+        torch.testing.assert_close(cut[1][name], value, rtol=1e-4, atol=2e-5)
+
+
+def test_generated_tokens_are_those_that_are_scored(folder):
+    ppo = settings()
+    models = four_models(folder, ppo)
+    rollout = rollout_of(folder, models, ppo)
+    stops = torch.isin(rollout.sequences[:, -rollout.response_mask.shape[1] :], torch.tensor([7, 8, 9, 10, 11, 12, 13]))
+    assert torch.equal((stops & rollout.response_mask).any(-1) | ~rollout.ended, torch.ones(8, dtype=torch.bool))
+    assert torch.equal(rollout.attention_mask[:, -rollout.response_mask.shape[1] :], rollout.response_mask)

@@ -1,0 +1,123 @@
+"""What is wrong with a run is said before a model is loaded, with what to do about it."""
+
+import json
+
+import pytest
+from transformers import BertConfig, LlamaConfig
+
+from rlhf.config.groups import Embedded
+from rlhf.models.embedded import prepare
+from stages.handover import Record, claim_folder, write_record
+from stages.preflight import batch_arithmetic, preflight
+from tests.test_configuration import composed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return prepare(Embedded.tiny, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture
+def custom(model, tmp_path):
+    """A run of one stage on rows of its own, ready for `preflight`."""
+
+    def make(stage, rows, *overrides, name="rows.jsonl"):
+        file = tmp_path / name
+        file.write_text(rows if isinstance(rows, str) else "".join(json.dumps(row) + "\n" for row in rows))
+        settings = ["experiment=custom", f"model.path={model}", f"stage={stage}", f"output_dir={tmp_path / 'out'}"]
+        return composed(*settings, f"data.{stage}.train=[{file}]", *overrides)
+
+    return make
+
+
+PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
+START = "reward.init_from=${model.path}"
+
+
+@pytest.mark.parametrize(
+    ("stage", "rows", "overrides", "sentence"),
+    [
+        ("sft", [{"question": "a"}], [], r"found columns \['question'\]; expected messages, or prompt and completion"),
+        ("sft", [{"prompt": "a", "completion": ""}], [], r"1 of 1 rows cannot be used.*\n.*`completion`"),
+        ("reward", [PAIR, PAIR | {"rejected": " b"}], [START], r"row 1: `chosen` and `rejected` are identical"),
+        ("reward", [PAIR | {"chosen": "a" * 99}], [START, "reward.max_response_tokens=9"], r"all rows were dropped"),
+        ("sft", [{"prompt": "a" * 99, "completion": "b"}], ["sft.max_prompt_tokens=9"], r"sft\.max_prompt_tokens=9"),
+        ("sft", '{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n', [], r"line 2"),
+        ("sft", [{"prompt": "a", "completion": "b"}] * 40, ["sft.max_steps=3"], r"sft\.optimizer\.warmup_steps=20"),
+        ("sft", [{"prompt": "a", "completion": "b"}], ["sft.micro_batch_size=7"], r"64 is not a multiple of 7"),
+        ("sft", [{"prompt": "a", "completion": "b"}], ["+data.gold.x=nothing"], r"data\.gold\.x='nothing'"),
+    ],
+)
+def test_bad_data_is_named(custom, stage, rows, overrides, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        preflight(custom(stage, rows, *overrides), ranks=1)
+
+
+def test_a_file_that_is_not_there_is_named(custom):
+    run = custom("sft", [], "data.sft.train=[nowhere.jsonl]")
+    with pytest.raises(ValueError, match=r"nowhere\.jsonl: no such file or folder"):
+        preflight(run, ranks=1)
+
+
+def test_conversations_need_a_template(custom, tmp_path, model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = None
+    bare = tmp_path / "bare"
+    tokenizer.save_pretrained(bare)
+    (bare / "config.json").write_text((model / "config.json").read_text())
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match=r"model\.chat_template"):
+        preflight(custom("sft", [{"messages": talk}], f"model.path={bare}"), ranks=1)
+
+
+def test_an_encoder_is_refused(custom, tmp_path):
+    BertConfig().save_pretrained(tmp_path / "bert")
+    with pytest.raises(ValueError, match="not a decoder"):
+        preflight(custom("sft", [{"prompt": "a", "completion": "b"}], f"model.path={tmp_path / 'bert'}"), ranks=1)
+
+
+def test_a_model_that_an_earlier_stage_makes_is_named(custom):
+    with pytest.raises(ValueError, match=r"reward\.init_from=.*stage=\[sft,reward\]"):
+        preflight(custom("reward", [PAIR]), ranks=1)
+
+
+def test_a_folder_of_other_settings_is_refused_and_memory_settings_may_change(custom):
+    rows = [{"prompt": "a", "completion": " b"}] * 80
+    run = custom("sft", rows, "sft.max_steps=30")
+    claim_folder(run, "sft")
+    assert preflight(custom("sft", rows, "sft.max_steps=30", "sft.micro_batch_size=2", "engine=zero3"), ranks=2) == [
+        "sft"
+    ]
+    with pytest.raises(ValueError, match=r"sft\.max_steps: there 30, now 31.*output_dir="):
+        preflight(custom("sft", rows, "sft.max_steps=31"), ranks=1)
+
+
+def test_a_finished_stage_is_not_done_again(custom, tmp_path):
+    run = custom("sft", [{"prompt": "a", "completion": " b"}] * 80, "sft.max_steps=30")
+    claim_folder(run, "sft")
+    write_record(Record(stage="sft", template="t", pad_id=0), tmp_path / "out/sft")
+    assert preflight(run, ranks=1) == []
+
+
+def test_no_stage_at_all_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="no stage is selected"):
+        preflight(composed("stage=[]", f"output_dir={tmp_path}"), ranks=1)
+
+
+def test_the_arithmetic_of_ppo_is_printed_whole():
+    text = batch_arithmetic(composed("experiment=smoke"), "ppo", ranks=2)
+    assert text == (
+        "ppo: minibatch_size 8 = 2 ranks x 4 sequences x 1 accumulation; "
+        "rollout_size 16 = 2 ranks x 8 prompts x 1 samples; 4 steps per iteration = 2 minibatches x 2 epochs"
+    )
+    sizes = ["ppo.minibatch_size=16", "ppo.micro_batch_size=1", "ppo.rollout_size=16", "ppo.samples_per_prompt=4"]
+    with pytest.raises(ValueError, match=r"ppo\.rollout_size by ranks x samples_per_prompt"):
+        batch_arithmetic(composed("experiment=smoke", *sizes), "ppo", ranks=8)
+
+
+def test_a_llama_configuration_is_a_decoder(custom, tmp_path, model):
+    LlamaConfig().save_pretrained(tmp_path / "llama")
+    with pytest.raises(ValueError, match="no tokenizer"):
+        preflight(custom("sft", [{"prompt": "a", "completion": "b"}], f"model.path={tmp_path / 'llama'}"), ranks=1)
