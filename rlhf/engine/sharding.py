@@ -9,6 +9,8 @@
 
 Stage 0 and a single rank leave the module as it is: nothing is wrapped, so nothing is paid for. (FSDP2 could replicate,
 over a mesh of one shard, but it would keep two copies of the parameters and copy them in every step.)
+A frozen model has no backward that ends a step: at stages 1 and 2 it stays gathered until `evaluating` or `generating`
+is left, at stage 3 it is freed block by block.
 Left out: offloading.
 """
 

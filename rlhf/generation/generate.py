@@ -87,15 +87,19 @@ class _Speakers:
     """The N rows in the batch: which they are, what they have seen, and what they might say next."""
 
     def __init__(self, model: PreTrainedModel, prompts: PromptBatch, *, max_new_tokens: int) -> None:
-        batch, self._width = prompts.input_ids.shape
-        self.rows = torch.arange(batch, device=prompts.input_ids.device)  # [N] int64, their rows in the prompts
+        # Without any masked token, transformers gives SDPA no mask, and for grouped queries that is slow on a CPU.
+        slack = int(prompts.input_ids.device.type == "cpu" and bool(prompts.attention_mask.all()))
+        input_ids = pad(prompts.input_ids, (slack, 0))
+        mask = pad(prompts.attention_mask, (slack, 0), value=False)
+        batch, self._width = input_ids.shape
+        self.rows = torch.arange(batch, device=input_ids.device)  # [N] int64, their rows in the prompts
         self.speaking = torch.ones_like(self.rows, dtype=torch.bool)  # [N]; those who have ended leave later
         self._model = model
         self._cache = kv_cache(model.config, self._width + max_new_tokens)
-        self._mask = pad(prompts.attention_mask, (0, max_new_tokens), value=True)  # [N, P + max_new_tokens]
-        positions = (prompts.attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+        self._mask = pad(mask, (0, max_new_tokens), value=True)  # [N, P + max_new_tokens]
+        positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         self._position = positions[:, -1:]  # [N, 1], of the last token read
-        self.logits = self._read(prompts.input_ids, positions)  # [N, V]
+        self.logits = self._read(input_ids, positions)  # [N, V]
 
     def say(self, tokens: Tensor, *, leaving: bool) -> None:
         """Read `tokens` `[N]`, the next of each row; with `leaving`, rows that have ended go first."""

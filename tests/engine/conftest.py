@@ -6,7 +6,7 @@ from tests.engine import scenarios
 from tests.run_on_ranks import run_on_ranks
 
 BOTH = "parity peeked tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank resumed frozen"
-PARTS = {1: BOTH, 2: BOTH + " one_sided", 4: "parity odd micro_batches loading"}
+PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading"}
 
 
 @pytest.fixture(scope="session")

@@ -74,6 +74,30 @@ def peeked(world):
     return found
 
 
+def at_rest(world):
+    """What a rank holds after the first of two micro-batches, after the second, and after the step, by stage.
+
+    Each time: whether every parameter is sharded, whether none is, and how many numbers of gradients there are.
+    """
+    found = {}
+    for stage in STAGES:
+        engine = tiny.engine(world, stage)
+        ids, counts = tiny.batch(0)
+        held = []
+        for last in (False, True):
+            engine.backward(tiny.token_loss(engine(ids), ids, counts, counts.sum()), last=last)
+            held.append(holdings(engine))
+        engine.step()
+        found[stage] = [*held, holdings(engine)]
+    return found
+
+
+def holdings(engine):
+    sharded = [isinstance(parameter, DTensor) for parameter in engine.module.parameters()]
+    gradients = engine._learner.gradients.sums().values()
+    return all(sharded), not any(sharded), sum(gradient.numel() for gradient in gradients)
+
+
 def tied(world):
     """The same with tied embeddings, and whether they still are one parameter, by stage."""
     found = {}
