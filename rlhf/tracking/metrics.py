@@ -94,6 +94,7 @@ METRICS: dict[str, Metric] = {
     "critic/skipped_steps": Metric("Optimizer", "steps", PPO, "steps skipped for a non-finite gradient"),
     "rollout/response_length": Metric("Rollout", "tokens", PPO, "counted tokens of a response, mean", headline=True),
     "rollout/eos_rate": Metric("Rollout", "fraction", PPO, "responses that end by themselves"),
+    "rollout/episodes": Metric("Rollout", "responses", PPO, "responses drawn since the start of the stage"),
     "rollout/logprob_gap_max": Metric("Rollout", "nats", PPO, "generation path against training path, largest gap"),
     "rollout/logprob_gap_mean": Metric("Rollout", "nats", PPO, "generation path against training path, mean gap"),
     "timing_s/*": Metric("Throughput", "seconds", ALL, "time spent in this phase of the step"),
