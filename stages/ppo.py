@@ -46,7 +46,7 @@ def run_ppo(run: RunConfig, world: World) -> Record:
     with open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session:
         examiner = Examiner.of(session, splits.eval)
         scale = score_scale(config, session)
-        models = load_models(config, world)
+        models = load_models(config, world, scale=scale)
         collector = new_collector(session, models, scale=scale)
         loader = prompt_loader(session, splits.train)
         kl = kl_controller(config.kl)
@@ -72,8 +72,11 @@ def run_ppo(run: RunConfig, world: World) -> Record:
         return session.finish(*exports, record=session.record(before=before, after=after))
 
 
-def load_models(config: PPOConfig, world: World) -> Models:
-    """The four models; with LoRA the reference is the actor without its adapters, unless one is named."""
+def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models:
+    """The four models; with LoRA the reference is the actor without its adapters, unless one is named.
+
+    The critic starts as the reward model in the units of normalised scores.
+    """
     build = partial(build_engine, config=config.engine, world=world)
     actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
     reference = None
@@ -81,7 +84,10 @@ def load_models(config: PPOConfig, world: World) -> Models:
         reference = build(causal_lm(config.reference or config.actor))
     critic = None
     if config.advantage is AdvantageKind.gae:
-        blueprint = scalar_head_model(config.critic or config.reward, lora=config.lora, seed=config.seed)
+        head_scale = 1.0 if config.critic else 1.0 / scale.std
+        blueprint = scalar_head_model(
+            config.critic or config.reward, lora=config.lora, seed=config.seed, head_scale=head_scale
+        )
         critic = build(blueprint, optimizer=config.critic_optimizer, total_steps=config.optimizer_steps)
     return Models(
         actor=build(actor, optimizer=config.actor_optimizer, total_steps=config.optimizer_steps),

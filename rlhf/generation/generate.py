@@ -61,7 +61,7 @@ def generate(
     assert not model.training, "generation needs eval mode: training mode may drop out or refuse the cache"
     assert max_new_tokens > 0, "a response has at least one token"
     stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=prompts.input_ids.device)
-    draws = uniforms(seed, prompts.sample_ids, max_new_tokens)
+    draws = uniforms(seed, prompts.sample_ids, length=max_new_tokens)
     speakers = _Speakers(model, prompts, max_new_tokens=max_new_tokens)
     record = _Record(prompts, max_new_tokens, pad_id=pad_id)
     for step in range(max_new_tokens):

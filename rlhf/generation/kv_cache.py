@@ -44,6 +44,8 @@ class PreallocatedLayer(DynamicLayer):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices`, in ascending order, at the front of the buffers."""
+        if not self.is_initialized:
+            return  # a layer that reads another one's keys and values
         length = self.keys.shape[-2]
         for buffer in self._buffers:
             buffer[: len(indices), :, :length] = buffer[indices, :, :length]

@@ -53,12 +53,12 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int =
     elif 0 < top_k < vocabulary or top_p < 1:
         tokens = _draw_from_top(weights.flatten(1)[:, :vocabulary], uniforms, top_k=top_k, top_p=top_p)
     else:
-        tokens = _draw(weights, uniforms, totals=totals)
+        tokens = _draw(weights, uniforms, totals=totals).clamp(max=vocabulary - 1)
     chosen = (logits.gather(-1, tokens[:, None]).float() - highest).squeeze(-1) / (temperature or 1.0)
     return Drawn(tokens, chosen - totals.sum(-1, dtype=torch.float64).log().float())
 
 
-def uniforms(seed: int, sample_ids: Tensor, length: int) -> Tensor:
+def uniforms(seed: int, sample_ids: Tensor, *, length: int) -> Tensor:
     """Random numbers in [0, 1) that depend on the seed, the sample and the position alone.
 
     A counter goes through SplitMix64's finaliser (Steele, Lea and Flood 2014) once for each of the three, so a sample
@@ -94,7 +94,8 @@ def _invert(weights: Tensor, uniforms: Tensor) -> _Hit:
     """Find the interval of `weights` `[B, K]`, laid end to end, that `uniforms` `[B]` falls into; 0 is never hit."""
     cumulative = weights.cumsum(-1, dtype=torch.float64)
     target = uniforms[:, None] * cumulative[:, -1:]
-    index = torch.searchsorted(cumulative, target, right=True)
+    # A model that has diverged gives NaN, which would point beyond the end; its log-probability will tell.
+    index = torch.searchsorted(cumulative, target, right=True).clamp(max=weights.shape[-1] - 1)
     width = weights.gather(-1, index)
     start = cumulative.gather(-1, index) - width
     # Rounding could reach 1, which is the next interval.

@@ -7,6 +7,7 @@ plain transformers and scores the same. Left out: pooling and labels, which tran
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from rlhf.models.blueprint import Blueprint, assemble
 from rlhf.models.checkpoint import Checkpoint, local_folder
 from rlhf.models.skeleton import decoder_config, skeleton
 from rlhf.models.surgery import first_layers, with_dropout
-from rlhf.models.weights import NewParameter, open_weights
+from rlhf.models.weights import LoadedWeights, NewParameter, SafetensorsWeights, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +66,8 @@ class ScalarHeadModel(nn.Module):
         hidden = trunk(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        return self.score(hidden).squeeze(-1)
+        # The sum over the one number is no view, and FSDP2 wants none: its hooks hang on what is returned.
+        return self.score(hidden).sum(-1)
 
 
 def scalar_head_model(
@@ -75,6 +77,7 @@ def scalar_head_model(
     dropout: float = 0.0,
     lora: LoraConfig | None = None,
     seed: int = 0,
+    head_scale: float = 1.0,
 ) -> Blueprint:
     """The trunk of the model at `path` with a scalar head.
 
@@ -85,6 +88,7 @@ def scalar_head_model(
         dropout: Every dropout probability of the model.
         lora: Adapters; None or rank 0 trains the whole model. The head always learns.
         seed: Of the new head and the adapters' first values.
+        head_scale: Factor on a loaded head: a critic predicts normalised scores, a reward model does not.
 
     Returns:
         A blueprint whose module is a `ScalarHeadModel`.
@@ -98,10 +102,26 @@ def scalar_head_model(
     classifier = skeleton(AutoModelForSequenceClassification, with_dropout(config, dropout))
     _require_linear_head(classifier)
     config.architectures = [type(classifier).__name__]
-    weights = open_weights(classifier, checkpoint, optional={_HEAD})
+    weights = _ScaledHead(open_weights(classifier, checkpoint, optional={_HEAD}), head_scale)
     new = {} if _HEAD in weights else {_HEAD: _new_head(classifier.score.in_features)}
     logger.info("%s: %s scalar head.", folder, "new" if new else "loaded the")
     return assemble(ScalarHeadModel(classifier, config), weights, config=config, new=new, lora=lora, seed=seed)
+
+
+@dataclass(frozen=True)
+class _ScaledHead:
+    """Weights as they are, but for the head."""
+
+    loaded: SafetensorsWeights | LoadedWeights
+    scale: float
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.loaded
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """See `Weights.read`."""
+        values = self.loaded.read(name, rows)
+        return values * self.scale if name == _HEAD else values
 
 
 def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:

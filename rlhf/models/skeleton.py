@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
@@ -56,4 +57,8 @@ def skeleton(auto_class: type, config: PreTrainedConfig) -> PreTrainedModel:
         module = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32)
     # Moving parameters to meta one by one parts those that are tied.
     module.tie_weights()
+    for child in module.modules():
+        if isinstance(child, nn.Embedding):
+            # It would keep the pad token from learning, which in many models is the EOS.
+            child.padding_idx = None
     return module

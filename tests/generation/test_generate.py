@@ -32,7 +32,7 @@ def without_cache(model, prompts, *, sampling, seed, new=NEW):
     """Every token from a forward over the unpadded sequence so far, and its log-probability."""
     tokens = torch.zeros(len(prompts.prompts), new, dtype=torch.long)
     logprobs = torch.zeros(len(prompts.prompts), new)
-    draws = uniforms(seed, prompts.sample_ids, new)
+    draws = uniforms(seed, prompts.sample_ids, length=new)
     for row, (ids, mask) in enumerate(zip(prompts.input_ids, prompts.attention_mask, strict=True)):
         sequence = ids[mask]
         for step in range(new):

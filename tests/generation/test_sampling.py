@@ -96,6 +96,15 @@ def test_half_precision_logits_are_summed_in_more():
     assert tokens.tolist() == [0, 12_500, 25_000, 49_999]
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 2}, {"top_p": 0.9}])
+def test_a_model_that_gives_nan_is_seen_in_its_log_probabilities(settings):
+    logits = torch.randn(3, 600)
+    logits[1] = torch.nan
+    drawn = sample(logits, torch.rand(3), temperature=1.0, **settings)
+    assert drawn.logprobs.isnan().tolist() == [False, True, False]
+    assert drawn.tokens.max() < 600
+
+
 def splitmix64(state):
     """The generator of Steele, Lea and Flood in Python's own integers: one output from one state."""
     word = (1 << 64) - 1
@@ -112,7 +121,7 @@ def test_the_reference_generator_gives_its_published_first_number():
 @pytest.mark.parametrize("seed", [0, 1, -3, 2**63 + 11])
 def test_uniforms_are_splitmix64_of_seed_sample_and_position(seed):
     samples = [0, 1, 77, 2**40 + 3]
-    drawn = uniforms(seed, torch.tensor(samples), 5)
+    drawn = uniforms(seed, torch.tensor(samples), length=5)
     for row, sample_id in enumerate(samples):
         for position in range(5):
             word = splitmix64(splitmix64(splitmix64(seed % 2**64) ^ sample_id) ^ position)
@@ -120,14 +129,14 @@ def test_uniforms_are_splitmix64_of_seed_sample_and_position(seed):
 
 
 def test_uniforms_do_not_depend_on_the_batch():
-    whole = uniforms(3, torch.tensor([5, 9, 2]), 7)
-    assert torch.equal(uniforms(3, torch.tensor([2, 5]), 7), whole[[2, 0]])
-    assert torch.equal(uniforms(3, torch.tensor([9]), 4), whole[[1], :4])
-    assert not torch.equal(uniforms(4, torch.tensor([9]), 7), whole[[1]])
+    whole = uniforms(3, torch.tensor([5, 9, 2]), length=7)
+    assert torch.equal(uniforms(3, torch.tensor([2, 5]), length=7), whole[[2, 0]])
+    assert torch.equal(uniforms(3, torch.tensor([9]), length=4), whole[[1], :4])
+    assert not torch.equal(uniforms(4, torch.tensor([9]), length=7), whole[[1]])
 
 
 def test_uniforms_are_uniform():
-    drawn = uniforms(0, torch.arange(1000), 200)
+    drawn = uniforms(0, torch.arange(1000), length=200)
     assert 0 <= drawn.min() < drawn.max() < 1
     counts = torch.histc(drawn, bins=100, min=0, max=1)
     chi_square = ((counts - 2000) ** 2 / 2000).sum().item()
@@ -138,11 +147,11 @@ def test_uniforms_are_uniform():
 @pytest.mark.parametrize("shift", [(0, 1), (1, 0), (1, 1), (0, 64), (64, 0)])
 def test_neighbours_are_independent(shift):
     rows, columns = shift
-    drawn = uniforms(0, torch.arange(1000), 200) - 0.5
+    drawn = uniforms(0, torch.arange(1000), length=200) - 0.5
     a, b = drawn[rows:, columns:], drawn[: 1000 - rows, : 200 - columns]
     assert abs((a * b).mean().item()) * 12 < 4 / a.numel() ** 0.5
 
 
 def test_neighbouring_seeds_are_independent():
-    a, b = (uniforms(seed, torch.arange(1000), 200) - 0.5 for seed in (6, 7))
+    a, b = (uniforms(seed, torch.arange(1000), length=200) - 0.5 for seed in (6, 7))
     assert abs((a * b).mean().item()) * 12 < 4 / a.numel() ** 0.5

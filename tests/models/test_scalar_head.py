@@ -77,12 +77,12 @@ def test_a_new_head_has_variance_one_over_width_plus_one_and_always_learns(tmp_p
     tiny.save("llama", tmp_path)
     heads = [
         scalar_head_model(tmp_path, seed=seed, lora=LoraConfig(rank=2)).weights.read("score.weight", slice(None))
-        for seed in range(100)
+        for seed in range(30)
     ]
     drawn = torch.cat(heads)
-    assert drawn.shape == (100, 32)
-    assert drawn.std().item() == pytest.approx(33**-0.5, rel=0.05)
-    assert abs(drawn.mean().item()) < 3 * 33**-0.5 / 3200**0.5
+    assert drawn.shape == (30, 32)
+    assert drawn.std().item() == pytest.approx(33**-0.5, rel=0.08)
+    assert abs(drawn.mean().item()) < 3 * 33**-0.5 / 960**0.5
     blueprint = scalar_head_model(tmp_path, lora=LoraConfig(rank=2))
     assert blueprint.module.score.weight.requires_grad
     assert "score.weight" in blueprint.trainable
@@ -120,3 +120,11 @@ def test_a_value_is_taken_where_the_token_is_predicted():
     assert response_values(per_position, 3).tolist() == [[2.0, 3.0, 4.0], [8.0, 9.0, 10.0]]
     with pytest.raises(AssertionError, match="leaves no prompt"):
         response_values(per_position, 6)
+
+
+def test_a_loaded_head_can_be_brought_to_the_units_of_a_critic(tmp_path):
+    ids, mask = tiny.padded(LENGTHS, side="right")
+    reward = tiny.materialized(scalar_head_model(tiny.save("llama", tmp_path / "base"), seed=1))
+    folder = exported(reward, tmp_path / "reward")
+    critic = tiny.materialized(scalar_head_model(folder, head_scale=0.25))
+    torch.testing.assert_close(values(critic, ids, mask), values(reward, ids, mask) * 0.25, rtol=1e-4, atol=1e-5)

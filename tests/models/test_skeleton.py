@@ -71,6 +71,13 @@ def test_parameters_are_on_meta_and_buffers_are_those_of_a_loaded_model(family, 
         assert torch.equal(buffer, loaded[name]), name
 
 
+def test_a_token_learns_even_if_it_also_pads(tmp_path):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path)))
+    module(torch.tensor([[5, tiny.PAD, 7]])).logits.square().sum().backward()
+    learns = module.model.embed_tokens.weight.grad.abs().sum(-1) > 0
+    assert learns.nonzero().flatten().tolist() == [5, 7, tiny.PAD]
+
+
 def test_tied_weights_stay_tied(tmp_path):
     module = causal_lm(tiny.save("llama_tied", tmp_path)).module
     assert module.lm_head.weight is module.model.embed_tokens.weight
