@@ -145,7 +145,7 @@ class _Record:
         self._responses[rows, step] = drawn.tokens.where(counts, self._pad_id)
         self._logprobs[rows, step] = drawn.logprobs.where(counts, 0.0)
         self._mask[rows, step] = counts
-        self._ended[rows] |= counts & stopped
+        self._ended[rows] |= stopped
 
     def trimmed(self) -> Generated:
         """Everything, up to the longest response."""

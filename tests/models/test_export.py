@@ -55,6 +55,12 @@ def test_plain_transformers_loads_the_same_language_model(family, tmp_path):
     assert not report["missing_keys"]
     assert not report["unexpected_keys"]
     assert torch.equal(logits(loaded.eval()), logits(module))
+    base = json.loads((tmp_path / "base/config.json").read_text())
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert {name: base[name] for name in base if "drop" in name} == {
+        name: written[name] for name in written if "drop" in name
+    }
+    assert written["architectures"] == base["architectures"]
 
 
 def test_a_mixture_of_experts_survives_the_trip(tmp_path):

@@ -40,6 +40,7 @@ def test_a_checkpoint_of_the_bare_trunk_fills_a_tied_language_model(family, tmp_
     whole.base_model.save_pretrained(tmp_path)
     assert not any(key.startswith(f"{whole.base_model_prefix}.") for key in Checkpoint(tmp_path).keys())  # noqa: SIM118
     blueprint = causal_lm(tmp_path)
+    assert not isinstance(blueprint.weights._loaded, LoadedWeights)
     for name, expected in whole.named_parameters():
         assert torch.equal(blueprint.weights.read(name, slice(None)), expected), name
 
