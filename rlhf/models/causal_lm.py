@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from rlhf.config.groups import LoraConfig
@@ -39,4 +40,14 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
     # An export writes the checkpoint's own dropout; the modules below have theirs from the other copy.
     config._attn_implementation = module.config._attn_implementation
     module.config = config
+    module.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
     return assemble(module, open_weights(module, checkpoint), config=config, new={}, lora=lora, seed=seed)
+
+
+def _in_one_piece(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
+    """The head's input as contiguous memory.
+
+    `logits_to_keep` cuts a window out of the hidden states, and for such a window `nn.Linear` copies the whole head
+    once for every sequence: 17 times the work for 64 sequences and 49,152 tokens on a CPU.
+    """
+    return (inputs[0].contiguous(),)
