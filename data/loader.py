@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -125,28 +125,6 @@ def evaluation_batches(
         own = rows[start + rank * size : start + (rank + 1) * size]
         batches.append(EvalBatch(collate(_fill(own or rows[-1:], size)), len(own)))
     return batches
-
-
-def evaluation_prompts(
-    samples: Sequence[Prompt], pad_id: int, *, micro_batch_size: int, rank: int, ranks: int
-) -> list[EvalBatch[PromptBatch]]:
-    """`evaluation_batches` of prompts; a sample id is the number of its row, whatever rank it is on."""
-    rows = [_Numbered(number, sample) for number, sample in enumerate(samples)]
-    collate = partial(_collate_numbered, pad_id=pad_id)
-    return evaluation_batches(rows, collate, micro_batch_size=micro_batch_size, rank=rank, ranks=ranks)
-
-
-@dataclass(frozen=True)
-class _Numbered:
-    number: int
-    prompt: Prompt
-
-    def __len__(self) -> int:
-        return len(self.prompt)
-
-
-def _collate_numbered(rows: Sequence[_Numbered], *, pad_id: int) -> PromptBatch:
-    return collate_prompts([row.prompt for row in rows], [row.number for row in rows], pad_id=pad_id)
 
 
 @dataclass

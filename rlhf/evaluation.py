@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf.algorithms.masked import masked_mean
 from rlhf.algorithms.ppo import explained_variance
+from rlhf.algorithms.preference import pairwise_loss
 from rlhf.algorithms.sft import sft_loss
 from rlhf.dist import gather_objects, sum_over_ranks
 from rlhf.engine.engine import Engine
@@ -74,6 +75,8 @@ def evaluate_language(engine: Engine, batches: Sequence[CountedBatch]) -> Langua
 class PreferenceResult:
     """Held-out quality of a reward model."""
 
+    loss: float
+    """Mean of -log sigmoid(chosen - rejected), in nats."""
     accuracy: float
     """Share of pairs whose chosen response scores strictly higher."""
     margin: float
@@ -96,9 +99,11 @@ def evaluate_preferences(engine: Engine, batches: Sequence[CountedBatch]) -> Pre
             pairs.append(scores[:, : item.count].double().cpu())
     chosen, rejected = torch.cat(gather_objects(torch.cat(pairs, dim=1)), dim=1)
     scores = torch.cat([chosen, rejected])
+    result = pairwise_loss(chosen, rejected)
     return PreferenceResult(
-        accuracy=float((chosen > rejected).double().mean()),
-        margin=float((chosen - rejected).mean()),
+        loss=float(result.loss),
+        accuracy=float(result.accuracy),
+        margin=float(result.margin),
         mean=float(scores.mean()),
         std=float(scores.std(correction=0)),
     )

@@ -36,6 +36,4 @@ def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run(
-        [*command, str(script), *arguments], env=environment, check=False
-    ).returncode
+    return subprocess.run([*command, str(script), *arguments], env=environment, check=False).returncode

@@ -8,9 +8,12 @@ Sampling is seeded by sample, so the number of ranks does not change what is sai
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +22,7 @@ from torch.nn.functional import pad
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
 from rlhf.algorithms.scores import normalize_scores, penalize_unended
-from rlhf.config.stages import PPOConfig, SamplingConfig
+from rlhf.config.stages import PPOConfig
 from rlhf.dist import gather_objects, max_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.generation.generate import Generated, generate
@@ -27,7 +30,11 @@ from rlhf.models.lora import adapters_off
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores, response_values
 from rlhf.tracking.timing import Stopwatch
-from rlhf.types import PromptBatch, Rollout
+from rlhf.types import PromptBatch, Responses, Rollout
+
+log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch", bound=Responses)
 
 
 @dataclass(frozen=True)
@@ -40,14 +47,25 @@ class Models:
     """None: the actor with its adapters switched off."""
     critic: Engine | None
     """None: advantages come from the other responses to a prompt, and values are 0."""
+    value_shift: float = 0.0
+    """Subtracted from what the critic says: the mean of normalised scores, for which its head has no bias."""
 
 
 @dataclass(frozen=True)
 class ScoreScale:
-    """Held-out mean and standard deviation of the reward model, in its own units."""
+    """Mean and standard deviation of held-out scores, in the reward model's own units."""
 
     mean: float = 0.0
     std: float = 1.0
+
+
+@dataclass(frozen=True)
+class Said(Responses):
+    """What the actor said on this rank, before anyone has judged it."""
+
+    generation_logprobs: Tensor  # [B, R] fp32
+    ended: Tensor  # [B] bool
+    prompts: tuple[str, ...]  # B texts
 
 
 @dataclass
@@ -56,75 +74,70 @@ class Collector:
 
     models: Models
     config: PPOConfig
-    decode: Callable[[Tensor], str]
+    decode: Callable[[list[int]], str]
     pad_id: int
     stop_token_ids: tuple[int, ...]
     scale: ScoreScale
     watch: Stopwatch
 
-    def collect(self, prompts: PromptBatch, *, seed: int, sampling: SamplingConfig | None = None) -> Rollout:
+    def collect(self, prompts: PromptBatch, *, seed: int, with_values: bool = True) -> Rollout:
         """Answer and judge this rank's prompts `[B, P]`; every rank must call it with equally many.
 
         Args:
             prompts: this rank's rows.
             seed: of the sampling; a row's draw depends on it and on the row's `sample_ids` alone.
-            sampling: how to draw; the configuration's if None.
+            with_values: False leaves the critic alone, for evaluation.
 
         Returns:
             The rollout of all ranks, on the actor's device.
         """
-        sampling = sampling or self.config.sampling
-        pieces = torch.arange(len(prompts.prompts)).split(self.config.rollout_micro_batch_size)
-        batches = [prompts.rows(piece).to(self.device) for piece in pieces]
-        with self.watch("generate"), self.models.actor.generating() as model:
-            answers = [self._generate(model, batch, sampling=sampling, seed=seed) for batch in batches]
+        with self.watch("generate"):
+            said = self._say(prompts, seed=seed)
         with self.watch("score"), torch.no_grad():
-            judged = [self._judge(batch, answer) for batch, answer in zip(batches, answers, strict=True)]
-        return gathered(judged, pad_id=self.pad_id)
+            rollout = self._judge(said, with_values=with_values)
+        return gathered(rollout, pad_id=self.pad_id)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the models compute."""
-        return self.models.actor.world.device
+    def _say(self, prompts: PromptBatch, *, seed: int) -> Said:
+        device = self.models.actor.world.device
+        rows = torch.arange(len(prompts.prompts)).split(self.config.rollout_micro_batch_size)
+        parts = []
+        with self.models.actor.generating() as model:
+            for piece in rows:
+                batch = prompts.rows(piece).to(device)
+                answer = generate(
+                    model,
+                    batch,
+                    max_new_tokens=self.config.max_response_tokens,
+                    stop_token_ids=self.stop_token_ids,
+                    pad_id=self.pad_id,
+                    sampling=self.config.sampling,
+                    seed=seed,
+                )
+                parts.append(_said(batch, answer))
+        num_prompt, num_response = (max(width) for width in zip(*map(widths, parts), strict=True))
+        return joined([widened(part, num_prompt, num_response=num_response, pad_id=self.pad_id) for part in parts])
 
-    def _generate(
-        self, model: torch.nn.Module, batch: PromptBatch, *, sampling: SamplingConfig, seed: int
-    ) -> Generated:
-        return generate(
-            model,
-            batch,
-            max_new_tokens=self.config.max_response_tokens,
-            stop_token_ids=self.stop_token_ids,
-            pad_id=self.pad_id,
-            sampling=sampling,
-            seed=seed,
-        )
-
-    def _judge(self, prompts: PromptBatch, answer: Generated) -> Rollout:
-        mask = answer.response_mask
-        sequences = torch.cat([prompts.input_ids, answer.responses], dim=1)
-        attention_mask = torch.cat([prompts.attention_mask, mask], dim=1)
+    def _judge(self, said: Said, *, with_values: bool) -> Rollout:
         with self.models.actor.evaluating() as actor:
-            seen = self._statistics(actor, sequences, attention_mask=attention_mask, response_mask=mask)
+            logprobs, entropy = self._statistics(actor, said)
         with self._reference() as reference:
-            expected = self._statistics(reference, sequences, attention_mask=attention_mask, response_mask=mask)
-        raw_scores = self._raw_scores(sequences, attention_mask)
+            reference_logprobs, _ = self._statistics(reference, said)
+        raw_scores = self._raw_scores(said)
         return Rollout(
-            sequences=sequences,
-            attention_mask=attention_mask,
-            response_mask=mask,
-            logprobs=seen.logprobs,
-            reference_logprobs=expected.logprobs,
-            generation_logprobs=answer.logprobs,
-            values=self._values(sequences, attention_mask, response_mask=mask),
-            kl=kl_estimate(seen.logprobs, expected.logprobs, kind=self.config.kl.kind),
-            entropy=seen.entropy,
+            **{field.name: getattr(said, field.name) for field in fields(said)},
+            logprobs=logprobs,
+            reference_logprobs=reference_logprobs,
+            values=self._values(said) if with_values else torch.zeros_like(logprobs),
+            kl=kl_estimate(logprobs, reference_logprobs, kind=self.config.kl.kind),
+            entropy=entropy,
             raw_scores=raw_scores,
-            scores=self._scores(raw_scores, answer.ended),
-            ended=answer.ended,
-            prompts=prompts.prompts,
-            responses=tuple(self.decode(row[keep]) for row, keep in zip(answer.responses, mask, strict=True)),
+            scores=self._scores(raw_scores, said.ended),
+            responses=self._texts(said),
         )
+
+    def _texts(self, said: Said) -> tuple[str, ...]:
+        tokens = said.sequences[:, -said.response_mask.shape[1] :]
+        return tuple(self.decode(row[keep].tolist()) for row, keep in zip(tokens, said.response_mask, strict=True))
 
     @contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
@@ -135,84 +148,149 @@ class Collector:
         with self.models.actor.evaluating() as actor, adapters_off(actor):
             yield actor
 
-    def _statistics(
-        self, model: Callable[..., Tensor], sequences: Tensor, *, attention_mask: Tensor, response_mask: Tensor
-    ) -> TokenStatistics:
-        statistics = response_statistics(
-            model,
-            sequences,
-            attention_mask=attention_mask,
-            num_response=response_mask.shape[1],
-            temperature=self.config.sampling.temperature,
-        )
-        return TokenStatistics(*(values * response_mask for values in statistics))
+    def _statistics(self, model: Callable[..., Tensor], said: Said) -> Tensor:
+        """Log-probabilities and entropies, `[2, B, R]`."""
 
-    def _raw_scores(self, sequences: Tensor, attention_mask: Tensor) -> Tensor:
+        def of(piece: Responses) -> Tensor:
+            return torch.stack(response_statistics(model, piece, temperature=self.config.sampling.temperature))
+
+        return _over_pieces(said, self.config.micro_batch_size, function=of)
+
+    def _values(self, said: Said) -> Tensor:
+        if self.models.critic is None:
+            return torch.zeros_like(said.generation_logprobs)
+        with self.models.critic.evaluating() as critic:
+            values = partial(critic_values, critic, shift=self.models.value_shift)
+            return _over_pieces(said, self.config.micro_batch_size, function=lambda piece: values(piece)[None])[0]
+
+    def _raw_scores(self, said: Said) -> Tensor:
+        scores = torch.zeros(len(said), device=said.sequences.device)
         with self.models.reward.evaluating() as reward:
-            per_position = reward(sequences, attention_mask, position_ids=position_ids(attention_mask))
-        return last_token_scores(per_position, attention_mask)
+            for rows in said.pieces(self.config.micro_batch_size):
+                piece = said.rows(rows).trimmed()
+                scores[rows] = last_token_scores(_scalars(reward, piece), piece.attention_mask)
+        return scores
 
     def _scores(self, raw_scores: Tensor, ended: Tensor) -> Tensor:
         rules = self.config.score
-        scores = normalize_scores(raw_scores, mean=self.scale.mean, std=self.scale.std, clamp=rules.clamp or None)
+        clamp = rules.clamp if rules.normalize and rules.clamp else None
+        scores = normalize_scores(raw_scores, mean=self.scale.mean, std=self.scale.std, clamp=clamp)
         return penalize_unended(scores, ended, penalty=rules.no_end_penalty, kind=rules.no_end_kind)
 
-    def _values(self, sequences: Tensor, attention_mask: Tensor, *, response_mask: Tensor) -> Tensor:
-        if self.models.critic is None:
-            return torch.zeros_like(response_mask, dtype=torch.float32)
-        with self.models.critic.evaluating() as critic:
-            per_position = critic(sequences, attention_mask, position_ids=position_ids(attention_mask))
-        return response_values(per_position, response_mask.shape[1]) * response_mask
+
+def _said(prompts: PromptBatch, answer: Generated) -> Said:
+    return Said(
+        sequences=torch.cat([prompts.input_ids, answer.responses], dim=1),
+        attention_mask=torch.cat([prompts.attention_mask, answer.response_mask], dim=1),
+        response_mask=answer.response_mask,
+        generation_logprobs=answer.logprobs,
+        ended=answer.ended,
+        prompts=prompts.prompts,
+    )
 
 
-def response_statistics(
-    model: Callable[..., Tensor], sequences: Tensor, *, attention_mask: Tensor, num_response: int, temperature: float
-) -> TokenStatistics:
-    """Log-probability and entropy, `[B, R]` fp32, of the last `num_response` tokens of `sequences` `[B, T]`.
+def _over_pieces(said: Said, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
+    """`function` of rows of similar length without useless columns, `[K, b, r]` each, put together as `[K, B, R]`.
+
+    The pieces are those that training makes of a minibatch, so old and new log-probabilities differ by weights only.
+    """
+    found: Tensor | None = None
+    for rows in said.pieces(size):
+        piece = said.rows(rows).trimmed()
+        values = function(piece) * piece.response_mask
+        if found is None:
+            found = values.new_zeros(len(values), *said.response_mask.shape)
+        found[:, rows, : values.shape[-1]] = values
+    assert found is not None, "a rollout has at least one row"
+    return found
+
+
+def response_statistics(model: Callable[..., Any], batch: Responses, *, temperature: float) -> TokenStatistics:
+    """Log-probability and entropy, `[B, R]` fp32, of the response tokens.
 
     This is the path that trains: the same call gives old, new and reference log-probabilities.
     """
+    num_response = batch.response_mask.shape[1]
     logits = model(
-        input_ids=sequences,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
+        input_ids=batch.sequences,
+        attention_mask=batch.attention_mask,
+        position_ids=position_ids(batch.attention_mask),
         logits_to_keep=num_response + 1,
         use_cache=False,
     ).logits
-    return token_logprobs_and_entropy(logits, sequences[:, -num_response:], temperature=temperature)
+    return token_logprobs_and_entropy(logits, batch.sequences[:, -num_response:], temperature=temperature)
 
 
-def gathered(parts: Sequence[Rollout], *, pad_id: int) -> Rollout:
-    """The rollouts of all micro-batches of all ranks as one, at a common width; every rank must call it."""
-    device = parts[0].sequences.device
-    widths = torch.tensor([_widths(part) for part in parts])
-    num_prompt, num_response = max_over_ranks(widths.amax(0).to(device)).tolist()
-    wide = [_widened(part, num_prompt=num_prompt, num_response=num_response, pad_id=pad_id) for part in parts]
-    everywhere = [part for rank in gather_objects([part.to("cpu") for part in wide]) for part in rank]
-    return _joined(everywhere).to(device)
+def critic_values(critic: Callable[..., Tensor], batch: Responses, *, shift: float) -> Tensor:
+    """The critic's estimate before each response token, `[B, R]`, in units of normalised scores."""
+    return response_values(_scalars(critic, batch), batch.response_mask.shape[1]) - shift
 
 
-def _widths(rollout: Rollout) -> tuple[int, int]:
-    num_response = rollout.response_mask.shape[1]
-    return rollout.sequences.shape[1] - num_response, num_response
+def _scalars(model: Callable[..., Tensor], batch: Responses) -> Tensor:
+    return model(batch.sequences, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
 
 
-def _widened(rollout: Rollout, *, num_prompt: int, num_response: int, pad_id: int) -> Rollout:
-    left, right = num_prompt - _widths(rollout)[0], num_response - _widths(rollout)[1]
+def gathered(rollout: Rollout, *, pad_id: int) -> Rollout:
+    """The rollouts of all ranks as one, at a common width; every rank must call it."""
+    device = rollout.sequences.device
+    num_prompt, num_response = max_over_ranks(torch.tensor(widths(rollout), device=device)).tolist()
+    wide = widened(rollout, num_prompt, num_response=num_response, pad_id=pad_id)
+    return joined(gather_objects(wide.to("cpu"))).to(device)
+
+
+def widths(batch: Responses) -> tuple[int, int]:
+    """Columns of the prompt and of the response."""
+    num_response = batch.response_mask.shape[1]
+    return batch.sequences.shape[1] - num_response, num_response
+
+
+def widened(batch: Batch, num_prompt: int, *, num_response: int, pad_id: int) -> Batch:
+    """The same rows with more padding: prompts to `num_prompt` columns, responses to `num_response`."""
+    left, right = num_prompt - widths(batch)[0], num_response - widths(batch)[1]
     columns = {}
-    for field in fields(rollout):
-        values = getattr(rollout, field.name)
+    for field in fields(batch):
+        values = getattr(batch, field.name)
         if isinstance(values, Tensor) and values.dim() == 2:
             of_sequence = field.name in ("sequences", "attention_mask")
             filler = pad_id if field.name == "sequences" else 0
-            values = pad(values, (left if of_sequence else 0, right), value=filler)
-        columns[field.name] = values
-    return Rollout(**columns)
+            columns[field.name] = pad(values, (left if of_sequence else 0, right), value=filler)
+    return replace(batch, **columns)
 
 
-def _joined(parts: Sequence[Rollout]) -> Rollout:
+def joined(parts: Sequence[Batch]) -> Batch:
+    """Rows of equally wide batches under each other."""
+
     def join(name: str) -> Tensor | tuple[str, ...]:
         values = [getattr(part, name) for part in parts]
         return torch.cat(values) if isinstance(values[0], Tensor) else tuple(text for texts in values for text in texts)
 
-    return Rollout(**{field.name: join(field.name) for field in fields(Rollout)})
+    return replace(parts[0], **{field.name: join(field.name) for field in fields(parts[0])})
+
+
+def without_bad_rows(rollout: Rollout) -> Rollout:
+    """The rollout with every row masked out in which some number is not finite, so that one cannot spoil the batch.
+
+    Raises:
+        RuntimeError: more than half of the rows are bad: the models are broken, not a sample.
+    """
+    checked = (rollout.logprobs, rollout.reference_logprobs, rollout.values, rollout.kl, rollout.scores[:, None])
+    good = torch.stack([values.isfinite().all(-1) for values in checked]).all(0)
+    if bool(good.all()):
+        return rollout
+    bad = (~good).nonzero().flatten().tolist()
+    examples = "; ".join(repr(rollout.prompts[row] + rollout.responses[row])[:200] for row in bad[:3])
+    if 2 * len(bad) > len(rollout):
+        raise RuntimeError(
+            f"{len(bad)} of {len(rollout)} responses have log-probabilities, values or scores that are not finite, "
+            f"such as {examples}. Look at the metrics before; lower the learning rates, or set engine.precision=fp32."
+        )
+    log.warning("left out %d of %d responses with numbers that are not finite: %s", len(bad), len(rollout), examples)
+    columns = {name: _zeroed(getattr(rollout, name), good) for name in _JUDGED}
+    return replace(rollout, response_mask=rollout.response_mask & good[:, None], **columns)
+
+
+_JUDGED = ("logprobs", "reference_logprobs", "generation_logprobs", "values", "kl", "entropy", "raw_scores", "scores")
+
+
+def _zeroed(values: Tensor, good: Tensor) -> Tensor:
+    return torch.where(good if values.dim() == 1 else good[:, None], values, 0.0)

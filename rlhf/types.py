@@ -46,6 +46,35 @@ def _selected(values: Any, index: Tensor) -> Any:
 
 
 @dataclass(frozen=True)
+class Responses(_TensorBatch):
+    """Prompts with their responses: what is scored and trained on."""
+
+    sequences: Tensor  # [B, T] int64, left-padded prompt then right-padded response
+    attention_mask: Tensor  # [B, T] bool, True where a real token is
+    response_mask: Tensor  # [B, R] bool, True where a response token counts, EOS included
+
+    def __len__(self) -> int:
+        return self.sequences.shape[0]
+
+    def pieces(self, size: int) -> list[Tensor]:
+        """Row numbers in groups of at most `size`, of similar length, the longest first."""
+        order = self.attention_mask.sum(-1).argsort(descending=True, stable=True)
+        return list(torch.split(order, size))
+
+    def trimmed(self) -> Self:
+        """The same rows without the columns that are padding in every row."""
+        num_response = self.response_mask.shape[1]
+        num_prompt = self.sequences.shape[1] - num_response
+        first = int(self.attention_mask.any(0).int().argmax())
+        counted = self.response_mask.any(0).nonzero()
+        last = int(counted.max()) + 1 if len(counted) else 1
+        columns = {name: values[:, :last] for name, values in self._tensors().items() if values.dim() == 2}
+        columns["sequences"] = self.sequences[:, first : num_prompt + last]
+        columns["attention_mask"] = self.attention_mask[:, first : num_prompt + last]
+        return replace(self, **columns)
+
+
+@dataclass(frozen=True)
 class SFTBatch(_TensorBatch):
     """Demonstrations, right padded."""
 
@@ -74,15 +103,12 @@ class PromptBatch(_TensorBatch):
 
 
 @dataclass(frozen=True)
-class Rollout(_TensorBatch):
+class Rollout(Responses):
     """What the actor said to B prompts and what the other three models think of it.
 
     Log-probabilities are taken at the sampling temperature, by the path that trains, with dropout off.
     """
 
-    sequences: Tensor  # [B, T] int64, left-padded prompt then right-padded response
-    attention_mask: Tensor  # [B, T] bool, True where a real token is
-    response_mask: Tensor  # [B, R] bool, True where a response token counts, EOS included
     logprobs: Tensor  # [B, R] fp32, log-probability of each response token under the actor
     reference_logprobs: Tensor  # [B, R] fp32, the same under the reference
     generation_logprobs: Tensor  # [B, R] fp32, the same as seen by the generation path (a check, never trained on)
@@ -102,41 +128,18 @@ class Rollout(_TensorBatch):
 
 
 @dataclass(frozen=True)
-class PPOBatch(_TensorBatch):
+class PPOBatch(Responses):
     """What a PPO update needs of a rollout; `rows` cuts minibatches from it, `trimmed` drops useless columns."""
 
-    sequences: Tensor  # [B, T] int64
-    attention_mask: Tensor  # [B, T] bool, True where a real token is
-    response_mask: Tensor  # [B, R] bool, True where a response token counts
     logprobs: Tensor  # [B, R] fp32, under the actor that sampled
+    reference_logprobs: Tensor  # [B, R] fp32, under the reference
     values: Tensor  # [B, R] fp32, of the critic before the update
-    advantages: Tensor  # [B, R] fp32, whitened
+    advantages: Tensor  # [B, R] fp32
     returns: Tensor  # [B, R] fp32
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, *, advantages: Tensor, returns: Tensor) -> PPOBatch:
         """Join a rollout with its advantages and returns, both `[B, R]`."""
-        return cls(
-            sequences=rollout.sequences,
-            attention_mask=rollout.attention_mask,
-            response_mask=rollout.response_mask,
-            logprobs=rollout.logprobs,
-            values=rollout.values,
-            advantages=advantages,
-            returns=returns,
-        )
-
-    def __len__(self) -> int:
-        return self.sequences.shape[0]
-
-    def trimmed(self) -> PPOBatch:
-        """The same batch without the columns that are padding in every row."""
-        num_response = self.response_mask.shape[1]
-        num_prompt = self.sequences.shape[1] - num_response
-        first = int(self.attention_mask.any(0).int().argmax())
-        counted = self.response_mask.any(0).nonzero()
-        last = int(counted.max()) + 1 if len(counted) else 1
-        columns = {name: values[:, :last] for name, values in self._tensors().items()}
-        columns["sequences"] = self.sequences[:, first : num_prompt + last]
-        columns["attention_mask"] = self.attention_mask[:, first : num_prompt + last]
-        return replace(self, **columns)
+        own = {field.name for field in fields(rollout)}
+        shared = {field.name: getattr(rollout, field.name) for field in fields(cls) if field.name in own}
+        return cls(**shared, advantages=advantages, returns=returns)

@@ -69,13 +69,15 @@ def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_folder(run: RunConfig, stage: str) -> None:
-    """Refuse a folder that was made from other settings.
+    """Refuse a folder that holds results of other settings.
 
     Raises:
         ValueError: which settings differ, and what to do.
     """
     folder = Path(run.output_dir) / stage
-    if not (folder / CONFIG).exists():
+    metrics = folder / "metrics.jsonl"
+    has_results = is_finished(run, stage) or (metrics.exists() and len(metrics.read_text().splitlines()) > 1)
+    if not has_results or not (folder / CONFIG).exists():
         return
     found, expected = json.loads((folder / CONFIG).read_text()), settings_of(run, stage)
     differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]

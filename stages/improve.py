@@ -13,33 +13,36 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.groups import group_advantages
-from rlhf.algorithms.masked import masked_whiten
+from rlhf.algorithms.kl import kl_estimate
+from rlhf.algorithms.masked import masked_mean, masked_whiten
 from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
 from rlhf.config.stages import AdvantageKind, PPOConfig
 from rlhf.dist import World, max_over_ranks
 from rlhf.engine.engine import Engine
-from rlhf.models.positions import position_ids
-from rlhf.models.scalar_head import response_values
-from rlhf.rollout import Models, response_statistics
+from rlhf.rollout import Models, critic_values, response_statistics
 from rlhf.types import PPOBatch, Rollout
 from stages.supervised import summed
+
+KL_IN_LOSS = (AdvantageKind.grpo, AdvantageKind.dr_grpo)
+"""Advantages that leave the KL penalty out of the reward."""
 
 
 def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Advantages:
     """Advantages and returns `[B, R]`: from the critic, or from the other responses to the same prompt.
 
-    A group's advantage compares whole responses, score and KL penalty together, and is the same for each token.
+    A group's advantage is the same for each token of a response and is never whitened, which would weigh responses by
+    their lengths. rloo compares score and KL penalty together, as its paper does. grpo and dr_grpo compare scores
+    alone: their KL is in the loss (see `update_actor`), for a group of equal scores must not learn from its KL noise.
     """
     mask = rollout.response_mask
     if config.advantage is AdvantageKind.gae:
         estimate = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-    else:
-        totals = rewards.sum(-1)
-        per_response = group_advantages(totals, group_size=config.samples_per_prompt, kind=config.advantage)
-        estimate = Advantages(advantages=per_response[:, None] * mask, returns=totals[:, None] * mask)
-    if not config.whiten:
+        if config.whiten:
+            estimate = estimate._replace(advantages=masked_whiten(estimate.advantages, mask))
         return estimate
-    return estimate._replace(advantages=masked_whiten(estimate.advantages, mask))
+    totals = rewards.sum(-1) if config.advantage is AdvantageKind.rloo else rollout.scores
+    per_response = group_advantages(totals, group_size=config.samples_per_prompt, kind=config.advantage)
+    return Advantages(advantages=per_response[:, None] * mask, returns=totals[:, None] * mask)
 
 
 def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PPOBatch]:
@@ -51,12 +54,13 @@ def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PP
 
 def share_of(minibatch: PPOBatch, config: PPOConfig, *, world: World) -> list[PPOBatch]:
     """This rank's micro-batches, of similar lengths and without useless columns."""
-    by_length = minibatch.attention_mask.sum(-1).argsort(stable=True)
-    pieces = by_length.split(config.micro_batch_size)[world.rank :: world.size]
-    return [minibatch.rows(piece).trimmed() for piece in pieces]
+    own = minibatch.pieces(config.micro_batch_size)[world.rank :: world.size]
+    return [minibatch.rows(piece).trimmed() for piece in own]
 
 
-def improve(models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: int) -> dict[str, float]:
+def improve(
+    models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: int, kl_coef: float = 0.0
+) -> dict[str, float]:
     """Epochs of minibatches over one rollout; diagnostics are means over all updates.
 
     Args:
@@ -64,22 +68,30 @@ def improve(models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: in
         batch: the rollout of all ranks.
         config: sizes, clips and coefficients.
         iteration: number of the iteration, from 1: seeds the order of minibatches, and ends the critic's warm-up.
+        kl_coef: weight of the KL in the loss, for the advantages that have it there.
     """
-    world, history, epochs = models.actor.world, [], 0
-    for epoch in range(config.epochs):
+    actor = models.actor if iteration > config.critic_warmup else None
+    history: list[dict[str, float]] = []
+    epochs = 0
+    while epochs < config.epochs and not _has_gone_far(history, config.target_kl):
         epochs += 1
-        for minibatch in minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epoch):
-            micro_batches = share_of(minibatch, config, world=world)
-            denominator = minibatch.response_mask.sum()
+        for minibatch in minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epochs):
+            micro_batches = share_of(minibatch, config, world=models.actor.world)
+            denominator = minibatch.response_mask.sum().clamp(min=1)
             update: dict[str, float] = {}
-            if iteration > config.critic_warmup:
-                update |= update_actor(models.actor, micro_batches, config=config, denominator=denominator)
+            if actor is not None:
+                update |= update_actor(actor, micro_batches, config=config, denominator=denominator, kl_coef=kl_coef)
             if models.critic is not None:
-                update |= update_critic(models.critic, micro_batches, config=config, denominator=denominator)
+                update |= update_critic(models, micro_batches, config=config, denominator=denominator)
             history.append(update)
-        if config.target_kl is not None and history[-1].get("policy/approxkl_avg", 0.0) > config.target_kl:
-            break
-    return _over_updates(history) | {"policy/epochs": float(epochs)}
+    for engine in (actor, models.critic):
+        if engine is not None:  # epochs that target_kl has spared count for the schedules all the same
+            engine.advance(config.updates_per_iteration - len(history))
+    return _over_updates(history) | ({} if actor is None else {"policy/epochs": float(epochs)})
+
+
+def _has_gone_far(history: list[dict[str, float]], target_kl: float | None) -> bool:
+    return bool(history) and target_kl is not None and history[-1].get("policy/approxkl_avg", 0.0) > target_kl
 
 
 _COMBINED = {"policy/ratio_max": max, "actor/skipped_steps": sum, "critic/skipped_steps": sum}
@@ -92,19 +104,17 @@ def _over_updates(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def update_actor(
-    actor: Engine, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor
+    actor: Engine, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor, kl_coef: float = 0.0
 ) -> dict[str, float]:
-    """One optimizer step of the policy; `denominator` counts the response tokens of the whole minibatch."""
+    """One optimizer step of the policy; `denominator` counts the response tokens of the whole minibatch.
+
+    For grpo and dr_grpo the loss also has `kl_coef` times the k3 estimate of KL(actor || reference), whose gradient
+    pulls towards the reference where that of k1 would be noise (Shao et al. 2024, eq. 4).
+    """
     outcomes, largest = [], torch.zeros((), device=actor.world.device)
     high = config.clip_range if config.clip_range_high is None else config.clip_range_high
     for index, batch in enumerate(micro_batches, start=1):
-        statistics = response_statistics(
-            actor,
-            batch.sequences,
-            attention_mask=batch.attention_mask,
-            num_response=batch.response_mask.shape[1],
-            temperature=config.sampling.temperature,
-        )
+        statistics = response_statistics(actor, batch, temperature=config.sampling.temperature)
         result = policy_loss(
             statistics.logprobs,
             batch.logprobs,
@@ -114,8 +124,14 @@ def update_actor(
             dual_clip=config.dual_clip,
             denominator=denominator,
         )
-        entropy = (statistics.entropy * batch.response_mask).sum() / denominator
-        actor.backward(result.loss - config.entropy_coef * entropy, last=index == len(micro_batches))
+        entropy = masked_mean(statistics.entropy, batch.response_mask, denominator=denominator)
+        loss = result.loss
+        if config.entropy_coef:
+            loss = loss - config.entropy_coef * entropy
+        if config.advantage in KL_IN_LOSS:
+            kl = kl_estimate(statistics.logprobs, batch.reference_logprobs, kind="k3")
+            loss = loss + kl_coef * masked_mean(kl, batch.response_mask, denominator=denominator)
+        actor.backward(loss, last=index == len(micro_batches))
         largest = torch.maximum(largest, result.ratio_max)
         outcomes.append(
             {
@@ -133,14 +149,14 @@ def update_actor(
 
 
 def update_critic(
-    critic: Engine, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor
+    models: Models, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor
 ) -> dict[str, float]:
     """One optimizer step of the value function; `denominator` as in `update_actor`."""
-    outcomes = []
+    critic, outcomes = models.critic, []
+    assert critic is not None
     for index, batch in enumerate(micro_batches, start=1):
-        per_position = critic(batch.sequences, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
         result = value_loss(
-            response_values(per_position, batch.response_mask.shape[1]),
+            critic_values(critic, batch, shift=models.value_shift),
             batch.values,
             batch.returns,
             batch.response_mask,

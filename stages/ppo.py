@@ -8,9 +8,8 @@ Run: `python run_pipeline.py stage=ppo`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import torch
 
@@ -26,11 +25,13 @@ from rlhf.engine.engine import build_engine
 from rlhf.evaluation import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.rollout import Collector, Models, ScoreScale
-from rlhf.text import decode, stop_token_ids, template_fingerprint
+from rlhf.rollout import Collector, Models, ScoreScale, without_bad_rows
+from rlhf.text import decode, stop_token_ids
+from rlhf.tracking.timing import Stopwatch
 from rlhf.types import PPOBatch, PromptBatch
-from stages.handover import Record, read_record
+from stages.handover import Record
 from stages.improve import advantages_of, improve
+from stages.judging import check_judges, score_scale, stored_scale
 from stages.session import Session, open_session, stage_tokenizer
 
 _EVALUATION_SEED = 7_919
@@ -43,57 +44,66 @@ def run_ppo(run: RunConfig, world: World) -> Record:
     assert config is not None
     tokenizer = stage_tokenizer(run, config.actor)
     splits = prompts(run.data, config, tokenizer=tokenizer)
+    check_judges(config, tokenizer)
+    scale = score_scale(config)
     with open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session:
         examiner = Examiner.of(session, splits.eval)
-        scale = score_scale(config, session)
         models = load_models(config, world, scale=scale)
         collector = new_collector(session, models, scale=scale)
-        loader = prompt_loader(session, splits.train)
         kl = kl_controller(config.kl)
         before = examiner.examine(collector, step=0)
         session.finish_step(0, before)
-        for step, batch in enumerate(loader, start=1):
-            rollout = collector.collect(batch, seed=config.seed)
+        for step, batch in enumerate(prompt_loader(session, splits.train), start=1):
+            rollout = without_bad_rows(collector.collect(batch, seed=config.seed))
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
             advantages, returns = advantages_of(rollout, rewards, config=config)
             learnt = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
             with session.watch("train"):
-                diagnostics = improve(models, learnt, config=config, iteration=step)
-            metrics = rollout_metrics(rollout, kl_coef=kl.value) | {"objective/kl_coef": kl.value} | diagnostics
-            if models.critic is not None:
-                metrics |= critic_metrics(rollout, returns)
-            kl.update(metrics["objective/kl"], config.rollout_size)
+                metrics = improve(models, learnt, config=config, iteration=step, kl_coef=kl.value)
+            metrics |= rollout_metrics(rollout, kl_coef=kl.value)
+            metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}
+            metrics |= {"objective/kl_coef": kl.value, "rollout/episodes": step * config.rollout_size}
+            if step > config.critic_warmup:
+                kl.update(metrics["objective/kl"], config.rollout_size)
             after = examiner.examine(collector, step=step) if session.evaluates_at(step, config.eval_every) else {}
-            metrics["rollout/episodes"] = step * config.rollout_size
             session.finish_step(step, metrics | after, num_tokens=float(rollout.attention_mask.sum()))
-        exports = [session.export(models.actor, "actor")]
-        if models.critic is not None:
-            exports.append(session.export(models.critic, "critic"))
-        return session.finish(*exports, record=session.record(before=before, after=after))
+        return finish(session, models, before=before, after=after)
+
+
+def finish(session: Session, models: Models, *, before: dict[str, float], after: dict[str, float]) -> Record:
+    """Write actor and critic, and the record; the critic's says in which units it speaks."""
+    record = session.record(before=before, after=after)
+    exports = [session.export(models.actor, "actor")]
+    if models.critic is not None:
+        exports.append(session.export(models.critic, "critic"))
+        record = replace(record, score_mean=models.value_shift, score_std=1.0)
+    return session.finish(*exports, record=record)
 
 
 def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models:
     """The four models; with LoRA the reference is the actor without its adapters, unless one is named.
 
-    The critic starts as the reward model in the units of normalised scores.
+    The critic starts as the reward model, brought to the units of normalised scores: its head is scaled, and what the
+    head has no bias for is subtracted from its values.
     """
     build = partial(build_engine, config=config.engine, world=world)
     actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
     reference = None
     if config.reference is not None or config.lora.rank == 0:
         reference = build(causal_lm(config.reference or config.actor))
-    critic = None
+    critic, units = None, ScoreScale()
     if config.advantage is AdvantageKind.gae:
-        head_scale = 1.0 if config.critic else 1.0 / scale.std
+        units = stored_scale(config.critic) or units if config.critic else scale
         blueprint = scalar_head_model(
-            config.critic or config.reward, lora=config.lora, seed=config.seed, head_scale=head_scale
+            config.critic or config.reward, lora=config.lora, seed=config.seed, head_scale=1 / units.std
         )
-        critic = build(blueprint, optimizer=config.critic_optimizer, total_steps=config.optimizer_steps)
+        critic = build(blueprint, optimizer=config.critic_optimizer, total_steps=config.critic_steps)
     return Models(
-        actor=build(actor, optimizer=config.actor_optimizer, total_steps=config.optimizer_steps),
+        actor=build(actor, optimizer=config.actor_optimizer, total_steps=config.actor_steps),
         reward=build(scalar_head_model(config.reward)),
         reference=reference,
         critic=critic,
+        value_shift=units.mean / units.std,
     )
 
 
@@ -135,30 +145,6 @@ def kl_controller(config: KLConfig) -> KLController:
     return FixedKL(config.coef)
 
 
-def score_scale(config: PPOConfig, session: Session) -> ScoreScale:
-    """The reward model's held-out mean and deviation, after checking that it speaks the actor's language.
-
-    Raises:
-        ValueError: the reward model's tokenizer or template is another one, or its scale is unknown.
-    """
-    record = read_record(Path(config.reward))
-    template = template_fingerprint(session.tokenizer)
-    if record is not None and record.template != template:
-        raise ValueError(
-            f"ppo.reward={config.reward} was trained with the tokenizer and template {record.template}, "
-            f"ppo.actor={config.actor} has {template}: the reward model would read other tokens than the actor writes. "
-            f"Train both from the same model, or set model.chat_template for both."
-        )
-    if not config.score.normalize:
-        return ScoreScale()
-    if record is None or record.score_mean is None or record.score_std is None:
-        raise ValueError(
-            f"ppo.score.normalize needs the held-out mean and deviation of ppo.reward={config.reward}, which has no "
-            f"stage.json with score_mean and score_std. Train it with stage=reward, or set ppo.score.normalize=false."
-        )
-    return ScoreScale(mean=record.score_mean, std=record.score_std)
-
-
 @dataclass(frozen=True)
 class Examiner:
     """Puts the same held-out prompts to the actor, with the same random numbers, and keeps what it says."""
@@ -189,7 +175,8 @@ class Examiner:
         if self.prompts is None:
             return {}
         with self.session.watch("evaluate"):
-            rollout = collector.collect(self.prompts, seed=_EVALUATION_SEED)
+            apart = replace(collector, watch=Stopwatch(self.session.world.device))  # not the iteration's phases
+            rollout = apart.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
             rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
         self.session.tracker.samples(step, rows)
         return policy_metrics(rows)

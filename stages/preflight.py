@@ -14,13 +14,15 @@ from data.loader import steps_of
 from data.preferences import preferences
 from data.prompts import prompts
 from rlhf.config.groups import accumulation, divisible
-from rlhf.config.run import RunConfig
+from rlhf.config.run import STAGES, RunConfig
 from rlhf.config.stages import PPOConfig, SupervisedConfig
 from rlhf.evaluation import load_gold
 from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import prepare
-from rlhf.models.skeleton import decoder_config
+from rlhf.models.skeleton import max_positions
+from rlhf.text import Tokenizer
 from stages.handover import check_folder, is_finished
+from stages.judging import check_judges, score_scale
 from stages.session import stage_tokenizer
 
 log = logging.getLogger(__name__)
@@ -40,15 +42,35 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     for stage in run.stages:
         check_folder(run, stage)
     todo = [stage for stage in run.stages if not is_finished(run, stage)]
+    check_descent(run, todo)
     for stage in set(run.stages) - set(todo):
         log.info("%s is finished (%s), skipping it", stage, Path(run.output_dir) / stage)
     for stage in todo:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
+        check_device(run, stage)
         check_inputs(run, stage)
     load_gold(run.data.gold)
     if todo:
         check_data(run, todo)
     return todo
+
+
+def check_descent(run: RunConfig, todo: list[str]) -> None:
+    """No finished stage was made from a model that this run is about to make anew.
+
+    Raises:
+        ValueError: which, and what to do.
+    """
+    for stage in STAGES:
+        if stage in todo or not is_finished(run, stage) or getattr(run, stage) is None:
+            continue
+        makers = {maker_of(run, path) for path in model_paths(run, stage).values()} & set(todo)
+        if makers:
+            folder = Path(run.output_dir) / stage
+            raise ValueError(
+                f"{folder} is finished, but it was made from the {'/'.join(sorted(map(str, makers)))} model that this "
+                f"run would make anew. Remove {folder} to make it anew too, or choose another output_dir=."
+            )
 
 
 def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
@@ -78,6 +100,20 @@ def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
     )
 
 
+def check_device(run: RunConfig, stage: str) -> None:
+    """A process is on one device for the whole run.
+
+    Raises:
+        ValueError: a stage asks for another one.
+    """
+    wanted = getattr(run, stage).engine.device
+    if wanted != run.engine.device:
+        raise ValueError(
+            f"{stage}.engine.device={wanted} differs from engine.device={run.engine.device}: ranks stay on one "
+            f"device. Set engine.device, or run the stage on its own."
+        )
+
+
 def check_inputs(run: RunConfig, stage: str) -> None:
     """Every model that a stage starts from is a decoder that is there, or will be made by an earlier stage.
 
@@ -87,14 +123,29 @@ def check_inputs(run: RunConfig, stage: str) -> None:
     for setting, path in model_paths(run, stage).items():
         maker = maker_of(run, path)
         if Path(path).exists():
-            decoder_config(Path(path))
+            check_positions(run, stage, limit=max_positions(Path(path)))
         elif maker is not None and maker not in run.stages:
             raise ValueError(
                 f"{setting}={path}: there is no such model. Run the stage that makes it first, "
                 f"as in stage=[{maker},{stage}], or name another, as in {setting}=MODEL."
             )
         elif maker is None and not (run.model.embedded and path == run.model.path):
-            decoder_config(local_folder(path))
+            check_positions(run, stage, limit=max_positions(local_folder(path)))
+
+
+def check_positions(run: RunConfig, stage: str, *, limit: int) -> None:
+    """The longest prompt and the longest response fit into the model together.
+
+    Raises:
+        ValueError: they do not.
+    """
+    config = getattr(run, stage)
+    longest = config.max_prompt_tokens + config.max_response_tokens
+    if longest > limit:
+        raise ValueError(
+            f"{stage}.max_prompt_tokens + {stage}.max_response_tokens = {config.max_prompt_tokens} + "
+            f"{config.max_response_tokens}: the model has {limit} positions; expected at most that many together."
+        )
 
 
 def maker_of(run: RunConfig, path: str) -> str | None:
@@ -120,7 +171,7 @@ def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: 
         ValueError: it does not.
     """
     if isinstance(config, PPOConfig):
-        steps = config.optimizer_steps
+        steps = min(config.actor_steps, config.critic_steps)
         warmups = {"actor_optimizer": config.actor_optimizer, "critic_optimizer": config.critic_optimizer}
     else:
         size, warmups = config.global_batch_size, {"optimizer": config.optimizer}
@@ -131,6 +182,20 @@ def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: 
                 f"{stage}.{name}.warmup_steps={optimizer.warmup_steps}: the stage has only {steps} steps; "
                 f"expected at most that many."
             )
+
+
+def check_ppo(run: RunConfig, config: PPOConfig, *, tokenizer: Tokenizer) -> None:
+    """The reward model, where it is there already, can judge the actor; a warning where KL would mean little."""
+    if maker_of(run, config.reward) is None or Path(config.reward).exists():
+        check_judges(config, tokenizer)
+        score_scale(config)
+    if config.sampling.top_k or config.sampling.top_p < 1:
+        log.warning(
+            "ppo.sampling.top_k=%s, top_p=%s: responses are drawn from a cut distribution, while log-probabilities and "
+            "KL are those of the whole one; KL is then too low and can be negative",
+            config.sampling.top_k,
+            config.sampling.top_p,
+        )
 
 
 def check_data(run: RunConfig, stages: list[str]) -> None:
@@ -147,4 +212,11 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         tokenizer = stage_tokenizer(run, run.model.path if is_to_come else path)
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
         check_warmup(config, stage, num_rows=len(splits.train))
+        if stage != "ppo" and not splits.eval:
+            raise ValueError(
+                f"data.{stage}.eval is empty and data.{stage}.eval_fraction holds no row "
+                f"out; expected held-out rows, from which the stage says what it has learnt."
+            )
+        if isinstance(config, PPOConfig):
+            check_ppo(run, config, tokenizer=tokenizer)
         log.info("%s: %s rows to train on, %s held out", stage, len(splits.train), len(splits.eval))

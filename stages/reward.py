@@ -87,6 +87,7 @@ def run_reward(run: RunConfig, world: World) -> Record:
 
 def _metrics(result: PreferenceResult) -> dict[str, float]:
     return {
+        "eval/loss": result.loss,
         "eval/accuracy": result.accuracy,
         "eval/margin": result.margin,
         "eval/score_mean": result.mean,

@@ -45,7 +45,8 @@ class Session:
         seconds, self.step_started = now - self.step_started, now
         timing = self.watch.take() | {"timing_s/step": seconds}
         if num_tokens:
-            metrics = metrics | {"perf/tokens_per_second": num_tokens / seconds}
+            busy = seconds - timing.get("timing_s/evaluate", 0.0)
+            metrics = metrics | {"perf/tokens_per_second": num_tokens / busy}
         self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
 
     def evaluates_at(self, step: int, every: int) -> bool:

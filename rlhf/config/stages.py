@@ -131,7 +131,7 @@ class SamplingConfig:
 
 @dataclass(kw_only=True)
 class KLConfig:
-    """The penalty for leaving the reference."""
+    """The penalty for leaving the reference: in the reward, or for grpo and dr_grpo in the loss (as k3)."""
 
     kind: KLKind = KLKind.k1
     """Estimator in the reward."""
@@ -150,7 +150,7 @@ class ScoreConfig:
     normalize: bool = True
     """Subtract the held-out mean and divide by the standard deviation that the reward stage stored."""
     clamp: float = 5.0
-    """Limit of a normalised score, both ways; 0 leaves it alone."""
+    """Limit of a normalised score, both ways; 0 leaves it alone. Scores that are not normalised are never clamped."""
     no_end_kind: NoEndKind = NoEndKind.subtract
     """Whether the penalty replaces the score or is subtracted from it."""
     no_end_penalty: float = 1.0
@@ -200,15 +200,15 @@ class PPOConfig(StageConfig):
     lam: float = 0.95
     """Lambda of generalised advantage estimation."""
     whiten: bool = True
-    """Advantages to mean 0 and variance 1 over the batch of all ranks."""
+    """Advantages of gae to mean 0 and variance 1 over the batch of all ranks; those of groups stay as they are."""
     clip_range: float = 0.2
     """The ratio is clipped to 1 - clip_range ... 1 + clip_range."""
     clip_range_high: float | None = None
     """Upper clip, when it differs from the lower."""
     dual_clip: float | None = None
     """Lower bound for negative advantages, a ratio above 1 (Ye et al. 2020); null is off."""
-    value_clip_range: float = 0.2
-    """New values stay within this distance of the old ones."""
+    value_clip_range: float | None = 0.2
+    """New values stay within this distance of the old ones; null does not clip them."""
     entropy_coef: float = 0.0
     """Bonus per nat of entropy."""
     target_kl: float | None = None
@@ -219,9 +219,19 @@ class PPOConfig(StageConfig):
     """Iterations between evaluations; 0 evaluates at the start and the end only."""
 
     @property
-    def optimizer_steps(self) -> int:
-        """Steps of each optimizer in the whole stage."""
-        return self.iterations * self.epochs * (self.rollout_size // self.minibatch_size)
+    def updates_per_iteration(self) -> int:
+        """Optimizer steps that follow a rollout batch."""
+        return self.epochs * (self.rollout_size // self.minibatch_size)
+
+    @property
+    def critic_steps(self) -> int:
+        """Optimizer steps of the critic in the whole stage."""
+        return self.iterations * self.updates_per_iteration
+
+    @property
+    def actor_steps(self) -> int:
+        """Optimizer steps of the actor, which waits while the critic warms up."""
+        return (self.iterations - self.critic_warmup) * self.updates_per_iteration
 
     def __post_init__(self) -> None:
         for name in ("iterations", "rollout_size", "samples_per_prompt", "epochs", "minibatch_size"):
@@ -230,8 +240,34 @@ class PPOConfig(StageConfig):
         require(self.lora.dropout == 0, f"ppo.lora.dropout={self.lora.dropout}: PPO runs without dropout; expected 0.")
         divisible(self.rollout_size, by=self.samples_per_prompt, names="ppo.rollout_size by ppo.samples_per_prompt")
         divisible(self.rollout_size, by=self.minibatch_size, names="ppo.rollout_size by ppo.minibatch_size")
+        low, high = self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
+        require(0 < low < 1 and high > 0, f"ppo.clip_range={low} (high {high}): expected above 0 and below 1.")
+        require(
+            self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip={self.dual_clip}: expected above 1 or null."
+        )
+        require(
+            self.value_clip_range is None or self.value_clip_range > 0,
+            f"ppo.value_clip_range={self.value_clip_range}: expected a positive number or null.",
+        )
+        require(0 < self.gamma <= 1, f"ppo.gamma={self.gamma}: expected above 0, at most 1.")
+        require(0 <= self.lam <= 1, f"ppo.lam={self.lam}: expected 0 to 1.")
+        self._check_kl()
         grouped = self.advantage is not AdvantageKind.gae
+        require(
+            0 <= self.critic_warmup < self.iterations and not (grouped and self.critic_warmup),
+            f"ppo.critic_warmup={self.critic_warmup}: expected fewer than ppo.iterations={self.iterations}, and 0 "
+            f"without a critic (ppo.advantage={self.advantage}).",
+        )
         require(
             not grouped or self.samples_per_prompt > 1,
             f"ppo.advantage={self.advantage} needs several responses to a prompt: ppo.samples_per_prompt above 1.",
+        )
+
+    def _check_kl(self) -> None:
+        kl = self.kl
+        require(kl.coef >= 0, f"ppo.kl.coef={kl.coef}: expected 0 or more.")
+        require(
+            kl.target <= 0 or (kl.coef > 0 and kl.horizon > 0.2 * self.rollout_size),
+            f"ppo.kl.target={kl.target} adapts the coefficient: expected ppo.kl.coef={kl.coef} above 0 and "
+            f"ppo.kl.horizon={kl.horizon} above a fifth of ppo.rollout_size={self.rollout_size}.",
         )

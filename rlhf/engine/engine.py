@@ -70,6 +70,10 @@ class Engine:
         self._sharding.release()  # what is gathered is about to be out of date
         return self._learning.step()
 
+    def advance(self, steps: int) -> None:
+        """Count steps that are not taken, so that the schedule still ends with the stage."""
+        self._learning.steps_taken += steps
+
     def generating(self) -> AbstractContextManager[nn.Module]:
         """Context for decoding: gathered once, adapters merged, eval mode, no gradients, no other rank needed."""
         return hybrid.generating(self.module, self._sharding)

@@ -124,6 +124,11 @@ class _ScaledHead:
         return values * self.scale if name == _HEAD else values
 
 
+def has_scalar_head(folder: Path) -> bool:
+    """True when the weights in `folder` include a head that some training has filled."""
+    return _HEAD in Checkpoint(folder)
+
+
 def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:
     """The scalar at the last real token of every sequence, for left and right padding alike.
 

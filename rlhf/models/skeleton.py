@@ -7,6 +7,7 @@ only its weights to be usable. Left out: the weights (`weights.py`), adapters (`
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import torch
@@ -32,6 +33,12 @@ def decoder_config(folder: Path) -> PreTrainedConfig:
     if complaint:
         raise ValueError(f"Model folder {folder} ({config.model_type}): {complaint}")
     return config
+
+
+def max_positions(folder: Path) -> int:
+    """The longest sequence that the decoder in `folder` was made for; raises ValueError as `decoder_config` does."""
+    config = decoder_config(folder)
+    return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
 def _complaint(config: PreTrainedConfig) -> str:

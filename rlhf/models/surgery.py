@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-_DROPOUT = re.compile(r"dropout|pdrop|drop_prob|layerdrop")
+_DROPOUT = re.compile(r"dropout|pdrop|drop_prob|layerdrop|jitter")
 
 
 def with_dropout(config: PreTrainedConfig, probability: float) -> PreTrainedConfig:

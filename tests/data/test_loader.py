@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.loader import PromptLoader, TrainLoader, evaluation_batches, evaluation_prompts, steps_of
+from data.loader import PromptLoader, TrainLoader, evaluation_batches, steps_of
 from data.prompts import Prompt
 
 WORDS = ["x" * (1 + index * 7 % 13) + f"-{index}" for index in range(23)]
@@ -196,13 +196,3 @@ def test_a_prompt_loader_goes_on_where_its_state_was_taken():
 def test_groups_that_would_straddle_ranks_are_refused():
     with pytest.raises(ValueError, match=r"ppo.rollout_size by ranks x samples_per_prompt \(4 x 4\): 8 is not"):
         prompt_loader(ranks=4, samples_per_prompt=4)
-
-
-def test_evaluated_prompts_keep_their_sample_ids_on_any_rank():
-    for ranks in (1, 2, 3):
-        found = {}
-        for rank in range(ranks):
-            for batch in evaluation_prompts(PROMPTS, 0, micro_batch_size=2, rank=rank, ranks=ranks):
-                pairs = zip(batch.batch.sample_ids.tolist(), batch.batch.prompts, strict=True)
-                found.update(list(pairs)[: batch.count])
-        assert found == {index: f"prompt {index}" for index in range(7)}

@@ -1,13 +1,16 @@
 """The PPO update on real engines: the first minibatch changes nothing by itself, and sizes do not change gradients."""
 
+import re
+
 import pytest
 import torch
 
 from rlhf.config.groups import EngineConfig, LoraConfig, OptimizerConfig
-from rlhf.config.stages import KLConfig, PPOConfig, SamplingConfig
+from rlhf.config.stages import AdvantageKind, KLConfig, PPOConfig, SamplingConfig
 from rlhf.dist import World
-from rlhf.types import PPOBatch
-from stages.improve import minibatches, share_of
+from rlhf.rollout import without_bad_rows
+from rlhf.types import PPOBatch, Rollout
+from stages.improve import advantages_of, minibatches, share_of
 
 
 def config(**changes):
@@ -43,6 +46,7 @@ def batch(num_rows=8, num_prompt=3, num_response=4):
         attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
         response_mask=response_mask,
         logprobs=zeros,
+        reference_logprobs=zeros,
         values=zeros,
         advantages=zeros,
         returns=zeros,
@@ -76,3 +80,80 @@ def test_trimming_drops_only_columns_that_are_padding_everywhere():
     assert trimmed.response_mask.tolist() == [[True, False], [True, True]]
     assert trimmed.sequences.tolist() == [[1, 2, 3, 4], [8, 9, 10, 11]]
     assert trimmed.attention_mask.tolist() == [[True, True, True, False], [True, True, True, True]]
+
+
+def test_a_group_of_equal_scores_learns_nothing_whatever_its_kl():
+    scores = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 2.0, 0.0, 2.0])
+    noise = torch.randn(8, 4) * batch().response_mask
+    for kind in ("grpo", "dr_grpo"):
+        ppo = config(advantage=AdvantageKind(kind), samples_per_prompt=4)
+        estimate = advantages_of(_rollout(scores), noise, config=ppo)
+        assert estimate.advantages[:4].abs().max() == 0
+        # Scores 0 2 0 2: mean 1, sample deviation sqrt(4/3); the shortest response has one token.
+        expected = -1 / (4 / 3) ** 0.5 if kind == "grpo" else -1.0
+        assert estimate.advantages[4].tolist() == pytest.approx([expected, 0, 0, 0], abs=1e-5)
+
+
+def test_leave_one_out_compares_what_the_reward_says_of_whole_responses():
+    ppo = config(advantage=AdvantageKind.rloo, samples_per_prompt=4)
+    rewards = torch.zeros(8, 4)
+    rewards[:, 0] = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 0.0, 0.0, 4.0])
+    estimate = advantages_of(_rollout(torch.zeros(8)), rewards, config=ppo)
+    # 6 against the mean of 1, 2 and 3; and not whitened, so the number stays.
+    assert estimate.advantages[3].tolist() == pytest.approx([4, 4, 4, 4])
+
+
+def _rollout(scores):
+    shared = batch()
+    zeros = torch.zeros(8, 4)
+    return Rollout(
+        sequences=shared.sequences,
+        attention_mask=shared.attention_mask,
+        response_mask=shared.response_mask,
+        logprobs=zeros,
+        reference_logprobs=zeros,
+        generation_logprobs=zeros,
+        values=zeros,
+        kl=zeros,
+        entropy=zeros,
+        raw_scores=scores,
+        scores=scores,
+        ended=torch.ones(8, dtype=torch.bool),
+        prompts=tuple("abcdefgh"),
+        responses=tuple("abcdefgh"),
+    )
+
+
+def test_one_response_with_a_nan_is_left_out_and_many_stop_the_run():
+    rollout = _rollout(torch.tensor([1.0, float("nan"), 1, 1, 1, 1, 1, 1]))
+    clean = without_bad_rows(rollout)
+    assert clean.response_mask[1].any().item() is False
+    assert clean.response_mask[0].any().item() is True
+    assert clean.scores.tolist() == [1, 0, 1, 1, 1, 1, 1, 1]
+    with pytest.raises(RuntimeError, match="5 of 8 responses"):
+        without_bad_rows(_rollout(torch.tensor([float("nan")] * 5 + [1.0] * 3)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"dual_clip": 0.5}, "ppo.dual_clip=0.5"),
+        ({"clip_range": -1.0}, "ppo.clip_range=-1.0"),
+        ({"value_clip_range": 0.0}, "ppo.value_clip_range=0.0"),
+        ({"gamma": 2.0}, "ppo.gamma=2.0"),
+        ({"lam": -0.1}, "ppo.lam=-0.1"),
+        ({"kl": KLConfig(coef=-1.0)}, "ppo.kl.coef=-1.0"),
+        ({"kl": KLConfig(target=6.0, coef=0.0)}, "ppo.kl.target=6.0 adapts"),
+        ({"kl": KLConfig(target=6.0, horizon=1)}, "ppo.kl.horizon=1 above a fifth"),
+        ({"critic_warmup": 1}, "ppo.critic_warmup=1: expected fewer than ppo.iterations=1"),
+        ({"iterations": 3, "critic_warmup": 1, "advantage": AdvantageKind.rloo, "samples_per_prompt": 2}, "without a"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        config(**changes)
+
+
+def test_schedules_count_the_updates_of_each_model():
+    ppo = config(iterations=5, critic_warmup=2, epochs=3, minibatch_size=4)
+    assert (ppo.updates_per_iteration, ppo.critic_steps, ppo.actor_steps) == (6, 30, 18)

@@ -7,6 +7,9 @@ from transformers import BertConfig, LlamaConfig
 
 from rlhf.config.groups import Embedded
 from rlhf.models.embedded import prepare
+from rlhf.models.export import export
+from rlhf.models.scalar_head import scalar_head_model
+from rlhf.text import load_tokenizer
 from stages.handover import Record, claim_folder, write_record
 from stages.preflight import batch_arithmetic, preflight
 from tests.test_configuration import composed
@@ -83,13 +86,13 @@ def test_a_model_that_an_earlier_stage_makes_is_named(custom):
         preflight(custom("reward", [PAIR]), ranks=1)
 
 
-def test_a_folder_of_other_settings_is_refused_and_memory_settings_may_change(custom):
+def test_a_folder_of_other_settings_is_refused_and_memory_settings_may_change(custom, tmp_path):
     rows = [{"prompt": "a", "completion": " b"}] * 80
     run = custom("sft", rows, "sft.max_steps=30")
     claim_folder(run, "sft")
-    assert preflight(custom("sft", rows, "sft.max_steps=30", "sft.micro_batch_size=2", "engine=zero3"), ranks=2) == [
-        "sft"
-    ]
+    (tmp_path / "out/sft/metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n')
+    smaller = custom("sft", rows, "sft.max_steps=30", "sft.micro_batch_size=2", "engine=zero3")
+    assert preflight(smaller, ranks=2) == ["sft"]
     with pytest.raises(ValueError, match=r"sft\.max_steps: there 30, now 31.*output_dir="):
         preflight(custom("sft", rows, "sft.max_steps=31"), ranks=1)
 
@@ -121,3 +124,50 @@ def test_a_llama_configuration_is_a_decoder(custom, tmp_path, model):
     LlamaConfig().save_pretrained(tmp_path / "llama")
     with pytest.raises(ValueError, match="no tokenizer"):
         preflight(custom("sft", [{"prompt": "a", "completion": "b"}], f"model.path={tmp_path / 'llama'}"), ranks=1)
+
+
+def test_a_language_model_is_no_reward_model(custom, model):
+    overrides = [f"ppo.actor={model}", f"ppo.reward={model}"]
+    with pytest.raises(ValueError, match="a language model without a scalar head; expected a reward model"):
+        preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides), ranks=1)
+
+
+def test_a_reward_model_of_another_vocabulary_is_refused(custom, model, tmp_path):
+    from tests import fakes
+    from tests.models import tiny
+
+    reward = tmp_path / "reward"
+    module = tiny.materialized(scalar_head_model(model))
+    export(module, tiny.named_tensors(module), folder=reward, tokenizer=load_tokenizer(str(model)))
+    overrides = [f"ppo.actor={model}", f"ppo.reward={reward}"]
+    with pytest.raises(ValueError, match=r"no stage\.json with score_mean"):
+        preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides), ranks=1)
+    assert preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides, "ppo.score.normalize=false"), ranks=1) == ["ppo"]
+    fakes.chat_tokenizer(reward)
+    with pytest.raises(ValueError, match="has another vocabulary than ppo.actor"):
+        preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides, "ppo.score.normalize=false"), ranks=1)
+
+
+def test_lengths_beyond_the_positions_of_the_model_are_refused(custom):
+    with pytest.raises(ValueError, match=r"sft\.max_prompt_tokens \+ sft\.max_response_tokens = 512 \+ 99999"):
+        preflight(custom("sft", [{"prompt": "a", "completion": "b"}], "sft.max_response_tokens=99999"), ranks=1)
+
+
+def test_a_stage_without_held_out_rows_is_refused(custom):
+    run = custom("sft", [{"prompt": "a", "completion": " b"}] * 80, "sft.max_steps=30", "data.sft.eval_fraction=0")
+    with pytest.raises(ValueError, match=r"data\.sft\.eval is empty"):
+        preflight(run, ranks=1)
+
+
+def test_a_finished_stage_is_not_kept_when_what_it_was_made_from_changes(tmp_path):
+    run = composed("experiment=smoke", f"output_dir={tmp_path}")
+    claim_folder(run, "ppo")
+    write_record(Record(stage="ppo", template="t", pad_id=0), tmp_path / "ppo")
+    with pytest.raises(ValueError, match=r"ppo is finished, but it was made from the reward/sft model"):
+        preflight(run, ranks=1)
+
+
+def test_one_stage_cannot_be_on_another_device(custom):
+    run = custom("sft", [{"prompt": "a", "completion": " b"}] * 80, "sft.max_steps=30", "sft.engine.device=cpu")
+    with pytest.raises(ValueError, match=r"sft\.engine\.device=cpu differs from engine\.device=auto"):
+        preflight(run, ranks=1)
