@@ -25,8 +25,7 @@ import hydra
 from omegaconf import DictConfig
 
 from rlhf import launch
-from rlhf.config.groups import Progress
-from rlhf.config.run import RunConfig
+from rlhf.config import Progress, RunConfig
 from rlhf.dist import World, broadcast_object, start, stop
 from rlhf.tracking.console import setup_logging
 from stages.composition import CONF_DIR, check_overrides, load_run, register_schema, save_run, to_run

@@ -20,7 +20,7 @@ from data.cache import cached, content_key
 from data.rows import COLUMNS, each_row, require_columns
 from data.sources import load_rows
 from data.split import Indices, hold_out, stage_rows
-from rlhf.config.groups import BadRows, DataConfig, SourceConfig, StageDataConfig
+from rlhf.config import BadRows, DataConfig, SourceConfig, StageDataConfig
 from rlhf.text import Row, Tokens
 
 logger = logging.getLogger(__name__)

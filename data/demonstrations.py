@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import DEMONSTRATION, check_row
-from rlhf.config.groups import DataConfig
-from rlhf.config.stages import SFTConfig
+from rlhf.config import DataConfig, SFTConfig
 from rlhf.text import Row, Tokenizer, Tokens, tokenize_demonstration, tokenizer_fingerprint
 
 

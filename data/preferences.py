@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import PREFERENCE, check_row, margin_of
-from rlhf.config.groups import DataConfig
-from rlhf.config.stages import RewardConfig
+from rlhf.config import DataConfig, RewardConfig
 from rlhf.text import Row, Tokenizer, Tokens, tokenize_preference, tokenizer_fingerprint
 
 

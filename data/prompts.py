@@ -9,8 +9,7 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import PROMPT, check_row
-from rlhf.config.groups import DataConfig
-from rlhf.config.stages import PPOConfig
+from rlhf.config import DataConfig, PPOConfig
 from rlhf.text import Row, Tokenizer, Tokens, readable_prompt, tokenize_prompt, tokenizer_fingerprint
 
 

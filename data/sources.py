@@ -19,7 +19,7 @@ import pyarrow as pa
 from datasets.table import InMemoryTable
 from pyarrow import csv, parquet
 
-from rlhf.config.groups import SourceConfig
+from rlhf.config import SourceConfig
 
 READABLE = (".json", ".jsonl", ".csv", ".parquet")
 SPLITS = ("train", "training", "eval", "evaluation", "valid", "validation", "dev", "test")

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
 from rlhf.algorithms.scores import normalize_scores, penalize_unended
-from rlhf.config.stages import PPOConfig
+from rlhf.config import PPOConfig
 from rlhf.dist import gather_objects, max_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.generation.generate import Generated, generate

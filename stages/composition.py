@@ -20,8 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import conf
-from rlhf.config.run import STAGES, RunConfig
-from rlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import STAGES, PPOConfig, RewardConfig, RunConfig, SFTConfig
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
 

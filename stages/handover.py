@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.run import RunConfig
+from rlhf.config import RunConfig
 from stages.composition import as_plain
 
 RECORD = "stage.json"

@@ -16,7 +16,7 @@ from rlhf.algorithms.groups import group_advantages
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.masked import masked_mean, masked_whiten
 from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
-from rlhf.config.stages import AdvantageKind, PPOConfig
+from rlhf.config import AdvantageKind, PPOConfig
 from rlhf.dist import World, max_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.rollout import Models, critic_values, response_statistics

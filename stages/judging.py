@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rlhf.config.stages import PPOConfig
+from rlhf.config import PPOConfig
 from rlhf.models.checkpoint import local_folder
 from rlhf.models.scalar_head import has_scalar_head
 from rlhf.rollout import ScoreScale

@@ -18,8 +18,7 @@ from data.loader import PromptLoader
 from data.prompts import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
-from rlhf.config.run import RunConfig
-from rlhf.config.stages import AdvantageKind, KLConfig, PPOConfig
+from rlhf.config import AdvantageKind, KLConfig, PPOConfig, RunConfig
 from rlhf.dist import World
 from rlhf.engine.engine import build_engine
 from rlhf.evaluation import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows

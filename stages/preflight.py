@@ -13,9 +13,7 @@ from data.demonstrations import demonstrations
 from data.loader import steps_of
 from data.preferences import preferences
 from data.prompts import prompts
-from rlhf.config.groups import accumulation, divisible
-from rlhf.config.run import STAGES, RunConfig
-from rlhf.config.stages import PPOConfig, SupervisedConfig
+from rlhf.config import STAGES, PPOConfig, RunConfig, SupervisedConfig, accumulation, divisible
 from rlhf.evaluation import load_gold
 from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import prepare

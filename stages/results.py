@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from rlhf.config.run import STAGES, RunConfig
+from rlhf.config import STAGES, RunConfig
 from rlhf.tracking.metrics import metric
 from rlhf.tracking.table import table
 from stages.handover import read_record

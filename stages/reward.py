@@ -14,8 +14,7 @@ from torch import Tensor
 from data.collate import collate_preferences
 from data.preferences import preferences
 from rlhf.algorithms.preference import pairwise_loss
-from rlhf.config.run import RunConfig
-from rlhf.config.stages import RewardConfig
+from rlhf.config import RewardConfig, RunConfig
 from rlhf.dist import World
 from rlhf.engine.engine import Engine, build_engine
 from rlhf.evaluation import PreferenceResult, evaluate_preferences

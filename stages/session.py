@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf import dist
-from rlhf.config.run import RunConfig
+from rlhf.config import RunConfig
 from rlhf.dist import World
 from rlhf.engine.engine import Engine
 from rlhf.models.export import export

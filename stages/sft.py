@@ -13,7 +13,7 @@ from torch import Tensor
 from data.collate import collate_demonstrations
 from data.demonstrations import demonstrations
 from rlhf.algorithms.sft import count_targets, sft_loss
-from rlhf.config.run import RunConfig
+from rlhf.config import RunConfig
 from rlhf.dist import World
 from rlhf.engine.engine import Engine, build_engine
 from rlhf.evaluation import LanguageResult, evaluate_language

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from data.loader import EvalBatch, TrainLoader, evaluation_batches, steps_of
-from rlhf.config.stages import SupervisedConfig
+from rlhf.config import SupervisedConfig
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.types import PreferenceBatch, SFTBatch

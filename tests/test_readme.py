@@ -53,7 +53,7 @@ def test_command_works(command, tmp_path):
 
 def own_files(folder, model):
     """A model and data of the user's, and sizes that suit them."""
-    from rlhf.config.groups import Embedded
+    from rlhf.config import Embedded
     from rlhf.models.embedded import prepare
 
     prepare(Embedded.tiny, model)

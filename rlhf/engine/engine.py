@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.groups import EngineConfig, OptimizerConfig
+from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.dist import World
 from rlhf.engine import hybrid
 from rlhf.engine.gradients import Gradients

@@ -7,7 +7,7 @@ import math
 from typing import Any, NamedTuple
 
 from rlhf.algorithms.schedules import learning_rate_multiplier
-from rlhf.config.groups import OptimizerConfig
+from rlhf.config import OptimizerConfig
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.optimizers import AdamW
 

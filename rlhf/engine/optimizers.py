@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf.config.groups import OptimizerConfig
+from rlhf.config import OptimizerConfig
 from rlhf.engine.sharding import ParameterGroup, like, local
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from rlhf.config.groups import Precision
+from rlhf.config import Precision
 
 
 def working_dtype(precision: Precision, device: torch.device) -> torch.dtype:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedConfig
 
-from rlhf.config.groups import LoraConfig
+from rlhf.config import LoraConfig
 from rlhf.models.lora import inject
 from rlhf.models.surgery import find_blocks
 from rlhf.models.weights import NewParameter, SeededWeights, Weights

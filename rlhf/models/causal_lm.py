@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from rlhf.config.groups import LoraConfig
+from rlhf.config import LoraConfig
 from rlhf.models.blueprint import Blueprint, assemble
 from rlhf.models.checkpoint import Checkpoint, local_folder
 from rlhf.models.skeleton import decoder_config, skeleton

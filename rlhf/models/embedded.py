@@ -31,7 +31,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.config.groups import Embedded
+from rlhf.config import Embedded
 
 logger = logging.getLogger(__name__)
 

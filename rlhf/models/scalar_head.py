@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from rlhf.config.groups import LoraConfig
+from rlhf.config import LoraConfig
 from rlhf.models.blueprint import Blueprint, assemble
 from rlhf.models.checkpoint import Checkpoint, local_folder
 from rlhf.models.skeleton import decoder_config, skeleton

@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.config.groups import Progress
+from rlhf.config import Progress
 from rlhf.dist import World
 from rlhf.tracking.metrics import metric
 from rlhf.tracking.table import number, printable

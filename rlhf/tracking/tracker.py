@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rlhf.config.groups import TrackingConfig, WandbMode
+from rlhf.config import TrackingConfig, WandbMode
 from rlhf.dist import World
 from rlhf.tracking.console import StageProgress
 from rlhf.tracking.journal import Journal, valid_json

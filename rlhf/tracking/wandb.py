@@ -20,7 +20,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import wandb
 
-from rlhf.config.groups import TrackingConfig, WandbMode
+from rlhf.config import TrackingConfig, WandbMode
 from rlhf.tracking.journal import valid_json
 from rlhf.tracking.metrics import STEP, metrics_of
 

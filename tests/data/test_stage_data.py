@@ -8,8 +8,17 @@ import pytest
 from data.demonstrations import demonstrations
 from data.preferences import preferences
 from data.prompts import prompts
-from rlhf.config.groups import BadRows, DataConfig, EngineConfig, LoraConfig, OptimizerConfig, StageDataConfig
-from rlhf.config.stages import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config import (
+    BadRows,
+    DataConfig,
+    EngineConfig,
+    LoraConfig,
+    OptimizerConfig,
+    PPOConfig,
+    RewardConfig,
+    SFTConfig,
+    StageDataConfig,
+)
 from rlhf.text import decode, load_tokenizer
 from tests import fakes
 

@@ -10,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rlhf import dist
-from rlhf.config.groups import EngineConfig, LoraConfig
+from rlhf.config import EngineConfig, LoraConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.learner import StepResult
 from rlhf.models.causal_lm import causal_lm

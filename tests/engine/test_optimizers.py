@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.config.groups import OptimizerConfig
+from rlhf.config import OptimizerConfig
 from rlhf.engine.optimizers import AdamState, AdamW
 
 # Adam's first step moves every weight by lr against the sign of its gradient; decay takes lr * 0.1 of the weight first.

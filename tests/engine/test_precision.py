@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config.groups import Precision
+from rlhf.config import Precision
 from rlhf.engine.precision import working_dtype
 
 CPU = torch.device("cpu")

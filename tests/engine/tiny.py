@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.config.groups import EngineConfig, OptimizerConfig
+from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.engine.engine import build_engine
 from rlhf.models.blueprint import Blueprint
 

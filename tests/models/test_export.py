@@ -15,7 +15,7 @@ from transformers import (
     GenerationConfig,
 )
 
-from rlhf.config.groups import LoraConfig
+from rlhf.config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.export import export
 from rlhf.models.lora import merged

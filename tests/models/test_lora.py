@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.config.groups import LoraConfig
+from rlhf.config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.lora import adapted_layers, adapters_off, fold_adapters, folds, merged
 from rlhf.models.positions import position_ids

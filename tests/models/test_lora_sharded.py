@@ -4,7 +4,7 @@ import torch
 from torch.distributed.fsdp import fully_shard
 
 from rlhf import dist
-from rlhf.config.groups import LoraConfig
+from rlhf.config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.lora import adapted_layers, merged
 from rlhf.models.surgery import find_blocks

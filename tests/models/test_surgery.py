@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from rlhf.config.groups import LoraConfig
+from rlhf.config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import scalar_head_model

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.algorithms.ppo import token_rewards
-from rlhf.config.groups import Embedded, EngineConfig, LoraConfig, Precision
+from rlhf.config import Embedded, EngineConfig, LoraConfig, Precision
 from rlhf.dist import World
 from rlhf.engine.engine import build_engine
 from rlhf.models.causal_lm import causal_lm

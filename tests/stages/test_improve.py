@@ -5,8 +5,7 @@ import re
 import pytest
 import torch
 
-from rlhf.config.groups import EngineConfig, LoraConfig, OptimizerConfig
-from rlhf.config.stages import AdvantageKind, KLConfig, PPOConfig, SamplingConfig
+from rlhf.config import AdvantageKind, EngineConfig, KLConfig, LoraConfig, OptimizerConfig, PPOConfig, SamplingConfig
 from rlhf.dist import World
 from rlhf.rollout import without_bad_rows
 from rlhf.types import PPOBatch, Rollout

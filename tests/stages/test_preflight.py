@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import BertConfig, LlamaConfig
 
-from rlhf.config.groups import Embedded
+from rlhf.config import Embedded
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model

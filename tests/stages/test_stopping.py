@@ -7,8 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.collate import collate_demonstrations, collate_prompts
 from data.demonstrations import Demonstration
 from data.prompts import Prompt
-from rlhf.config.groups import EngineConfig, OptimizerConfig, Precision, Schedule
-from rlhf.config.stages import SamplingConfig
+from rlhf.config import EngineConfig, OptimizerConfig, Precision, SamplingConfig, Schedule
 from rlhf.dist import World
 from rlhf.engine.engine import build_engine
 from rlhf.generation.generate import generate

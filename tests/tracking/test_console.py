@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.config.groups import Progress
+from rlhf.config import Progress
 from rlhf.dist import World
 from rlhf.tracking.console import StageProgress, setup_logging
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.config.run import STAGES
+from rlhf.config import STAGES
 from rlhf.tracking.console import headlines
 from rlhf.tracking.metrics import METRICS, check, metric, metrics_of
 

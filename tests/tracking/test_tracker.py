@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config.groups import Progress, TrackingConfig, WandbMode
+from rlhf.config import Progress, TrackingConfig, WandbMode
 from rlhf.dist import World
 from rlhf.tracking.journal import Journal
 from rlhf.tracking.tracker import Tracker, requested_mode

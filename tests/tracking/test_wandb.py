@@ -20,7 +20,7 @@ KEY = "0123456789abcdef" * 3
 
 CHOOSE = """
 import sys
-from rlhf.config.groups import WandbMode
+from rlhf.config import WandbMode
 from rlhf.tracking.wandb import choose_mode
 for wanted in sys.argv[1:]:
     try:
@@ -33,7 +33,7 @@ for wanted in sys.argv[1:]:
 RUN = """
 import logging, sys
 from pathlib import Path
-from rlhf.config.groups import TrackingConfig, WandbMode
+from rlhf.config import TrackingConfig, WandbMode
 from rlhf.tracking import wandb as gate
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 gate._FINISH_SECONDS = 2.0

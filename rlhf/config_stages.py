@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from rlhf.config.groups import EngineConfig, LoraConfig, OptimizerConfig, divisible, require
+from rlhf.config_groups import EngineConfig, LoraConfig, OptimizerConfig, divisible, require
 
 
 class KLKind(StrEnum):

@@ -1,0 +1,113 @@
+"""Every setting of a run: one dataclass per group of `conf/`, closed, typed and validated.
+
+`conf/` holds the numbers; the text under a field says its unit and consequence. This is the root and the door: the
+groups that stages share are in `config_groups.py`, the stages in `config_stages.py`, and all are imported from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf.config_groups import (
+    BadRows,
+    DataConfig,
+    Device,
+    Embedded,
+    EngineConfig,
+    LaunchConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Precision,
+    Progress,
+    Schedule,
+    SourceConfig,
+    StageDataConfig,
+    TrackingConfig,
+    WandbMode,
+    accumulation,
+    divisible,
+)
+from rlhf.config_stages import (
+    AdvantageKind,
+    KLConfig,
+    KLKind,
+    NoEndKind,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    ScoreConfig,
+    SFTConfig,
+    StageConfig,
+    SupervisedConfig,
+)
+
+__all__ = [
+    "AdvantageKind",
+    "BadRows",
+    "DataConfig",
+    "Device",
+    "Embedded",
+    "EngineConfig",
+    "KLConfig",
+    "KLKind",
+    "LaunchConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "NoEndKind",
+    "OptimizerConfig",
+    "PPOConfig",
+    "Precision",
+    "Progress",
+    "RewardConfig",
+    "RunConfig",
+    "SFTConfig",
+    "STAGES",
+    "SamplingConfig",
+    "Schedule",
+    "ScoreConfig",
+    "SourceConfig",
+    "StageConfig",
+    "StageDataConfig",
+    "SupervisedConfig",
+    "TrackingConfig",
+    "WandbMode",
+    "accumulation",
+    "divisible",
+]
+
+STAGES = ("sft", "reward", "ppo")
+"""The stages, in the order in which they run."""
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """A whole run."""
+
+    name: str
+    """Name of the run: its output folder and its W&B group."""
+    output_dir: str
+    """Where everything goes (the README shows the tree)."""
+    seed: int = 0
+    """Seed of every stage that does not set its own."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How the run is started."""
+    model: ModelConfig
+    """The pretrained model."""
+    engine: EngineConfig
+    """The engine of every stage."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What the stages learn from."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """What is shown and recorded."""
+    sft: SFTConfig | None = None
+    """First stage, or null."""
+    reward: RewardConfig | None = None
+    """Second stage, or null."""
+    ppo: PPOConfig | None = None
+    """Third stage, or null."""
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the selected stages, in the order in which they run."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
