@@ -48,7 +48,7 @@ def main() -> None:
     register_schema()
     if not {"-m", "--multirun"} & set(sys.argv[1:]):
         with one_sentence():
-            check_overrides([argument for argument in sys.argv[1:] if not argument.startswith("-")])
+            check_overrides([word for word in sys.argv[1:] if not word.startswith("-") and set("=~") & set(word)])
     compose_and_start()
 
 
