@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
 from stages.composition import as_plain
 from stages.handover import Record, claim_folder, write_record
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -95,6 +98,7 @@ def open_session(
         total_steps: optimizer steps (PPO: iterations) of the stage.
     """
     folder = Path(run.output_dir) / stage
+    log.info("%s: %s steps, into %s", stage, total_steps, folder)
     if world.is_main:
         claim_folder(run, stage)
     with Tracker(
