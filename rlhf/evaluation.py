@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -49,6 +49,13 @@ class LanguageResult:
         return float(torch.tensor(self.loss, dtype=torch.float64).exp())
 
 
+def logits_of(model: Callable[..., Any], batch: SFTBatch) -> Tensor:
+    """What a language model expects after every token, `[B, T, V]`."""
+    mask = batch.attention_mask
+    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+    return model(**inputs, use_cache=False).logits
+
+
 def evaluate_language(engine: Engine, batches: Sequence[CountedBatch]) -> LanguageResult:
     """Loss and accuracy on the target tokens of demonstrations; all ranks must call it with equally many batches."""
     device = engine.world.device
@@ -59,12 +66,7 @@ def evaluate_language(engine: Engine, batches: Sequence[CountedBatch]) -> Langua
             assert isinstance(batch, SFTBatch)
             targets = batch.target_mask.clone()
             targets[item.count :] = False
-            logits = model(
-                input_ids=batch.input_ids,
-                attention_mask=batch.attention_mask,
-                position_ids=position_ids(batch.attention_mask),
-                use_cache=False,
-            ).logits
+            logits = logits_of(model, batch)
             result = sft_loss(logits, batch.input_ids, targets, denominator=1.0)
             totals += torch.stack([result.loss, result.accuracy, result.num_tokens.to(result.loss.dtype)]).double()
     loss, accuracy, count = sum_over_ranks(totals).tolist()

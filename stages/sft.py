@@ -16,9 +16,8 @@ from rlhf.algorithms.sft import count_targets, sft_loss
 from rlhf.config import RunConfig
 from rlhf.dist import World
 from rlhf.engine.engine import Engine, build_engine
-from rlhf.evaluation import LanguageResult, evaluate_language
+from rlhf.evaluation import LanguageResult, evaluate_language, logits_of
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.positions import position_ids
 from rlhf.types import SFTBatch
 from stages.handover import Record
 from stages.session import open_session, stage_tokenizer
@@ -34,12 +33,7 @@ class NextToken:
 
     def outcome(self, engine: Engine, batch: SFTBatch, *, denominator: Tensor) -> Outcome:
         """Cross-entropy of the target tokens."""
-        logits = engine(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            position_ids=position_ids(batch.attention_mask),
-            use_cache=False,
-        ).logits
+        logits = logits_of(engine, batch)
         result = sft_loss(logits, batch.input_ids, batch.target_mask, denominator=denominator)
         return Outcome(result.loss, {"train/accuracy": result.accuracy})
 
