@@ -11,6 +11,7 @@ table says what was learnt. With `launch.ranks=N` each stage runs on N processes
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -40,7 +41,17 @@ _WORKER = "--worker"
 
 
 def main() -> None:
-    """Run what the command line asks for; a mistake in it ends with one sentence, not a traceback."""
+    """Run what the command line asks for; mistakes in it and interruptions end with one sentence, not a traceback."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        start_or_work()
+    except KeyboardInterrupt:
+        is_rank = launch.under_torchrun()
+        sys.exit(1 if is_rank else "interrupted: finished stages are kept; the same command goes on after them")
+
+
+def start_or_work() -> None:
+    """Start a run, or be one of the ranks that a run has started."""
     if sys.argv[1:2] == [_WORKER]:
         run = load_run(Path(sys.argv[2]))
         run_stages(run, sys.argv[3:], world=start_rank(run))

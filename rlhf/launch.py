@@ -36,4 +36,11 @@ def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    return subprocess.run([*command, str(script), *arguments], env=environment, check=False).returncode
+    # In a session of its own, so that Ctrl-C reaches it once, through us: a second signal makes it drop its workers.
+    with subprocess.Popen([*command, str(script), *arguments], env=environment, start_new_session=True) as torchrun:
+        try:
+            return torchrun.wait()
+        except KeyboardInterrupt:
+            torchrun.terminate()  # it stops its workers; killed, it would leave them behind
+            torchrun.wait()
+            raise

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,3 +164,26 @@ def test_a_folder_called_data_where_the_user_stands_hides_nothing(tmp_path):
     done = pipeline(*arguments, "sft.max_steps=1", "output_dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out/sft/stage.json").exists()
+
+
+def test_an_interruption_stops_every_rank_and_says_how_to_go_on(tmp_path):
+    arguments = ["experiment=smoke", "stage=sft", "sft.max_steps=100000", "launch.ranks=2", f"output_dir={tmp_path}"]
+    command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments]
+    log = tmp_path / "log"
+    with log.open("w") as output:
+        running = subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=output, stderr=output)
+        while "sft 0/100000" not in log.read_text():
+            assert running.poll() is None, log.read_text()
+            time.sleep(0.5)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(timeout=120) == 1
+    assert "interrupted: finished stages are kept; the same command goes on after them" in log.read_text()
+    ranks = [file for file in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _bytes(file)]
+    assert ranks == []
+
+
+def _bytes(file):
+    try:
+        return file.read_bytes()
+    except OSError:  # the process has ended meanwhile
+        return b""
