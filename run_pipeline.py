@@ -29,7 +29,9 @@ from rlhf import launch
 from rlhf.config import Progress, RunConfig
 from rlhf.dist import World, broadcast_object, start, stop
 from rlhf.tracking.console import setup_logging
+from rlhf.tracking.table import printable
 from stages.composition import CONF_DIR, check_overrides, load_run, register_schema, save_run, to_run
+from stages.handover import lock_folder
 from stages.ppo import run_ppo
 from stages.preflight import preflight
 from stages.results import show_results
@@ -57,7 +59,7 @@ def start_or_work() -> None:
         run_stages(run, sys.argv[3:], world=start_rank(run))
         return
     register_schema()
-    if not {"-m", "--multirun"} & set(sys.argv[1:]):
+    if not any(word.startswith(("-m", "--multirun", "--config")) for word in sys.argv[1:]):
         with one_sentence():
             check_overrides([word for word in sys.argv[1:] if not word.startswith("-") and set("=~") & set(word)])
     compose_and_start()
@@ -67,10 +69,11 @@ def start_or_work() -> None:
 def compose_and_start(config: DictConfig) -> None:
     """Compose once, check everything, and run the stages here, on ranks we start, or on those torchrun started."""
     run = to_run(config)
-    world = start_rank(run) if launch.under_torchrun() else World.alone()
-    setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
-    ranks = max(world.size, run.launch.ranks)
     with one_sentence():
+        world = start_rank(run) if launch.under_torchrun() else World.alone()
+        setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
+        ranks = world.size if launch.under_torchrun() else run.launch.ranks
+        lock = lock_folder(run) if world.is_main else None
         todo = broadcast_object(preflight(run, ranks=ranks) if world.is_main else [])
     path = save_run(run) if world.is_main else None
     if todo and ranks > world.size:
@@ -79,8 +82,9 @@ def compose_and_start(config: DictConfig) -> None:
             sys.exit(exit_status)
     elif todo:
         run_stages(run, todo, world=world if world.size > 1 else start_rank(run))
-    if world.is_main:
+    if lock is not None:
         show_results(run)
+        lock.close()
 
 
 @contextmanager
@@ -91,7 +95,7 @@ def one_sentence() -> Iterator[None]:
     except ValueError as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit(f"error: {error}")
+        sys.exit("\n".join(map(printable, f"error: {error}".split("\n"))))
 
 
 def start_rank(run: RunConfig) -> World:

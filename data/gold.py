@@ -26,7 +26,7 @@ Floats = NDArray[np.float64]
 
 def read_ratings(path: Path) -> tuple[list[str], list[float]]:
     """The texts and the mean human ratings (-4 to +4) of a JSONL file with rows `text, rating`."""
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     return [row["text"] for row in rows], [row["rating"] for row in rows]
 
 

@@ -34,9 +34,10 @@ def require_columns(found: Sequence[str], alternatives: Sequence[Sequence[str]],
     """
     if not any(set(names) <= set(found) for names in alternatives):
         expected = ", or ".join(" and ".join(names) for names in alternatives)
+        likely = next((names for names in alternatives if "prompt" in names), alternatives[-1])
         raise ValueError(
-            f"{where}: found columns {[*found]}; expected {expected}. Where yours has another name, set "
-            f"{where}.columns={{{alternatives[-1][0]}: its_name}}."
+            f"{where}: found columns {[*found]}; expected {expected}. Where yours have other names, give the source as "
+            f"{{path: FILE, columns: {{{', '.join(f'{name}: ITS_NAME' for name in likely)}}}}}, in quotes."
         )
 
 
@@ -82,6 +83,8 @@ def _check_part(value: Any, name: str) -> None:
         raise ValueError(f"`{name}` is {_shown(value)}; expected {expected}.")
     elif not value.strip():
         raise ValueError(f"`{name}` is empty; expected text.")
+    else:
+        _require_utf8(value, name)
 
 
 def _check_message(message: Any, name: str) -> None:
@@ -90,6 +93,14 @@ def _check_message(message: Any, name: str) -> None:
     content = message.get("content")
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"`{name}.content` is {_shown(content)}; expected text.")
+    _require_utf8(content or "", name)
+
+
+def _require_utf8(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`{name}` is {_shown(text)}, which has half of a character ({error.reason}).") from error
 
 
 def _shown(value: Any) -> str:
@@ -128,7 +139,8 @@ def _report(problems: dict[str, list[int]], *, where: str, num_rows: int) -> str
     hidden = len(reasons) - SHOWN_PROBLEMS
     lines = reasons[:SHOWN_PROBLEMS] + [f"  and {hidden} more reasons"] * (hidden > 0)
     bad = sum(map(len, problems.values()))
-    head = f"{where}: {bad} of {num_rows} rows cannot be used (from row 0); repair them or set bad_rows=drop:"
+    setting = ".".join([*where.split(".")[:2], "bad_rows"])
+    head = f"{where}: {bad} of {num_rows} rows cannot be used (from row 0); repair them or set {setting}=drop:"
     return "\n".join([head, *lines])
 
 

@@ -73,6 +73,12 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def at_least(settings: object, minimum: int, *names: str) -> None:
+    """Raise ValueError for the first of the named settings that is below `minimum`."""
+    for name in names:
+        require(getattr(settings, name) >= minimum, f"{name}={getattr(settings, name)}: expected {minimum} or more.")
+
+
 def divisible(total: int, *, by: int, names: str) -> int:
     """`total // by`, or a ValueError that names both settings and the nearest totals that divide."""
     lower, upper = total // by * by, -(-total // by) * by
@@ -151,15 +157,22 @@ class OptimizerConfig:
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     schedule: Schedule = Schedule.linear
     """Shape after the warm-up, over the whole stage."""
-    warmup_steps: int = 0
-    """Optimizer steps in which the learning rate climbs linearly."""
+    warmup_steps: float = 0.0
+    """Optimizer steps in which the learning rate climbs linearly; below 1, that share of the stage's steps."""
     min_ratio: float = 0.0
     """The schedule ends at this fraction of `lr`."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr={self.lr}: expected a positive number.")
-        require(len(self.betas) == 2, f"optimizer.betas={self.betas}: expected two numbers.")
+        two_shares = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        require(two_shares, f"optimizer.betas={self.betas}: expected two numbers from 0 up to 1.")
+        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: expected 0 or more.")
+        require(0 <= self.min_ratio <= 1, f"optimizer.min_ratio={self.min_ratio}: expected 0 to 1.")
         require(self.max_grad_norm >= 0, f"optimizer.max_grad_norm={self.max_grad_norm}: expected 0 (off) or more.")
+
+    def warmup_of(self, total_steps: int) -> int:
+        """The warm-up of a stage of `total_steps`, in steps."""
+        return int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps)
 
 
 @dataclass(kw_only=True)

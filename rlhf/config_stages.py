@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from rlhf.config_groups import EngineConfig, LoraConfig, OptimizerConfig, divisible, require
+from rlhf.config_groups import EngineConfig, LoraConfig, OptimizerConfig, at_least, divisible, require
 
 
 class KLKind(StrEnum):
@@ -32,6 +32,8 @@ class AdvantageKind(StrEnum):
     rloo = "rloo"
     dr_grpo = "dr_grpo"
 
+
+_SIZES = ("micro_batch_size", "max_prompt_tokens", "max_response_tokens")
 
 T = TypeVar("T")
 
@@ -83,7 +85,8 @@ class SupervisedConfig(StageConfig):
     """Every dropout probability of the model."""
 
     def __post_init__(self) -> None:
-        require(self.max_steps >= 0, f"max_steps={self.max_steps}: expected 0 (use epochs) or more.")
+        at_least(self, 1, *_SIZES, "global_batch_size")
+        at_least(self, 0, "max_steps", "eval_every", "eval_rows")
         require(self.max_steps > 0 or self.epochs > 0, f"epochs={self.epochs}: expected a positive number.")
         require(0 <= self.dropout < 1, f"dropout={self.dropout}: expected a probability below 1.")
 
@@ -117,7 +120,7 @@ class SamplingConfig:
     """How responses are drawn."""
 
     temperature: float = 1.0
-    """Divides the logits, in sampling and in every log-probability; 0 is greedy and only for evaluation."""
+    """Divides the logits, in sampling and in every log-probability; 0 would be greedy, with which PPO cannot learn."""
     top_k: int = 0
     """Draw from this many most likely tokens; 0 from all."""
     top_p: float = 1.0
@@ -234,8 +237,9 @@ class PPOConfig(StageConfig):
         return (self.iterations - self.critic_warmup) * self.updates_per_iteration
 
     def __post_init__(self) -> None:
-        for name in ("iterations", "rollout_size", "samples_per_prompt", "epochs", "minibatch_size"):
-            require(getattr(self, name) >= 1, f"ppo.{name}={getattr(self, name)}: expected at least 1.")
+        at_least(self, 1, *_SIZES, "iterations", "rollout_size", "samples_per_prompt", "epochs", "minibatch_size")
+        at_least(self, 1, "rollout_micro_batch_size")
+        at_least(self, 0, "eval_prompts", "eval_every")
         require(self.sampling.temperature > 0, "ppo.sampling.temperature=0: PPO explores; expected a positive number.")
         require(self.lora.dropout == 0, f"ppo.lora.dropout={self.lora.dropout}: PPO runs without dropout; expected 0.")
         divisible(self.rollout_size, by=self.samples_per_prompt, names="ppo.rollout_size by ppo.samples_per_prompt")

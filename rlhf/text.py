@@ -78,7 +78,9 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, pad_token: st
         pad_token: Token to pad with (`model.pad_token`); None looks for one. See [Note: padding].
     """
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
+            str(Path(path).expanduser()) if str(path).startswith("~") else path
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={path}: found no tokenizer there that loads. {error}") from error
     if tokenizer.eos_token_id is None:

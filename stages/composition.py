@@ -64,6 +64,8 @@ def _check_stages(overrides: list[str]) -> None:
     selected = [stage for stage in STAGES if _is_selected(selection, stage)]
     for override in parsed:
         stage = override.key_or_group.split(".")[0]
+        if (override.is_add() or override.is_force_add()) and not override.key_or_group.startswith("data.gold."):
+            raise ValueError(f"{override.input_line}: nothing but data.gold.NAME=module:function can be added.")
         if stage in STAGES and stage not in selected:
             raise ValueError(
                 f"{override.input_line}: the stage {stage!r} is not part of this run "
@@ -84,7 +86,9 @@ def _explain(error: Exception) -> str:
         return f"{key}: has no value in this combination; give one, as in {key}=VALUE."
     if "not in" not in text:
         return f"{key}: {text}" if key else text
-    near = difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
+    same_end = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]]
+    same_end.sort(key=lambda known: known.split(".")[0] != key.split(".")[0])
+    near = same_end[:3] or difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
     hint = f" Did you mean {' or '.join(near)}?" if near else f" The top level has: {', '.join(_names(RunConfig))}."
     return f"{key}: there is no such setting.{hint}"
 
@@ -117,7 +121,7 @@ def to_run(config: DictConfig) -> RunConfig:
     """
     config = config.copy()
     OmegaConf.set_readonly(config, False)
-    config.output_dir = str(Path(config.output_dir).resolve())
+    config.output_dir = str(Path(config.output_dir).expanduser().resolve())
     for stage in STAGES:
         if not _is_selected(config, stage):
             config[stage] = None

@@ -6,10 +6,11 @@ was made; settings that change memory but not results may differ when the same r
 
 from __future__ import annotations
 
+import fcntl
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rlhf.config import RunConfig
 from stages.composition import as_plain
@@ -29,9 +30,9 @@ class Record:
     """Fingerprint of tokenizer and chat template: models of one pipeline must agree on it."""
     pad_id: int
     score_mean: float | None = None
-    """Reward stage: mean score of the held-out responses."""
+    """Of a model with a scalar head: mean of what it says of held-out responses."""
     score_std: float | None = None
-    """Reward stage: standard deviation of the held-out scores."""
+    """The standard deviation of the same."""
     before: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before training."""
     after: dict[str, float] = field(default_factory=dict)
@@ -54,7 +55,9 @@ def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
     plain = as_plain(run)
     parts = {stage: plain[stage], "model": plain["model"], "data": {stage: plain["data"][stage]}}
     parts["data"] |= {name: plain["data"][name] for name in ("stage_split", "split_seed")}
-    return {name: value for name, value in _flat(parts, "").items() if not _is_free(name)}
+    flat = {name: value for name, value in _flat(parts, "").items() if not _is_free(name)}
+    here = run.output_dir  # not part of the settings: a folder may be moved
+    return {name: value.replace(here, "OUTPUT") if isinstance(value, str) else value for name, value in flat.items()}
 
 
 def _is_free(name: str) -> bool:
@@ -93,6 +96,24 @@ def check_folder(run: RunConfig, stage: str) -> None:
 def claim_folder(run: RunConfig, stage: str) -> None:
     """Say in the stage's folder which settings it is made from."""
     _write_json(Path(run.output_dir) / stage / CONFIG, settings_of(run, stage))
+
+
+def lock_folder(run: RunConfig) -> IO[bytes]:
+    """Keep other runs out of the output folder for as long as the returned file is open.
+
+    Raises:
+        ValueError: another run is in it, or it cannot be written.
+    """
+    folder = Path(run.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("ab")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"output_dir={folder}: another run is using it. Wait for it, or choose another.") from error
+    except OSError as error:
+        raise ValueError(f"output_dir={folder}: cannot be written ({error}). Choose another.") from error
+    return lock
 
 
 def is_finished(run: RunConfig, stage: str) -> bool:

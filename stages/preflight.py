@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run, found before a model is loaded.
 
-In this order, cheapest first: folders of other settings, batch arithmetic, missing inputs, data rows, and, once the
-tokenizer is there, templates and lengths. Left out: whether the run fits into memory.
+In this order: folders of other settings, batch arithmetic, missing inputs, and, once the tokenizer is there, rows,
+templates and lengths. Left out: whether the run fits into memory.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import prepare
 from rlhf.models.skeleton import max_positions
 from rlhf.text import Tokenizer
+from rlhf.tracking.tracker import requested_mode
 from stages.handover import check_folder, is_finished
 from stages.judging import check_judges, score_scale
 from stages.session import stage_tokenizer
@@ -26,6 +27,7 @@ from stages.session import stage_tokenizer
 log = logging.getLogger(__name__)
 
 _READERS = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
+_FEW_PAIRS = 30
 _PRODUCTS = {"sft/model": "sft", "reward/model": "reward"}
 
 
@@ -41,13 +43,14 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
         check_folder(run, stage)
     todo = [stage for stage in run.stages if not is_finished(run, stage)]
     check_descent(run, todo)
-    for stage in set(run.stages) - set(todo):
+    for stage in [stage for stage in run.stages if stage not in todo]:
         log.info("%s is finished (%s), skipping it", stage, Path(run.output_dir) / stage)
     for stage in todo:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
         check_device(run, stage)
         check_inputs(run, stage)
     load_gold(run.data.gold)
+    requested_mode(run.tracking.wandb)
     if todo:
         check_data(run, todo)
     return todo
@@ -123,9 +126,11 @@ def check_inputs(run: RunConfig, stage: str) -> None:
         if Path(path).exists():
             check_positions(run, stage, limit=max_positions(Path(path)))
         elif maker is not None and maker not in run.stages:
+            needed = [s for s in STAGES[: STAGES.index(stage)] if s not in run.stages and not is_finished(run, s)]
+            chosen = [s for s in STAGES if s in {*needed, *run.stages}]
             raise ValueError(
-                f"{setting}={path}: there is no such model. Run the stage that makes it first, "
-                f"as in stage=[{maker},{stage}], or name another, as in {setting}=MODEL."
+                f"{setting}={path}: there is no such model. Run the stages that make it first, "
+                f"as in stage=[{','.join(chosen)}], or name another, as in {setting}=MODEL."
             )
         elif maker is None and not (run.model.embedded and path == run.model.path):
             check_positions(run, stage, limit=max_positions(local_folder(path)))
@@ -175,7 +180,7 @@ def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: 
         size, warmups = config.global_batch_size, {"optimizer": config.optimizer}
         steps = steps_of(num_rows, config.epochs, max_steps=config.max_steps, global_batch_size=size)
     for name, optimizer in warmups.items():
-        if optimizer.warmup_steps > steps:
+        if optimizer.warmup_of(steps) > steps:
             raise ValueError(
                 f"{stage}.{name}.warmup_steps={optimizer.warmup_steps}: the stage has only {steps} steps; "
                 f"expected at most that many."
@@ -215,6 +220,8 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
                 f"data.{stage}.eval is empty and data.{stage}.eval_fraction holds no row "
                 f"out; expected held-out rows, from which the stage says what it has learnt."
             )
+        if stage == "reward" and len(splits.eval) < _FEW_PAIRS:
+            log.warning("reward: only %s held-out pairs set the scale of all scores in PPO", len(splits.eval))
         if isinstance(config, PPOConfig):
             check_ppo(run, config, tokenizer=tokenizer)
         log.info("%s: %s rows to train on, %s held out", stage, len(splits.train), len(splits.eval))

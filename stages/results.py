@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from rlhf.config import STAGES, RunConfig
+from rlhf.tracking.journal import Journal
 from rlhf.tracking.metrics import metric
 from rlhf.tracking.table import table
 from stages.handover import read_record
@@ -37,9 +37,9 @@ def _stage_rows(folder: Path) -> list[list[object]]:
 
 
 def _sample_pairs(path: Path) -> list[list[object]]:
-    if not path.exists():
+    rows = Journal(path).rows()
+    if not rows:
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     first = [row for row in rows if row["step"] == rows[0]["step"]]
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
     every = max(1, len(first) // _NUM_SAMPLES)

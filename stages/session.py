@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -66,6 +67,12 @@ class Session:
 
     def finish(self, *models: Path, record: Record) -> Record:
         """Leave the record beside each model and, last of all, in the stage's folder: the stage is finished."""
+        broken = [name for name, value in record.after.items() if not math.isfinite(value)]
+        if broken:
+            raise RuntimeError(
+                f"{self.stage} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
+                f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
+            )
         self.tracker.summary(record.after)
         if self.world.is_main:
             for folder in (*models, self.folder):

@@ -67,5 +67,5 @@ def own_files(folder, model):
     files = {"sft": "demonstrations", "reward": "preferences", "ppo": "prompts"}
     overrides = [f"data.{stage}.train=[{folder / name}.jsonl]" for stage, name in files.items()]
     sizes = ["ppo.rollout_size=8", "ppo.minibatch_size=8", "ppo.max_response_tokens=4", "ppo.eval_prompts=2"]
-    steps = ["sft.max_steps=1", "reward.max_steps=1", "ppo.iterations=1", "reward.optimizer.warmup_steps=1"]
-    return [*overrides, *sizes, *steps, "sft.optimizer.warmup_steps=1", f"output_dir={folder / 'out'}"]
+    steps = ["sft.max_steps=1", "reward.max_steps=1", "ppo.iterations=1"]
+    return [*overrides, *sizes, *steps, f"output_dir={folder / 'out'}"]

@@ -66,7 +66,7 @@ class Learner:
             self.steps_taken,
             kind=self._config.schedule,
             total_steps=self._total_steps,
-            warmup_steps=self._config.warmup_steps,
+            warmup_steps=self._config.warmup_of(self._total_steps),
             min_ratio=self._config.min_ratio,
         )
 

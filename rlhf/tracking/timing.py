@@ -1,6 +1,6 @@
 """Where a step's time and memory went.
 
-Left out: a profiler (use `torch.profiler`), and the planner's predictions (see `rlhf/engine/`).
+Left out: a profiler (use `torch.profiler`).
 """
 
 from __future__ import annotations

@@ -67,8 +67,8 @@ def test_missing_columns_list_what_is_there_and_how_to_rename():
     with pytest.raises(ValueError) as error:  # noqa: PT011
         require_columns(["question", "answer"], PREFERENCE, where="data.reward.train[1]")
     assert str(error.value) == (
-        "data.reward.train[1]: found columns ['question', 'answer']; expected chosen and rejected. Where yours has "
-        "another name, set data.reward.train[1].columns={chosen: its_name}."
+        "data.reward.train[1]: found columns ['question', 'answer']; expected chosen and rejected. Where yours have "
+        "other names, give the source as {path: FILE, columns: {chosen: ITS_NAME, rejected: ITS_NAME}}, in quotes."
     )
     with pytest.raises(ValueError, match="messages, or prompt and completion, or chosen and rejected, or text"):
         require_columns(["prompt"], DEMONSTRATION, where="data.sft.train[0]")
@@ -85,7 +85,8 @@ def test_all_bad_rows_are_reported_by_reason_with_their_numbers():
     with pytest.raises(ValueError) as error:  # noqa: PT011
         each_row(rows, odd_only, numbers=range(100, 122), where="data.sft.train[0] (a.jsonl)")
     assert str(error.value) == (
-        "data.sft.train[0] (a.jsonl): 11 of 22 rows cannot be used (from row 0); repair them or set bad_rows=drop:\n"
+        "data.sft.train[0] (a.jsonl): 11 of 22 rows cannot be used (from row 0); "
+        "repair them or set data.sft.bad_rows=drop:\n"
         "  row 100, 102, 104, 106, 108 and 5 more: even\n"
         "  row 120: large"
     )
@@ -97,3 +98,10 @@ def test_many_different_reasons_are_cut_short():
 
     with pytest.raises(ValueError, match="and 3 more reasons$"):
         each_row([{"n": n} for n in range(8)], never, numbers=range(8), where="x")
+
+
+def test_half_a_character_is_a_bad_row_and_no_crash():
+    with pytest.raises(ValueError, match="has half of a character"):
+        check_row({"prompt": "a", "completion": "\ud83d"}, DEMONSTRATION)
+    with pytest.raises(ValueError, match="has half of a character"):
+        check_row({"messages": [{"role": "user", "content": "\ud83d"}, HI]}, DEMONSTRATION)

@@ -214,7 +214,7 @@ def test_no_data_is_refused(gpt):
 
 def test_missing_columns_name_the_setting_that_renames_them(gpt, write):
     files = [write("a.jsonl", PAIRS), write("b.jsonl", [{"question": "a", "answer": "b"}])]
-    with pytest.raises(ValueError, match=r"data.sft.train\[1\].columns=\{text: its_name\}"):
+    with pytest.raises(ValueError, match=r"train\[1\].*columns: \{prompt: ITS_NAME, completion: ITS_NAME\}"):
         samples("sft", files, tokenizer=gpt)
 
 
@@ -229,7 +229,8 @@ def test_bad_rows_are_all_reported_with_their_numbers_in_the_file(gpt, write):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         samples("reward", [file], tokenizer=gpt)
     assert str(error.value) == (
-        f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (from row 0); repair them or set bad_rows=drop:\n"
+        f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (from row 0); "
+        "repair them or set data.reward.bad_rows=drop:\n"
         "  row 5: `chosen` and `rejected` are identical; expected one to be better.\n"
         "  row 10: ['chosen', 'rejected'] hold nothing; expected text or messages."
     )

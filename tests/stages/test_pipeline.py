@@ -153,7 +153,7 @@ def test_a_missing_input_is_named_before_anything_is_loaded(tmp_path):
     done = pipeline("experiment=smoke", "stage=ppo", f"output_dir={tmp_path}")
     assert done.returncode == 1
     assert "ppo.actor=" in done.stderr
-    assert "stage=[sft,ppo]" in done.stderr
+    assert "stage=[sft,reward,ppo]" in done.stderr
 
 
 def test_a_folder_called_data_where_the_user_stands_hides_nothing(tmp_path):
@@ -187,3 +187,11 @@ def _bytes(file):
         return file.read_bytes()
     except OSError:  # the process has ended meanwhile
         return b""
+
+
+def test_a_prompt_with_a_line_separator_breaks_no_table(one_rank, tmp_path):
+    folder, _ = one_rank
+    rows_ = [json.dumps({"prompt": f"line\u2028separator {number}"}, ensure_ascii=False) for number in range(40)]
+    (tmp_path / "odd.jsonl").write_text("\n".join(rows_))
+    models = [f"ppo.actor={folder / 'sft/model'}", f"ppo.reward={folder / 'reward/model'}"]
+    smoke(tmp_path / "out", "stage=ppo", *models, "data=files", f"data.ppo.train=[{tmp_path / 'odd.jsonl'}]")

@@ -10,7 +10,7 @@ from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.text import load_tokenizer
-from stages.handover import Record, claim_folder, write_record
+from stages.handover import Record, check_folder, claim_folder, lock_folder, write_record
 from stages.preflight import batch_arithmetic, preflight
 from tests.test_configuration import composed
 
@@ -34,6 +34,7 @@ def custom(model, tmp_path):
 
 
 PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
+TWENTY = [{"prompt": "a", "completion": "b"}] * 20
 START = "reward.init_from=${model.path}"
 
 
@@ -46,7 +47,12 @@ START = "reward.init_from=${model.path}"
         ("reward", [PAIR | {"chosen": "a" * 99}], [START, "reward.max_response_tokens=9"], r"all rows were dropped"),
         ("sft", [{"prompt": "a" * 99, "completion": "b"}], ["sft.max_prompt_tokens=9"], r"sft\.max_prompt_tokens=9"),
         ("sft", '{"prompt": "a", "completion": "b"}\n{"prompt": oops}\n', [], r"line 2"),
-        ("sft", [{"prompt": "a", "completion": "b"}] * 40, ["sft.max_steps=3"], r"sft\.optimizer\.warmup_steps=20"),
+        (
+            "sft",
+            [{"prompt": "a", "completion": "b"}] * 40,
+            ["sft.max_steps=3", "sft.optimizer.warmup_steps=20"],
+            r"warmup_steps=20\.0",
+        ),
         ("sft", [{"prompt": "a", "completion": "b"}], ["sft.micro_batch_size=7"], r"64 is not a multiple of 7"),
         ("sft", [{"prompt": "a", "completion": "b"}], ["+data.gold.x=nothing"], r"data\.gold\.x='nothing'"),
     ],
@@ -171,3 +177,26 @@ def test_one_stage_cannot_be_on_another_device(custom):
     run = custom("sft", [{"prompt": "a", "completion": " b"}] * 80, "sft.max_steps=30", "sft.engine.device=cpu")
     with pytest.raises(ValueError, match=r"sft\.engine\.device=cpu differs from engine\.device=auto"):
         preflight(run, ranks=1)
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    run = composed("experiment=smoke", f"output_dir={tmp_path}")
+    lock = lock_folder(run)
+    with pytest.raises(ValueError, match="another run is using it"):
+        lock_folder(run)
+    lock.close()
+    lock_folder(run).close()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir=.*cannot be written"):
+        lock_folder(composed("experiment=smoke", f"output_dir={tmp_path / 'file'}"))
+
+
+def test_a_run_may_be_moved(tmp_path):
+    run = composed("experiment=smoke", f"output_dir={tmp_path / 'here'}")
+    claim_folder(run, "ppo")
+    write_record(Record(stage="ppo", template="t", pad_id=0), tmp_path / "here/ppo")
+    (tmp_path / "here").rename(tmp_path / "there")
+    check_folder(composed("experiment=smoke", f"output_dir={tmp_path / 'there'}"), "ppo")
