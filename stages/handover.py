@@ -7,12 +7,13 @@ was made; settings that change memory but not results may differ when the same r
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf.config import RunConfig
+from rlhf.config import STAGES, RunConfig
 from stages.composition import as_plain
 
 RECORD = "stage.json"
@@ -51,13 +52,20 @@ def read_record(folder: Path) -> Record | None:
 
 
 def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
-    """Every setting that the results of `stage` depend on, by dotted name."""
+    """Every setting that the results of `stage` depend on, by dotted name, and which earlier stages it builds on."""
     plain = as_plain(run)
     parts = {stage: plain[stage], "model": plain["model"], "data": {stage: plain["data"][stage]}}
     parts["data"] |= {name: plain["data"][name] for name in ("stage_split", "split_seed")}
     flat = {name: value for name, value in _flat(parts, "").items() if not _is_free(name)}
     here = run.output_dir  # not part of the settings: a folder may be moved
-    return {name: value.replace(here, "OUTPUT") if isinstance(value, str) else value for name, value in flat.items()}
+    flat = {name: value.replace(here, "OUTPUT") if isinstance(value, str) else value for name, value in flat.items()}
+    makers = [maker for maker in STAGES if any(str(value).startswith(f"OUTPUT/{maker}/") for value in flat.values())]
+    return flat | {f"{stage} is made from {maker}": _digest(Path(here) / maker / CONFIG) for maker in makers}
+
+
+def _digest(path: Path) -> str | None:
+    """Short hash of the settings that an earlier stage was made from, None while it has not been made."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
 
 
 def _is_free(name: str) -> bool:

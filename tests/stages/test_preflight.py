@@ -200,3 +200,14 @@ def test_a_run_may_be_moved(tmp_path):
     write_record(Record(stage="ppo", template="t", pad_id=0), tmp_path / "here/ppo")
     (tmp_path / "here").rename(tmp_path / "there")
     check_folder(composed("experiment=smoke", f"output_dir={tmp_path / 'there'}"), "ppo")
+
+
+def test_a_stage_remembers_what_it_was_made_from(tmp_path):
+    run = composed("experiment=smoke", f"output_dir={tmp_path}")
+    for stage in ("sft", "reward"):
+        claim_folder(run, stage)
+        write_record(Record(stage=stage, template="t", pad_id=0), tmp_path / stage)
+    check_folder(run, "reward")
+    claim_folder(composed("experiment=smoke", f"output_dir={tmp_path}", "sft.max_steps=3"), "sft")
+    with pytest.raises(ValueError, match="reward is made from sft: there '[0-9a-f]{12}', now '[0-9a-f]{12}'"):
+        check_folder(run, "reward")
