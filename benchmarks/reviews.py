@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 import torch
 
+from rlhf.config import STAGES
+
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/reviews.md"
-STAGES = ("sft", "reward", "ppo")
 
 log = logging.getLogger(__name__)
 
