@@ -1,24 +1,25 @@
 """Every setting of a run: one dataclass per group of `conf/`, closed, typed and validated.
 
 `conf/` holds the numbers; the text under a field says its unit and consequence. This is the root and the door: the
-groups that stages share are in `config_groups.py`, the stages in `config_stages.py`, and all are imported from here.
+groups that stages share are in `config_groups.py`, the engine in `config_engine.py`, the stages in `config_stages.py`,
+and all are imported from here.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from rlhf.config_engine import Device, EngineConfig, Moments, Precision, Tier
 from rlhf.config_groups import (
     BadRows,
+    CheckpointConfig,
     DataConfig,
-    Device,
     Embedded,
-    EngineConfig,
     LaunchConfig,
     LoraConfig,
+    MemoryConfig,
     ModelConfig,
     OptimizerConfig,
-    Precision,
     Progress,
     Schedule,
     SourceConfig,
@@ -45,6 +46,7 @@ from rlhf.config_stages import (
 __all__ = [
     "AdvantageKind",
     "BadRows",
+    "CheckpointConfig",
     "DataConfig",
     "Device",
     "Embedded",
@@ -53,7 +55,9 @@ __all__ = [
     "KLKind",
     "LaunchConfig",
     "LoraConfig",
+    "MemoryConfig",
     "ModelConfig",
+    "Moments",
     "NoEndKind",
     "OptimizerConfig",
     "PPOConfig",
@@ -70,6 +74,7 @@ __all__ = [
     "StageConfig",
     "StageDataConfig",
     "SupervisedConfig",
+    "Tier",
     "TrackingConfig",
     "WandbMode",
     "accumulation",
@@ -100,6 +105,12 @@ class RunConfig:
     """What the stages learn from."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     """What is shown and recorded."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When a stage saves itself, and what is kept."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What the plan may use."""
+    plan: bool = False
+    """Print the memory plan and stop; no weights are loaded."""
     sft: SFTConfig | None = None
     """First stage, or null."""
     reward: RewardConfig | None = None

@@ -1,4 +1,4 @@
-"""The settings that stages share: launch, model, adapters, optimizer, engine, data, tracking.
+"""The settings that stages share: launch, model, adapters, optimizer, data, tracking, checkpoints, memory.
 
 `conf/` holds the numbers; a field without a default here must be given there. The text under a field says its unit and
 consequence. Imports nothing but the standard library.
@@ -6,25 +6,10 @@ consequence. Imports nothing but the standard library.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
-
-
-class Precision(StrEnum):
-    """Type of the working weights. Masters, moments and reductions are fp32 in every case."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp32 = "fp32"
-
-
-class Device(StrEnum):
-    """Where the models live."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
 
 
 class Schedule(StrEnum):
@@ -176,25 +161,6 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
-class EngineConfig:
-    """The ZeRO engine."""
-
-    zero_stage: int
-    """What is split over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
-    precision: Precision = Precision.auto
-    """Working weights; auto is bf16 where the device multiplies it natively, else fp32."""
-    device: Device = Device.auto
-    """auto takes CUDA when there is one."""
-    activation_checkpointing: bool = False
-    """Recompute each block in backward: less memory, about a third more compute."""
-    max_skipped_steps: int = 3
-    """Steps in a row with a non-finite gradient before the run stops."""
-
-    def __post_init__(self) -> None:
-        require(self.zero_stage in range(4), f"engine.zero_stage={self.zero_stage}: expected 0, 1, 2 or 3.")
-
-
-@dataclass(kw_only=True)
 class StageDataConfig:
     """The data sets of one stage."""
 
@@ -285,3 +251,39 @@ class TrackingConfig:
 
     def __post_init__(self) -> None:
         require(self.log_every >= 1, f"tracking.log_every={self.log_every}: expected at least 1.")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When a stage saves itself, and what is kept. A killed run goes on from its last checkpoint."""
+
+    every: float = 0.2
+    """Steps (PPO: iterations) between two checkpoints; below 1, that share of the stage's; 0 saves none in between."""
+    keep: int = 1
+    """Newest checkpoints that are kept."""
+    best: bool = True
+    """Keep the one with the best evaluation too."""
+    asynchronous: bool = True
+    """Write while training goes on; training waits for a copy in host memory only."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every={self.every}: expected 0 (none in between) or more.")
+        at_least(self, 1, "keep")
+
+    def interval_of(self, total_steps: int) -> int:
+        """Steps between two checkpoints of a stage of `total_steps`; 0 means none in between."""
+        return int(self.every) if self.every >= 1 else math.ceil(self.every * total_steps)
+
+
+@dataclass(kw_only=True)
+class MemoryConfig:
+    """What a run may use, for the plan; null takes what the machine has free."""
+
+    device_gb: float | None = None
+    """GB (1e9 bytes) of each device."""
+    host_gb: float | None = None
+    """GB of this machine's memory, for all its ranks together."""
+    disk_gb: float | None = None
+    """GB below `engine.nvme_path` and `output_dir`."""
+    enforce: bool = True
+    """Refuse a run that does not fit; false starts it all the same."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
 
-from rlhf.config_groups import EngineConfig, LoraConfig, OptimizerConfig, at_least, divisible, require
+from rlhf.config_engine import EngineConfig
+from rlhf.config_groups import LoraConfig, OptimizerConfig, at_least, divisible, require
 
 
 class KLKind(StrEnum):
@@ -192,6 +193,12 @@ class PPOConfig(StageConfig):
     """First iterations in which only the critic learns."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are drawn."""
+    critic_engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "ppo.engine"))
+    """The critic's engine, unless overridden the stage's; `engine` is the actor's."""
+    reference_engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "ppo.engine"))
+    """The reference's."""
+    reward_engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "ppo.engine"))
+    """The reward model's."""
     kl: KLConfig = field(default_factory=KLConfig)
     """The penalty for leaving the reference."""
     score: ScoreConfig = field(default_factory=ScoreConfig)

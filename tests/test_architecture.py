@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "stages", "data", "conf")
 FLOORS = [
     {"rlhf.config_groups", "rlhf.types"},
+    {"rlhf.config_engine"},
     {"rlhf.config_stages"},
     {"rlhf.config"},
     {"rlhf.dist"},
@@ -130,7 +131,7 @@ def test_the_configuration_imports_the_standard_library_alone():
         assert not [
             n
             for n in imports(file)
-            if not re.match(r"(rlhf\.config(_groups|_stages)?|dataclasses|enum|typing|__future__)", n)
+            if not re.match(r"(rlhf\.config(_groups|_engine|_stages)?|dataclasses|enum|math|typing|__future__)", n)
         ]
 
 
