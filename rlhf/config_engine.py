@@ -104,6 +104,8 @@ class EngineConfig:
     """fp16: steps without overflow after which an adaptive factor doubles."""
     hysteresis: int = 2
     """fp16: overflows before an adaptive factor is halved."""
+    consecutive_hysteresis: bool = False
+    """fp16: forget earlier overflows after every good step, not only when the factor doubles."""
     min_loss_scale: float = 1.0
     """fp16: an adaptive factor does not fall below this."""
     deepspeed: Any = None
@@ -113,6 +115,8 @@ class EngineConfig:
         require(self.zero_stage in range(4), f"engine.zero_stage={self.zero_stage}: expected 0, 1, 2 or 3.")
         at_least(self, 0, "parameters_in_cpu", "reduce_bucket_size", "prefetch_bucket_size", "persistence_threshold")
         at_least(self, 1, "buffer_count", "buffer_size", "sub_group_size", "max_live_parameters", "loss_scale_window")
+        at_least(self, 0, "loss_scale", "initial_scale_power")
+        at_least(self, 1, "hysteresis")
         require(0 <= self.optimizer_share <= 1, f"engine.optimizer_share={self.optimizer_share}: expected 0 to 1.")
         require(
             self.optimizer_tier == Tier.device or self.zero_stage >= 1,

@@ -18,7 +18,7 @@ def working_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """
     if precision == Precision.auto:
         return torch.bfloat16 if multiplies_bf16(device) else torch.float32
-    return torch.bfloat16 if precision == Precision.bf16 else torch.float32
+    return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}[precision]
 
 
 def multiplies_bf16(device: torch.device) -> bool:
