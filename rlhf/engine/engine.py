@@ -134,7 +134,7 @@ def build_engine(
     if frozen:
         module.requires_grad_(False)
     elif config.activation_checkpointing:
-        enable_activation_checkpointing(module)
+        enable_activation_checkpointing(module, offload=config.activation_offload)
     sharding = shard(blueprint, stage=config.zero_stage, world=world, frozen=frozen)
     masters = materialize(blueprint, dtype=dtype, world=world)
     module.train(not frozen)

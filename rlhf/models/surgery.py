@@ -7,9 +7,13 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
+from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -60,8 +64,12 @@ def find_blocks(module: nn.Module, count: int) -> list[nn.Module]:
     raise ValueError(f"{type(module).__name__}: found no list of {count} blocks; this architecture is not supported.")
 
 
-def enable_activation_checkpointing(module: nn.Module) -> None:
+def enable_activation_checkpointing(module: nn.Module, *, offload: bool = False) -> None:
     """Recompute every block in backward instead of keeping its activations; acts in training mode only.
+
+    Args:
+        module: a transformers model, or a module around one.
+        offload: keep the blocks' inputs, all that is kept of them, in host memory.
 
     Raises:
         ValueError: The architecture has no such switch.
@@ -72,4 +80,11 @@ def enable_activation_checkpointing(module: nn.Module) -> None:
             f"{type(module).__name__} cannot recompute activations; set engine.activation_checkpointing=false."
         )
     # The public switch also makes the embeddings require gradients, which would drag backward through frozen layers.
-    outermost._set_gradient_checkpointing(True, partial(checkpoint, use_reentrant=False))
+    recompute = partial(checkpoint, use_reentrant=False)
+    outermost._set_gradient_checkpointing(True, partial(_inputs_on_host, recompute) if offload else recompute)
+
+
+def _inputs_on_host(recompute: Callable[..., Any], block: Callable[..., Any], *args: Any) -> Any:
+    """Inside `recompute` its own hooks are in charge, so only what it keeps for itself, the inputs, is moved."""
+    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+        return recompute(block, *args)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModel
 
 from rlhf.config import LoraConfig
+from rlhf.models import surgery
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import scalar_head_model
@@ -126,3 +128,23 @@ def test_frozen_layers_below_the_adapters_are_not_recomputed(tmp_path):
 def test_a_module_that_cannot_recompute_says_so():
     with pytest.raises(ValueError, match="engine.activation_checkpointing=false"):
         enable_activation_checkpointing(nn.Linear(2, 2))
+
+
+def test_with_offload_nothing_but_the_inputs_of_blocks_is_moved_to_the_host(tmp_path, monkeypatch):
+    tiny.save("llama", tmp_path)
+    plain, offloading = (tiny.materialized(causal_lm(tmp_path)).train() for _ in range(2))
+    moved = []
+
+    def recorded(*, pin_memory):
+        return saved_tensors_hooks(lambda tensor: moved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor)
+
+    monkeypatch.setattr(surgery, "save_on_cpu", recorded)
+    enable_activation_checkpointing(plain)
+    enable_activation_checkpointing(offloading, offload=True)
+    for module in (plain, offloading):
+        module(**ids_and_mask()).logits.square().sum().backward()
+    hidden = (*ids_and_mask()["input_ids"].shape, offloading.config.hidden_size)
+    assert moved.count(hidden) == len(find_blocks(offloading, 3))
+    assert all(shape[:2] in {hidden[:2], (1, hidden[1])} or len(shape) == 4 for shape in moved), moved
+    for (name, a), b in zip(plain.named_parameters(), offloading.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad), name
