@@ -94,6 +94,9 @@ class EngineConfig:
     """Recompute each block in backward: less memory, about a third more compute."""
     activation_offload: bool = False
     """Keep the inputs of recomputed blocks in host memory (CUDA; needs activation_checkpointing)."""
+    stream_generation: bool = False
+    """Generate block by block, as training does, instead of gathering the whole model: slow, for an actor that does not
+    fit into the device."""
     max_skipped_steps: int = 3
     """Steps in a row with a non-finite gradient before the run stops; in fp16, counted at the lowest loss scale."""
     loss_scale: float = 0.0

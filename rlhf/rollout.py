@@ -25,7 +25,7 @@ from rlhf.algorithms.scores import normalize_scores, penalize_unended
 from rlhf.config import PPOConfig
 from rlhf.dist import gather_objects, max_over_ranks
 from rlhf.engine.engine import Engine
-from rlhf.generation.generate import Generated, generate
+from rlhf.generation.generate import Decoding, Generated, generate
 from rlhf.models.lora import adapters_off
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores, response_values
@@ -101,18 +101,13 @@ class Collector:
         device = self.models.actor.world.device
         rows = torch.arange(len(prompts.prompts)).split(self.config.rollout_micro_batch_size)
         parts = []
+        decoding = Decoding(
+            self.config.max_response_tokens, self.stop_token_ids, pad_id=self.pad_id, sampling=self.config.sampling
+        )
         with self.models.actor.generating() as model:
             for piece in rows:
                 batch = prompts.rows(piece).to(device)
-                answer = generate(
-                    model,
-                    batch,
-                    max_new_tokens=self.config.max_response_tokens,
-                    stop_token_ids=self.stop_token_ids,
-                    pad_id=self.pad_id,
-                    sampling=self.config.sampling,
-                    seed=seed,
-                )
+                answer = generate(model, batch, decoding=decoding, seed=seed, all_done=self.models.actor.all_done)
                 parts.append(_said(batch, answer))
         num_prompt, num_response = (max(width) for width in zip(*map(widths, parts), strict=True))
         return joined([widened(part, num_prompt, num_response=num_response, pad_id=self.pad_id) for part in parts])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.dist import World
+from rlhf.dist import World, sum_over_ranks
 from rlhf.engine import hybrid
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.learner import Learner, StepResult
@@ -34,9 +34,17 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, sharding: Sharding, *, world: World, dtype: torch.dtype, learner: Learner | None
+        self,
+        module: nn.Module,
+        sharding: Sharding,
+        *,
+        world: World,
+        dtype: torch.dtype,
+        learner: Learner | None,
+        streams: bool = False,
     ) -> None:
         self.module = module
+        self._streams = streams
         self.world = world
         self.dtype = dtype
         self._sharding = sharding
@@ -77,6 +85,13 @@ class Engine:
     def generating(self) -> AbstractContextManager[nn.Module]:
         """Context for decoding: gathered once, adapters merged, eval mode, no gradients, no other rank needed."""
         return hybrid.generating(self.module, self._sharding)
+
+    def all_done(self, done: bool) -> bool:
+        """Whether decoding inside `generating` may end: when this rank is done, or, streamed, when all ranks are."""
+        if not self._streams:
+            return done
+        waiting = torch.tensor(not done, device=self.world.device, dtype=torch.int64)
+        return not sum_over_ranks(waiting).item()
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
         """Context for forwards that nothing is learnt from: eval mode, no gradients, all ranks together."""
@@ -151,4 +166,5 @@ def build_engine(
             total_steps=total_steps,
             max_skipped_steps=config.max_skipped_steps,
         )
-    return Engine(module, sharding, world=world, dtype=dtype, learner=learner)
+    streams = config.stream_generation and config.zero_stage == 3
+    return Engine(module, sharding, world=world, dtype=dtype, learner=learner, streams=streams)

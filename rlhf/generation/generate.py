@@ -7,7 +7,7 @@ Left out: beams, and the settings of `generation_config.json`, which would chang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,38 +33,50 @@ class Generated:
     ended: Tensor  # [B] bool, True where the response ends with a stop token
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """How responses are drawn, and where they end."""
+
+    max_new_tokens: int
+    """Where a response that has not ended is cut."""
+    stop_token_ids: Sequence[int]
+    """Any of these ends a response and belongs to it."""
+    pad_id: int
+    """Fills responses after their end."""
+    sampling: SamplingConfig
+    """Temperature, top-k and top-p."""
+
+
 @torch.no_grad()
 def generate(
     model: PreTrainedModel,
     prompts: PromptBatch,
     *,
-    max_new_tokens: int,
-    stop_token_ids: Sequence[int],
-    pad_id: int,
-    sampling: SamplingConfig,
+    decoding: Decoding,
     seed: int,
+    all_done: Callable[[bool], bool] = bool,
 ) -> Generated:
     """Answer every prompt once; several answers to a prompt are several rows.
 
     Args:
         model: A causal language model in eval mode, with whole parameters.
         prompts: B rows on the model's device, left padded.
-        max_new_tokens: Where a response that has not ended is cut.
-        stop_token_ids: Any of these ends a response and belongs to it.
-        pad_id: Fills responses after their end.
-        sampling: Temperature, top-k and top-p.
+        decoding: What is drawn, and where it ends.
         seed: With `sample_ids`, of every draw.
+        all_done: From whether this rank is done to whether all are. Ranks that need each other in every forward of the
+            model (where it is streamed, not gathered) then make equally many; by itself, a rank stops when it is done.
 
     Returns:
         Responses, masks and log-probabilities, on the device of the prompts.
     """
     assert not model.training, "generation needs eval mode: training mode may drop out or refuse the cache"
-    assert max_new_tokens > 0, "a response has at least one token"
-    stops = torch.tensor(list(stop_token_ids), dtype=torch.long, device=prompts.input_ids.device)
-    draws = uniforms(seed, prompts.sample_ids, length=max_new_tokens)
-    speakers = _Speakers(model, prompts, max_new_tokens=max_new_tokens)
-    record = _Record(prompts, max_new_tokens, pad_id=pad_id)
-    for step in range(max_new_tokens):
+    longest, sampling = decoding.max_new_tokens, decoding.sampling
+    assert longest > 0, "a response has at least one token"
+    stops = torch.tensor(list(decoding.stop_token_ids), dtype=torch.long, device=prompts.input_ids.device)
+    draws = uniforms(seed, prompts.sample_ids, length=longest)
+    speakers = _Speakers(model, prompts, max_new_tokens=longest)
+    record = _Record(prompts, longest, pad_id=decoding.pad_id)
+    for step in range(longest):
         drawn = sample(
             speakers.logits,
             draws[speakers.rows, step],
@@ -77,9 +89,9 @@ def generate(
         speakers.speaking &= ~stopped
         # The only wait for the device in a step.
         count = int(speakers.speaking.sum())
-        if count == 0 or step + 1 == max_new_tokens:
+        if step + 1 == longest or all_done(count == 0):
             break
-        speakers.say(drawn.tokens, leaving=count * _LEAVE_AT <= len(stopped) * (_LEAVE_AT - 1))
+        speakers.say(drawn.tokens, leaving=0 < count * _LEAVE_AT <= len(stopped) * (_LEAVE_AT - 1))
     return record.trimmed()
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.config import SamplingConfig
-from rlhf.generation.generate import generate
+from rlhf.generation.generate import Decoding, generate
 from rlhf.generation.sampling import uniforms
 from rlhf.types import PromptBatch
 from tests.models import tiny
@@ -23,9 +23,7 @@ def batch(lengths=LENGTHS, *, width=None, first_id=0):
 
 
 def answer(model, prompts, *, stops=(), sampling=SAMPLED, new=NEW, seed=1, pad_id=tiny.PAD):
-    return generate(
-        model, prompts, max_new_tokens=new, stop_token_ids=stops, pad_id=pad_id, sampling=sampling, seed=seed
-    )
+    return generate(model, prompts, decoding=Decoding(new, stops, pad_id, sampling), seed=seed)
 
 
 def without_cache(model, prompts, *, sampling, seed, new=NEW):
@@ -198,3 +196,20 @@ def test_cost_follows_the_rows_that_still_speak():
 def test_training_mode_is_refused():
     with pytest.raises(AssertionError, match="eval mode"):
         answer(tiny.model("llama").train(), batch())
+
+
+def test_ranks_that_need_each_other_go_on_until_all_are_done():
+    model, forwards = tiny.model("llama"), []
+    first = answer(model, batch()).responses[:, 0].unique().tolist()  # as stop tokens, they end every row at once
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    votes = iter([False, False, True])
+    said = generate(
+        model,
+        batch(),
+        decoding=Decoding(NEW, first, pad_id=tiny.PAD, sampling=SAMPLED),
+        seed=1,
+        all_done=lambda done: done and next(votes),
+    )
+    handle.remove()
+    assert said.response_mask.sum(-1).tolist() == [1] * len(LENGTHS)
+    assert len(forwards) == 3  # the prompts, and two more for the others' sake

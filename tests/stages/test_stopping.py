@@ -10,7 +10,7 @@ from data.prompts import Prompt
 from rlhf.config import EngineConfig, OptimizerConfig, Precision, SamplingConfig, Schedule
 from rlhf.dist import World
 from rlhf.engine.engine import build_engine
-from rlhf.generation.generate import generate
+from rlhf.generation.generate import Decoding, generate
 from rlhf.models.causal_lm import causal_lm
 from rlhf.text import load_tokenizer, stop_token_ids, tokenize_demonstration, tokenize_prompt
 from stages.sft import NextToken
@@ -45,10 +45,12 @@ def test_a_model_learns_to_stop_although_pad_is_eos(tmp_path):
         said = generate(
             model,
             collate_prompts(prompts, [0, 1], pad_id=int(tokenizer.pad_token_id)),
-            max_new_tokens=12,
-            stop_token_ids=stop_token_ids(tokenizer),
-            pad_id=int(tokenizer.pad_token_id),
-            sampling=SamplingConfig(temperature=0.0),
+            decoding=Decoding(
+                max_new_tokens=12,
+                stop_token_ids=stop_token_ids(tokenizer),
+                pad_id=int(tokenizer.pad_token_id),
+                sampling=SamplingConfig(temperature=0.0),
+            ),
             seed=0,
         )
     assert said.ended.tolist() == [True, True]
