@@ -18,7 +18,7 @@ from rlhf.algorithms.masked import masked_mean, masked_whiten
 from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
 from rlhf.config import AdvantageKind, PPOConfig
 from rlhf.dist import World, max_over_ranks
-from rlhf.engine.engine import Engine
+from rlhf.engine.engine import Engine, step_together
 from rlhf.rollout import Models, critic_values, response_statistics
 from rlhf.types import PPOBatch, Rollout
 from stages.supervised import summed
@@ -32,7 +32,7 @@ def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Ad
 
     A group's advantage is the same for each token of a response and is never whitened, which would weigh responses by
     their lengths. rloo compares score and KL penalty together, as its paper does. grpo and dr_grpo compare scores
-    alone: their KL is in the loss (see `update_actor`), for a group of equal scores must not learn from its KL noise.
+    alone: their KL is in the loss (see `policy_gradient`), for a group of equal scores must not learn from KL noise.
     """
     mask = rollout.response_mask
     if config.advantage is AdvantageKind.gae:
@@ -71,23 +71,38 @@ def improve(
         kl_coef: weight of the KL in the loss, for the advantages that have it there.
     """
     actor = models.actor if iteration > config.critic_warmup else None
+    learning = {name: engine for name, engine in (("actor", actor), ("critic", models.critic)) if engine is not None}
     history: list[dict[str, float]] = []
     epochs = 0
     while epochs < config.epochs and not _has_gone_far(history, config.target_kl):
         epochs += 1
         for minibatch in minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epochs):
-            micro_batches = share_of(minibatch, config, world=models.actor.world)
-            denominator = minibatch.response_mask.sum().clamp(min=1)
-            update: dict[str, float] = {}
-            if actor is not None:
-                update |= update_actor(actor, micro_batches, config=config, denominator=denominator, kl_coef=kl_coef)
-            if models.critic is not None:
-                update |= update_critic(models, micro_batches, config=config, denominator=denominator)
-            history.append(update)
-    for engine in (actor, models.critic):
-        if engine is not None:  # epochs that target_kl has spared count for the schedules all the same
-            engine.advance(config.updates_per_iteration - len(history))
+            history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef))
+    for engine in learning.values():  # epochs that target_kl has spared count for the schedules all the same
+        engine.advance(config.updates_per_iteration - len(history))
     return _over_updates(history) | ({} if actor is None else {"policy/epochs": float(epochs)})
+
+
+def update(
+    models: Models, learning: dict[str, Engine], *, minibatch: PPOBatch, config: PPOConfig, kl_coef: float
+) -> dict[str, float]:
+    """One optimizer step of each model in `learning`, the critic after the actor has freed its gradients.
+
+    Where both share a loss scale (fp16), they step together, so that neither learns from what the other has skipped.
+    """
+    micro_batches = share_of(minibatch, config, world=models.actor.world)
+    denominator = minibatch.response_mask.sum().clamp(min=1)
+    together = len({id(engine.loss_scale) for engine in learning.values()}) < len(learning)
+    measured: dict[str, float] = {}
+    if "actor" in learning:
+        measured |= policy_gradient(
+            models.actor, micro_batches, config=config, denominator=denominator, kl_coef=kl_coef
+        )
+        measured |= take_steps(actor=models.actor) if not together else {}
+    if "critic" in learning:
+        measured |= value_gradient(models, micro_batches, config=config, denominator=denominator)
+        measured |= take_steps(**learning) if together else take_steps(critic=learning["critic"])
+    return measured
 
 
 def _has_gone_far(history: list[dict[str, float]], target_kl: float | None) -> bool:
@@ -103,10 +118,19 @@ def _over_updates(history: list[dict[str, float]]) -> dict[str, float]:
     return {name: _COMBINED.get(name, fmean)(numbers) for name, numbers in values.items()}
 
 
-def update_actor(
+def take_steps(**engines: Engine) -> dict[str, float]:
+    """One optimizer step of each engine, by its name; those that share a loss scale step or skip together."""
+    measured = {}
+    for name, step in zip(engines, step_together(*engines.values()), strict=True):
+        measured |= {f"{name}/grad_norm": step.grad_norm, f"{name}/lr": step.lr}
+        measured[f"{name}/skipped_steps"] = float(step.skipped)
+    return measured
+
+
+def policy_gradient(
     actor: Engine, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor, kl_coef: float = 0.0
 ) -> dict[str, float]:
-    """One optimizer step of the policy; `denominator` counts the response tokens of the whole minibatch.
+    """Backward of the policy's loss; `denominator` counts the response tokens of the whole minibatch.
 
     For grpo and dr_grpo the loss also has `kl_coef` times the k3 estimate of KL(actor || reference), whose gradient
     pulls towards the reference where that of k1 would be noise (Shao et al. 2024, eq. 4).
@@ -142,16 +166,13 @@ def update_actor(
                 "policy/entropy": entropy.detach(),
             }
         )
-    step = actor.step()
-    metrics = summed(outcomes) | {"actor/grad_norm": step.grad_norm, "actor/lr": step.lr}
-    metrics["actor/skipped_steps"] = float(step.skipped)
-    return metrics | {"policy/ratio_max": float(max_over_ranks(largest))}
+    return summed(outcomes) | {"policy/ratio_max": float(max_over_ranks(largest))}
 
 
-def update_critic(
+def value_gradient(
     models: Models, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor
 ) -> dict[str, float]:
-    """One optimizer step of the value function; `denominator` as in `update_actor`."""
+    """Backward of the value function's loss; `denominator` as in `policy_gradient`."""
     critic, outcomes = models.critic, []
     assert critic is not None
     for index, batch in enumerate(micro_batches, start=1):
@@ -165,6 +186,4 @@ def update_critic(
         )
         critic.backward(result.loss, last=index == len(micro_batches))
         outcomes.append({"val/loss": result.loss.detach(), "val/clipfrac_avg": result.clip_fraction})
-    step = critic.step()
-    metrics = summed(outcomes) | {"critic/grad_norm": step.grad_norm, "critic/lr": step.lr}
-    return metrics | {"critic/skipped_steps": float(step.skipped)}
+    return summed(outcomes)

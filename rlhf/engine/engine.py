@@ -5,6 +5,7 @@ Left out: what is computed (the stages), and how (the other modules of this room
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from rlhf.dist import World, sum_over_ranks
 from rlhf.engine import hybrid
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.learner import Learner, StepResult
+from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import materialize
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
@@ -64,7 +66,8 @@ class Engine:
         gradients = self._learning.gradients
         self._sharding.before_backward(last=last)
         gradients.before_backward(last=last)
-        loss.backward()
+        scale = self._learning.loss_scale.value
+        (loss if scale == 1 else loss * scale).backward()
         gradients.after_backward(last=last)
 
     def step(self) -> StepResult:
@@ -75,8 +78,7 @@ class Engine:
         Raises:
             RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
         """
-        self._sharding.release()  # what is gathered is about to be out of date
-        return self._learning.step()
+        return step_together(self)[0]
 
     def advance(self, steps: int) -> None:
         """Count steps that are not taken, so that the schedule still ends with the stage."""
@@ -122,9 +124,29 @@ class Engine:
         self._learning.load_state_dict(state)
 
     @property
+    def loss_scale(self) -> LossScale:
+        """The factor on this engine's loss, which engines that are trained together share."""
+        return self._learning.loss_scale
+
+    @property
     def _learning(self) -> Learner:
         assert self._learner is not None, "a frozen engine has no gradients and takes no steps"
         return self._learner
+
+
+def step_together(*engines: Engine) -> list[StepResult]:
+    """One step of engines that share a loss scale, or of one: a gradient that is not finite in any skips all.
+
+    Raises:
+        RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+    """
+    for engine in engines:
+        engine._sharding.release()  # what is gathered is about to be out of date
+    reports = [engine._learning.examine() for engine in engines]
+    overflow = not all(math.isfinite(report.norm) for report in reports)
+    results = [engine._learning.finish(report, skip=overflow) for engine, report in zip(engines, reports, strict=True)]
+    engines[0].loss_scale.update(overflow=overflow)
+    return results
 
 
 def build_engine(
@@ -134,6 +156,7 @@ def build_engine(
     world: World,
     optimizer: OptimizerConfig | None = None,
     total_steps: int = 0,
+    loss_scale: LossScale | None = None,
 ) -> Engine:
     """Give a blueprint memory on this rank's device, each rank reading only its share of the weights.
 
@@ -143,6 +166,7 @@ def build_engine(
         world: this rank among the others; all must call.
         optimizer: how the trainable parameters learn; None for a frozen model.
         total_steps: optimizer steps of the whole stage, for the schedule.
+        loss_scale: of another engine whose steps are taken together with this one's (see `step_together`).
     """
     frozen = optimizer is None
     module, dtype = blueprint.module, working_dtype(config.precision, world.device)
@@ -165,6 +189,7 @@ def build_engine(
             config=optimizer,
             total_steps=total_steps,
             max_skipped_steps=config.max_skipped_steps,
+            loss_scale=loss_scale or LossScale.of(config),
         )
     streams = config.stream_generation and config.zero_stage == 3
     return Engine(module, sharding, world=world, dtype=dtype, learner=learner, streams=streams)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any, NamedTuple
 
 from rlhf.algorithms.schedules import learning_rate_multiplier
 from rlhf.config import OptimizerConfig
-from rlhf.engine.gradients import Gradients
+from rlhf.engine.gradients import GradientReport, Gradients
+from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.optimizers import AdamW
 
 logger = logging.getLogger(__name__)
@@ -33,31 +33,37 @@ class Learner:
         config: OptimizerConfig,
         total_steps: int,
         max_skipped_steps: int,
+        loss_scale: LossScale,
     ) -> None:
         self.optimizer = optimizer
         self.gradients = gradients
+        self.loss_scale = loss_scale
         self.steps_taken = 0  # skipped ones too: the schedule ends with the data
         self._skipped_in_a_row = 0
         self._config = config
         self._total_steps = total_steps
         self._max_skipped_steps = max_skipped_steps
 
-    def step(self) -> StepResult:
-        """Clip, update and forget the gradients; or, when they are not finite, only forget them.
+    def examine(self) -> GradientReport:
+        """What all ranks agree on before a step; the norm is that of the loss as it was before it was scaled."""
+        report = self.gradients.report()
+        return report._replace(norm=report.norm / self.loss_scale.value)
+
+    def finish(self, report: GradientReport, *, skip: bool) -> StepResult:
+        """Clip, update and forget the gradients; with `skip`, only forget them. The caller updates the loss scale.
 
         Raises:
             RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
         """
-        norm, reached = self.gradients.report()
+        norm, reached = report
         lr = self.lr
-        skipped = not math.isfinite(norm)
-        if not skipped:
+        if not skip:
             sums = {name: rows for name, rows in self.gradients.sums().items() if name in reached}
-            self.optimizer.step(sums, lr=lr, scale=self._clip(norm))
+            self.optimizer.step(sums, lr=lr, scale=self._clip(norm) / self.loss_scale.value)
         self.gradients.clear()
         self.steps_taken += 1
-        self._count(skipped=skipped, norm=norm)
-        return StepResult(norm, lr, skipped)
+        self._count(skipped=skip, norm=norm)
+        return StepResult(norm, lr, skip)
 
     @property
     def lr(self) -> float:
@@ -72,14 +78,26 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Optimizer state and counters."""
-        counters = {"steps_taken": self.steps_taken, "skipped_in_a_row": self._skipped_in_a_row}
-        return {"optimizer": self.optimizer.state_dict(), **counters}
+        return {"optimizer": self.optimizer.state_dict(), **self.counters()}
+
+    def counters(self) -> dict[str, Any]:
+        """Everything but tensors that a resumed run needs."""
+        return {
+            "steps_taken": self.steps_taken,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "loss_scale": self.loss_scale.state_dict(),
+        }
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Continue from `counters()`; the learning rate follows from them."""
+        self.steps_taken = counters["steps_taken"]
+        self._skipped_in_a_row = counters["skipped_in_a_row"]
+        self.loss_scale.load_state_dict(counters["loss_scale"])
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`; the learning rate follows from the counters."""
+        """Continue from `state_dict()`."""
         self.optimizer.load_state_dict(state["optimizer"])
-        self.steps_taken = state["steps_taken"]
-        self._skipped_in_a_row = state["skipped_in_a_row"]
+        self.load_counters(state)
 
     def _clip(self, norm: float) -> float:
         """The factor that brings the gradients down to `optimizer.max_grad_norm`, as `clip_grad_norm_` has it."""
@@ -87,10 +105,13 @@ class Learner:
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
     def _count(self, *, skipped: bool, norm: float) -> None:
-        self._skipped_in_a_row = self._skipped_in_a_row + 1 if skipped else 0
         if not skipped:
+            self._skipped_in_a_row = 0
             return
         logger.warning("step %d skipped: the gradient norm is %s", self.steps_taken, norm)
+        if self.loss_scale.can_fall:
+            return
+        self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._max_skipped_steps:
             raise RuntimeError(
                 f"The gradient was not finite in {self._skipped_in_a_row} steps in a row (engine.max_skipped_steps="
