@@ -6,6 +6,7 @@ table says what was learnt. With `launch.ranks=N` each stage runs on N processes
     python run_pipeline.py                       the whole pipeline on the embedded model and data
     python run_pipeline.py stage=sft             one stage
     python run_pipeline.py engine=zero3 launch.ranks=2
+    python run_pipeline.py engine.deepspeed=ds_config.json
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rlhf import launch
@@ -30,13 +32,24 @@ from rlhf.config import Progress, RunConfig
 from rlhf.dist import World, broadcast_object, start, stop
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.table import printable
-from stages.composition import CONF_DIR, check_overrides, load_run, register_schema, save_run, to_run
+from stages.composition import (
+    CONF_DIR,
+    check_overrides,
+    load_run,
+    overridden_keys,
+    register_schema,
+    save_run,
+    to_run,
+)
+from stages.deepspeed import with_deepspeed
 from stages.handover import lock_folder
+from stages.planning_report import check_memory, show_plan
 from stages.ppo import run_ppo
 from stages.preflight import preflight
-from stages.results import show_results
+from stages.results import show_results, where_it_stands
 from stages.reward import run_reward
 from stages.sft import run_sft
+from stages.stopping import Stopped
 
 STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
 _WORKER = "--worker"
@@ -48,13 +61,13 @@ def main() -> None:
     try:
         start_or_work()
     except KeyboardInterrupt:
-        is_rank = launch.under_torchrun()
-        sys.exit(1 if is_rank else "interrupted: finished stages are kept; the same command goes on after them")
+        sys.exit(1 if launch.under_torchrun() else "interrupted before anything was done")
 
 
 def start_or_work() -> None:
     """Start a run, or be one of the ranks that a run has started."""
     if sys.argv[1:2] == [_WORKER]:
+        launch.end_with_parent()
         run = load_run(Path(sys.argv[2]))
         run_stages(run, sys.argv[3:], world=start_rank(run))
         return
@@ -70,21 +83,36 @@ def compose_and_start(config: DictConfig) -> None:
     """Compose once, check everything, and run the stages here, on ranks we start, or on those torchrun started."""
     run = to_run(config)
     with one_sentence():
+        if run.plan:
+            show_plan(run)
+            return
         world = start_rank(run) if launch.under_torchrun() else World.alone()
         setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
         ranks = world.size if launch.under_torchrun() else run.launch.ranks
+        run = with_deepspeed(run, ranks=ranks, overridden=overridden_keys(HydraConfig.get().overrides.task))
         lock = lock_folder(run) if world.is_main else None
-        todo = broadcast_object(preflight(run, ranks=ranks) if world.is_main else [])
+        todo = broadcast_object(checked(run, ranks) if world.is_main else [])
     path = save_run(run) if world.is_main else None
-    if todo and ranks > world.size:
-        exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
-        if exit_status != 0:
-            sys.exit(exit_status)
-    elif todo:
-        run_stages(run, todo, world=world if world.size > 1 else start_rank(run))
+    try:
+        if todo and ranks > world.size:
+            exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
+            if exit_status != 0:
+                sys.exit(exit_status)
+        elif todo:
+            run_stages(run, todo, world=world if world.size > 1 else start_rank(run))
+    except KeyboardInterrupt:
+        sys.exit(where_it_stands(run) if world.is_main else 1)
     if lock is not None:
         show_results(run)
         lock.close()
+
+
+def checked(run: RunConfig, ranks: int) -> list[str]:
+    """The stages that are left to do, after everything that can be wrong with them has been looked for."""
+    todo = preflight(run, ranks=ranks)
+    if todo:
+        check_memory(run, todo, ranks=ranks)
+    return todo
 
 
 @contextmanager
@@ -108,8 +136,12 @@ def start_rank(run: RunConfig) -> World:
 def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     """Run the named stages in order."""
     setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
-    for stage in stages:
-        STAGES[stage](run, world)
+    try:
+        for stage in stages:
+            STAGES[stage](run, world)
+    except Stopped:  # on all ranks alike: they can still say good-bye
+        stop()
+        raise
     stop()
 
 

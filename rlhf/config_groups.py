@@ -13,11 +13,19 @@ from typing import Any
 
 
 class Schedule(StrEnum):
-    """Shape of the learning rate after the warm-up."""
+    """Shape of the learning rate after the warm-up; from `warmup_lr` on DeepSpeed's, warm-up included."""
 
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    warmup_lr = "warmup_lr"
+    warmup_decay_lr = "warmup_decay_lr"
+    warmup_cosine_lr = "warmup_cosine_lr"
+    one_cycle = "one_cycle"
+    lr_range_test = "lr_range_test"
+
+
+_OWN_SCHEDULES = (Schedule.constant, Schedule.linear, Schedule.cosine)
 
 
 class BadRows(StrEnum):
@@ -146,6 +154,9 @@ class OptimizerConfig:
     """Optimizer steps in which the learning rate climbs linearly; below 1, that share of the stage's steps."""
     min_ratio: float = 0.0
     """The schedule ends at this fraction of `lr`."""
+    schedule_options: dict[str, Any] = field(default_factory=dict)
+    """For one of DeepSpeed's shapes: its parameters by DeepSpeed's names, where they differ from its defaults; what is
+    left out of warmup_num_steps and total_num_steps is `warmup_steps` and the stage's own length."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optimizer.lr={self.lr}: expected a positive number.")
@@ -154,6 +165,10 @@ class OptimizerConfig:
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: expected 0 or more.")
         require(0 <= self.min_ratio <= 1, f"optimizer.min_ratio={self.min_ratio}: expected 0 to 1.")
         require(self.max_grad_norm >= 0, f"optimizer.max_grad_norm={self.max_grad_norm}: expected 0 (off) or more.")
+        require(
+            self.schedule not in _OWN_SCHEDULES or not self.schedule_options,
+            f"optimizer.schedule_options={self.schedule_options}: optimizer.schedule={self.schedule} has none.",
+        )
 
     def warmup_of(self, total_steps: int) -> int:
         """The warm-up of a stage of `total_steps`, in steps."""

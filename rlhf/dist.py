@@ -55,9 +55,12 @@ def start(device: str = "auto") -> World:
     if target.type == "cuda":
         torch.cuda.set_device(target)
     if size > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if target.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        dist.init_process_group(_backend(target), timeout=_TIMEOUT)
     return World(rank=rank, size=size, local_rank=local_rank, device=target)
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _resolve_device(device: str, local_rank: int) -> torch.device:
@@ -116,5 +119,7 @@ def broadcast_object(item: T) -> T:
 
 
 def device_mesh(world: World) -> DeviceMesh:
-    """All ranks in one dimension called `ranks`."""
+    """All ranks in one dimension called `ranks`; a process alone becomes a group of one."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
     return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))

@@ -6,12 +6,17 @@ a different one. Left out: several machines (start torchrun on each; `rlhf/dist.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+
+_LIBC = ctypes.CDLL(None)  # opened before a fork, after which little may be done
+_PR_SET_PDEATHSIG = 1
 
 
 def under_torchrun() -> bool:
@@ -37,10 +42,30 @@ def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     # In a session of its own, so that Ctrl-C reaches it once, through us: a second signal makes it drop its workers.
-    with subprocess.Popen([*command, str(script), *arguments], env=environment, start_new_session=True) as torchrun:
+    with subprocess.Popen(
+        [*command, str(script), *arguments], env=environment, start_new_session=True, preexec_fn=end_with_parent
+    ) as torchrun:
         try:
             return torchrun.wait()
         except KeyboardInterrupt:
-            torchrun.terminate()  # it stops its workers; killed, it would leave them behind
-            torchrun.wait()
+            torchrun.terminate()  # it passes SIGTERM to its workers, and kills them after half a minute
+            _wait_or_kill(torchrun)
             raise
+
+
+def end_with_parent() -> None:
+    """Have this process killed when the one that started it ends (Linux).
+
+    A killed run then leaves no ranks behind, which would go on writing beside those of the next one.
+    """
+    if sys.platform == "linux":
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _wait_or_kill(torchrun: subprocess.Popen[bytes]) -> None:
+    """Until it has ended; another interrupt ends it, and with it the ranks."""
+    try:
+        torchrun.wait()
+    except KeyboardInterrupt:
+        torchrun.kill()
+        torchrun.wait()

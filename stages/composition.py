@@ -23,6 +23,7 @@ import conf
 from rlhf.config import STAGES, PPOConfig, RewardConfig, RunConfig, SFTConfig
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
+_CHOSEN_BY_ENGINE = ("zero_stage", "optimizer_tier", "parameter_tier")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -72,6 +73,17 @@ def _check_stages(overrides: list[str]) -> None:
                 f"(selected: {', '.join(selected)}). "
                 f"Add it, as in stage=[{','.join([*selected, stage])}], or drop the setting."
             )
+
+
+def overridden_keys(overrides: list[str]) -> set[str]:
+    """Dotted names of the settings that a command line gives, `engine=zero3` being those that tell it from others."""
+    names = set()
+    for override in OverridesParser.create().parse_overrides(overrides):
+        names.add(override.key_or_group)
+        if override.key_or_group == "engine":
+            chosen = OmegaConf.load(Path(CONF_DIR) / "engine" / f"{override.value()}.yaml")
+            names |= {f"engine.{name}" for name in chosen if str(name) in _CHOSEN_BY_ENGINE}
+    return names
 
 
 def _is_selected(config: DictConfig, stage: str) -> bool:

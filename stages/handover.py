@@ -14,12 +14,21 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import STAGES, RunConfig
+from rlhf.engine.checkpoint import steps_in
 from stages.composition import as_plain
+from stages.resume import CHECKPOINTS
 
 RECORD = "stage.json"
 CONFIG = "config.json"
-_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size", "engine.zero_stage", "engine.device")
-_FREE_SUFFIXES = ("activation_checkpointing", "cache_dir")
+_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size")
+_FREE_SUFFIXES = ("cache_dir",)
+_FREE_IN_ENGINES = (
+    *("zero_stage", "device", "optimizer_tier", "parameter_tier", "nvme_path", "buffer_count", "buffer_size"),
+    *("pipeline_read", "pipeline_write", "pin_memory", "optimizer_share", "parameters_in_cpu", "sub_group_size"),
+    *("reduce_bucket_size", "prefetch_bucket_size", "max_live_parameters", "persistence_threshold", "overlap_comm"),
+    *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps"),
+)
+"""Memory, speed, and when to give up; not precision, moments, loss scale and delayed updates, which change results."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +78,9 @@ def _digest(path: Path) -> str | None:
 
 
 def _is_free(name: str) -> bool:
-    return name.partition(".")[2] in _FREE or name.endswith(_FREE_SUFFIXES)
+    *group, setting = name.split(".")
+    in_engine = len(group) == 2 and group[1].endswith("engine")
+    return name.partition(".")[2] in _FREE or setting in _FREE_SUFFIXES or (in_engine and setting in _FREE_IN_ENGINES)
 
 
 def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -87,7 +98,8 @@ def check_folder(run: RunConfig, stage: str) -> None:
     """
     folder = Path(run.output_dir) / stage
     metrics = folder / "metrics.jsonl"
-    has_results = is_finished(run, stage) or (metrics.exists() and len(metrics.read_text().splitlines()) > 1)
+    has_steps = metrics.exists() and len(metrics.read_text().splitlines()) > 1
+    has_results = is_finished(run, stage) or has_steps or bool(steps_in(folder / CHECKPOINTS))
     if not has_results or not (folder / CONFIG).exists():
         return
     found, expected = json.loads((folder / CONFIG).read_text()), settings_of(run, stage)

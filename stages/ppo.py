@@ -18,9 +18,10 @@ from data.loader import PromptLoader
 from data.prompts import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
-from rlhf.config import AdvantageKind, KLConfig, PPOConfig, RunConfig
+from rlhf.config import AdvantageKind, KLConfig, PPOConfig, Precision, RunConfig
 from rlhf.dist import World
-from rlhf.engine.engine import build_engine
+from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.scalar_head import scalar_head_model
@@ -31,6 +32,7 @@ from rlhf.types import PPOBatch, PromptBatch
 from stages.handover import Record
 from stages.improve import advantages_of, improve
 from stages.judging import check_judges, score_scale, stored_scale
+from stages.resume import Parts
 from stages.session import Session, open_session, stage_tokenizer
 
 _EVALUATION_SEED = 7_919
@@ -50,9 +52,10 @@ def run_ppo(run: RunConfig, world: World) -> Record:
         models = load_models(config, world, scale=scale)
         collector = new_collector(session, models, scale=scale)
         kl = kl_controller(config.kl)
-        before = examiner.examine(collector, step=0)
-        session.finish_step(0, before)
-        for step, batch in enumerate(prompt_loader(session, splits.train), start=1):
+        loader = prompt_loader(session, splits.train)
+        parts = Parts(learners(models), {"kl": kl, "loader": loader}, splits.fingerprint)
+        session.begin(parts, evaluate=lambda: examiner.examine(collector, step=0))
+        for step, batch in session.steps(loader):
             rollout = without_bad_rows(collector.collect(batch, seed=config.seed))
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
             advantages, returns = advantages_of(rollout, rewards, config=config)
@@ -64,14 +67,21 @@ def run_ppo(run: RunConfig, world: World) -> Record:
             metrics |= {"objective/kl_coef": kl.value, "rollout/episodes": step * config.rollout_size}
             if step > config.critic_warmup:
                 kl.update(metrics["objective/kl"], config.rollout_size)
-            after = examiner.examine(collector, step=step) if session.evaluates_at(step, config.eval_every) else {}
-            session.finish_step(step, metrics | after, num_tokens=float(rollout.attention_mask.sum()))
-        return finish(session, models, before=before, after=after)
+            evaluates = session.evaluates_at(step, config.eval_every)
+            evaluation = examiner.examine(collector, step=step) if evaluates else {}
+            tokens = float(rollout.attention_mask.sum())
+            session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
+        return finish(session, models)
 
 
-def finish(session: Session, models: Models, *, before: dict[str, float], after: dict[str, float]) -> Record:
+def learners(models: Models) -> dict[str, Engine]:
+    """The models that are trained."""
+    return {"actor": models.actor} | ({} if models.critic is None else {"critic": models.critic})
+
+
+def finish(session: Session, models: Models) -> Record:
     """Write actor and critic, and the record; the critic's says in which units it speaks."""
-    record = session.record(before=before, after=after)
+    record = session.record()
     exports = [session.export(models.actor, "actor")]
     if models.critic is not None:
         exports.append(session.export(models.critic, "critic"))
@@ -85,25 +95,44 @@ def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models
     The critic starts as the reward model, brought to the units of normalised scores: its head is scaled, and what the
     head has no bias for is subtracted from its values.
     """
-    build = partial(build_engine, config=config.engine, world=world)
+    build = partial(build_engine, world=world)
+    loss_scale = shared_scale(config)
     actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
     reference = None
     if config.reference is not None or config.lora.rank == 0:
-        reference = build(causal_lm(config.reference or config.actor))
+        reference = build(causal_lm(config.reference or config.actor), config=config.reference_engine)
     critic, units = None, ScoreScale()
     if config.advantage is AdvantageKind.gae:
         units = stored_scale(config.critic) or units if config.critic else scale
         blueprint = scalar_head_model(
             config.critic or config.reward, lora=config.lora, seed=config.seed, head_scale=1 / units.std
         )
-        critic = build(blueprint, optimizer=config.critic_optimizer, total_steps=config.critic_steps)
+        critic = build(
+            blueprint,
+            config=config.critic_engine,
+            optimizer=config.critic_optimizer,
+            total_steps=config.critic_steps,
+            loss_scale=loss_scale,
+        )
     return Models(
-        actor=build(actor, optimizer=config.actor_optimizer, total_steps=config.actor_steps),
-        reward=build(scalar_head_model(config.reward)),
+        actor=build(
+            actor,
+            config=config.engine,
+            optimizer=config.actor_optimizer,
+            total_steps=config.actor_steps,
+            loss_scale=loss_scale,
+        ),
+        reward=build(scalar_head_model(config.reward), config=config.reward_engine),
         reference=reference,
         critic=critic,
         value_shift=units.mean / units.std,
     )
+
+
+def shared_scale(config: PPOConfig) -> LossScale | None:
+    """In fp16, one loss scale for actor and critic, so that they skip the same steps."""
+    both = {config.engine.precision, config.critic_engine.precision}
+    return LossScale.of(config.engine) if both == {Precision.fp16} else None
 
 
 def prompt_loader(session: Session, samples: Sequence[Prompt]) -> PromptLoader:

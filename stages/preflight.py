@@ -22,6 +22,7 @@ from rlhf.text import Tokenizer
 from rlhf.tracking.tracker import requested_mode
 from stages.handover import check_folder, is_finished
 from stages.judging import check_judges, score_scale
+from stages.resume import check_resume
 from stages.session import stage_tokenizer
 
 log = logging.getLogger(__name__)
@@ -107,12 +108,14 @@ def check_device(run: RunConfig, stage: str) -> None:
     Raises:
         ValueError: a stage asks for another one.
     """
-    wanted = getattr(run, stage).engine.device
-    if wanted != run.engine.device:
-        raise ValueError(
-            f"{stage}.engine.device={wanted} differs from engine.device={run.engine.device}: ranks stay on one "
-            f"device. Set engine.device, or run the stage on its own."
-        )
+    config = getattr(run, stage)
+    engines = {name: getattr(config, name) for name in vars(config) if name.endswith("engine")}
+    for name, engine in engines.items():
+        if engine.device != run.engine.device:
+            raise ValueError(
+                f"{stage}.{name}.device={engine.device} differs from engine.device={run.engine.device}: ranks stay on "
+                f"one device. Set engine.device, or run the stage on its own."
+            )
 
 
 def check_inputs(run: RunConfig, stage: str) -> None:
@@ -214,6 +217,7 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         is_to_come = maker_of(run, path) is not None and not Path(path).exists()
         tokenizer = stage_tokenizer(run, run.model.path if is_to_come else path)
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
+        check_resume(Path(run.output_dir) / stage, data=splits.fingerprint)
         check_warmup(config, stage, num_rows=len(splits.train))
         if stage != "ppo" and not splits.eval:
             raise ValueError(

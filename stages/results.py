@@ -1,4 +1,7 @@
-"""The end of a run: one table of what was learnt, and what the policy says now beside what it said before."""
+"""The end of a run: one table of what was learnt, and what the policy says now beside what it said before.
+
+Or one sentence, where it was interrupted.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,8 @@ from rlhf.config import STAGES, RunConfig
 from rlhf.tracking.journal import Journal
 from rlhf.tracking.metrics import metric
 from rlhf.tracking.table import table
-from stages.handover import read_record
+from stages.handover import is_finished, read_record
+from stages.resume import newest_in
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +30,15 @@ def show_results(run: RunConfig) -> None:
     if samples:
         log.info("%s", table("The same held-out prompts, before and after PPO", ["prompt", "SFT", "PPO"], rows=samples))
     log.info("everything is in %s", folder)
+
+
+def where_it_stands(run: RunConfig) -> str:
+    """What is left of an interrupted run, and how to go on."""
+    for stage in run.stages:
+        newest = newest_in(Path(run.output_dir) / stage)
+        if newest is not None and not is_finished(run, stage):
+            return f"interrupted: {stage} is saved in {newest.folder}; the same command goes on from there"
+    return "interrupted: finished stages are kept; the same command goes on after them"
 
 
 def _stage_rows(folder: Path) -> list[list[object]]:

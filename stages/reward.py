@@ -77,6 +77,7 @@ def run_reward(run: RunConfig, world: World) -> Record:
             objective=Pairwise(config),
             evaluate=lambda: _metrics(evaluate_preferences(engine, held_out)),
             eval_every=config.eval_every,
+            data=splits.fingerprint,
         )
         model = session.export(engine, "model")
         after = record.after

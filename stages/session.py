@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from rlhf import dist
 from rlhf.config import RunConfig
@@ -20,8 +21,12 @@ from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
 from stages.composition import as_plain
 from stages.handover import Record, claim_folder, write_record
+from stages.resume import Keeper, Parts, Progress
+from stages.stopping import StopSignals
 
 log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
 
 
 @dataclass
@@ -35,21 +40,75 @@ class Session:
     tokenizer: Tokenizer
     tracker: Tracker
     watch: Stopwatch
+    stop: StopSignals
     step_started: float = field(default_factory=time.perf_counter)
     """When the last step was finished."""
+    _keeper: Keeper | None = None
 
     @property
     def pad_id(self) -> int:
         """What padding holds."""
         return int(self.tokenizer.pad_token_id)
 
-    def finish_step(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:
-        """Log what a step did, where its time went, and how many of `num_tokens` (all ranks) it did in a second."""
+    @property
+    def keeper(self) -> Keeper:
+        """What saves the stage."""
+        assert self._keeper is not None, "a stage begins before it takes steps"
+        return self._keeper
+
+    @property
+    def progress(self) -> Progress:
+        """How far the stage is."""
+        return self.keeper.progress
+
+    def begin(self, parts: Parts, *, evaluate: Callable[[], dict[str, float]]) -> None:
+        """Go on from the newest checkpoint, or evaluate for the first time where there is none."""
+        total_steps = self.tracker.total_steps
+        self._keeper = Keeper.of(
+            self.folder, self.run.checkpoint, stage=self.stage, total_steps=total_steps, parts=parts
+        )
+        if self.keeper.resume():
+            self.tracker.rewind(self.progress.step)
+        else:
+            self.tracker.rewind(-1)
+            self.progress.before = self.progress.after = evaluate()
+            self._log(0, self.progress.before)
+        if self.progress.step < total_steps:
+            self.stop.listen()
+
+    def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """The batches that are left, each with the number of its step, counted from 1."""
+        return enumerate(loader, start=self.progress.step + 1)
+
+    def finish_step(
+        self, step: int, metrics: dict[str, float], *, evaluation: dict[str, float], num_tokens: float
+    ) -> None:
+        """Log what a step did, and save the stage if it is time to.
+
+        Args:
+            step: steps taken.
+            metrics: what the step did.
+            evaluation: held-out metrics, empty where there was no evaluation.
+            num_tokens: of the step, over all ranks.
+
+        Raises:
+            Stopped: the run was interrupted; it has saved itself.
+        """
+        self._log(step, metrics | evaluation, num_tokens=num_tokens)
+        with self.watch("save"):
+            self.keeper.after_step(step, evaluation, stop=self.stop.asked)
+        if step == self.tracker.total_steps:
+            self.stop.release()
+            if self.stop.asked:  # after the ranks have agreed to go on
+                raise KeyboardInterrupt
+
+    def _log(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:
+        """Where the time of the step went, too, and how many of `num_tokens` it did in a second."""
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
         timing = self.watch.take() | {"timing_s/step": seconds}
         if num_tokens:
-            busy = seconds - timing.get("timing_s/evaluate", 0.0)
+            busy = seconds - timing.get("timing_s/evaluate", 0.0) - timing.get("timing_s/save", 0.0)
             metrics = metrics | {"perf/tokens_per_second": num_tokens / busy}
         self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
 
@@ -78,12 +137,24 @@ class Session:
             for folder in (*models, self.folder):
                 write_record(record, folder)
         dist.barrier()
+        self.keeper.finish()
         return record
 
-    def record(self, *, before: dict[str, float], after: dict[str, float]) -> Record:
+    def record(self) -> Record:
         """The record of this stage, with held-out metrics from before and after training."""
-        template = template_fingerprint(self.tokenizer)
-        return Record(stage=self.stage, template=template, pad_id=self.pad_id, before=before, after=after)
+        return Record(
+            stage=self.stage,
+            template=template_fingerprint(self.tokenizer),
+            pad_id=self.pad_id,
+            before=self.progress.before,
+            after=self.progress.after,
+        )
+
+    def close(self) -> None:
+        """Signals do what they did before, and nothing is written any more."""
+        self.stop.release()
+        if self._keeper is not None:
+            self._keeper.checkpoints.close()
 
 
 def stage_tokenizer(run: RunConfig, path: str) -> Tokenizer:
@@ -95,7 +166,7 @@ def stage_tokenizer(run: RunConfig, path: str) -> Tokenizer:
 def open_session(
     run: RunConfig, stage: str, *, world: World, tokenizer: Tokenizer, total_steps: int
 ) -> Iterator[Session]:
-    """Claim the stage's folder and open its tracker; the tracker is closed whatever happens.
+    """Claim the stage's folder and open its tracker; both are closed whatever happens.
 
     Args:
         run: the whole configuration.
@@ -117,5 +188,9 @@ def open_session(
         total_steps=total_steps,
         world=world,
     ) as tracker:
-        tracker.rewind(-1)
-        yield Session(run, stage, world, folder, tokenizer, tracker, Stopwatch(world.device))
+        stop = StopSignals(speaks=world.is_main)
+        session = Session(run, stage, world, folder, tokenizer, tracker, Stopwatch(world.device), stop)
+        try:
+            yield session
+        finally:
+            session.close()

@@ -59,6 +59,7 @@ def run_sft(run: RunConfig, world: World) -> Record:
             objective=NextToken(),
             evaluate=lambda: _metrics(evaluate_language(engine, held_out)),
             eval_every=config.eval_every,
+            data=splits.fingerprint,
         )
         model = session.export(engine, "model")
         return session.finish(model, record=record)

@@ -5,7 +5,7 @@ Losses are divided by counts over the whole step, so micro-batches and ranks cha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.types import PreferenceBatch, SFTBatch
 from stages.handover import Record
+from stages.resume import Parts
 from stages.session import Session
 
 Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
@@ -73,24 +74,36 @@ def supervise(
     session: Session,
     engine: Engine,
     *,
-    loader: Iterable[Sequence[Batch]],
+    loader: TrainLoader[Any, Batch],
     objective: Objective[Batch],
     evaluate: Callable[[], dict[str, float]],
     eval_every: int,
+    data: str,
 ) -> Record:
-    """Take one optimizer step for every item of `loader`; returns the held-out metrics before and after."""
-    before = evaluate()
-    after = before
-    session.finish_step(0, before)
-    for step, micro_batches in enumerate(loader, start=1):
+    """Take one optimizer step for every item of `loader` that is left.
+
+    Args:
+        session: the stage.
+        engine: the model that learns.
+        loader: this rank's micro-batches.
+        objective: what is learnt.
+        evaluate: held-out metrics; all ranks together.
+        eval_every: steps between evaluations.
+        data: fingerprint of the rows.
+
+    Returns:
+        The held-out metrics before and after.
+    """
+    session.begin(Parts({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
+    for step, micro_batches in session.steps(loader):
         with session.watch("train"):
             metrics = take_step(engine, micro_batches, objective=objective)
+        evaluation: dict[str, float] = {}
         if session.evaluates_at(step, eval_every):
             with session.watch("evaluate"):
-                after = evaluate()
-            metrics |= after
-        session.finish_step(step, metrics, num_tokens=metrics["train/tokens"])
-    return session.record(before=before, after=after)
+                evaluation = evaluate()
+        session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
+    return session.record()
 
 
 def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:

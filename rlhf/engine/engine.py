@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,10 +20,11 @@ from rlhf.engine import hybrid
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.learner import Learner, StepResult
 from rlhf.engine.loss_scale import LossScale
-from rlhf.engine.materialize import materialize
+from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
-from rlhf.engine.sharding import Sharding, full, shard, trainable_groups
+from rlhf.engine.sharding import Sharding, shard
+from rlhf.engine.stored import Stored, states_of
 from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -86,7 +88,7 @@ class Engine:
 
     def generating(self) -> AbstractContextManager[nn.Module]:
         """Context for decoding: gathered once, adapters merged, eval mode, no gradients, no other rank needed."""
-        return hybrid.generating(self.module, self._sharding)
+        return hybrid.generating(self.module, self._sharding, streamed=self._streams)
 
     def all_done(self, done: bool) -> bool:
         """Whether decoding inside `generating` may end: when this rank is done, or, streamed, when all ranks are."""
@@ -109,10 +111,8 @@ class Engine:
             Name and tensor; a parameter with two names (tied embeddings) once, under its first. The tensor may share
             the model's memory.
         """
-        self._sharding.release()
-        replaced = self._learning.optimizer.masters() if masters else {}
-        for name, parameter in list(self.module.named_parameters()):
-            yield name, full(replaced.get(name, parameter)).cpu()
+        optimizer = self._learning.optimizer if masters else None
+        return self._sharding.full_tensors(partial(optimizer.read_rows, part="weight") if optimizer else None)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights that learn, optimizer state and counters; sharded tensors by name, in this engine's memory."""
@@ -122,6 +122,20 @@ class Engine:
         """Continue from `state_dict()` as if the run had not been interrupted."""
         self._sharding.release()
         self._learning.load_state_dict(state)
+
+    def stored(self) -> list[Stored]:
+        """The tensors of a checkpoint, by name; `counters` are the rest of it."""
+        self._sharding.release()
+        return states_of(self._learning.optimizer)
+
+    def counters(self) -> dict[str, Any]:
+        """The rest of a checkpoint, as JSON."""
+        return self._learning.counters() | {"updates": self._learning.optimizer.steps()}
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Continue from `counters()`, and from the tensors that were set."""
+        self._learning.optimizer.load_steps(counters["updates"])
+        self._learning.load_counters(counters)
 
     @property
     def loss_scale(self) -> LossScale:
@@ -174,15 +188,15 @@ def build_engine(
         module.requires_grad_(False)
     elif config.activation_checkpointing:
         enable_activation_checkpointing(module, offload=config.activation_offload)
-    sharding = shard(blueprint, stage=config.zero_stage, world=world, frozen=frozen)
-    masters = materialize(blueprint, dtype=dtype, world=world)
+    sharding = shard(blueprint, config=config, world=world, frozen=frozen)
+    allocate(blueprint, sharding, config=config, dtype=dtype, world=world)
     module.train(not frozen)
-    learner = None
+    learner = adam = None
     if optimizer is not None:
         assert total_steps > 0, "the schedule needs to know its length"
-        groups = trainable_groups(blueprint)
-        gradients = Gradients(groups, sharding, world=world, dtype=dtype)
-        adam = AdamW(groups, masters, config=optimizer)
+        groups = sharding.groups()
+        adam = AdamW(groups, None, config=optimizer, engine=config, rows=sharding.rows, world=world)
+        gradients = Gradients(groups, sharding, world=world, optimizer=adam, replicas=sharding.replicas)
         learner = Learner(
             adam,
             gradients,
@@ -191,5 +205,6 @@ def build_engine(
             max_skipped_steps=config.max_skipped_steps,
             loss_scale=loss_scale or LossScale.of(config),
         )
+    fill(blueprint, sharding, world=world, set_master=adam.set_master if adam else None)
     streams = config.stream_generation and config.zero_stage == 3
     return Engine(module, sharding, world=world, dtype=dtype, learner=learner, streams=streams)

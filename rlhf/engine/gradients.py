@@ -1,19 +1,21 @@
-"""The gradients of a step: fp32 sums over micro-batches and ranks, one entry of local rows for each parameter.
+"""The gradients of a step: sums over micro-batches and ranks, one entry of local rows for each parameter.
 
 Losses come divided by a global denominator, so nothing is averaged here, and the number of ranks, the accumulation and
 the micro-batch size do not change a gradient.
 
-With fp32 weights autograd and FSDP2 keep these sums in `.grad` themselves. With bf16 weights they would round each
-micro-batch's gradient (and FSDP2 each reduced one) to bf16, so it is taken away from them before that and added here.
+Every gradient is taken away from its parameter as it is made and given to the home of the parameter's optimizer state,
+which adds in fp32: autograd and FSDP2 would add bf16 gradients in bf16 (FSDP2 rounds each reduced one to bf16), and
+could add nowhere but on the device.
 
+Replicas (every parameter at stage 0, small ones at stage 3) are summed over ranks here, where FSDP2 does not.
 A parameter that no rank's loss reached has no gradient and is left alone, as in `torch.optim`. Replicas may reach
 different ones; where parameters are sharded (stages 1 to 3), every rank must reach the same.
-Left out: what is done with the sums (`optimizers.py`).
+Left out: where sums rest (`homes.py`) and what is done with them (`optimizers.py`).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Set
 from functools import partial
 from typing import NamedTuple
 
@@ -22,7 +24,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf.dist import World, sum_over_ranks
+from rlhf.engine.optimizers import AdamW, raise_failure
 from rlhf.engine.sharding import ParameterGroup, Sharding, local
+from rlhf.engine.sums import ResidentSums
 
 
 class GradientReport(NamedTuple):
@@ -35,15 +39,36 @@ class GradientReport(NamedTuple):
 class Gradients:
     """Collects what backward leaves behind until the step is taken."""
 
-    def __init__(self, groups: list[ParameterGroup], sharding: Sharding, *, world: World, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        sharding: Sharding,
+        *,
+        world: World,
+        optimizer: AdamW,
+        replicas: Set[str],
+    ) -> None:
+        """Watch the parameters from now on.
+
+        Args:
+            groups: the parameters that learn.
+            sharding: of the model.
+            world: this rank among the others.
+            optimizer: where each gradient goes.
+            replicas: parameters that every one of several ranks holds whole.
+        """
         self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
-        self._sums: dict[str, Tensor] = {}
-        self._reduced: Tensor | None = None
+        self._optimizer = optimizer
         self._world = world
-        self._copies = 1 if sharding.modules else world.size
-        if dtype != torch.float32:
-            self._collect_in_fp32(sharding)
-        self._replicas = _ReplicaSum(groups, self) if self._copies > 1 else None
+        self._reached: set[str] = set()
+        self._reduced: Tensor | None = None
+        self._copies = {name: world.size if name in replicas else 1 for name in self._parameters}
+        self._replicas = _ReplicaSum(groups, replicas, keep=self._keep) if replicas else None
+        for name, parameter in self._parameters.items():
+            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
+        narrow = any(parameter.dtype != torch.float32 for parameter in self._parameters.values())
+        for module in sharding.modules if narrow else ():
+            module.set_all_reduce_hook(self._remember)
 
     def before_backward(self, *, last: bool) -> None:
         """Get ready for a micro-batch's backward; `last` is the step's last."""
@@ -57,50 +82,32 @@ class Gradients:
             self._replicas.finish()
 
     def report(self) -> GradientReport:
-        """Norm and reach of the sums, the same on every rank, for one reduction and one wait for the device."""
-        sums = self.sums()
-        norm = torch.nn.utils.get_total_norm(sums.values()).to(self._world.device)
-        squared = norm.double().square().reshape(1) / self._copies
-        reached = squared.new_tensor([self._is_reached(name) for name in self._parameters])
-        total, *counts = sum_over_ranks(torch.cat([squared, reached])).tolist()
+        """Norm and reach of the sums, the same on every rank, for one reduction and one wait for the device.
+
+        Raises:
+            RuntimeError: a disk failed, on this rank or another.
+        """
+        homes, device = self._optimizer.homes, self._world.device
+        squares = {name: square for home in homes for name, square in home.squares().items()}
+        failures = [home.failure for home in homes if home.failure is not None]
+        total = _sum([squares[name] / self._copies[name] for name in self._parameters if name in squares], device)
+        flags = [bool(failures), *(name in self._reached for name in self._parameters)]
+        squared, failed, *counts = sum_over_ranks(torch.cat([total.reshape(1), total.new_tensor(flags)])).tolist()
+        raise_failure(failures[0] if failures else None, ranks=int(failed))
         names = {name for name, count in zip(self._parameters, counts, strict=True) if count}
-        return GradientReport(math.sqrt(total), names)
-
-    def sums(self) -> dict[str, Tensor]:
-        """This rank's rows of every sum there is, by name."""
-        found = {name: self.sum_of(name) for name in self._parameters}
-        return {name: gradient for name, gradient in found.items() if gradient is not None}
-
-    def sum_of(self, name: str) -> Tensor | None:
-        """This rank's rows of one sum, None where backward has not reached the parameter."""
-        gradient = self._parameters[name].grad
-        return self._sums.get(name) if gradient is None else local(gradient)
+        # Rounded to fp32, the last bits of the fp64 sum, which depend on the order, are gone: see `norms.py`.
+        return GradientReport(torch.tensor(squared, dtype=torch.float64).sqrt().float().item(), names)
 
     def clear(self) -> None:
         """Forget the step."""
-        self._sums.clear()
-        for parameter in self._parameters.values():
-            parameter.grad = None
+        self._reached = set()
+        for home in self._optimizer.homes:
+            home.clear()
 
-    def take(self, name: str) -> Tensor | None:
-        """Remove a sum and return it."""
-        gradient = self.sum_of(name)
-        self._sums.pop(name, None)
-        self._parameters[name].grad = None
-        return gradient
-
-    def put(self, name: str, gradient: Tensor) -> None:
-        """Make `gradient` the sum of `name`."""
-        self._sums[name] = gradient
-
-    def _is_reached(self, name: str) -> bool:
-        return name in self._replicas.reached if self._replicas else self.sum_of(name) is not None
-
-    def _collect_in_fp32(self, sharding: Sharding) -> None:
-        for name, parameter in self._parameters.items():
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
-        for module in sharding.modules:
-            module.set_all_reduce_hook(self._remember)
+    def elements(self) -> int:
+        """How many numbers of gradients this rank keeps on the device."""
+        local_sums = self._replicas.elements() if self._replicas else 0
+        return local_sums + sum(home.elements() for home in self._optimizer.homes)
 
     def _remember(self, reduced: Tensor) -> None:
         """Keep the fp32 sum over ranks of an FSDP2 group, flat, which FSDP2 is about to round and cut into gradients.
@@ -112,38 +119,57 @@ class Gradients:
         self._reduced = reduced
 
     def _collect(self, name: str, parameter: Tensor) -> None:
-        """Take one micro-batch's gradient from `parameter` and add it to the sum."""
+        """Take one micro-batch's gradient from `parameter`."""
         assert parameter.grad is not None
         gradient = local(parameter.grad)
+        parameter.grad = None
+        self._reached.add(name)
+        if self._replicas and self._replicas.takes(name):
+            self._replicas.add(name, gradient)
+            return
         if self._reduced is not None:  # `gradient` is a window on the rounded copy: open the same one on the original
             gradient = self._reduced.as_strided(gradient.size(), gradient.stride(), gradient.storage_offset())
-        parameter.grad = None
-        if name in self._sums:
-            self._sums[name] += gradient
-        else:
-            self._sums[name] = gradient.float()
+        self._keep(name, gradient)
+
+    def _keep(self, name: str, gradient: Tensor) -> None:
+        self._optimizer.home_of(name).add(name, gradient.reshape(-1))
 
 
 class _ReplicaSum:
-    """Sums the gradients of replicas (stage 0) over ranks, a group at a time, while backward goes on with the next.
+    """Sums the gradients of replicas over ranks, a group at a time, while backward goes on with the next.
 
     Groups leave in one order, that of backward, whichever parameters a rank's loss reaches: the ranks' reductions
     always match. A gradient that is missing here counts as zero, because another rank may have it.
     """
 
-    def __init__(self, groups: list[ParameterGroup], gradients: Gradients) -> None:
-        self._groups = groups[::-1]
-        self._gradients = gradients
+    def __init__(self, groups: list[ParameterGroup], names: Set[str], *, keep: Callable[[str, Tensor], None]) -> None:
+        """Sum the parameters called `names`, and give each sum over micro-batches and ranks to `keep`."""
+        mine = [{name: p for name, p in group.items() if name in names} for group in groups[::-1]]
+        self._groups = [group for group in mine if group]
+        self._group_of = {name: index for index, group in enumerate(self._groups) for name in group}
+        self._keep = keep
+        self._sums = ResidentSums()
         self._awaited: list[int] = []
         self._sent: list[tuple[dist.Work, Tensor]] = []
-        self.reached: set[str] = set()
-        for index, group in enumerate(self._groups):
-            for parameter in group.values():
-                parameter.register_post_accumulate_grad_hook(partial(self._arrive, index))
+
+    def takes(self, name: str) -> bool:
+        """Whether a parameter is a replica."""
+        return name in self._group_of
+
+    def elements(self) -> int:
+        return self._sums.elements()
 
     def begin(self) -> None:
         self._awaited = [len(group) for group in self._groups]
-        self.reached = set()
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Add a micro-batch's gradient, and send what is complete with it."""
+        self._sums.add(name, gradient.reshape(-1))
+        if not self._awaited:  # not the last micro-batch
+            return
+        self._awaited[self._group_of[name]] -= 1
+        while len(self._sent) < len(self._groups) and self._awaited[len(self._sent)] == 0:
+            self._send()
 
     def finish(self) -> None:
         while len(self._sent) < len(self._groups):
@@ -151,28 +177,30 @@ class _ReplicaSum:
         for group, (work, flat) in zip(self._groups, self._sent, strict=True):
             work.wait()
             pieces = flat.split([parameter.numel() for parameter in group.values()])
-            for (name, parameter), piece in zip(group.items(), pieces, strict=True):
-                self._gradients.put(name, piece.view_as(parameter))
+            for name, piece in zip(group, pieces, strict=True):
+                self._keep(name, piece)
         self._awaited = []
         self._sent = []
 
-    def _arrive(self, index: int, _: Tensor) -> None:
-        if not self._awaited:  # not the last micro-batch
-            return
-        self._awaited[index] -= 1
-        while len(self._sent) < len(self._groups) and self._awaited[len(self._sent)] == 0:
-            self._send()
-
     def _send(self) -> None:
-        pieces = []
-        for name, parameter in self._groups[len(self._sent)].items():
-            gradient = self._gradients.take(name)
-            if gradient is None:
-                gradient = torch.zeros_like(parameter, dtype=torch.float32)
-            else:
-                self.reached.add(name)
-            pieces.append(gradient.flatten())
+        group = self._groups[len(self._sent)]
+        taken = self._sums.take(group)
+        pieces = [
+            taken[name].float() if name in taken else torch.zeros(p.numel(), device=p.device)
+            for name, p in group.items()
+        ]
         flat = torch.cat(pieces)
         work = dist.all_reduce(flat, async_op=True)
         assert work is not None
         self._sent.append((work, flat))
+
+
+def _sum(scalars: list[Tensor], device: torch.device) -> Tensor:
+    """Of fp64 scalars on the host and on the device, in one copy."""
+    there = [scalar for scalar in scalars if scalar.device == device]
+    here = [scalar for scalar in scalars if scalar.device != device]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for part in (there, here):
+        if part:
+            total += torch.stack(part).sum().to(device)
+    return total

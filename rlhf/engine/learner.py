@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from rlhf.algorithms.schedules import learning_rate_multiplier
+from rlhf.algorithms.schedules import learning_rate
 from rlhf.config import OptimizerConfig
 from rlhf.engine.gradients import GradientReport, Gradients
 from rlhf.engine.loss_scale import LossScale
@@ -53,13 +53,13 @@ class Learner:
         """Clip, update and forget the gradients; with `skip`, only forget them. The caller updates the loss scale.
 
         Raises:
-            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
         """
         norm, reached = report
         lr = self.lr
+        self.optimizer.flush()
         if not skip:
-            sums = {name: rows for name, rows in self.gradients.sums().items() if name in reached}
-            self.optimizer.step(sums, lr=lr, scale=self._clip(norm) / self.loss_scale.value)
+            self.optimizer.step(reached, lr=lr, scale=self._clip(norm) / self.loss_scale.value)
         self.gradients.clear()
         self.steps_taken += 1
         self._count(skipped=skip, norm=norm)
@@ -68,12 +68,14 @@ class Learner:
     @property
     def lr(self) -> float:
         """Learning rate of the step that comes."""
-        return self._config.lr * learning_rate_multiplier(
+        return learning_rate(
             self.steps_taken,
+            lr=self._config.lr,
             kind=self._config.schedule,
             total_steps=self._total_steps,
             warmup_steps=self._config.warmup_of(self._total_steps),
             min_ratio=self._config.min_ratio,
+            options=self._config.schedule_options,
         )
 
     def state_dict(self) -> dict[str, Any]:

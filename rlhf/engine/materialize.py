@@ -1,44 +1,132 @@
-"""Fills a model that is on meta with weights, each rank reading the rows it keeps and no others.
+"""Gives a model that is on meta memory and weights, each rank reading the rows it keeps and no others.
 
-The model is sharded first and filled after, so no rank ever holds more than its share and one parameter's rows on top.
+The model is sharded first, then every parameter gets its place (`allocate`), then one parameter after the other is read
+and put there (`fill`). So no rank ever holds more than its share and one parameter's rows on top, and where weights and
+masters rest on disk, not even its share.
 Left out: where the rows come from (`Blueprint.weights`).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.engine.sharding import like, local
+from rlhf.config import EngineConfig, Tier
+from rlhf.engine.buffers import Buffers
+from rlhf.engine.disk import DiskFile, run_folder
+from rlhf.engine.residency import Home, Residency, lay_out, unit_bytes
+from rlhf.engine.resting_disk import DiskHome, file_bytes
+from rlhf.engine.resting_host import HostHome
+from rlhf.engine.sharding import Sharding, like, local
+from rlhf.engine.working_rows import ResidentRows
 
 if TYPE_CHECKING:
     from rlhf.dist import World
     from rlhf.models.blueprint import Blueprint
 
 
-def materialize(blueprint: Blueprint, *, dtype: torch.dtype, world: World) -> dict[str, Tensor]:
-    """Give every parameter memory on `world.device` in `dtype`, and its weights; buffers keep their type.
+def allocate(
+    blueprint: Blueprint, sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World
+) -> None:
+    """Give every parameter its place in `dtype`, on `world.device` or where working weights rest; buffers move too.
 
-    Returns:
-        This rank's rows of the fp32 master weights of the parameters that learn, as precise as the checkpoint is;
-        empty when `dtype` is fp32, where the weights are their own masters.
+    Raises:
+        RuntimeError: the disk has no room.
     """
-    _move_buffers(blueprint.module, world.device)
-    owners = _owners(blueprint.module)
-    masters = {}
-    for name, empty in list(blueprint.module.named_parameters()):
-        rows = blueprint.weights.read(name, _rows(empty, world))
-        assert rows.shape == local(empty).shape, f"{name}: read {tuple(rows.shape)} for {tuple(local(empty).shape)}"
-        filled = nn.Parameter(like(empty, _copy(rows, dtype, device=world.device)), requires_grad=empty.requires_grad)
-        if empty.requires_grad and dtype != torch.float32:
-            masters[name] = _copy(rows, torch.float32, device=world.device)
-        for module, key in owners[id(empty)]:
-            module.register_parameter(key, filled)
-    return masters
+    module = blueprint.module
+    _move_buffers(module, world.device)
+    owners = _owners(module)
+
+    def place(parameter: nn.Parameter, rows: Tensor) -> None:
+        placed = nn.Parameter(like(parameter, rows), requires_grad=parameter.requires_grad)
+        for owner, key in owners[id(parameter)]:
+            owner.register_parameter(key, placed)
+
+    resting = {}
+    for name, parameter in list(module.named_parameters()):
+        if sharding.tier != Tier.device and isinstance(parameter, DTensor):
+            resting[name] = parameter
+        else:
+            place(parameter, torch.empty(local(parameter).shape, dtype=dtype, device=world.device))
+    if resting:
+        sharding.rows = _residency(sharding, config=config, dtype=dtype, world=world)
+        for name, parameter in resting.items():
+            place(parameter, sharding.rows.stand_in(name, world.device))
+
+
+@torch.no_grad()
+def fill(
+    blueprint: Blueprint,
+    sharding: Sharding,
+    *,
+    world: World,
+    set_master: Callable[[str, Tensor], None] | None = None,
+) -> None:
+    """Read the weights, one parameter at a time, into their places.
+
+    Args:
+        blueprint: with every parameter allocated.
+        sharding: of it.
+        world: this rank among the others.
+        set_master: takes the name and fp32 rows of each parameter that learns, as precise as the checkpoint is.
+    """
+    for name, parameter in blueprint.module.named_parameters():
+        rows = blueprint.weights.read(name, _rows(parameter, world))
+        assert rows.shape == local(parameter).shape, f"{name}: {tuple(rows.shape)} for {tuple(local(parameter).shape)}"
+        if sharding.rows is not None and name in sharding.rows:
+            sharding.rows.write(name, 0, rows.flatten())
+        else:
+            local(parameter).copy_(rows)
+        if set_master is not None and parameter.requires_grad:
+            set_master(name, rows.float())
+    if sharding.rows is not None:
+        sharding.rows.flush()
+
+
+def _residency(sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World) -> Residency:
+    module = sharding.module
+    sharded = {name: p.shape for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in sharding.units]
+    slots = lay_out(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
+    sizes = unit_bytes(slots, len(shapes))
+    in_memory = _in_memory(sizes, config=config, dtype=dtype)
+    pin = config.pin_memory and world.device.type == "cuda"
+    on_host = [size if index in in_memory else 0 for index, size in enumerate(sizes)]
+    on_disk = [size if index not in in_memory else 0 for index, size in enumerate(sizes)]
+    host = HostHome(on_host, device=world.device, pin=pin)
+    homes: list[Home] = [host] * len(sizes)
+    if any(on_disk):
+        disk = _disk_home(on_disk, config=config, world=world)
+        homes = [host if size == 0 else disk for size in on_disk]
+    return Residency(slots, homes, dtype=dtype, others=ResidentRows([dict(module.named_parameters())]))
+
+
+def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
+    """The units that rest in host memory: all, or with nvme the first ones up to `parameters_in_cpu` elements."""
+    if config.parameter_tier == Tier.cpu:
+        return set(range(len(sizes)))
+    chosen, left = set(), config.parameters_in_cpu * dtype.itemsize
+    for index, size in enumerate(sizes):
+        if size <= left:
+            chosen.add(index)
+            left -= size
+    return chosen
+
+
+def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> DiskHome:
+    assert config.nvme_path is not None, "the settings were checked"
+    file = DiskFile(
+        run_folder(config.nvme_path, rank=world.rank) / "parameters",
+        nbytes=file_bytes(sizes),
+        label="working weights (engine.parameter_tier=nvme)",
+    )
+    buffers = Buffers(config.buffer_count, nbytes=4 * config.buffer_size, pin=config.pin_memory)
+    return DiskHome(sizes, file=file, buffers=buffers, device=world.device)
 
 
 def _rows(parameter: Tensor, world: World) -> slice:
@@ -48,11 +136,6 @@ def _rows(parameter: Tensor, world: World) -> slice:
         return slice(0, total)
     share = -(-total // world.size)
     return slice(min(world.rank * share, total), min((world.rank + 1) * share, total))
-
-
-def _copy(rows: Tensor, dtype: torch.dtype, *, device: torch.device) -> Tensor:
-    """A copy of its own: what was read may be a view of a file."""
-    return torch.empty(rows.shape, dtype=dtype, device=device).copy_(rows)
 
 
 def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -1,192 +1,229 @@
-"""AdamW on the rows that a rank holds, with fp32 master weights, a group of parameters at a time.
+"""AdamW on the rows that a rank holds, with fp32 master weights, wherever gradients and state rest.
 
-A group's state is an object of its own, which a step loads, changes and stores: the state need not live where the
-parameters do. Left out: other homes for the state, gradient norms, and the learning rate's schedule.
+Each group of parameters has a home; a step visits them in the order of the forward pass. Left out: the homes
+themselves (`homes.py`, `home_nvme.py`), gradient norms, and the learning rate's schedule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from rlhf.config import OptimizerConfig
+from rlhf.config import EngineConfig, OptimizerConfig
+from rlhf.dist import World, sum_over_ranks
+from rlhf.engine.delayed import Background
+from rlhf.engine.homes import PARTS, StateHome, Update
+from rlhf.engine.residency import Residency, WorkingRows
 from rlhf.engine.sharding import ParameterGroup, like, local
+from rlhf.engine.tiers import Tiers
+from rlhf.engine.working_rows import EitherRows, ResidentRows
 
-
-@dataclass
-class AdamState:
-    """What AdamW keeps of a group: local rows by parameter name, all fp32."""
-
-    masters: dict[str, Tensor]  # empty where the parameters are fp32 themselves
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-    steps: dict[str, Tensor]  # [] each: updates so far, for the bias correction
-
-
-class StateHome(Protocol):
-    """Where the state of one group rests between steps."""
-
-    def load(self) -> AdamState:
-        """The state, on the parameters' device."""
-
-    def store(self, state: AdamState) -> None:
-        """Take the changed state back."""
-
-
-class Resident:
-    """A home on the parameters' device: nothing moves."""
-
-    def __init__(self, state: AdamState) -> None:
-        self._state = state
-
-    def load(self) -> AdamState:
-        """The state itself."""
-        return self._state
-
-    def store(self, state: AdamState) -> None:
-        """Nothing to do: the state was changed in place."""
-        self._state = state
+Masters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
+"""fp32 rows by name, or one after the other."""
 
 
 class AdamW:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2), none of it on biases and norms."""
 
-    def __init__(self, groups: list[ParameterGroup], masters: Mapping[str, Tensor], *, config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        groups: list[ParameterGroup],
+        masters: Masters | None,
+        *,
+        config: OptimizerConfig,
+        engine: EngineConfig | None = None,
+        rows: Residency | None = None,
+        world: World | None = None,
+    ) -> None:
         """Start at zero moments.
 
         Args:
             groups: the parameters that learn, in the order of the forward pass.
-            masters: local rows of their fp32 master weights; empty where the parameters are fp32.
+            masters: this rank's rows of their fp32 master weights, consumed one at a time. A parameter without one
+                starts from its working weights. None where `set_master` will be called for every parameter.
             config: learning rate and schedule in it are not used here.
+            engine: tiers and what goes with them; None keeps everything on the device.
+            rows: of working weights that do not rest on the device; None where all do.
+            world: this rank among the others; None for a process alone.
+
+        Raises:
+            ValueError: settings that exclude each other.
+            RuntimeError: the disk has no room.
         """
         self.groups = groups
-        self.homes: list[StateHome] = [Resident(_zero_state(group, masters)) for group in groups]
-        self._config = config
+        self._world = world or World.alone()
+        engine = engine or EngineConfig(zero_stage=0)
+        self._rows: WorkingRows = ResidentRows(groups)
+        if rows is not None:
+            self._rows = EitherRows(rows, self._rows)
+        self.homes: list[StateHome] = Tiers(
+            groups, config, engine, self._world, None if rows is None else self._rows
+        ).homes()
+        self._home_of = {shape.name: home for home in self.homes for shape in home.shapes}
+        self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
+        self._background = Background() if engine.delayed_update else None
+        self._fill(masters)
 
-    @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], *, lr: float, scale: float = 1.0) -> None:
-        """Update the parameters that have a gradient; their working weights follow their masters.
+    def home_of(self, name: str) -> StateHome:
+        """Where the state and gradient of a parameter rest."""
+        return self._home_of[name]
+
+    def set_master(self, name: str, rows: Tensor) -> None:
+        """Set a parameter's fp32 weights, where it has some beside the working weights, which stay as they are."""
+        home = self._home_of[name]
+        if home.has_masters:
+            home.write(name, "weight", rows)
+
+    def step(self, reached: Collection[str], *, lr: float, scale: float = 1.0) -> None:
+        """Update the parameters that have a gradient, from the sums in their homes; working weights follow masters.
+
+        With delayed updates, what the last step computed is published, and this one is computed in the background.
 
         Args:
-            gradients: local rows of fp32 gradients, by parameter name.
+            reached: names of the parameters that have a gradient on some rank.
             lr: learning rate.
             scale: factor on every gradient, applied on the way.
-        """
-        for group, home in zip(self.groups, self.homes, strict=True):
-            names = [name for name in group if name in gradients]
-            state = home.load()
-            if names:
-                torch._foreach_add_([state.steps[name] for name in names], 1)
-            matrices = [name for name in names if group[name].ndim >= 2]
-            vectors = [name for name in names if group[name].ndim < 2]
-            for part, decay in ((matrices, self._config.weight_decay), (vectors, 0.0)):
-                self._update(_Rows(group, state, gradients, part), lr=lr, decay=decay, scale=scale)
-            _publish(group, state)
-            home.store(state)
 
-    def _update(self, rows: _Rows, *, lr: float, decay: float, scale: float) -> None:
-        if not rows.weights:
+        Raises:
+            RuntimeError: a disk failed, on this or another rank; the weights are of no use any more.
+        """
+        self.flush()
+        update = Update(reached, lr, scale)
+        if self._background is None:
+            for home in self.homes:
+                home.begin()
+                home.step(update)
+            self._publish(())
+            self._agree()
             return
-        beta1, beta2 = self._config.betas
-        divisor = None if scale == 1 else torch.full((), 1 / scale, device=rows.weights[0].device)
-        torch._fused_adamw_(
-            rows.weights,
-            rows.gradients,
-            rows.exp_avg,
-            rows.exp_avg_sq,
-            [],
-            rows.steps,
-            lr=lr,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=decay,
-            eps=self._config.eps,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=divisor,
-        )
+        for home in self.homes:
+            home.begin()
+        self._background.start(partial(self._update, update))
 
-    def masters(self) -> dict[str, Tensor]:
-        """The fp32 weights by parameter name, sharded as the parameters are."""
-        return {name: entry["weight"] for name, entry in self.state_dict().items()}
+    def flush(self) -> None:
+        """Finish and publish a delayed update, so that the working weights are those of all steps so far."""
+        if self._background is not None and self._background.finish():
+            self._publish(self.homes)
 
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a resumed run needs, by parameter name, sharded as the parameters are.
+    def close(self) -> None:
+        """Finish, and remove files."""
+        if self._background is not None:
+            self._background.finish()
+        for home in self.homes:
+            home.close()
 
-        The tensors share the optimizer's memory where the state is resident, so they can be filled in place.
-        """
-        entries: dict[str, dict[str, Tensor]] = {}
-        for group, home in zip(self.groups, self.homes, strict=True):
-            state = home.load()
-            for name, parameter in group.items():
-                entries[name] = {
-                    "weight": like(parameter, state.masters[name]) if state.masters else parameter.detach(),
-                    "exp_avg": like(parameter, state.exp_avg[name]),
-                    "exp_avg_sq": like(parameter, state.exp_avg_sq[name]),
-                    "step": state.steps[name],
-                }
-        return entries
+    def names(self) -> list[str]:
+        """The parameters that learn, in the order of the forward pass."""
+        return list(self._home_of)
+
+    def entries(self) -> Iterator[tuple[str, str]]:
+        """Parameter and part (of `PARTS`) of every tensor of the state; `steps` are the rest of it."""
+        return ((name, part) for name in self._home_of for part in PARTS)
+
+    def in_memory(self, name: str) -> bool:
+        """False where `read_rows` reads from a disk."""
+        return self._home_of[name].in_memory
+
+    def read_rows(self, name: str, part: str) -> Tensor:
+        """This rank's rows of one part: fp32, a copy or the memory itself; "weight" is the fp32 master."""
+        self.flush()
+        return self._home_of[name].read(name, part)
 
     @torch.no_grad()
+    def write_rows(self, name: str, part: str, rows: Tensor) -> None:
+        """Set this rank's rows of one part; working weights follow "weight"."""
+        self.flush()
+        self._home_of[name].write(name, part, rows)
+        if part == "weight":
+            self._rows.write(name, 0, rows.reshape(-1))
+            self._rows.flush()
+
+    def steps(self) -> dict[str, float]:
+        """Updates so far of each parameter."""
+        self.flush()
+        return {name: home.steps[name].item() for name, home in self._home_of.items()}
+
+    def load_steps(self, steps: Mapping[str, float]) -> None:
+        """Set what `steps` returned."""
+        self.flush()
+        for name, home in self._home_of.items():
+            home.steps[name].fill_(steps[name])
+
+    def master(self, name: str) -> Tensor:
+        """fp32 weights of a parameter, sharded as it is."""
+        return like(self._parameters[name], self.read_rows(name, "weight"))
+
+    def masters(self) -> dict[str, Tensor]:
+        """All of them at once."""
+        return {name: self.master(name) for name in self._home_of}
+
+    def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """Everything that a resumed run needs, by parameter name, sharded as the parameters are, all in memory.
+
+        The tensors share the optimizer's memory where the state is fp32 and in memory, so they can be filled in place.
+        """
+        steps = {name: home.steps[name] for name, home in self._home_of.items()}
+        entries: dict[str, dict[str, Tensor]] = {name: {"step": step} for name, step in steps.items()}
+        for name, part in self.entries():
+            entries[name][part] = like(self._parameters[name], self.read_rows(name, part))
+        return entries
+
     def load_state_dict(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
         """Continue from `state_dict()`, of a model sharded as this one is; the working weights follow.
 
         Raises:
             ValueError: the parameters are not the ones that learn here.
         """
-        names = {name for group in self.groups for name in group}
-        if names != entries.keys():
+        if self._home_of.keys() != entries.keys():
             raise ValueError(
-                f"optimizer state: found parameters {sorted(entries.keys() - names)} that do not learn here, and "
-                f"missed {sorted(names - entries.keys())}; use the model and lora settings of the saved run."
+                f"optimizer state: found parameters {sorted(entries.keys() - self._home_of.keys())} that do not learn "
+                f"here, and missed {sorted(self._home_of.keys() - entries.keys())}; use the model and lora settings of "
+                "the saved run."
             )
-        for group, home in zip(self.groups, self.homes, strict=True):
-            state = home.load()
-            for name, parameter in group.items():
-                _weight(parameter, name, state=state).copy_(local(entries[name]["weight"]))
-                state.exp_avg[name].copy_(local(entries[name]["exp_avg"]))
-                state.exp_avg_sq[name].copy_(local(entries[name]["exp_avg_sq"]))
-                state.steps[name].copy_(entries[name]["step"])
-            _publish(group, state)
-            home.store(state)
+        for name, part in self.entries():
+            self.write_rows(name, part, local(entries[name][part]))
+        self.load_steps({name: entry["step"].item() for name, entry in entries.items()})
+
+    def _fill(self, masters: Masters | None) -> None:
+        if masters is None:
+            return
+        missing = {name for name, home in self._home_of.items() if home.has_masters}
+        for name, rows in masters.items() if isinstance(masters, Mapping) else masters:
+            self.set_master(name, rows)
+            missing.discard(name)
+        for name in missing:
+            self.set_master(name, self._rows.read(name, 0, local(self._parameters[name]).numel()))
+
+    def _update(self, update: Update) -> None:
+        for home in self.homes:
+            home.step(update)
+
+    def _publish(self, homes: Collection[StateHome]) -> None:
+        for home in homes:
+            home.publish()
+        for rows in {id(home.rows): home.rows for home in self.homes}.values():
+            rows.flush()
+
+    def _agree(self) -> None:
+        """Raise on all ranks what failed on one."""
+        if all(home.in_memory for home in self.homes):
+            return
+        failures = [home.failure for home in self.homes if home.failure is not None]
+        failed = sum_over_ranks(torch.tensor(float(bool(failures)), device=self._world.device))
+        raise_failure(failures[0] if failures else None, ranks=int(failed.item()))
 
 
-class _Rows:
-    """Lists for the fused kernel, without the parameters of which this rank holds no row."""
+def raise_failure(failure: RuntimeError | None, *, ranks: int) -> None:
+    """Raise this rank's failure, or, where only others failed, that they did.
 
-    def __init__(
-        self, group: ParameterGroup, state: AdamState, gradients: Mapping[str, Tensor], names: list[str]
-    ) -> None:
-        names = [name for name in names if gradients[name].numel()]
-        self.weights = [_weight(group[name], name, state=state) for name in names]
-        self.gradients = [gradients[name] for name in names]
-        self.exp_avg = [state.exp_avg[name] for name in names]
-        self.exp_avg_sq = [state.exp_avg_sq[name] for name in names]
-        self.steps = [state.steps[name] for name in names]
-
-
-def _zero_state(group: ParameterGroup, masters: Mapping[str, Tensor]) -> AdamState:
-    def zeros(parameter: Tensor) -> Tensor:
-        return torch.zeros_like(local(parameter), dtype=torch.float32)
-
-    return AdamState(
-        masters={name: masters[name] for name in group if masters},
-        exp_avg={name: zeros(parameter) for name, parameter in group.items()},
-        exp_avg_sq={name: zeros(parameter) for name, parameter in group.items()},
-        steps={name: torch.zeros((), device=parameter.device) for name, parameter in group.items()},
-    )
-
-
-def _weight(parameter: Tensor, name: str, *, state: AdamState) -> Tensor:
-    """The fp32 rows that learn: the master's, or the parameter's own."""
-    return state.masters[name] if state.masters else local(parameter)
-
-
-def _publish(group: ParameterGroup, state: AdamState) -> None:
-    """Round the masters into the working weights, where there are masters."""
-    if state.masters:
-        torch._foreach_copy_([local(group[name]) for name in group], [state.masters[name] for name in group])
+    Args:
+        failure: this rank's.
+        ranks: how many failed.
+    """
+    if failure is not None:
+        raise failure
+    if ranks:
+        raise RuntimeError(f"{ranks} other rank(s) could not use the disk (engine.nvme_path): see their messages.")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf.config import LoraConfig
 from rlhf.models.blueprint import Blueprint, assemble
@@ -33,15 +33,21 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
     folder = local_folder(path)
     config = decoder_config(folder)
     checkpoint = Checkpoint(folder)
-    module = skeleton(AutoModelForCausalLM, with_dropout(config, dropout))
+    module = causal_lm_module(with_dropout(config, dropout))
     if (folder / "generation_config.json").is_file():
         module.generation_config = GenerationConfig.from_pretrained(folder)
     config.architectures = [type(module).__name__]
     # An export writes the checkpoint's own dropout; the modules below have theirs from the other copy.
     config._attn_implementation = module.config._attn_implementation
     module.config = config
-    module.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
     return assemble(module, open_weights(module, checkpoint), config=config, new={}, lora=lora, seed=seed)
+
+
+def causal_lm_module(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a language model of this configuration, parameters on meta."""
+    module = skeleton(AutoModelForCausalLM, config)
+    module.get_output_embeddings().register_forward_pre_hook(_in_one_piece)
+    return module
 
 
 def _in_one_piece(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:

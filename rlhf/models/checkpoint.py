@@ -22,11 +22,12 @@ _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _HUB_SKIPPED = ["*/*", "consolidated*"]
 
 
-def local_folder(path: str | Path) -> Path:
+def local_folder(path: str | Path, *, weights: bool = True) -> Path:
     """The folder that holds the model `path` names.
 
     Args:
         path: A folder, or a hub id, which is downloaded into the hub's cache.
+        weights: False leaves them where they are, for whoever only asks how large they are.
 
     Raises:
         ValueError: There is no such folder and no such model on the hub, or the hub cannot be reached.
@@ -39,7 +40,8 @@ def local_folder(path: str | Path) -> Path:
             f"Model {str(path)!r}: there is no such folder, and it is no hub id such as `Qwen/Qwen3-0.6B`."
         )
     try:
-        return Path(snapshot_download(str(path), allow_patterns=_HUB_FILES, ignore_patterns=_HUB_SKIPPED))
+        wanted = _HUB_FILES if weights else ["*.json"]
+        return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=_HUB_SKIPPED))
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(
             f"Model {str(path)!r}: there is no such folder here, and the hub gave none either "

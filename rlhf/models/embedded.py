@@ -44,6 +44,29 @@ _NO_WHEEL = (
     "Give your own model with `model.path=FOLDER model.embedded=null`, or run `experiment=smoke`, which needs none."
 )
 
+_SHAPES: dict[Embedded, dict[str, object]] = {
+    Embedded.tiny: {
+        "vocab_size": 259,
+        "hidden_size": 64,
+        "intermediate_size": 176,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": True,
+    },
+    Embedded.smollm2: {
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
+
 _PAD, _EOS, _TURN = "<|pad|>", "<|im_end|>", "<|im_start|>"
 _CHATML = (
     "{% for message in messages %}"
@@ -80,6 +103,11 @@ def prepare(kind: Embedded, path: str | Path) -> Path:
     return folder
 
 
+def embedded_config(kind: Embedded) -> LlamaConfig:
+    """The shape of the embedded model `kind`, which need not have been made."""
+    return LlamaConfig(**_SHAPES[kind])
+
+
 def _publish(made: Path, folder: Path) -> None:
     try:
         made.rename(folder)
@@ -104,19 +132,8 @@ def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokeniz
 
 def _make_tiny(folder: Path) -> None:
     tokenizer = byte_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    config = LlamaConfig(**_SHAPES[Embedded.tiny], **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)

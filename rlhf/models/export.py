@@ -1,13 +1,13 @@
 """Write a trained model as a folder that plain transformers loads, without ever holding the model.
 
-Tensors arrive one at a time, are merged with their adapters, and leave in shards. The folder appears complete or not at
-all, and nothing in it is pickled. Left out: gathering (the engine), `stage.json` (the stages).
+Tensors arrive one at a time, are merged with their adapters, and go straight to their place in a file: what is held is
+one layer, and the adapters. The folder appears complete or not at all, and nothing in it is pickled.
+Left out: gathering (the engine), `stage.json` (the stages).
 """
 
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models import lora
+from rlhf.models.streaming import Entry, ShardedFiles
 from rlhf.models.weights import persistent_buffers
 
 _METADATA = {"format": "pt"}
@@ -44,8 +45,8 @@ def export(
         folder: Appears when it is complete.
         tokenizer: Saved with its chat template; its pad token goes into the configuration.
         write: False takes the tensors and writes nothing: what all ranks but one do while an engine gathers.
-        dtype: Floating-point tensors are stored in this type; None keeps theirs.
-        max_shard_bytes: A shard is closed before it grows beyond this; about what is held in memory at once.
+        dtype: Floating-point tensors are stored in this type; None takes that of the module's parameter.
+        max_shard_bytes: No file holds more, but for one tensor that is larger.
     """
     if not write:
         deque(tensors, maxlen=0)
@@ -54,12 +55,15 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     adapters: dict[str, Tensor] = {}
-    writer = _ShardWriter(partial, max_shard_bytes)
-    for name, tensor in _plain_tensors(module, tensors, adapters=adapters):
-        writer.add(name, tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor)
-    assert writer.names >= _plain_names(module), f"never arrived: {sorted(_plain_names(module) - writer.names)[:3]}"
-    writer.finish()
-    _write_model_config(partial, module.config, pad_id=tokenizer.pad_token_id, dtype=writer.dtype)
+    entries = _entries(module, dtype)
+    files = ShardedFiles(partial, entries, max_shard_bytes=max_shard_bytes)
+    try:
+        for name, tensor in _plain_tensors(module, tensors, adapters=adapters):
+            files.write(name, tensor)
+        files.finish()
+    finally:
+        files.close()
+    _write_model_config(partial, module.config, pad_id=tokenizer.pad_token_id, dtype=_dtype_of(entries))
     tokenizer.save_pretrained(partial)
     if isinstance(module, PreTrainedModel):
         _write_generation_config(partial, module.generation_config, tokenizer=tokenizer)
@@ -68,50 +72,20 @@ def export(
     _publish(partial, folder)
 
 
-class _ShardWriter:
-    """Collects tensors into files of bounded size."""
+def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:
+    """What the plain model has, buffers included, in the order of the modules."""
+    own = [(name, p) for name, p in module.named_parameters() if ".lora_" not in name]
+    plain = [(name.replace(".base_layer.", "."), p) for name, p in own]
+    return [
+        Entry(name, tensor.shape, dtype if dtype and tensor.is_floating_point() else tensor.dtype)
+        for name, tensor in (*plain, *persistent_buffers(module))
+    ]
 
-    def __init__(self, folder: Path, max_bytes: int) -> None:
-        self.names: set[str] = set()
-        self.dtype = torch.float32  # of the last matrix: what `config.json` calls the model's type
-        self._folder = folder
-        self._max_bytes = max_bytes
-        self._shard: dict[str, Tensor] = {}
-        self._shard_bytes = 0
-        self._written: list[list[str]] = []
-        self._total_bytes = 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        assert name not in self.names, f"{name} arrived twice"
-        if self._shard and self._shard_bytes + tensor.nbytes > self._max_bytes:
-            self._flush()
-        self.names.add(name)
-        self.dtype = tensor.dtype if tensor.dim() > 1 and name != "score.weight" else self.dtype
-        self._shard[name] = tensor.detach().contiguous()
-        self._shard_bytes += tensor.nbytes
-
-    def finish(self) -> None:
-        """Write the last shard, then give all of them their final names."""
-        self._flush()
-        count = len(self._written)
-        if count == 1:
-            self._file(0).rename(self._folder / "model.safetensors")
-            return
-        final = [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
-        for number, name in enumerate(final):
-            self._file(number).rename(self._folder / name)
-        files = {name: file for names, file in zip(self._written, final, strict=True) for name in names}
-        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": dict(sorted(files.items()))}
-        _write_json(self._folder / "model.safetensors.index.json", index)
-
-    def _flush(self) -> None:
-        save_file(self._shard, self._file(len(self._written)), metadata=_METADATA)
-        self._written.append(list(self._shard))
-        self._total_bytes += self._shard_bytes
-        self._shard, self._shard_bytes = {}, 0
-
-    def _file(self, number: int) -> Path:
-        return self._folder / f"shard-{number}.safetensors"
+def _dtype_of(entries: list[Entry]) -> torch.dtype:
+    """What `config.json` calls the model's type: that of its last matrix."""
+    matrices = [entry.dtype for entry in entries if len(entry.shape) > 1 and entry.name != "score.weight"]
+    return matrices[-1] if matrices else torch.float32
 
 
 def _plain_tensors(
@@ -132,11 +106,6 @@ def _set_aside(tensors: Iterable[tuple[str, Tensor]], adapters: dict[str, Tensor
         if ".lora_" in name or name == "score.weight":
             adapters[name] = tensor
         yield name, tensor
-
-
-def _plain_names(module: nn.Module) -> set[str]:
-    names = [name for name, _ in module.named_parameters() if ".lora_" not in name]
-    return {name.replace(".base_layer.", ".") for name in names}
 
 
 def _write_model_config(folder: Path, config: PreTrainedConfig, *, pad_id: int, dtype: torch.dtype) -> None:
@@ -171,7 +140,3 @@ def _publish(partial: Path, folder: Path) -> None:
         folder.rename(replaced)
     partial.rename(folder)
     shutil.rmtree(replaced, ignore_errors=True)
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -5,8 +5,11 @@ import pytest
 from tests.engine import scenarios
 from tests.run_on_ranks import run_on_ranks
 
-BOTH = "parity peeked tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank resumed frozen"
-PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading"}
+BOTH = (
+    "parity peeked tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank resumed frozen "
+    "tiers failing_disks resting"
+)
+PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading tiers resting"}
 
 
 @pytest.fixture(scope="session")

@@ -1,9 +1,7 @@
 """What each ZeRO stage holds, and when."""
 
 import pytest
-import torch
 
-from rlhf.engine.sharding import trainable_groups
 from tests.engine import tiny
 
 TOTAL = sum(parameter.numel() for parameter in tiny.reference().parameters())
@@ -37,21 +35,3 @@ def test_gradients_are_reduced_when_the_stage_says_and_then_every_rank_has_a_sha
     assert first == (TOTAL if after_the_first else 0)
     assert second == TOTAL
     assert after == 0
-
-
-def test_groups_follow_the_forward_pass_and_leave_out_what_is_frozen():
-    plan = tiny.blueprint(lambda name: "lm_head" in name or ("up_proj" in name and "layers.1" not in name))
-    assert [list(group) for group in trainable_groups(plan)] == [
-        ["llama.lm_head.weight"],
-        ["llama.model.layers.0.mlp.up_proj.weight"],
-        ["llama.model.layers.2.mlp.up_proj.weight"],
-    ]
-
-
-def test_a_tied_parameter_is_in_one_group_once():
-    groups = trainable_groups(tiny.blueprint(tied=True))
-    names = [name for group in groups for name in group]
-    assert names[0] == "llama.model.embed_tokens.weight"
-    assert "llama.lm_head.weight" not in names
-    assert len({id(parameter) for group in groups for parameter in group.values()}) == len(names)
-    assert all(parameter.device == torch.device("meta") for group in groups for parameter in group.values())

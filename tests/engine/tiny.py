@@ -49,14 +49,14 @@ class Plain(nn.Module):
         return self.llama(input_ids=input_ids).logits
 
 
-def reference(tied=False, odd=False):
+def reference(tied=False, odd=False, layers=3):
     """The model as transformers makes it, fp32, always the same random weights."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=32,
         intermediate_size=71,
-        num_hidden_layers=3,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,

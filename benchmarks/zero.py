@@ -1,0 +1,154 @@
+"""What ZeRO costs here: disk, CPU Adam, steps per tier and stage, growth, and training within a memory limit.
+
+Run the parts one at a time, each replaces its section of `benchmarks/results/zero.md`:
+
+    python -m benchmarks.zero disk
+    python -m benchmarks.zero adam --peer PYTHON
+    python -m benchmarks.zero step --peer PYTHON --sizes 25M 125M --ranks 1 2 --precisions fp32 bf16
+    python -m benchmarks.zero growth
+    python -m benchmarks.zero capped --size 500M --limit-mb 1500
+
+PYTHON is an interpreter with torch, transformers, deepspeed and ninja (`pip install deepspeed==0.19.8 ninja`;
+`libaio-dev` for its disk tier): it compiles its operators on first use, some minutes. Without it the peer is skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from itertools import product
+from pathlib import Path
+
+from benchmarks import zero_adam, zero_disk, zero_growth, zero_step
+from benchmarks.zero_case import Case, Outcome, run
+from benchmarks.zero_records import Records
+from benchmarks.zero_report import write_section
+
+log = logging.getLogger(__name__)
+
+
+def disk(arguments: argparse.Namespace) -> str:
+    """GB/s of tiles on disk against bare sequential requests."""
+    return zero_disk.compare(
+        arguments.folder,
+        nbytes=int(arguments.gigabytes * 1e9),
+        tile=arguments.buffer_size * 4 // 4096 * 4096,
+        buffers=arguments.buffer_count,
+        rounds=arguments.rounds,
+    )
+
+
+def adam(arguments: argparse.Namespace) -> str:
+    """GB/s of AdamW on the CPU against an in-place pass over memory, and against DeepSpeed."""
+    return zero_adam.compare(arguments.peer, elements=arguments.elements, rounds=arguments.rounds)
+
+
+def step(arguments: argparse.Namespace) -> str:
+    """Time and memory of a training step per tier and stage."""
+    skipped = [] if arguments.peer else ["DeepSpeed was skipped: no Python with it was named (--peer)."]
+    texts = [
+        zero_step.compare(
+            _records(arguments),
+            _template(arguments, size=size, ranks=ranks, precision=precision),
+            rows=arguments.rows,
+            rounds=arguments.rounds,
+            peer=arguments.peer is not None,
+        )
+        for size, ranks, precision in product(arguments.sizes, arguments.ranks, arguments.precisions)
+    ]
+    return "\n\n".join([*skipped, *texts])
+
+
+def growth(arguments: argparse.Namespace) -> str:
+    """Cost of a step as parameters grow."""
+    return zero_growth.grow(
+        _records(arguments),
+        _template(arguments, size="", ranks=1, precision=arguments.precision),
+        sizes=arguments.sizes,
+        rows=arguments.rows,
+        rounds=arguments.rounds,
+    )
+
+
+def capped(arguments: argparse.Namespace) -> str:
+    """Training with model states far larger than the memory."""
+    stage, optimizer_tier, parameter_tier = zero_step.ROWS["3-nvme-nvme"]
+    template = _template(arguments, size=arguments.size, ranks=arguments.ranks, precision=arguments.precision)
+    fields = {**vars(template), "stage": stage, "optimizer_tier": optimizer_tier, "parameter_tier": parameter_tier}
+    return zero_growth.train_capped(Case(**fields), folder=arguments.folder, limit=int(arguments.limit_mb * 1e6))
+
+
+def _template(arguments: argparse.Namespace, *, size: str, ranks: int, precision: str) -> Case:
+    buffers = {"buffer_count": arguments.buffer_count, "buffer_size": arguments.buffer_size}
+    return Case(
+        "ours",
+        size,
+        ranks=ranks,
+        precision=precision,
+        steps=arguments.steps,
+        warmup=min(2, arguments.steps - 1),
+        sequences=arguments.sequences,
+        length=arguments.length,
+        settings=buffers,
+    )
+
+
+def _records(arguments: argparse.Namespace) -> Records:
+    def runner(case: Case) -> Outcome:
+        python = arguments.peer if case.contender == "deepspeed" else sys.executable
+        return run(case, folder=arguments.folder, python=python)
+
+    return Records(arguments.records, runner=runner)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = parser.add_subparsers(dest="part", required=True)
+    for action in (disk, adam, step, growth, capped):
+        part = parts.add_parser(action.__name__, help=action.__doc__)
+        part.set_defaults(action=action)
+        part.add_argument("--folder", type=Path, default=Path("outputs/zero"), help="on the disk to use")
+        part.add_argument("--rounds", type=int, default=3)
+        part.add_argument("--buffer-count", type=int, default=4)
+        part.add_argument("--buffer-size", type=int, default=8_000_000, help="elements of four bytes")
+        if action in (step, growth, capped):
+            _add_training(part)
+    parts.choices["disk"].add_argument("--gigabytes", type=float, default=2.0)
+    parts.choices["adam"].add_argument("--elements", type=int, default=100_000_000)
+    for name in ("adam", "step"):
+        parts.choices[name].add_argument("--peer", help="interpreter with deepspeed")
+    for name in ("step", "growth"):
+        parts.choices[name].add_argument("--rows", nargs="+", choices=zero_step.ROWS, default=list(zero_step.ROWS))
+    parts.choices["step"].add_argument("--sizes", nargs="+", default=["25M", "125M"])
+    parts.choices["step"].add_argument("--ranks", type=int, nargs="+", default=[1, 2])
+    parts.choices["step"].add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    parts.choices["growth"].add_argument("--sizes", nargs="+", default=["25M", "60M", "125M", "250M", "500M"])
+    for name in ("growth", "capped"):
+        parts.choices[name].add_argument("--precision", default="bf16")
+    parts.choices["capped"].add_argument("--size", default="500M")
+    parts.choices["capped"].add_argument("--ranks", type=int, default=1)
+    parts.choices["capped"].add_argument("--limit-mb", type=float, default=1500)
+    return parser
+
+
+def _add_training(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--steps", type=int, default=6)
+    part.add_argument("--sequences", type=int, default=2)
+    part.add_argument("--length", type=int, default=128)
+    part.add_argument("--records", type=Path, default=Path("outputs/zero/records.jsonl"))
+
+
+def main() -> None:
+    """Measure one part and write its section."""
+    arguments = _parser().parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    arguments.folder = arguments.folder.resolve()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    text = arguments.action(arguments)
+    write_section(arguments.part, text)
+    log.info("%s", text)
+
+
+if __name__ == "__main__":
+    main()

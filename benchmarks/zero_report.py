@@ -1,0 +1,42 @@
+"""Tables of measurements and the file that keeps them.
+
+Every part of the benchmark owns one section of `benchmarks/results/zero.md`, which a new run replaces.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import date
+from pathlib import Path
+
+from benchmarks.reviews import hardware
+
+RESULT = Path(__file__).parent / "results/zero.md"
+_TITLE = "# ZeRO: tiers, stages and the peer\n"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def spread(values: Sequence[float], digits: int = 2) -> str:
+    """Median, lowest and highest; a dash where nothing was measured."""
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}" if values else "–"
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
+
+
+def write_section(part: str, text: str, *, result: Path = RESULT) -> None:
+    """Replace a part's section, or add it, under the command that this process was started with."""
+    command = shlex.join(["python", "-m", "benchmarks.zero", *sys.argv[1:]])
+    section = f"## {part}\n\n`{command}`, {date.today()}, {hardware()}.\n\n{text.strip()}\n"
+    known = result.read_text() if result.exists() else _TITLE
+    title, *sections = re.split(r"^(?=## )", known, flags=re.MULTILINE)
+    others = [other.strip() + "\n" for other in sections if not other.startswith(f"## {part}\n")]
+    result.write_text("\n".join([title.strip() + "\n", *sorted([*others, section])]))

@@ -1,0 +1,251 @@
+"""One rank of a measured training run: `python -m benchmarks.zero_run CASE FOLDER`, started by `zero_case.py`.
+
+Every contender trains the same random Llama on the same batches with AdamW and clipping. It runs under the contender's
+own Python, so a contender's packages are imported only when it is asked for. Left out: comparing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import re
+import sys
+import time
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+SIZES = {  # name: width, inner width, layers, vocabulary
+    "1M": (64, 176, 2, 4096),
+    "25M": (384, 1024, 7, 16384),
+    "60M": (512, 1408, 10, 25600),
+    "125M": (768, 2048, 12, 25600),
+    "250M": (1024, 2816, 15, 25600),
+    "500M": (1280, 3456, 22, 25600),
+}
+RATE, BETAS, EPS, CLIP = 1e-3, (0.9, 0.95), 1e-8, 1.0
+BATCHES = 4  # come again and again, so that there is something to learn
+PACKAGES = {"ours": "rlhf.engine.engine", "deepspeed": "deepspeed", "plain": "torch"}
+
+Case = dict[str, Any]
+Step = Callable[[int], float]  # trains on the batch of this number, and says the loss of this rank's share
+
+
+def main() -> None:
+    """Train, and write what it cost to `FOLDER/rank<N>.json`."""
+    case, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+    torch.set_num_threads(1)
+    importlib.import_module(PACKAGES[case["contender"]])
+    before = resident()
+    step = {"ours": ours, "deepspeed": deepspeed, "plain": plain}[case["contender"]](case, folder)
+    report: dict[str, Any] = {"cpu_seconds": [], "wall_seconds": [], "losses": []}
+    for number in range(case["steps"]):
+        if number == case["warmup"]:
+            report["start_peak"] = highest_resident() - before
+            forget_highest_resident()
+        cpu, wall = time.process_time(), time.perf_counter()
+        report["losses"].append(step(number))
+        report["cpu_seconds"].append(time.process_time() - cpu)
+        report["wall_seconds"].append(time.perf_counter() - wall)
+    report["peak"] = highest_resident() - before
+    (folder / f"rank{rank}.json").write_text(json.dumps(report))
+
+
+def ours(case: Case, folder: Path) -> Step:
+    """Our engine."""
+    from rlhf.config import EngineConfig, OptimizerConfig
+    from rlhf.dist import start
+    from rlhf.engine.engine import build_engine
+    from rlhf.models.blueprint import assemble
+    from rlhf.models.causal_lm import causal_lm_module
+
+    world, config = start("cpu"), llama(case["size"])
+    module = causal_lm_module(config)
+    blueprint = assemble(module, RandomWeights(module), config=config, new={}, lora=None, seed=0)
+    engine = build_engine(
+        blueprint,
+        config=EngineConfig(
+            zero_stage=case["stage"],
+            precision=case["precision"],
+            optimizer_tier=case["optimizer_tier"],
+            parameter_tier=case["parameter_tier"],
+            nvme_path=str(folder / "disk"),
+            **case["settings"],
+        ),
+        world=world,
+        optimizer=OptimizerConfig(lr=RATE, betas=list(BETAS), eps=EPS, max_grad_norm=CLIP, schedule="constant"),
+        total_steps=case["steps"],
+    )
+
+    def step(number: int) -> float:
+        ids = batch(case, number)[world.rank]
+        loss = token_loss(engine(input_ids=ids).logits, ids)
+        engine.backward(loss / world.size, last=True)
+        engine.step()
+        return loss.item()
+
+    return step
+
+
+def deepspeed(case: Case, folder: Path) -> Step:
+    """DeepSpeed."""
+    import deepspeed as peer
+
+    model = filled_llama(case)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    peer.init_distributed(dist_backend="gloo")
+    engine, *_ = peer.initialize(
+        model=model,
+        model_parameters=model.parameters(),
+        config=deepspeed_config(case, folder / "disk", largest=largest),
+    )
+    del model
+
+    def step(number: int) -> float:
+        ids = batch(case, number)[int(os.environ["RANK"])]
+        loss = token_loss(engine(input_ids=ids).logits, ids)
+        engine.backward(loss)
+        engine.step()
+        return loss.item()
+
+    return step
+
+
+def deepspeed_config(case: Case, disk: Path, *, largest: int) -> dict[str, Any]:
+    """Its defaults; or, tuned, buckets, tiles and buffers of the model's size and the disk in large requests."""
+    zero: dict[str, Any] = {"stage": case["stage"]}
+    for part, tier in (("offload_optimizer", case["optimizer_tier"]), ("offload_param", case["parameter_tier"])):
+        if tier != "device":
+            zero[part] = {"device": tier} | ({"nvme_path": str(disk)} if tier == "nvme" else {})
+    config = {
+        "train_micro_batch_size_per_gpu": case["sequences"],
+        "gradient_clipping": CLIP,
+        "bf16": {"enabled": case["precision"] == "bf16"},
+        "zero_optimization": zero,
+        "optimizer": {"type": "AdamW", "params": {"lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": 0.0}},
+    }
+    if case["tuned"]:
+        buckets = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
+        zero |= dict.fromkeys(buckets, 5_000_000) | {"sub_group_size": 20_000_000}
+        if "offload_optimizer" in zero:
+            zero["offload_optimizer"]["pin_memory"] = True
+        if "offload_param" in zero:
+            room = {"pin_memory": True, "buffer_count": 4, "buffer_size": int(1.05 * largest), "max_in_cpu": 0}
+            zero["offload_param"] |= room
+        config["aio"] = {"block_size": 8 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True}
+    return config
+
+
+def plain(case: Case, _folder: Path) -> Step:
+    """PyTorch alone in one process, with the batches of all ranks; in bf16, with fp32 masters."""
+    ranks, case = case["peers"], {**case, "ranks": case["peers"]}
+    model = filled_llama(case)
+    masters = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+    if case["precision"] == "bf16":
+        model.bfloat16()
+    else:
+        masters = list(model.parameters())
+    optimizer = torch.optim.AdamW(masters, lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+
+    def step(number: int) -> float:
+        total = 0.0
+        for ids in batch(case, number):
+            loss = token_loss(model(input_ids=ids).logits, ids)
+            (loss / ranks).backward()
+            total += loss.item() / ranks
+        for master, parameter in zip(masters, model.parameters(), strict=True):
+            master.grad = parameter.grad.float()
+            parameter.grad = master.grad if master is parameter else None
+        nn.utils.clip_grad_norm_(masters, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for master, parameter in zip(masters, model.parameters(), strict=True):
+                if master is not parameter:
+                    parameter.copy_(master)
+        return total
+
+    return step
+
+
+def llama(size: str) -> LlamaConfig:
+    """A Llama of about `size` parameters, embeddings untied, heads of 64."""
+    width, inner, layers, vocabulary = SIZES[size]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        tie_word_embeddings=False,
+        use_cache=False,
+    )
+
+
+def filled_llama(case: Case) -> LlamaForCausalLM:
+    """The model in fp32 with the weights that all contenders start from."""
+    model = LlamaForCausalLM(llama(case["size"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(initial(name, parameter.shape))
+    return model
+
+
+def initial(name: str, shape: torch.Size) -> Tensor:
+    """A parameter's first values, the same in every process."""
+    if len(shape) == 1:
+        return torch.ones(shape)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.02
+
+
+class RandomWeights:
+    """`initial` values for a model on meta."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+
+    def read(self, name: str, rows: slice) -> Tensor:
+        """Rows of a parameter."""
+        return initial(name, self._shapes[name])[rows]
+
+
+def batch(case: Case, number: int) -> Tensor:
+    """Token ids of a step, `[ranks, sequences, length]`."""
+    generator = torch.Generator().manual_seed(number % BATCHES)
+    vocabulary = SIZES[case["size"]][3]
+    return torch.randint(vocabulary, (case["ranks"], case["sequences"], case["length"]), generator=generator)
+
+
+def token_loss(logits: Tensor, ids: Tensor) -> Tensor:
+    """Mean cross-entropy of the next token."""
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+def resident() -> int:
+    """Bytes of this process in memory that are not mapped files (its code)."""
+    return _status("VmRSS") - _status("RssFile")
+
+
+def highest_resident() -> int:
+    """The highest `resident()` so far."""
+    return _status("VmHWM") - _status("RssFile")
+
+
+def forget_highest_resident() -> None:
+    """Let `highest_resident` start over."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _status(entry: str) -> int:
+    return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,176 @@
+"""What a DeepSpeed configuration says about the engine: ZeRO, tiers, precision, activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rlhf.config import EngineConfig, Moments, Precision, Tier
+from rlhf.engine.deepspeed.reading import Origin, Reading
+from rlhf.engine.deepspeed.table import TABLE
+from rlhf.engine.deepspeed.values import AUTO, choice, integer, switch
+
+_DEVICES = {"none": Tier.device, "cpu": Tier.cpu, "nvme": Tier.nvme}
+_BLOCKS = {"offload_optimizer": "engine.optimizer_tier", "offload_param": "engine.parameter_tier"}
+_HALVES = {
+    "bf16": Precision.bf16,
+    "bfloat16": Precision.bf16,
+    "torch.bfloat16": Precision.bf16,
+    "fp16": Precision.fp16,
+    "float16": Precision.fp16,
+    "torch.float16": Precision.fp16,
+    "half": Precision.fp16,
+}
+_RECOMPUTES = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
+_NOT_AS_THEY_ARE = {"sub_group_size": 1, "stage3_max_live_parameters": 1}
+"""Keys that may be 0 in DeepSpeed, and the least they are here."""
+
+
+def read_engine(reading: Reading, own: EngineConfig) -> None:
+    """Collect the settings of the engine.
+
+    Args:
+        reading: the configuration; settings are noted in it.
+        own: the run's own engine, for what is `auto`.
+
+    Raises:
+        ValueError: a value of the wrong type, or settings that exclude each other.
+    """
+    read_plain(reading, own, sections=("zero_optimization",))
+    if reading.raw("zero_optimization") is not None:
+        _read_stage(reading, own)
+    _read_precision(reading, own)
+    _read_activations(reading)
+
+
+def read_plain(reading: Reading, own: Any, *, sections: tuple[str, ...]) -> None:
+    """Collect every key of some sections whose value is a setting as it is."""
+    group = "engine" if isinstance(own, EngineConfig) else "optimizer"
+    for key in TABLE:
+        if not key.setting or not key.path.startswith(tuple(f"{section}." for section in sections)):
+            continue
+        value, name = reading.value(key.path), key.path.rpartition(".")[2]
+        if reading.raw(key.path) == AUTO:
+            own_value = getattr(own, key.setting)
+            reading.sets(f"{group}.{key.setting}", own_value, key=key.path, origin=Origin.auto)
+        elif value == 0 and name == "sub_group_size":
+            reading.warnings.append(f"{reading.where(key.path)}=0: the run's own tile size stands")
+        elif value is not None:
+            least = _NOT_AS_THEY_ARE.get(name, value)
+            reading.sets(f"{group}.{key.setting}", max(value, least), key=key.path)
+
+
+def _read_stage(reading: Reading, own: EngineConfig) -> None:
+    path = "zero_optimization.stage"
+    raw = reading.raw(path)
+    stage = own.zero_stage if raw == AUTO else reading.value(path) or 0
+    if stage not in range(4):
+        raise ValueError(f"{reading.where(path)}={raw!r}: expected 0, 1, 2 or 3.")
+    if raw is None:
+        reading.sets("engine.zero_stage", 0, key=path, origin=Origin.default)
+    for block, setting in _BLOCKS.items():
+        _read_tier(reading, block, setting=setting, least=1 if block == "offload_optimizer" else 3, stage=stage)
+    _read_buffers(reading)
+    if reading.raw("zero_optimization.stage3_model_persistence_threshold") == 0:
+        reading.sets("engine.persistence_threshold", 0, key="zero_optimization.stage3_model_persistence_threshold")
+
+
+def _read_tier(reading: Reading, block: str, *, setting: str, least: int, stage: int) -> None:
+    path = f"zero_optimization.{block}.device"
+    raw = reading.raw(path)
+    if raw == AUTO:
+        return
+    device = "none" if raw is None else choice(raw, among=tuple(_DEVICES), where=reading.where(path))
+    if device != "none" and stage < least:
+        reading.warnings.append(f"{reading.where(path)}={device}: has no effect at ZeRO {stage}, as in DeepSpeed")
+        device = "none"
+    origin = Origin.default if raw is None else Origin.file
+    reading.sets(setting, _DEVICES[device], key=path, origin=origin)
+
+
+def _read_buffers(reading: Reading) -> None:
+    """One folder, one set of buffers and one way to lock memory serve both blocks."""
+    blocks = [f"zero_optimization.{block}" for block in _BLOCKS]
+    on_disk = [block for block in blocks if reading.raw(f"{block}.device") == "nvme"]
+    folders = {f"{b}.nvme_path": reading.raw(f"{b}.nvme_path") for b in on_disk}
+    folders = {path: folder for path, folder in folders.items() if folder not in (None, AUTO)}
+    for path, folder in reversed(folders.items()):
+        reading.sets("engine.nvme_path", str(folder), key=path)
+    if len(set(folders.values())) > 1:
+        reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {next(iter(folders.values()))}")
+    counts = {f"{b}.buffer_count": _whole(reading, f"{b}.buffer_count") for b in on_disk}
+    counts = {path: count for path, count in counts.items() if count}
+    if counts:
+        path = max(counts, key=lambda path: counts[path] or 0)
+        reading.sets("engine.buffer_count", counts[path], key=path)
+    pinned = {f"{b}.pin_memory": reading.raw(f"{b}.pin_memory") for b in blocks}
+    said = {p: switch(v, where=reading.where(p)) for p, v in pinned.items() if v not in (None, AUTO)}
+    if said:
+        reading.sets(
+            "engine.pin_memory", any(said.values()), key=next(p for p in said if said[p] == any(said.values()))
+        )
+
+
+def _whole(reading: Reading, path: str) -> int | None:
+    raw = reading.raw(path)
+    return None if raw in (None, AUTO) else integer(raw, where=reading.where(path))
+
+
+def _read_precision(reading: Reading, own: EngineConfig) -> None:
+    halves = {
+        "fp16": _half(reading, "fp16", own_says=own.precision == Precision.fp16),
+        "bf16": _half(reading, "bf16", own_says=own.precision in (Precision.bf16, Precision.auto)),
+    }
+    if halves["fp16"] and halves["bf16"]:
+        if AUTO not in (reading.raw("fp16.enabled"), reading.raw("bf16.enabled")):
+            raise ValueError(f"{reading.where('fp16.enabled')}=true and bf16.enabled=true: expected one of them.")
+        halves["fp16" if reading.raw("fp16.enabled") == AUTO else "bf16"] = False
+    if reading.value("torch_autocast.enabled") and not any(halves.values()):
+        dtype = reading.raw("torch_autocast.dtype") or "bf16"
+        word = choice(dtype, among=tuple(_HALVES), where=reading.where("torch_autocast.dtype"))
+        reading.sets("engine.precision", _HALVES[word], key="torch_autocast.enabled")
+    elif reading.raw("fp16") is not None or reading.raw("bf16") is not None:
+        _set_precision(reading, own, halves=halves)
+    if reading.settings.get(("engine", "precision")) is not None and halves["fp16"]:
+        _read_loss_scale(reading, own)
+    if halves["bf16"] and reading.value("bf16.bf16_optimizer_states"):
+        reading.sets("engine.moments", Moments.bf16, key="bf16.bf16_optimizer_states")
+
+
+def _half(reading: Reading, section: str, *, own_says: bool) -> bool:
+    path = f"{section}.enabled"
+    return own_says if reading.raw(path) == AUTO else bool(reading.value(path))
+
+
+def _set_precision(reading: Reading, own: EngineConfig, *, halves: dict[str, bool]) -> None:
+    on = [section for section, is_on in halves.items() if is_on]
+    autos = [section for section in halves if reading.raw(f"{section}.enabled") == AUTO]
+    if on and on[0] in autos:
+        reading.sets("engine.precision", own.precision, key=f"{on[0]}.enabled", origin=Origin.auto)
+    elif on:
+        reading.sets("engine.precision", Precision(on[0]), key=f"{on[0]}.enabled")
+    elif autos and own.precision is Precision.fp32:
+        reading.sets("engine.precision", own.precision, key=f"{autos[0]}.enabled", origin=Origin.auto)
+    elif autos == ["fp16"] and reading.raw("bf16") is None and own.precision is not Precision.fp16:
+        reading.sets("engine.precision", own.precision, key="fp16.enabled", origin=Origin.auto)
+    else:
+        section = next(name for name in halves if reading.raw(name) is not None)
+        reading.sets("engine.precision", Precision.fp32, key=f"{section}.enabled")
+
+
+def _read_loss_scale(reading: Reading, own: EngineConfig) -> None:
+    read_plain(reading, own, sections=("fp16",))
+    given = reading.section("fp16")
+    for key in TABLE:
+        if key.path.startswith("fp16.") and key.setting and key.path.partition(".")[2] not in given:
+            reading.sets(f"engine.{key.setting}", key.default, key=key.path, origin=Origin.default)
+
+
+def _read_activations(reading: Reading) -> None:
+    asked = [f"activation_checkpointing.{name}" for name in _RECOMPUTES]
+    asked = [path for path in asked if reading.value(path)]
+    count = "activation_checkpointing.number_checkpoints"
+    asked += [count] if _whole(reading, count) else []
+    if asked:
+        reading.sets("engine.activation_checkpointing", True, key=asked[0])
+    if reading.value("activation_checkpointing.cpu_checkpointing"):
+        reading.sets("engine.activation_offload", True, key="activation_checkpointing.cpu_checkpointing")

@@ -1,0 +1,153 @@
+"""What becomes of every key of a DeepSpeed configuration: one table decides, and the documentation is made of it.
+
+A key is used (the same setting exists here), mapped (to a setting of another name or shape), ignored (with the reason)
+or refused (with what to do instead; only with a value that asks for something). The keys are those of DeepSpeed 0.19,
+older names and removed ones that public files still have. Left out: reading values (`values.py`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from rlhf.engine.deepspeed.hjson import Path
+
+
+class Decision(StrEnum):
+    """What becomes of a key."""
+
+    used = "used"
+    mapped = "mapped"
+    ignored = "ignored"
+    refused = "refused"
+
+
+class Kind(StrEnum):
+    """How the value of a used or mapped key is read."""
+
+    integer = "integer"
+    number = "number"
+    switch = "switch"
+    other = "other"
+
+
+@dataclass(frozen=True)
+class Key:
+    """One row of the table."""
+
+    path: str
+    """Dotted; `.*` at the end stands for everything below."""
+    decision: Decision
+    note: str
+    """What it does here, or why it does nothing, or why not and what to do instead."""
+    setting: str = ""
+    """The setting of this project that it sets, where one value goes to one setting."""
+    kind: Kind = Kind.other
+    default: Any = None
+    """DeepSpeed's, where it is worth knowing."""
+    old_names: tuple[str, ...] = ()
+    """Other names of the last part of the path."""
+    allowed: tuple[Any, ...] = ()
+    """Values of a refused key that are what happens here anyway."""
+
+
+def used(
+    path: str, note: str, *, setting: str, kind: Kind, default: Any = None, old_names: tuple[str, ...] = ()
+) -> Key:
+    """A key whose value is a setting here."""
+    return Key(path, Decision.used, note, setting=setting, kind=kind, default=default, old_names=old_names)
+
+
+def mapped(
+    path: str,
+    note: str,
+    *,
+    setting: str = "",
+    kind: Kind = Kind.other,
+    default: Any = None,
+    old_names: tuple[str, ...] = (),
+) -> Key:
+    """A key whose value becomes something else here."""
+    return Key(path, Decision.mapped, note, setting=setting, kind=kind, default=default, old_names=old_names)
+
+
+def ignored(path: str, note: str, *, default: Any = None, old_names: tuple[str, ...] = ()) -> Key:
+    """A key that changes nothing here."""
+    return Key(path, Decision.ignored, note, default=default, old_names=old_names)
+
+
+def refused(path: str, note: str, *, allowed: tuple[Any, ...] = (), default: Any = None) -> Key:
+    """A key that would change results or break a promise."""
+    return Key(path, Decision.refused, note, default=default, allowed=allowed)
+
+
+CLOSED_SECTIONS = (
+    "zero_optimization",
+    "zero_optimization.offload_param",
+    "zero_optimization.offload_optimizer",
+    "fp16",
+    "bf16",
+    "optimizer.params",
+    "scheduler.params",
+)
+"""Where an unknown key is an error, as in DeepSpeed; elsewhere DeepSpeed does not notice, and it is a warning here."""
+
+SECTIONS = (
+    "",
+    "optimizer",
+    "scheduler",
+    "activation_checkpointing",
+    "aio",
+    "data_types",
+    "torch_autocast",
+    "data_efficiency",
+    "tensor_parallel",
+    "pipeline",
+    *CLOSED_SECTIONS,
+)
+"""Sections whose keys are looked at one by one; the others are one row each."""
+
+
+class Table:
+    """The rows, to be looked up by path."""
+
+    def __init__(self, keys: tuple[Key, ...]) -> None:
+        self.keys = keys
+        self._by_path = {key.path.removesuffix(".*"): key for key in keys}
+        assert len(self._by_path) == len(keys), "a key is there twice"
+        self._canonical = {
+            f"{_parent(key.path)}{name}": key.path.removesuffix(".*") for key in keys for name in key.old_names
+        }
+
+    def __iter__(self) -> Iterator[Key]:
+        return iter(self.keys)
+
+    def canonical(self, path: Path) -> Path:
+        """The path under its present name."""
+        dotted = ".".join(path)
+        return tuple(self._canonical.get(dotted, dotted).split("."))
+
+    def find(self, path: Path) -> Key | None:
+        """The row of a canonical path, or the one that stands for all of its section."""
+        row = self._by_path.get(".".join(path))
+        section = self._by_path.get(".".join(path[:-1]))
+        return row or (section if section and section.path.endswith(".*") else None)
+
+    def near(self, path: Path) -> list[str]:
+        """Known keys that a misspelt one may mean: of its own section, else the same name in another."""
+        *parents, name = path
+        parent = ".".join([*parents, ""]) if parents else ""
+        everything = [*self._by_path, *self._canonical]
+        own = [key.removeprefix(parent) for key in everything if key.startswith(parent)]
+        names = [key for key in own if "." not in key and key != name]
+        close = difflib.get_close_matches(name, names, n=2, cutoff=0.75)
+        elsewhere = [key for key in everything if key.rpartition(".")[2] == name]
+        return [parent + key for key in close] or elsewhere[:2]
+
+
+def _parent(path: str) -> str:
+    parent, dot, _ = path.removesuffix(".*").rpartition(".")
+    return parent + dot

@@ -1,0 +1,323 @@
+"""The rows of everything but `zero_optimization`: batch, optimizer, scheduler, precision, and what is not here."""
+
+from __future__ import annotations
+
+from rlhf.engine.deepspeed.keys import Key, Kind, ignored, mapped, refused, used
+
+_EXACT = "gradients are averaged in fp32, so nothing has to be scaled to keep it in range"
+_METRICS = "metrics go to metrics.jsonl, to the report and, by `tracking`, to W&B"
+_CHECKPOINTS = "checkpoints are this project's own, set by `checkpoint`"
+_NOT_IN_DEEPSPEED = "DeepSpeed itself does not read it"
+
+_BATCH = (
+    mapped(
+        "train_batch_size",
+        "global_batch_size of the stage (PPO: minibatch_size); solved with the next two and the run's ranks",
+    ),
+    mapped("train_micro_batch_size_per_gpu", "micro_batch_size of the stage"),
+    mapped("gradient_accumulation_steps", "what is left: train_batch_size / ranks / micro-batch; checked"),
+    ignored("managed_gradient_accumulation", "the engine always counts micro-batches itself", default=True),
+)
+
+_OPTIMIZER = (
+    refused(
+        "optimizer.type",
+        "AdamW is the optimizer here; leave the section out to keep the run's own AdamW",
+        allowed=("adam", "adamw", "auto"),
+    ),
+    used("optimizer.params.lr", "of the stage's optimizer", setting="lr", kind=Kind.number, default=0.001),
+    mapped("optimizer.params.betas", "optimizer.betas", default=[0.9, 0.999]),
+    used("optimizer.params.eps", "of the stage's optimizer", setting="eps", kind=Kind.number, default=1e-8),
+    used(
+        "optimizer.params.weight_decay",
+        "of the stage's optimizer; never on biases, norms and other vectors",
+        setting="weight_decay",
+        kind=Kind.number,
+        default="0 (torch_adam: 0.01)",
+    ),
+    refused(
+        "optimizer.params.bias_correction",
+        "both moments are corrected; set it to true, or lower lr for the first steps",
+        allowed=(True,),
+        default=True,
+    ),
+    refused(
+        "optimizer.params.adam_w_mode",
+        "weight decay is decoupled (AdamW), which is what Adam means in DeepSpeed too; set weight_decay to 0, with "
+        "which both are the same, or adam_w_mode to true",
+        allowed=(True,),
+        default=True,
+    ),
+    refused("optimizer.params.amsgrad", "the second moment is AdamW's own; set it to false", allowed=(False,)),
+    refused(
+        "optimizer.params.max_grad_norm",
+        "DeepSpeed refuses it too: write gradient_clipping at the top level instead",
+        allowed=(0, None),
+    ),
+    ignored(
+        "optimizer.params.torch_adam", "there is one AdamW; only its default weight decay is torch's", default=False
+    ),
+    ignored("optimizer.params.fused", "the step is fused where that is faster"),
+    ignored("optimizer.params.foreach", "the step is fused where that is faster"),
+    ignored("optimizer.params.set_grad_none", "gradients are freed after the step"),
+    ignored(
+        "optimizer.params.fp32_optimizer_states", "moments are fp32; engine.moments=bf16 halves them", default=True
+    ),
+    ignored("optimizer.legacy_fusion", "of DeepSpeed's fused kernels", default=False),
+    ignored("optimizer.weight_decay", f"{_NOT_IN_DEEPSPEED} here: it belongs into optimizer.params"),
+    ignored("optimizer.eps", f"{_NOT_IN_DEEPSPEED} here: it belongs into optimizer.params"),
+)
+
+_SCHEDULER = (
+    mapped(
+        "scheduler.type",
+        "optimizer.schedule: WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, LRRangeTest, value for value "
+        "DeepSpeed's; others are refused",
+    ),
+    mapped("scheduler.params.warmup_min_lr", "optimizer.schedule_options; auto is 0", default=0),
+    mapped(
+        "scheduler.params.warmup_max_lr",
+        "optimizer.schedule_options; auto is the optimizer's lr",
+        default="WarmupLR: lr; WarmupDecayLR: 0.001",
+    ),
+    mapped(
+        "scheduler.params.warmup_num_steps",
+        "optimizer.schedule_options; auto is optimizer.warmup_steps; less than 2 counts as 2",
+        default=1000,
+    ),
+    mapped("scheduler.params.warmup_type", "optimizer.schedule_options: log or linear", default="log"),
+    mapped(
+        "scheduler.params.total_num_steps",
+        "optimizer.schedule_options; auto, or not given, is the stage's length",
+        default="required",
+    ),
+    *(
+        mapped(f"scheduler.params.{name}", "optimizer.schedule_options", default=default)
+        for name, default in (
+            ("warmup_min_ratio", 0),
+            ("cos_min_ratio", 0.0001),
+            ("lr_range_test_min_lr", 0.001),
+            ("lr_range_test_step_size", 2000),
+            ("lr_range_test_step_rate", 1),
+            ("lr_range_test_staircase", False),
+            ("cycle_min_lr", "required"),
+            ("cycle_max_lr", "required"),
+            ("decay_lr_rate", 0),
+            ("cycle_first_step_size", 2000),
+            ("cycle_second_step_size", "cycle_first_step_size"),
+            ("cycle_first_stair_count", 0),
+            ("cycle_second_stair_count", "cycle_first_stair_count"),
+            ("decay_step_size", 0),
+            ("cycle_min_mom", 0.8),
+            ("cycle_max_mom", 0.9),
+            ("decay_mom_rate", 0),
+        )
+    ),
+    refused(
+        "scheduler.params.cycle_momentum",
+        "the betas do not follow the cycle; set it to false, also where it is not given",
+        allowed=(False,),
+        default=True,
+    ),
+    ignored("scheduler.params.last_batch_iteration", "a resumed run knows its step", default=-1),
+)
+
+_PRECISION = (
+    mapped("fp16.enabled", "engine.precision=fp16; with bf16 off too: fp32", kind=Kind.switch, default=False),
+    used("fp16.loss_scale", "0 adapts it", setting="loss_scale", kind=Kind.number, default=0),
+    used("fp16.initial_scale_power", "where it starts", setting="initial_scale_power", kind=Kind.integer, default=16),
+    used(
+        "fp16.loss_scale_window", "steps until it doubles", setting="loss_scale_window", kind=Kind.integer, default=1000
+    ),
+    used("fp16.hysteresis", "overflows until it halves", setting="hysteresis", kind=Kind.integer, default=2),
+    used(
+        "fp16.consecutive_hysteresis",
+        "forget overflows after every good step",
+        setting="consecutive_hysteresis",
+        kind=Kind.switch,
+        default=False,
+    ),
+    used("fp16.min_loss_scale", "it does not fall below", setting="min_loss_scale", kind=Kind.number, default=1),
+    ignored("fp16.auto_cast", "inputs are token ids: there is nothing to cast", default=False),
+    ignored("fp16.fp16_master_weights_and_grads", "masters are fp32: more exact, more memory", default=False),
+    ignored("fp16.opt_level", "of Apex"),
+    ignored("fp16.fp16", _NOT_IN_DEEPSPEED),
+    ignored("fp16.fp16_scale_tolerance", _NOT_IN_DEEPSPEED),
+    ignored("fp16.type", _NOT_IN_DEEPSPEED),
+    mapped("bf16.enabled", "engine.precision=bf16; with fp16 off too: fp32", kind=Kind.switch, default=False),
+    mapped(
+        "bf16.bf16_optimizer_states",
+        "engine.moments=bf16; masters stay fp32",
+        kind=Kind.switch,
+        default=False,
+    ),
+    ignored("bf16.bf16_master_weights_and_grads", "masters are fp32: more exact, more memory", default=False),
+    ignored("bf16.immediate_grad_update", "fp32 sums take each gradient as it comes", default=False),
+    ignored("bf16.check_grad_overflow", "a step with a non-finite gradient is always skipped", default=True),
+    ignored("bf16.auto_cast", "inputs are token ids: there is nothing to cast"),
+    *(
+        ignored(f"bf16.{name}", "bf16 needs no loss scale")
+        for name in (
+            "loss_scale",
+            "initial_scale_power",
+            "loss_scale_window",
+            "hysteresis",
+            "min_loss_scale",
+            "consecutive_hysteresis",
+        )
+    ),
+    mapped(
+        "torch_autocast.enabled",
+        "engine.precision=bf16 or fp16, by dtype, with fp32 masters: whole blocks compute in it",
+        kind=Kind.switch,
+        default=False,
+    ),
+    mapped("torch_autocast.dtype", "which of the two", default="bfloat16 or, on CUDA, float16"),
+    ignored("torch_autocast.lower_precision_safe_modules", "a whole block computes in one precision"),
+    ignored("data_types.grad_accum_dtype", "gradients are summed in fp32", default="that of the model"),
+    ignored("data_types.param_dtype", "fp16.enabled and bf16.enabled say it; DeepSpeed wants it equal to them"),
+    ignored("data_types.buffer_dtype", "buffers keep their type"),
+    ignored("data_types.keep_in_fp32_modules", "buffers keep their type"),
+    ignored("communication_data_type", "reductions are fp32: more exact, more traffic"),
+    ignored("seq_parallel_communication_data_type", "there is no sequence parallelism", default="fp32"),
+    ignored("gradient_accumulation_dtype", f"gradients are summed in fp32; {_NOT_IN_DEEPSPEED}"),
+    ignored("fp32_allreduce", "of very old versions; reductions are fp32", old_names=("allreduce_always_fp32",)),
+    refused("amp", "Apex is gone from DeepSpeed too: use bf16, or fp16, instead"),
+    ignored("msamp.*", "of MS-AMP, which DeepSpeed does not read any more"),
+)
+
+_GRADIENTS = (
+    used(
+        "gradient_clipping",
+        "where a file is silent, the run's own stands (DeepSpeed 0.19.8: 1, 0.19.2: off)",
+        setting="max_grad_norm",
+        kind=Kind.number,
+        default=1.0,
+    ),
+    ignored("prescale_gradients", _EXACT, default=False),
+    ignored("gradient_predivide_factor", _EXACT, default=1.0),
+    refused(
+        "gradient_allreduce_op",
+        "gradients are averaged over the global number of tokens; a sum would scale lr with the ranks. Set it to mean",
+        allowed=("mean", "auto"),
+        default="mean",
+    ),
+    ignored("sparse_gradients", "gradients of embeddings are reduced dense: the same numbers", default=False),
+    ignored("disable_allgather", "of very old versions; parameters are always all-gathered", default=False),
+    ignored("allgather_size", "of very old versions; blocks are gathered in the groups of reduce_bucket_size"),
+)
+
+_ACTIVATIONS = (
+    mapped(
+        "activation_checkpointing.partition_activations",
+        "true: engine.activation_checkpointing=true (DeepSpeed: only for models that call its own function)",
+        kind=Kind.switch,
+        default=False,
+    ),
+    mapped(
+        "activation_checkpointing.cpu_checkpointing",
+        "true: engine.activation_checkpointing=true and engine.activation_offload=true",
+        kind=Kind.switch,
+        default=False,
+    ),
+    mapped(
+        "activation_checkpointing.contiguous_memory_optimization",
+        "true: engine.activation_checkpointing=true",
+        kind=Kind.switch,
+        default=False,
+    ),
+    mapped(
+        "activation_checkpointing.number_checkpoints",
+        "1 or more: engine.activation_checkpointing=true; every block is one",
+    ),
+    ignored("activation_checkpointing.synchronize_checkpoint_boundary", "for measuring", default=False),
+    ignored("activation_checkpointing.profile", "the report says what a step spends", default=False),
+)
+
+_ELSEWHERE = (
+    ignored("steps_per_print", "tracking.log_every says how often metrics are recorded"),
+    ignored("wall_clock_breakdown", "the report says what a step spends", default=False),
+    ignored("memory_breakdown", "the report compares planned with measured memory", default=False),
+    ignored("dump_state", "config.yaml is written to the output folder", default=False),
+    ignored("dataloader_drop_last", "an optimizer step always has its whole batch", default=False),
+    ignored("log_level", "tracking.progress says what the terminal shows"),
+    ignored("disable_python_gc", "garbage collection is left as it is", default=False),
+    ignored("vocabulary_size", "only warns in DeepSpeed"),
+    ignored("zero_allow_untested_optimizer", "there is one optimizer, and it is tested", default=False),
+    ignored(
+        "zero_force_ds_cpu_optimizer",
+        "the step on the CPU needs no compiled extension",
+        default=True,
+        old_names=("zero_force_ds_cpu_optimization",),
+    ),
+    ignored("flops_profiler.*", "the report says what a step spends"),
+    ignored("comms_logger.*", "the report says what a step spends"),
+    ignored("comms_config.*", _NOT_IN_DEEPSPEED),
+    ignored("timers.*", "the report says what a step spends"),
+    ignored("tensorboard.*", _METRICS),
+    ignored("wandb.*", f"{_METRICS}: tracking.wandb, tracking.project, tracking.entity"),
+    ignored("csv_monitor.*", _METRICS),
+    ignored("comet.*", _METRICS),
+    ignored("monitor_config.*", _METRICS),
+    ignored("autotuning.*", "of DeepSpeed's launcher; `plan=true` says what fits before a run"),
+    ignored("hybrid_engine.*", "the actor trains sharded and generates gathered, unless engine.stream_generation=true"),
+    ignored("checkpoint.*", _CHECKPOINTS),
+    ignored("nebula.*", _CHECKPOINTS),
+    ignored("datastates_ckpt.*", _CHECKPOINTS),
+    ignored("compile.*", "there is no compiler in between"),
+    ignored(
+        "use_data_before_expert_parallelism",
+        "there is no expert parallelism",
+        default=False,
+        old_names=("use_data_before_expert_parallel",),
+    ),
+    ignored("graph_harvesting", "only speed in DeepSpeed", default=False),
+    ignored("data_efficiency.enabled", "decides whether its parts below are asked for", default=False),
+    ignored("data_efficiency.seed", "the stage's seed orders the data"),
+)
+
+_NOT_HERE = (
+    refused("data_efficiency.data_sampling", "sampling by difficulty changes which rows are learnt; switch it off"),
+    refused("data_efficiency.data_routing", "dropping tokens in layers changes training; switch it off"),
+    refused("curriculum_learning", "sequences are not cut to a growing length; switch it off"),
+    refused("progressive_layer_drop", "layers are not dropped; switch it off"),
+    refused("eigenvalue", "belongs to quantised training, which is not here; switch it off"),
+    refused("quantize_training", "quantised training is not here; switch it off"),
+    refused("weight_quantization", "weights are trained in engine.precision; remove it"),
+    refused("compression_training", "weights are neither quantised nor pruned; switch it off"),
+    refused("sparse_attention", "attention is the model's own; remove it"),
+    refused(
+        "elasticity",
+        "it chooses the batch size by the number of ranks; set train_batch_size, and switch it off (a checkpoint "
+        "resumes on any number of ranks)",
+    ),
+    refused(
+        "pipeline.stages", "layers are not spread over ranks: use zero_optimization.stage=3", allowed=("auto", 0, 1)
+    ),
+    ignored("pipeline.*", "only for models that are written as a pipeline"),
+    refused(
+        "tensor_parallel.autotp_size",
+        "matrices are not cut: use zero_optimization.stage=3, or set it to 1",
+        allowed=(0, 1, "auto"),
+        default=0,
+    ),
+    ignored("tensor_parallel.*", "matrices are not cut"),
+    refused("expert_parallel", "experts are not spread over ranks: use zero_optimization.stage=3; switch it off"),
+    refused(
+        "sequence_parallel_size",
+        "sequences are not cut over ranks; set it to 1, and spare memory with activation_checkpointing",
+        allowed=(1, "auto"),
+        default=1,
+    ),
+)
+
+TOP_KEYS: tuple[Key, ...] = (
+    *_BATCH,
+    *_OPTIMIZER,
+    *_SCHEDULER,
+    *_GRADIENTS,
+    *_PRECISION,
+    *_ACTIVATIONS,
+    *_ELSEWHERE,
+    *_NOT_HERE,
+)

@@ -1,0 +1,71 @@
+"""A DeepSpeed configuration while it is being read, and what has been read from it so far."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from rlhf.engine.deepspeed.hjson import Document, Path
+from rlhf.engine.deepspeed.table import TABLE
+from rlhf.engine.deepspeed.values import AUTO, read, section
+
+
+class Origin(StrEnum):
+    """Why a setting has its value."""
+
+    file = "file"
+    auto = "auto"
+    default = "default"
+
+
+class Setting(NamedTuple):
+    """A setting of this project that a configuration decides."""
+
+    group: str
+    """engine or optimizer."""
+    name: str
+    value: Any
+    origin: Origin
+    place: str
+    """File, line and key."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Answers questions about a configuration under present names, and collects the settings it decides."""
+
+    document: Document
+    settings: dict[tuple[str, str], Setting] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+    def section(self, dotted: str) -> dict[str, Any]:
+        """The content of a section; empty where it is not there."""
+        value: Any = self.document.content
+        for depth, name in enumerate(path := tuple(dotted.split(".")), start=1):
+            value = section(value.get(name), where=self.document.where(path[:depth]))
+        return dict(value)
+
+    def raw(self, dotted: str) -> Any:
+        """The value of a key as it is written, None where it is not there."""
+        parent, _, name = dotted.rpartition(".")
+        return (self.section(parent) if parent else self.document.content).get(name)
+
+    def value(self, dotted: str) -> Any:
+        """The value of a key by the kind in the table; None where it is not there or auto."""
+        found = self.raw(dotted)
+        if found is None or found == AUTO:
+            return None
+        key = TABLE.find(tuple(dotted.split(".")))
+        assert key is not None, dotted
+        return read(found, kind=key.kind, where=self.where(dotted))
+
+    def where(self, dotted: str) -> str:
+        """The place of a key, for people."""
+        path: Path = tuple(dotted.split("."))
+        return self.document.where(path)
+
+    def sets(self, setting: str, value: Any, *, key: str, origin: Origin = Origin.file) -> None:
+        """Note that `key` decides `setting`, as group and name with a dot between."""
+        group, _, name = setting.partition(".")
+        self.settings[group, name] = Setting(group, name, value, origin, self.where(key))

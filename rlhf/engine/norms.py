@@ -1,0 +1,29 @@
+"""The squared 2-norm of rows that may come in parts.
+
+It is summed in fp32 over blocks of 2048 elements and in fp64 over blocks, so that it does not depend on where the rows
+were cut (at multiples of a block) or rest, but for the last bits of the fp64 sum. Rounded to fp32 it is the same
+number, and clipping by it gives the same weights on every tier.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 2048  # elements
+_TILE = 1 << 18  # elements that are cast at once on the CPU: they stay in cache
+
+
+def squared_norm(rows: Tensor) -> Tensor:
+    """Sum of squares of a flat tensor of any floating type: [] fp64 on its device."""
+    total = torch.zeros((), dtype=torch.float64, device=rows.device)
+    step = _TILE if rows.device.type == "cpu" else max(rows.numel(), 1)
+    for tile in rows.split(step):
+        whole = tile.numel() // BLOCK * BLOCK
+        if rows.device.type == "cpu":
+            tile = tile.float()  # a norm that casts is many times slower than a cast and a norm
+        for blocks in (tile[:whole].view(-1, BLOCK), tile[whole:].view(1, -1)):
+            if blocks.numel():
+                norms = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32)
+                total += norms.double().square_().sum()
+    return total

@@ -1,0 +1,196 @@
+"""The memory plan for people: printed, written to `plan.txt`, and the reason to refuse a run.
+
+Left out: how it is computed (`planning.py`), and what was measured (`planning_measured.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rlhf.config import RunConfig
+from rlhf.dist import World
+from rlhf.engine.memory import Item, Limits, Phase, Place, Plan, chosen_limits
+from rlhf.tracking.console import setup_logging
+from rlhf.tracking.memory import resident
+from rlhf.tracking.table import table
+from stages.planning import Machine, machine_of, plan_stage
+from stages.planning_changes import cheapest_change
+
+log = logging.getLogger(__name__)
+
+PLAN = "plan.txt"
+_CUDA_CONTEXT = 600_000_000  # bytes of a process on an H100 before its first tensor: context, kernels, cuBLAS
+_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
+
+
+def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
+    """Print the plan of the stages, write it to the output folder, and refuse what cannot fit.
+
+    Raises:
+        ValueError: a stage does not fit, and `memory.enforce` is true; what would make it fit.
+    """
+    machine, limits = _here(run, ranks)
+    plans = [plan_stage(run, stage, machine) for stage in stages]
+    log.info("%s", short_text(plans, limits))
+    texts = [full_text(plan, limits) for plan in plans]
+    verdicts = [verdict(run, plan, machine=machine, limits=limits) for plan in plans]
+    path = Path(run.output_dir) / PLAN
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
+    refused = [said for plan, said in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
+    if refused and run.memory.enforce:
+        raise ValueError("\n".join([*refused, "memory.enforce=false starts it all the same."]))
+    for said in refused:
+        log.warning("%s", said)
+
+
+def show_plan(run: RunConfig) -> None:
+    """Print the whole plan, once.
+
+    Raises:
+        ValueError: a model that is not there, or a device whose size nobody knows.
+    """
+    setup_logging(World.alone(), quiet=False)
+    if int(os.environ.get("RANK", 0)) == 0:
+        log.info("%s", plan_text(run, ranks=int(os.environ.get("WORLD_SIZE", run.launch.ranks))))
+
+
+def plan_text(run: RunConfig, *, ranks: int) -> str:
+    """The whole plan of a run that need not be possible here."""
+    machine, limits = _here(run, ranks)
+    plans = [plan_stage(run, stage, machine) for stage in run.stages]
+    return "\n\n".join(
+        f"{full_text(plan, limits)}\n{verdict(run, plan, machine=machine, limits=limits)}" for plan in plans
+    )
+
+
+def full_text(plan: Plan, limits: Limits) -> str:
+    """Every part of every role in every phase, a table for each place."""
+    where = "CUDA" if plan.is_cuda else "CPU"
+    lines = [f"{plan.stage}: {plan.ranks} rank{'s' * (plan.ranks > 1)} of this machine on {where}; GB of each rank"]
+    names = {Place.device: "device", Place.host: "host" if plan.is_cuda else "memory", Place.disk: "disk"}
+    for place, name in names.items():
+        rows = list(_rows(plan, place))
+        if len(rows) > 1:
+            columns = ["role", "part", *(phase.name for phase in plan.phases)]
+            lines += ["", table(f"{name}, {_limit_text(place, limits)}", columns, rows=rows)]
+    return "\n".join(lines)
+
+
+def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> str:
+    """One or two sentences: whether it fits, and what would make it fit."""
+    largest = plan.largest
+    place = Place.device if plan.is_cuda else Place.host
+    has = f"{plan.stage}: the largest phase is {largest.name} with {_gb(plan.needed(largest, place))} of {place}"
+    short = plan.shortages(limits)
+    if not short:
+        return f"{has}; it fits."
+    worst = short[0]
+    change = cheapest_change(
+        run, plan.stage, plan=partial(plan_stage, stage=plan.stage, machine=machine), limits=limits, ranks=machine.ranks
+    )
+    lacks = (
+        f"{has}; it does not fit: {worst.phase} needs {_gb(worst.needed)} of {worst.place}, "
+        f"found {_gb(worst.available)}."
+    )
+    if change is None:
+        return f"{lacks} No setting of the engine makes it fit: use shorter sequences, a smaller model, or more ranks."
+    return f"{lacks} The cheapest change that makes it fit: {' '.join(change.settings)} ({change.cost})."
+
+
+def runtime_items(device: torch.device) -> tuple[Item, ...]:
+    """What this process takes before it has a model; on CUDA also the context of the device."""
+    host = resident().get("RssAnon", 0)
+    on_device = (Item("process", "runtime", Place.device, _CUDA_CONTEXT),) if device.type == "cuda" else ()
+    return (Item("process", "runtime", Place.host, host), *on_device)
+
+
+def machine_limits(run: RunConfig, device: torch.device) -> Limits:
+    """What this machine has free.
+
+    Raises:
+        ValueError: the plan is for a device that is not here, and the configuration does not say how large it is.
+    """
+    on_device = None
+    if device.type == "cuda":
+        if not torch.cuda.is_available() and run.memory.device_gb is None:
+            raise ValueError(
+                "memory.device_gb: this machine has no CUDA device to ask; say how large the one is that the plan is "
+                "for, as in memory.device_gb=80 memory.host_gb=256."
+            )
+        is_here = torch.cuda.is_available()
+        on_device = torch.cuda.get_device_properties(device).total_memory if is_here else 0
+    return Limits(on_device, _free_host(), _free_disk(run))
+
+
+def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
+    machine = machine_of(run, ranks=ranks)
+    limits = chosen_limits(run.memory, machine_limits(run, machine.device))
+    return Machine(machine.device, machine.ranks, machine.local_ranks, runtime_items(machine.device)), limits
+
+
+def _free_host() -> int:
+    """Bytes that can be had without swapping, of the machine and of the control group; ours count as free."""
+    if not _MEMINFO.exists():
+        return 1 << 62
+    fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free + resident().get("RssAnon", 0)
+
+
+def _free_disk(run: RunConfig) -> int:
+    """Bytes on the file systems that the run writes to."""
+    folders = [run.output_dir, *(config.engine.nvme_path for stage in run.stages for config in [getattr(run, stage)])]
+    there = [next(p for p in (Path(f), *Path(f).parents) if p.exists()) for f in folders if f]
+    return sum({path.stat().st_dev: shutil.disk_usage(path).free for path in there}.values())
+
+
+def _rows(plan: Plan, place: Place) -> Iterator[list[object]]:
+    found: dict[tuple[str, str], list[int]] = {}
+    for number, phase in enumerate(plan.phases):
+        for item in phase.items:
+            if item.place is place and item.bytes:
+                found.setdefault((item.role, item.part), [0] * len(plan.phases))[number] += item.bytes
+    for (role, part), counts in found.items():
+        yield [role, part, *(count / 1e9 if count else None for count in counts)]
+    yield ["all", "", *(phase.total(place) / 1e9 for phase in plan.phases)]
+
+
+def short_text(plans: list[Plan], limits: Limits) -> str:
+    """A line for each phase."""
+    rows = [
+        [plan.stage, phase.name, *(phase.total(place) / 1e9 for place in _places(limits)), _mostly(phase)]
+        for plan in plans
+        for phase in plan.phases
+    ]
+    names = [str(place) if limits.device is not None or place is Place.disk else "memory" for place in _places(limits)]
+    return table("Memory plan: GB of each rank", ["stage", "phase", *names, "mostly"], rows=rows)
+
+
+def _places(limits: Limits) -> list[Place]:
+    return list(Place) if limits.device is not None else [Place.host, Place.disk]
+
+
+def _mostly(phase: Phase) -> str:
+    """The largest parts in memory."""
+    items = sorted((i for i in phase.items if i.place is not Place.disk), key=lambda item: item.bytes, reverse=True)
+    return ", ".join(f"{item.role}'s {item.part} {item.bytes / 1e9:.2g}" for item in items[:3])
+
+
+def _limit_text(place: Place, limits: Limits) -> str:
+    available = {Place.device: limits.device or 0, Place.host: limits.host, Place.disk: limits.disk}[place]
+    return f"{_gb(available)} to be had" + ("" if place is Place.device else " by all ranks together")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.2f} GB"

@@ -1,0 +1,185 @@
+"""What the tests of resharding run on several ranks: train, save, load on others, go on.
+
+python -m tests.engine.checkpointing FOLDER
+"""
+
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from rlhf import dist
+from rlhf.engine.checkpoint import Checkpoints
+from rlhf.engine.stored import Part, Stored
+from tests.engine import scenarios, tiny
+from tests.fork_ranks import fork_ranks
+
+SAVED_AFTER, STEPS = 2, 4
+KINDS = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero3": {"stage": 3},
+    "zero3 adapters": {"stage": 3, "learns": scenarios.is_adapter},
+    "zero2 bf16 odd": {"stage": 2, "precision": "bf16", "kind": {"odd": True}},
+    "zero1 nvme": {"stage": 1, "optimizer_tier": "nvme"},
+    "zero3 all on nvme": {"stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "precision": "bf16"},
+}
+ON_FOUR = {name: KINDS[name] for name in ("zero0", "zero3", "zero1 nvme")}
+FULL = ("zero0", "zero1", "zero3", "zero1 nvme")
+"""Kinds of engines that train all of the same model in fp32."""
+
+
+def engine(world, root, settings):
+    """A trainable engine on the tiny model; what rests on a disk is below `root`."""
+    return tiny.engine(world, **settings, nvme_path=f"{root}/nvme", buffer_size=8192)
+
+
+def there(folder, world, *, asynchronous=True):
+    return Checkpoints(Path(folder), world, keep=1, asynchronous=asynchronous)
+
+
+def save(trained, folder, step):
+    checkpoints = there(folder, trained.world)
+    checkpoints.save(step, trained.stored(), state={"engine": trained.counters()}, spare=set())
+    return checkpoints
+
+
+def load(trained, folder):
+    checkpoints = there(folder, trained.world)
+    saved = checkpoints.newest()
+    checkpoints.load(saved, trained.stored())
+    trained.load_counters(saved.state["engine"])
+    return saved.step
+
+
+def train_and_save(trained, folder):
+    """The steps before the checkpoint, and those after, which the checkpoint must not see."""
+    before = scenarios.curve(trained, SAVED_AFTER)
+    checkpoints = save(trained, folder, SAVED_AFTER)
+    after = scenarios.curve(trained, STEPS - SAVED_AFTER, first=SAVED_AFTER)
+    checkpoints.settle()
+    return before + after, scenarios.weights(trained, masters=True)
+
+
+def load_and_go_on(trained, folder):
+    step = load(trained, folder)
+    return scenarios.curve(trained, STEPS - step, first=step), scenarios.weights(trained, masters=True)
+
+
+def same_ranks(world, root, kinds):
+    """For each kind of engine: a run of its own, and the rest of it by an engine that loaded its checkpoint."""
+    found = {}
+    for name, settings in kinds.items():
+        folder = f"{root}/{world.size}/{name}"
+        found[name] = (
+            train_and_save(engine(world, root, settings), folder),
+            load_and_go_on(engine(world, root, settings), folder),
+        )
+    return found
+
+
+def other_ranks(world, root, kinds, *, sources):
+    """For each pair of a checkpoint and a kind of engine for the same model: the rest of the run."""
+    return {
+        (source, name): load_and_go_on(engine(world, root, settings), f"{root}/{source}")
+        for source in sources
+        for name, settings in kinds.items()
+        if name in FULL
+    }
+
+
+def uneven(world, folder):
+    """Parts in both dimensions, ranks that hold nothing, and what all hold: what each rank has loaded again."""
+    whole = torch.arange(20.0).reshape(4, 5)
+    rows = {0: (0, 3), 1: (3, 1)}.get(world.rank, (4, 0))
+    part = Part((rows[0], 0), (rows[1], 5))
+    loaded = {}
+
+    def stored(key, tensor, box):
+        return Stored(
+            key, (4, 5), box, torch.float32, True, lambda: tensor, lambda t: loaded.__setitem__(key, t.clone())
+        )
+
+    everything = Part((0, 0), (4, 5))
+    mine = whole[rows[0] : sum(rows)]
+    checkpoints = there(folder, world)
+    checkpoints.save(1, [stored("rows", mine, part), stored("all", whole, everything)], state={}, spare=set())
+    checkpoints.settle()
+    columns = Part((1, world.rank), (2, 1))
+    checkpoints.load(checkpoints.newest(), [stored("rows", whole, columns), stored("all", whole, part)])
+    return loaded, [path.stat().st_size for path in sorted(Path(folder).rglob("rank-*.bin"))]
+
+
+def failing(world, folder):
+    """One rank cannot write: what each rank is told, and what is left."""
+    checkpoints = there(folder, world)
+    trained = tiny.engine(world, 0)
+    save(trained, folder, 1).settle()
+    if world.rank == 1:
+        (Path(folder) / "step-000002.partial").mkdir()
+        (Path(folder) / "step-000002.partial/rank-00001.bin").mkdir()  # a folder where the file should be
+    dist.barrier()
+    try:
+        save(trained, folder, 2).settle()
+        message = ""
+    except RuntimeError as error:
+        message = str(error)
+    dist.barrier()
+    return message, checkpoints.newest().step, sorted(path.name for path in Path(folder).iterdir())
+
+
+def damaged(world, folder):
+    """One rank's file is damaged: what every rank is told."""
+    trained = tiny.engine(world, 3)
+    save(trained, folder, 1).settle()
+    if world.is_main:
+        file = Path(folder) / "step-000001" / f"rank-{world.size - 1:05d}.bin"
+        data = bytearray(file.read_bytes())
+        data[50] ^= 1
+        file.write_bytes(data)
+    dist.barrier()
+    try:
+        load(trained, folder)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def everything(root, kinds, sources):
+    """What two and four ranks do."""
+    world = dist.start("cpu")
+    return {
+        "same": same_ranks(world, root, kinds),
+        "other": other_ranks(world, root, kinds, sources=sources),
+        "uneven": uneven(world, f"{root}/uneven-{world.size}"),
+        "failing": failing(world, f"{root}/failing-{world.size}"),
+        "damaged": damaged(world, f"{root}/damaged-{world.size}"),
+    }
+
+
+def alone(root, kinds, sources):
+    """What one rank does."""
+    world = dist.World.alone()
+    if not sources:
+        engine = tiny.engine(world, 0)
+        return {
+            "same": same_ranks(world, root, kinds),
+            "plain": (scenarios.curve(engine, STEPS), scenarios.weights(engine)),
+        }
+    return other_ranks(world, root, kinds, sources=sources)
+
+
+def main(root):
+    """One rank, two and four, each of which loads what those before it have saved; and one again."""
+    found = {1: fork_ranks(alone, 1, root, KINDS, [], alone=True)}
+    found[2] = fork_ranks(everything, 2, root, KINDS, ["1/zero0"])
+    found[4] = fork_ranks(everything, 4, root, ON_FOUR, ["2/zero1 nvme", "2/zero3"])
+    sources = [f"2/{name}" for name in FULL] + ["4/zero3"]
+    on_one = {name: KINDS[name] for name in ("zero0", "zero1 nvme")}
+    (found[1][0]["other"],) = fork_ranks(alone, 1, root, on_one, sources, alone=True)
+    Path(f"{root}/found").write_bytes(pickle.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,147 @@
+"""Training with the optimizer's state and gradients on every tier; part of `scenarios.py`."""
+
+import os
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from rlhf import dist
+from rlhf.engine import tiers as engine_tiers
+from tests.engine import tiny
+
+STEPS = 20
+STEADY = {"schedule": "constant", "warmup_steps": 0}
+SMALL = {"buffer_size": 8192}  # tiles of 2048 elements: the larger matrices are cut, the smaller ones share a tile
+TIERS = {
+    "cpu": {"optimizer_tier": "cpu"},
+    "nvme": {"optimizer_tier": "nvme", **SMALL},
+    "one buffer": {"optimizer_tier": "nvme", **SMALL, "buffer_count": 1},
+    "half": {"optimizer_tier": "nvme", "optimizer_share": 0.5, "sub_group_size": 5000, "pipeline_write": False},
+}
+
+
+class Setting(NamedTuple):
+    """What is trained on the device and on `tiers`."""
+
+    kind: str
+    precision: str
+    stage: int
+    steps: int
+    tiers: tuple[str, ...]
+
+
+SETTINGS = {
+    1: [
+        Setting("plain", "fp32", 3, STEPS, ("nvme",)),
+        Setting("odd", "bf16", 1, 4, tuple(TIERS)),
+        Setting("tied", "bf16", 2, 3, ("cpu", "nvme")),
+        Setting("adapters", "fp32", 1, 3, ("half",)),
+    ],
+    2: [
+        Setting("plain", "fp32", 3, STEPS, ("nvme",)),
+        Setting("plain", "bf16", 3, STEPS, ("cpu", "nvme")),
+        Setting("plain", "bf16", 2, 3, ("cpu", "one buffer")),
+        Setting("plain", "bf16", 1, 3, ("nvme",)),
+        Setting("odd", "bf16", 3, 3, ("half",)),
+        Setting("adapters", "fp32", 3, 3, ("cpu", "nvme")),
+        Setting("replicas", "bf16", 3, 3, ("cpu", "nvme")),
+        Setting("replicas", "fp32", 3, STEPS, ()),
+    ],
+    4: [Setting("odd", "bf16", 3, 3, ("cpu", "nvme"))],
+}
+
+
+def learns(name):
+    return "q_proj" in name and "layers.0" not in name
+
+
+@contextmanager
+def memory(*, own):
+    """Inside, the device counts as one with memory of its own, as CUDA has, so that everything is copied; or not."""
+    known, engine_tiers.has_own_memory = engine_tiers.has_own_memory, lambda device: own
+    try:
+        yield
+    finally:
+        engine_tiers.has_own_memory = known
+
+
+def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **config):
+    """Loss and norm of each step, masters, and working weights, all of this rank's rows."""
+    options = {"zero_stage": 3, "precision": "bf16"} | config
+    stage = options.pop("zero_stage")
+    if kind == "adapters":
+        options["learns"] = learns
+    elif kind == "replicas":
+        options["persistence_threshold"] = 100  # norms, all else is larger
+    elif kind != "plain":
+        options["kind"] = {kind: True}
+    optimizer = tiny.optimizer_config(**STEADY)
+    with tempfile.TemporaryDirectory() as folder:
+        engine = tiny.engine(world, stage, optimizer=optimizer, nvme_path=folder, **options)
+        points = []
+        for step in range(steps):
+            loss, result = tiny.train_step(engine, step % 10, accumulation=accumulation)
+            total = dist.sum_over_ranks(torch.tensor(loss, dtype=torch.float64)).item()
+            points.append((total, result.grad_norm))
+            if between is not None:
+                between(engine)
+        adam = engine._learner.optimizer
+        adam.flush()
+        state = {(name, part): adam.read_rows(name, part).clone() for name, part in adam.entries()}
+        whole = {name: tensor.clone() for name, tensor in engine.full_tensors()}
+        files = len(list(Path(folder).rglob("optimizer")))
+        adam.close()
+        assert files == (options.get("optimizer_tier") == "nvme"), "the state was where it was asked to be"
+        assert not list(Path(folder).iterdir()), "files are removed"
+    return points, state, whole
+
+
+def differences(found, expected):
+    """What is not bit-equal, in words."""
+    wrong = [f"step {i}: {a} is not {b}" for i, (a, b) in enumerate(zip(found[0], expected[0], strict=True)) if a != b]
+    for part in (1, 2):
+        assert found[part].keys() == expected[part].keys()
+        wrong += [f"{key}" for key, rows in found[part].items() if not torch.equal(rows, expected[part][key])]
+    return wrong
+
+
+def tiers(world):
+    """What differs from the device's tier, by setting and tier; curve and weights of each setting, for a reference."""
+    found, curves = {}, {}
+    for setting in SETTINGS[world.size]:
+        settings = {"kind": setting.kind, "precision": setting.precision, "zero_stage": setting.stage}
+        expected = train(world, steps=setting.steps, **settings)
+        curves[setting] = expected[0], expected[2]
+        for tier in setting.tiers:
+            with memory(own=True):
+                trained = train(world, steps=setting.steps, **settings, **TIERS[tier])
+            found[setting, tier] = differences(trained, expected)
+    return found, curves
+
+
+def failing_disks(world):
+    """What each rank is told when the file of the last one is cut short, between micro-batches and before the step."""
+    found = {}
+    for moment in ("micro-batch", "step"):
+        with tempfile.TemporaryDirectory() as folder:
+            engine = tiny.engine(world, 3, optimizer_tier="nvme", nvme_path=folder, **SMALL)
+            ids, counts = tiny.batch(0)
+            try:
+                for last in (False, True):
+                    engine.backward(tiny.token_loss(engine(ids), ids, counts, counts.sum()), last=last)
+                    if last == (moment == "step") and world.rank == world.size - 1:
+                        cut_short(folder)
+                engine.step()
+                found[moment] = ""
+            except RuntimeError as error:
+                found[moment] = str(error)
+            engine._learner.optimizer.close()
+    return found
+
+
+def cut_short(folder):
+    (file,) = Path(folder).rglob("optimizer")
+    os.truncate(file, 0)

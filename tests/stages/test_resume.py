@@ -1,0 +1,140 @@
+"""A run that is killed, whenever and wherever, ends as the run that was left alone: the same bits, the same numbers."""
+
+import dataclasses
+import filecmp
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rlhf import dist
+from rlhf.config import CheckpointConfig, EngineConfig
+from rlhf.engine.checkpoint import Checkpoints
+from stages.handover import _FREE_IN_ENGINES
+from stages.resume import AIMS, CHECKPOINTS, Progress, check_resume
+from tests.stages import killing
+
+ROOT = Path(__file__).parents[2]
+SEED = int(os.environ.get("KILL_SEED", "1"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of `killing.py`'s runs, and what it says of them."""
+    root = tmp_path_factory.mktemp("runs")
+    command = [sys.executable, "-m", "tests.stages.killing", str(root), str(SEED)]
+    quiet = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return root, json.loads((root / "found.json").read_text())
+
+
+def logged(file):
+    """The rows of a journal without times, speeds and memory."""
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith(("time", "timing", "perf", "memory"))} for row in rows]
+
+
+PAIRS = [("whole", "killed"), ("whole2", "killed2")]
+
+
+@pytest.mark.parametrize(("whole", "killed"), PAIRS)
+def test_the_models_are_the_same_bit_for_bit(runs, whole, killed):
+    root, found = runs
+    assert found[whole] == 0
+    assert found[killed][-1]["status"] == 0
+    models = sorted(path.relative_to(root / whole) for path in (root / whole).glob("*/*/*.safetensors"))
+    assert len(models) == {"whole": 4, "whole2": 2}[whole]
+    for model in models:
+        assert filecmp.cmp(root / whole / model, root / killed / model, shallow=False), model
+
+
+@pytest.mark.parametrize(("whole", "killed"), PAIRS)
+def test_metrics_samples_and_records_are_the_same(runs, whole, killed):
+    root, _ = runs
+    journals = sorted(path.relative_to(root / whole) for path in (root / whole).glob("*/*.jsonl"))
+    assert len(journals) == {"whole": 4, "whole2": 2}[whole]
+    for journal in journals:
+        assert logged(root / killed / journal) == logged(root / whole / journal), journal
+    for record in (root / whole).glob("*/stage.json"):
+        other = root / killed / record.relative_to(root / whole)
+        assert json.loads(record.read_text()) == json.loads(other.read_text())
+
+
+def test_the_runs_were_really_killed_in_the_middle_of_things(runs):
+    _, found = runs
+    statuses = [life["status"] for life in found["killed"] + found["killed2"]]
+    assert statuses.count(-signal.SIGKILL) >= 6
+    left = [name for life in found["killed"] + found["killed2"] for name in life["left"]]
+    assert any(name.endswith(".partial") for name in left)
+    assert any(not name.endswith((".partial", ".removed")) for name in left)
+
+
+def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(runs):
+    _, found = runs
+    for history in (found["killed"], found["killed2"]):
+        (polite,) = [life for life in history if life["death"] and life["death"][2] == signal.SIGTERM]
+        assert polite["status"] == killing.STOPPED
+        assert polite["left"]
+
+
+def test_a_finished_stage_keeps_no_checkpoint_but_a_better_one(runs):
+    root, _ = runs
+    for name in ("whole", "killed", "whole2", "killed2"):
+        for stage, aim in AIMS.items():
+            values = {
+                row["step"]: aim.sign * row[aim.metric]
+                for row in (logged(root / name / stage / "metrics.jsonl") if (root / name / stage).exists() else [])
+                if aim.metric in row and row["step"] > 0
+            }
+            best = min((step for step in values if values[step] == max(values.values())), default=0)
+            expected = [] if best in (0, max(values, default=0)) else [f"step-{best:06d}"]
+            assert [path.name for path in (root / name / stage).glob("checkpoints/*")] == expected, (name, stage)
+
+
+def test_rows_that_have_changed_are_noticed_before_anything_is_loaded(tmp_path):
+    there = Checkpoints(tmp_path / CHECKPOINTS, dist.World.alone(), keep=1, asynchronous=False)
+    there.save(4, [], state={"data": "these"}, spare=set())
+    check_resume(tmp_path, data="these")
+    with pytest.raises(ValueError, match=r"step-000004 was made from other rows .* remove .*checkpoints to start anew"):
+        check_resume(tmp_path, data="others")
+    check_resume(tmp_path / "nothing", data="others")
+
+
+@pytest.mark.parametrize(("stage", "values", "best"), [("sft", [3, 2, 2, 4], 2), ("reward", [0.5, 0.7, 0.6, 0.7], 2)])
+def test_the_first_of_the_best_evaluations_is_kept(stage, values, best):
+    progress = Progress()
+    aim = AIMS[stage]
+    for step, value in enumerate(values, start=1):
+        progress.note(step, {aim.metric: value}, aim=aim)
+        progress.note(step, {}, aim=aim)  # no evaluation
+    assert progress.best_step == best
+    assert progress.after == {aim.metric: values[-1]}
+
+
+def test_shares_and_steps_between_checkpoints():
+    assert CheckpointConfig(every=0.2).interval_of(60) == 12
+    assert CheckpointConfig(every=0.2).interval_of(8) == 2
+    assert CheckpointConfig(every=5).interval_of(60) == 5
+    assert CheckpointConfig(every=0).interval_of(60) == 0
+
+
+def test_only_settings_that_change_results_bind_a_checkpoint():
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    assert names - set(_FREE_IN_ENGINES) == {
+        *("precision", "moments", "delayed_update", "deepspeed", "loss_scale", "initial_scale_power"),
+        *("loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"),
+    }
+    assert set(_FREE_IN_ENGINES) <= names
+
+
+def test_torch_draws_nothing_before_a_stage_begins(runs):
+    """With dropout, the first step of a resumed run must see the numbers that came next."""
+    root, _ = runs
+    assert torch.is_tensor(torch.get_rng_state())
+    assert logged(root / "killed/sft/metrics.jsonl")[5] == logged(root / "whole/sft/metrics.jsonl")[5]
