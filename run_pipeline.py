@@ -11,6 +11,7 @@ table says what was learnt. With `launch.ranks=N` each stage runs on N processes
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -42,7 +43,7 @@ from stages.composition import (
     to_run,
 )
 from stages.deepspeed import with_deepspeed
-from stages.handover import lock_folder
+from stages.handover import is_finished, lock_folder
 from stages.planning_report import check_memory, show_plan
 from stages.ppo import run_ppo
 from stages.preflight import preflight
@@ -69,7 +70,8 @@ def start_or_work() -> None:
     if sys.argv[1:2] == [_WORKER]:
         launch.end_with_parent()
         run = load_run(Path(sys.argv[2]))
-        run_stages(run, sys.argv[3:], world=start_rank(run))
+        with contextlib.suppress(Stopped):  # whoever started us sees what is not finished
+            run_stages(run, sys.argv[3:], world=start_rank(run))
         return
     register_schema()
     if not any(word.startswith(("-m", "--multirun", "--config")) for word in sys.argv[1:]):
@@ -83,28 +85,37 @@ def compose_and_start(config: DictConfig) -> None:
     """Compose once, check everything, and run the stages here, on ranks we start, or on those torchrun started."""
     run = to_run(config)
     with one_sentence():
-        if run.plan:
-            show_plan(run)
-            return
         world = start_rank(run) if launch.under_torchrun() else World.alone()
         setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
         ranks = world.size if launch.under_torchrun() else run.launch.ranks
-        run = with_deepspeed(run, ranks=ranks, overridden=overridden_keys(HydraConfig.get().overrides.task))
+        words = overridden_keys(HydraConfig.get().overrides.task)
+        run = broadcast_object(with_deepspeed(run, ranks=ranks, overridden=words) if world.is_main else run)
+        if run.plan:
+            show_plan(run, world, ranks=ranks)
+            return
         lock = lock_folder(run) if world.is_main else None
         todo = broadcast_object(checked(run, ranks) if world.is_main else [])
-    path = save_run(run) if world.is_main else None
-    try:
-        if todo and ranks > world.size:
-            exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
-            if exit_status != 0:
-                sys.exit(exit_status)
-        elif todo:
-            run_stages(run, todo, world=world if world.size > 1 else start_rank(run))
-    except KeyboardInterrupt:
-        sys.exit(where_it_stands(run) if world.is_main else 1)
+    if todo:
+        carry_out(run, todo, world=world, ranks=ranks)
     if lock is not None:
         show_results(run)
         lock.close()
+
+
+def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int) -> None:
+    """Run the stages, here or on ranks that we start; an interruption ends the program with where the run stands."""
+    path = save_run(run) if world.is_main else None
+    try:
+        if ranks == world.size:
+            run_stages(run, todo, world=world if world.size > 1 else start_rank(run))
+            return
+        exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
+        if exit_status != 0:
+            sys.exit(exit_status)
+        if not all(is_finished(run, stage) for stage in todo):
+            raise KeyboardInterrupt  # that reached the ranks alone
+    except KeyboardInterrupt:
+        sys.exit(where_it_stands(run) if world.is_main else 1)
 
 
 def checked(run: RunConfig, ranks: int) -> list[str]:

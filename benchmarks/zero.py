@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks import zero_adam, zero_disk, zero_growth, zero_step
 from benchmarks.zero_case import Case, Outcome, run
 from benchmarks.zero_records import Records
-from benchmarks.zero_report import write_section
+from benchmarks.zero_report import RESULT, write_section
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def disk(arguments: argparse.Namespace) -> str:
 
 def adam(arguments: argparse.Namespace) -> str:
     """GB/s of AdamW on the CPU against an in-place pass over memory, and against DeepSpeed."""
-    return zero_adam.compare(arguments.peer, elements=arguments.elements, rounds=arguments.rounds)
+    sizes = {"elements": arguments.elements, "rounds": arguments.rounds}
+    return "\n\n".join(zero_adam.compare(arguments.peer, **sizes, threads=threads) for threads in arguments.threads)
 
 
 def step(arguments: argparse.Namespace) -> str:
@@ -109,6 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         part = parts.add_parser(action.__name__, help=action.__doc__)
         part.set_defaults(action=action)
         part.add_argument("--folder", type=Path, default=Path("outputs/zero"), help="on the disk to use")
+        part.add_argument("--result", type=Path, default=RESULT, help="Markdown file whose section is replaced")
         part.add_argument("--rounds", type=int, default=3)
         part.add_argument("--buffer-count", type=int, default=4)
         part.add_argument("--buffer-size", type=int, default=8_000_000, help="elements of four bytes")
@@ -116,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
             _add_training(part)
     parts.choices["disk"].add_argument("--gigabytes", type=float, default=2.0)
     parts.choices["adam"].add_argument("--elements", type=int, default=100_000_000)
+    parts.choices["adam"].add_argument("--threads", type=int, nargs="+", default=[1])
     for name in ("adam", "step"):
         parts.choices[name].add_argument("--peer", help="interpreter with deepspeed")
     for name in ("step", "growth"):
@@ -146,7 +149,7 @@ def main() -> None:
     arguments.folder = arguments.folder.resolve()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     text = arguments.action(arguments)
-    write_section(arguments.part, text)
+    write_section(arguments.part, text, result=arguments.result)
     log.info("%s", text)
 
 

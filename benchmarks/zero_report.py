@@ -5,6 +5,7 @@ Every part of the benchmark owns one section of `benchmarks/results/zero.md`, wh
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import statistics
@@ -32,10 +33,11 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def write_section(part: str, text: str, *, result: Path = RESULT) -> None:
+def write_section(part: str, text: str, *, result: Path) -> None:
     """Replace a part's section, or add it, under the command that this process was started with."""
     command = shlex.join(["python", "-m", "benchmarks.zero", *sys.argv[1:]])
-    section = f"## {part}\n\n`{command}`, {date.today()}, {hardware()}.\n\n{text.strip()}\n"
+    head = f"`{command}`, {date.today()}, {hardware()}, load average at the end {os.getloadavg()[1]:.1f}."
+    section = f"## {part}\n\n{head}\n\n{text.strip()}\n"
     known = result.read_text() if result.exists() else _TITLE
     title, *sections = re.split(r"^(?=## )", known, flags=re.MULTILINE)
     others = [other.strip() + "\n" for other in sections if not other.startswith(f"## {part}\n")]

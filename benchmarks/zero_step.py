@@ -61,7 +61,7 @@ def compare(records: Records, template: Case, *, rows: Sequence[str], rounds: in
     title = f"### {template.size}, {template.ranks} rank{'s' * (template.ranks > 1)}, {template.precision}"
     what = f"{template.sequences} x {template.length} tokens a rank and step, {rounds} alternating rounds."
     cost = measured[plain]
-    alone = f"PyTorch alone on one process: {spread(_all(cost, _cpu))} s, {spread(_all(cost, _peak), 0)} MB."
+    alone = f"PyTorch alone on one process: {spread(_all(cost, _cpu), 0)} ms, {spread(_all(cost, _peak), 0)} MB."
     return "\n\n".join([title, f"{what} {alone}", _times(results), _memory(results)])
 
 
@@ -75,12 +75,12 @@ def _contenders(template: Case, name: str, *, peer: bool) -> list[Case]:
 
 
 def _times(rows: list[Row]) -> str:
-    """Seconds of process time a step of all ranks, and of wall clock."""
-    head = ["ZeRO, tiers", "ours, CPU s", "DeepSpeed", "tuned", "best DeepSpeed / ours", "the same by wall clock"]
+    """Milliseconds of process time a step of all ranks, and ratios of that and of wall clock."""
+    head = ["ZeRO, tiers", "ours, CPU ms", "DeepSpeed", "tuned", "best DeepSpeed / ours", "the same by wall clock"]
     head += ["speed of ZeRO-0", "by wall clock"]
     lines = []
     for row in rows:
-        costs = [spread(_all(rounds, _cpu)) for rounds in (row.ours, row.peer, row.tuned)]
+        costs = [spread(_all(rounds, _cpu), 0) for rounds in (row.ours, row.peer, row.tuned)]
         ratios = [spread(_against_peer(row, cost)) for cost in (_cpu, _wall)]
         fractions = [
             spread([cost(base) / cost(own) for base, own in zip(row.base, row.ours, strict=True)])
@@ -129,11 +129,11 @@ def _all(rounds: Rounds, cost: Callable[[Outcome], float]) -> list[float]:
 
 
 def _cpu(outcome: Outcome) -> float:
-    return outcome.cpu_seconds
+    return 1e3 * outcome.cpu_seconds
 
 
 def _wall(outcome: Outcome) -> float:
-    return outcome.wall_seconds
+    return 1e3 * outcome.wall_seconds
 
 
 def _peak(outcome: Outcome) -> float:

@@ -270,7 +270,11 @@ class TrackingConfig:
 
 @dataclass(kw_only=True)
 class CheckpointConfig:
-    """When a stage saves itself, and what is kept. A killed run goes on from its last checkpoint."""
+    """When a stage saves itself, and what is kept. A killed run goes on from its last checkpoint.
+
+    They are for runs that do not end: a finished stage removes them, but for one whose evaluation was better than the
+    last. There is never less than the newest one on the disk, so there must be room for one more than are kept.
+    """
 
     every: float = 0.2
     """Steps (PPO: iterations) between two checkpoints; below 1, that share of the stage's; 0 saves none in between."""

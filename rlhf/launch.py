@@ -6,6 +6,7 @@ a different one. Left out: several machines (start torchrun on each; `rlhf/dist.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -34,6 +35,8 @@ def use_threads(threads: int, *, ranks: int) -> int:
 def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
     """Run `script` under torchrun on this machine and return its exit status.
 
+    An interrupt is passed on as SIGTERM to each rank, and raised again when all have ended.
+
     Args:
         script: Python file that each rank runs.
         *arguments: its command line.
@@ -41,15 +44,15 @@ def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    # In a session of its own, so that Ctrl-C reaches it once, through us: a second signal makes it drop its workers.
+    # In a session of its own, so that Ctrl-C reaches its workers once, through us, and not torchrun, which would kill
+    # them after half a minute.
     with subprocess.Popen(
         [*command, str(script), *arguments], env=environment, start_new_session=True, preexec_fn=end_with_parent
     ) as torchrun:
         try:
             return torchrun.wait()
         except KeyboardInterrupt:
-            torchrun.terminate()  # it passes SIGTERM to its workers, and kills them after half a minute
-            _wait_or_kill(torchrun)
+            _stop_workers(torchrun)
             raise
 
 
@@ -62,10 +65,25 @@ def end_with_parent() -> None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def _wait_or_kill(torchrun: subprocess.Popen[bytes]) -> None:
-    """Until it has ended; another interrupt ends it, and with it the ranks."""
+def _stop_workers(torchrun: subprocess.Popen[bytes]) -> None:
+    """Ask the workers to end, and wait for them; another interrupt ends torchrun, and with it the workers."""
+    workers = _children_of(torchrun.pid)
     try:
+        for worker in workers:
+            os.kill(worker, signal.SIGTERM)
+        if not workers:
+            torchrun.terminate()
         torchrun.wait()
     except KeyboardInterrupt:
         torchrun.kill()
         torchrun.wait()
+
+
+def _children_of(parent: int) -> list[int]:
+    """Processes that `parent` has started (Linux; elsewhere none are known)."""
+    children = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            fields = file.read_text().rpartition(")")[2].split()
+            children += [int(file.parent.name)] if int(fields[1]) == parent else []
+    return children

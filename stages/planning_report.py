@@ -5,8 +5,8 @@ Left out: how it is computed (`planning.py`), and what was measured (`planning_m
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from functools import partial
@@ -15,17 +15,18 @@ from pathlib import Path
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.dist import World
+from rlhf.dist import World, barrier
 from rlhf.engine.memory import Item, Limits, Phase, Place, Plan, chosen_limits
-from rlhf.tracking.console import setup_logging
 from rlhf.tracking.memory import resident
 from rlhf.tracking.table import table
 from stages.planning import Machine, machine_of, plan_stage
 from stages.planning_changes import cheapest_change
+from stages.planning_measured import NUMBERS
 
 log = logging.getLogger(__name__)
 
 PLAN = "plan.txt"
+RUNTIME = "runtime"
 _CUDA_CONTEXT = 600_000_000  # bytes of a process on an H100 before its first tensor: context, kernels, cuBLAS
 _MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
@@ -44,6 +45,7 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     path = Path(run.output_dir) / PLAN
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
+    (path.parent / NUMBERS).write_text(json.dumps({plan.stage: _numbers(plan) for plan in plans}, indent=2) + "\n")
     refused = [said for plan, said in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
     if refused and run.memory.enforce:
         raise ValueError("\n".join([*refused, "memory.enforce=false starts it all the same."]))
@@ -51,15 +53,15 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
         log.warning("%s", said)
 
 
-def show_plan(run: RunConfig) -> None:
-    """Print the whole plan, once.
+def show_plan(run: RunConfig, world: World, *, ranks: int) -> None:
+    """Print the whole plan; all ranks may call it.
 
     Raises:
         ValueError: a model that is not there, or a device whose size nobody knows.
     """
-    setup_logging(World.alone(), quiet=False)
-    if int(os.environ.get("RANK", 0)) == 0:
-        log.info("%s", plan_text(run, ranks=int(os.environ.get("WORLD_SIZE", run.launch.ranks))))
+    if world.is_main:
+        log.info("%s", plan_text(run, ranks=ranks))
+    barrier()
 
 
 def plan_text(run: RunConfig, *, ranks: int) -> str:
@@ -108,8 +110,8 @@ def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> 
 def runtime_items(device: torch.device) -> tuple[Item, ...]:
     """What this process takes before it has a model; on CUDA also the context of the device."""
     host = resident().get("RssAnon", 0)
-    on_device = (Item("process", "runtime", Place.device, _CUDA_CONTEXT),) if device.type == "cuda" else ()
-    return (Item("process", "runtime", Place.host, host), *on_device)
+    on_device = (Item("process", RUNTIME, Place.device, _CUDA_CONTEXT),) if device.type == "cuda" else ()
+    return (Item("process", RUNTIME, Place.host, host), *on_device)
 
 
 def machine_limits(run: RunConfig, device: torch.device) -> Limits:
@@ -175,6 +177,15 @@ def short_text(plans: list[Plan], limits: Limits) -> str:
     ]
     names = [str(place) if limits.device is not None or place is Place.disk else "memory" for place in _places(limits)]
     return table("Memory plan: GB of each rank", ["stage", "phase", *names, "mostly"], rows=rows)
+
+
+def _numbers(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes of each phase by place, and of them what a process takes without a model."""
+    return {
+        phase.name: {str(place): phase.total(place) for place in Place}
+        | {"runtime": sum(item.bytes for item in phase.items if item.part == RUNTIME and item.place is Place.host)}
+        for phase in plan.phases
+    }
 
 
 def _places(limits: Limits) -> list[Place]:

@@ -49,7 +49,7 @@ class Demonstrations(Work):
 
     def __call__(self, model: nn.Module) -> Tensor:
         """On demonstrations of which every token is learnt."""
-        mask = torch.ones(self.rows, self.length, dtype=torch.bool)
+        mask = _mask(self.rows, self.length)
         batch = SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask)
         return sft_loss(logits_of(model, batch), batch.input_ids, mask, denominator=1.0).loss
 
@@ -62,7 +62,7 @@ class Preferences(Work):
 
     def __call__(self, model: Any) -> Tensor:
         """On pairs."""
-        mask = torch.ones(2 * self.rows, self.length, dtype=torch.bool)
+        mask = _mask(2 * self.rows, self.length)
         batch = PreferenceBatch(input_ids=mask.long(), attention_mask=mask, margin=torch.zeros(self.rows))
         return Pairwise(self.config).outcome(model, batch, denominator=torch.ones(())).loss
 
@@ -101,7 +101,7 @@ class PolicyLoss(_OfPPO):
 
     def __call__(self, model: Any) -> None:
         """Forward and backward; ends by an exception, before ranks would have to agree on anything."""
-        policy_gradient(_Trainee(model), [_ppo_batch(self)], config=self.config, denominator=torch.ones(()))  # type: ignore[arg-type]
+        policy_gradient(_Trainee(model), [ppo_batch(self)], config=self.config, denominator=torch.ones(()))  # type: ignore[arg-type]
 
 
 class ValueLoss(_OfPPO):
@@ -111,7 +111,7 @@ class ValueLoss(_OfPPO):
         """As the actor's."""
         critic: Any = _Trainee(model)
         models = Models(actor=critic, reward=critic, reference=None, critic=critic)
-        value_gradient(models, [_ppo_batch(self)], config=self.config, denominator=torch.ones(()))
+        value_gradient(models, [ppo_batch(self)], config=self.config, denominator=torch.ones(()))
 
 
 class Answers(_OfPPO):
@@ -119,8 +119,8 @@ class Answers(_OfPPO):
 
     def __call__(self, model: Any) -> None:
         """Prompts of full length, and room for responses of full length."""
-        tokens = torch.ones(self.rows, self.num_prompt, dtype=torch.long)
-        prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, 0], prompts=("",) * self.rows)
+        tokens = _mask(self.rows, self.num_prompt).flip(1).long()
+        prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, -1], prompts=("",) * self.rows)
         decoding = Decoding(
             max_new_tokens=self.num_response, stop_token_ids=[0], pad_id=0, sampling=self.config.sampling
         )
@@ -156,11 +156,19 @@ class _Trainee:
 
 
 def _sequences(work: Work) -> dict[str, Tensor]:
-    mask = torch.ones(work.rows, work.length, dtype=torch.bool)
+    mask = _mask(work.rows, work.length)
     return {"sequences": mask.long(), "attention_mask": mask}
 
 
-def _ppo_batch(work: Work) -> PPOBatch:
+def _mask(rows: int, length: int) -> Tensor:
+    """One sequence ends a token before the others."""
+    mask = torch.ones(rows, length, dtype=torch.bool)
+    mask[-1, -1] = False
+    return mask
+
+
+def ppo_batch(work: Work) -> PPOBatch:
+    """What an update of `work` learns from."""
     response = torch.ones(work.rows, work.num_response, dtype=torch.bool)
     names = ("logprobs", "reference_logprobs", "values", "advantages", "returns")
     return PPOBatch(**_sequences(work), response_mask=response, **{name: response.float() for name in names})

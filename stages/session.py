@@ -21,6 +21,7 @@ from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
 from stages.composition import as_plain
 from stages.handover import Record, claim_folder, write_record
+from stages.planning_measured import beside_plan
 from stages.resume import Keeper, Parts, Progress
 from stages.stopping import StopSignals
 
@@ -119,9 +120,10 @@ class Session:
     def export(self, engine: Engine, name: str) -> Path:
         """Write a model to the stage's folder, loadable without this project; all ranks must call it."""
         folder = self.folder / name
-        tensors = engine.full_tensors()
-        export(engine.module, tensors, folder=folder, tokenizer=self.tokenizer, write=self.world.is_main)
-        dist.barrier()
+        with self.watch("save"):
+            tensors = engine.full_tensors()
+            export(engine.module, tensors, folder=folder, tokenizer=self.tokenizer, write=self.world.is_main)
+            dist.barrier()
         return folder
 
     def finish(self, *models: Path, record: Record) -> Record:
@@ -132,7 +134,7 @@ class Session:
                 f"{self.stage} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
                 f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
             )
-        self.tracker.summary(record.after)
+        self.tracker.summary(record.after | beside_plan(self.run, self.stage, world=self.world, watch=self.watch))
         if self.world.is_main:
             for folder in (*models, self.folder):
                 write_record(record, folder)

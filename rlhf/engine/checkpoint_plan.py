@@ -73,9 +73,7 @@ def _write_item(stored: Stored) -> WriteItem:
 class Loading(LoadPlanner):
     """Plans what each rank reads into a `{key: Stored}`, and hands over each tensor once all of it was read."""
 
-    def set_up_planner(
-        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
-    ) -> None:
+    def set_up_planner(self, state_dict: dict[str, Any], metadata: Metadata | None = None, *_: bool) -> None:
         """Take note of what is wanted and what there is."""
         assert metadata is not None, "the index is read before the planner is asked"
         self._wanted: dict[str, Stored] = state_dict

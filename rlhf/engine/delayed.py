@@ -2,8 +2,8 @@
 
 The gradient of step t is applied in the background, and reaches the working weights when step t + 1 is taken: that
 step's gradient was computed with weights that do not know step t yet. Everything else is AdamW: each gradient with
-its own learning rate and clipping, in order. The loss falls a little later, and with learning rates near what is
-stable, less; leave it off for the first hundred steps of a new recipe.
+its own learning rate and clipping, in order. The loss falls later by about a step, and the largest learning rate that
+is stable is smaller; publishing more often than each step (see below) shortens the delay, so it changes the numbers.
 Whoever reads weights (evaluation, generation, a checkpoint) has them published first (`AdamW.flush`).
 Left out: what runs (`optimizers.py`).
 """

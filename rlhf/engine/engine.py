@@ -88,6 +88,7 @@ class Engine:
 
     def generating(self) -> AbstractContextManager[nn.Module]:
         """Context for decoding: gathered once, adapters merged, eval mode, no gradients, no other rank needed."""
+        self.flush()
         return hybrid.generating(self.module, self._sharding, streamed=self._streams)
 
     def all_done(self, done: bool) -> bool:
@@ -99,6 +100,7 @@ class Engine:
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
         """Context for forwards that nothing is learnt from: eval mode, no gradients, all ranks together."""
+        self.flush()
         return hybrid.evaluating(self.module, self._sharding)
 
     def full_tensors(self, *, masters: bool = False) -> Iterator[tuple[str, Tensor]]:
@@ -111,8 +113,20 @@ class Engine:
             Name and tensor; a parameter with two names (tied embeddings) once, under its first. The tensor may share
             the model's memory.
         """
+        self.flush()
         optimizer = self._learning.optimizer if masters else None
         return self._sharding.full_tensors(partial(optimizer.read_rows, part="weight") if optimizer else None)
+
+    def flush(self) -> None:
+        """Finish an update that is delayed: the working weights are then those of all steps taken."""
+        if self._learner is not None:
+            self._learner.optimizer.flush()
+
+    def close(self) -> None:
+        """Let go of files, threads and page-locked memory; the engine cannot be used any more."""
+        if self._learner is not None:
+            self._learner.optimizer.close()
+        self._sharding.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Weights that learn, optimizer state and counters; sharded tensors by name, in this engine's memory."""

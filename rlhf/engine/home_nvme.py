@@ -129,7 +129,7 @@ class NvmeHome:
     def publish(self) -> None:
         """Read the weights and hand them to the working weights."""
         for shape in self.shapes:
-            self.rows.write(shape.name, 0, self.read(shape.name, "weight").view(-1))
+            self.rows.write(shape.name, 0, values=self.read(shape.name, "weight").view(-1))
 
     def read(self, name: str, part: str) -> Tensor:
         """This rank's rows, as a copy."""
@@ -140,7 +140,7 @@ class NvmeHome:
             self._room.buffers.give_back(load.buffer)
         return rows.view(self._shapes[name].sizes)
 
-    def write(self, name: str, part: str, rows: Tensor) -> None:
+    def write(self, name: str, part: str, *, rows: Tensor) -> None:
         """Set them."""
         flat = rows.reshape(-1)
         for record, span in self._places[name]:
@@ -208,7 +208,7 @@ class NvmeHome:
         records = [record for record in self._room.records if any(span.name in names for span in record.spans)]
         for load in self._ahead([partial(self._load_record, record, names) for record in records]):
             record, buffer = load.record, load.buffer
-            pieces = [self._piece(record, span, buffer) for span in record.spans if span.name in names]
+            pieces = [self._piece(record, span, buffer=buffer) for span in record.spans if span.name in names]
             for tile in self._kernel.update(pieces, lr=update.lr, scale=update.scale):
                 publish(self.rows, tile)
             self._store(record, buffer, place=slice(record.weight_at, record.nbytes))
@@ -230,7 +230,7 @@ class NvmeHome:
         if not self._room.writes_behind:
             pending.wait()
 
-    def _piece(self, record: Record, span: Span, buffer: Tensor) -> Piece:
+    def _piece(self, record: Record, span: Span, *, buffer: Tensor) -> Piece:
         gradient = buffer[self._gradient_place(record, span)].view(self._sums[span.name].dtype)[: span.count]
         weight, *moments = (record.part(buffer, part, span=span) for part in PARTS)
         shape = self._shapes[span.name]

@@ -83,7 +83,7 @@ class StateHome(Protocol):
     def read(self, name: str, part: str) -> Tensor:
         """This rank's rows of one of `PARTS`: fp32, its own memory or the home's."""
 
-    def write(self, name: str, part: str, rows: Tensor) -> None:
+    def write(self, name: str, part: str, *, rows: Tensor) -> None:
         """Set them; working weights do not follow."""
 
     def close(self) -> None:
@@ -174,14 +174,14 @@ class MemoryHome:
     def publish(self) -> None:
         """Round the masters into the working weights."""
         for shape in self.shapes:
-            self.rows.write(shape.name, 0, self._weight(shape.name))
+            self.rows.write(shape.name, 0, values=self._weight(shape.name))
 
     def read(self, name: str, part: str) -> Tensor:
         """The memory itself where it is fp32."""
         flat = self._weight(name) if part == "weight" else self._parts[part][name]
         return flat.float().view(self._sizes[name])
 
-    def write(self, name: str, part: str, rows: Tensor) -> None:
+    def write(self, name: str, part: str, *, rows: Tensor) -> None:
         """Copy them here."""
         into = self._weight(name) if part == "weight" else self._parts[part][name]
         into.copy_(rows.reshape(-1))

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from rlhf.config import EngineConfig, Tier
 from rlhf.engine.buffers import Buffers
 from rlhf.engine.disk import DiskFile, run_folder
+from rlhf.engine.host_memory import return_freed_memory
 from rlhf.engine.residency import Home, Residency, lay_out, unit_bytes
 from rlhf.engine.resting_disk import DiskHome, file_bytes
 from rlhf.engine.resting_host import HostHome
@@ -79,7 +80,7 @@ def fill(
         rows = blueprint.weights.read(name, _rows(parameter, world))
         assert rows.shape == local(parameter).shape, f"{name}: {tuple(rows.shape)} for {tuple(local(parameter).shape)}"
         if sharding.rows is not None and name in sharding.rows:
-            sharding.rows.write(name, 0, rows.flatten())
+            sharding.rows.write(name, 0, values=rows.flatten())
         else:
             local(parameter).copy_(rows)
         if set_master is not None and parameter.requires_grad:
@@ -120,6 +121,8 @@ def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) ->
 
 def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> DiskHome:
     assert config.nvme_path is not None, "the settings were checked"
+    if world.device.type == "cpu":
+        return_freed_memory()
     file = DiskFile(
         run_folder(config.nvme_path, rank=world.rank) / "parameters",
         nbytes=file_bytes(sizes),

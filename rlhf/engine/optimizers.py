@@ -16,10 +16,10 @@ from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.delayed import Background
 from rlhf.engine.homes import PARTS, StateHome, Update
-from rlhf.engine.residency import Residency, WorkingRows
+from rlhf.engine.residency import WorkingRows
 from rlhf.engine.sharding import ParameterGroup, like, local
 from rlhf.engine.tiers import Tiers
-from rlhf.engine.working_rows import EitherRows, ResidentRows
+from rlhf.engine.working_rows import ResidentRows
 
 Masters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 """fp32 rows by name, or one after the other."""
@@ -35,7 +35,7 @@ class AdamW:
         *,
         config: OptimizerConfig,
         engine: EngineConfig | None = None,
-        rows: Residency | None = None,
+        rows: WorkingRows | None = None,
         world: World | None = None,
     ) -> None:
         """Start at zero moments.
@@ -56,12 +56,8 @@ class AdamW:
         self.groups = groups
         self._world = world or World.alone()
         engine = engine or EngineConfig(zero_stage=0)
-        self._rows: WorkingRows = ResidentRows(groups)
-        if rows is not None:
-            self._rows = EitherRows(rows, self._rows)
-        self.homes: list[StateHome] = Tiers(
-            groups, config, engine, self._world, None if rows is None else self._rows
-        ).homes()
+        self._rows: WorkingRows = ResidentRows(groups) if rows is None else rows
+        self.homes: list[StateHome] = Tiers(groups, config, engine, self._world, rows).homes()
         self._home_of = {shape.name: home for home in self.homes for shape in home.shapes}
         self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
         self._background = Background() if engine.delayed_update else None
@@ -75,7 +71,7 @@ class AdamW:
         """Set a parameter's fp32 weights, where it has some beside the working weights, which stay as they are."""
         home = self._home_of[name]
         if home.has_masters:
-            home.write(name, "weight", rows)
+            home.write(name, "weight", rows=rows)
 
     def step(self, reached: Collection[str], *, lr: float, scale: float = 1.0) -> None:
         """Update the parameters that have a gradient, from the sums in their homes; working weights follow masters.
@@ -133,12 +129,12 @@ class AdamW:
         return self._home_of[name].read(name, part)
 
     @torch.no_grad()
-    def write_rows(self, name: str, part: str, rows: Tensor) -> None:
+    def write_rows(self, name: str, rows: Tensor, *, part: str) -> None:
         """Set this rank's rows of one part; working weights follow "weight"."""
         self.flush()
-        self._home_of[name].write(name, part, rows)
+        self._home_of[name].write(name, part, rows=rows)
         if part == "weight":
-            self._rows.write(name, 0, rows.reshape(-1))
+            self._rows.write(name, 0, values=rows.reshape(-1))
             self._rows.flush()
 
     def steps(self) -> dict[str, float]:
@@ -184,7 +180,7 @@ class AdamW:
                 "the saved run."
             )
         for name, part in self.entries():
-            self.write_rows(name, part, local(entries[name][part]))
+            self.write_rows(name, local(entries[name][part]), part=part)
         self.load_steps({name: entry["step"].item() for name, entry in entries.items()})
 
     def _fill(self, masters: Masters | None) -> None:
@@ -195,7 +191,7 @@ class AdamW:
             self.set_master(name, rows)
             missing.discard(name)
         for name in missing:
-            self.set_master(name, self._rows.read(name, 0, local(self._parameters[name]).numel()))
+            self.set_master(name, self._rows.read(name, 0, count=local(self._parameters[name]).numel()))
 
     def _update(self, update: Update) -> None:
         for home in self.homes:

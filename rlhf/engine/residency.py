@@ -33,10 +33,10 @@ def resting_tier(config: EngineConfig, device: torch.device) -> Tier:
 class WorkingRows(Protocol):
     """This rank's rows of the working weights, wherever they rest."""
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, *, values: Tensor) -> None:
         """Make `values` [n], rounded to the working type, the elements from `start` of the rows of `name`, flat."""
 
-    def read(self, name: str, start: int, count: int) -> Tensor:
+    def read(self, name: str, start: int, *, count: int) -> Tensor:
         """A copy of `count` elements from `start` of the rows of `name`, [count] fp32 on the CPU."""
 
     def flush(self) -> None:
@@ -58,10 +58,10 @@ class Home(Protocol):
     def forget(self) -> None:
         """Drop what was brought ahead of use."""
 
-    def write(self, unit: int, start: int, values: Tensor) -> None:
+    def write(self, unit: int, start: int, *, values: Tensor) -> None:
         """Replace bytes from `start` by `values` [n], of any device."""
 
-    def read(self, unit: int, start: int, count: int) -> Tensor:
+    def read(self, unit: int, start: int, *, count: int) -> Tensor:
         """A copy of `count` bytes from `start`, uint8 on the CPU."""
 
     def flush(self) -> None:
@@ -148,7 +148,8 @@ class Residency:
             self._bring(slot.unit)
         del self._waiting[name]
         assert self._open is not None
-        rows = _cut(self._open, slot, self.dtype)
+        nbytes = slot.padded.numel() * self.dtype.itemsize
+        rows = self._open[slot.start : slot.start + nbytes].view(self.dtype).view(slot.padded)
         if not self._waiting:
             self._open = None
         return rows
@@ -159,10 +160,10 @@ class Residency:
         for home in self._distinct:
             home.forget()
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, *, values: Tensor) -> None:
         """See `WorkingRows.write`; not while a forward or backward runs."""
         if name not in self._slots:
-            self._others.write(name, start, values)
+            self._others.write(name, start, values=values)
             return
         slot, values = self._slots[name], values.detach().to(self.dtype)
         first = slot.start + start * self.dtype.itemsize
@@ -170,20 +171,20 @@ class Residency:
         if start + values.numel() == slot.shape.numel():  # the gap up to the next one too: writes stay in one piece
             raw = torch.cat([raw, raw.new_zeros(slot.stop - first - raw.numel())])
         self._retire()
-        self._homes[slot.unit].write(slot.unit, first, raw)
+        self._homes[slot.unit].write(slot.unit, first, values=raw)
 
-    def read(self, name: str, start: int, count: int) -> Tensor:
+    def read(self, name: str, start: int, *, count: int) -> Tensor:
         """See `WorkingRows.read`."""
         if name not in self._slots:
-            return self._others.read(name, start, count)
+            return self._others.read(name, start, count=count)
         slot, size = self._slots[name], self.dtype.itemsize
-        raw = self._homes[slot.unit].read(slot.unit, slot.start + start * size, count * size)
+        raw = self._homes[slot.unit].read(slot.unit, slot.start + start * size, count=count * size)
         return raw.view(self.dtype).float()
 
     def rows(self, name: str) -> Tensor:
         """A copy of this rank's rows of `name`, in their shape and type, on the CPU."""
         shape = self._slots[name].shape
-        return self.read(name, 0, shape.numel()).to(self.dtype).view(shape)
+        return self.read(name, 0, count=shape.numel()).to(self.dtype).view(shape)
 
     def flush(self) -> None:
         """See `WorkingRows.flush`."""
@@ -215,11 +216,6 @@ class Residency:
     @property
     def _distinct(self) -> list[Home]:
         return list({id(home): home for home in self._homes}.values())
-
-
-def _cut(unit: Tensor, slot: Slot, dtype: torch.dtype) -> Tensor:
-    nbytes = slot.padded.numel() * dtype.itemsize
-    return unit[slot.start : slot.start + nbytes].view(dtype).view(slot.padded)
 
 
 def lay_out(units: Sequence[Mapping[str, torch.Size]], *, ranks: int, rank: int, dtype: torch.dtype) -> dict[str, Slot]:

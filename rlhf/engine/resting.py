@@ -42,13 +42,11 @@ class RestingShard(Tensor):
         made.source = source
         return made
 
-    def fsdp_pre_all_gather(self, mesh: Any, size: Any, stride: Any, module: Any, policy: Any) -> Any:
+    def fsdp_pre_all_gather(self, mesh: Any) -> Any:
         """What this rank contributes to a gather."""
         return (self.source(),), None
 
-    def fsdp_post_all_gather(
-        self, outputs: Any, metadata: Any, dtype: torch.dtype, *, out: Tensor | None = None
-    ) -> Any:
+    def fsdp_post_all_gather(self, outputs: Any, *_: Any, out: Tensor | None = None) -> Any:
         """What was gathered is the parameter itself; the second time it is already in its place."""
         return None if out is not None else (outputs[0], ())
 

@@ -143,6 +143,8 @@ class DiskHome:
         self._file, self._buffers = file, buffers
         self._ahead, self._behind = _ReadAhead(file, buffers), _WriteBehind(file, buffers)
         self._lane = Lane(device) if device.type == "cuda" else None
+        # On the CPU a gather has copied a unit before the next one comes, so that one piece of memory serves all.
+        self._room = torch.empty(0 if self._lane else round_up(max(sizes)), dtype=torch.uint8)
 
     def bring(self, unit: int, following: Sequence[int]) -> Tensor:
         """See `Home.bring`."""
@@ -152,10 +154,10 @@ class DiskHome:
         if known != expected[: len(known)]:
             self._ahead.cancel()
             known = []
-        own = self._pieces(unit, 0, self._sizes[unit])
+        own = self._pieces(unit, count=self._sizes[unit])
         for other in expected[len(known) :]:
             if other == unit or len(self._ahead) < len(own) + self._buffers.count:
-                self._ahead.plan(self._pieces(other, 0, self._sizes[other]))
+                self._ahead.plan(self._pieces(other, count=self._sizes[other]))
         rows = self._empty(self._sizes[unit])
         for piece, buffer in self._ahead.pieces(len(own)):
             start = piece.offset - self._offsets[unit]
@@ -171,16 +173,16 @@ class DiskHome:
         """See `Home.forget`."""
         self._ahead.cancel()
 
-    def write(self, unit: int, start: int, values: Tensor) -> None:
+    def write(self, unit: int, start: int, *, values: Tensor) -> None:
         """See `Home.write`."""
         self._ahead.cancel()
         self._behind.write(self._offsets[unit] + start, values)
 
-    def read(self, unit: int, start: int, count: int) -> Tensor:
+    def read(self, unit: int, start: int, *, count: int) -> Tensor:
         """See `Home.read`."""
         self._behind.finish()
         self._ahead.cancel()
-        pieces = self._pieces(unit, start, count)
+        pieces = self._pieces(unit, start, count=count)
         self._ahead.plan(pieces)
         first = self._offsets[unit] + start
         values = torch.empty(count, dtype=torch.uint8)
@@ -198,10 +200,11 @@ class DiskHome:
     def close(self) -> None:
         """See `Home.close`."""
         self._ahead.cancel()
+        self._room = torch.empty(0)
         self._file.close()
         self._buffers.close()
 
-    def _pieces(self, unit: int, start: int, count: int) -> list[_Piece]:
+    def _pieces(self, unit: int, start: int = 0, *, count: int) -> list[_Piece]:
         """The parts of the file that hold `count` bytes of a unit from `start`."""
         first = self._offsets[unit] + start
         base, stop = first - first % ALIGNMENT, round_up(first + count)
@@ -210,7 +213,7 @@ class DiskHome:
 
     def _empty(self, nbytes: int) -> Tensor:
         nbytes = round_up(nbytes)
-        return self._lane.empty(nbytes) if self._lane else torch.empty(nbytes, dtype=torch.uint8)
+        return self._lane.empty(nbytes) if self._lane else self._room[:nbytes]
 
     def _copy(self, into: Tensor, buffer: Tensor) -> None:
         if self._lane is None:

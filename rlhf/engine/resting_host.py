@@ -97,12 +97,12 @@ class HostHome:
             self._lane.synchronize()
         self._ahead.clear()
 
-    def write(self, unit: int, start: int, values: Tensor) -> None:
+    def write(self, unit: int, start: int, *, values: Tensor) -> None:
         """See `Home.write`."""
         self.forget()  # no copy may read what changes
         self._rows[unit][start : start + values.numel()].copy_(values)
 
-    def read(self, unit: int, start: int, count: int) -> Tensor:
+    def read(self, unit: int, start: int, *, count: int) -> Tensor:
         """See `Home.read`."""
         return self._rows[unit][start : start + count].clone()
 

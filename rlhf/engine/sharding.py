@@ -135,14 +135,14 @@ def shard(blueprint: Blueprint, *, config: EngineConfig, world: World, frozen: b
         return sharding
     persistent = persistent_parameters(blueprint.module, config)
     sharding.replicas = set(persistent) if world.size > 1 else set()
-    _wrap(sharding, persistent, world)
+    _wrap(sharding, persistent, world=world)
     if config.zero_stage == 3:
         _gather_ahead(sharding, config)
     _stay_gathered(sharding)
     return sharding
 
 
-def _wrap(sharding: Sharding, persistent: ParameterGroup, world: World) -> None:
+def _wrap(sharding: Sharding, persistent: ParameterGroup, *, world: World) -> None:
     """Hand the units to FSDP2, the root last, as it wants them."""
     mesh, ignored = device_mesh(world), set(persistent.values())
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -154,7 +154,8 @@ def _wrap(sharding: Sharding, persistent: ParameterGroup, world: World) -> None:
         sharding.wrapped += unit.modules
         first = unit.modules[0]
         # Plain sums over ranks: losses come divided by the global denominator already.
-        first.set_gradient_divide_factor(1.0)
+        if world.size > 1:  # one rank would divide by it, in memory of its own
+            first.set_gradient_divide_factor(1.0)
         first.set_force_sum_reduction_for_comms(True)
         first.set_unshard_in_backward(unit.needed_in_backward)
     sharding.modules = [unit.modules[0] for unit in sharding.units]

@@ -113,12 +113,16 @@ class Tiers:
                 label="optimizer state (engine.optimizer_tier=nvme)",
             ),
             records=records,
-            buffers=Buffers(engine.buffer_count, nbytes=nbytes, pin=engine.pin_memory and has_own_memory(self.world.device)),
+            buffers=Buffers(engine.buffer_count, nbytes=nbytes, pin=self._pins),
             courier=Courier(self.world.device),
             reads_ahead=engine.pipeline_read,
             writes_behind=engine.pipeline_write,
         )
         return NvmeHome(shapes, room, kernel=self._host_kernel, rows=self._host_rows)
+
+    @property
+    def _pins(self) -> bool:
+        return self.engine.pin_memory and has_own_memory(self.world.device)
 
     @property
     def _moments(self) -> torch.dtype:
@@ -134,7 +138,7 @@ class Tiers:
 
     @cached_property
     def _staging(self) -> Staging:
-        return Staging(self.world.device, pin=self.engine.pin_memory)
+        return Staging(self.world.device, pin=self._pins)
 
     @cached_property
     def _device_rows(self) -> WorkingRows:
@@ -146,7 +150,7 @@ class Tiers:
         if self.rows is not None:
             return self.rows
         if has_own_memory(self.world.device):
-            return StagedRows(self.groups, self.world.device, pin=self.engine.pin_memory)
+            return StagedRows(self.groups, self.world.device, pin=self._pins)
         return self._device_rows
 
     def _split(self) -> tuple[list[ParameterGroup], list[ParameterGroup]]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlhf.engine.adam_kernel import Piece
 from rlhf.engine.courier import Courier, Receipt
-from rlhf.engine.residency import Residency, WorkingRows
+from rlhf.engine.residency import WorkingRows
 from rlhf.engine.sharding import ParameterGroup, local
 
 _SLOTS = 4
@@ -32,7 +32,7 @@ class ResidentRows:
         """The elements themselves, in the working type; FSDP2 may move them, so they are looked up each time."""
         return local(self._parameters[name]).view(-1)
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, *, values: Tensor) -> None:
         """Round `values` into the weights."""
         self.flat(name)[start : start + values.numel()].copy_(values)
 
@@ -42,7 +42,7 @@ class ResidentRows:
         into = [flats[piece.name][piece.start : piece.start + piece.weight.numel()] for piece in pieces]
         torch._foreach_copy_(into, [piece.weight for piece in pieces])
 
-    def read(self, name: str, start: int, count: int) -> Tensor:
+    def read(self, name: str, start: int, *, count: int) -> Tensor:
         """A copy in fp32."""
         return self.flat(name)[start : start + count].to(torch.float32, copy=True)
 
@@ -63,7 +63,7 @@ class StagedRows:
         self._slots: deque[tuple[Tensor, Receipt]] = deque()
         self._pin = pin and device.type == "cuda"
 
-    def write(self, name: str, start: int, values: Tensor) -> None:
+    def write(self, name: str, start: int, *, values: Tensor) -> None:
         """Round on the host, where `values` are in cache, and send the rounded ones."""
         flat = self._rows.flat(name)
         for part in values.split(_SLOT):
@@ -72,9 +72,9 @@ class StagedRows:
             self._slots.append((slot, self._courier.copy(flat[start : start + part.numel()], staged)))
             start += part.numel()
 
-    def read(self, name: str, start: int, count: int) -> Tensor:
+    def read(self, name: str, start: int, *, count: int) -> Tensor:
         """A copy on the host, in fp32."""
-        return self._rows.read(name, start, count).cpu()
+        return self._rows.read(name, start, count=count).cpu()
 
     def flush(self) -> None:
         """The current stream waits for what was sent."""
@@ -94,39 +94,10 @@ class StagedRows:
         return slot
 
 
-class EitherRows:
-    """Weights of which some rest off the device, and the others on it."""
-
-    def __init__(self, resting: Residency, here: WorkingRows) -> None:
-        """Those that `resting` knows are its; the others are `here`."""
-        self._resting, self._here = resting, here
-
-    def write(self, name: str, start: int, values: Tensor) -> None:
-        """Where they are."""
-        self._of(name).write(name, start, values)
-
-    def read(self, name: str, start: int, count: int) -> Tensor:
-        """From where they are."""
-        return self._of(name).read(name, start, count)
-
-    def flush(self) -> None:
-        """Both."""
-        self._resting.flush()
-        self._here.flush()
-
-    def close(self) -> None:
-        """Both."""
-        self._resting.close()
-        self._here.close()
-
-    def _of(self, name: str) -> WorkingRows:
-        return self._resting if name in self._resting else self._here
-
-
 def publish(rows: WorkingRows, pieces: Sequence[Piece]) -> None:
     """Write the updated weights of `pieces`."""
     if isinstance(rows, ResidentRows):
         rows.publish(pieces)
         return
     for piece in pieces:
-        rows.write(piece.name, piece.start, piece.weight)
+        rows.write(piece.name, piece.start, values=piece.weight)

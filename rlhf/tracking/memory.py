@@ -81,6 +81,12 @@ class PeakMeter:
 METER = PeakMeter()
 
 
+def peak_metrics(phase: str, peak: Peak) -> dict[str, float]:
+    """The metrics of a phase's peak."""
+    found = {f"memory/{phase}_host_bytes": float(peak.host)}
+    return found | ({f"memory/{phase}_device_bytes": float(peak.device)} if peak.device else {})
+
+
 def resident() -> dict[str, int]:
     """Bytes of each memory entry of /proc/self/status, such as RssAnon and VmHWM; empty on other systems."""
     if not _STATUS.exists():

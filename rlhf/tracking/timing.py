@@ -13,19 +13,25 @@ from pathlib import Path
 
 import torch
 
+from rlhf.tracking.memory import METER, Peak, peak_metrics
+
 _STATM = Path("/proc/self/statm")
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases: `with watch("generate"): ...`."""
+    """Adds up the seconds of named phases, and notes their highest memory: `with watch("generate"): ...`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
+        self._peaks: dict[str, Peak] = {}
+        self.highest: dict[str, Peak] = {}
+        """Of each phase since the stopwatch was made."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time inside the block to `phase`; the phases of one step may repeat and nest."""
+        METER.begin(self._device)
         start = time.perf_counter()
         try:
             yield
@@ -34,11 +40,20 @@ class Stopwatch:
                 # Kernels run behind Python's back: without waiting, the next phase would pay for this one.
                 torch.cuda.synchronize(self._device)
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
+            peak = METER.end(self._device)
+            for peaks in (self._peaks, self.highest):
+                peaks.setdefault(phase, Peak()).raise_to(peak)
 
     def take(self) -> dict[str, float]:
-        """The metrics `timing_s/PHASE` in seconds since the last call, and start again from nothing."""
+        """The metrics `timing_s/PHASE` in seconds since the last call, and start again from nothing.
+
+        With them the highest memory of each phase in bytes: `memory/PHASE_host_bytes`, and of CUDA's tensors
+        `memory/PHASE_device_bytes`.
+        """
         taken = {f"timing_s/{phase}": seconds for phase, seconds in self._seconds.items()}
-        self._seconds = {}
+        for phase, peak in self._peaks.items():
+            taken |= peak_metrics(phase, peak)
+        self._seconds, self._peaks = {}, {}
         return taken
 
 

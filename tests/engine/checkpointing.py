@@ -22,10 +22,12 @@ KINDS = {
     "zero3": {"stage": 3},
     "zero3 adapters": {"stage": 3, "learns": scenarios.is_adapter},
     "zero2 bf16 odd": {"stage": 2, "precision": "bf16", "kind": {"odd": True}},
+    "zero1 cpu delayed": {"stage": 1, "optimizer_tier": "cpu", "delayed_update": True},
+    "zero0 bf16 moments": {"stage": 0, "moments": "bf16", "precision": "bf16"},
     "zero1 nvme": {"stage": 1, "optimizer_tier": "nvme"},
     "zero3 all on nvme": {"stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "precision": "bf16"},
 }
-ON_FOUR = {name: KINDS[name] for name in ("zero0", "zero3", "zero1 nvme")}
+ON_FOUR = {name: KINDS[name] for name in ("zero3", "zero1 nvme")}
 FULL = ("zero0", "zero1", "zero3", "zero1 nvme")
 """Kinds of engines that train all of the same model in fp32."""
 

@@ -113,7 +113,7 @@ def test_a_state_goes_from_one_optimizer_to_another_tensor_by_tensor(optimizer):
     for gradient in gradients[:2]:
         step(first, gradient, lr=0.1)
     for name, part in first.entries():
-        second.write_rows(name, part, first.read_rows(name, part).clone())
+        second.write_rows(name, first.read_rows(name, part).clone(), part=part)
     second.load_steps(first.steps())
     assert all(torch.equal(groups[0][name], groups[1][name]) for name in start), "working weights follow"
     for gradient in gradients[2:]:

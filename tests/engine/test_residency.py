@@ -49,7 +49,7 @@ def home(request, tmp_path):
 def test_a_home_gives_back_what_was_written_last_wherever_it_was_written(home):
     expected = [bytearray(size) for size in SIZES]
     for unit, size in enumerate(SIZES):
-        home.write(unit, 0, torch.zeros(size, dtype=torch.uint8))
+        home.write(unit, 0, values=torch.zeros(size, dtype=torch.uint8))
     draw = random.Random(3)
     for _ in range(300):
         unit = draw.choice([0, 1, 3, 4])
@@ -57,10 +57,10 @@ def test_a_home_gives_back_what_was_written_last_wherever_it_was_written(home):
         count = draw.randrange(SIZES[unit] - start) + 1
         if draw.random() < 0.5:
             values = draw.randbytes(count)
-            home.write(unit, start, torch.frombuffer(bytearray(values), dtype=torch.uint8))
+            home.write(unit, start, values=torch.frombuffer(bytearray(values), dtype=torch.uint8))
             expected[unit][start : start + count] = values
         elif draw.random() < 0.5:
-            assert home.read(unit, start, count).numpy().tobytes() == expected[unit][start : start + count]
+            assert home.read(unit, start, count=count).numpy().tobytes() == expected[unit][start : start + count]
         else:
             following = draw.sample([0, 1, 2, 3, 4], draw.randrange(4))
             brought = home.bring(unit, [other for other in following if other != unit])
@@ -72,10 +72,10 @@ def test_writes_that_follow_each_other_read_nothing_and_leave_in_whole_buffers(t
     home, file = disk_home(tmp_path, sizes=[40_960], nbytes=8192)
     values = torch.arange(40_960 // 4, dtype=torch.int32).view(torch.uint8)
     for part in values.split(1000):
-        home.write(0, part.storage_offset(), part)
+        home.write(0, part.storage_offset(), values=part)
     home.flush()
     assert file.reads == []
-    assert torch.equal(home.read(0, 0, 40_960), values)
+    assert torch.equal(home.read(0, 0, count=40_960), values)
     home.close()
 
 
@@ -93,7 +93,7 @@ def test_the_following_units_are_read_while_one_is_used_as_far_as_buffers_go(tmp
 def test_a_unit_larger_than_all_buffers_comes_in_pieces(tmp_path):
     home, file = disk_home(tmp_path, sizes=[100_000], count=2, nbytes=8192)
     values = torch.randint(256, (100_000,), dtype=torch.uint8)
-    home.write(0, 0, values)
+    home.write(0, 0, values=values)
     assert torch.equal(home.bring(0, [])[:100_000], values)
     assert len(file.reads) == 1 + 13  # the last sector before it is written, then 100,000 / 8,192 pieces
     home.close()
@@ -136,10 +136,10 @@ def test_a_rank_gets_its_rows_back_rounded_and_padded_for_the_gather(tmp_path, r
     mine = {"a": [2, 2, 1][rank] * 3, "b": [3, 3, 1][rank], "c": [2, 0, 0][rank]}
     for name, count in mine.items():
         values = torch.linspace(1, 2, count + 1)[:count] + rank
-        rows.write(name, 0, values)
-        rows.write(name, count // 2, values[count // 2 :] * 2)
+        rows.write(name, 0, values=values)
+        rows.write(name, count // 2, values=values[count // 2 :] * 2)
         expected = torch.cat([values[: count // 2], values[count // 2 :] * 2]).bfloat16()
-        assert torch.equal(rows.read(name, 0, count), expected.float())
+        assert torch.equal(rows.read(name, 0, count=count), expected.float())
         padded = rows.take(name)
         assert padded.shape == {"a": (2, 3), "b": (3,), "c": (1, 2)}[name]
         assert torch.equal(padded.flatten()[:count], expected)
@@ -151,8 +151,8 @@ def test_the_first_units_may_stay_in_memory_while_the_rest_is_on_disk(tmp_path):
         return [host_home([sizes[0], 0]), disk_home(tmp_path, [0, sizes[1]])[0]]
 
     rows = weights(homes)
-    rows.write("a", 0, torch.arange(15.0))
-    rows.write("c", 0, torch.arange(2.0))
+    rows.write("a", 0, values=torch.arange(15.0))
+    rows.write("c", 0, values=torch.arange(2.0))
     assert rows.take("a").flatten().tolist() == list(range(15))
     assert rows.take("c").flatten().tolist() == [0, 1]
     rows.close()
@@ -163,7 +163,7 @@ def test_weights_that_are_elsewhere_have_a_shape_and_say_where_to_read_their_val
     assert shard.detach().shape == (3, 2)
     assert shard[:2].view(-1).shape == (4,)
     assert torch.equal(torch.zeros_like(shard, dtype=torch.float32), torch.zeros(3, 2))
-    assert shard.new_zeros(4, 2).fsdp_pre_all_gather(None, None, None, None, None)[0][0].sum() == 8
+    assert shard.new_zeros(4, 2).fsdp_pre_all_gather(None)[0][0].sum() == 8
     with pytest.raises(RuntimeError, match="rest off the device"):
         shard + 1
 

@@ -118,14 +118,14 @@ def main(root, seed):
     found = {}
     one = {name: [*SETTINGS, f"output_dir={root / name}"] for name in ("whole", "killed")}
     found["whole"] = life(one["whole"])
-    found["killed"] = killed_until_finished(root / "killed", one["killed"], ranks=1, seed=seed, count=8)
+    found["killed"] = killed_until_finished(root / "killed", one["killed"], ranks=1, seed=seed, count=6)
     models = [f"ppo.actor={root}/whole/sft/model", f"ppo.reward={root}/whole/reward/model", "stage=[ppo]"]
     two = {
         name: [*SETTINGS[:4], *SETTINGS[-4:], *models, "engine=zero3", f"output_dir={root / name}"]
         for name in ("whole2", "killed2")
     }
     found["whole2"] = life(two["whole2"], ranks=2)
-    found["killed2"] = killed_until_finished(root / "killed2", two["killed2"], ranks=2, seed=seed + 1, count=3)
+    found["killed2"] = killed_until_finished(root / "killed2", two["killed2"], ranks=2, seed=seed + 1, count=2)
     found["seconds"] = time.monotonic() - started
     (root / "found.json").write_text(json.dumps(found))
 

@@ -166,18 +166,23 @@ def test_a_folder_called_data_where_the_user_stands_hides_nothing(tmp_path):
     assert (tmp_path / "out/sft/stage.json").exists()
 
 
-def test_an_interruption_stops_every_rank_and_says_how_to_go_on(tmp_path):
-    arguments = ["experiment=smoke", "stage=sft", "sft.max_steps=100000", "launch.ranks=2", f"output_dir={tmp_path}"]
-    command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments]
+@pytest.mark.parametrize(("ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
+def test_an_interruption_saves_the_run_stops_every_rank_and_says_how_to_go_on(tmp_path, ranks, sent):
+    arguments = ["experiment=smoke", "stage=sft", "sft.max_steps=100000", "sft.eval_every=5", "checkpoint.best=false"]
+    command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments, f"output_dir={tmp_path}"]
     log = tmp_path / "log"
     with log.open("w") as output:
-        running = subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=output, stderr=output)
-        while "sft 0/100000" not in log.read_text():
+        running = subprocess.Popen(
+            [*command, f"launch.ranks={ranks}"], env={**os.environ, **ONE_THREAD}, stdout=output, stderr=output
+        )
+        while "sft 5/100000" not in log.read_text():
             assert running.poll() is None, log.read_text()
             time.sleep(0.5)
-        running.send_signal(signal.SIGINT)
+        running.send_signal(sent)
         assert running.wait(timeout=120) == 1
-    assert "interrupted: finished stages are kept; the same command goes on after them" in log.read_text()
+    (saved,) = (tmp_path / "sft/checkpoints").iterdir()
+    assert f"interrupted: sft is saved in {saved}; the same command goes on from there" in log.read_text()
+    assert "Traceback" not in log.read_text()
     ranks = [file for file in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path).encode() in _bytes(file)]
     assert ranks == []
 

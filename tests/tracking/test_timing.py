@@ -25,7 +25,11 @@ def test_a_phase_adds_up_and_is_taken_once():
     elapsed = time.perf_counter() - started
     taken = watch.take()
     check("ppo", list(taken))
-    assert set(taken) == {"timing_s/step", "timing_s/generate", "timing_s/train"}
+    assert {name for name in taken if name.startswith("timing_s/")} == {
+        "timing_s/step",
+        "timing_s/generate",
+        "timing_s/train",
+    }
     assert taken["timing_s/generate"] >= 0.04
     assert taken["timing_s/train"] >= 0.01
     assert taken["timing_s/generate"] + taken["timing_s/train"] <= taken["timing_s/step"] <= elapsed

@@ -91,23 +91,27 @@ def _read_buffers(reading: Reading) -> None:
     """One folder, one set of buffers and one way to lock memory serve both blocks."""
     blocks = [f"zero_optimization.{block}" for block in _BLOCKS]
     on_disk = [block for block in blocks if reading.raw(f"{block}.device") == "nvme"]
-    folders = {f"{b}.nvme_path": reading.raw(f"{b}.nvme_path") for b in on_disk}
-    folders = {path: folder for path, folder in folders.items() if folder not in (None, AUTO)}
-    for path, folder in reversed(folders.items()):
+    folders = _given(reading, [f"{block}.nvme_path" for block in on_disk])
+    if folders:
+        path, folder = next(iter(folders.items()))
         reading.sets("engine.nvme_path", str(folder), key=path)
     if len(set(folders.values())) > 1:
-        reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {next(iter(folders.values()))}")
-    counts = {f"{b}.buffer_count": _whole(reading, f"{b}.buffer_count") for b in on_disk}
-    counts = {path: count for path, count in counts.items() if count}
-    if counts:
-        path = max(counts, key=lambda path: counts[path] or 0)
+        reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {folder}")
+    counts = {path: _whole(reading, path) or 0 for path in _given(reading, [f"{b}.buffer_count" for b in on_disk])}
+    if any(counts.values()):
+        path = max(counts, key=lambda path: counts[path])
         reading.sets("engine.buffer_count", counts[path], key=path)
-    pinned = {f"{b}.pin_memory": reading.raw(f"{b}.pin_memory") for b in blocks}
-    said = {p: switch(v, where=reading.where(p)) for p, v in pinned.items() if v not in (None, AUTO)}
+    pinned = _given(reading, [f"{block}.pin_memory" for block in blocks])
+    said = {path: switch(value, where=reading.where(path)) for path, value in pinned.items()}
     if said:
-        reading.sets(
-            "engine.pin_memory", any(said.values()), key=next(p for p in said if said[p] == any(said.values()))
-        )
+        path = max(said, key=lambda path: said[path])
+        reading.sets("engine.pin_memory", said[path], key=path)
+
+
+def _given(reading: Reading, paths: list[str]) -> dict[str, Any]:
+    """The raw values of those of some keys that have one."""
+    values = {path: reading.raw(path) for path in paths}
+    return {path: value for path, value in values.items() if value not in (None, AUTO)}
 
 
 def _whole(reading: Reading, path: str) -> int | None:

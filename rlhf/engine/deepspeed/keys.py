@@ -143,7 +143,7 @@ class Table:
         everything = [*self._by_path, *self._canonical]
         own = [key.removeprefix(parent) for key in everything if key.startswith(parent)]
         names = [key for key in own if "." not in key and key != name]
-        close = difflib.get_close_matches(name, names, n=2, cutoff=0.75)
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
         elsewhere = [key for key in everything if key.rpartition(".")[2] == name]
         return [parent + key for key in close] or elsewhere[:2]
 

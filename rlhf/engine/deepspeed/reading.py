@@ -42,7 +42,8 @@ class Reading:
     def section(self, dotted: str) -> dict[str, Any]:
         """The content of a section; empty where it is not there."""
         value: Any = self.document.content
-        for depth, name in enumerate(path := tuple(dotted.split(".")), start=1):
+        path: Path = tuple(dotted.split(".")) if dotted else ()
+        for depth, name in enumerate(path, start=1):
             value = section(value.get(name), where=self.document.where(path[:depth]))
         return dict(value)
 

@@ -44,6 +44,8 @@ def resolve(document: Document, engine: EngineConfig, *, optimizer: OptimizerCon
         ValueError: keys that are unknown where DeepSpeed allows none, keys that are refused, values that do not fit.
     """
     reading = Reading(document)
+    for section in SECTIONS:
+        reading.section(section)
     ignored = _check_keys(reading, optimizer)
     read_engine(reading, engine)
     if optimizer is not None:
@@ -89,11 +91,10 @@ def _keys(part: Mapping[str, Any], parents: Path, *, trains: bool) -> Iterator[t
     """Every key that the table decides about, with its value; nothing of a section that is switched off."""
     for name, value in part.items():
         path = (*parents, name)
-        is_section = ".".join(path) in SECTIONS
-        if (not trains and path[0] in _TRAINING) or (value is None and is_section) or name.startswith(_COMMENTS):
+        if (not trains and path[0] in _TRAINING) or name.startswith(_COMMENTS):
             continue
-        if isinstance(value, Mapping) and is_section:
-            if _is_on(value, path) and not _is_refused_optimizer(parents, part):
+        if ".".join(path) in SECTIONS:
+            if isinstance(value, Mapping) and _is_on(value, path) and not _is_refused_optimizer(parents, part):
                 yield from _keys(value, path, trains=trains)
         else:
             yield path, value

@@ -62,8 +62,8 @@ def _read_adam(reading: Reading, own: OptimizerConfig) -> None:
     read_plain(reading, own, sections=("optimizer.params",))
     _read_betas(reading, own)
     defaults: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
-    is_torch = reading.raw("optimizer.params.torch_adam")
-    if is_torch and switch(is_torch, where=reading.where("optimizer.params.torch_adam")):
+    torch_adam = reading.raw("optimizer.params.torch_adam")
+    if torch_adam not in (None, AUTO) and switch(torch_adam, where=reading.where("optimizer.params.torch_adam")):
         defaults["weight_decay"] = _TORCH_WEIGHT_DECAY
     for name, value in defaults.items():
         if name not in given:
@@ -105,8 +105,8 @@ def _read_schedule(reading: Reading) -> None:
         options["warmup_num_steps"] = 1000
     if schedule is Schedule.one_cycle and options.get("cycle_momentum", True):
         raise ValueError(
-            f"{reading.where('scheduler.params.cycle_momentum')}: is true unless the file says otherwise, and the betas "
-            f"would follow the cycle; here they stay. Set it to false."
+            f"{reading.where('scheduler.params.cycle_momentum')}: is true where a file does not say otherwise, and the "
+            f"betas would follow the cycle; here they stay. Set it to false."
         )
     reading.sets("optimizer.schedule", schedule, key="scheduler.type")
     reading.sets("optimizer.schedule_options", options, key="scheduler.params")
@@ -127,7 +127,7 @@ def _option(reading: Reading, name: str, *, kind: str) -> dict[str, Any]:
     if name == "warmup_type":
         if raw not in ("log", "linear"):
             reading.warnings.append(
-                f"{where}={raw!r}: is neither log nor linear; DeepSpeed takes log, and so does this run"
+                f"{where}={raw!r}: is neither log nor linear; DeepSpeed takes log, as this run does"
             )
         return {name: raw if raw == "linear" else "log"}
     if kind.startswith("bool"):

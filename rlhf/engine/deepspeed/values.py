@@ -64,8 +64,8 @@ def choice(value: Any, *, among: tuple[str, ...], where: str) -> str:
 
 
 def section(value: Any, *, where: str) -> Mapping[str, Any]:
-    """An object; null is an empty one."""
-    if value is None:
+    """An object; null and auto are an empty one."""
+    if value is None or value == AUTO:
         return {}
     if not isinstance(value, Mapping):
         raise _unfit(value, where, expected="an object, as in {...}")

@@ -1,0 +1,251 @@
+"""The memory plan beside what is measured, on random Llamas of 25 to 125 million parameters.
+
+Each case is planned, then run in processes of their own, twice: as a user runs it, and with a C library that gives
+freed memory back at once (MALLOC_MMAP_THRESHOLD_), which leaves what tensors and kernels take: the counterpart of
+`torch.cuda.max_memory_allocated`. Batches have the largest size, as the plan assumes.
+
+    python -m benchmarks.plan                   all cases, into benchmarks/results/plan.md
+    python -m benchmarks.plan sft_fp32 ppo      some, printed
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra import compose, initialize_config_dir
+
+from rlhf import launch
+from rlhf.config import PPOConfig, RunConfig
+from rlhf.dist import World, start, stop
+from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.memory import Place
+from rlhf.models.causal_lm import causal_lm
+from rlhf.models.embedded import byte_tokenizer
+from rlhf.models.scalar_head import scalar_head_model
+from rlhf.rollout import Models, ScoreScale
+from rlhf.tracking.memory import METER, resident
+from stages.composition import CONF_DIR, load_run, register_schema, save_run, to_run
+from stages.improve import policy_gradient, value_gradient
+from stages.planning import machine_of, plan_stage
+from stages.planning_work import Answers, Scalars, Statistics, Work, of_ppo, of_supervised, ppo_batch
+from stages.ppo import load_models
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "plan.md"
+STEPS = 2
+SMALL = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8}
+LARGE = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 14, "num_attention_heads": 12}
+_SUPERVISED = (
+    "{0}.max_prompt_tokens={2} {0}.max_response_tokens={2} {0}.micro_batch_size=4 {0}.global_batch_size={1} "
+    "engine.precision={3}"
+)
+_PPO = (
+    "ppo.max_prompt_tokens=64 ppo.max_response_tokens=64 ppo.micro_batch_size=4 ppo.minibatch_size=8 "
+    "ppo.rollout_size=16 ppo.rollout_micro_batch_size=16"
+)
+_NVME = "engine=zero3 engine.optimizer_tier=nvme engine.buffer_size=1000000"
+
+
+def _supervised(stage: str, batch: int, *, precision: str = "fp32", length: int = 64) -> str:
+    return f"stage={stage} " + _SUPERVISED.format(stage.split("_")[0], batch, length, precision)
+
+
+CASES: dict[str, tuple[dict[str, int], str]] = {
+    "sft_fp32": (SMALL, _supervised("sft", 8)),
+    "sft_fp32_large": (LARGE, _supervised("sft", 8, length=32)),
+    "sft_bf16": (SMALL, _supervised("sft", 8, precision="bf16")),
+    "sft_bf16_one_micro_batch": (LARGE, _supervised("sft", 4, precision="bf16", length=32)),
+    "sft_checkpointing": (SMALL, f"engine.activation_checkpointing=true {_supervised('sft', 8, length=128)}"),
+    "sft_lora": (SMALL, _supervised("sft_lora", 8)),
+    "reward_fp32": (SMALL, _supervised("reward", 8)),
+    "ppo_fp32": (SMALL, f"stage=ppo engine.precision=fp32 {_PPO}"),
+    "ppo_bf16": (SMALL, f"stage=ppo engine.precision=bf16 {_PPO}"),
+    "sft_zero2_2_ranks": (SMALL, f"engine=zero2 {_supervised('sft', 16)}"),
+    "sft_zero3_2_ranks": (SMALL, f"engine=zero3 {_supervised('sft', 16)}"),
+    "sft_nvme_optimizer": (LARGE, f"{_NVME} {_supervised('sft', 8, precision='bf16', length=32)}"),
+    "sft_nvme_all": (LARGE, f"{_NVME} engine.parameter_tier=nvme {_supervised('sft', 8, precision='bf16', length=32)}"),
+}
+
+
+def write_model(folder: Path, shape: dict[str, int]) -> None:
+    """A random Llama with a byte tokenizer and 8,192 tokens, and a reward model of the same shape."""
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    config = LlamaConfig(
+        **shape, num_key_value_heads=shape["num_attention_heads"] // 2, vocab_size=8192, tie_word_embeddings=False
+    )
+    tokenizer = byte_tokenizer()
+    config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    config.num_labels = 1
+    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
+    for name in ("model", "reward"):
+        tokenizer.save_pretrained(folder / name)
+
+
+def compose_run(folder: Path, overrides: str) -> RunConfig:
+    """The configuration of a case."""
+    register_schema()
+    fixed = [f"output_dir={folder / 'run'}", "model=path", f"model.path={folder / 'model'}", "~experiment"]
+    fixed += [f"engine.nvme_path={folder / 'disk'}", "checkpoint.every=0", "launch.ranks=1"]
+    if "stage=reward" in overrides:
+        fixed.append(f"reward.init_from={folder / 'model'}")
+    if "stage=ppo" in overrides:
+        fixed += [f"ppo.actor={folder / 'model'}", f"ppo.reward={folder / 'reward'}", "ppo.score.normalize=false"]
+        fixed.append("ppo.iterations=2")
+    with initialize_config_dir(CONF_DIR, version_base=None):
+        return to_run(compose("config", overrides=[*fixed, *overrides.split()]))
+
+
+def measure(config: Path, out: Path) -> None:
+    """In a process of its own: run the phases of the case and write their peaks."""
+    run = load_run(config)
+    world = start("cpu")
+    launch.use_threads(1, ranks=1)
+    runtime = resident()["RssAnon"]
+    stage = run.stages[0]
+    peaks = _ppo_peaks(run.ppo, world) if run.ppo is not None else _supervised_peaks(run, stage, world)
+    if world.is_main:
+        out.write_text(json.dumps({"runtime": runtime, "peaks": peaks}))
+    stop()
+
+
+def _peak_of(function: Any) -> int:
+    device = torch.device("cpu")
+    METER.begin(device)
+    function()
+    return METER.end(device).host
+
+
+def _supervised_peaks(run: RunConfig, stage: str, world: World) -> dict[str, int]:
+    config = getattr(run, stage)
+    make = scalar_head_model if stage == "reward" else causal_lm
+    blueprint = make(config.init_from, lora=config.lora, seed=0)
+    engine = build_engine(blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=100)
+    work, steps = of_supervised(config), config.global_batch_size // (world.size * config.micro_batch_size)
+
+    def evaluate() -> None:
+        with engine.evaluating() as model:
+            work(model)
+
+    def train() -> None:
+        for _ in range(STEPS):
+            for index in range(steps):
+                engine.backward(work(engine), last=index == steps - 1)
+            engine.step()
+
+    return {"evaluate": _peak_of(evaluate), "train": _peak_of(train)}
+
+
+def _ppo_peaks(config: PPOConfig, world: World) -> dict[str, int]:
+    models = load_models(config, world, scale=ScoreScale())
+    rows = config.rollout_micro_batch_size
+    micro = config.micro_batch_size
+
+    def generate() -> None:
+        with models.actor.generating() as model:
+            of_ppo(Answers, config, rows=rows)(model)
+
+    def score() -> None:
+        judges = [(models.actor, Statistics), (models.reference, Statistics)]
+        for engine, kind in [*judges, (models.reward, Scalars), (models.critic, Scalars)]:
+            with engine.evaluating() as model:
+                of_ppo(kind, config, rows=micro)(model)
+
+    def train() -> None:
+        for _ in range(STEPS):
+            _ppo_step(models, config, of_ppo(Statistics, config, rows=micro))
+
+    return {"generate": _peak_of(generate), "score": _peak_of(score), "train": _peak_of(train)}
+
+
+def _ppo_step(models: Models, config: PPOConfig, work: Work) -> None:
+    batches = [ppo_batch(work) for _ in range(config.minibatch_size // config.micro_batch_size)]
+    count = torch.tensor(100.0)
+    policy_gradient(models.actor, batches, config=config, denominator=count)
+    models.actor.step()
+    value_gradient(models, batches, config=config, denominator=count)
+    _step(models.critic)
+
+
+def _step(engine: Engine | None) -> None:
+    assert engine is not None, "these cases have a critic"
+    engine.step()
+
+
+def run_case(name: str, folder: Path) -> list[list[object]]:
+    """Rows of the table: what was planned and measured in each phase."""
+    shape, overrides = CASES[name]
+    write_model(folder, shape)
+    run = compose_run(folder, overrides)
+    ranks = 2 if "2_ranks" in name else 1
+    plan = plan_stage(run, run.stages[0], machine_of(run, ranks=ranks))
+    found = {kind: _measured(run, folder, ranks=ranks, environment=extra) for kind, extra in _ALLOCATORS.items()}
+    rows = []
+    for phase in plan.phases:
+        if phase.name in found["usual"]["peaks"]:
+            planned = phase.total(Place.host)
+            returned = found["returned"]["peaks"][phase.name] - found["returned"]["runtime"]
+            usual = found["usual"]["peaks"][phase.name] - found["usual"]["runtime"]
+            runtime = found["usual"]["runtime"]
+            rows.append([name, phase.name, planned, returned, usual, runtime])
+    return rows
+
+
+_ALLOCATORS = {"usual": {}, "returned": {"MALLOC_MMAP_THRESHOLD_": "65536"}}
+
+
+def _measured(run: RunConfig, folder: Path, *, ranks: int, environment: dict[str, str]) -> dict[str, Any]:
+    out = folder / "measured.json"
+    arguments = ["-m", "benchmarks.plan", "--measure", str(save_run(run)), str(out)]
+    if ranks > 1:
+        arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, check=True, stdout=sys.stderr)
+    return json.loads(out.read_text())
+
+
+def main() -> None:
+    """Run the cases that are named, or all and write the table."""
+    if sys.argv[1:2] == ["--measure"]:
+        measure(Path(sys.argv[2]), Path(sys.argv[3]))
+        return
+    rows = []
+    for name in sys.argv[1:] or CASES:
+        with tempfile.TemporaryDirectory() as folder:
+            rows += run_case(name, Path(folder))
+        sys.stderr.write(_table(rows[-3:]) + "\n")
+    text = _table(rows)
+    if len(sys.argv) == 1:
+        RESULTS.write_text(f"{__doc__.splitlines()[0]}\n\n{_hardware()}\n\n{text}\n")
+    sys.stdout.write(text + "\n")
+
+
+def _table(rows: list[list[Any]]) -> str:
+    head = (
+        "| case | phase | planned MB | tensors and kernels, MB | difference | as a user sees it, MB | difference "
+        "| runtime MB | difference with it |\n|---|---|---|---|---|---|---|---|---|"
+    )
+    lines = [
+        f"| {name} | {phase} | {planned / 1e6:,.0f} | {returned / 1e6:,.0f} | {planned / returned - 1:+.1%} "
+        f"| {usual / 1e6:,.0f} | {planned / usual - 1:+.1%} | {runtime / 1e6:,.0f} "
+        f"| {(planned + runtime) / (usual + runtime) - 1:+.1%} |"
+        for name, phase, planned, returned, usual, runtime in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def _hardware() -> str:
+    return f"`python -m benchmarks.plan`, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}."
+
+
+if __name__ == "__main__":
+    main()
