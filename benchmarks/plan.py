@@ -26,7 +26,7 @@ from rlhf import launch
 from rlhf.config import PPOConfig, RunConfig
 from rlhf.dist import World, start, stop
 from rlhf.engine.engine import Engine, build_engine
-from rlhf.engine.memory import Place
+from rlhf.engine.memory import ALLOCATOR, Place
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.models.scalar_head import scalar_head_model
@@ -193,10 +193,11 @@ def run_case(name: str, folder: Path) -> list[list[object]]:
     for phase in plan.phases:
         if phase.name in found["usual"]["peaks"]:
             planned = phase.total(Place.host)
+            tensors = planned - sum(item.bytes for item in phase.items if item.part == ALLOCATOR)
             returned = found["returned"]["peaks"][phase.name] - found["returned"]["runtime"]
             usual = found["usual"]["peaks"][phase.name] - found["usual"]["runtime"]
             runtime = found["usual"]["runtime"]
-            rows.append([name, phase.name, planned, returned, usual, runtime])
+            rows.append([name, phase.name, tensors, returned, planned, usual, runtime])
     return rows
 
 
@@ -231,14 +232,14 @@ def main() -> None:
 
 def _table(rows: list[list[Any]]) -> str:
     head = (
-        "| case | phase | planned MB | tensors and kernels, MB | difference | as a user sees it, MB | difference "
-        "| runtime MB | difference with it |\n|---|---|---|---|---|---|---|---|---|"
+        "| case | phase | tensors: planned MB | measured | difference | resident: planned MB | measured | difference "
+        "| with the runtime's |\n|---|---|---|---|---|---|---|---|---|"
     )
     lines = [
-        f"| {name} | {phase} | {planned / 1e6:,.0f} | {returned / 1e6:,.0f} | {planned / returned - 1:+.1%} "
-        f"| {usual / 1e6:,.0f} | {planned / usual - 1:+.1%} | {runtime / 1e6:,.0f} "
-        f"| {(planned + runtime) / (usual + runtime) - 1:+.1%} |"
-        for name, phase, planned, returned, usual, runtime in rows
+        f"| {name} | {phase} | {tensors / 1e6:,.0f} | {returned / 1e6:,.0f} | {tensors / returned - 1:+.1%} "
+        f"| {planned / 1e6:,.0f} | {usual / 1e6:,.0f} | {planned / usual - 1:+.1%} "
+        f"| {runtime / 1e6:,.0f}: {(planned + runtime) / (usual + runtime) - 1:+.1%} |"
+        for name, phase, tensors, returned, planned, usual, runtime in rows
     ]
     return "\n".join([head, *lines])
 

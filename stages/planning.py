@@ -28,13 +28,17 @@ from rlhf.config import (
     RunConfig,
     SupervisedConfig,
 )
-from rlhf.engine.memory import Item, Phase, Place, Plan, on_one_memory
+from rlhf.engine.memory import Item, Phase, Place, Plan, on_one_memory, with_allowance
 from rlhf.engine.memory_phases import Model
-from rlhf.engine.memory_states import Setting
+from rlhf.engine.memory_states import GRADIENTS, Setting
+from rlhf.engine.memory_trace import ACTIVATIONS, CACHE, LOGITS
 from rlhf.engine.precision import working_dtype
 from rlhf.models.shapes import Adapters, Head, Shape
 from stages.planning_work import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised
 from stages.preflight import maker_of
+
+
+_MOVING = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,11 @@ def plan_stage(run: RunConfig, stage: str, machine: Machine) -> Plan:
     """The memory of a stage, of its first rank, which holds the most."""
     planner = _Planner(run, machine)
     found = planner.ppo(run.ppo) if run.ppo is not None and stage == "ppo" else planner.supervised(stage)
-    phases = [Phase(name, (*machine.runtime, *items)) for name, items in found]
     is_cuda = machine.device.type == "cuda"
+    phases = [
+        Phase(name, (*machine.runtime, *with_allowance(items, is_cuda=is_cuda, moving=_MOVING)))
+        for name, items in found
+    ]
     if not is_cuda:
         phases = [Phase(phase.name, on_one_memory(phase.items)) for phase in phases]
     return Plan(stage, machine.local_ranks, is_cuda, tuple(phases))

@@ -63,20 +63,25 @@ class AdamKernel:
         self._scratch: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def update(self, pieces: Sequence[Piece], *, lr: float, scale: float) -> Iterator[list[Piece]]:
+    def update(
+        self, pieces: Sequence[Piece], *, lr: float, scale: float, betas: Sequence[float] | None = None
+    ) -> Iterator[list[Piece]]:
         """Update in place, a tile at a time.
 
         Args:
             pieces: what to update.
             lr: learning rate.
             scale: factor on every gradient; the gradients themselves stay as they are, or become useless.
+            betas: of this step, where a schedule cycles them.
 
         Yields:
             The pieces of each tile after its update.
         """
+        betas = betas or self._config.betas
         for tile in _tiles(pieces, self._tile(pieces)):
             for decays, decay in ((True, self._config.weight_decay), (False, 0.0)):
-                self._call([piece for piece in tile if piece.decays == decays], lr=lr, decay=decay, scale=scale)
+                same_decay = [piece for piece in tile if piece.decays == decays]
+                self._call(same_decay, lr=lr, decay=decay, scale=scale, betas=betas)
             yield tile
 
     def _tile(self, pieces: Sequence[Piece]) -> int:
@@ -86,7 +91,7 @@ class AdamKernel:
             size = _CUDA_TILE if any(_is_cast(tensor) for piece in pieces for tensor in piece[5:]) else sys.maxsize
         return min(size, self._limit)
 
-    def _call(self, pieces: list[Piece], *, lr: float, decay: float, scale: float) -> None:
+    def _call(self, pieces: list[Piece], *, lr: float, decay: float, scale: float, betas: Sequence[float]) -> None:
         if not pieces:
             return
         # On the CPU the kernel writes scaled gradients back: a pass over memory, unless it is over scratch.
@@ -94,7 +99,7 @@ class AdamKernel:
         gradients = self._in_fp32("gradient", [piece.gradient for piece in pieces], copy=scales_in_place)
         exp_avg = self._in_fp32("exp_avg", [piece.exp_avg for piece in pieces])
         exp_avg_sq = self._in_fp32("exp_avg_sq", [piece.exp_avg_sq for piece in pieces])
-        beta1, beta2 = self._config.betas
+        beta1, beta2 = betas
         torch._fused_adamw_(
             [piece.weight for piece in pieces],
             gradients,

@@ -209,7 +209,7 @@ class NvmeHome:
         for load in self._ahead([partial(self._load_record, record, names) for record in records]):
             record, buffer = load.record, load.buffer
             pieces = [self._piece(record, span, buffer=buffer) for span in record.spans if span.name in names]
-            for tile in self._kernel.update(pieces, lr=update.lr, scale=update.scale):
+            for tile in self._kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
                 publish(self.rows, tile)
             self._store(record, buffer, place=slice(record.weight_at, record.nbytes))
 

@@ -47,6 +47,7 @@ class Update:
     reached: Collection[str]  # names of the parameters that have a gradient on some rank
     lr: float
     scale: float  # factor on every gradient
+    betas: Sequence[float] | None = None  # where a schedule cycles them
 
 
 class StateHome(Protocol):
@@ -167,7 +168,7 @@ class MemoryHome:
             return
         torch._foreach_add_([self.steps[shape.name] for shape in shapes], 1)
         pieces = [self._piece(shape, taken[shape.name]) for shape in shapes]
-        for tile in self._kernel.update(pieces, lr=update.lr, scale=update.scale):
+        for tile in self._kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
             if self._publishes and self.has_masters:
                 publish(self.rows, tile)
 

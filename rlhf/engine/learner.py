@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
-from rlhf.algorithms.schedules import learning_rate
+from rlhf.algorithms.deepspeed_schedules import Betas
+from rlhf.algorithms.schedules import betas_of_step, learning_rate
 from rlhf.config import OptimizerConfig
 from rlhf.engine.gradients import GradientReport, Gradients
 from rlhf.engine.loss_scale import LossScale
@@ -59,7 +60,8 @@ class Learner:
         lr = self.lr
         self.optimizer.flush()
         if not skip:
-            self.optimizer.step(reached, lr=lr, scale=self._clip(norm) / self.loss_scale.value)
+            scale = self._clip(norm) / self.loss_scale.value
+            self.optimizer.step(reached, lr=lr, scale=scale, betas=self.betas)
         self.gradients.clear()
         self.steps_taken += 1
         self._count(skipped=skip, norm=norm)
@@ -76,6 +78,14 @@ class Learner:
             warmup_steps=self._config.warmup_of(self._total_steps),
             min_ratio=self._config.min_ratio,
             options=self._config.schedule_options,
+        )
+
+    @property
+    def betas(self) -> Betas:
+        """AdamW's decay rates of the step that comes."""
+        config = self._config
+        return betas_of_step(
+            self.steps_taken, betas=config.betas, kind=config.schedule, options=config.schedule_options
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -33,7 +33,7 @@ from rlhf.algorithms import logprobs
 from rlhf.models.blueprint import Blueprint
 
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits and loss", "KV cache"
-SHORT, SUM = (1, 2), 3  # blocks of two runs, or of one, that stand for longer ones, together with one more
+SHORT, SUM = (1, 3), 3  # blocks of two runs, or of one, that stand for longer ones, together with one more
 
 Work = Callable[[nn.Module], Tensor | None]
 """Runs a model on a batch; what it returns is run backward."""

@@ -6,7 +6,7 @@ themselves (`homes.py`, `home_nvme.py`), gradient norms, and the learning rate's
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -73,7 +73,9 @@ class AdamW:
         if home.has_masters:
             home.write(name, "weight", rows=rows)
 
-    def step(self, reached: Collection[str], *, lr: float, scale: float = 1.0) -> None:
+    def step(
+        self, reached: Collection[str], *, lr: float, scale: float = 1.0, betas: Sequence[float] | None = None
+    ) -> None:
         """Update the parameters that have a gradient, from the sums in their homes; working weights follow masters.
 
         With delayed updates, what the last step computed is published, and this one is computed in the background.
@@ -82,12 +84,13 @@ class AdamW:
             reached: names of the parameters that have a gradient on some rank.
             lr: learning rate.
             scale: factor on every gradient, applied on the way.
+            betas: of this step, where a schedule cycles them; else those of the settings.
 
         Raises:
             RuntimeError: a disk failed, on this or another rank; the weights are of no use any more.
         """
         self.flush()
-        update = Update(reached, lr, scale)
+        update = Update(reached, lr, scale, betas)
         if self._background is None:
             for home in self.homes:
                 home.begin()

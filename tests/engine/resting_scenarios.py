@@ -50,9 +50,10 @@ def trained(world, folder, tier, *, stage=3, **settings):
 
 
 def tiers(world, folder):
-    """Twenty steps in fp32 and three in bf16: losses and norms, weights and masters, by precision and tier."""
+    """Twenty steps in fp32 and two in bf16: losses and norms, weights and masters, by precision and tier."""
     found = {}
-    for precision, steps, names in (("fp32", 20, ("device", "disk")), ("bf16", 3, TIERS)):
+    pair = ["device", "disk"]
+    for precision, steps, names in (("fp32", 20, pair), ("bf16", 2, pair if world.size == 4 else TIERS)):
         for tier in names:
             engine = trained(world, folder, tier, precision=precision)
             found[precision, tier] = (

@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from rlhf import dist
-from tests.engine import scenarios, tiny
+from rlhf.algorithms.schedules import betas_of_step, learning_rate
+from rlhf.dist import World
+from tests.engine import plain, scenarios, tiny
 
 BOTH = [(ranks, stage) for ranks in (1, 2) for stage in scenarios.STAGES]
 
@@ -77,3 +79,24 @@ def test_a_frozen_engine_takes_no_steps():
     engine = tiny.build_engine(tiny.blueprint(), config=config, world=dist.start("cpu"))
     with pytest.raises(AssertionError, match="frozen"):
         engine.step()
+
+
+def test_a_schedule_that_cycles_the_betas_reaches_the_update():
+    """Value for value what `torch.optim.AdamW` does when its group's rates and betas are set before each step."""
+    cycle = {"cycle_min_lr": 1e-4, "cycle_max_lr": 3e-3, "cycle_first_step_size": 3, "cycle_second_step_size": 4}
+    settings = tiny.optimizer_config(schedule="one_cycle", schedule_options=cycle, warmup_steps=0, max_grad_norm=0)
+    engine, model = tiny.engine(World.alone(), 0, optimizer=settings), tiny.reference()
+    optimizer = plain.adamw(model)
+    for step in range(5):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, lr=3e-3, kind="one_cycle", total_steps=10, options=cycle)
+            group["betas"] = betas_of_step(step, betas=(0.9, 0.95), kind="one_cycle", options=cycle)
+        assert len({group["betas"] for group in optimizer.param_groups}) == 1
+        assert group["betas"][1] == 0.99
+        tiny.train_step(engine, step)
+        ids, counts = tiny.batch(step)
+        optimizer.zero_grad()
+        tiny.token_loss(model(ids), ids, counts, counts.sum()).backward()
+        optimizer.step()
+    for name, tensor in engine.full_tensors():
+        assert torch.allclose(tensor, model.get_parameter(name), rtol=1e-4, atol=2e-6), name

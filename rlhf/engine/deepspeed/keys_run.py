@@ -108,16 +108,11 @@ _SCHEDULER = (
             ("cycle_first_stair_count", 0),
             ("cycle_second_stair_count", "cycle_first_stair_count"),
             ("decay_step_size", 0),
+            ("cycle_momentum", True),
             ("cycle_min_mom", 0.8),
             ("cycle_max_mom", 0.9),
             ("decay_mom_rate", 0),
         )
-    ),
-    refused(
-        "scheduler.params.cycle_momentum",
-        "the betas do not follow the cycle; set it to false, also where it is not given",
-        allowed=(False,),
-        default=True,
     ),
     ignored("scheduler.params.last_batch_iteration", "a resumed run knows its step", default=-1),
 )

@@ -49,7 +49,7 @@ the run only warns; in both cases with the nearest name.
 
 **What differs.** The schedules are DeepSpeed's value for value, including the two steps at the lowest rate with
 which its warm-ups begin. A step that is skipped because of an overflow counts for the schedule here, and does not in
-DeepSpeed. OneCycle moves the rate alone: `cycle_momentum` has to be false. To frozen models (reference, reward) the
+DeepSpeed. To frozen models (reference, reward) the
 sections `optimizer` and `scheduler` and the batch sizes mean nothing; the critic takes its optimizer from its own file.
 
 Of the <TOTAL> keys below, <USED> are used (the same setting exists here), <MAPPED> mapped (to a setting of another

@@ -103,11 +103,6 @@ def _read_schedule(reading: Reading) -> None:
             options |= _option(reading, name, kind=str(shape[name].type))
     if "warmup_num_steps" in shape and reading.raw("scheduler.params.warmup_num_steps") is None:
         options["warmup_num_steps"] = 1000
-    if schedule is Schedule.one_cycle and options.get("cycle_momentum", True):
-        raise ValueError(
-            f"{reading.where('scheduler.params.cycle_momentum')}: is true where a file does not say otherwise, and the "
-            f"betas would follow the cycle; here they stay. Set it to false."
-        )
     reading.sets("optimizer.schedule", schedule, key="scheduler.type")
     reading.sets("optimizer.schedule_options", options, key="scheduler.params")
 
