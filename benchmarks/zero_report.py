@@ -35,10 +35,16 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
 
 def write_section(part: str, text: str, *, result: Path) -> None:
     """Replace a part's section, or add it, under the command that this process was started with."""
-    command = shlex.join(["python", "-m", "benchmarks.zero", *sys.argv[1:]])
-    head = f"`{command}`, {date.today()}, {hardware()}, load average at the end {os.getloadavg()[1]:.1f}."
+    head = f"`{_command()}`, {date.today()}, {hardware()}, load average at the end {os.getloadavg()[1]:.1f}."
     section = f"## {part}\n\n{head}\n\n{text.strip()}\n"
     known = result.read_text() if result.exists() else _TITLE
     title, *sections = re.split(r"^(?=## )", known, flags=re.MULTILINE)
     others = [other.strip() + "\n" for other in sections if not other.startswith(f"## {part}\n")]
     result.write_text("\n".join([title.strip() + "\n", *sorted([*others, section])]))
+
+
+def _command() -> str:
+    """The command without this machine's paths."""
+    words = shlex.join(["python", "-m", "benchmarks.zero", *sys.argv[1:]])
+    words = re.sub(r" --(folder|records|result)[ =]\S+", "", words)
+    return re.sub(r"--peer[ =]\S+", "--peer PYTHON", words)

@@ -37,7 +37,6 @@ from rlhf.models.shapes import Adapters, Head, Shape
 from stages.planning_work import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised
 from stages.preflight import maker_of
 
-
 _MOVING = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
 
 

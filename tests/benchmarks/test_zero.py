@@ -67,7 +67,7 @@ def test_the_step_table_takes_ratios_within_a_round(tmp_path):
 
 def test_a_section_is_replaced_and_others_stay(tmp_path, monkeypatch):
     result = tmp_path / "zero.md"
-    monkeypatch.setattr(sys, "argv", ["zero.py", "disk", "--rounds", "1"])
+    monkeypatch.setattr(sys, "argv", ["zero.py", "disk", "--folder", "/mine/x", "--rounds", "1", "--peer=/mine/python"])
     for part, text in (("disk", "old"), ("adam", "### fast\n\nkept"), ("disk", "new")):
         zero_report.write_section(part, text, result=result)
     content = result.read_text()
@@ -75,7 +75,7 @@ def test_a_section_is_replaced_and_others_stay(tmp_path, monkeypatch):
     assert "kept" in content
     assert "new" in content
     assert "old" not in content
-    assert "`python -m benchmarks.zero disk --rounds 1`" in content
+    assert "`python -m benchmarks.zero disk --rounds 1 --peer PYTHON`" in content
 
 
 def test_the_disk_part_runs(tmp_path):

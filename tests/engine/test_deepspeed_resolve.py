@@ -269,9 +269,6 @@ def test_schedules(scheduler, schedule, options):
         ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "betas=0.9: expected a list of two"),
         ({"scheduler": {"type": "CosineAnnealingLR"}}, "expected one of WarmupLR, WarmupDecayLR"),
         ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}}, "WarmupLR has no such parameter"),
-        (
-            {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0, "cycle_max_lr": 1}}},
-        ),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0, 1]}}}, "one number for all parameters"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size=2: cannot be honoured"),
         ({"pipeline": {"stages": 2}}, "pipeline.stages=2: cannot be honoured"),

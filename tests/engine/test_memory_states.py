@@ -1,0 +1,167 @@
+"""Arithmetic on shapes, against numbers worked by hand and against what a real engine holds."""
+
+import json
+
+import pytest
+import torch
+
+from rlhf.config import EngineConfig, OptimizerConfig, Tier
+from rlhf.dist import World
+from rlhf.engine.engine import build_engine
+from rlhf.engine.memory import Place
+from rlhf.engine.memory_states import Setting, States
+from rlhf.models.causal_lm import causal_lm
+from rlhf.models.shapes import Adapters, Head, Shape
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+WIDTH, INNER, VOCABULARY, LAYERS = 32, 64, 128, 4
+BLOCK = 4 * WIDTH * WIDTH + 3 * WIDTH * INNER + 2 * WIDTH
+NUMEL = 2 * VOCABULARY * WIDTH + LAYERS * BLOCK + WIDTH
+
+
+def settings(**changes):
+    made = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY}
+    made |= {"hidden_size": WIDTH, "intermediate_size": INNER, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+    return made | changes
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("shape")
+    (path / "config.json").write_text(json.dumps(settings()))
+    return path
+
+
+def states(folder, *, ranks=1, device=CPU, dtype=torch.bfloat16, frozen=False, micro=1, adapters=None, **engine):
+    config = EngineConfig(**({"zero_stage": 0} | engine))
+    setting = Setting("model", config, ranks, device, dtype, frozen, micro)
+    return States(Shape(str(folder), Head.language, adapters=adapters).whole, setting)
+
+
+def at_rest(found):
+    parts = {}
+    for item in found.at_rest():
+        parts[item.part, item.place] = parts.get((item.part, item.place), 0) + item.bytes
+    return parts
+
+
+def buffers(found):
+    return sum(buffer.nbytes for buffer in found.blueprint.module.buffers())
+
+
+def test_sixteen_bytes_an_element_without_zero(folder):
+    """(2 + 2 + K) Psi of the ZeRO paper, K = 12."""
+    found = states(folder)
+    parts = at_rest(found)
+    assert parts["working parameters", Place.device] == 2 * NUMEL + buffers(found)
+    assert parts["master weights", Place.device] == 4 * NUMEL
+    assert parts["moments", Place.device] == 8 * NUMEL
+    assert sum(item.bytes for item in found.gradients()) == 2 * NUMEL
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_states_are_divided_by_the_ranks(folder, stage):
+    found = states(folder, ranks=4, zero_stage=stage)  # all rows divide by 4
+    parts = at_rest(found)
+    assert parts["moments", Place.device] == 8 * NUMEL // 4
+    assert parts["working parameters", Place.device] == 2 * NUMEL // 4 + buffers(found)
+    assert sum(item.bytes for item in found.gradients()) == 4 * NUMEL // 4  # FSDP2 reduces in fp32
+    assert found.whole() == 2 * NUMEL
+    assert (found.gathered() == 2 * NUMEL) == (stage < 3)
+
+
+def test_rows_that_do_not_divide_are_padded(folder):
+    found = states(folder, ranks=3, zero_stage=3)
+    rows = 2 * 43 * WIDTH + LAYERS * (4 * 11 * WIDTH + 2 * 22 * WIDTH + 11 * INNER + 2 * 11) + 11
+    assert at_rest(found)["moments", Place.device] == 8 * rows
+
+
+def test_zero_3_holds_a_block_the_one_it_gathers_ahead_and_what_stays(folder):
+    found = states(folder, ranks=4, zero_stage=3, prefetch_bucket_size=1)
+    head = VOCABULARY * WIDTH
+    assert found.gathered() == 2 * (WIDTH + head + max(2 * head, 2 * BLOCK, BLOCK + head))
+    small = states(folder, ranks=4, zero_stage=3, prefetch_bucket_size=1, persistence_threshold=WIDTH + 1)
+    vectors = (2 * LAYERS + 1) * WIDTH
+    assert at_rest(small)["moments", Place.device] == 8 * ((NUMEL - vectors) // 4 + vectors)
+
+
+def test_adapters_alone_have_states(folder):
+    adapters = Adapters(rank=2, targets=("q_proj",), top_layers=0)
+    found = states(folder, adapters=adapters)
+    learning = LAYERS * 2 * 2 * WIDTH
+    assert at_rest(found)["moments", Place.device] == 8 * learning
+    assert at_rest(found)["working parameters", Place.device] == 2 * (NUMEL + learning) + buffers(found)
+    assert found.merged() == 2 * LAYERS * WIDTH * WIDTH
+    assert found.exported() == 2 * NUMEL
+
+
+def test_bf16_moments_fp32_weights_and_frozen_models(folder):
+    assert at_rest(states(folder, moments="bf16"))["moments", Place.device] == 4 * NUMEL
+    assert ("master weights", Place.device) not in at_rest(states(folder, dtype=torch.float32))
+    assert {part for part, _ in at_rest(states(folder, frozen=True))} == {"working parameters"}
+    assert sum(item.bytes for item in states(folder, micro=2).gradients()) == 4 * NUMEL
+
+
+def test_a_cuda_optimizer_on_the_host(folder):
+    found = states(folder, device=CUDA, micro=2, zero_stage=1, optimizer_tier="cpu")
+    parts = at_rest(found)
+    assert parts["master weights", Place.host] == 4 * NUMEL
+    assert parts["moments", Place.host] == 8 * NUMEL
+    assert ("moments", Place.device) not in parts
+    assert {(i.place, i.bytes) for i in found.gradients()} == {(Place.host, (2 + 4) * NUMEL)}
+    half = at_rest(states(folder, device=CUDA, zero_stage=1, optimizer_tier="cpu", optimizer_share=0.5))
+    assert half["moments", Place.host] + half["moments", Place.device] == 8 * NUMEL
+    assert half["moments", Place.host] >= 4 * NUMEL
+
+
+def test_buffers_are_all_the_host_memory_of_a_tier_on_disk(folder):
+    tiers = {"zero_stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "nvme_path": "/disk"}
+    parts = at_rest(states(folder, device=CUDA, buffer_count=3, buffer_size=1_000_000, **tiers))
+    assert parts["working parameters", Place.disk] >= 2 * NUMEL
+    assert parts["moments", Place.disk] >= 8 * NUMEL
+    assert not [key for key in parts if key[0] in ("moments", "master weights") and key[1] is not Place.disk]
+    assert parts["buffers", Place.host] >= 2 * 3 * 4_000_000  # one set for weights, one for states
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_real_engine_holds_what_was_planned(tmp_path, precision):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**settings())).save_pretrained(tmp_path)
+    engine = build_engine(
+        causal_lm(tmp_path),
+        config=EngineConfig(zero_stage=0, precision=precision),
+        world=World.alone(),
+        optimizer=OptimizerConfig(lr=1e-3),
+        total_steps=10,
+    )
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    parts = at_rest(states(tmp_path, dtype=dtype))
+    held = sum(parameter.nbytes for parameter in engine.module.parameters()) + sum(
+        buffer.nbytes for buffer in engine.module.buffers()
+    )
+    assert parts["working parameters", Place.device] == held
+    moments = sum(stored.nbytes for stored in engine.stored() if "exp_avg" in stored.key)
+    assert parts["moments", Place.device] == moments
+
+
+def test_files_of_a_real_engine_are_as_large_as_planned(tmp_path):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    LlamaForCausalLM(LlamaConfig(**settings())).save_pretrained(tmp_path / "model")
+    config = EngineConfig(
+        zero_stage=1, precision="bf16", optimizer_tier=Tier.nvme, nvme_path=str(tmp_path / "disk"), buffer_size=100_000
+    )
+    (tmp_path / "disk").mkdir()
+    engine = build_engine(
+        causal_lm(tmp_path / "model"),
+        config=config,
+        world=World.alone(),
+        optimizer=OptimizerConfig(lr=1e-3),
+        total_steps=10,
+    )
+    found = sum(file.stat().st_size for file in (tmp_path / "disk").rglob("*") if file.is_file())
+    tiers = {"zero_stage": 1, "optimizer_tier": "nvme", "nvme_path": str(tmp_path / "disk"), "buffer_size": 100_000}
+    planned = sum(item.bytes for item in states(tmp_path / "model", **tiers).at_rest() if item.place is Place.disk)
+    assert found == pytest.approx(planned, abs=4096)
+    del engine
