@@ -50,6 +50,12 @@ class Models:
     value_shift: float = 0.0
     """Subtracted from what the critic says: the mean of normalised scores, for which its head has no bias."""
 
+    def close(self) -> None:
+        """Let go of what the engines hold outside the process."""
+        for engine in (self.actor, self.reward, self.reference, self.critic):
+            if engine is not None:
+                engine.close()
+
 
 @dataclass(frozen=True)
 class ScoreScale:

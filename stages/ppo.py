@@ -8,6 +8,7 @@ Run: `python run_pipeline.py stage=ppo`.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -47,9 +48,11 @@ def run_ppo(run: RunConfig, world: World) -> Record:
     splits = prompts(run.data, config, tokenizer=tokenizer)
     check_judges(config, tokenizer)
     scale = score_scale(config)
-    with open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session:
+    with (
+        open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,
+        closing(load_models(config, world, scale=scale)) as models,
+    ):
         examiner = Examiner.of(session, splits.eval)
-        models = load_models(config, world, scale=scale)
         collector = new_collector(session, models, scale=scale)
         kl = kl_controller(config.kl)
         loader = prompt_loader(session, splits.train)

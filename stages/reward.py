@@ -6,6 +6,7 @@ Left out: several objectives, ordinal ratings. Run: `python run_pipeline.py stag
 from __future__ import annotations
 
 from dataclasses import replace
+from contextlib import closing
 from functools import partial
 
 import torch
@@ -70,16 +71,17 @@ def run_reward(run: RunConfig, world: World) -> Record:
         engine = build_engine(
             blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
-        record = supervise(
-            session,
-            engine,
-            loader=loader,
-            objective=Pairwise(config),
-            evaluate=lambda: _metrics(evaluate_preferences(engine, held_out)),
-            eval_every=config.eval_every,
-            data=splits.fingerprint,
-        )
-        model = session.export(engine, "model")
+        with closing(engine):
+            record = supervise(
+                session,
+                engine,
+                loader=loader,
+                objective=Pairwise(config),
+                evaluate=lambda: _metrics(evaluate_preferences(engine, held_out)),
+                eval_every=config.eval_every,
+                data=splits.fingerprint,
+            )
+            model = session.export(engine, "model")
         after = record.after
         record = replace(record, score_mean=after["eval/score_mean"], score_std=after["eval/score_std"])
         return session.finish(model, record=record)

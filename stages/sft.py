@@ -6,6 +6,7 @@ Run: `python run_pipeline.py stage=sft`.
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 
 from torch import Tensor
@@ -52,16 +53,17 @@ def run_sft(run: RunConfig, world: World) -> Record:
         engine = build_engine(
             blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
-        record = supervise(
-            session,
-            engine,
-            loader=loader,
-            objective=NextToken(),
-            evaluate=lambda: _metrics(evaluate_language(engine, held_out)),
-            eval_every=config.eval_every,
-            data=splits.fingerprint,
-        )
-        model = session.export(engine, "model")
+        with closing(engine):
+            record = supervise(
+                session,
+                engine,
+                loader=loader,
+                objective=NextToken(),
+                evaluate=lambda: _metrics(evaluate_language(engine, held_out)),
+                eval_every=config.eval_every,
+                data=splits.fingerprint,
+            )
+            model = session.export(engine, "model")
         return session.finish(model, record=record)
 
 

@@ -68,7 +68,7 @@ class States:
         on_device, away = self._split
         bytes_each = self._sum_bytes
         items = [self._item(GRADIENTS, Place.device, int(share * bytes_each * on_device * self._sides))]
-        if self.optimizer_tier is Tier.cpu:  # page-locked, and kept from step to step
+        if self.optimizer_tier == Tier.cpu:  # page-locked, and kept from step to step
             kept = self.setting.dtype.itemsize + (4 if self.setting.micro_batches > 1 else 0)
             items.append(self._item(GRADIENTS, Place.host, kept * away * self._sides))
         return [item for item in items if item.bytes]
@@ -105,7 +105,7 @@ class States:
 
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; what rests on disk is not copied."""
-        learning = sum(self._split) if self.optimizer_tier is not Tier.nvme else self._split[0]
+        learning = sum(self._split) if self.optimizer_tier != Tier.nvme else self._split[0]
         return learning * 12
 
     def in_a_checkpoint(self) -> int:
@@ -131,13 +131,13 @@ class States:
     def optimizer_tier(self) -> Tier:
         """Where states rest that leave the device."""
         tier = self.setting.engine.optimizer_tier
-        return Tier.device if tier is Tier.cpu and self.setting.device.type == "cpu" else tier
+        return Tier.device if tier == Tier.cpu and self.setting.device.type == "cpu" else tier
 
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 holds the model."""
         stage, alone = self.setting.engine.zero_stage, self.setting.ranks == 1
-        return stage > 0 and not (alone and self.parameter_tier is Tier.device)
+        return stage > 0 and not (alone and self.parameter_tier == Tier.device)
 
     def outside_blocks(self) -> int:
         """Elements of this rank's rows of what learns outside the blocks."""
@@ -207,7 +207,7 @@ class States:
         return share - leaving, leaving
 
     def _num_away(self, sizes: list[int]) -> int:
-        if self.optimizer_tier is Tier.device:
+        if self.optimizer_tier == Tier.device:
             return 0
         share, before = self.setting.engine.optimizer_share * sum(sizes), 0
         for number, size in enumerate(sizes):
@@ -232,7 +232,7 @@ class States:
     def _working(self) -> Iterator[Item]:
         size = self.setting.dtype.itemsize
         buffers = sum(buffer.nbytes for buffer in self.blueprint.module.buffers())
-        if self.parameter_tier is Tier.device:
+        if self.parameter_tier == Tier.device:
             elements = sum(self._local(name, p) for name, p in self._parameters)
             yield self._item(WORKING, Place.device, elements * size + buffers)
             return
@@ -256,30 +256,30 @@ class States:
     @property
     def _brought(self) -> int:
         """Elements of rows on their way from where they rest to a gather: a unit's, and the next one's."""
-        if self.parameter_tier is Tier.device:
+        if self.parameter_tier == Tier.device:
             return 0
-        copies = 2 if self.parameter_tier is Tier.cpu else 1
+        copies = 2 if self.parameter_tier == Tier.cpu else 1
         return copies * max(self._resting_units) // self.setting.dtype.itemsize
 
     @property
     def _moment_bytes(self) -> int:
-        return 2 if self.setting.engine.moments is Moments.bf16 else 4
+        return 2 if self.setting.engine.moments == Moments.bf16 else 4
 
     def _optimizer(self) -> Iterator[Item]:
         here, away = self._split
         narrow = self.setting.dtype is not torch.float32
-        apart = narrow or self.parameter_tier is not Tier.device or self.setting.engine.delayed_update
+        apart = narrow or self.parameter_tier != Tier.device or self.setting.engine.delayed_update
         yield self._item(MASTERS, Place.device, 4 * here if apart else 0)
         yield self._item(MOMENTS, Place.device, 2 * self._moment_bytes * here)
-        if self.optimizer_tier is Tier.cpu:
+        if self.optimizer_tier == Tier.cpu:
             yield self._item(MASTERS, Place.host, 4 * away)
             yield self._item(MOMENTS, Place.host, 2 * self._moment_bytes * away)
-        if self.optimizer_tier is Tier.nvme and away:
+        if self.optimizer_tier == Tier.nvme and away:
             yield from self._on_disk()
 
     def _on_disk(self) -> Iterator[Item]:
         engine = self.setting.engine
-        moments = torch.bfloat16 if engine.moments is Moments.bf16 else torch.float32
+        moments = torch.bfloat16 if engine.moments == Moments.bf16 else torch.float32
         away = self._num_away([sum(shape.count for shape in group) for group in self._groups])
         shapes = [shape for group in self._groups[:away] for shape in group]
         capacity = capacity_of(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
