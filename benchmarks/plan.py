@@ -187,7 +187,7 @@ def run_case(name: str, folder: Path) -> list[list[object]]:
     write_model(folder, shape)
     run = compose_run(folder, overrides)
     ranks = 2 if "2_ranks" in name else 1
-    plan = plan_stage(run, run.stages[0], machine_of(run, ranks=ranks))
+    plan = plan_stage(run, run.stages[0], machine=machine_of(run, ranks=ranks))
     found = {kind: _measured(run, folder, ranks=ranks, environment=extra) for kind, extra in _ALLOCATORS.items()}
     rows = []
     for phase in plan.phases:

@@ -82,8 +82,8 @@ class EngineConfig:
     """Largest tile of optimizer state that is loaded, updated and stored at once, off the device."""
     reduce_bucket_size: int = 0
     """At ZeRO 0 to 2, consecutive blocks are gathered and reduced together up to this size; 0 takes each on its own."""
-    prefetch_bucket_size: int = 50_000_000
-    """At ZeRO 3, following blocks are gathered ahead of use up to this size; 0 gathers none ahead."""
+    prefetch_bucket_size: int = 1_000_000
+    """At ZeRO 3, what follows is gathered ahead of use: one unit, and more until they have this size; 0 gathers none."""
     max_live_parameters: int = 1_000_000_000
     """At ZeRO 3, the limit for what is gathered at once, the computing block and those ahead of it."""
     persistence_threshold: int = 0

@@ -54,7 +54,7 @@ class Machine:
     """What a process takes before it has a model."""
 
 
-def plan_stage(run: RunConfig, stage: str, machine: Machine) -> Plan:
+def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     """The memory of a stage, of its first rank, which holds the most."""
     planner = _Planner(run, machine)
     found = planner.ppo(run.ppo) if run.ppo is not None and stage == "ppo" else planner.supervised(stage)
@@ -86,9 +86,10 @@ class _Planner:
         assert isinstance(config, SupervisedConfig)
         head = Head.scalar if isinstance(config, RewardConfig) else Head.language
         shape = shape_of(self.run, config.init_from, head=head, num_layers=getattr(config, "num_layers", 0))
+        shape = replace(shape, dropout=config.dropout)
         steps = config.global_batch_size // (self.machine.ranks * config.micro_batch_size)
         role = "reward model" if head is Head.scalar else "model"
-        model = self.model(role, shape, config.engine, lora=config.lora, micro_batches=steps)
+        model = self.model(role, shape, engine=config.engine, lora=config.lora, micro_batches=steps)
         work = of_supervised(config)
         yield "evaluate", model.forward(work)
         yield "train", [*model.training(work), *self.copies([model])]
@@ -119,21 +120,23 @@ class _Planner:
         steps = config.minibatch_size // (self.machine.ranks * config.micro_batch_size)
         actor = shape_of(run, config.actor, head=Head.language)
         reward = shape_of(run, config.reward, head=Head.scalar)
-        models = {"actor": self.model("actor", actor, config.engine, lora=config.lora, micro_batches=steps)}
+        models = {"actor": self.model("actor", actor, engine=config.engine, lora=config.lora, micro_batches=steps)}
         if config.advantage is AdvantageKind.gae:
             start = shape_of(run, config.critic or config.reward, head=Head.scalar)
-            models["critic"] = self.model("critic", start, config.critic_engine, lora=config.lora, micro_batches=steps)
+            models["critic"] = self.model(
+                "critic", start, engine=config.critic_engine, lora=config.lora, micro_batches=steps
+            )
         if config.reference is not None or config.lora.rank == 0:
             start = shape_of(run, config.reference or config.actor, head=Head.language)
-            models["reference"] = self.model("reference", start, config.reference_engine)
-        return models | {"reward": self.model("reward", reward, config.reward_engine)}
+            models["reference"] = self.model("reference", start, engine=config.reference_engine)
+        return models | {"reward": self.model("reward", reward, engine=config.reward_engine)}
 
     def model(
         self,
         role: str,
         shape: Shape,
-        engine: EngineConfig,
         *,
+        engine: EngineConfig,
         lora: LoraConfig | None = None,
         micro_batches: int = 0,
     ) -> Model:

@@ -55,9 +55,9 @@ def cheapest_change(run: RunConfig, stage: str, *, plan: Planner, limits: Limits
     steps = list(_steps(config, stage, run=run, ranks=ranks, is_cuda=limits.device is not None))
     for step in steps:
         if excess(step.apply(config)) == 0:
-            return _change(run, stage, [step])
+            return _change(run, stage, steps=[step])
     chosen = _enough_of(steps, config, excess=excess)
-    return _change(run, stage, chosen) if chosen else None
+    return _change(run, stage, steps=chosen) if chosen else None
 
 
 def _enough_of(steps: list[_Step], config: StageConfig, *, excess: Callable[[StageConfig], int]) -> list[_Step]:
@@ -84,7 +84,7 @@ def _applied(steps: list[_Step], config: StageConfig) -> StageConfig:
     return config
 
 
-def _change(run: RunConfig, stage: str, steps: list[_Step]) -> Change:
+def _change(run: RunConfig, stage: str, *, steps: list[_Step]) -> Change:
     changed = replace(run, **{stage: _applied(steps, getattr(run, stage))})
     latest = {text.partition("=")[0]: text for step in steps for text in step.settings}
     return Change(tuple(latest.values()), "; ".join(dict.fromkeys(step.cost for step in steps)), changed)
@@ -93,27 +93,33 @@ def _change(run: RunConfig, stage: str, steps: list[_Step]) -> Change:
 def _steps(config: StageConfig, stage: str, *, run: RunConfig, ranks: int, is_cuda: bool) -> Iterator[_Step]:
     engine = config.engine
     if ranks > 1 and engine.zero_stage < 2:
-        yield _engines(stage, config, "no slower", zero_stage=2)
+        yield _engines(stage, config, cost="no slower", zero_stage=2)
     yield from _smaller_batches(stage, config)
     if not engine.activation_checkpointing:
-        yield _engines(stage, config, "about a third more compute", activation_checkpointing=True)
+        yield _engines(stage, config, cost="about a third more compute", activation_checkpointing=True)
     if ranks > 1 and engine.zero_stage < 3:
-        yield _engines(stage, config, "half as much communication again", zero_stage=3)
+        yield _engines(stage, config, cost="half as much communication again", zero_stage=3)
     if is_cuda:
         yield _engines(
-            stage, config, "the step runs on the CPU", zero_stage=max(1, engine.zero_stage), optimizer_tier=Tier.cpu
+            stage,
+            config,
+            cost="the step runs on the CPU",
+            zero_stage=max(1, engine.zero_stage),
+            optimizer_tier=Tier.cpu,
         )
-        yield _engines(stage, config, "weights travel to every use", zero_stage=3, parameter_tier=Tier.cpu)
+        yield _engines(stage, config, cost="weights travel to every use", zero_stage=3, parameter_tier=Tier.cpu)
     nvme = {"nvme_path": engine.nvme_path or "FOLDER"}
     yield _engines(
         stage,
         config,
-        "the step reads and writes a disk",
+        cost="the step reads and writes a disk",
         zero_stage=max(1, engine.zero_stage),
         optimizer_tier=Tier.nvme,
         **nvme,
     )
-    yield _engines(stage, config, "every use of weights reads a disk", zero_stage=3, parameter_tier=Tier.nvme, **nvme)
+    yield _engines(
+        stage, config, cost="every use of weights reads a disk", zero_stage=3, parameter_tier=Tier.nvme, **nvme
+    )
     if config.lora.rank == 0:
         lora = LoraConfig(**{**vars(config.lora), "rank": _LORA_RANK})
         setting = f"{stage}.lora.rank={_LORA_RANK}"
@@ -134,7 +140,7 @@ def _replacing(values: dict[str, Any]) -> Callable[[StageConfig], StageConfig]:
     return lambda config: replace(config, **values)
 
 
-def _engines(stage: str, config: StageConfig, cost: str, **values: Any) -> _Step:
+def _engines(stage: str, config: StageConfig, *, cost: str, **values: Any) -> _Step:
     """The same settings for the engine of every role."""
     names = [name for name in vars(config) if isinstance(getattr(config, name), EngineConfig)]
 

@@ -71,7 +71,7 @@ def examples_table() -> str:
 def _row(example: Example, folder: Path) -> str:
     run = example_run(example, folder)
     machine = machine_of(run, ranks=1)
-    plan = plan_stage(run, run.stages[0], Machine(machine.device, 1, 1, RUNTIME))
+    plan = plan_stage(run, run.stages[0], machine=Machine(machine.device, 1, 1, RUNTIME))
     found = [max(phase.total(place) for phase in plan.phases) / GB for place in Place]
     missing = sorted({shortage.place for shortage in plan.shortages(LIMITS)})
     says = "yes" if not missing else f"no: {', '.join(missing)}"
@@ -98,7 +98,7 @@ def example_run(example: Example, folder: Path) -> RunConfig:
 def plan_of(example: Example, folder: Path) -> Plan:
     """The plan of an example."""
     run = example_run(example, folder)
-    return plan_stage(run, run.stages[0], Machine(machine_of(run, ranks=1).device, 1, 1, RUNTIME))
+    return plan_stage(run, run.stages[0], machine=Machine(machine_of(run, ranks=1).device, 1, 1, RUNTIME))
 
 
 if __name__ == "__main__":

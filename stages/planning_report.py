@@ -38,7 +38,7 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
         ValueError: a stage does not fit, and `memory.enforce` is true; what would make it fit.
     """
     machine, limits = _here(run, ranks)
-    plans = [plan_stage(run, stage, machine) for stage in stages]
+    plans = [plan_stage(run, stage, machine=machine) for stage in stages]
     log.info("%s", short_text(plans, limits))
     texts = [full_text(plan, limits) for plan in plans]
     verdicts = [verdict(run, plan, machine=machine, limits=limits) for plan in plans]
@@ -67,7 +67,7 @@ def show_plan(run: RunConfig, world: World, *, ranks: int) -> None:
 def plan_text(run: RunConfig, *, ranks: int) -> str:
     """The whole plan of a run that need not be possible here."""
     machine, limits = _here(run, ranks)
-    plans = [plan_stage(run, stage, machine) for stage in run.stages]
+    plans = [plan_stage(run, stage, machine=machine) for stage in run.stages]
     return "\n\n".join(
         f"{full_text(plan, limits)}\n{verdict(run, plan, machine=machine, limits=limits)}" for plan in plans
     )

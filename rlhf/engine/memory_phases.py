@@ -52,7 +52,7 @@ class Model:
         engine = self.setting.engine
         recompute = enable_activation_checkpointing if engine.activation_checkpointing else None
         stretches = self._trace(work, training=True, on_module=recompute)
-        moments = [self._in_training(stretch) for stretch in stretches if stretch.call >= 0]
+        moments = [self._in_training(stretch) for stretch in stretches if stretch.where.call >= 0]
         return [*self.states.at_rest(), *max([*moments, self._in_step()], key=_device_bytes)]
 
     def forward(self, work: Work, *, adapters: bool = True) -> list[Item]:
@@ -63,7 +63,7 @@ class Model:
             adapters: False for the model below its adapters.
         """
         stretches = self._trace(work, training=False, plain=not adapters)
-        moving = self._item(GATHERED, Place.device, self.states.gathered())
+        moving = self._item(GATHERED, Place.device, count=self.states.gathered())
         return [*self.at_rest(), moving, *self._traced(max(stretches, key=lambda stretch: stretch.total))]
 
     def generation(self, work: Work, *, rows: int) -> list[Item]:
@@ -77,19 +77,19 @@ class Model:
         streams = engine.stream_generation and engine.zero_stage == 3
         stretches = self._trace(work, training=False, plain=not streams, answer=rows, max_calls=DECODING_CALLS)
         stretch, cache = _with_cache(stretches, self.num_layers)
-        held = [self._item(GATHERED, Place.device, states.gathered() if streams else states.whole())]
-        held += [self._item(ADAPTED, Place.device, 0 if streams else states.merged())]
+        held = [self._item(GATHERED, Place.device, count=states.gathered() if streams else states.whole())]
+        held += [self._item(ADAPTED, Place.device, count=0 if streams else states.merged())]
         # When rows leave, one layer's keys are copied before the others' are.
-        leaving = self._item(CACHE, Place.device, cache + cache // (2 * self.num_layers))
+        leaving = self._item(CACHE, Place.device, count=cache + cache // (2 * self.num_layers))
         others = [item for item in self._traced(stretch) if item.part != CACHE]
         return [*self.at_rest(), *held, leaving, *others]
 
     def _in_training(self, stretch: Stretch) -> list[Item]:
         states = self.states
-        items = [*self._traced(stretch), self._item(GATHERED, Place.device, states.gathered())]
+        items = [*self._traced(stretch), self._item(GATHERED, Place.device, count=states.gathered())]
         items += states.gradients(self._share_of_sums(stretch))
-        if stretch.backward or stretch.place == "between":
-            items.append(self._item(GRADIENTS, Place.device, states.in_reduction() + self._unreduced))
+        if stretch.where.backward or stretch.where.place == "between":
+            items.append(self._item(GRADIENTS, Place.device, count=states.in_reduction() + self._unreduced))
         return items
 
     def _in_step(self) -> list[Item]:
@@ -106,10 +106,10 @@ class Model:
         states = self.states
         if self.setting.micro_batches > 1:
             return 1.0
-        if not stretch.backward:
-            return states.finished_before_blocks() / states.elements() if stretch.place == "between" else 0.0
+        if not stretch.where.backward:
+            return states.finished_before_blocks() / states.elements() if stretch.where.place == "between" else 0.0
         per_block = (states.elements() - states.outside_blocks()) / self.num_layers
-        blocks = {"last": 1, "inner": min(2, self.num_layers)}.get(stretch.place, self.num_layers)
+        blocks = {"last": 1, "inner": min(2, self.num_layers)}.get(stretch.where.place, self.num_layers)
         return (states.finished_before_blocks() + per_block * blocks) / states.elements()
 
     def _trace(
@@ -137,14 +137,14 @@ class Model:
         waiting = stretch.per_block if self._offloads else 0
         for tag, count in stretch.bytes.items():
             moved = waiting * (self.num_layers - 1) if tag == ACTIVATIONS else 0
-            yield self._item(tag, Place.device, count - moved)
-        yield self._item(ACTIVATIONS, Place.host, waiting * self.num_layers)
+            yield self._item(tag, Place.device, count=count - moved)
+        yield self._item(ACTIVATIONS, Place.host, count=waiting * self.num_layers)
 
     @property
     def _offloads(self) -> bool:
         return self.setting.engine.activation_offload and self.setting.device.type == "cuda"
 
-    def _item(self, part: str, place: Place, count: int) -> Item:
+    def _item(self, part: str, place: Place, *, count: int) -> Item:
         return Item(self.setting.role, part, place, count)
 
 
@@ -154,10 +154,10 @@ def _device_bytes(items: list[Item]) -> int:
 
 def _with_cache(stretches: list[Stretch], num_layers: int) -> tuple[Stretch, int]:
     """The highest stretch of generating, and the bytes of the cache, which the first forward calls activations."""
-    later = [stretch for stretch in stretches if stretch.call == 1]
+    later = [stretch for stretch in stretches if stretch.where.call == 1]
     cache = max((stretch.bytes.get(CACHE, 0) for stretch in later), default=0)
     highest = max(stretches, key=lambda stretch: stretch.total)
-    if highest.call == 1:
+    if highest.where.call == 1:
         return highest, cache
     rest = {tag: max(0, count - (cache if tag == ACTIVATIONS else 0)) for tag, count in highest.bytes.items()}
-    return Stretch(highest.call, False, highest.place, rest), cache
+    return Stretch(highest.where, rest), cache

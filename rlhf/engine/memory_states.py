@@ -67,10 +67,10 @@ class States:
         """The sums of a step once `share` of them is complete."""
         on_device, away = self._split
         bytes_each = self._sum_bytes
-        items = [self._item(GRADIENTS, Place.device, int(share * bytes_each * on_device * self._sides))]
+        items = [self._item(GRADIENTS, Place.device, count=int(share * bytes_each * on_device * self._sides))]
         if self.optimizer_tier == Tier.cpu:  # page-locked, and kept from step to step
             kept = self.setting.dtype.itemsize + (4 if self.setting.micro_batches > 1 else 0)
-            items.append(self._item(GRADIENTS, Place.host, kept * away * self._sides))
+            items.append(self._item(GRADIENTS, Place.host, count=kept * away * self._sides))
         return [item for item in items if item.bytes]
 
     def gathered(self) -> int:
@@ -79,13 +79,19 @@ class States:
             return 0
         if self.setting.engine.zero_stage < 3:
             return sum(unit.numel for unit in self.units) * self.setting.dtype.itemsize
-        kept = self.units[:1] if self.setting.frozen else [self.units[0], self.units[-1]]
-        ahead = gathered_ahead(self.units, config=self.setting.engine)
-        moving = max(
+        forward = self._moving(self.units[1:])
+        backward = 0
+        if not self.setting.frozen:  # the last unit stays from forward to backward
+            backward = self.units[-1].numel + self._moving(self.units[-2:0:-1])
+        most = self.units[0].numel + max(forward, backward)
+        return (most + self._brought) * self.setting.dtype.itemsize
+
+    def _moving(self, units: list[Unit]) -> int:
+        """Elements of a unit that computes and of those that are gathered meanwhile, or of its two copies before."""
+        return max(
             unit.numel + max(unit.numel, sum(other.numel for other in following))
-            for unit, following in zip(self.units[1:], ahead[1:], strict=True)
+            for unit, following in zip(units, gathered_ahead(units, config=self.setting.engine), strict=True)
         )
-        return (sum(unit.numel for unit in kept) + moving + self._brought) * self.setting.dtype.itemsize
 
     def whole(self) -> int:
         """Device bytes beside this rank's rows while all units are gathered."""
@@ -226,7 +232,7 @@ class States:
         several = self.is_sharded or self.setting.ranks > 1 or self.setting.micro_batches > 1
         return 4 if several else self.setting.dtype.itemsize
 
-    def _item(self, part: str, place: Place, count: float) -> Item:
+    def _item(self, part: str, place: Place, *, count: float) -> Item:
         return Item(self.setting.role, part, place, int(count))
 
     def _working(self) -> Iterator[Item]:
@@ -234,17 +240,17 @@ class States:
         buffers = sum(buffer.nbytes for buffer in self.blueprint.module.buffers())
         if self.parameter_tier == Tier.device:
             elements = sum(self._local(name, p) for name, p in self._parameters)
-            yield self._item(WORKING, Place.device, elements * size + buffers)
+            yield self._item(WORKING, Place.device, count=elements * size + buffers)
             return
         resident = sum(p.numel() for name, p in self._parameters if name in self._persistent)
-        yield self._item(WORKING, Place.device, resident * size + buffers)
+        yield self._item(WORKING, Place.device, count=resident * size + buffers)
         sizes = self._resting_units
         kept = _in_memory(sizes, config=self.setting.engine, dtype=self.setting.dtype)
-        yield self._item(WORKING, Place.host, sum(size for index, size in enumerate(sizes) if index in kept))
+        yield self._item(WORKING, Place.host, count=sum(size for index, size in enumerate(sizes) if index in kept))
         on_disk = [0 if index in kept else size for index, size in enumerate(sizes)]
-        yield self._item(WORKING, Place.disk, file_bytes(on_disk))
+        yield self._item(WORKING, Place.disk, count=file_bytes(on_disk))
         if any(on_disk):
-            yield self._item(BUFFERS, Place.host, self._buffer_bytes)
+            yield self._item(BUFFERS, Place.host, count=self._buffer_bytes)
 
     @cached_property
     def _resting_units(self) -> list[int]:
@@ -269,11 +275,11 @@ class States:
         here, away = self._split
         narrow = self.setting.dtype is not torch.float32
         apart = narrow or self.parameter_tier != Tier.device or self.setting.engine.delayed_update
-        yield self._item(MASTERS, Place.device, 4 * here if apart else 0)
-        yield self._item(MOMENTS, Place.device, 2 * self._moment_bytes * here)
+        yield self._item(MASTERS, Place.device, count=4 * here if apart else 0)
+        yield self._item(MOMENTS, Place.device, count=2 * self._moment_bytes * here)
         if self.optimizer_tier == Tier.cpu:
-            yield self._item(MASTERS, Place.host, 4 * away)
-            yield self._item(MOMENTS, Place.host, 2 * self._moment_bytes * away)
+            yield self._item(MASTERS, Place.host, count=4 * away)
+            yield self._item(MOMENTS, Place.host, count=2 * self._moment_bytes * away)
         if self.optimizer_tier == Tier.nvme and away:
             yield from self._on_disk()
 
@@ -284,10 +290,10 @@ class States:
         shapes = [shape for group in self._groups[:away] for shape in group]
         capacity = capacity_of(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
         elements = sum(record.size for record in lay_out(shapes, max(capacity, 1 << 12), moments=moments))
-        yield self._item(GRADIENTS, Place.disk, 4 * elements)
-        yield self._item(MASTERS, Place.disk, 4 * elements)
-        yield self._item(MOMENTS, Place.disk, 2 * self._moment_bytes * elements)
-        yield self._item(BUFFERS, Place.host, self._buffer_bytes)
+        yield self._item(GRADIENTS, Place.disk, count=4 * elements)
+        yield self._item(MASTERS, Place.disk, count=4 * elements)
+        yield self._item(MOMENTS, Place.disk, count=2 * self._moment_bytes * elements)
+        yield self._item(BUFFERS, Place.host, count=self._buffer_bytes)
 
     @property
     def _buffer_bytes(self) -> int:
@@ -298,7 +304,7 @@ class States:
         if self.setting.device.type != "cuda" or self.setting.frozen:
             return
         if self._split[1]:
-            yield self._item(BUFFERS, Place.host, _STAGED)
+            yield self._item(BUFFERS, Place.host, count=_STAGED)
         if self._split[0] and (self.setting.dtype is not torch.float32 or self._moment_bytes == 2):
             casts = 1 + (2 if self._moment_bytes == 2 else 0)
-            yield self._item(BUFFERS, Place.device, casts * 4 * min(1 << 24, self._split[0]))
+            yield self._item(BUFFERS, Place.device, count=casts * 4 * min(1 << 24, self._split[0]))

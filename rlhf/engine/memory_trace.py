@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -39,15 +39,21 @@ Work = Callable[[nn.Module], Tensor | None]
 """Runs a model on a batch; what it returns is run backward."""
 
 
-@dataclass(frozen=True)
-class Stretch:
-    """A part of a computation, and what was live at its peak."""
+class Where(NamedTuple):
+    """A part of a computation."""
 
     call: int
     """Which forward of the model it belongs to, from 0."""
     backward: bool
     place: str
     """before, first, inner or last of the blocks; between lies after forward's last and before backward's last."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """What was live at the peak of a part of a computation."""
+
+    where: Where
     bytes: dict[str, int]
     """Of each tag."""
     per_block: int = 0
@@ -117,22 +123,18 @@ def trace(family: Family, *, work: Work, prepare: Prepare) -> list[Stretch]:
     for number, count in enumerate(runs):
         if count > short[number]:
             longer = traced(*(length + (index == number) for index, length in enumerate(short)))
-            assert [_key(stretch) for stretch in base] == [_key(stretch) for stretch in longer], "blocks differ"
+            assert [stretch.where for stretch in base] == [stretch.where for stretch in longer], "blocks differ"
             grown = zip(stretches, base, longer, strict=True)
-            stretches = [_deeper(found, a, b, more=count - short[number]) for found, a, b in grown]
+            stretches = [_deeper(found, short=a, longer=b, more=count - short[number]) for found, a, b in grown]
     return stretches
 
 
-def _key(stretch: Stretch) -> tuple[int, bool, str]:
-    return stretch.call, stretch.backward, stretch.place
-
-
-def _deeper(found: Stretch, short: Stretch, longer: Stretch, *, more: int) -> Stretch:
+def _deeper(found: Stretch, *, short: Stretch, longer: Stretch, more: int) -> Stretch:
     """`found` with `more` times what `longer` has beyond `short`."""
     tags = sorted({*found.bytes, *short.bytes, *longer.bytes})
     total = {tag: found.bytes.get(tag, 0) + more * (longer.bytes.get(tag, 0) - short.bytes.get(tag, 0)) for tag in tags}
     per_block = max(found.per_block, longer.total - short.total)
-    return Stretch(found.call, found.backward, found.place, total, per_block)
+    return Stretch(found.where, total, per_block)
 
 
 def _traced(blueprint: Blueprint, work: Work, *, prepare: Prepare) -> list[Stretch]:
@@ -185,8 +187,8 @@ class _Counter(TorchDispatchMode):
         self._tag_of: dict[int, str] = {}
         self._live: dict[str, int] = {}
         self._tag = ACTIVATIONS
-        self._here = (-1, False, "before")  # the batch is made
-        self._peaks: dict[tuple[int, bool, str], dict[str, int]] = {}
+        self._here = Where(-1, False, "before")  # the batch is made
+        self._peaks: dict[Where, dict[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -198,9 +200,9 @@ class _Counter(TorchDispatchMode):
                 self._add(value)
         return out
 
-    def enter(self, call: int, place: str, *, backward: bool = False, tag: str) -> None:
+    def enter(self, call: int, place: str, *, tag: str, backward: bool = False) -> None:
         """A stretch begins."""
-        self._here, self._tag = (call, backward, place), tag
+        self._here, self._tag = Where(call, backward, place), tag
         self._note()
 
     def retag(self, old: str, new: str) -> None:
@@ -213,11 +215,11 @@ class _Counter(TorchDispatchMode):
     @property
     def call(self) -> int:
         """The model's forward that is running or has run."""
-        return self._here[0]
+        return self._here.call
 
     def stretches(self) -> list[Stretch]:
         """In the order in which they began."""
-        return [Stretch(*where, dict(peak)) for where, peak in self._peaks.items()]
+        return [Stretch(where, dict(peak)) for where, peak in self._peaks.items()]
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -252,8 +254,8 @@ class _Signposts:
         self._last = len(blueprint.blocks) - 1
         blueprint.module.register_forward_pre_hook(self._begin)
         for index, block in enumerate(blueprint.blocks):
-            block.register_forward_pre_hook(partial(self._enter, index))
-            block.register_forward_hook(partial(self._leave, index))
+            block.register_forward_pre_hook(partial(self._enter, index=index))
+            block.register_forward_hook(partial(self._leave, index=index))
         for parameter in blueprint.module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_forget)
@@ -267,16 +269,17 @@ class _Signposts:
             self._counter.retag(LOGITS, CACHE)
         self._counter.enter(call + 1, "before", tag=ACTIVATIONS)
 
-    def _enter(self, index: int, block: nn.Module, args: Any) -> None:
+    def _enter(self, block: nn.Module, args: Any, *, index: int) -> None:
         if _in_backward():  # the block is computed again
             return
         self._counter.enter(self._counter.call, self._place(index), tag=ACTIVATIONS)
         if index == 0:
             self._mark_backward(args[0], "before")
 
-    def _leave(self, index: int, block: nn.Module, args: Any, output: Any) -> None:
+    def _leave(self, block: nn.Module, *arguments: Any, index: int) -> None:
         if _in_backward():
             return
+        output = arguments[-1]
         self._mark_backward(output if isinstance(output, Tensor) else output[0], self._place(index))
         if index == self._last:
             self._counter.enter(self._counter.call, "between", tag=LOGITS)

@@ -5,7 +5,6 @@ Modules, adapters and what learns are those of `causal_lm.py` and `scalar_head.p
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
@@ -21,7 +20,7 @@ from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import embedded_config
 from rlhf.models.scalar_head import ScalarHeadModel
 from rlhf.models.skeleton import decoder_config, skeleton
-from rlhf.models.surgery import first_layers
+from rlhf.models.surgery import first_layers, with_dropout
 
 
 class Head(StrEnum):
@@ -55,6 +54,8 @@ class Shape:
     num_layers: int = 0
     """The first layers of it; 0 means all."""
     adapters: Adapters | None = None
+    dropout: float = 0.0
+    """Every dropout probability of it."""
 
     @property
     def plain(self) -> Shape:
@@ -80,7 +81,7 @@ class Shape:
 
     def with_runs(self, lower: int, upper: int) -> Blueprint:
         """A model of its own whose runs have so many blocks."""
-        config = first_layers(copy.deepcopy(_config(self.source)), lower + upper)
+        config = first_layers(with_dropout(_config(self.source), self.dropout), lower + upper)
         if self.head is Head.language:
             module = causal_lm_module(config)
         else:

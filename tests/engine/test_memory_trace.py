@@ -42,9 +42,7 @@ def test_short_models_say_exactly_what_a_deep_one_takes(shape, adapters, recompu
     assert deep.is_regular
     expected = _traced(deep.with_runs(*deep.runs), learn, prepare=prepare)
     found = trace(deep, work=learn, prepare=prepare)
-    assert [(s.call, s.backward, s.place, s.total) for s in found] == [
-        (s.call, s.backward, s.place, s.total) for s in expected
-    ]
+    assert [(s.where, s.total) for s in found] == [(s.where, s.total) for s in expected]
 
 
 def test_a_recomputed_model_keeps_one_input_for_each_block(shape):
@@ -52,7 +50,7 @@ def test_a_recomputed_model_keeps_one_input_for_each_block(shape):
         trace(shape, work=learn, prepare=Prepare(torch.float32, training=True, on_module=how))
         for how in (None, enable_activation_checkpointing)
     )
-    last = [next(s for s in found if s.place == "last" and not s.backward) for found in (kept, recomputed)]
+    last = [next(s for s in found if s.where == (0, False, "last")) for found in (kept, recomputed)]
     assert last[1].per_block == ROWS * LENGTH * 32 * 4
     assert last[0].per_block > 10 * last[1].per_block
 
@@ -91,7 +89,7 @@ def test_counts_can_be_worked_out_by_hand():
         return model(torch.ones(1000)).sum()
 
     found = _traced(Plain(Squares(3)), work, prepare=Prepare(torch.float32, training=True))
-    at = {(s.backward, s.place): s.total for s in found}
+    at = {(s.where.backward, s.where.place): s.total for s in found}
     assert at[False, "before"] == 2 * 4000
     assert at[False, "first"] == 3 * 4000
     assert at[False, "last"] == 5 * 4000
