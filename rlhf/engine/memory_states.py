@@ -100,8 +100,8 @@ class States:
     def in_reduction(self) -> int:
         """Device bytes of gradients on their way to their sums: a unit's whole ones, and what is sent of them."""
         largest = max((self._trainable_numel(unit) for unit in self.units), default=0)
-        if self.is_sharded:  # one unit is sent in fp32 while the next one's are made
-            return largest * (self.setting.dtype.itemsize + 2 * 4)
+        if self.is_sharded:  # whole gradients, and the fp32 copy that is sent: FSDP2 waits for one before the next
+            return largest * (self.setting.dtype.itemsize + 4)
         return largest * 4 if self.setting.ranks > 1 else 0
 
     def merged(self) -> int:
