@@ -26,7 +26,7 @@ from rlhf import launch
 from rlhf.config import PPOConfig, RunConfig
 from rlhf.dist import World, start, stop
 from rlhf.engine.engine import Engine, build_engine
-from rlhf.engine.memory import ALLOCATOR, Place
+from rlhf.engine.memory.plan import ALLOCATOR, Place
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.models.scalar_head import scalar_head_model

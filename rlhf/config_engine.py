@@ -83,7 +83,7 @@ class EngineConfig:
     reduce_bucket_size: int = 0
     """At ZeRO 0 to 2, consecutive blocks are gathered and reduced together up to this size; 0 takes each on its own."""
     prefetch_bucket_size: int = 1_000_000
-    """At ZeRO 3, what follows is gathered ahead of use: one unit, and more until they have this size; 0 gathers none."""
+    """At ZeRO 3, what follows is gathered ahead: one unit, and more until they have this size; 0 gathers none."""
     max_live_parameters: int = 1_000_000_000
     """At ZeRO 3, the limit for what is gathered at once, the computing block and those ahead of it."""
     persistence_threshold: int = 0

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import STAGES, RunConfig
-from rlhf.engine.checkpoint import steps_in
+from rlhf.engine.checkpoint.checkpoints import steps_in
 from stages.composition import as_plain
 from stages.resume import CHECKPOINTS
 

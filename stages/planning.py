@@ -28,10 +28,10 @@ from rlhf.config import (
     RunConfig,
     SupervisedConfig,
 )
-from rlhf.engine.memory import Item, Phase, Place, Plan, on_one_memory, with_allowance
-from rlhf.engine.memory_phases import Model
-from rlhf.engine.memory_states import GRADIENTS, Setting
-from rlhf.engine.memory_trace import ACTIVATIONS, CACHE, LOGITS
+from rlhf.engine.memory.phases import Model
+from rlhf.engine.memory.plan import Item, Phase, Place, Plan, on_one_memory, with_allowance
+from rlhf.engine.memory.states import GRADIENTS, Setting
+from rlhf.engine.memory.trace import ACTIVATIONS, CACHE, LOGITS
 from rlhf.engine.precision import working_dtype
 from rlhf.models.shapes import Adapters, Head, Shape
 from stages.planning_work import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised

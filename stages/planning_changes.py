@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf.config import EngineConfig, LoraConfig, PPOConfig, RunConfig, StageConfig, Tier
-from rlhf.engine.memory import Limits, Plan
+from rlhf.engine.memory.plan import Limits, Plan
 
 _LORA_RANK = 16
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 
 from rlhf.config import RunConfig
-from rlhf.engine.memory import Item, Limits, Place, Plan
+from rlhf.engine.memory.plan import Item, Limits, Place, Plan
 from stages.composition import CONF_DIR, register_schema, to_run
 from stages.planning import Machine, machine_of, plan_stage
 

@@ -16,7 +16,7 @@ import torch
 
 from rlhf.config import RunConfig
 from rlhf.dist import World, barrier
-from rlhf.engine.memory import Item, Limits, Phase, Place, Plan, chosen_limits
+from rlhf.engine.memory.plan import Item, Limits, Phase, Place, Plan, chosen_limits
 from rlhf.tracking.memory import resident
 from rlhf.tracking.table import table
 from stages.planning import Machine, machine_of, plan_stage

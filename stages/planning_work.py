@@ -1,7 +1,7 @@
 """What the models of a stage compute, on batches of the largest size without values: the stage's own code.
 
 Sequences are as long as the configuration allows, and one of them is shorter, so that there is a mask.
-Left out: what it takes (`rlhf/engine/memory_phases.py`).
+Left out: what it takes (`rlhf/engine/memory/phases.py`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf.algorithms.sft import sft_loss
 from rlhf.config import PPOConfig, RewardConfig, StageConfig
 from rlhf.dist import World
-from rlhf.engine.memory_trace import EnoughError
+from rlhf.engine.memory.trace import EnoughError
 from rlhf.evaluation import logits_of
 from rlhf.generation.generate import Decoding, generate
 from rlhf.rollout import Models, critic_values, response_statistics

@@ -21,9 +21,9 @@ import torch
 
 from rlhf.config import CheckpointConfig
 from rlhf.dist import World, max_over_ranks
-from rlhf.engine.checkpoint import Checkpoints, Saved, open_saved, steps_in
+from rlhf.engine.checkpoint.checkpoints import Checkpoints, Saved, open_saved, steps_in
+from rlhf.engine.checkpoint.stored import Stored
 from rlhf.engine.engine import Engine
-from rlhf.engine.stored import Stored
 from stages.stopping import Stopped
 
 log = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ Left out: several objectives, ordinal ratings. Run: `python run_pipeline.py stag
 
 from __future__ import annotations
 
-from dataclasses import replace
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 
 import torch

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine import hybrid
+from rlhf.engine.checkpoint.stored import Stored, states_of
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.learner import Learner, StepResult
 from rlhf.engine.loss_scale import LossScale
@@ -24,7 +25,6 @@ from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
 from rlhf.engine.sharding import Sharding, shard
-from rlhf.engine.stored import Stored, states_of
 from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:

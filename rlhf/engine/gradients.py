@@ -10,7 +10,7 @@ could add nowhere but on the device.
 Replicas (every parameter at stage 0, small ones at stage 3) are summed over ranks here, where FSDP2 does not.
 A parameter that no rank's loss reached has no gradient and is left alone, as in `torch.optim`. Replicas may reach
 different ones; where parameters are sharded (stages 1 to 3), every rank must reach the same.
-Left out: where sums rest (`homes.py`) and what is done with them (`optimizers.py`).
+Left out: where sums rest (`tiers/homes.py`) and what is done with them (`optimizers.py`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import Tensor
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.optimizers import AdamW, raise_failure
 from rlhf.engine.sharding import ParameterGroup, Sharding, local
-from rlhf.engine.sums import ResidentSums
+from rlhf.engine.tiers.sums import ResidentSums
 
 
 class GradientReport(NamedTuple):

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.config import EngineConfig, Tier
-from rlhf.engine.buffers import Buffers
-from rlhf.engine.disk import DiskFile, run_folder
-from rlhf.engine.host_memory import return_freed_memory
-from rlhf.engine.residency import Home, Residency, lay_out, unit_bytes
-from rlhf.engine.resting_disk import DiskHome, file_bytes
-from rlhf.engine.resting_host import HostHome
 from rlhf.engine.sharding import Sharding, like, local
-from rlhf.engine.working_rows import ResidentRows
+from rlhf.engine.tiers.buffers import Buffers
+from rlhf.engine.tiers.disk import DiskFile, run_folder
+from rlhf.engine.tiers.host_memory import return_freed_memory
+from rlhf.engine.tiers.residency import Home, Residency, lay_out, unit_bytes
+from rlhf.engine.tiers.resting_disk import DiskHome, file_bytes
+from rlhf.engine.tiers.resting_host import HostHome
+from rlhf.engine.tiers.working_rows import ResidentRows
 
 if TYPE_CHECKING:
     from rlhf.dist import World

@@ -1,7 +1,7 @@
 """AdamW on the rows that a rank holds, with fp32 master weights, wherever gradients and state rest.
 
 Each group of parameters has a home; a step visits them in the order of the forward pass. Left out: the homes
-themselves (`homes.py`, `home_nvme.py`), gradient norms, and the learning rate's schedule.
+themselves (`tiers/homes.py`, `tiers/home_nvme.py`), gradient norms, and the learning rate's schedule.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch import Tensor
 from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.delayed import Background
-from rlhf.engine.homes import PARTS, StateHome, Update
-from rlhf.engine.residency import WorkingRows
 from rlhf.engine.sharding import ParameterGroup, like, local
-from rlhf.engine.tiers import Tiers
-from rlhf.engine.working_rows import ResidentRows
+from rlhf.engine.tiers.choice import Tiers
+from rlhf.engine.tiers.homes import PARTS, StateHome, Update
+from rlhf.engine.tiers.residency import WorkingRows
+from rlhf.engine.tiers.working_rows import ResidentRows
 
 Masters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 """fp32 rows by name, or one after the other."""

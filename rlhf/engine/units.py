@@ -7,7 +7,7 @@
 | a block, or several (`reduce_bucket_size`, ZeRO 0 to 2) | all of its parameters |
 
 So nothing larger than a block or one matrix need be live. Left out: who gathers them (`sharding.py`), and where they
-rest (`residency.py`).
+rest (`tiers/residency.py`).
 """
 
 from __future__ import annotations

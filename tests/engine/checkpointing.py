@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from rlhf import dist
-from rlhf.engine.checkpoint import Checkpoints
-from rlhf.engine.stored import Part, Stored
+from rlhf.engine.checkpoint.checkpoints import Checkpoints
+from rlhf.engine.checkpoint.stored import Part, Stored
 from tests.engine import scenarios, tiny
 from tests.fork_ranks import fork_ranks
 

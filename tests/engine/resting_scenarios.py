@@ -9,7 +9,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from rlhf import dist
 from rlhf.config import EngineConfig, LoraConfig
 from rlhf.engine.engine import build_engine
-from rlhf.engine.resting import RestingShard
+from rlhf.engine.tiers.resting import RestingShard
 from rlhf.models.causal_lm import causal_lm
 from tests.engine import scenarios, tiny
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from rlhf import dist
-from rlhf.engine.checkpoint import Checkpoints, steps_in
-from rlhf.engine.checkpoint_files import BLOCK
-from rlhf.engine.stored import Part, Stored
+from rlhf.engine.checkpoint.checkpoints import Checkpoints, steps_in
+from rlhf.engine.checkpoint.files import BLOCK
+from rlhf.engine.checkpoint.stored import Part, Stored
 
 WORLD = dist.World.alone()
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.engine import disk
-from rlhf.engine.disk import ALIGNMENT, Buffers, DiskFile, check_folder, run_folder
+from rlhf.engine.tiers import disk
+from rlhf.engine.tiers.disk import ALIGNMENT, Buffers, DiskFile, check_folder, run_folder
 
 MIB = 1 << 20
 
@@ -51,7 +51,12 @@ def slow_writes(monkeypatch):
 def python(source, *arguments):
     """Run `source` in a process of its own."""
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-c", "from rlhf.engine.disk import *\nimport os, sys\n" + source, *map(str, arguments)]
+    command = [
+        sys.executable,
+        "-c",
+        "from rlhf.engine.tiers.disk import *\nimport os, sys\n" + source,
+        *map(str, arguments),
+    ]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.engine.disk import DiskFile
 from rlhf.engine.optimizers import AdamW
+from rlhf.engine.tiers.disk import DiskFile
 
 TILE = 2048
 CONFIG = OptimizerConfig(lr=0.1)

@@ -8,8 +8,8 @@ import torch
 from rlhf.config import EngineConfig, OptimizerConfig, Tier
 from rlhf.dist import World
 from rlhf.engine.engine import build_engine
-from rlhf.engine.memory import Place
-from rlhf.engine.memory_states import Setting, States
+from rlhf.engine.memory.plan import Place
+from rlhf.engine.memory.states import Setting, States
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.shapes import Adapters, Head, Shape
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlhf.algorithms.sft import sft_loss
-from rlhf.engine.memory_trace import Prepare, _traced, trace
+from rlhf.engine.memory.trace import Prepare, _traced, trace
 from rlhf.models.shapes import Adapters, Head, Shape
 from rlhf.models.surgery import enable_activation_checkpointing
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from rlhf.engine.homes import PARTS, Shape
-from rlhf.engine.records import ATOM, capacity_of, lay_out
+from rlhf.engine.tiers.homes import PARTS, Shape
+from rlhf.engine.tiers.records import ATOM, capacity_of, lay_out
 
 SIZES = {"big": (7, 1500), "row": (1,), "none": (0, 8), "even": (2, ATOM), "last": (ATOM + 1,)}
 

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rlhf.config import EngineConfig, Tier
-from rlhf.engine.buffers import Buffers
-from rlhf.engine.disk import DiskFile
-from rlhf.engine.residency import Residency, Route, lay_out, resting_tier, unit_bytes
-from rlhf.engine.resting import RestingShard
-from rlhf.engine.resting_disk import DiskHome, file_bytes
-from rlhf.engine.resting_host import HostHome
+from rlhf.engine.tiers.buffers import Buffers
+from rlhf.engine.tiers.disk import DiskFile
+from rlhf.engine.tiers.residency import Residency, Route, lay_out, resting_tier, unit_bytes
+from rlhf.engine.tiers.resting import RestingShard
+from rlhf.engine.tiers.resting_disk import DiskHome, file_bytes
+from rlhf.engine.tiers.resting_host import HostHome
 
 CPU = torch.device("cpu")
 SIZES = [64, 20_032, 0, 9_000, 4096]  # smaller and larger than a buffer, none at all, whole sectors

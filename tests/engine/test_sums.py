@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.engine.sums import HostSums, ResidentSums, Staging
-from rlhf.engine.working_rows import StagedRows
+from rlhf.engine.tiers.sums import HostSums, ResidentSums, Staging
+from rlhf.engine.tiers.working_rows import StagedRows
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def host(monkeypatch):
     """`host(sides)`: sums that are staged 64 elements at a time."""
-    monkeypatch.setattr("rlhf.engine.sums._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.tiers.sums._SLOT", 64)
     staging = Staging(CPU, pin=False)
     return lambda sides=1: HostSums(staging, sides=sides)
 
@@ -62,7 +62,7 @@ def test_with_two_sides_sums_that_were_taken_stay_while_others_come(host):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_staged_rows_arrive_rounded_where_they_belong(monkeypatch, dtype):
-    monkeypatch.setattr("rlhf.engine.working_rows._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.tiers.working_rows._SLOT", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
     rows = StagedRows([{"w": parameter}], CPU, pin=False)
     (values,) = gradients(1, torch.float32)

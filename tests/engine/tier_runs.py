@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from rlhf import dist
-from rlhf.engine import tiers as engine_tiers
+from rlhf.engine.tiers import choice
 from tests.engine import tiny
 
 STEPS = 20
@@ -61,11 +61,11 @@ def learns(name):
 @contextmanager
 def memory(*, own):
     """Inside, the device counts as one with memory of its own, as CUDA has, so that everything is copied; or not."""
-    known, engine_tiers.has_own_memory = engine_tiers.has_own_memory, lambda device: own
+    known, choice.has_own_memory = choice.has_own_memory, lambda device: own
     try:
         yield
     finally:
-        engine_tiers.has_own_memory = known
+        choice.has_own_memory = known
 
 
 def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **config):

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 
 from rlhf.config import MemoryConfig
 from rlhf.dist import World
-from rlhf.engine.memory import Limits, Place
+from rlhf.engine.memory.plan import Limits, Place
 from rlhf.engine.precision import working_dtype
 from rlhf.tracking.memory import Peak, resident
 from rlhf.tracking.timing import Stopwatch

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks.plan import _measured, _supervised, compose_run, write_model
-from rlhf.engine.memory import ALLOCATOR, Place
+from rlhf.engine.memory.plan import ALLOCATOR, Place
 from stages.planning import machine_of, plan_stage
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}

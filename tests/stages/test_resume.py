@@ -13,7 +13,7 @@ import pytest
 
 from rlhf import dist
 from rlhf.config import CheckpointConfig, EngineConfig
-from rlhf.engine.checkpoint import Checkpoints
+from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from stages.handover import _FREE_IN_ENGINES
 from stages.resume import AIMS, CHECKPOINTS, Progress, check_resume
 from tests.stages import killing

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine.buffers import Buffers
+from rlhf.engine.tiers.buffers import Buffers
 
 
 class _Arrival(NamedTuple):

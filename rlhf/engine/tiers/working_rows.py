@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import Piece
-from rlhf.engine.courier import Courier, Receipt
-from rlhf.engine.residency import WorkingRows
 from rlhf.engine.sharding import ParameterGroup, local
+from rlhf.engine.tiers.courier import Courier, Receipt
+from rlhf.engine.tiers.residency import WorkingRows
 
 _SLOTS = 4
 _SLOT = 1 << 22  # elements of a page-locked buffer

@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine.buffers import ALIGNMENT, Buffers, Pending, round_up
-from rlhf.engine.disk import DiskFile
-from rlhf.engine.resting_host import Lane
+from rlhf.engine.tiers.buffers import ALIGNMENT, Buffers, Pending, round_up
+from rlhf.engine.tiers.disk import DiskFile
+from rlhf.engine.tiers.resting_host import Lane
 
 
 class _Piece(NamedTuple):

@@ -14,9 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf.engine.buffers import Buffers
-from rlhf.engine.courier import Courier, Receipt
 from rlhf.engine.norms import squared_norm
+from rlhf.engine.tiers.buffers import Buffers
+from rlhf.engine.tiers.courier import Courier, Receipt
 
 _SLOT = 1 << 23  # elements of a staging buffer
 

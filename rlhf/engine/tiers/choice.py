@@ -20,16 +20,16 @@ import torch
 from rlhf.config import EngineConfig, Moments, OptimizerConfig, Tier
 from rlhf.dist import World
 from rlhf.engine.adam_kernel import AdamKernel
-from rlhf.engine.buffers import Buffers
-from rlhf.engine.courier import Courier
-from rlhf.engine.disk import DiskFile, run_folder
-from rlhf.engine.home_nvme import DiskRoom, NvmeHome
-from rlhf.engine.homes import MemoryHome, StateHome, States, shapes_of
-from rlhf.engine.records import ATOM, capacity_of, lay_out
-from rlhf.engine.residency import WorkingRows
 from rlhf.engine.sharding import ParameterGroup
-from rlhf.engine.sums import HostSums, ResidentSums, Staging
-from rlhf.engine.working_rows import ResidentRows, StagedRows
+from rlhf.engine.tiers.buffers import Buffers
+from rlhf.engine.tiers.courier import Courier
+from rlhf.engine.tiers.disk import DiskFile, run_folder
+from rlhf.engine.tiers.home_nvme import DiskRoom, NvmeHome
+from rlhf.engine.tiers.homes import MemoryHome, StateHome, States, shapes_of
+from rlhf.engine.tiers.records import ATOM, capacity_of, lay_out
+from rlhf.engine.tiers.residency import WorkingRows
+from rlhf.engine.tiers.sums import HostSums, ResidentSums, Staging
+from rlhf.engine.tiers.working_rows import ResidentRows, StagedRows
 
 _CPU = torch.device("cpu")
 

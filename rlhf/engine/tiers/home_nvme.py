@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, Piece
-from rlhf.engine.buffers import Buffers, Pending
-from rlhf.engine.courier import Courier, Receipt
-from rlhf.engine.disk import DiskFile
-from rlhf.engine.homes import PARTS, Shape, Update
 from rlhf.engine.norms import squared_norm
-from rlhf.engine.records import Record, Span
-from rlhf.engine.residency import WorkingRows
-from rlhf.engine.working_rows import publish
+from rlhf.engine.tiers.buffers import Buffers, Pending
+from rlhf.engine.tiers.courier import Courier, Receipt
+from rlhf.engine.tiers.disk import DiskFile
+from rlhf.engine.tiers.homes import PARTS, Shape, Update
+from rlhf.engine.tiers.records import Record, Span
+from rlhf.engine.tiers.residency import WorkingRows
+from rlhf.engine.tiers.working_rows import publish
 
 
 @dataclass(frozen=True)

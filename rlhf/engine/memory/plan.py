@@ -2,8 +2,8 @@
 
 A *role* is one of the models of a stage (or the process itself); a *part* is what of it takes memory. A *phase* has one
 entry for each, at that phase's highest moment. On a CPU the device is the host, and the plan has one number for both.
-The predictions are made in `memory_states.py` (arithmetic on shapes) and `memory_trace.py` (the real code on tensors
-without values), and joined in `memory_phases.py`. Left out: which models and phases a stage has (`stages/planning.py`).
+The predictions are made in `states.py` (arithmetic on shapes) and `trace.py` (the real code on tensors
+without values), and joined in `phases.py`. Left out: which models and phases a stage has (`stages/planning.py`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Where PyTorch's distributed checkpoint puts tensors and finds them again: our files instead of its own, which pickle.
 
-Left out: who writes and reads what (`checkpoint_plan.py`), and the bytes themselves (`checkpoint_files.py`).
+Left out: who writes and reads what (`planners.py`), and the bytes themselves (`files.py`).
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from rlhf.engine.checkpoint_files import Chunk, Writing, file_of, read_bytes
-from rlhf.engine.stored import Stored
+from rlhf.engine.checkpoint.files import Chunk, Writing, file_of, read_bytes
+from rlhf.engine.checkpoint.stored import Stored
 
 
 class Writer(StorageWriter):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config import EngineConfig, Tier
-from rlhf.engine.resting import RestingShard
+from rlhf.engine.tiers.resting import RestingShard
 
 _LINE = 64  # bytes: every parameter begins at a multiple, as tensors of their own do
 

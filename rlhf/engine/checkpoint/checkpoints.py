@@ -25,11 +25,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf.dist import World, barrier, broadcast_object, gather_objects
-from rlhf.engine.checkpoint_files import Writing, file_of, read_index, sync_folder, write_index
-from rlhf.engine.checkpoint_plan import Loading, Saving
-from rlhf.engine.checkpoint_storage import Reader, Writer
-from rlhf.engine.randomness import random_state, set_random_state
-from rlhf.engine.stored import Stored
+from rlhf.engine.checkpoint.files import Writing, file_of, read_index, sync_folder, write_index
+from rlhf.engine.checkpoint.planners import Loading, Saving
+from rlhf.engine.checkpoint.randomness import random_state, set_random_state
+from rlhf.engine.checkpoint.storage import Reader, Writer
+from rlhf.engine.checkpoint.stored import Stored
 
 logger = logging.getLogger(__name__)
 

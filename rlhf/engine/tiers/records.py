@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine.homes import PARTS, Shape
 from rlhf.engine.norms import BLOCK
+from rlhf.engine.tiers.homes import PARTS, Shape
 
 ATOM = BLOCK  # elements: a page of what has two bytes each; nothing starts between
 

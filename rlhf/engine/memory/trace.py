@@ -8,7 +8,7 @@ The count is kept for each stretch of the computation: before the blocks, in the
 last of them, after them, and the same in backward. Blocks are alike in most models; then two short models, of three and
 of four blocks, give every stretch of a model of any depth exactly, since each grows by the same bytes per block.
 
-Not seen: parameters and buffers (`memory_states.py`), their gradients once they are complete, private workspaces of
+Not seen: parameters and buffers (`states.py`), their gradients once they are complete, private workspaces of
 kernels, and what the allocator loses. Fake tensors say they are on the CPU whatever the plan is for: CUDA's attention
 kernels save the same tensors.
 """
@@ -301,5 +301,5 @@ def _in_backward() -> bool:
 
 
 def _forget(parameter: Tensor) -> None:
-    """A complete gradient is counted by `memory_states.py`."""
+    """A complete gradient is counted by `states.py`."""
     parameter.grad = None

@@ -1,7 +1,7 @@
 """What of an engine goes into a checkpoint: tensors by name, of which each rank holds a part.
 
 A `Stored` says how to get this rank's part and how to set it, and holds no data itself, so that a state on disk passes
-through memory one tensor at a time. Left out: files (`checkpoint_storage.py`).
+through memory one tensor at a time. Left out: files (`storage.py`).
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 With N elements on each of R ranks, one rank's share of a trainable model at ZeRO 3 is `(2 + 2 + K) N / R` bytes in the
 terms of the ZeRO paper (Rajbhandari et al. 2020, section 3.1: bf16 weights and gradients, K = 12 for fp32 master
 weights and two moments); here rows are counted, so what divides by nothing is padded as the engine pads it.
-Left out: what a forward or backward allocates (`memory_trace.py`).
+Left out: what a forward or backward allocates (`trace.py`).
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import nn
 
 from rlhf.config import EngineConfig, Moments, Tier
-from rlhf.engine.homes import Shape
 from rlhf.engine.materialize import _in_memory
-from rlhf.engine.memory import Item, Place
-from rlhf.engine.records import capacity_of, lay_out
-from rlhf.engine.residency import lay_out as lay_out_rows
-from rlhf.engine.residency import resting_tier, unit_bytes
-from rlhf.engine.resting_disk import file_bytes
+from rlhf.engine.memory.plan import Item, Place
+from rlhf.engine.tiers.homes import Shape
+from rlhf.engine.tiers.records import capacity_of, lay_out
+from rlhf.engine.tiers.residency import lay_out as lay_out_rows
+from rlhf.engine.tiers.residency import resting_tier, unit_bytes
+from rlhf.engine.tiers.resting_disk import file_bytes
 from rlhf.engine.units import Unit, find_units, gathered_ahead, persistent_parameters
 from rlhf.models.blueprint import Blueprint
 from rlhf.models.lora import adapted_layers

@@ -1,7 +1,7 @@
 """The files of a checkpoint: raw bytes, one file of each rank, and one JSON that says what is where.
 
 Bytes are checked in blocks, so that a part can be read and trusted without reading the rest. Nothing is pickled.
-Left out: which bytes (`checkpoint_storage.py`), and when a checkpoint counts as complete (`checkpoint.py`).
+Left out: which bytes (`storage.py`), and when a checkpoint counts as complete (`checkpoint.py`).
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What several ranks hold alike is written once, by the one with the least to write; on loading, each rank reads where its
 part overlaps with what was written, whatever the number of ranks was. Data is looked up when it is needed, one tensor
-at a time. Left out: files (`checkpoint_storage.py`).
+at a time. Left out: files (`storage.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from rlhf.engine.stored import Part, Stored
+from rlhf.engine.checkpoint.stored import Part, Stored
 
 
 def chunk_of(part: Part) -> ChunkStorageMetadata:

@@ -11,9 +11,9 @@ from functools import cached_property
 
 from torch import nn
 
-from rlhf.engine.memory import Item, Place
-from rlhf.engine.memory_states import ADAPTED, GATHERED, GRADIENTS, Setting, States
-from rlhf.engine.memory_trace import ACTIVATIONS, CACHE, Family, Prepare, Stretch, Work, trace
+from rlhf.engine.memory.plan import Item, Place
+from rlhf.engine.memory.states import ADAPTED, GATHERED, GRADIENTS, Setting, States
+from rlhf.engine.memory.trace import ACTIVATIONS, CACHE, Family, Prepare, Stretch, Work, trace
 from rlhf.models.blueprint import Blueprint
 from rlhf.models.surgery import enable_activation_checkpointing
 

@@ -1,8 +1,8 @@
 """A fixed set of memory buffers through which a tier's contents travel between disk, host and device.
 
 They are all the memory that a tier may use: take one, fill it, start a transfer, give it back. Left out: the transfers
-themselves (see `rlhf/engine/disk.py`) and CUDA's: whoever copies between a page-locked buffer and a device waits for
-that before giving the buffer back.
+themselves (see `disk.py`) and CUDA's: whoever copies between a page-locked buffer and a device waits for that before
+giving the buffer back.
 """
 
 from __future__ import annotations

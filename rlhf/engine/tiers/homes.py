@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, Piece
-from rlhf.engine.residency import WorkingRows
 from rlhf.engine.sharding import ParameterGroup, local
-from rlhf.engine.sums import Sums
-from rlhf.engine.working_rows import ResidentRows, publish
+from rlhf.engine.tiers.residency import WorkingRows
+from rlhf.engine.tiers.sums import Sums
+from rlhf.engine.tiers.working_rows import ResidentRows, publish
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 

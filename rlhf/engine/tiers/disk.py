@@ -28,7 +28,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from rlhf.engine.buffers import ALIGNMENT, Buffers, Pending, round_up
+from rlhf.engine.tiers.buffers import ALIGNMENT, Buffers, Pending, round_up
 
 logger = logging.getLogger(__name__)
 
