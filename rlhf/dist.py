@@ -121,5 +121,5 @@ def broadcast_object(item: T) -> T:
 def device_mesh(world: World) -> DeviceMesh:
     """All ranks in one dimension called `ranks`; a process alone becomes a group of one."""
     if not dist.is_initialized():
-        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))

@@ -13,7 +13,8 @@ from data.demonstrations import demonstrations
 from data.loader import steps_of
 from data.preferences import preferences
 from data.prompts import prompts
-from rlhf.config import STAGES, PPOConfig, RunConfig, SupervisedConfig, accumulation, divisible
+from rlhf.config import STAGES, EngineConfig, PPOConfig, RunConfig, SupervisedConfig, Tier, accumulation, divisible
+from rlhf.engine.tiers import disk
 from rlhf.evaluation import load_gold
 from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import prepare
@@ -49,6 +50,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     for stage in todo:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
         check_device(run, stage)
+        check_disks(run, stage)
         check_inputs(run, stage)
     load_gold(run.data.gold)
     requested_mode(run.tracking.wandb)
@@ -108,14 +110,30 @@ def check_device(run: RunConfig, stage: str) -> None:
     Raises:
         ValueError: a stage asks for another one.
     """
-    config = getattr(run, stage)
-    engines = {name: getattr(config, name) for name in vars(config) if name.endswith("engine")}
-    for name, engine in engines.items():
+    for name, engine in engines_of(run, stage).items():
         if engine.device != run.engine.device:
             raise ValueError(
                 f"{stage}.{name}.device={engine.device} differs from engine.device={run.engine.device}: ranks stay on "
                 f"one device. Set engine.device, or run the stage on its own."
             )
+
+
+def engines_of(run: RunConfig, stage: str) -> dict[str, EngineConfig]:
+    """The engines of a stage by the name of their setting: one, or in PPO one for each model."""
+    config = getattr(run, stage)
+    return {name: getattr(config, name) for name in vars(config) if name.endswith("engine")}
+
+
+def check_disks(run: RunConfig, stage: str) -> None:
+    """Files can be made wherever something is to rest on nvme; how many is the memory plan's question.
+
+    Raises:
+        ValueError: a folder that is not there and cannot be made, or that cannot be written.
+    """
+    for engine in engines_of(run, stage).values():
+        if Tier.nvme in (engine.optimizer_tier, engine.parameter_tier):
+            assert engine.nvme_path is not None, "EngineConfig has checked it"
+            disk.check_folder(engine.nvme_path, nbytes=0)
 
 
 def check_inputs(run: RunConfig, stage: str) -> None:

@@ -44,7 +44,8 @@ def learning_rate(
     """
     if kind in SHAPES:
         shape = deepspeed_schedule(kind, lr=lr, warmup_steps=warmup_steps, total_steps=total_steps, options=options)
-        return shape.lr_at(step)
+        rate: float = shape.lr_at(step)
+        return rate
     return lr * learning_rate_multiplier(
         step, kind=kind, total_steps=total_steps, warmup_steps=warmup_steps, min_ratio=min_ratio
     )

@@ -211,3 +211,10 @@ def test_a_stage_remembers_what_it_was_made_from(tmp_path):
     claim_folder(composed("experiment=smoke", f"output_dir={tmp_path}", "sft.max_steps=3"), "sft")
     with pytest.raises(ValueError, match="reward is made from sft: there '[0-9a-f]{12}', now '[0-9a-f]{12}'"):
         check_folder(run, "reward")
+
+
+def test_a_disk_that_cannot_be_written_is_named_for_every_role(custom, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    rows = [{"prompt": "a", "completion": " b"}] * 80
+    with pytest.raises(ValueError, match=r"engine\.nvme_path=.*file/disk: cannot make files there"):
+        preflight(custom("sft", rows, "engine=zero3_nvme", f"engine.nvme_path={tmp_path}/file/disk"), ranks=1)
