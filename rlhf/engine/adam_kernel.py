@@ -78,18 +78,18 @@ class AdamKernel:
             The pieces of each tile after its update.
         """
         betas = betas or self._config.betas
-        for tile in _tiles(pieces, self._tile(pieces)):
+        for tile in _tiles(pieces, self._tile(pieces, scale=scale)):
             for decays, decay in ((True, self._config.weight_decay), (False, 0.0)):
                 same_decay = [piece for piece in tile if piece.decays == decays]
                 self._call(same_decay, lr=lr, decay=decay, scale=scale, betas=betas)
             yield tile
 
-    def _tile(self, pieces: Sequence[Piece]) -> int:
-        if self._device.type == "cpu":
-            size = _CPU_TILE * torch.get_num_threads()
-        else:  # without casts, one multi-tensor call
-            size = _CUDA_TILE if any(_is_cast(tensor) for piece in pieces for tensor in piece[5:]) else sys.maxsize
-        return min(size, self._limit)
+    def _tile(self, pieces: Sequence[Piece], *, scale: float) -> int:
+        on_cpu = self._device.type == "cpu"
+        casts = any(_is_cast(tensor) for piece in pieces for tensor in piece[5:])
+        if not casts and (scale == 1 or not on_cpu):  # nothing to keep in cache: one multi-tensor call
+            return self._limit
+        return min(_CPU_TILE * torch.get_num_threads() if on_cpu else _CUDA_TILE, self._limit)
 
     def _call(self, pieces: list[Piece], *, lr: float, decay: float, scale: float, betas: Sequence[float]) -> None:
         if not pieces:
