@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
 from rlhf import dist
 from rlhf.config import RunConfig
 from rlhf.dist import World
@@ -100,7 +102,8 @@ class Session:
             self.keeper.after_step(step, evaluation, stop=self.stop.asked)
         if step == self.tracker.total_steps:
             self.stop.release()
-            if self.stop.asked:  # after the ranks have agreed to go on
+            late = torch.tensor(int(self.stop.asked), device=self.world.device)
+            if dist.max_over_ranks(late).item():  # after the ranks had agreed to go on
                 raise KeyboardInterrupt
 
     def _log(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:

@@ -5,7 +5,7 @@ updated, and handed on while it is still in cache, so a whole fp32 copy exists n
 
 [Note: bits] The kernel rounds the elements after the last multiple of its vector length differently. Pieces and tiles
 are therefore cut at multiples of 64 elements, counted from the first of a parameter's rows on this rank: then every
-tiling, every number of threads and every tier give the same bits.
+tiling, every number of threads and every tier on one kind of processor give the same bits.
 
 Left out: where pieces rest (`tiers/homes.py`, `tiers/home_nvme.py`), and clipping.
 """

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.optimizers import AdamW, raise_failure
@@ -63,7 +64,8 @@ class Gradients:
         self._reached: set[str] = set()
         self._reduced: Tensor | None = None
         self._copies = {name: world.size if name in replicas else 1 for name in self._parameters}
-        self._replicas = _ReplicaSum(groups, replicas, keep=self._keep) if replicas else None
+        early = not sharding.modules
+        self._replicas = _ReplicaSum(groups, replicas, keep=self._keep, early=early) if replicas else None
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
         narrow = any(parameter.dtype != torch.float32 for parameter in self._parameters.values())
@@ -127,7 +129,8 @@ class Gradients:
         if self._replicas and self._replicas.takes(name):
             self._replicas.add(name, gradient)
             return
-        if self._reduced is not None:  # `gradient` is a window on the rounded copy: open the same one on the original
+        if self._reduced is not None and isinstance(parameter, DTensor):
+            # `gradient` is a window on the rounded copy: open the same one on the original.
             gradient = self._reduced.as_strided(gradient.size(), gradient.stride(), gradient.storage_offset())
         self._keep(name, gradient)
 
@@ -142,8 +145,15 @@ class _ReplicaSum:
     always match. A gradient that is missing here counts as zero, because another rank may have it.
     """
 
-    def __init__(self, groups: list[ParameterGroup], names: Set[str], *, keep: Callable[[str, Tensor], None]) -> None:
-        """Sum the parameters called `names`, and give each sum over micro-batches and ranks to `keep`."""
+    def __init__(
+        self, groups: list[ParameterGroup], names: Set[str], *, keep: Callable[[str, Tensor], None], early: bool
+    ) -> None:
+        """Sum the parameters called `names`, and give each sum over micro-batches and ranks to `keep`.
+
+        With `early`, during backward; not beside FSDP2's own reductions, among which their place would depend on which
+        parameters a rank's loss reaches.
+        """
+        self._early = early
         mine = [{name: p for name, p in group.items() if name in names} for group in groups[::-1]]
         self._groups = [group for group in mine if group]
         self._group_of = {name: index for index, group in enumerate(self._groups) for name in group}
@@ -166,6 +176,8 @@ class _ReplicaSum:
         """Add a micro-batch's gradient, and send what is complete with it."""
         self._sums.add(name, gradient.reshape(-1))
         if not self._awaited:  # not the last micro-batch
+            return
+        if not self._early:
             return
         self._awaited[self._group_of[name]] -= 1
         while len(self._sent) < len(self._groups) and self._awaited[len(self._sent)] == 0:

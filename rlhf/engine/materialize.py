@@ -128,7 +128,9 @@ def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> DiskH
         nbytes=file_bytes(sizes),
         label="working weights (engine.parameter_tier=nvme)",
     )
-    buffers = Buffers(config.buffer_count, nbytes=4 * config.buffer_size, pin=config.pin_memory)
+    buffers = Buffers(
+        config.buffer_count, nbytes=4 * config.buffer_size, pin=config.pin_memory and world.device.type == "cuda"
+    )
     return DiskHome(sizes, file=file, buffers=buffers, device=world.device)
 
 

@@ -2,7 +2,8 @@
 
 It is summed in fp32 over blocks of 2048 elements and in fp64 over blocks, so that it does not depend on where the rows
 were cut (at multiples of a block) or rest, but for the last bits of the fp64 sum. Rounded to fp32 it is the same
-number, and clipping by it gives the same weights on every tier.
+number, and clipping by it gives the same weights on every tier of a CPU machine. (CUDA sums the norms that stay
+there in fp32.)
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.engine.tiers import disk
+from rlhf.engine.tiers import buffers, disk
 from rlhf.engine.tiers.disk import ALIGNMENT, Buffers, DiskFile, check_folder, run_folder
 
 MIB = 1 << 20
@@ -333,3 +333,16 @@ def test_pinned_buffers_are_page_locked():
     assert buffer.random_().to("cuda", non_blocking=True).cpu().equal(buffer)
     buffers.close()
     assert not buffer.is_pinned()
+
+
+def test_page_locked_memory_is_unlocked_before_it_is_let_go_also_when_nobody_closes_it(monkeypatch):
+    locked, unlocked = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(buffers, "_page_lock", lambda memory: locked.append(memory.data_ptr()))
+    monkeypatch.setattr(buffers, "_page_unlock", lambda memory: unlocked.append(memory.data_ptr()))
+    forgotten, closed = (Buffers(2, nbytes=4096, pin=True) for _ in range(2))
+    closed.close()
+    closed.close()
+    assert unlocked == locked[1:]
+    del forgotten
+    assert sorted(unlocked) == sorted(locked)

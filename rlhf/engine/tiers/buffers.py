@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import mmap
+import weakref
 from collections import deque
 from concurrent import futures
 from threading import Lock
@@ -66,9 +67,12 @@ class Buffers:
         """
         self.count, self.nbytes = count, round_up(nbytes)
         memory = _huge_pages(count * self.nbytes)
-        self._pinned = memory if pin and torch.cuda.is_available() else None
-        if self._pinned is not None:
-            _page_lock(self._pinned)
+        self._unlock: weakref.finalize[[Tensor], Buffers] | None = None
+        if pin and torch.cuda.is_available():
+            _page_lock(memory)
+            # Holds the memory: it must never be unmapped while the driver believes it locked.
+            self._unlock = weakref.finalize(self, _page_unlock, memory)
+            self._unlock.atexit = False
         self._buffers = [_own_storage(part) for part in memory.split(self.nbytes)]
         self._free = deque(range(count))
         self._transfers: list[list[Pending]] = [[] for _ in range(count)]
@@ -117,9 +121,9 @@ class Buffers:
         """Wait for what uses them and let the memory go; views that are still held keep theirs."""
         for transfer in sum(self._transfers, []):
             transfer.finish()
-        if self._pinned is not None:
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(self._pinned.data_ptr())))
-        self._pinned, self._buffers, self._transfers = None, [], []
+        if self._unlock is not None:
+            self._unlock()
+        self._buffers, self._transfers = [], []
         self._free.clear()
 
     def _index(self, buffer: Tensor) -> int:
@@ -156,6 +160,10 @@ def _page_lock(memory: Tensor) -> None:
             f"CUDA cannot page-lock {memory.numel()} bytes of host memory (error {result}): lower engine.buffer_count "
             "or engine.buffer_size, or set engine.pin_memory=false."
         )
+
+
+def _page_unlock(memory: Tensor) -> None:
+    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
 
 
 def _address(tensor: Tensor) -> int:

@@ -157,7 +157,7 @@ class Tiers:
         """Groups that leave the device, and the last ones, which stay."""
         if self.tier == Tier.device:
             return [], list(self.groups)
-        sizes = [sum(shape.count for shape in shapes_of(group)) for group in self.groups]
+        sizes = [sum(p.numel() for p in group.values()) for group in self.groups]  # whole: the same cut on all ranks
         share, before = self.engine.optimizer_share * sum(sizes), 0
         away: list[ParameterGroup] = []
         for group, size in zip(self.groups, sizes, strict=True):

@@ -86,7 +86,9 @@ class Staging:
         """Serve gradients made on `device`; `pin` page-locks what they are copied to."""
         self.courier = Courier(device)
         self._pin = pin and device.type == "cuda"
-        self._thread = ThreadPoolExecutor(1, "gradient sums")
+        # A thread of its own begins on the first device, where merely waiting would open a context.
+        on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        self._thread = ThreadPoolExecutor(1, "gradient sums", **on_device)
         self._pinned: list[Buffers] = []
         self._slots: list[tuple[Tensor, Future[None]]] = []
 
