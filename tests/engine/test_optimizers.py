@@ -15,7 +15,7 @@ TIERS = ("device", "cpu", "nvme")
 @pytest.fixture(params=TIERS)
 def optimizer(request, tmp_path, monkeypatch):
     """`optimizer(group, masters)` with its state on each tier; on the host, copies are forced."""
-    monkeypatch.setattr("rlhf.engine.tiers.has_own_memory", lambda device: True)
+    monkeypatch.setattr("rlhf.engine.tiers.choice.has_own_memory", lambda device: True)
     engine = EngineConfig(zero_stage=1, optimizer_tier=request.param, nvme_path=str(tmp_path), buffer_size=8192)
     made = []
 
