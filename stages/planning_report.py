@@ -22,6 +22,7 @@ from rlhf.tracking.table import table
 from stages.planning import Machine, machine_of, plan_stage
 from stages.planning_changes import cheapest_change
 from stages.planning_measured import NUMBERS
+from stages.preflight import engines_of
 
 log = logging.getLogger(__name__)
 
@@ -152,8 +153,8 @@ def _free_host() -> int:
 
 def _free_disk(run: RunConfig) -> int:
     """Bytes on the file systems that the run writes to."""
-    folders = [run.output_dir, *(config.engine.nvme_path for stage in run.stages for config in [getattr(run, stage)])]
-    there = [next(p for p in (Path(f), *Path(f).parents) if p.exists()) for f in folders if f]
+    disks = [engine.nvme_path for stage in run.stages for engine in engines_of(run, stage).values()]
+    there = [next(p for p in (Path(f), *Path(f).parents) if p.exists()) for f in (run.output_dir, *disks) if f]
     return sum({path.stat().st_dev: shutil.disk_usage(path).free for path in there}.values())
 
 
