@@ -74,11 +74,6 @@ class Checkpoints:
     _pending: _Pending | None = field(default=None, init=False)
 
     @property
-    def is_pending(self) -> bool:
-        """Whether there is one that does not count yet; the same on all ranks."""
-        return self._pending is not None
-
-    @property
     def is_busy(self) -> bool:
         """Whether this rank is still writing it."""
         return self._pending is not None and self._pending.writing.is_busy
