@@ -20,14 +20,14 @@ def adamw(model, **settings):
     return torch.optim.AdamW(groups, lr=3e-3, betas=(0.9, 0.95), eps=1e-8, **settings)
 
 
-def train(model, steps):
-    """Loss and gradient norm of each step."""
+def train(model, steps, *, rate=learning_rate, batch=tiny.batch):
+    """Loss and gradient norm of each step, at `rate(step)` on `batch(step)`."""
     optimizer = adamw(model)
     curve = []
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        ids, counts = tiny.batch(step)
+            group["lr"] = rate(step)
+        ids, counts = batch(step)
         loss = tiny.token_loss(model(ids), ids, counts, counts.sum())
         optimizer.zero_grad()
         loss.backward()

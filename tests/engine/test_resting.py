@@ -18,18 +18,7 @@ def resting(on_ranks):
 @pytest.fixture(scope="module")
 def twenty_steps():
     """Loss and norm of each step of one process without an engine."""
-    model = tiny.reference()
-    optimizer = plain.adamw(model)
-    points = []
-    for step in range(20):
-        ids, counts = tiny.batch(step)
-        loss = tiny.token_loss(model(ids), ids, counts, counts.sum())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        points.append((loss.item(), norm.item()))
-    return points
+    return plain.train(tiny.reference(), 20, rate=lambda step: 3e-3)
 
 
 def same(found, expected):

@@ -18,17 +18,7 @@ def test_every_tier_gives_the_bits_of_the_device(on_ranks, ranks):
 
 
 def plain_curve(model, steps):
-    optimizer = plain.adamw(model)
-    points = []
-    for step in range(steps):
-        ids, counts = tiny.batch(step % 10)
-        loss = tiny.token_loss(model(ids), ids, counts, counts.sum())
-        optimizer.zero_grad()
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        points.append((loss.item(), norm.item()))
-    return points
+    return plain.train(model, steps, rate=lambda step: 3e-3, batch=lambda step: tiny.batch(step % 10))
 
 
 @pytest.mark.parametrize(("ranks", "kind"), [(1, "plain"), (2, "plain"), (2, "replicas")])
