@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from rlhf.config import SamplingConfig
-from rlhf.generation.kv_cache import kv_cache
+from rlhf.generation.kv_cache import cache_argument, kv_cache
 from rlhf.generation.sampling import Drawn, sample, uniforms
 from rlhf.types import PromptBatch
 
@@ -108,6 +108,7 @@ class _Speakers:
         self.speaking = torch.ones_like(self.rows, dtype=torch.bool)  # [N]; those who have ended leave later
         self._model = model
         self._cache = kv_cache(model.config, self._width + max_new_tokens)
+        self._cache_argument = cache_argument(model)
         self._mask = pad(mask, (0, max_new_tokens), value=True)  # [N, P + max_new_tokens]
         positions = (mask.long().cumsum(-1) - 1).clamp(min=0)
         self._position = positions[:, -1:]  # [N, 1], of the last token read
@@ -133,9 +134,9 @@ class _Speakers:
             input_ids=tokens,
             attention_mask=self._mask[:, : self._width],
             position_ids=positions,
-            past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self._cache_argument: self._cache},
         )
         return output.logits[:, -1]
 

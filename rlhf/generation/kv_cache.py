@@ -7,8 +7,10 @@ bounded by design. Left out: paging, quantisation, several prompts that share a 
 
 from __future__ import annotations
 
+import inspect
+
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 
@@ -65,3 +67,8 @@ def kv_cache(config: PreTrainedConfig, max_length: int) -> DynamicCache:
     cache = DynamicCache(config=config)
     cache.layers = [PreallocatedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
     return cache
+
+
+def cache_argument(model: PreTrainedModel) -> str:
+    """What `model.forward` calls its cache: transformers renamed `past_key_values` to `cache` in 5.24."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

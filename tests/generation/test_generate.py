@@ -9,6 +9,8 @@ from rlhf.generation.sampling import uniforms
 from rlhf.types import PromptBatch
 from tests.models import tiny
 
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")  # transformers renames arguments now and then
+
 GREEDY = SamplingConfig(temperature=0.0)
 SAMPLED = SamplingConfig(temperature=0.8)
 FAMILIES = list(tiny.FAMILIES)
