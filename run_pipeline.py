@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from rlhf import launch
 from rlhf.config import Progress, RunConfig
-from rlhf.dist import World, broadcast_object, start, stop
+from rlhf.dist import World, barrier, broadcast_object, start, stop
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.table import printable
 from stages.composition import (
@@ -43,7 +43,7 @@ from stages.composition import (
     to_run,
 )
 from stages.deepspeed import with_deepspeed
-from stages.handover import is_finished, lock_folder
+from stages.handover import check_shared, is_finished, lock_folder
 from stages.planning_report import check_memory, show_plan
 from stages.ppo import run_ppo
 from stages.preflight import preflight
@@ -94,6 +94,8 @@ def compose_and_start(config: DictConfig) -> None:
             show_plan(run, world, ranks=ranks)
             return
         lock = lock_folder(run) if world.is_main else None
+        barrier()
+        check_shared(run)
         todo = broadcast_object(checked(run, ranks) if world.is_main else [])
     if todo:
         carry_out(run, todo, world=world, ranks=ranks)
@@ -140,7 +142,7 @@ def one_sentence() -> Iterator[None]:
 def start_rank(run: RunConfig) -> World:
     """Join the other ranks and share the cores with them."""
     world = start(run.engine.device)
-    launch.use_threads(run.launch.threads, ranks=world.size)
+    launch.use_threads(run.launch.threads, ranks=launch.local_ranks(world.size))
     return world
 
 

@@ -25,6 +25,11 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
+def local_ranks(ranks: int) -> int:
+    """How many of a run's `ranks` are on this machine: all of them, unless torchrun says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
 def use_threads(threads: int, *, ranks: int) -> int:
     """Set the CPU threads of this process; 0 shares the cores between the `ranks` of this machine."""
     chosen = threads or max(1, (os.cpu_count() or 1) // ranks)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import STAGES, RunConfig
+from rlhf.dist import gather_objects
 from rlhf.engine.checkpoint.checkpoints import steps_in
 from stages.composition import as_plain
 from stages.resume import CHECKPOINTS
 
 RECORD = "stage.json"
 CONFIG = "config.json"
+LOCK = ".lock"
 _FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size")
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
@@ -127,13 +129,28 @@ def lock_folder(run: RunConfig) -> IO[bytes]:
     folder = Path(run.output_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = (folder / ".lock").open("ab")
+        lock = (folder / LOCK).open("ab")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise ValueError(f"output_dir={folder}: another run is using it. Wait for it, or choose another.") from error
     except OSError as error:
         raise ValueError(f"output_dir={folder}: cannot be written ({error}). Choose another.") from error
     return lock
+
+
+def check_shared(run: RunConfig) -> None:
+    """Make sure that every rank sees the output folder that the first one has locked; all ranks must call.
+
+    Raises:
+        ValueError: some are on machines that do not share it.
+    """
+    sees = gather_objects((Path(run.output_dir) / LOCK).exists())
+    blind = [str(rank) for rank, found in enumerate(sees) if not found]
+    if blind:
+        raise ValueError(
+            f"output_dir={run.output_dir}: ranks {', '.join(blind)} do not see what rank 0 wrote there. The machines "
+            "of a run pass models and checkpoints through it: name a folder on a file system that all of them share."
+        )
 
 
 def is_finished(run: RunConfig, stage: str) -> bool:

@@ -11,7 +11,6 @@ configuration allows: data that is shorter takes less. Left out: showing and jud
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +32,7 @@ from rlhf.engine.memory.plan import Item, Phase, Place, Plan, on_one_memory, wit
 from rlhf.engine.memory.states import GRADIENTS, Setting
 from rlhf.engine.memory.trace import ACTIVATIONS, CACHE, LOGITS
 from rlhf.engine.precision import working_dtype
+from rlhf.launch import local_ranks
 from rlhf.models.shapes import Adapters, Head, Shape
 from stages.planning_work import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised
 from stages.preflight import maker_of
@@ -72,8 +72,7 @@ def machine_of(run: RunConfig, *, ranks: int, runtime: tuple[Item, ...] = ()) ->
     """The machine that the run will use: this one, or with `engine.device=cuda` one that has a GPU."""
     wanted = run.engine.device
     is_cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    return Machine(torch.device("cuda" if is_cuda else "cpu"), ranks, local_ranks, runtime)
+    return Machine(torch.device("cuda" if is_cuda else "cpu"), ranks, local_ranks(ranks), runtime)
 
 
 @dataclass(frozen=True)

@@ -3,15 +3,19 @@
 import json
 
 import pytest
+import torch
 from transformers import BertConfig, LlamaConfig
 
 from rlhf.config import Embedded
+from rlhf.dist import barrier
+from rlhf.launch import local_ranks
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.text import load_tokenizer
-from stages.handover import Record, check_folder, claim_folder, lock_folder, write_record
+from stages.handover import Record, check_folder, check_shared, claim_folder, lock_folder, write_record
 from stages.preflight import batch_arithmetic, preflight
+from tests.run_on_ranks import run_on_ranks
 from tests.test_configuration import composed
 
 
@@ -192,6 +196,34 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*cannot be written"):
         lock_folder(composed("experiment=smoke", f"output_dir={tmp_path / 'file'}"))
+
+
+def test_machines_that_do_not_share_the_folder_are_noticed(tmp_path):
+    shared, apart = [tmp_path / "a"] * 2, [tmp_path / "a", tmp_path / "b"]
+    assert run_on_ranks(_shared_or_not, 2, shared) == ["", ""]
+    assert all("ranks 1 do not see" in said for said in run_on_ranks(_shared_or_not, 2, apart))
+
+
+def _shared_or_not(folders):
+    rank = torch.distributed.get_rank()
+    run = composed("experiment=smoke", f"output_dir={folders[rank]}")
+    lock = lock_folder(run) if rank == 0 else None
+    barrier()
+    try:
+        check_shared(run)
+    except ValueError as error:
+        return str(error)
+    finally:
+        if lock is not None:
+            lock.close()
+    return ""
+
+
+def test_the_cores_of_a_machine_are_shared_by_its_own_ranks_only(monkeypatch):
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert local_ranks(16) == 16
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert local_ranks(16) == 8
 
 
 def test_a_run_may_be_moved(tmp_path):
