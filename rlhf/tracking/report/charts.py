@@ -1,0 +1,187 @@
+"""Charts as SVG that stands inside a page and takes its colours from it: the only user of matplotlib.
+
+Colours are drawn as stand-ins and become CSS variables, so that one chart serves a light and a dark page. Nothing that
+a model or a data set says is ever drawn. Left out: what is shown (`page.py`).
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+Points = Sequence[tuple[float, float]]
+
+_INK, _QUIET = "#010101", "#020202"
+_SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
+_VARIABLES = {_INK: "--ink", _QUIET: "--quiet", **{c: f"--series-{i}" for i, c in enumerate(_SERIES)}}
+_MOST_POINTS = 400  # of a curve: more cannot be told apart, and a report stays small
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _QUIET,
+    "axes.edgecolor": _QUIET,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": matplotlib.cycler(color=_SERIES),
+    "axes.grid": True,
+    "axes.formatter.use_mathtext": False,
+    "axes.unicode_minus": True,
+    "grid.color": _QUIET,
+    "grid.alpha": 0.18,
+    "xtick.color": _QUIET,
+    "ytick.color": _QUIET,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What stands around a chart."""
+
+    title: str
+    """For those who hear the page instead of seeing it."""
+    x: str
+    """Axis label with unit."""
+    y: str
+    size: tuple[float, float] = (4.6, 2.6)
+    """Inches."""
+
+
+def curves(frame: Frame, series: Mapping[str, Points]) -> str:
+    """Lines over a common axis, with a legend where there are several; one point is drawn as a dot."""
+    with _chart(frame) as chart:
+        for label, points in series.items():
+            thinned = thin(points)
+            marker = "o" if len(thinned) < 3 else ""
+            chart.axes.plot(*_columns(thinned), label=label, marker=marker, markersize=3, linewidth=1.5)
+        if len(series) > 1:
+            chart.axes.legend()
+        chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return chart.svg
+
+
+def frontier(frame: Frame, series: Mapping[str, Points]) -> str:
+    """Points joined in the order of training, over the root of the KL divergence (Gao et al. 2023, figure 1)."""
+    with _chart(frame) as chart:
+        for label, points in series.items():
+            x, y = _columns([(math.sqrt(max(kl, 0.0)), value) for kl, value in points])
+            chart.axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=label)
+            if x:
+                chart.axes.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, 5), fontsize=8)
+        chart.axes.legend()
+    return chart.svg
+
+
+def distributions(frame: Frame, samples: Mapping[str, Sequence[float]]) -> str:
+    """Histograms over common bins, as shares, so that different numbers of samples compare."""
+    values = [value for group in samples.values() for value in group]
+    with _chart(frame) as chart:
+        low, high = min(values, default=0.0), max(values, default=1.0)
+        spread = (low, high) if high > low else (low - 0.5, high + 0.5)
+        for label, group in samples.items():
+            weights = [1 / len(group)] * len(group)
+            chart.axes.hist(group, bins=24, range=spread, weights=weights, label=label, alpha=0.55)
+        chart.axes.legend()
+    return chart.svg
+
+
+def stacked(frame: Frame, series: Mapping[str, Points]) -> str:
+    """Areas on top of each other over the steps; a step without a value counts as zero."""
+    steps = sorted({x for points in series.values() for x, _ in points})
+    steps = [x for x, _ in thin([(step, 0.0) for step in steps])]
+    with _chart(frame) as chart:
+        values = [[dict(points).get(step, 0.0) for step in steps] for points in series.values()]
+        if len(steps) > 1:
+            chart.axes.stackplot(steps, values, labels=list(series), alpha=0.8)
+            chart.axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+        else:
+            chart.axes.barh(list(series), [sum(row) for row in values], color=_SERIES[0], alpha=0.8)
+            chart.axes.set(xlabel=frame.y, ylabel="")
+        chart.axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    return chart.svg
+
+
+def bars(frame: Frame, groups: Mapping[str, Mapping[str, float]]) -> str:
+    """Horizontal bars: for each group, one of every name."""
+    names = list(dict.fromkeys(name for values in groups.values() for name in values))
+    height = 0.8 / max(len(names), 1)
+    with _chart(frame) as chart:
+        for index, name in enumerate(names):
+            at = [row + (index - (len(names) - 1) / 2) * height for row in range(len(groups))]
+            chart.axes.barh(at, [values.get(name, 0.0) for values in groups.values()], height, label=name, alpha=0.85)
+        chart.axes.set_yticks(range(len(groups)), list(groups))
+        chart.axes.invert_yaxis()
+        chart.axes.grid(visible=False, axis="y")
+        chart.axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return chart.svg
+
+
+def thin(points: Points) -> list[tuple[float, float]]:
+    """At most `_MOST_POINTS` points: means of neighbours, the first and the last kept as they are."""
+    if len(points) <= _MOST_POINTS:
+        return list(points)
+    inner, step = points[1:-1], (len(points) - 2) / (_MOST_POINTS - 2)
+    cuts = [round(index * step) for index in range(_MOST_POINTS - 1)]
+    windows = [inner[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
+    means = [tuple(sum(column) / len(window) for column in zip(*window, strict=True)) for window in windows if window]
+    return [points[0], *((x, y) for x, y in means), points[-1]]
+
+
+@dataclass
+class _Chart:
+    axes: Axes
+    svg: str = ""
+
+
+@contextmanager
+def _chart(frame: Frame) -> Iterator[_Chart]:
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.title}):
+        figure = Figure(figsize=frame.size)
+        chart = _Chart(figure.add_subplot())
+        chart.axes.set(xlabel=frame.x, ylabel=frame.y)
+        for axis in (chart.axes.xaxis, chart.axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_short))
+        yield chart
+        chart.svg = _inline(figure, frame.title)
+
+
+def _inline(figure: Figure, title: str) -> str:
+    """The figure as an `<svg>` element with colours and font of the page around it."""
+    file = io.StringIO()
+    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = file.getvalue()
+    svg = text[text.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every chart has the same ones, and a page may have each once
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
+    label = f'<svg role="img" aria-label="{_attribute(title)}" class="chart"'
+    return re.sub(r'(width|height)="[\d.]+pt" ', "", svg.replace("<svg", label, 1), count=2)
+
+
+def _short(value: float, _position: int) -> str:
+    """`1.5M`, `20k`, `0.25`, `1e-05`."""
+    for factor, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:g}{suffix}"
+    return f"{value:g}"
+
+
+def _attribute(text: str) -> str:
+    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
+
+
+def _columns(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]

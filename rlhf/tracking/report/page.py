@@ -1,0 +1,151 @@
+"""One HTML file that shows a run: it needs no network and no server, and nothing in it but its own script can run.
+
+Whatever a model or a data set says is escaped by the template, and control characters are made visible. Left out: what
+the numbers mean (`rlhf/tracking/metrics.py`), and what is worrying in them (`rlhf/tracking/watch.py`).
+"""
+
+from __future__ import annotations
+
+import base64
+import difflib
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from rlhf.tracking.report import figures
+from rlhf.tracking.report.figures import known
+from rlhf.tracking.report.record import Row, RunRecord, StageRecord, read_run
+from rlhf.tracking.table import number, printable
+from rlhf.tracking.watch import Sign, by_step, signs
+
+REPORT = "report.html"
+MOST_SAMPLES = 200  # in the page; all are in samples.jsonl
+
+
+@dataclass(frozen=True)
+class Headline:
+    """One line of the table at the top."""
+
+    stage: str
+    metric: str
+    before: str
+    after: str
+    unit: str
+    meaning: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """What was answered to a held-out prompt before and after."""
+
+    prompt: str
+    before: Row
+    after: Row
+
+    @property
+    def gained(self) -> float:
+        """Change of the score."""
+        return float(self.after.get("score") or 0.0) - float(self.before.get("score") or 0.0)
+
+    def numbers(self, row: Row) -> Iterator[tuple[str, str]]:
+        """Everything but the texts, by name."""
+        for key, value in row.items():
+            if key not in ("prompt", "response", "step"):
+                yield key, number(value) if isinstance(value, float) else str(value)
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html` of the run in `folder`, complete or not at all.
+
+    Raises:
+        ValueError: no run is there.
+    """
+    path = folder / REPORT
+    complete = path.with_suffix(".tmp")
+    complete.write_text(page(read_run(folder)), encoding="utf-8")
+    complete.replace(path)
+    return path
+
+
+def page(run: RunRecord, *, refresh: int = 0) -> str:
+    """The report as HTML.
+
+    Args:
+        run: what is shown.
+        refresh: seconds after which a browser asks for the page again; 0 for a file.
+    """
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"visible": visible, "number": number}
+    script = _part("page.js")
+    ppo = run.stage("ppo")
+    pairs = _pairs(ppo) if ppo else []
+    return environment.get_template("page.html.jinja").render(
+        run=run,
+        refresh=refresh,
+        written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        style=Markup(_part("page.css")),
+        script=Markup(script),
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        headlines=[line for stage in run.stages for line in _headlines(stage)],
+        signs=_signs(ppo),
+        overview=figures.overview(ppo) if ppo else [],
+        sections={stage.name: figures.sections(stage) for stage in run.stages},
+        cost={stage.name: figures.cost(stage) for stage in run.stages},
+        pairs=pairs[:MOST_SAMPLES],
+        pair_count=len(pairs),
+        diff=difference,
+    )
+
+
+def visible(text: object) -> str:
+    """`text` with every character that could hide or turn something written as an escape; lines stay lines."""
+    return "\n".join(map(printable, str(text).split("\n")))
+
+
+def difference(before: str, after: str) -> Markup:
+    """`after`, word by word: what is new is marked, what is gone is struck through."""
+    old, new = before.split(), after.split()
+    parts = []
+    for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        if kind == "equal":
+            parts.append(Markup("{}").format(visible(" ".join(new[k:m]))))
+            continue
+        if i < j:
+            parts.append(Markup("<del>{}</del>").format(visible(" ".join(old[i:j]))))
+        if k < m:
+            parts.append(Markup("<ins>{}</ins>").format(visible(" ".join(new[k:m]))))
+    return Markup(" ").join(parts)
+
+
+def _headlines(stage: StageRecord) -> Iterator[Headline]:
+    for key in dict.fromkeys([*stage.before, *stage.after]):
+        entry = known(key)
+        before, after = (number(values[key]) if key in values else "–" for values in (stage.before, stage.after))
+        yield Headline(stage.name, key, before, after, entry.unit, entry.meaning)
+
+
+def _signs(ppo: StageRecord | None) -> list[Sign]:
+    return signs(ppo.rows, ppo.samples) if ppo else []
+
+
+def _pairs(stage: StageRecord) -> list[Pair]:
+    """The first and the last answers to each prompt."""
+    answers = by_step(stage.samples)
+    if len(answers) < 2:
+        return []
+    first, last = answers[min(answers)], answers[max(answers)]
+    return [
+        Pair(str(after.get("prompt", "")), before, after)
+        for before, after in zip(first, last, strict=False)
+        if before.get("prompt") == after.get("prompt")
+    ]
+
+
+def _part(name: str) -> str:
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8").replace(os.linesep, "\n")

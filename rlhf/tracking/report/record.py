@@ -1,0 +1,185 @@
+"""What a run has left in its folder, read as far as it can be: what is missing or broken is said, the rest is used.
+
+Left out: model weights and checkpoints.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+STAGES = ("sft", "reward", "ppo")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """What one stage has left."""
+
+    name: str
+    rows: list[Row]
+    """Of `metrics.jsonl`, oldest first; each has an integer `step`."""
+    samples: list[Row]
+    """Of `samples.jsonl`."""
+    before: dict[str, float]
+    """Held-out metrics before training."""
+    after: dict[str, float]
+    """Those of the last evaluation."""
+    summary: dict[str, float]
+    planned: dict[str, dict[str, float]]
+    """Bytes by phase and place."""
+    is_finished: bool
+
+    def series(self, key: str) -> list[tuple[int, float]]:
+        """Steps and values of a metric, where it was logged and finite."""
+        return [(row["step"], float(row[key])) for row in self.rows if _is_finite(row.get(key))]
+
+    def gaps(self, key: str) -> list[int]:
+        """Steps at which a metric was not finite."""
+        return [row["step"] for row in self.rows if key in row and not _is_finite(row[key])]
+
+    def logged(self) -> list[str]:
+        """The metrics that were logged, in the order of their first appearance."""
+        return list(dict.fromkeys(key for row in self.rows for key in row if "/" in key))
+
+    def last(self, key: str) -> float | None:
+        """The latest value of a metric."""
+        found = self.series(key)
+        return found[-1][1] if found else None
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run has left."""
+
+    folder: Path
+    stages: list[StageRecord]
+    config: str
+    """The resolved configuration, YAML."""
+    plan: str
+    """The memory plan, text."""
+    origin: dict[str, Any]
+    """Command, versions and machine; see `rlhf/tracking/origin.py`."""
+    notes: list[str] = field(default_factory=list)
+    """What is missing or could not be read."""
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        return self.folder.name
+
+    def stage(self, name: str) -> StageRecord | None:
+        """A stage, None where it has not begun."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+
+def read_run(folder: Path) -> RunRecord:
+    """Everything that a report shows of the run in `folder`.
+
+    Raises:
+        ValueError: there is no such folder, or no stage has begun in it.
+    """
+    reader = _Reader(folder)
+    stages = [reader.stage(name) for name in STAGES if (folder / name).is_dir()]
+    if not stages:
+        raise ValueError(
+            f"{folder}: no run is there. Expected a folder with sft/, reward/ or ppo/ in it, such as outputs/RUN."
+        )
+    return RunRecord(
+        folder.resolve(),
+        stages,
+        config=reader.text("config.yaml"),
+        plan=reader.text("plan.txt"),
+        origin=reader.mapping("origin.json"),
+        notes=reader.notes,
+    )
+
+
+class _Reader:
+    """Reads files of one folder, and notes what cannot be read."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.notes: list[str] = []
+        self._plans = self.mapping("plan.json")
+
+    def stage(self, name: str) -> StageRecord:
+        record, planned = self.mapping(f"{name}/stage.json", required=False), self._plans.get(name)
+        rows = self.rows(f"{name}/metrics.jsonl")
+        before = _numbers(record.get("before")) or _evaluation(rows, first=True)
+        return StageRecord(
+            name,
+            rows,
+            samples=self.rows(f"{name}/samples.jsonl", required=name == "ppo"),
+            before=before,
+            after=_numbers(record.get("after")) or _evaluation(rows, first=False),
+            summary=_numbers(self.mapping(f"{name}/summary.json", required=bool(record))),
+            planned=planned if isinstance(planned, dict) else {},
+            is_finished=bool(record),
+        )
+
+    def text(self, name: str) -> str:
+        return self._read(name, required=True)
+
+    def mapping(self, name: str, *, required: bool = True) -> dict[str, Any]:
+        text = self._read(name, required=required)
+        try:
+            content = json.loads(text or "{}")
+        except json.JSONDecodeError as error:
+            self.notes.append(f"{name} is not JSON ({error}); it was left out.")
+            return {}
+        return content if isinstance(content, dict) else {}
+
+    def rows(self, name: str, *, required: bool = True) -> list[Row]:
+        """The good rows; those of a repeated step (of a run that was resumed) replace the earlier ones."""
+        rows, broken = [], []
+        for number, line in enumerate(self._read(name, required=required).split("\n"), start=1):
+            row = _row(line)
+            if row is not None:
+                rows.append(row)
+            elif line.strip():
+                broken.append(str(number))
+        if broken:
+            shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+            self.notes.append(f"{name}: {len(broken)} lines are no rows with a step ({shown}); they were left out.")
+        return rows
+
+    def _read(self, name: str, *, required: bool) -> str:
+        try:
+            return (self._folder / name).read_text(encoding="utf-8", errors="backslashreplace")
+        except FileNotFoundError:
+            if required:
+                self.notes.append(f"{name} is missing.")
+        except OSError as error:
+            self.notes.append(f"{name} cannot be read ({error.strerror}).")
+        return ""
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    has_step = isinstance(row, dict) and isinstance(row.get("step"), int)
+    return row if has_step else None
+
+
+def _numbers(content: Any) -> dict[str, float]:
+    items = content.items() if isinstance(content, dict) else ()
+    return {str(key): float(value) for key, value in items if _is_finite(value)}
+
+
+def _evaluation(rows: list[Row], *, first: bool) -> dict[str, float]:
+    """The first or last evaluation of a stage that is still running."""
+    found = [row for row in rows if any(key.startswith("eval/") for key in row)]
+    chosen: Callable[[str], bool] = lambda key: key.startswith(("eval/", "gold/"))  # noqa: E731
+    row = found[0 if first else -1] if found else {}
+    return _numbers({key: value for key, value in row.items() if chosen(key)})
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
