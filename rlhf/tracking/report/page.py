@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -80,16 +81,14 @@ def page(run: RunRecord, *, refresh: int = 0) -> str:
         run: what is shown.
         refresh: seconds after which a browser asks for the page again; 0 for a file.
     """
-    environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"visible": visible, "number": number}
     script = _part("page.js")
     ppo = run.stage("ppo")
     pairs = _pairs(ppo) if ppo else []
-    return environment.get_template("page.html.jinja").render(
+    return render(
+        "page.html.jinja",
         run=run,
         refresh=refresh,
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        style=Markup(_part("page.css")),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         headlines=[line for stage in run.stages for line in _headlines(stage)],
@@ -101,6 +100,13 @@ def page(run: RunRecord, *, refresh: int = 0) -> str:
         pair_count=len(pairs),
         diff=difference,
     )
+
+
+def render(template: str, **content: Any) -> str:
+    """A template with its content, escaped, in the style of all pages."""
+    environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
+    environment.filters |= {"visible": visible, "number": number}
+    return environment.get_template(template).render(style=Markup(_part("page.css")), **content)
 
 
 def visible(text: object) -> str:

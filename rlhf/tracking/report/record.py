@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,19 +83,41 @@ def read_run(folder: Path) -> RunRecord:
         ValueError: there is no such folder, or no stage has begun in it.
     """
     reader = _Reader(folder)
-    stages = [reader.stage(name) for name in STAGES if (folder / name).is_dir()]
-    if not stages:
+    if not holds_run(folder):
         raise ValueError(
             f"{folder}: no run is there. Expected a folder with sft/, reward/ or ppo/ in it, such as outputs/RUN."
         )
+    plans = reader.mapping("plan.json")
     return RunRecord(
         folder.resolve(),
-        stages,
+        [reader.stage(name, planned=plans.get(name)) for name in STAGES if (folder / name).is_dir()],
         config=reader.text("config.yaml"),
         plan=reader.text("plan.txt"),
         origin=reader.mapping("origin.json"),
         notes=reader.notes,
     )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage came to, from its small files alone."""
+
+    after: dict[str, float]
+    """Held-out metrics after training; none while it runs."""
+    note: str
+    """What could not be read."""
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a stage has begun in `folder`."""
+    return any((folder / stage).is_dir() for stage in STAGES)
+
+
+def read_outcome(folder: Path) -> Outcome:
+    """What the stage in `folder` came to."""
+    reader = _Reader(folder)
+    record = reader.mapping("stage.json", required=False)
+    return Outcome(_numbers(record.get("after")), "; ".join(f"{folder.name}/{note}" for note in reader.notes))
 
 
 class _Reader:
@@ -105,10 +126,9 @@ class _Reader:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.notes: list[str] = []
-        self._plans = self.mapping("plan.json")
 
-    def stage(self, name: str) -> StageRecord:
-        record, planned = self.mapping(f"{name}/stage.json", required=False), self._plans.get(name)
+    def stage(self, name: str, *, planned: Any) -> StageRecord:
+        record = self.mapping(f"{name}/stage.json", required=False)
         rows = self.rows(f"{name}/metrics.jsonl")
         before = _numbers(record.get("before")) or _evaluation(rows, first=True)
         return StageRecord(
@@ -176,9 +196,8 @@ def _numbers(content: Any) -> dict[str, float]:
 def _evaluation(rows: list[Row], *, first: bool) -> dict[str, float]:
     """The first or last evaluation of a stage that is still running."""
     found = [row for row in rows if any(key.startswith("eval/") for key in row)]
-    chosen: Callable[[str], bool] = lambda key: key.startswith(("eval/", "gold/"))  # noqa: E731
     row = found[0 if first else -1] if found else {}
-    return _numbers({key: value for key, value in row.items() if chosen(key)})
+    return _numbers({key: value for key, value in row.items() if key.startswith(("eval/", "gold/"))})
 
 
 def _is_finite(value: Any) -> bool:

@@ -1,0 +1,91 @@
+"""A report that follows a run, for browsers on this machine only.
+
+It is made in this process, from the files that the run writes, so the run itself does nothing for it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+from rlhf.tracking.report.page import page
+from rlhf.tracking.report.record import RunRecord, read_run
+
+logger = logging.getLogger(__name__)
+
+HOST = "127.0.0.1"
+_EVERY = 10  # seconds between two looks of a browser
+
+
+def serve(folder: Path, *, port: int) -> None:
+    """Answer until interrupted.
+
+    Args:
+        folder: of the run.
+        port: on this machine; 0 takes a free one.
+
+    Raises:
+        ValueError: no run is there.
+        OSError: the port is taken.
+    """
+    read_run(folder)
+    with server_of(folder, port=port) as server:
+        sys.stdout.write(f"http://{HOST}:{server.server_port}\n")
+        sys.stdout.flush()
+        server.serve_forever()
+
+
+def server_of(folder: Path, *, port: int) -> HTTPServer:
+    """The server, bound and not yet answering."""
+    return HTTPServer((HOST, port), partial(_Handler, _Live(folder)))
+
+
+class _Live:
+    """The newest page, made again only when the run has written something."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._state: list[tuple[str, int]] = []
+        self._page = b""
+
+    def page(self) -> bytes:
+        state = [(str(p), p.stat().st_mtime_ns) for p in sorted(self._folder.glob("*/*.json*")) if p.exists()]
+        if state != self._state or not self._page:
+            run = read_run(self._folder)
+            self._page = page(run, refresh=0 if _is_over(run) else _EVERY).encode()
+            self._state = state
+        return self._page
+
+
+def _is_over(run: RunRecord) -> bool:
+    return all(stage.is_finished for stage in run.stages) and run.stage("ppo") is not None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """Answers one address."""
+
+    def __init__(self, live: _Live, *args: object) -> None:
+        self._live = live
+        super().__init__(*args)  # type: ignore[arg-type]
+
+    def do_GET(self) -> None:  # noqa: N802 (the name is http.server's)
+        """The page at `/`, and nothing else; a page of another site that resolves to this machine gets nothing."""
+        host = (self.headers.get("Host") or "").rpartition(":")[0]
+        if self.path != "/" or host not in (HOST, "localhost"):
+            self.send_error(HTTPStatus.NOT_FOUND)
+            return
+        content = self._live.page()
+        self.send_response(HTTPStatus.OK)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Cache-Control", "no-store")
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: object) -> None:  # noqa: A002 (the name is http.server's)
+        """Requests are not worth a line each."""
+        logger.debug(format, *args)
