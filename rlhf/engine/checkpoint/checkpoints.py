@@ -170,7 +170,7 @@ class Checkpoints:
         try:
             with _without_warnings():
                 dcp.load(held, storage_reader=Reader(saved.folder, saved.content["tensors"]), planner=planner)
-            planner.requirefolder_of()
+            planner.require_complete()
         except CheckpointException as error:
             raise _damaged(saved.folder, _reason(error)) from error
         random = saved.content["random"]
