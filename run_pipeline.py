@@ -113,11 +113,11 @@ def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int) -> N
             return
         exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
         if exit_status != 0:
-            sys.exit(exit_status)
+            sys.exit(f"a rank has failed, and says above why; {where_it_stands(run)}")
         if not all(is_finished(run, stage) for stage in todo):
             raise KeyboardInterrupt  # that reached the ranks alone
     except KeyboardInterrupt:
-        sys.exit(where_it_stands(run) if world.is_main else 1)
+        sys.exit(f"interrupted: {where_it_stands(run)}" if world.is_main else 1)
 
 
 def checked(run: RunConfig, ranks: int) -> list[str]:

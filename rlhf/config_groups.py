@@ -272,8 +272,8 @@ class TrackingConfig:
 class CheckpointConfig:
     """When a stage saves itself, and what is kept. A killed run goes on from its last checkpoint.
 
-    They are for runs that do not end: a finished stage removes them, but for one whose evaluation was better than the
-    last. There is never less than the newest one on the disk, so there must be room for one more than are kept.
+    They are for runs that do not end: a finished stage removes them. There is never less than the newest one on the
+    disk, so there must be room for one more than are kept.
     """
 
     every: float = 0.2
@@ -281,7 +281,7 @@ class CheckpointConfig:
     keep: int = 1
     """Newest checkpoints that are kept."""
     best: bool = True
-    """Keep the one with the best evaluation too."""
+    """Keep the one with the best evaluation too; the stage ends with the models of it in `best/`, beside the last."""
     asynchronous: bool = True
     """Write while training goes on; training waits for a copy in host memory only."""
 

@@ -128,15 +128,6 @@ class Engine:
             self._learner.optimizer.close()
         self._sharding.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights that learn, optimizer state and counters; sharded tensors by name, in this engine's memory."""
-        return self._learning.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` as if the run had not been interrupted."""
-        self._sharding.release()
-        self._learning.load_state_dict(state)
-
     def stored(self) -> list[Stored]:
         """The tensors of a checkpoint, by name; `counters` are the rest of it."""
         self._sharding.release()

@@ -88,10 +88,6 @@ class Learner:
             self.steps_taken, betas=config.betas, kind=config.schedule, options=config.schedule_options
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizer state and counters."""
-        return {"optimizer": self.optimizer.state_dict(), **self.counters()}
-
     def counters(self) -> dict[str, Any]:
         """Everything but tensors that a resumed run needs."""
         return {
@@ -105,11 +101,6 @@ class Learner:
         self.steps_taken = counters["steps_taken"]
         self._skipped_in_a_row = counters["skipped_in_a_row"]
         self.loss_scale.load_state_dict(counters["loss_scale"])
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.load_counters(state)
 
     def _clip(self, norm: float) -> float:
         """The factor that brings the gradients down to `optimizer.max_grad_norm`, as `clip_grad_norm_` has it."""

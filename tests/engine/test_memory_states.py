@@ -102,6 +102,12 @@ def test_bf16_moments_fp32_weights_and_frozen_models(folder):
     assert sum(item.bytes for item in states(folder, micro=2).gradients()) == 4 * NUMEL
 
 
+def test_a_checkpoint_of_a_delayed_update_has_the_working_weights_too(folder):
+    found = states(folder, zero_stage=1, optimizer_tier="cpu", delayed_update=True)
+    assert found.in_a_checkpoint() == found.copied_for_a_checkpoint() == 16 * NUMEL
+    assert states(folder, zero_stage=1, optimizer_tier="cpu").in_a_checkpoint() == 12 * NUMEL
+
+
 def test_a_cuda_optimizer_on_the_host(folder):
     found = states(folder, device=CUDA, micro=2, zero_stage=1, optimizer_tier="cpu")
     parts = at_rest(found)

@@ -116,6 +116,15 @@ def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(flushe
         if next(steps) in flushes:
             engine._learner.optimizer.flush()
 
+    check_late(model, losses, between=between, away=away)
+
+
+def test_a_checkpoint_does_not_change_a_delayed_run():
+    losses, model = late_reference(8)
+    check_late(model, losses, between=lambda engine: [stored.read() for stored in engine.stored()])
+
+
+def check_late(model, losses, *, between, away=False):
     settings = {"optimizer_tier": "cpu", "delayed_update": True, "precision": "fp32"}
     with tier_runs.memory(own=away):
         points, _, weights = tier_runs.train(dist.start("cpu"), steps=8, between=between, zero_stage=1, **settings)

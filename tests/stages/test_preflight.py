@@ -111,7 +111,9 @@ def test_a_finished_stage_is_not_done_again(custom, tmp_path):
     run = custom("sft", [{"prompt": "a", "completion": " b"}] * 80, "sft.max_steps=30")
     claim_folder(run, "sft")
     write_record(Record(stage="sft", template="t", pad_id=0), tmp_path / "out/sft")
+    (tmp_path / "out/sft/checkpoints/step-000025").mkdir(parents=True)  # it was killed before these were removed
     assert preflight(run, ranks=1) == []
+    assert not (tmp_path / "out/sft/checkpoints").exists()
 
 
 def test_no_stage_at_all_is_refused(tmp_path):

@@ -25,7 +25,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf.dist import World, barrier, broadcast_object, gather_objects
-from rlhf.engine.checkpoint.files import Writing, file_of, read_index, sync_folder, write_index
+from rlhf.engine.checkpoint.files import Writing, file_of, read_index, require_files, sync_folder, write_index
 from rlhf.engine.checkpoint.planners import Loading, Saving
 from rlhf.engine.checkpoint.randomness import random_state, set_random_state
 from rlhf.engine.checkpoint.storage import Reader, Writer
@@ -176,11 +176,11 @@ class Checkpoints:
         random = saved.content["random"]
         set_random_state(random[self.world.rank if self.world.rank < len(random) else 0], self.world.device)
 
-    def remove(self, *, spare: set[int]) -> None:
-        """Remove all checkpoints but those of the steps in `spare`."""
+    def remove(self) -> None:
+        """Remove all checkpoints."""
         assert self._pending is None, "settle first"
         if self.world.is_main:
-            self._remove(set(steps_in(self.folder)) - spare)
+            self._remove(steps_in(self.folder))
             if self.folder.exists() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
@@ -191,7 +191,7 @@ class Checkpoints:
 
     def _publish(self, pending: _Pending, checksums: list[dict[int, list[int]]]) -> list[str]:
         """On the first rank: the rename that makes it count; returns what went wrong."""
-        folder, final = self._partial(pending.step), _complete(self.folder, pending.step)
+        folder, final = self._partial(pending.step), folder_of(self.folder, pending.step)
         for entry in pending.content["tensors"].values():
             for part in entry["parts"]:
                 part["checksums"] = checksums[part["file"]][part["start"]]
@@ -200,8 +200,6 @@ class Checkpoints:
             return [f"{folder}: {', '.join(missing)} are on other machines; output_dir must be shared by all of them"]
         try:
             write_index(folder, pending.content)
-            if final.exists():
-                shutil.rmtree(final)
             folder.rename(final)
             sync_folder(self.folder)
             self._remove(set(steps_in(self.folder)[: -self.keep]) - pending.spare)
@@ -213,7 +211,7 @@ class Checkpoints:
         if self.world.is_main:
             shutil.rmtree(self._partial(pending.step), ignore_errors=True)
         older = broadcast_object(max(steps_in(self.folder), default=-1))
-        rest = f"{_complete(self.folder, older)} is as it was: the same command goes on from it" if older >= 0 else ""
+        rest = f"{folder_of(self.folder, older)} is as it was: the same command goes on from it" if older >= 0 else ""
         raise RuntimeError(
             f"the checkpoint of step {pending.step} could not be written: {errors[0]}. "
             f"{rest or 'There is no older one'}. Make room, or set checkpoint.every=0 to save none."
@@ -221,7 +219,7 @@ class Checkpoints:
 
     def _remove(self, steps: Iterable[int]) -> None:
         for step in steps:
-            complete = _complete(self.folder, step)
+            complete = folder_of(self.folder, step)
             going = complete.with_suffix(".removed")  # what is half removed must not look complete
             complete.rename(going)
             shutil.rmtree(going)
@@ -234,11 +232,13 @@ def open_saved(folder: Path, step: int) -> Saved:
     """The complete checkpoint of `step`.
 
     Raises:
-        ValueError: its table of contents is damaged.
+        ValueError: its table of contents is damaged, or a file is missing or too short.
     """
-    complete = _complete(folder, step)
+    complete = folder_of(folder, step)
     try:
-        return Saved(step, complete, read_index(complete))
+        saved = Saved(step, complete, read_index(complete))
+        require_files(complete, saved.content["tensors"])
+        return saved
     except ValueError as error:
         raise _damaged(complete, error) from error
 
@@ -249,7 +249,8 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def _complete(folder: Path, step: int) -> Path:
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the complete checkpoint of `step` is, if there is one."""
     return folder / f"step-{step:06d}"
 
 

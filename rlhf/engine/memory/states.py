@@ -112,11 +112,16 @@ class States:
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; what rests on disk is not copied."""
         learning = sum(self._split) if self.optimizer_tier != Tier.nvme else self._split[0]
-        return learning * 12
+        return learning * self._saved
 
     def in_a_checkpoint(self) -> int:
         """Disk bytes of this rank's share of a checkpoint."""
-        return sum(self._split) * 12
+        return sum(self._split) * self._saved
+
+    @property
+    def _saved(self) -> int:
+        """Bytes of an element in a checkpoint: master and moments, and beside a delayed update the working weight."""
+        return 16 if self.setting.engine.delayed_update else 12
 
     def exported(self) -> int:
         """Disk bytes of the model without this project, adapters merged; the first rank writes all of it."""
