@@ -1,5 +1,6 @@
 """A DeepSpeed file in a run: every stage and model, the command line beside it, and what is said about it."""
 
+import base64
 import dataclasses
 import json
 import logging
@@ -72,6 +73,14 @@ def test_each_model_can_have_its_own(file):
 def test_a_mapping_does_as_well_as_a_file():
     run = run_of("stage=sft", "engine.deepspeed={zero_optimization: {stage: 2, cpu_offload: true}}")
     assert (run.sft.engine.zero_stage, run.sft.engine.optimizer_tier) == (2, Tier.cpu)
+
+
+def test_base64_stands_on_the_command_line_without_its_end():
+    text = json.dumps(OFFLOAD | {"train_batch_size": 32})
+    source = base64.urlsafe_b64encode(f"{text}{' ' * (1 - len(text) % 3)}".encode()).decode()
+    run = run_of("stage=sft", f"engine.deepspeed={source.rstrip('=')}")
+    assert source.endswith("=")
+    assert (run.sft.engine.optimizer_tier, run.sft.global_batch_size) == (Tier.cpu, 32)
 
 
 def test_optimizer_and_batch_go_to_the_stages(file):
