@@ -271,7 +271,7 @@ def test_schedules(scheduler, schedule, options):
         ),
         (zero(stage=3, stage3_model_persistence_threshold="x"), "threshold='x': expected a number"),
         ({"zero_optimization": {1: 2}}, "zero_optimization.1: there is no such key"),
-        (zero(**{"offload_optimizer.device": "cpu"}), "device: there is no such key .a dot in a name does not nest"),
+        (zero(**{"offload_optimizer.device": "cpu"}), "device: there is no such key .a dot does not nest"),
         (zero(offload_optimzer={"device": "cpu"}), "did you mean zero_optimization.offload_optimizer"),
         (zero(stage=2, offload_optimizer="cpu"), "offload_optimizer='cpu': expected an object"),
         (zero(stage=3, zero_quantized_gradients=True), "zero_quantized_gradients=True: cannot be honoured"),
@@ -366,7 +366,7 @@ def test_a_whole_section_that_nobody_reads_is_warned_about_with_its_right_name(m
 def test_a_dot_in_a_name_is_no_path(content):
     found = resolved(content)
     assert found.settings == []
-    assert found.warnings[0].count("(a dot in a name does not nest: write objects in objects)") == len(content)
+    assert found.warnings[0].count("(a dot does not nest)") == len(content)
 
 
 def test_a_limit_on_all_persistent_parameters_is_said_not_to_be_kept():

@@ -112,6 +112,6 @@ def _is_refused_optimizer(parents: Path, part: Mapping[str, Any]) -> bool:
 
 def _did_you_mean(path: Path) -> str:
     if "." in path[-1]:
-        return " (a dot in a name does not nest: write objects in objects)"
+        return " (a dot does not nest)"
     near = TABLE.near(path)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
