@@ -75,7 +75,8 @@ def at_least(settings: object, minimum: int, *names: str) -> None:
 def divisible(total: int, *, by: int, names: str) -> int:
     """`total // by`, or a ValueError that names both settings and the nearest totals that divide."""
     lower, upper = total // by * by, -(-total // by) * by
-    require(lower == total, f"{names}: {total} is not a multiple of {by}; use {lower or upper} or {upper}.")
+    near = " or ".join(str(size) for size in dict.fromkeys((lower or upper, upper)))
+    require(lower == total, f"{names}: {total} is not a multiple of {by}; use {near}.")
     return total // by
 
 

@@ -47,6 +47,21 @@ def test_the_first_step_by_hand_decays_matrices_only(optimizer):
     torch.testing.assert_close(group["vector"].data, torch.tensor([1.9, -3.9]))
 
 
+@pytest.mark.parametrize(("limit", "tiles"), [(64, [64, 64, 64]), (128, [128, 64]), (1000, [192])])
+def test_sub_groups_bound_what_the_host_updates_at_once(monkeypatch, limit, tiles):
+    monkeypatch.setattr("rlhf.engine.tiers.choice.has_own_memory", lambda device: True)
+    engine = EngineConfig(zero_stage=1, optimizer_tier="cpu", sub_group_size=limit)
+    seen, kernel = [], torch._fused_adamw_
+
+    def recorded(weights, *args, **options):
+        seen.append(sum(weight.numel() for weight in weights))
+        return kernel(weights, *args, **options)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", recorded)
+    step(AdamW([{"w": nn.Parameter(torch.ones(192))}], (), config=CONFIG, engine=engine), {"w": torch.ones(192)}, lr=1)
+    assert seen == tiles
+
+
 def test_moments_and_bias_correction_by_hand_over_two_steps(optimizer):
     group = {"vector": nn.Parameter(torch.tensor([1.0]))}
     adam = optimizer(group)
