@@ -25,6 +25,7 @@ from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
 from rlhf.engine.sharding import Sharding, shard
+from rlhf.engine.tiers.host_memory import trim
 from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -211,5 +212,6 @@ def build_engine(
             loss_scale=loss_scale or LossScale.of(config),
         )
     fill(blueprint, sharding, world=world, set_master=adam.set_master if adam else None)
+    trim()
     streams = config.stream_generation and config.zero_stage == 3
     return Engine(module, sharding, world=world, dtype=dtype, learner=learner, streams=streams)

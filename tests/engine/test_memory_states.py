@@ -10,6 +10,7 @@ from rlhf.dist import World
 from rlhf.engine.engine import build_engine
 from rlhf.engine.memory.plan import Place
 from rlhf.engine.memory.states import Setting, States
+from rlhf.engine.tiers.choice import Tiers
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.shapes import Adapters, Head, Shape
 
@@ -127,6 +128,32 @@ def test_buffers_are_all_the_host_memory_of_a_tier_on_disk(folder):
     assert parts["moments", Place.disk] >= 8 * NUMEL
     assert not [key for key in parts if key[0] in ("moments", "master weights") and key[1] is not Place.disk]
     assert parts["buffers", Place.host] >= 2 * 3 * 4_000_000  # one set for weights, one for states
+
+
+def test_buffers_are_resident_as_far_as_they_are_filled(folder):
+    """Weights and states of 6 MB and less pass through buffers of 400 MB; page-locked ones are resident whole."""
+    tiers = {"zero_stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "nvme_path": "/disk"}
+    found = {
+        device: at_rest(states(folder, device=device, buffer_count=3, buffer_size=100_000_000, **tiers))
+        for device in (CPU, CUDA)
+    }
+    huge = 2 << 20
+    assert NUMEL * 2 < huge > 16 * 4096 * 14
+    assert found[CPU]["buffers", Place.host] == 3 * (huge + huge)
+    assert found[CUDA]["buffers", Place.host] >= 2 * 3 * 400_000_000
+
+
+@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
+    """Among 100 ranks a row of a vector is as much as one of a matrix: local rows would cut elsewhere."""
+    found = states(folder, ranks=100, device=CUDA, zero_stage=2, optimizer_tier="cpu", optimizer_share=share)
+    groups = [group for unit in found.units if (group := unit.group(found.blueprint.module))]
+    config = found.setting.engine
+    world = World(0, 100, 0, CUDA)
+    homes = Tiers(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, rows=None)._split()
+    local = [sum(-(-p.shape[0] // 100) * p[0].numel() for group in part for p in group.values()) for part in homes]
+    parts = at_rest(found)
+    assert [parts["master weights", place] for place in (Place.host, Place.device)] == [4 * count for count in local]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -19,9 +19,24 @@ def return_freed_memory() -> None:
     with holes: three times as much was resident as was in use, and more the larger the model. Costs page faults
     instead. For the whole process; other C libraries are left as they are.
     """
-    if platform.libc_ver()[0] != "glibc":
+    library = _glibc()
+    if library is None:
         return
-    library = ctypes.CDLL(None)
     library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
     library.mallopt(_M_TRIM_THRESHOLD, _LARGE)
     library.malloc_trim(0)
+
+
+def trim() -> None:
+    """Give back the whole pages that are free now, once: for the end of something large that does not come again.
+
+    What was read to fill a model would otherwise stay resident, between what is kept, as long as the process. Takes
+    some milliseconds.
+    """
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None

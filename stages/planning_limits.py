@@ -1,0 +1,86 @@
+"""What this machine has free: memory of the machine and of its control groups, of the device, and disk.
+
+Left out: what the configuration allows itself (`chosen_limits`), and swap, on which nothing is planned.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from rlhf.config import RunConfig
+from rlhf.engine.memory.plan import Limits
+from rlhf.tracking.memory import resident
+from stages.preflight import engines_of
+
+_ROOT = Path("/")
+_FILES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # of versions 2 and 1
+
+
+def machine_limits(run: RunConfig, device: torch.device) -> Limits:
+    """What this machine has free.
+
+    Raises:
+        ValueError: the plan is for a device that is not here, and the configuration does not say how large it is.
+    """
+    on_device = None
+    if device.type == "cuda":
+        if not torch.cuda.is_available() and run.memory.device_gb is None:
+            raise ValueError(
+                "memory.device_gb: this machine has no CUDA device to ask; say how large the one is that the plan is "
+                "for, as in memory.device_gb=80 memory.host_gb=256."
+            )
+        is_here = torch.cuda.is_available()
+        on_device = torch.cuda.get_device_properties(device).total_memory if is_here else 0
+    return Limits(on_device, free_host(), _free_disk(run))
+
+
+def free_host(root: Path = _ROOT) -> int:
+    """Bytes that can be had without swapping, of the machine and of every control group; ours count as free.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():
+        return 1 << 62
+    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+    free = int(fields["MemAvailable"].split()[0]) * 1024
+    return min([free, *_free_in_groups(root)]) + resident().get("RssAnon", 0)
+
+
+def _free_in_groups(root: Path) -> Iterator[int]:
+    """What each control group that limits this process has left; pages of files go when memory is short."""
+    for folder in _groups(root):
+        for limit, used in _FILES.items():
+            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
+            if text != "max":
+                yield int(text) - int((folder / used).read_text()) + _file_pages(folder / "memory.stat")
+
+
+def _groups(root: Path) -> Iterator[Path]:
+    """The control groups of this process and all above them, where they can be seen."""
+    for line in (root / "proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "memory" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup" / ("memory" if controllers else "")
+        below = top / path.lstrip("/")
+        yield from (folder for folder in (below, *below.parents) if folder.is_relative_to(top))
+
+
+def _file_pages(stat: Path) -> int:
+    """Bytes of files that a group keeps in memory; version 1 counts those of its subgroups under names of their own."""
+    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
+    prefix = "total_" if "total_inactive_file" in fields else ""
+    return sum(int(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+
+
+def _free_disk(run: RunConfig) -> int:
+    """Bytes on the file systems that the run writes to."""
+    disks = [engine.nvme_path for stage in run.stages for engine in engines_of(run, stage).values()]
+    there = [next(p for p in (Path(f), *Path(f).parents) if p.exists()) for f in (run.output_dir, *disks) if f]
+    return sum({path.stat().st_dev: shutil.disk_usage(path).free for path in there}.values())
