@@ -108,9 +108,9 @@ class AdamW:
             self._publish(self.homes)
 
     def close(self) -> None:
-        """Finish, and remove files."""
+        """Finish, and let go of files, threads and page-locked memory."""
         if self._background is not None:
-            self._background.finish()
+            self._background.close()
         for home in self.homes:
             home.close()
 
