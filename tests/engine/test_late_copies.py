@@ -101,7 +101,7 @@ def test_units_that_are_brought_have_arrived_and_are_those_written_last(home):
             continue
         following = [other for other in draw.sample([0, 1, 3, 4], 3) if other != unit]
         brought = home.bring(unit, following)
-        assert brought[: SIZES[unit]].numpy().tobytes() == expected[unit]
+        assert torch.equal(brought[: SIZES[unit]], torch.frombuffer(expected[unit], dtype=torch.uint8))
         home.let_go()
 
 
