@@ -35,3 +35,8 @@ class Background:
             return False
         job.result()
         return True
+
+    def close(self) -> None:
+        """Finish, and end the thread."""
+        self._thread.shutdown()
+        self.finish()

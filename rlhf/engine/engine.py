@@ -193,7 +193,8 @@ def build_engine(
     if frozen:
         module.requires_grad_(False)
     elif config.activation_checkpointing:
-        enable_activation_checkpointing(module, offload=config.activation_offload)
+        moves = config.activation_offload and world.device.type == "cuda"
+        enable_activation_checkpointing(module, offload=moves)
     sharding = shard(blueprint, config=config, world=world, frozen=frozen)
     allocate(blueprint, sharding, config=config, dtype=dtype, world=world)
     module.train(not frozen)

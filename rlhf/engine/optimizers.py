@@ -113,8 +113,9 @@ class AdamW:
             self._is_behind = False
 
     def close(self) -> None:
-        """Finish, and remove files."""
-        self._finish()
+        """Finish, and let go of files, threads and page-locked memory."""
+        if self._background is not None:
+            self._background.close()
         for home in self.homes:
             home.close()
 

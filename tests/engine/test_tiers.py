@@ -1,5 +1,7 @@
 """Wherever gradients and optimizer states rest, training gives the same bits, and the numbers of plain torch."""
 
+import threading
+
 import pytest
 import torch
 
@@ -131,3 +133,15 @@ def check_late(model, losses, *, between, away=False):
     assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=2e-5)
+
+
+def test_a_closed_engine_leaves_no_thread_behind():
+    before = set(threading.enumerate())
+    with tier_runs.memory(own=True):
+        engine = tiny.engine(dist.start("cpu"), 1, optimizer_tier="cpu", delayed_update=True)
+        tiny.train_step(engine, 0)
+        started = " ".join(thread.name for thread in set(threading.enumerate()) - before)
+        assert "gradient sums" in started
+        assert "delayed update" in started
+        engine.close()
+    assert set(threading.enumerate()) <= before
