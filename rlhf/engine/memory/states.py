@@ -101,9 +101,11 @@ class States:
     def in_reduction(self) -> int:
         """Device bytes of gradients on their way to their sums: a unit's whole ones, and what is sent of them."""
         largest = max((self._trainable_numel(unit) for unit in self.units), default=0)
+        if self.setting.ranks == 1:
+            return 0
         if self.is_sharded:  # whole gradients, and the fp32 copy that is sent: FSDP2 waits for one before the next
             return largest * (self.setting.dtype.itemsize + 4)
-        return largest * 4 if self.setting.ranks > 1 else 0
+        return largest * 4
 
     def merged(self) -> int:
         """Device bytes of adapted weights with their adapters merged in, while responses are generated."""
@@ -231,7 +233,7 @@ class States:
     @property
     def _sum_bytes(self) -> int:
         """Of an element of a gradient sum on the device: FSDP2 reduces in fp32, and so are sums of several."""
-        several = self.is_sharded or self.setting.ranks > 1 or self.setting.micro_batches > 1
+        several = self.setting.ranks > 1 or self.setting.micro_batches > 1
         return 4 if several else self.setting.dtype.itemsize
 
     def _item(self, part: str, place: Place, *, count: float) -> Item:
