@@ -15,7 +15,7 @@ from rlhf.models.scalar_head import scalar_head_model
 from rlhf.text import load_tokenizer
 from stages.handover import Record, check_folder, check_shared, claim_folder, lock_folder, write_record
 from stages.preflight import batch_arithmetic, preflight
-from tests.run_on_ranks import run_on_ranks
+from tests.ranks import run_on_ranks
 from tests.test_configuration import composed
 
 
