@@ -25,7 +25,7 @@ from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
 from rlhf.engine.sharding import Sharding, shard
-from rlhf.engine.tiers.host_memory import trim
+from rlhf.engine.tiers.host_memory import return_freed_memory, trim
 from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def build_engine(
         module.requires_grad_(False)
     elif config.activation_checkpointing:
         enable_activation_checkpointing(module, offload=config.activation_offload)
+    return_freed_memory()
     sharding = shard(blueprint, config=config, world=world, frozen=frozen)
     allocate(blueprint, sharding, config=config, dtype=dtype, world=world)
     module.train(not frozen)
