@@ -20,8 +20,13 @@ _ROOT = Path("/")
 _FILES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # of versions 2 and 1
 
 
-def machine_limits(run: RunConfig, device: torch.device) -> Limits:
+def machine_limits(run: RunConfig, device: torch.device, *, computes: bool = True) -> Limits:
     """What this machine has free.
+
+    Args:
+        run: says where it writes.
+        device: that the plan is for.
+        computes: this process is one of the ranks; one that only starts them stays beside them.
 
     Raises:
         ValueError: the plan is for a device that is not here, and the configuration does not say how large it is.
@@ -35,11 +40,11 @@ def machine_limits(run: RunConfig, device: torch.device) -> Limits:
             )
         is_here = torch.cuda.is_available()
         on_device = torch.cuda.get_device_properties(device).total_memory if is_here else 0
-    return Limits(on_device, free_host(), _free_disk(run))
+    return Limits(on_device, free_host() + (resident().get("RssAnon", 0) if computes else 0), _free_disk(run))
 
 
 def free_host(root: Path = _ROOT) -> int:
-    """Bytes that can be had without swapping, of the machine and of every control group; ours count as free.
+    """Bytes that can be had without swapping, of the machine and of every control group of this process.
 
     Args:
         root: where `proc` and `sys` are.
@@ -49,7 +54,7 @@ def free_host(root: Path = _ROOT) -> int:
         return 1 << 62
     fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([free, *_free_in_groups(root)]) + resident().get("RssAnon", 0)
+    return min([free, *_free_in_groups(root)])
 
 
 def _free_in_groups(root: Path) -> Iterator[int]:

@@ -16,6 +16,7 @@ import torch
 from rlhf.config import RunConfig
 from rlhf.dist import World, barrier
 from rlhf.engine.memory.plan import Item, Limits, Phase, Place, Plan, chosen_limits
+from rlhf.launch import under_torchrun
 from rlhf.tracking.memory import resident
 from rlhf.tracking.table import table
 from stages.planning import Machine, machine_of, plan_stage
@@ -115,7 +116,8 @@ def runtime_items(device: torch.device) -> tuple[Item, ...]:
 
 def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
     machine = machine_of(run, ranks=ranks)
-    limits = chosen_limits(run.memory, machine_limits(run, machine.device))
+    starts_others = ranks > 1 and not under_torchrun()
+    limits = chosen_limits(run.memory, machine_limits(run, machine.device, computes=not starts_others))
     return Machine(machine.device, machine.ranks, machine.local_ranks, runtime_items(machine.device)), limits
 
 

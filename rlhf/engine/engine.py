@@ -25,7 +25,7 @@ from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
 from rlhf.engine.sharding import Sharding, shard
-from rlhf.engine.tiers.host_memory import trim
+from rlhf.engine.tiers.host_memory import return_freed_memory, trim
 from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -195,6 +195,7 @@ def build_engine(
     elif config.activation_checkpointing:
         moves = config.activation_offload and world.device.type == "cuda"
         enable_activation_checkpointing(module, offload=moves)
+    return_freed_memory()
     sharding = shard(blueprint, config=config, world=world, frozen=frozen)
     allocate(blueprint, sharding, config=config, dtype=dtype, world=world)
     module.train(not frozen)

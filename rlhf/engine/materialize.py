@@ -122,7 +122,7 @@ def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) ->
 def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> DiskHome:
     assert config.nvme_path is not None, "the settings were checked"
     if world.device.type == "cpu":
-        return_freed_memory()
+        return_freed_memory(tight=True)
     file = DiskFile(
         run_folder(config.nvme_path, rank=world.rank) / "parameters",
         nbytes=file_bytes(sizes),

@@ -1,8 +1,12 @@
 """Free memory as the kernel tells it: the machine's, and what control groups of either version leave of it."""
 
+from types import SimpleNamespace
+
 import pytest
 
+from rlhf.config import MemoryConfig
 from rlhf.tracking.memory import resident
+from stages import planning_limits, planning_report
 from stages.planning_limits import free_host
 
 GB = 1_000_000_000
@@ -18,10 +22,6 @@ def machine(root, groups, files):
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(f"{text}\n")
     return free_host(root)
-
-
-def own():
-    return resident()["RssAnon"]
 
 
 V1 = ["4:memory:/job", "1:cpu:/job", "0::/"]
@@ -41,7 +41,7 @@ V2 = ["0::/job"]
     ],
 )
 def test_the_smallest_of_the_machine_and_its_groups(tmp_path, groups, files, expected):
-    assert machine(tmp_path, groups, files) == pytest.approx(expected + own(), abs=50_000_000)
+    assert machine(tmp_path, groups, files) == pytest.approx(expected, abs=1024)
 
 
 @pytest.mark.parametrize(
@@ -55,4 +55,17 @@ def test_pages_of_files_are_free(tmp_path, files, stat):
     place = next(iter(files)).rpartition("/")[0]
     files |= {f"{place}/memory.stat": f"{stat}active_file {GB}\n{stat}inactive_file {GB // 2}\nanon 7"}
     groups = V1 if stat else V2
-    assert machine(tmp_path, groups, files) == pytest.approx(1.5 * GB + own(), abs=50_000_000)
+    assert machine(tmp_path, groups, files) == 1.5 * GB
+
+
+@pytest.mark.parametrize(("ranks", "rank_of_torchrun", "ours"), [(1, False, 1), (2, False, 0), (2, True, 1)])
+def test_a_process_that_only_starts_the_ranks_needs_its_memory_itself(
+    tmp_path, monkeypatch, ranks, rank_of_torchrun, ours
+):
+    monkeypatch.setattr(planning_limits, "free_host", lambda: 20 * GB)
+    monkeypatch.setattr(planning_report, "under_torchrun", lambda: rank_of_torchrun)
+    run = SimpleNamespace(
+        stages=[], output_dir=str(tmp_path), memory=MemoryConfig(), engine=SimpleNamespace(device="cpu")
+    )
+    _, limits = planning_report._here(run, ranks)
+    assert limits.host == pytest.approx(20 * GB + ours * resident()["RssAnon"], abs=50_000_000)

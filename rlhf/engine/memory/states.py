@@ -300,7 +300,7 @@ class States:
         yield self._item(BUFFERS, Place.host, count=self._buffer_bytes(max(record.nbytes for record in records)))
 
     def _buffer_bytes(self, most: int) -> int:
-        """Of a set of buffers, each filled up to `most`: what is touched, by huge pages, or all where it is locked."""
+        """Of a set of buffers each filled up to `most`: what is touched, by huge pages, or all that is locked."""
         engine = self.setting.engine
         locked = engine.pin_memory and self.setting.device.type == "cuda"
         touched = -(-most // HUGE_PAGE) * HUGE_PAGE

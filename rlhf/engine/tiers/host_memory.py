@@ -1,4 +1,4 @@
-"""How the C library treats memory that is freed, for models that do not fit into it.
+"""How the C library treats memory that is freed: given back where that costs little, so that a plan can be kept.
 
 Left out: page-locked buffers (`buffers.py`).
 """
@@ -9,21 +9,30 @@ import ctypes
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
-_LARGE = 1 << 20  # bytes
+_LARGE = 4 << 20  # bytes
+_SMALLER = 1 << 20  # bytes: for tiers on disk, which are there to save memory
+_KEPT = 16 << 20  # bytes at the end of the heap
+
+_asked: set[bool] = set()  # whether tight: a process has one heap, whoever asks
 
 
-def return_freed_memory() -> None:
-    """Give tensors of 1 MiB and more back to the system when they are freed.
+def return_freed_memory(*, tight: bool = False) -> None:
+    """Have tensors of 4 MiB and more given back to the system when they are freed.
 
     glibc learns from the first ones that are freed to keep blocks of up to 32 MiB for later, in a heap that then fills
-    with holes: three times as much was resident as was in use, and more the larger the model. Costs page faults
-    instead. For the whole process; other C libraries are left as they are.
+    with holes: what is gathered and reduced came on top of what had been. Memory of the system costs page faults
+    instead, which are few beside what is computed with so large a tensor; with tensors of 1 MiB they took a third of a
+    step. For the whole process and for good; other C libraries are left as they are.
+
+    Args:
+        tight: from 1 MiB on.
     """
     library = _glibc()
     if library is None:
         return
-    library.mallopt(_M_MMAP_THRESHOLD, _LARGE)
-    library.mallopt(_M_TRIM_THRESHOLD, _LARGE)
+    _asked.add(tight)
+    library.mallopt(_M_MMAP_THRESHOLD, _SMALLER if True in _asked else _LARGE)
+    library.mallopt(_M_TRIM_THRESHOLD, _SMALLER if True in _asked else _KEPT)
     library.malloc_trim(0)
 
 
