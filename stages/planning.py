@@ -37,6 +37,8 @@ from rlhf.models.shapes import Adapters, Head, Shape
 from stages.planning_work import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised
 from stages.preflight import maker_of
 
+EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
+"""What is in the output folder; everything else on disk is below `engine.nvme_path`."""
 _MOVING = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
 
 
@@ -167,8 +169,8 @@ class _Planner:
         for model in models:
             role, states = model.setting.role, model.states
             share = -(-states.exported() // self.machine.local_ranks)  # the first rank writes it for all
-            items.append(Item(role, "export", Place.disk, exports * share))
-            items.append(Item(role, "checkpoints", Place.disk, self._num_checkpoints * states.in_a_checkpoint()))
+            items.append(Item(role, EXPORT, Place.disk, exports * share))
+            items.append(Item(role, CHECKPOINTS, Place.disk, self._num_checkpoints * states.in_a_checkpoint()))
         return items
 
     def copies(self, models: list[Model]) -> list[Item]:

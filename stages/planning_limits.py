@@ -6,14 +6,16 @@ Left out: what the configuration allows itself (`chosen_limits`), and swap, on w
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from rlhf.config import RunConfig
-from rlhf.engine.memory.plan import Limits
+from rlhf.engine.memory.plan import Limits, Phase, Place, Plan
 from rlhf.tracking.memory import resident
+from stages.planning import SAVED
 from stages.preflight import engines_of
 
 _ROOT = Path("/")
@@ -84,8 +86,51 @@ def _file_pages(stat: Path) -> int:
     return sum(int(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
 
 
+def full_disks(run: RunConfig, plan: Plan) -> list[str]:
+    """A sentence for each file system that has no room for its part of a stage, though all together might have."""
+    most = {
+        "output_dir": max(_on_disk(phase, saved=True) for phase in plan.phases),
+        "engine.nvme_path": max(_on_disk(phase, saved=False) for phase in plan.phases),
+    }
+    paths = {engine.nvme_path for engine in engines_of(run, plan.stage).values() if engine.nvme_path}
+    if len(paths) > 1:  # the plan does not say which role is where
+        return []
+    needed: dict[Path, int] = defaultdict(int)
+    folders = [("output_dir", run.output_dir), *(("engine.nvme_path", path) for path in paths)]
+    for setting, folder in folders:
+        needed[_mount(Path(folder))] += plan.ranks * most[setting]
+    said = []
+    for setting, folder in folders:
+        expected, found = needed.pop(_mount(Path(folder)), 0), _free_at(Path(folder))
+        if found < expected:
+            said.append(
+                f"{plan.stage}: {setting}={folder}: found {found / 1e9:.2f} GB free, expected {expected / 1e9:.2f} GB; "
+                "free space there, or name a folder on a larger disk."
+            )
+    return said
+
+
+def _on_disk(phase: Phase, *, saved: bool) -> int:
+    """Bytes of what is saved, or of what rests there."""
+    return sum(item.bytes for item in phase.items if item.place is Place.disk and (item.part in SAVED) == saved)
+
+
 def _free_disk(run: RunConfig) -> int:
     """Bytes on the file systems that the run writes to."""
     disks = [engine.nvme_path for stage in run.stages for engine in engines_of(run, stage).values()]
-    there = [next(p for p in (Path(f), *Path(f).parents) if p.exists()) for f in (run.output_dir, *disks) if f]
-    return sum({path.stat().st_dev: shutil.disk_usage(path).free for path in there}.values())
+    folders = [Path(folder) for folder in (run.output_dir, *disks) if folder]
+    return sum({_mount(folder): _free_at(folder) for folder in folders}.values())
+
+
+def _mount(folder: Path) -> Path:
+    """Where the file system of a folder begins; the folder need not be there yet."""
+    there = _existing(folder).resolve()
+    return next(path for path in (there, *there.parents) if path.is_mount())
+
+
+def _free_at(folder: Path) -> int:
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())

@@ -21,7 +21,7 @@ from rlhf.tracking.memory import resident
 from rlhf.tracking.table import table
 from stages.planning import Machine, machine_of, plan_stage
 from stages.planning_changes import cheapest_change
-from stages.planning_limits import machine_limits
+from stages.planning_limits import full_disks, machine_limits
 from stages.planning_measured import NUMBERS
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     path.write_text("\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
     (path.parent / NUMBERS).write_text(json.dumps({plan.stage: _numbers(plan) for plan in plans}, indent=2) + "\n")
     refused = [said for plan, said in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
+    refused += [said for plan in plans for said in full_disks(run, plan)]
     if refused and run.memory.enforce:
         raise ValueError("\n".join([*refused, "memory.enforce=false starts it all the same."]))
     for said in refused:

@@ -1,13 +1,16 @@
 """Free memory as the kernel tells it: the machine's, and what control groups of either version leave of it."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from rlhf.config import MemoryConfig
+from rlhf.engine.memory.plan import Item, Phase, Place, Plan
 from rlhf.tracking.memory import resident
 from stages import planning_limits, planning_report
-from stages.planning_limits import free_host
+from stages.planning_limits import free_host, full_disks
+from tests.test_configuration import composed
 
 GB = 1_000_000_000
 UNLIMITED = 9_223_372_036_854_771_712  # what version 1 shows
@@ -69,3 +72,27 @@ def test_a_process_that_only_starts_the_ranks_needs_its_memory_itself(
     )
     _, limits = planning_report._here(run, ranks)
     assert limits.host == pytest.approx(20 * GB + ours * resident()["RssAnon"], abs=50_000_000)
+
+
+def test_a_small_disk_is_not_made_up_for_by_a_large_one(tmp_path, monkeypatch):
+    small, large = tmp_path / "small", tmp_path / "large"
+    run = composed("experiment=smoke", "engine=zero3_nvme", f"engine.nvme_path={small}/x", f"output_dir={large}/y")
+    resting = Item("model", "master weights", Place.disk, 3 * GB)
+    plan = Plan(
+        "sft", ranks=2, is_cuda=False, phases=(Phase("save", (resting, Item("model", "export", Place.disk, GB))),)
+    )
+    for folder in (small, large):
+        folder.mkdir()
+    monkeypatch.setattr(Path, "is_mount", lambda path: path in (small, large))
+    monkeypatch.setattr(planning_limits.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[Path(path)]))
+    free = {small: 5 * GB, large: 50 * GB}
+    assert full_disks(run, plan) == [
+        f"sft: engine.nvme_path={small}/x: found 5.00 GB free, expected 6.00 GB; "
+        "free space there, or name a folder on a larger disk."
+    ]
+    free[small] = 7 * GB
+    assert full_disks(run, plan) == []
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    free[tmp_path] = free[large] = 7 * GB
+    (said,) = full_disks(run, plan)  # both on one: 2 x (3 + 1)
+    assert "found 7.00 GB free, expected 8.00 GB" in said
