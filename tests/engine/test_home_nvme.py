@@ -1,6 +1,7 @@
 """A home on disk: how much memory it takes, and in which order it reads and writes."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -80,6 +81,21 @@ def test_the_next_tile_is_read_before_this_one_is_written_if_asked(optimizer, tr
     adam.step({"w"}, lr=0.1)
     verbs = "".join(verb[0] for verb, *_ in transfers)
     assert verbs == ("rrwrww" if ahead else "rwrwrw")
+
+
+@pytest.mark.parametrize(("behind", "order"), [(True, ["write"] * 3), (False, ["write", "wait"] * 3)])
+def test_the_end_of_a_write_is_waited_for_at_once_unless_asked_not_to(optimizer, monkeypatch, behind, order):
+    adam, seen, real = optimizer(3 * TILE, pipeline_write=behind), [], DiskFile.write
+    adam.home_of("w").add("w", torch.ones(3 * TILE))
+
+    def write(self, offset, buffer):
+        seen.append("write")
+        pending = real(self, offset, buffer)
+        return SimpleNamespace(wait=lambda: (seen.append("wait"), pending.wait()))
+
+    monkeypatch.setattr(DiskFile, "write", write)
+    adam.step({"w"}, lr=0.1)
+    assert seen == order
 
 
 def test_a_step_moves_sixteen_bytes_an_element_in_and_twelve_out(optimizer, transfers):
