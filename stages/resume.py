@@ -25,6 +25,7 @@ from rlhf.dist import World, broadcast_object, max_over_ranks
 from rlhf.engine.checkpoint.checkpoints import Checkpoints, Saved, folder_of, open_saved, steps_in
 from rlhf.engine.checkpoint.stored import Stored
 from rlhf.engine.engine import Engine
+from rlhf.failure import RunError
 from stages.stopping import Stopped
 
 log = logging.getLogger(__name__)
@@ -155,8 +156,14 @@ class Keeper:
         """Go on from the newest checkpoint; False when there is none. Refuses to start where none would fit.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another model, or there is no room for more.
+            RunError: the checkpoint is damaged, belongs to another model, or there is no room for more.
         """
+        try:
+            return self._resume()
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    def _resume(self) -> bool:
         self.checkpoints.tidy()
         if self.config.interval_of(self.total_steps):
             size = sum(stored.nbytes for stored in self.parts.tensors())
@@ -182,7 +189,7 @@ class Keeper:
 
         Raises:
             Stopped: some rank was, and all have saved themselves.
-            RuntimeError: a checkpoint could not be written.
+            RunError: a checkpoint could not be written.
         """
         self.progress.step = step
         is_best = self.progress.note(step, evaluation, aim=self.aim)

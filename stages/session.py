@@ -17,6 +17,7 @@ from rlhf import dist
 from rlhf.config import RunConfig
 from rlhf.dist import World
 from rlhf.engine.checkpoint.randomness import seed_random_numbers
+from rlhf.failure import RunError
 from rlhf.models.export import export
 from rlhf.text import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
@@ -146,7 +147,7 @@ class Session:
         record = self._record(self.progress.after, score_units)
         broken = [name for name, value in record.after.items() if not math.isfinite(value)]
         if broken:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.stage} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
                 f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
             )

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "stages", "data", "conf")
 FLOORS = [
-    {"rlhf.config_groups", "rlhf.types"},
+    {"rlhf.config_groups", "rlhf.failure", "rlhf.types"},
     {"rlhf.config_engine"},
     {"rlhf.config_stages"},
     {"rlhf.config"},

@@ -79,7 +79,7 @@ class Engine:
         A gradient that is not finite anywhere skips the update everywhere.
 
         Raises:
-            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+            RunError: `engine.max_skipped_steps` steps in a row were skipped.
         """
         return step_together(self)[0]
 
@@ -158,7 +158,7 @@ def step_together(*engines: Engine) -> list[StepResult]:
     """One step of engines that share a loss scale, or of one: a gradient that is not finite in any skips all.
 
     Raises:
-        RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+        RunError: `engine.max_skipped_steps` steps in a row were skipped.
     """
     for engine in engines:
         engine._sharding.release()  # what is gathered is about to be out of date

@@ -95,7 +95,7 @@ class Gradients:
         """Norm and reach of the sums, the same on every rank, for one reduction and one wait for the device.
 
         Raises:
-            RuntimeError: a disk failed, on this rank or another.
+            RunError: a disk failed, on this rank or another.
         """
         homes, device = self._optimizer.homes, self._world.device
         squares = {name: square for home in homes for name, square in home.squares().items()}

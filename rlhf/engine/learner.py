@@ -11,6 +11,7 @@ from rlhf.config import OptimizerConfig
 from rlhf.engine.gradients import GradientReport, Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.optimizers import AdamW
+from rlhf.failure import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Learner:
         """Clip, update and forget the gradients; with `skip`, only forget them. The caller updates the loss scale.
 
         Raises:
-            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
+            RunError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
         """
         norm, reached = report
         lr = self.lr
@@ -116,7 +117,7 @@ class Learner:
             return
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._max_skipped_steps:
-            raise RuntimeError(
+            raise RunError(
                 f"The gradient was not finite in {self._skipped_in_a_row} steps in a row (engine.max_skipped_steps="
                 f"{self._max_skipped_steps}). Lower the learning rate, set engine.precision=fp32, or look at the data "
                 "of these steps; the weights are those before the first of them."

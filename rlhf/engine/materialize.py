@@ -37,7 +37,7 @@ def allocate(
     """Give every parameter its place in `dtype`, on `world.device` or where working weights rest; buffers move too.
 
     Raises:
-        RuntimeError: the disk has no room.
+        RunError: the disk has no room.
     """
     module = blueprint.module
     _move_buffers(module, world.device)

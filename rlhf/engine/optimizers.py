@@ -20,6 +20,7 @@ from rlhf.engine.tiers.choice import Tiers
 from rlhf.engine.tiers.homes import PARTS, StateHome, Update
 from rlhf.engine.tiers.residency import WorkingRows
 from rlhf.engine.tiers.working_rows import ResidentRows
+from rlhf.failure import RunError
 
 WORKING = "working"
 """The part of a delayed update's state that is no home's: weights that do not know the last update."""
@@ -53,7 +54,7 @@ class AdamW:
 
         Raises:
             ValueError: settings that exclude each other.
-            RuntimeError: the disk has no room.
+            RunError: the disk has no room.
         """
         self.groups = groups
         self._world = world or World.alone()
@@ -90,7 +91,7 @@ class AdamW:
             betas: of this step, where a schedule cycles them; else those of the settings.
 
         Raises:
-            RuntimeError: a disk failed, on this or another rank; the weights are of no use any more.
+            RunError: a disk failed, on this or another rank; the weights are of no use any more.
         """
         self.flush()
         update = Update(reached, lr, scale, betas)
@@ -210,4 +211,4 @@ def raise_failure(failure: RuntimeError | None, *, ranks: int) -> None:
     if failure is not None:
         raise failure
     if ranks:
-        raise RuntimeError(f"{ranks} other rank(s) could not use the disk (engine.nvme_path): see their messages.")
+        raise RunError(f"{ranks} other rank(s) could not use the disk (engine.nvme_path): see their messages.")

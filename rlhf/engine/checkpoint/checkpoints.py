@@ -30,6 +30,7 @@ from rlhf.engine.checkpoint.planners import Loading, Saving
 from rlhf.engine.checkpoint.randomness import random_state, set_random_state
 from rlhf.engine.checkpoint.storage import Reader, Writer
 from rlhf.engine.checkpoint.stored import Stored
+from rlhf.failure import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Checkpoints:
             spare: steps of older checkpoints that are kept whatever their age.
 
         Raises:
-            RuntimeError: a checkpoint could not be written, this one or the one before.
+            RunError: a checkpoint could not be written, this one or the one before.
         """
         self.settle()
         held = _by_key(tensors)
@@ -130,7 +131,7 @@ class Checkpoints:
             with _without_warnings():
                 dcp.save(held, storage_writer=writer, planner=Saving())
         except CheckpointException as error:
-            raise RuntimeError(f"the checkpoint of step {step} could not be made: {_reason(error)}") from error
+            raise RunError(f"the checkpoint of step {step} could not be made: {_reason(error)}") from error
         writing.begin(asynchronous=self.asynchronous)
         random = gather_objects(random_state(self.world.device))
         content = {"step": step, "state": state, "random": random, "tensors": writer.tensors}
@@ -142,7 +143,7 @@ class Checkpoints:
         """Wait until what was saved is on every rank's disk, and make it count.
 
         Raises:
-            RuntimeError: some rank could not write; older checkpoints are as they were.
+            RunError: some rank could not write; older checkpoints are as they were.
         """
         if self._pending is None:
             return
@@ -212,7 +213,7 @@ class Checkpoints:
             shutil.rmtree(self._partial(pending.step), ignore_errors=True)
         older = broadcast_object(max(steps_in(self.folder), default=-1))
         rest = f"{folder_of(self.folder, older)} is as it was: the same command goes on from it" if older >= 0 else ""
-        raise RuntimeError(
+        raise RunError(
             f"the checkpoint of step {pending.step} could not be written: {errors[0]}. "
             f"{rest or 'There is no older one'}. Make room, or set checkpoint.every=0 to save none."
         )
