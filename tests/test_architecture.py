@@ -15,6 +15,7 @@ FLOORS = [
     {"rlhf.config_engine"},
     {"rlhf.config_stages"},
     {"rlhf.config"},
+    {"rlhf.heap"},
     {"rlhf.dist"},
     {"rlhf.text_pad"},
     {"rlhf.algorithms", "rlhf.launch", "rlhf.tracking", "rlhf.text"},

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import EngineConfig, OptimizerConfig
+from rlhf.config import EngineConfig, OptimizerConfig, Tier
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine import hybrid
 from rlhf.engine.checkpoint.stored import Stored, states_of
@@ -25,7 +25,8 @@ from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
 from rlhf.engine.sharding import Sharding, shard
-from rlhf.engine.tiers.host_memory import return_freed_memory, trim
+from rlhf.engine.tiers.residency import resting_tier
+from rlhf.heap import return_freed_memory, trim
 from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -195,7 +196,8 @@ def build_engine(
     elif config.activation_checkpointing:
         moves = config.activation_offload and world.device.type == "cuda"
         enable_activation_checkpointing(module, offload=moves)
-    return_freed_memory()
+    if resting_tier(config, world.device) == Tier.nvme:
+        return_freed_memory(tight=True)
     sharding = shard(blueprint, config=config, world=world, frozen=frozen)
     allocate(blueprint, sharding, config=config, dtype=dtype, world=world)
     module.train(not frozen)

@@ -143,9 +143,9 @@ def test_buffers_are_resident_as_far_as_they_are_filled(folder):
     assert found[CUDA]["buffers", Place.host] >= 2 * 3 * 400_000_000
 
 
-@pytest.mark.parametrize("share", [0.2, 0.4, 0.6, 0.8])
+@pytest.mark.parametrize("share", [0.07, 0.5, 0.93])
 def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
-    """Among 100 ranks a row of a vector is as much as one of a matrix: local rows would cut elsewhere."""
+    """Rows are padded more where there are fewer: shares of local rows are not shares of the model."""
     found = states(folder, ranks=100, device=CUDA, zero_stage=2, optimizer_tier="cpu", optimizer_share=share)
     groups = [group for unit in found.units if (group := unit.group(found.blueprint.module))]
     config = found.setting.engine
@@ -153,7 +153,8 @@ def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
     homes = Tiers(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, rows=None)._split()
     local = [sum(-(-p.shape[0] // 100) * p[0].numel() for group in part for p in group.values()) for part in homes]
     parts = at_rest(found)
-    assert [parts["master weights", place] for place in (Place.host, Place.device)] == [4 * count for count in local]
+    masters = [parts.get(("master weights", place), 0) for place in (Place.host, Place.device)]
+    assert masters == [4 * count for count in local]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -7,7 +7,7 @@ import pytest
 
 CODE = """
 import torch
-from rlhf.engine.tiers.host_memory import return_freed_memory, trim
+from rlhf.heap import return_freed_memory, trim
 from rlhf.tracking.memory import resident
 
 {call}

@@ -1,6 +1,6 @@
 """How the C library treats memory that is freed: given back where that costs little, so that a plan can be kept.
 
-Left out: page-locked buffers (`buffers.py`).
+Left out: page-locked buffers and those of a tier (`engine/tiers/buffers.py`).
 """
 
 from __future__ import annotations
@@ -23,6 +23,9 @@ def return_freed_memory(*, tight: bool = False) -> None:
     with holes: what is gathered and reduced came on top of what had been. Memory of the system costs page faults
     instead, which are few beside what is computed with so large a tensor; with tensors of 1 MiB they took a third of a
     step. For the whole process and for good; other C libraries are left as they are.
+
+    To be called before a model is made: where the heap has a hole that is large enough, it is taken, whatever was
+    asked for here, and modules that are made only to be moved to meta leave one of the model's size.
 
     Args:
         tight: from 1 MiB on.
