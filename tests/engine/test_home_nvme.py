@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from rlhf.config import EngineConfig, OptimizerConfig
-from rlhf.engine.optimizers import AdamW
 from rlhf.engine.norms import squared_norm
+from rlhf.engine.optimizers import AdamW
 from rlhf.engine.tiers.disk import DiskFile
 
 TILE = 2048
