@@ -1,5 +1,6 @@
 """What is resident after tensors were freed, in a process of its own: the heap of this one has a past."""
 
+import os
 import subprocess
 import sys
 
@@ -28,9 +29,11 @@ print(resident()["RssAnon"] - before - held)
 MB = 1_000_000
 
 
-def left_over(*, call="", last="", count, pieces):
+def left_over(*, call="", last="", count, pieces, **environment):
     code = CODE.format(call=call, last=last, count=count, pieces=pieces)
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ | environment
+    )
     return int(found.stdout)
 
 
@@ -40,6 +43,7 @@ def test_every_second_of_large_tensors_that_is_freed_goes_back():
     sizes = {"count": 2 * MB, "pieces": 40}
     assert left_over(**sizes) > 100 * MB
     assert left_over(call="return_freed_memory()", **sizes) < 10 * MB
+    assert left_over(call="return_freed_memory()", MALLOC_MMAP_THRESHOLD_=str(32 << 20), **sizes) > 100 * MB
     both = "return_freed_memory(tight=True); return_freed_memory()"
     assert left_over(call=both, count=500_000, pieces=160) < 10 * MB
 
