@@ -31,6 +31,7 @@ from omegaconf import DictConfig
 from rlhf import launch
 from rlhf.config import Progress, RunConfig
 from rlhf.dist import World, barrier, broadcast_object, start, stop
+from rlhf.failure import RunError
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.table import printable
 from stages.composition import (
@@ -113,11 +114,11 @@ def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int) -> N
             return
         exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
         if exit_status != 0:
-            sys.exit(exit_status)
+            sys.exit(f"a rank has failed, and says above why; {where_it_stands(run)}")
         if not all(is_finished(run, stage) for stage in todo):
             raise KeyboardInterrupt  # that reached the ranks alone
     except KeyboardInterrupt:
-        sys.exit(where_it_stands(run) if world.is_main else 1)
+        sys.exit(f"interrupted: {where_it_stands(run)}" if world.is_main else 1)
 
 
 def checked(run: RunConfig, ranks: int) -> list[str]:
@@ -129,11 +130,11 @@ def checked(run: RunConfig, ranks: int) -> list[str]:
 
 
 @contextmanager
-def one_sentence() -> Iterator[None]:
-    """End the program with the message of a ValueError; HYDRA_FULL_ERROR=1 shows where it came from."""
+def one_sentence(kind: type[Exception] = ValueError) -> Iterator[None]:
+    """End the program with the message of an error; HYDRA_FULL_ERROR=1 shows where it came from."""
     try:
         yield
-    except ValueError as error:
+    except kind as error:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         sys.exit("\n".join(map(printable, f"error: {error}".split("\n"))))
@@ -150,8 +151,9 @@ def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     """Run the named stages in order."""
     setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
     try:
-        for stage in stages:
-            STAGES[stage](run, world)
+        with one_sentence(RunError):
+            for stage in stages:
+                STAGES[stage](run, world)
     except Stopped:  # on all ranks alike: they can still say good-bye
         stop()
         raise

@@ -1,4 +1,4 @@
-"""What ZeRO costs here: disk, CPU Adam, steps per tier and stage, growth, and training within a memory limit.
+"""What ZeRO costs here: disk, CPU Adam, steps per tier and stage, growth, a memory limit, and offloading from CUDA.
 
 Run the parts one at a time, each replaces its section of `benchmarks/results/zero.md`:
 
@@ -7,6 +7,7 @@ Run the parts one at a time, each replaces its section of `benchmarks/results/ze
     python -m benchmarks.zero step --peer PYTHON --sizes 25M 125M --ranks 1 2 --precisions fp32 bf16
     python -m benchmarks.zero growth
     python -m benchmarks.zero capped --size 500M --limit-mb 1500
+    python -m benchmarks.zero offload --sizes 500M 1B        (on a CUDA device)
 
 PYTHON is an interpreter with torch, transformers, deepspeed and ninja (`pip install deepspeed==0.19.8 ninja`;
 `libaio-dev` for its disk tier): it compiles its operators on first use, some minutes. Without it the peer is skipped.
@@ -17,10 +18,11 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from benchmarks import zero_adam, zero_disk, zero_growth, zero_step
+from benchmarks import zero_adam, zero_disk, zero_growth, zero_offload, zero_step
 from benchmarks.zero_case import Case, Outcome, run
 from benchmarks.zero_records import Records
 from benchmarks.zero_report import RESULT, write_section
@@ -80,6 +82,17 @@ def capped(arguments: argparse.Namespace) -> str:
     return zero_growth.train_capped(Case(**fields), folder=arguments.folder, limit=int(arguments.limit_mb * 1e6))
 
 
+def offload(arguments: argparse.Namespace) -> str:
+    """Speed of a step on a CUDA device with its states elsewhere, as a fraction of the speed with them there."""
+    zero_offload.require_cuda()
+    texts = []
+    for size in arguments.sizes:
+        case = _template(arguments, size=size, ranks=1, precision=arguments.precision)
+        case = replace(case, accumulation=arguments.accumulation)
+        texts.append(zero_offload.compare(_records(arguments), case, rows=arguments.rows, rounds=arguments.rounds))
+    return "\n\n".join(texts)
+
+
 def _template(arguments: argparse.Namespace, *, size: str, ranks: int, precision: str) -> Case:
     buffers = {"buffer_count": arguments.buffer_count, "buffer_size": arguments.buffer_size}
     return Case(
@@ -106,7 +119,7 @@ def _records(arguments: argparse.Namespace) -> Records:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for action in (disk, adam, step, growth, capped):
+    for action in (disk, adam, step, growth, capped, offload):
         part = parts.add_parser(action.__name__, help=action.__doc__)
         part.set_defaults(action=action)
         part.add_argument("--folder", type=Path, default=Path("outputs/zero"), help="on the disk to use")
@@ -114,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--rounds", type=int, default=3)
         part.add_argument("--buffer-count", type=int, default=4)
         part.add_argument("--buffer-size", type=int, default=8_000_000, help="elements of four bytes")
-        if action in (step, growth, capped):
+        if action in (step, growth, capped, offload):
             _add_training(part)
     parts.choices["disk"].add_argument("--gigabytes", type=float, default=2.0)
     parts.choices["adam"].add_argument("--elements", type=int, default=100_000_000)
@@ -127,8 +140,9 @@ def _parser() -> argparse.ArgumentParser:
     parts.choices["step"].add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parts.choices["step"].add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
     parts.choices["growth"].add_argument("--sizes", nargs="+", default=["25M", "60M", "125M", "250M", "500M"])
-    for name in ("growth", "capped"):
+    for name in ("growth", "capped", "offload"):
         parts.choices[name].add_argument("--precision", default="bf16")
+    _add_offload(parts.choices["offload"])
     parts.choices["capped"].add_argument("--size", default="500M")
     parts.choices["capped"].add_argument("--ranks", type=int, default=1)
     parts.choices["capped"].add_argument("--limit-mb", type=float, default=1500)
@@ -140,6 +154,13 @@ def _add_training(part: argparse.ArgumentParser) -> None:
     part.add_argument("--sequences", type=int, default=2)
     part.add_argument("--length", type=int, default=128)
     part.add_argument("--records", type=Path, default=Path("outputs/zero/records.jsonl"))
+
+
+def _add_offload(part: argparse.ArgumentParser) -> None:
+    part.add_argument("--sizes", nargs="+", default=["500M", "1B"])
+    part.add_argument("--rows", nargs="+", choices=zero_offload.ROWS, default=list(zero_offload.ROWS))
+    part.add_argument("--accumulation", type=int, default=8)
+    part.set_defaults(sequences=64, length=1024)
 
 
 def main() -> None:

@@ -42,6 +42,12 @@ class Case:
     sequences: int = 2
     """Of each rank in each step."""
     length: int = 128
+    accumulation: int = 1
+    """Micro-batches that a step's sequences are cut into, for ours."""
+    device: str = "cpu"
+    """Where ours computes."""
+    threads: int = 1
+    """Of each rank."""
     peers: int = 1
     """Plain: how many ranks' batches it takes."""
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -60,6 +66,8 @@ class Outcome:
     """Highest resident memory above the imports before the first timed step; the mean of the ranks."""
     peak_mb: float
     """The same in the timed steps."""
+    device_mb: float
+    """Most memory of a CUDA device in the timed steps; the mean of the ranks."""
     losses: list[float]
     """Of every step, the mean of the ranks."""
 
@@ -75,6 +83,7 @@ class Outcome:
             wall_seconds=statistics.median(map(max, wall[warmup:])),
             start_peak_mb=statistics.mean(report["start_peak"] for report in reports) / 1e6,
             peak_mb=statistics.mean(report["peak"] for report in reports) / 1e6,
+            device_mb=statistics.mean(report["device_peak"] for report in reports) / 1e6,
             losses=[statistics.mean(step) for step in losses],
         )
 
@@ -116,8 +125,8 @@ def run(case: Case, *, folder: Path, python: str = sys.executable, cap: MemoryCa
 
 def _environment(case: Case, rank: int, *, port: int) -> dict[str, str]:
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": case.ranks, "LOCAL_SIZE": case.ranks}
-    # One thread each, and none that spins: the ranks share the machine with each other and with everything else.
-    threads = {"OMP_NUM_THREADS": 1, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": 0}
+    # No thread that spins: the ranks share the machine with each other and with everything else.
+    threads = {"OMP_NUM_THREADS": case.threads, "OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": 0}
     place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": 1}
     return os.environ | {name: str(value) for name, value in (ranks | threads | place).items()}
 

@@ -29,6 +29,7 @@ SIZES = {  # name: width, inner width, layers, vocabulary
     "125M": (768, 2048, 12, 25600),
     "250M": (1024, 2816, 15, 25600),
     "500M": (1280, 3456, 22, 25600),
+    "1B": (2048, 5504, 18, 32000),
 }
 RATE, BETAS, EPS, CLIP = 1e-3, (0.9, 0.95), 1e-8, 1.0
 BATCHES = 4  # come again and again, so that there is something to learn
@@ -41,20 +42,25 @@ Step = Callable[[int], float]  # trains on the batch of this number, and says th
 def main() -> None:
     """Train, and write what it cost to `FOLDER/rank<N>.json`."""
     case, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
-    torch.set_num_threads(1)
+    torch.set_num_threads(case["threads"])
     importlib.import_module(PACKAGES[case["contender"]])
-    before = resident()
+    before, on_cuda = resident(), case["device"] == "cuda"
     step = {"ours": ours, "deepspeed": deepspeed, "plain": plain}[case["contender"]](case, folder)
     report: dict[str, Any] = {"cpu_seconds": [], "wall_seconds": [], "losses": []}
     for number in range(case["steps"]):
         if number == case["warmup"]:
             report["start_peak"] = highest_resident() - before
             forget_highest_resident()
+            if on_cuda:
+                torch.cuda.reset_peak_memory_stats()
         cpu, wall = time.process_time(), time.perf_counter()
         report["losses"].append(step(number))
+        if on_cuda:
+            torch.cuda.synchronize()
         report["cpu_seconds"].append(time.process_time() - cpu)
         report["wall_seconds"].append(time.perf_counter() - wall)
     report["peak"] = highest_resident() - before
+    report["device_peak"] = torch.cuda.max_memory_allocated() if on_cuda else 0
     (folder / f"rank{rank}.json").write_text(json.dumps(report))
 
 
@@ -66,7 +72,7 @@ def ours(case: Case, folder: Path) -> Step:
     from rlhf.models.blueprint import assemble
     from rlhf.models.causal_lm import causal_lm_module
 
-    world, config = start("cpu"), llama(case["size"])
+    world, config = start(case["device"]), llama(case["size"])
     module = causal_lm_module(config)
     blueprint = assemble(module, RandomWeights(module), config=config, new={}, lora=None, seed=0)
     engine = build_engine(
@@ -85,11 +91,14 @@ def ours(case: Case, folder: Path) -> Step:
     )
 
     def step(number: int) -> float:
-        ids = batch(case, number)[world.rank]
-        loss = token_loss(engine(input_ids=ids).logits, ids)
-        engine.backward(loss / world.size, last=True)
+        micro = batch(case, number)[world.rank].to(world.device).chunk(case["accumulation"])
+        total = torch.zeros((), device=world.device)
+        for ids in micro:
+            loss = token_loss(engine(input_ids=ids).logits, ids) / len(micro)
+            engine.backward(loss / world.size, last=ids is micro[-1])
+            total += loss.detach()
         engine.step()
-        return loss.item()
+        return total.item()
 
     return step
 

@@ -75,7 +75,8 @@ def at_least(settings: object, minimum: int, *names: str) -> None:
 def divisible(total: int, *, by: int, names: str) -> int:
     """`total // by`, or a ValueError that names both settings and the nearest totals that divide."""
     lower, upper = total // by * by, -(-total // by) * by
-    require(lower == total, f"{names}: {total} is not a multiple of {by}; use {lower or upper} or {upper}.")
+    near = " or ".join(str(size) for size in dict.fromkeys((lower or upper, upper)))
+    require(lower == total, f"{names}: {total} is not a multiple of {by}; use {near}.")
     return total // by
 
 
@@ -272,8 +273,8 @@ class TrackingConfig:
 class CheckpointConfig:
     """When a stage saves itself, and what is kept. A killed run goes on from its last checkpoint.
 
-    They are for runs that do not end: a finished stage removes them, but for one whose evaluation was better than the
-    last. There is never less than the newest one on the disk, so there must be room for one more than are kept.
+    They are for runs that do not end: a finished stage removes them. There is never less than the newest one on the
+    disk, so there must be room for one more than are kept.
     """
 
     every: float = 0.2
@@ -281,7 +282,7 @@ class CheckpointConfig:
     keep: int = 1
     """Newest checkpoints that are kept."""
     best: bool = True
-    """Keep the one with the best evaluation too."""
+    """Keep the one with the best evaluation too; the stage ends with the models of it in `best/`, beside the last."""
     asynchronous: bool = True
     """Write while training goes on; training waits for a copy in host memory only."""
 

@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from rlhf.heap import return_freed_memory
+
 T = TypeVar("T")
 
 _TIMEOUT = timedelta(minutes=30)
@@ -41,7 +43,7 @@ class World:
 
 
 def start(device: str = "auto") -> World:
-    """Join the other ranks, if there are any.
+    """Join the other ranks, if there are any; from here on freed memory goes back to the system (`heap.py`).
 
     Args:
         device: `auto` (CUDA when there is one), `cpu` or `cuda`.
@@ -49,6 +51,7 @@ def start(device: str = "auto") -> World:
     Raises:
         ValueError: `cuda` was asked for and there is none.
     """
+    return_freed_memory()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     target = _resolve_device(device, local_rank)

@@ -45,6 +45,8 @@ _ORIGINS = {Origin.file: "{}", Origin.auto: "{} is auto: the run's own", Origin.
 class _Context:
     """What every decision needs."""
 
+    general: Any
+    """What `engine.deepspeed` says."""
     ranks: int
     overridden: Collection[str]
     report: _Report
@@ -62,7 +64,7 @@ def with_deepspeed(run: RunConfig, *, ranks: int, overridden: Collection[str] = 
         ValueError: a file that cannot be read, a key that is unknown or refused, sizes that do not add up, or a setting
             that the command line sets otherwise.
     """
-    context = _Context(ranks, overridden, _Report())
+    context = _Context(run.engine.deepspeed, ranks, overridden, _Report())
     stages = {stage: _stage(getattr(run, stage), stage, context=context) for stage in run.stages}
     engine = run.engine
     if engine.deepspeed is not None:
@@ -94,7 +96,7 @@ def _role(config: Any, stage: str, *, role: Role, context: _Context) -> dict[str
     """The stage's settings that one model's configuration decides."""
     engine: EngineConfig = getattr(config, role.engine)
     optimizer: OptimizerConfig | None = getattr(config, role.optimizer) if role.optimizer else None
-    place, setting = f"{stage} {role.name}".strip(), f"{stage}.{role.engine}.deepspeed"
+    place, setting = f"{stage} {role.name}".strip(), _given_as(config, stage, role=role, context=context)
     document = read_deepspeed(engine.deepspeed, setting=setting)
     resolved = resolve(document, engine, optimizer=optimizer)
     names = (f"{stage}.{role.engine}", f"{stage}.engine", "engine")
@@ -108,6 +110,14 @@ def _role(config: Any, stage: str, *, role: Role, context: _Context) -> dict[str
     context.report.add(document, resolved, place=place, values=values)
     new[role.optimizer] = _replaced(optimizer, values, place=setting)
     return new | _batch(config, stage, document=document, context=context)
+
+
+def _given_as(config: Any, stage: str, *, role: Role, context: _Context) -> str:
+    """The most general setting that says what a model's own `deepspeed` says: probably the one that was written."""
+    said = getattr(config, role.engine).deepspeed
+    if said == context.general:
+        return "engine.deepspeed"
+    return f"{stage}.{'engine' if said == config.engine.deepspeed else role.engine}.deepspeed"
 
 
 def _chosen(

@@ -37,6 +37,8 @@ from rlhf.models.shapes import Adapters, Head, Shape
 from stages.planning_work import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised
 from stages.preflight import maker_of
 
+EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
+"""What is in the output folder; everything else on disk is below `engine.nvme_path`."""
 _MOVING = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
 
 
@@ -161,13 +163,14 @@ class _Planner:
         return max(found, key=lambda items: sum(item.bytes for item in items if item.place is Place.device))
 
     def saving(self, models: list[Model], *, at_rest: list[Item]) -> list[Item]:
-        """Exports, one after the other, and checkpoints."""
+        """Exports, those of the best evaluation among them, and checkpoints."""
         items = [*at_rest, *self.copies(models)]
+        exports = 1 + (self._num_checkpoints > 0 and self.run.checkpoint.best)
         for model in models:
             role, states = model.setting.role, model.states
             share = -(-states.exported() // self.machine.local_ranks)  # the first rank writes it for all
-            items.append(Item(role, "export", Place.disk, share))
-            items.append(Item(role, "checkpoints", Place.disk, self._num_checkpoints * states.in_a_checkpoint()))
+            items.append(Item(role, EXPORT, Place.disk, exports * share))
+            items.append(Item(role, CHECKPOINTS, Place.disk, self._num_checkpoints * states.in_a_checkpoint()))
         return items
 
     def copies(self, models: list[Model]) -> list[Item]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,19 +16,19 @@ import torch
 from rlhf.config import RunConfig
 from rlhf.dist import World, barrier
 from rlhf.engine.memory.plan import Item, Limits, Phase, Place, Plan, chosen_limits
+from rlhf.launch import under_torchrun
 from rlhf.tracking.memory import resident
 from rlhf.tracking.table import table
 from stages.planning import Machine, machine_of, plan_stage
 from stages.planning_changes import cheapest_change
+from stages.planning_limits import full_disks, machine_limits
 from stages.planning_measured import NUMBERS
-from stages.preflight import engines_of
 
 log = logging.getLogger(__name__)
 
 PLAN = "plan.txt"
 RUNTIME = "runtime"
 _CUDA_CONTEXT = 600_000_000  # bytes of a process on an H100 before its first tensor: context, kernels, cuBLAS
-_MEMINFO, _CGROUP = Path("/proc/meminfo"), Path("/sys/fs/cgroup")
 
 
 def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
@@ -48,6 +47,7 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     path.write_text("\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
     (path.parent / NUMBERS).write_text(json.dumps({plan.stage: _numbers(plan) for plan in plans}, indent=2) + "\n")
     refused = [said for plan, said in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
+    refused += [said for plan in plans for said in full_disks(run, plan)]
     if refused and run.memory.enforce:
         raise ValueError("\n".join([*refused, "memory.enforce=false starts it all the same."]))
     for said in refused:
@@ -115,47 +115,11 @@ def runtime_items(device: torch.device) -> tuple[Item, ...]:
     return (Item("process", RUNTIME, Place.host, host), *on_device)
 
 
-def machine_limits(run: RunConfig, device: torch.device) -> Limits:
-    """What this machine has free.
-
-    Raises:
-        ValueError: the plan is for a device that is not here, and the configuration does not say how large it is.
-    """
-    on_device = None
-    if device.type == "cuda":
-        if not torch.cuda.is_available() and run.memory.device_gb is None:
-            raise ValueError(
-                "memory.device_gb: this machine has no CUDA device to ask; say how large the one is that the plan is "
-                "for, as in memory.device_gb=80 memory.host_gb=256."
-            )
-        is_here = torch.cuda.is_available()
-        on_device = torch.cuda.get_device_properties(device).total_memory if is_here else 0
-    return Limits(on_device, _free_host(), _free_disk(run))
-
-
 def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
     machine = machine_of(run, ranks=ranks)
-    limits = chosen_limits(run.memory, machine_limits(run, machine.device))
+    starts_others = ranks > 1 and not under_torchrun()
+    limits = chosen_limits(run.memory, machine_limits(run, machine.device, computes=not starts_others))
     return Machine(machine.device, machine.ranks, machine.local_ranks, runtime_items(machine.device)), limits
-
-
-def _free_host() -> int:
-    """Bytes that can be had without swapping, of the machine and of the control group; ours count as free."""
-    if not _MEMINFO.exists():
-        return 1 << 62
-    fields = dict(line.split(":") for line in _MEMINFO.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    limit, used = _CGROUP / "memory.max", _CGROUP / "memory.current"
-    if limit.exists() and limit.read_text().strip() != "max":
-        free = min(free, int(limit.read_text()) - int(used.read_text()))
-    return free + resident().get("RssAnon", 0)
-
-
-def _free_disk(run: RunConfig) -> int:
-    """Bytes on the file systems that the run writes to."""
-    disks = [engine.nvme_path for stage in run.stages for engine in engines_of(run, stage).values()]
-    there = [next(p for p in (Path(f), *Path(f).parents) if p.exists()) for f in (run.output_dir, *disks) if f]
-    return sum({path.stat().st_dev: shutil.disk_usage(path).free for path in there}.values())
 
 
 def _rows(plan: Plan, place: Place) -> Iterator[list[object]]:

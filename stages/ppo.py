@@ -74,22 +74,14 @@ def run_ppo(run: RunConfig, world: World) -> Record:
             evaluation = examiner.examine(collector, step=step) if evaluates else {}
             tokens = float(rollout.attention_mask.sum())
             session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
-        return finish(session, models)
+        session.export()
+        units = (models.value_shift, 1.0)  # of what the critic says
+        return session.finish(score_units=None if models.critic is None else lambda _: units)
 
 
 def learners(models: Models) -> dict[str, Engine]:
     """The models that are trained."""
     return {"actor": models.actor} | ({} if models.critic is None else {"critic": models.critic})
-
-
-def finish(session: Session, models: Models) -> Record:
-    """Write actor and critic, and the record; the critic's says in which units it speaks."""
-    record = session.record()
-    exports = [session.export(models.actor, "actor")]
-    if models.critic is not None:
-        exports.append(session.export(models.critic, "critic"))
-        record = replace(record, score_mean=models.value_shift, score_std=1.0)
-    return session.finish(*exports, record=record)
 
 
 def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models:

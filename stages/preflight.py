@@ -23,7 +23,7 @@ from rlhf.text import Tokenizer
 from rlhf.tracking.tracker import requested_mode
 from stages.handover import check_folder, is_finished
 from stages.judging import check_judges, score_scale
-from stages.resume import check_resume
+from stages.resume import check_resume, forget
 from stages.session import stage_tokenizer
 
 log = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     check_descent(run, todo)
     for stage in [stage for stage in run.stages if stage not in todo]:
         log.info("%s is finished (%s), skipping it", stage, Path(run.output_dir) / stage)
+        forget(Path(run.output_dir) / stage)
     for stage in todo:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
         check_device(run, stage)

@@ -1,6 +1,6 @@
 """The end of a run: one table of what was learnt, and what the policy says now beside what it said before.
 
-Or one sentence, where it was interrupted.
+Or one sentence, where it ended early.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def show_results(run: RunConfig) -> None:
 
 
 def where_it_stands(run: RunConfig) -> str:
-    """What is left of an interrupted run, and how to go on."""
+    """What is left of a run that has ended early, and how to go on."""
     for stage in run.stages:
         newest = newest_in(Path(run.output_dir) / stage)
         if newest is not None and not is_finished(run, stage):
-            return f"interrupted: {stage} is saved in {newest.folder}; the same command goes on from there"
-    return "interrupted: finished stages are kept; the same command goes on after them"
+            return f"{stage} is saved in {newest}; the same command goes on from there"
+    return "finished stages are kept; the same command goes on after them"
 
 
 def _stage_rows(folder: Path) -> list[list[object]]:

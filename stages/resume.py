@@ -5,13 +5,14 @@ KL controller, the position in the data, every rank's random numbers, and the ev
 in it. The same command goes on from the newest checkpoint: on the same number of ranks with the same bits, on another
 number, ZeRO stage or tier with the same numbers up to rounding.
 
-Checkpoints are there for runs that do not end: a stage that is finished removes them. The one with the best evaluation
-stays, where that is not the last.
+Checkpoints are there for runs that do not end: a stage that is finished removes them. Of the one with the best
+evaluation it leaves the models, where that was not the last.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,10 +21,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from rlhf.config import CheckpointConfig
-from rlhf.dist import World, max_over_ranks
-from rlhf.engine.checkpoint.checkpoints import Checkpoints, Saved, open_saved, steps_in
+from rlhf.dist import World, broadcast_object, max_over_ranks
+from rlhf.engine.checkpoint.checkpoints import Checkpoints, Saved, folder_of, open_saved, steps_in
 from rlhf.engine.checkpoint.stored import Stored
 from rlhf.engine.engine import Engine
+from rlhf.failure import RunError
 from stages.stopping import Stopped
 
 log = logging.getLogger(__name__)
@@ -116,16 +118,16 @@ class Progress:
     after: dict[str, float] = field(default_factory=dict)
     """Those of the last evaluation."""
     best_step: int = 0
-    best: float | None = None
-    """The best evaluation of the stage's aim, if there was one after a step."""
+    best: dict[str, float] = field(default_factory=dict)
+    """Those of the best evaluation of the stage's aim, if there was one after a step."""
 
     def note(self, step: int, evaluation: dict[str, float], *, aim: Aim) -> bool:
         """Take note of an evaluation after `step`, if there was one; True when it is the best of all."""
         self.after = evaluation or self.after
         value = evaluation.get(aim.metric)
-        if value is None or (self.best is not None and aim.sign * value <= aim.sign * self.best):
+        if value is None or (self.best and aim.sign * value <= aim.sign * self.best[aim.metric]):
             return False
-        self.best_step, self.best = step, value
+        self.best_step, self.best = step, evaluation
         return True
 
 
@@ -154,8 +156,14 @@ class Keeper:
         """Go on from the newest checkpoint; False when there is none. Refuses to start where none would fit.
 
         Raises:
-            ValueError: the checkpoint is damaged, belongs to another model, or there is no room for more.
+            RunError: the checkpoint is damaged, belongs to another model, or there is no room for more.
         """
+        try:
+            return self._resume()
+        except ValueError as error:
+            raise RunError(str(error)) from error
+
+    def _resume(self) -> bool:
         self.checkpoints.tidy()
         if self.config.interval_of(self.total_steps):
             size = sum(stored.nbytes for stored in self.parts.tensors())
@@ -181,7 +189,7 @@ class Keeper:
 
         Raises:
             Stopped: some rank was, and all have saved themselves.
-            RuntimeError: a checkpoint could not be written.
+            RunError: a checkpoint could not be written.
         """
         self.progress.step = step
         is_best = self.progress.note(step, evaluation, aim=self.aim)
@@ -197,9 +205,22 @@ class Keeper:
         if asked:
             raise Stopped
 
+    def return_to_best(self) -> bool:
+        """After the last step: give what learns the weights of the best evaluation, where that was an earlier one.
+
+        Raises:
+            ValueError: its checkpoint is damaged.
+        """
+        there = broadcast_object(steps_in(self.checkpoints.folder))
+        step = self.progress.best_step
+        if not self.config.best or step == self.total_steps or step not in there:
+            return False
+        self.checkpoints.load(open_saved(self.checkpoints.folder, step), self.parts.tensors())
+        return True
+
     def finish(self) -> None:
-        """The stage is finished: remove its checkpoints, but for a better one than the end."""
-        self.checkpoints.remove(spare=self._spare() - {self.total_steps})
+        """The stage is finished: remove its checkpoints."""
+        self.checkpoints.remove()
 
     def _is_due(self, step: int) -> bool:
         interval = self.config.interval_of(self.total_steps)
@@ -220,14 +241,16 @@ class Keeper:
         self.saved_step = step
 
 
-def newest_in(folder: Path) -> Saved | None:
-    """The newest complete checkpoint of the stage in `folder`, for one rank alone.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+def newest_in(folder: Path) -> Path | None:
+    """The newest complete checkpoint of the stage in `folder`, unread; for one rank alone."""
     steps = steps_in(folder / CHECKPOINTS)
-    return open_saved(folder / CHECKPOINTS, steps[-1]) if steps else None
+    return folder_of(folder / CHECKPOINTS, steps[-1]) if steps else None
+
+
+def forget(folder: Path) -> None:
+    """Remove the checkpoints of a finished stage in `folder`, which are there where it was killed at the very end."""
+    if (folder / CHECKPOINTS).exists():
+        shutil.rmtree(folder / CHECKPOINTS)
 
 
 def check_resume(folder: Path, *, data: str) -> None:
@@ -236,6 +259,6 @@ def check_resume(folder: Path, *, data: str) -> None:
     Raises:
         ValueError: it was not, or it is damaged.
     """
-    saved = newest_in(folder)
-    if saved is not None:
-        check_data(saved, data)
+    steps = steps_in(folder / CHECKPOINTS)
+    if steps:
+        check_data(open_saved(folder / CHECKPOINTS, steps[-1]), data)

@@ -6,7 +6,6 @@ Left out: several objectives, ordinal ratings. Run: `python run_pipeline.py stag
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -72,7 +71,7 @@ def run_reward(run: RunConfig, world: World) -> Record:
             blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
         with closing(engine):
-            record = supervise(
+            supervise(
                 session,
                 engine,
                 loader=loader,
@@ -81,10 +80,8 @@ def run_reward(run: RunConfig, world: World) -> Record:
                 eval_every=config.eval_every,
                 data=splits.fingerprint,
             )
-            model = session.export(engine, "model")
-        after = record.after
-        record = replace(record, score_mean=after["eval/score_mean"], score_std=after["eval/score_std"])
-        return session.finish(model, record=record)
+            session.export()
+        return session.finish(score_units=lambda after: (after["eval/score_mean"], after["eval/score_std"]))
 
 
 def _metrics(result: PreferenceResult) -> dict[str, float]:

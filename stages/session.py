@@ -16,7 +16,8 @@ import torch
 from rlhf import dist
 from rlhf.config import RunConfig
 from rlhf.dist import World
-from rlhf.engine.engine import Engine
+from rlhf.engine.checkpoint.randomness import seed_random_numbers
+from rlhf.failure import RunError
 from rlhf.models.export import export
 from rlhf.text import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
@@ -30,6 +31,9 @@ from stages.stopping import StopSignals
 log = logging.getLogger(__name__)
 
 Batch = TypeVar("Batch")
+
+BEST = "best"
+"""Folder of the models that had the best evaluation."""
 
 
 @dataclass
@@ -47,6 +51,8 @@ class Session:
     step_started: float = field(default_factory=time.perf_counter)
     """When the last step was finished."""
     _keeper: Keeper | None = None
+    _has_best: bool = False
+    """Whether there are models of a better evaluation than the last."""
 
     @property
     def pad_id(self) -> int:
@@ -74,6 +80,7 @@ class Session:
             self.tracker.rewind(self.progress.step)
         else:
             self.tracker.rewind(-1)
+            seed_random_numbers(getattr(self.run, self.stage).seed, rank=self.world.rank)
             self.progress.before = self.progress.after = evaluate()
             self._log(0, self.progress.before)
         if self.progress.step < total_steps:
@@ -120,39 +127,63 @@ class Session:
         """True after every `every` steps (0: never in between) and after the last one."""
         return step == self.tracker.total_steps or (every > 0 and step % every == 0)
 
-    def export(self, engine: Engine, name: str) -> Path:
-        """Write a model to the stage's folder, loadable without this project; all ranks must call it."""
-        folder = self.folder / name
-        with self.watch("save"):
-            tensors = engine.full_tensors()
-            export(engine.module, tensors, folder=folder, tokenizer=self.tokenizer, write=self.world.is_main)
-            dist.barrier()
-        return folder
+    def export(self) -> None:
+        """Write the models, loadable without this project; all ranks must call it.
 
-    def finish(self, *models: Path, record: Record) -> Record:
-        """Leave the record beside each model and, last of all, in the stage's folder: the stage is finished."""
+        Those of the best evaluation go to `best/`, where it was not the last; the engines then hold them.
+        """
+        self._export_to(self.folder)
+        self._has_best = self.keeper.return_to_best()
+        if self._has_best:
+            self._export_to(self.folder / BEST)
+
+    def finish(self, *, score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None) -> Record:
+        """Leave a record beside each model and, last of all, in the stage's folder: the stage is finished.
+
+        Args:
+            score_units: mean and standard deviation of what the model with a scalar head says, if there is one, from
+                its held-out metrics.
+        """
+        record = self._record(self.progress.after, score_units)
         broken = [name for name, value in record.after.items() if not math.isfinite(value)]
         if broken:
-            raise RuntimeError(
+            raise RunError(
                 f"{self.stage} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
                 f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
             )
         self.tracker.summary(record.after | beside_plan(self.run, self.stage, world=self.world, watch=self.watch))
         if self.world.is_main:
-            for folder in (*models, self.folder):
+            models = list(self.keeper.parts.engines)
+            if self._has_best:
+                best = self._record(self.progress.best, score_units)
+                for name in models:
+                    write_record(best, self.folder / BEST / name)
+            for folder in (*(self.folder / name for name in models), self.folder):
                 write_record(record, folder)
         dist.barrier()
         self.keeper.finish()
         return record
 
-    def record(self) -> Record:
-        """The record of this stage, with held-out metrics from before and after training."""
+    def _export_to(self, folder: Path) -> None:
+        for name, engine in self.keeper.parts.engines.items():
+            with self.watch("save"):
+                tensors, write = engine.full_tensors(), self.world.is_main
+                export(engine.module, tensors, folder=folder / name, tokenizer=self.tokenizer, write=write)
+                dist.barrier()
+
+    def _record(
+        self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None
+    ) -> Record:
+        """The record of this stage, with held-out metrics from before training and `after` it."""
+        mean, deviation = score_units(after) if score_units else (None, None)
         return Record(
             stage=self.stage,
             template=template_fingerprint(self.tokenizer),
             pad_id=self.pad_id,
+            score_mean=mean,
+            score_std=deviation,
             before=self.progress.before,
-            after=self.progress.after,
+            after=after,
         )
 
     def close(self) -> None:

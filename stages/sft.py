@@ -54,7 +54,7 @@ def run_sft(run: RunConfig, world: World) -> Record:
             blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
         with closing(engine):
-            record = supervise(
+            supervise(
                 session,
                 engine,
                 loader=loader,
@@ -63,8 +63,8 @@ def run_sft(run: RunConfig, world: World) -> Record:
                 eval_every=config.eval_every,
                 data=splits.fingerprint,
             )
-            model = session.export(engine, "model")
-        return session.finish(model, record=record)
+            session.export()
+        return session.finish()
 
 
 def _metrics(result: LanguageResult) -> dict[str, float]:

@@ -16,7 +16,6 @@ from rlhf.config import SupervisedConfig
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.types import PreferenceBatch, SFTBatch
-from stages.handover import Record
 from stages.resume import Parts
 from stages.session import Session
 
@@ -79,7 +78,7 @@ def supervise(
     evaluate: Callable[[], dict[str, float]],
     eval_every: int,
     data: str,
-) -> Record:
+) -> None:
     """Take one optimizer step for every item of `loader` that is left.
 
     Args:
@@ -90,9 +89,6 @@ def supervise(
         evaluate: held-out metrics; all ranks together.
         eval_every: steps between evaluations.
         data: fingerprint of the rows.
-
-    Returns:
-        The held-out metrics before and after.
     """
     session.begin(Parts({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
     for step, micro_batches in session.steps(loader):
@@ -103,7 +99,6 @@ def supervise(
             with session.watch("evaluate"):
                 evaluation = evaluate()
         session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
-    return session.record()
 
 
 def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "stages", "data", "conf")
 FLOORS = [
-    {"rlhf.config_groups", "rlhf.types"},
+    {"rlhf.config_groups", "rlhf.failure", "rlhf.types"},
     {"rlhf.config_engine"},
     {"rlhf.config_stages"},
     {"rlhf.config"},
+    {"rlhf.heap"},
     {"rlhf.dist"},
     {"rlhf.text_pad"},
     {"rlhf.algorithms", "rlhf.launch", "rlhf.tracking", "rlhf.text"},

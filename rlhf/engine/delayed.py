@@ -4,8 +4,8 @@ The gradient of step t is applied in the background, and reaches the working wei
 step's gradient was computed with weights that do not know step t yet. Everything else is AdamW: each gradient with
 its own learning rate and clipping, in order. The loss falls later by about a step, and the largest learning rate that
 is stable is smaller; publishing more often than each step (see below) shortens the delay, so it changes the numbers.
-Whoever reads weights (evaluation, generation, a checkpoint) has them published first (`AdamW.flush`). So a run that was
-stopped where no checkpoint was due goes on with other numbers than one that was not; a killed one does not.
+Evaluation and generation have the weights published first (`AdamW.flush`). A checkpoint does not, or it would change
+the run: it holds the weights without the update as well.
 Left out: what runs (`optimizers.py`).
 """
 
@@ -35,3 +35,8 @@ class Background:
             return False
         job.result()
         return True
+
+    def close(self) -> None:
+        """Finish, and end the thread."""
+        self._thread.shutdown()
+        self.finish()

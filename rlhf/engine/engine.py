@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import EngineConfig, OptimizerConfig
+from rlhf.config import EngineConfig, OptimizerConfig, Tier
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine import hybrid
 from rlhf.engine.checkpoint.stored import Stored, states_of
@@ -25,6 +25,8 @@ from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.precision import working_dtype
 from rlhf.engine.sharding import Sharding, shard
+from rlhf.engine.tiers.residency import resting_tier
+from rlhf.heap import return_freed_memory, trim
 from rlhf.models.surgery import enable_activation_checkpointing
 
 if TYPE_CHECKING:
@@ -78,7 +80,7 @@ class Engine:
         A gradient that is not finite anywhere skips the update everywhere.
 
         Raises:
-            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+            RunError: `engine.max_skipped_steps` steps in a row were skipped.
         """
         return step_together(self)[0]
 
@@ -128,15 +130,6 @@ class Engine:
             self._learner.optimizer.close()
         self._sharding.close()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Weights that learn, optimizer state and counters; sharded tensors by name, in this engine's memory."""
-        return self._learning.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()` as if the run had not been interrupted."""
-        self._sharding.release()
-        self._learning.load_state_dict(state)
-
     def stored(self) -> list[Stored]:
         """The tensors of a checkpoint, by name; `counters` are the rest of it."""
         self._sharding.release()
@@ -166,7 +159,7 @@ def step_together(*engines: Engine) -> list[StepResult]:
     """One step of engines that share a loss scale, or of one: a gradient that is not finite in any skips all.
 
     Raises:
-        RuntimeError: `engine.max_skipped_steps` steps in a row were skipped.
+        RunError: `engine.max_skipped_steps` steps in a row were skipped.
     """
     for engine in engines:
         engine._sharding.release()  # what is gathered is about to be out of date
@@ -201,7 +194,10 @@ def build_engine(
     if frozen:
         module.requires_grad_(False)
     elif config.activation_checkpointing:
-        enable_activation_checkpointing(module, offload=config.activation_offload)
+        moves = config.activation_offload and world.device.type == "cuda"
+        enable_activation_checkpointing(module, offload=moves)
+    if resting_tier(config, world.device) == Tier.nvme:
+        return_freed_memory(tight=True)
     sharding = shard(blueprint, config=config, world=world, frozen=frozen)
     allocate(blueprint, sharding, config=config, dtype=dtype, world=world)
     module.train(not frozen)
@@ -220,5 +216,6 @@ def build_engine(
             loss_scale=loss_scale or LossScale.of(config),
         )
     fill(blueprint, sharding, world=world, set_master=adam.set_master if adam else None)
+    trim()
     streams = config.stream_generation and config.zero_stage == 3
     return Engine(module, sharding, world=world, dtype=dtype, learner=learner, streams=streams)

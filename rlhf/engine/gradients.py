@@ -7,6 +7,9 @@ Every gradient is taken away from its parameter as it is made and given to the h
 which adds in fp32: autograd and FSDP2 would add bf16 gradients in bf16 (FSDP2 rounds each reduced one to bf16), and
 could add nowhere but on the device.
 
+A rank by itself has nothing to reduce: gradients are taken from the gathered parameters as autograd makes them, before
+FSDP2 copies those of a unit together, in fp32, twice.
+
 Replicas (every parameter at stage 0, small ones at stage 3) are summed over ranks here, where FSDP2 does not.
 A parameter that no rank's loss reached has no gradient and is left alone, as in `torch.optim`. Replicas may reach
 different ones; where parameters are sharded (stages 1 to 3), every rank must reach the same.
@@ -17,17 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Set
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.optimizers import AdamW, raise_failure
 from rlhf.engine.sharding import ParameterGroup, Sharding, local
 from rlhf.engine.tiers.sums import ResidentSums
+from rlhf.engine.units import Unit
 
 
 class GradientReport(NamedTuple):
@@ -68,6 +72,10 @@ class Gradients:
         self._replicas = _ReplicaSum(groups, replicas, keep=self._keep, early=early) if replicas else None
         for name, parameter in self._parameters.items():
             parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
+        if world.size == 1:
+            for unit in sharding.units if sharding.modules else ():
+                self._collect_unreduced(unit, sharding.module)
+            return
         narrow = any(parameter.dtype != torch.float32 for parameter in self._parameters.values())
         for module in sharding.modules if narrow else ():
             module.set_all_reduce_hook(self._remember)
@@ -87,7 +95,7 @@ class Gradients:
         """Norm and reach of the sums, the same on every rank, for one reduction and one wait for the device.
 
         Raises:
-            RuntimeError: a disk failed, on this rank or another.
+            RunError: a disk failed, on this rank or another.
         """
         homes, device = self._optimizer.homes, self._world.device
         squares = {name: square for home in homes for name, square in home.squares().items()}
@@ -110,6 +118,20 @@ class Gradients:
         """How many numbers of gradients this rank keeps on the device."""
         local_sums = self._replicas.elements() if self._replicas else 0
         return local_sums + sum(home.elements() for home in self._optimizer.homes)
+
+    def _collect_unreduced(self, unit: Unit, root: nn.Module) -> None:
+        """Take the gradients of a unit's gathered parameters, which FSDP2 makes when a forward first needs them."""
+
+        def watch(*_: Any) -> None:
+            if not torch.is_grad_enabled():
+                return
+            for name, parameter in unit.group(root).items():
+                if isinstance(self._parameters[name], DTensor):
+                    parameter.register_post_accumulate_grad_hook(partial(self._collect, name))
+            for handle in handles:
+                handle.remove()
+
+        handles = [module.register_forward_pre_hook(watch) for module in unit.modules]
 
     def _remember(self, reduced: Tensor) -> None:
         """Keep the fp32 sum over ranks of an FSDP2 group, flat, which FSDP2 is about to round and cut into gradients.

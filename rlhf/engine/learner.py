@@ -11,6 +11,7 @@ from rlhf.config import OptimizerConfig
 from rlhf.engine.gradients import GradientReport, Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.optimizers import AdamW
+from rlhf.failure import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +55,7 @@ class Learner:
         """Clip, update and forget the gradients; with `skip`, only forget them. The caller updates the loss scale.
 
         Raises:
-            RuntimeError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
+            RunError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
         """
         norm, reached = report
         lr = self.lr
@@ -88,10 +89,6 @@ class Learner:
             self.steps_taken, betas=config.betas, kind=config.schedule, options=config.schedule_options
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """Optimizer state and counters."""
-        return {"optimizer": self.optimizer.state_dict(), **self.counters()}
-
     def counters(self) -> dict[str, Any]:
         """Everything but tensors that a resumed run needs."""
         return {
@@ -105,11 +102,6 @@ class Learner:
         self.steps_taken = counters["steps_taken"]
         self._skipped_in_a_row = counters["skipped_in_a_row"]
         self.loss_scale.load_state_dict(counters["loss_scale"])
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from `state_dict()`."""
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.load_counters(state)
 
     def _clip(self, norm: float) -> float:
         """The factor that brings the gradients down to `optimizer.max_grad_norm`, as `clip_grad_norm_` has it."""
@@ -125,7 +117,7 @@ class Learner:
             return
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._max_skipped_steps:
-            raise RuntimeError(
+            raise RunError(
                 f"The gradient was not finite in {self._skipped_in_a_row} steps in a row (engine.max_skipped_steps="
                 f"{self._max_skipped_steps}). Lower the learning rate, set engine.precision=fp32, or look at the data "
                 "of these steps; the weights are those before the first of them."

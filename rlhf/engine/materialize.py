@@ -20,7 +20,6 @@ from rlhf.config import EngineConfig, Tier
 from rlhf.engine.sharding import Sharding, like, local
 from rlhf.engine.tiers.buffers import Buffers
 from rlhf.engine.tiers.disk import DiskFile, run_folder
-from rlhf.engine.tiers.host_memory import return_freed_memory
 from rlhf.engine.tiers.residency import Home, Residency, lay_out, unit_bytes
 from rlhf.engine.tiers.resting_disk import DiskHome, file_bytes
 from rlhf.engine.tiers.resting_host import HostHome
@@ -37,7 +36,7 @@ def allocate(
     """Give every parameter its place in `dtype`, on `world.device` or where working weights rest; buffers move too.
 
     Raises:
-        RuntimeError: the disk has no room.
+        RunError: the disk has no room.
     """
     module = blueprint.module
     _move_buffers(module, world.device)
@@ -121,8 +120,6 @@ def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) ->
 
 def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> DiskHome:
     assert config.nvme_path is not None, "the settings were checked"
-    if world.device.type == "cpu":
-        return_freed_memory()
     file = DiskFile(
         run_folder(config.nvme_path, rank=world.rank) / "parameters",
         nbytes=file_bytes(sizes),

@@ -8,6 +8,8 @@ there in fp32.)
 
 from __future__ import annotations
 
+import threading
+
 import torch
 from torch import Tensor
 
@@ -21,10 +23,20 @@ def squared_norm(rows: Tensor) -> Tensor:
     step = _TILE if rows.device.type == "cpu" else max(rows.numel(), 1)
     for tile in rows.split(step):
         whole = tile.numel() // BLOCK * BLOCK
-        if rows.device.type == "cpu":
-            tile = tile.float()  # a norm that casts is many times slower than a cast and a norm
+        if rows.device.type == "cpu" and rows.dtype != torch.float32:
+            tile = _scratch(tile.numel()).copy_(tile)  # a norm that casts is many times slower than a cast and a norm
         for blocks in (tile[:whole].view(-1, BLOCK), tile[whole:].view(1, -1)):
             if blocks.numel():
                 norms = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32)
                 total += norms.double().square_().sum()
     return total
+
+
+def _scratch(count: int) -> Tensor:
+    """This thread's memory for a tile, [count] fp32: pages of a fresh one would cost more than the norm."""
+    if not hasattr(_OWN, "tile"):
+        _OWN.tile = torch.empty(_TILE)
+    return _OWN.tile[:count]
+
+
+_OWN = threading.local()

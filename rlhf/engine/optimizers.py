@@ -15,12 +15,15 @@ from torch import Tensor
 from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine.delayed import Background
-from rlhf.engine.sharding import ParameterGroup, like, local
+from rlhf.engine.sharding import ParameterGroup, local
 from rlhf.engine.tiers.choice import Tiers
 from rlhf.engine.tiers.homes import PARTS, StateHome, Update
 from rlhf.engine.tiers.residency import WorkingRows
 from rlhf.engine.tiers.working_rows import ResidentRows
+from rlhf.failure import RunError
 
+WORKING = "working"
+"""The part of a delayed update's state that is no home's: weights that do not know the last update."""
 Masters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 """fp32 rows by name, or one after the other."""
 
@@ -51,7 +54,7 @@ class AdamW:
 
         Raises:
             ValueError: settings that exclude each other.
-            RuntimeError: the disk has no room.
+            RunError: the disk has no room.
         """
         self.groups = groups
         self._world = world or World.alone()
@@ -61,6 +64,7 @@ class AdamW:
         self._home_of = {shape.name: home for home in self.homes for shape in home.shapes}
         self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
         self._background = Background() if engine.delayed_update else None
+        self._is_behind = False  # the working weights do not know the last update yet
         self._fill(masters)
 
     def home_of(self, name: str) -> StateHome:
@@ -87,7 +91,7 @@ class AdamW:
             betas: of this step, where a schedule cycles them; else those of the settings.
 
         Raises:
-            RuntimeError: a disk failed, on this or another rank; the weights are of no use any more.
+            RunError: a disk failed, on this or another rank; the weights are of no use any more.
         """
         self.flush()
         update = Update(reached, lr, scale, betas)
@@ -104,13 +108,15 @@ class AdamW:
 
     def flush(self) -> None:
         """Finish and publish a delayed update, so that the working weights are those of all steps so far."""
-        if self._background is not None and self._background.finish():
+        self._finish()
+        if self._is_behind:
             self._publish(self.homes)
+            self._is_behind = False
 
     def close(self) -> None:
-        """Finish, and remove files."""
+        """Finish, and let go of files, threads and page-locked memory."""
         if self._background is not None:
-            self._background.finish()
+            self._background.close()
         for home in self.homes:
             home.close()
 
@@ -119,8 +125,12 @@ class AdamW:
         return list(self._home_of)
 
     def entries(self) -> Iterator[tuple[str, str]]:
-        """Parameter and part (of `PARTS`) of every tensor of the state; `steps` are the rest of it."""
-        return ((name, part) for name in self._home_of for part in PARTS)
+        """Parameter and part of every tensor of the state; `steps` are the rest of it.
+
+        Delayed, the working weights are one of the parts: they cannot be told from the masters.
+        """
+        parts = PARTS if self._background is None else (*PARTS, WORKING)
+        return ((name, part) for name in self._home_of for part in parts)
 
     def in_memory(self, name: str) -> bool:
         """False where `read_rows` reads from a disk."""
@@ -128,63 +138,39 @@ class AdamW:
 
     def read_rows(self, name: str, part: str) -> Tensor:
         """This rank's rows of one part: fp32, a copy or the memory itself; "weight" is the fp32 master."""
-        self.flush()
-        return self._home_of[name].read(name, part)
+        self._finish()
+        if part != WORKING:
+            return self._home_of[name].read(name, part)
+        rows = local(self._parameters[name])
+        return self._rows.read(name, 0, count=rows.numel()).view(rows.shape)
 
     @torch.no_grad()
     def write_rows(self, name: str, rows: Tensor, *, part: str) -> None:
-        """Set this rank's rows of one part; working weights follow "weight"."""
-        self.flush()
-        self._home_of[name].write(name, part, rows=rows)
-        if part == "weight":
+        """Set this rank's rows of one part; working weights follow "weight", delayed ones with the next update."""
+        self._finish()
+        if part != WORKING:
+            self._home_of[name].write(name, part, rows=rows)
+        if part == "weight" and self._background is not None:
+            self._is_behind = True
+        elif part in ("weight", WORKING):
             self._rows.write(name, 0, values=rows.reshape(-1))
             self._rows.flush()
 
     def steps(self) -> dict[str, float]:
         """Updates so far of each parameter."""
-        self.flush()
+        self._finish()
         return {name: home.steps[name].item() for name, home in self._home_of.items()}
 
     def load_steps(self, steps: Mapping[str, float]) -> None:
         """Set what `steps` returned."""
-        self.flush()
+        self._finish()
         for name, home in self._home_of.items():
             home.steps[name].fill_(steps[name])
 
-    def master(self, name: str) -> Tensor:
-        """fp32 weights of a parameter, sharded as it is."""
-        return like(self._parameters[name], self.read_rows(name, "weight"))
-
-    def masters(self) -> dict[str, Tensor]:
-        """All of them at once."""
-        return {name: self.master(name) for name in self._home_of}
-
-    def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """Everything that a resumed run needs, by parameter name, sharded as the parameters are, all in memory.
-
-        The tensors share the optimizer's memory where the state is fp32 and in memory, so they can be filled in place.
-        """
-        steps = {name: home.steps[name] for name, home in self._home_of.items()}
-        entries: dict[str, dict[str, Tensor]] = {name: {"step": step} for name, step in steps.items()}
-        for name, part in self.entries():
-            entries[name][part] = like(self._parameters[name], self.read_rows(name, part))
-        return entries
-
-    def load_state_dict(self, entries: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Continue from `state_dict()`, of a model sharded as this one is; the working weights follow.
-
-        Raises:
-            ValueError: the parameters are not the ones that learn here.
-        """
-        if self._home_of.keys() != entries.keys():
-            raise ValueError(
-                f"optimizer state: found parameters {sorted(entries.keys() - self._home_of.keys())} that do not learn "
-                f"here, and missed {sorted(self._home_of.keys() - entries.keys())}; use the model and lora settings of "
-                "the saved run."
-            )
-        for name, part in self.entries():
-            self.write_rows(name, local(entries[name][part]), part=part)
-        self.load_steps({name: entry["step"].item() for name, entry in entries.items()})
+    def _finish(self) -> None:
+        """Wait for a delayed update, without publishing it."""
+        if self._background is not None and self._background.finish():
+            self._is_behind = True
 
     def _fill(self, masters: Masters | None) -> None:
         if masters is None:
@@ -225,4 +211,4 @@ def raise_failure(failure: RuntimeError | None, *, ranks: int) -> None:
     if failure is not None:
         raise failure
     if ranks:
-        raise RuntimeError(f"{ranks} other rank(s) could not use the disk (engine.nvme_path): see their messages.")
+        raise RunError(f"{ranks} other rank(s) could not use the disk (engine.nvme_path): see their messages.")

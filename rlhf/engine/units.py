@@ -13,7 +13,7 @@ rest (`tiers/residency.py`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -67,6 +67,21 @@ def persistent_parameters(module: nn.Module, config: EngineConfig) -> dict[str, 
     if config.zero_stage < 3:
         return {}
     return {name: p for name, p in module.named_parameters() if p.numel() < config.persistence_threshold}
+
+
+def num_leaving(sizes: Sequence[int], share: float) -> int:
+    """How many of the first groups leave the device so that `share` of all elements does: whole groups, or more.
+
+    Args:
+        sizes: elements of each group, whole, so that all ranks cut alike.
+        share: of them, 0 to 1.
+    """
+    wanted, before = share * sum(sizes), 0
+    for number, size in enumerate(sizes):
+        if before >= wanted:
+            return number
+        before += size
+    return len(sizes)
 
 
 def gathered_ahead(units: list[Unit], *, config: EngineConfig) -> list[list[Unit]]:

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
@@ -69,7 +68,7 @@ def enable_activation_checkpointing(module: nn.Module, *, offload: bool = False)
 
     Args:
         module: a transformers model, or a module around one.
-        offload: keep the blocks' inputs, all that is kept of them, in host memory.
+        offload: keep the blocks' inputs, all that is kept of them, in page-locked host memory (of a CUDA model).
 
     Raises:
         ValueError: The architecture has no such switch.
@@ -86,5 +85,5 @@ def enable_activation_checkpointing(module: nn.Module, *, offload: bool = False)
 
 def _inputs_on_host(recompute: Callable[..., Any], block: Callable[..., Any], *args: Any) -> Any:
     """Inside `recompute` its own hooks are in charge, so only what it keeps for itself, the inputs, is moved."""
-    with save_on_cpu(pin_memory=torch.cuda.is_available()):
+    with save_on_cpu(pin_memory=True):
         return recompute(block, *args)

@@ -4,23 +4,24 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import torch
 
-from benchmarks import zero_adam, zero_disk, zero_report, zero_run, zero_step
-from benchmarks.zero_case import Case, Outcome
+from benchmarks import zero_adam, zero_disk, zero_offload, zero_report, zero_run, zero_step
+from benchmarks.zero_case import Case, Outcome, run
 from benchmarks.zero_growth import parameters
 from benchmarks.zero_records import Records
 
 
 def outcome(cpu, *, peak=100.0, losses=(3.0, 2.0)):
-    return Outcome(cpu, 2 * cpu, peak, peak, list(losses))
+    return Outcome(cpu, 2 * cpu, peak, peak, 0.0, list(losses))
 
 
 def test_an_outcome_joins_ranks_and_leaves_the_warmup_out():
     first = {"cpu_seconds": [9, 1, 3, 2], "wall_seconds": [9, 1, 2, 3], "losses": [4, 3, 2, 1]}
     second = {"cpu_seconds": [9, 2, 2, 2], "wall_seconds": [9, 4, 1, 1], "losses": [2, 1, 0, 3]}
-    first |= {"start_peak": 3e6, "peak": 1e6}
-    second |= {"start_peak": 5e6, "peak": 2e6}
-    assert Outcome.of([first, second], warmup=1) == Outcome(4, 3, 4.0, 1.5, [3, 2, 1, 2])
+    first |= {"start_peak": 3e6, "peak": 1e6, "device_peak": 7e6}
+    second |= {"start_peak": 5e6, "peak": 2e6, "device_peak": 9e6}
+    assert Outcome.of([first, second], warmup=1) == Outcome(4, 3, 4.0, 1.5, 8.0, [3, 2, 1, 2])
 
 
 def test_records_are_measured_once_and_survive_a_restart(tmp_path):
@@ -63,6 +64,36 @@ def test_the_step_table_takes_ratios_within_a_round(tmp_path):
     assert "1M, 2 ranks, fp32" in text
     assert "| 3-nvme | 150 (100–200) | 250 (200–300) | 325 (150–500) | 1.25 (1.00–1.50) |" in text
     assert "| 0.0e+00 | 5.0e-01 | 0.0e+00 |" in text
+
+
+def test_the_offload_table_takes_fractions_within_a_round(tmp_path):
+    """The device takes 2 and 4 s, the host 4 and 5: fractions 0.5 and 0.8 of its speed, the median 0.65."""
+    walls = {"device": [1, 2], "cpu": [2, 2.5]}
+    cases = []
+
+    def runner(case):
+        cases.append(case)
+        return outcome(walls[case.optimizer_tier].pop(0))
+
+    records = Records(tmp_path / "records.jsonl", runner=runner)
+    text = zero_offload.compare(records, Case("ours", "1M", sequences=8, length=100), rows=["cpu"], rounds=2)
+    assert "| cpu | 4500 (4000–5000) | 0.65 (0.50–0.80) | 180 (160–200) |" in text
+    assert [(case.device, case.stage) for case in cases] == [("cuda", 3)] * 4
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is something to measure")
+def test_without_a_device_the_offload_part_says_what_is_missing():
+    with pytest.raises(SystemExit, match="found no CUDA device, expected one"):
+        zero_offload.require_cuda()
+
+
+def test_accumulated_micro_batches_cost_the_loss_of_the_whole_step(tmp_path):
+    losses = [
+        run(Case("ours", "1M", steps=3, sequences=4, length=16, accumulation=parts), folder=tmp_path).losses
+        for parts in (1, 4)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[0][0] != losses[0][1]
 
 
 def test_a_section_is_replaced_and_others_stay(tmp_path, monkeypatch):

@@ -13,7 +13,7 @@ from rlhf import dist
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.engine.checkpoint.stored import Part, Stored
 from tests.engine import scenarios, tiny
-from tests.fork_ranks import fork_ranks
+from tests.ranks import fork_ranks
 
 SAVED_AFTER, STEPS = 2, 4
 KINDS = {

@@ -3,7 +3,6 @@
 All of them go into one start of the processes, because starting takes longer than running.
 """
 
-import copy
 import tempfile
 
 import torch
@@ -44,9 +43,9 @@ def weights(engine, **options):
 
 def first_gradient(engine):
     """The gradient that the first step saw: at step one AdamW's first moment is a tenth of it."""
-    state = engine.state_dict()["optimizer"]
-    moments = {name: entry["exp_avg"] for name, entry in state.items()}
-    return {name: (m.full_tensor() if isinstance(m, DTensor) else m) / 0.1 for name, m in moments.items()}
+    optimizer = engine._learner.optimizer
+    moments = engine._sharding.full_tensors(lambda name: optimizer.read_rows(name, "exp_avg"))
+    return {name: moment / 0.1 for name, moment in moments if name in optimizer.names()}
 
 
 def parity(world):
@@ -129,7 +128,7 @@ def adapters(world):
     found = {}
     for stage in STAGES:
         engine = tiny.engine(world, stage, learns=is_adapter)
-        found[stage] = curve(engine, 3), weights(engine), set(engine.state_dict()["optimizer"])
+        found[stage] = curve(engine, 3), weights(engine), set(engine._learner.optimizer.names())
     return found
 
 
@@ -232,18 +231,6 @@ def cut_short(engine, ids):
             model(ids)
     except ZeroDivisionError:
         handle.remove()
-
-
-def resumed(world):
-    """Four steps in one go, and the last two of them by another engine that got the state of the first."""
-    found = {}
-    for stage in STAGES:
-        for precision in ("fp32", "bf16"):
-            whole, rest = (tiny.engine(world, stage, precision=precision) for _ in range(2))
-            curve(whole, 2)
-            rest.load_state_dict(copy.deepcopy(whole.state_dict()))
-            found[stage, precision] = curve(whole, 2, first=2), curve(rest, 2, first=2), weights(whole), weights(rest)
-    return found
 
 
 def frozen(world):

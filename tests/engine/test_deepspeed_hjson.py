@@ -1,6 +1,7 @@
 """Files as people write them, and mistakes with the line they are on."""
 
 import base64
+import json
 
 import pytest
 
@@ -51,6 +52,7 @@ def test_a_file_is_read_by_the_rules_of_hjson(text, expected):
         ("{a b: 1}", r"f\.json:1: found 'a b: 1}'; expected a key and ':'"),
         ("{a: '''x", "the text that ''' opens never ends"),
         ("{a:" * 200, "is nested too deeply"),
+        ("{a: " + "[" * 2000 + "]" * 2000 + "}", "is nested too deeply"),
     ],
 )
 def test_a_mistake_is_answered_with_its_line(text, sentence):
@@ -72,6 +74,30 @@ def test_a_file_a_mapping_and_base64_say_the_same(tmp_path):
     assert [read_deepspeed(source, setting="engine.deepspeed").content for source in sources] == [
         {"zero_optimization": {"stage": 2}}
     ] * 3
+
+
+@pytest.mark.parametrize("encode", [base64.urlsafe_b64encode, base64.standard_b64encode, base64.encodebytes])
+@pytest.mark.parametrize("padding", ["", "=", "=="])
+def test_base64_may_be_longer_than_a_file_name_and_lack_its_end(encode, padding):
+    steps = {"steps_per_print": 2000, "_comment": "\u00ff?" * 400}
+    text = json.dumps(steps, ensure_ascii=False)
+    text += " " * ((len(padding) - len(text.encode())) % 3)
+    encoded = encode(text.encode()).decode()
+    for source in (encoded, encoded.rstrip("=\n")):
+        assert read_deepspeed(source, setting="engine.deepspeed").content == steps
+
+
+def test_what_is_wrong_in_base64_is_said_as_of_a_file():
+    source = base64.urlsafe_b64encode(b'{"a": 1,\n"a": 2}').decode()
+    with pytest.raises(ValueError, match=r"engine\.deepspeed \(base64\):2: a is there twice"):
+        read_deepspeed(source, setting="engine.deepspeed")
+
+
+def test_a_name_too_long_for_a_file_is_cut_short_in_the_error():
+    with pytest.raises(
+        ValueError, match=r"^engine\.deepspeed=x{200}\.\.\.: there is no such file \(looked from [^)]*\)\.$"
+    ):
+        read_deepspeed("x" * 5000, setting="engine.deepspeed")
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

@@ -124,7 +124,11 @@ def test_to_a_frozen_model_optimizer_and_scheduler_mean_nothing():
          {"max_live_parameters": 1, "sub_group_size": None, "prefetch_bucket_size": 0}),
         (zero(stage=3, max_live_parameters=3e7, param_persistence_threshold=1e4, prefetch_bucket_size="10"),
          {"max_live_parameters": 30_000_000, "persistence_threshold": 10_000, "prefetch_bucket_size": 10}),
-        (zero(stage=3, stage3_model_persistence_threshold=0), {"persistence_threshold": 0}),
+        (zero(stage=3, stage3_model_persistence_threshold="0"), {"persistence_threshold": 0}),
+        (zero(stage=3, stage3_param_persistence_threshold=9223372036854775807),
+         {"persistence_threshold": 9223372036854775807}),
+        (zero(stage=3, cpu_offload=True, offload_optimizer="auto"), {"optimizer_tier": Tier.cpu}),
+        (zero(stage=3, offload_optimizer="auto"), {"optimizer_tier": None}),
         (zero(stage=3, stage3_model_persistence_threshold=1e6), {"persistence_threshold": None}),
     ],
 )  # fmt: skip
@@ -154,6 +158,7 @@ def test_zero_and_its_tiers(content, expected):
         ({"fp16": {"enabled": False}}, "bf16", "fp32"),
         ({"fp16": {"loss_scale": 0}}, "bf16", "fp32"),
         ({"fp16": None}, "bf16", None),
+        ({"fp16": "auto", "bf16": "auto"}, "bf16", None),
         ({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}, "fp32", "bf16"),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}, "bf16": {"enabled": False}}, "fp32", "fp16"),
         ({"torch_autocast": {"enabled": False}}, "fp32", None),
@@ -207,6 +212,12 @@ def test_activation_checkpointing(section, expected):
          {"lr": 1e-5, "weight_decay": 0.01}),
         ({"type": "adam", "params": {"adam_w_mode": False, "weight_decay": 0, "amsgrad": False}}, {"weight_decay": 0}),
         ({"type": "Adam", "params": {"lr": "auto", "bias_correction": True, "max_grad_norm": 0}}, {"lr": 2e-5}),
+        ({"type": "Adam", "params": {"lr": "auto", "bias_correction": 1, "max_grad_norm": 0.0}}, {"lr": 2e-5}),
+        # What DeepSpeed 0.19.8 builds of them: AdamW for the type AdamW in any case, torch.optim.Adam for the last.
+        ({"type": "AdamW", "params": {"adam_w_mode": False, "weight_decay": 0.1}}, {"weight_decay": 0.1}),
+        ({"type": "Adam", "params": {"torch_adam": "torch_impl"}}, {"weight_decay": 0.01}),
+        ({"type": "Adam", "params": {"torch_adam": True, "adam_w_mode": False}}, {"weight_decay": 0.0}),
+        ({"type": "AdamW", "params": "auto"}, {"lr": None, "weight_decay": None}),
         ({"params": {"lr": 1}}, {"lr": None}),
     ],
 )  # fmt: skip
@@ -249,6 +260,19 @@ def test_schedules(scheduler, schedule, options):
         (zero(stage=2, stage3_max_live_params=1), r"no such key \(did you mean .*stage3_max_live_parameters"),
         (zero(offload_optimizer={"device": "cpu", "buffer_size": 1}), r"did you mean .*offload_param.buffer_size"),
         (zero(stage=2, offload_optimizer={"device": "gpu"}), "device='gpu': expected none, cpu, nvme"),
+        (
+            zero(stage=2, offload_optimizer={"device": "CPU"}),
+            "device='CPU': expected none, cpu, nvme. Write it in lower",
+        ),
+        (zero(stage=2, cpu_offload=True, offload_optimizer="cpu"), "offload_optimizer='cpu': expected an object"),
+        (
+            zero(stage=3, offload_param={"device": "nvme", "nvme_path": ["/a"]}),
+            r"nvme_path=\['/a'\]: expected the path",
+        ),
+        (zero(stage=3, stage3_model_persistence_threshold="x"), "threshold='x': expected a number"),
+        ({"zero_optimization": {1: 2}}, "zero_optimization.1: there is no such key"),
+        (zero(**{"offload_optimizer.device": "cpu"}), "device: there is no such key .a dot does not nest"),
+        (zero(offload_optimzer={"device": "cpu"}), "did you mean zero_optimization.offload_optimizer"),
         (zero(stage=2, offload_optimizer="cpu"), "offload_optimizer='cpu': expected an object"),
         (zero(stage=3, zero_quantized_gradients=True), "zero_quantized_gradients=True: cannot be honoured"),
         (zero(zenflow={"topk_ratio": 0.1}), "zenflow: cannot be honoured.*delayed_update"),
@@ -268,6 +292,7 @@ def test_schedules(scheduler, schedule, options):
         ({"optimizer": {"type": "Adam", "params": {"learning_rate": 1}}}, "params.learning_rate: there is no such key"),
         ({"optimizer": {"type": "Adam", "params": {"betas": 0.9}}}, "betas=0.9: expected a list of two"),
         ({"scheduler": {"type": "CosineAnnealingLR"}}, "expected one of WarmupLR, WarmupDecayLR"),
+        ({"scheduler": {"type": ["WarmupLR"]}}, "expected one of WarmupLR, WarmupDecayLR"),
         ({"scheduler": {"type": "WarmupLR", "params": {"total_num_steps": 9}}}, "WarmupLR has no such parameter"),
         ({"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0, 1]}}}, "one number for all parameters"),
         ({"tensor_parallel": {"autotp_size": 2}}, "autotp_size=2: cannot be honoured"),
@@ -318,6 +343,44 @@ def test_unknown_keys_that_deepspeed_ignores_are_only_warned_about():
         "ds.json: neither DeepSpeed nor this run reads grandient_accumulation_steps (did you mean "
         "gradient_accumulation_steps?), aio.blocksize (did you mean aio.block_size?)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("zero_optimisation", "zero_optimization"),
+        ("optimiser", "optimizer"),
+        ("schedular", "scheduler"),
+        ("activation_checkpoint", "activation_checkpointing"),
+        ("Train_Batch_Size", "train_batch_size"),
+        ("offload_optimizer", "zero_optimization.offload_optimizer"),
+    ],
+)
+def test_a_whole_section_that_nobody_reads_is_warned_about_with_its_right_name(misspelt, meant):
+    assert resolved({misspelt: {"device": "cpu"}}).warnings == [
+        f"ds.json: neither DeepSpeed nor this run reads {misspelt} (did you mean {meant}?)"
+    ]
+
+
+@pytest.mark.parametrize("content", [{"zero_optimization.stage": 3, "bf16.enabled": True}, {"fp16.enabled": {}}])
+def test_a_dot_in_a_name_is_no_path(content):
+    found = resolved(content)
+    assert found.settings == []
+    assert found.warnings[0].count("(a dot does not nest)") == len(content)
+
+
+def test_a_limit_on_all_persistent_parameters_is_said_not_to_be_kept():
+    assert (
+        "=10: a limit on all of them together is not kept"
+        in resolved(zero(stage=3, stage3_model_persistence_threshold=10)).warnings[0]
+    )
+    assert resolved(zero(stage=3, stage3_model_persistence_threshold=9223372036854775807)).warnings == []
+
+
+def test_a_section_that_is_auto_as_a_whole_is_the_runs_own():
+    sections = ("zero_optimization", "optimizer", "scheduler", "fp16", "bf16", "activation_checkpointing", "aio")
+    found = resolved(dict.fromkeys(sections, "auto"))
+    assert (found.settings, found.warnings) == ([], [])
 
 
 def test_auto_is_fine_everywhere():

@@ -1,6 +1,9 @@
 """What is collected of each parameter's gradient."""
 
+from unittest.mock import Mock
+
 import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 
 from rlhf.dist import World
 from tests.engine import tiny
@@ -18,4 +21,20 @@ def test_parameters_that_fsdp_leaves_alone_have_gradients_of_their_own_also_in_b
         tiny.train_step(engine, 0)
         found[name] = first_gradient(engine)
         engine.close()
+    assert all(torch.equal(gradient, found["disk"][name]) for name, gradient in found["device"].items())
+
+
+def test_a_rank_by_itself_reduces_nothing_and_sums_as_without_fsdp(tmp_path, monkeypatch):
+    """Two micro-batches in bf16, weights on disk: the first moments are those of the model that nothing wraps."""
+    reduce = Mock(wraps=group.foreach_reduce)
+    monkeypatch.setattr(group, "foreach_reduce", reduce)
+    found = {}
+    for name, settings in {"device": {}, "disk": {"parameter_tier": "nvme", "nvme_path": str(tmp_path)}}.items():
+        engine = tiny.engine(World.alone(), 3, precision="bf16", **settings)
+        for _ in range(2):
+            tiny.train_step(engine, 0)
+        found[name] = first_gradient(engine)
+        engine.close()
+    reduce.assert_not_called()
+    assert found["device"].keys() == found["disk"].keys()
     assert all(torch.equal(gradient, found["disk"][name]) for name, gradient in found["device"].items())

@@ -1,12 +1,14 @@
 """A home on disk: how much memory it takes, and in which order it reads and writes."""
 
 import gc
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from rlhf.config import EngineConfig, OptimizerConfig
+from rlhf.engine.norms import squared_norm
 from rlhf.engine.optimizers import AdamW
 from rlhf.engine.tiers.disk import DiskFile
 
@@ -59,6 +61,7 @@ def storages():
 
 def test_memory_is_that_of_the_buffers_whatever_the_size(optimizer):
     extra = []
+    squared_norm(torch.ones(1, dtype=torch.bfloat16))  # takes a tile of memory once and for all
     for tiles in (10, 200):
         before = storages()  # held on to, so that no address is used twice
         adam = optimizer(tiles * TILE, torch.bfloat16)
@@ -80,6 +83,21 @@ def test_the_next_tile_is_read_before_this_one_is_written_if_asked(optimizer, tr
     adam.step({"w"}, lr=0.1)
     verbs = "".join(verb[0] for verb, *_ in transfers)
     assert verbs == ("rrwrww" if ahead else "rwrwrw")
+
+
+@pytest.mark.parametrize(("behind", "order"), [(True, ["write"] * 3), (False, ["write", "wait"] * 3)])
+def test_the_end_of_a_write_is_waited_for_at_once_unless_asked_not_to(optimizer, monkeypatch, behind, order):
+    adam, seen, real = optimizer(3 * TILE, pipeline_write=behind), [], DiskFile.write
+    adam.home_of("w").add("w", torch.ones(3 * TILE))
+
+    def write(self, offset, buffer):
+        seen.append("write")
+        pending = real(self, offset, buffer)
+        return SimpleNamespace(wait=lambda: (seen.append("wait"), pending.wait()))
+
+    monkeypatch.setattr(DiskFile, "write", write)
+    adam.step({"w"}, lr=0.1)
+    assert seen == order
 
 
 def test_a_step_moves_sixteen_bytes_an_element_in_and_twelve_out(optimizer, transfers):

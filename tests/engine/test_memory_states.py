@@ -10,6 +10,7 @@ from rlhf.dist import World
 from rlhf.engine.engine import build_engine
 from rlhf.engine.memory.plan import Place
 from rlhf.engine.memory.states import Setting, States
+from rlhf.engine.tiers.choice import Tiers
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.shapes import Adapters, Head, Shape
 
@@ -102,6 +103,12 @@ def test_bf16_moments_fp32_weights_and_frozen_models(folder):
     assert sum(item.bytes for item in states(folder, micro=2).gradients()) == 4 * NUMEL
 
 
+def test_a_checkpoint_of_a_delayed_update_has_the_working_weights_too(folder):
+    found = states(folder, zero_stage=1, optimizer_tier="cpu", delayed_update=True)
+    assert found.in_a_checkpoint() == found.copied_for_a_checkpoint() == 16 * NUMEL
+    assert states(folder, zero_stage=1, optimizer_tier="cpu").in_a_checkpoint() == 12 * NUMEL
+
+
 def test_a_cuda_optimizer_on_the_host(folder):
     found = states(folder, device=CUDA, micro=2, zero_stage=1, optimizer_tier="cpu")
     parts = at_rest(found)
@@ -121,6 +128,33 @@ def test_buffers_are_all_the_host_memory_of_a_tier_on_disk(folder):
     assert parts["moments", Place.disk] >= 8 * NUMEL
     assert not [key for key in parts if key[0] in ("moments", "master weights") and key[1] is not Place.disk]
     assert parts["buffers", Place.host] >= 2 * 3 * 4_000_000  # one set for weights, one for states
+
+
+def test_buffers_are_resident_as_far_as_they_are_filled(folder):
+    """Weights and states of 6 MB and less pass through buffers of 400 MB; page-locked ones are resident whole."""
+    tiers = {"zero_stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "nvme_path": "/disk"}
+    found = {
+        device: at_rest(states(folder, device=device, buffer_count=3, buffer_size=100_000_000, **tiers))
+        for device in (CPU, CUDA)
+    }
+    huge = 2 << 20
+    assert NUMEL * 2 < huge > 16 * 4096 * 14
+    assert found[CPU]["buffers", Place.host] == 3 * (huge + huge)
+    assert found[CUDA]["buffers", Place.host] >= 2 * 3 * 400_000_000
+
+
+@pytest.mark.parametrize("share", [0.07, 0.5, 0.93])
+def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
+    """Rows are padded more where there are fewer: shares of local rows are not shares of the model."""
+    found = states(folder, ranks=100, device=CUDA, zero_stage=2, optimizer_tier="cpu", optimizer_share=share)
+    groups = [group for unit in found.units if (group := unit.group(found.blueprint.module))]
+    config = found.setting.engine
+    world = World(0, 100, 0, CUDA)
+    homes = Tiers(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, rows=None)._split()
+    local = [sum(-(-p.shape[0] // 100) * p[0].numel() for group in part for p in group.values()) for part in homes]
+    parts = at_rest(found)
+    masters = [parts.get(("master weights", place), 0) for place in (Place.host, Place.device)]
+    assert masters == [4 * count for count in local]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

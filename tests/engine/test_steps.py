@@ -39,23 +39,6 @@ def test_the_schedule_counts_skipped_steps_and_the_result_tells_the_rate(on_rank
 
 
 @pytest.mark.parametrize(("ranks", "stage"), BOTH)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_an_engine_that_was_given_the_state_goes_on_bit_for_bit(on_ranks, ranks, stage, precision):
-    for rank in on_ranks(ranks):
-        whole, rest, weights, other_weights = rank["resumed"][stage, precision]
-        assert whole == rest
-        assert all(torch.equal(other_weights[name], tensor) for name, tensor in weights.items())
-
-
-def test_a_state_of_other_parameters_is_refused():
-    world = dist.start("cpu")
-    whole = tiny.engine(world, 0)
-    part = tiny.engine(world, 0, learns=scenarios.is_adapter)
-    with pytest.raises(ValueError, match="do not learn here"):
-        part.load_state_dict(whole.state_dict())
-
-
-@pytest.mark.parametrize(("ranks", "stage"), BOTH)
 def test_a_frozen_engine_computes_and_does_not_learn(on_ranks, ranks, stage):
     with torch.no_grad():
         expected = tiny.reference()(tiny.batch(50)[0])

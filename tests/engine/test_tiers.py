@@ -1,5 +1,7 @@
 """Wherever gradients and optimizer states rest, training gives the same bits, and the numbers of plain torch."""
 
+import threading
+
 import pytest
 import torch
 
@@ -116,9 +118,30 @@ def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(flushe
         if next(steps) in flushes:
             engine._learner.optimizer.flush()
 
+    check_late(model, losses, between=between, away=away)
+
+
+def test_a_checkpoint_does_not_change_a_delayed_run():
+    losses, model = late_reference(8)
+    check_late(model, losses, between=lambda engine: [stored.read() for stored in engine.stored()])
+
+
+def check_late(model, losses, *, between, away=False):
     settings = {"optimizer_tier": "cpu", "delayed_update": True, "precision": "fp32"}
     with tier_runs.memory(own=away):
         points, _, weights = tier_runs.train(dist.start("cpu"), steps=8, between=between, zero_stage=1, **settings)
     assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=2e-5)
+
+
+def test_a_closed_engine_leaves_no_thread_behind():
+    before = set(threading.enumerate())
+    with tier_runs.memory(own=True):
+        engine = tiny.engine(dist.start("cpu"), 1, optimizer_tier="cpu", delayed_update=True)
+        tiny.train_step(engine, 0)
+        started = " ".join(thread.name for thread in set(threading.enumerate()) - before)
+        assert "gradient sums" in started
+        assert "delayed update" in started
+        engine.close()
+    assert set(threading.enumerate()) <= before

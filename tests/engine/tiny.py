@@ -49,18 +49,18 @@ class Plain(nn.Module):
         return self.llama(input_ids=input_ids).logits
 
 
-def reference(tied=False, odd=False, layers=3):
-    """The model as transformers makes it, fp32, always the same random weights."""
+def reference(tied=False, odd=False, layers=3, scale=1):
+    """The model as transformers makes it, fp32, always the same random weights; `scale` times as wide."""
     torch.manual_seed(7)
     config = LlamaConfig(
         vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=71,
+        hidden_size=32 * scale,
+        intermediate_size=71 * scale,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         tie_word_embeddings=tied,
-        initializer_range=0.2,
+        initializer_range=0.2 / scale**0.5,
         attn_implementation="eager",
     )
     return (WithOddParameters if odd else Plain)(LlamaForCausalLM(config))
@@ -126,6 +126,7 @@ def train_step(trained, step, *, accumulation=2, spoil=False):
     micro = list(zip(ids[mine].chunk(accumulation), counts[mine].chunk(accumulation), strict=True))
     total = 0.0
     for index, (rows, counted) in enumerate(micro):
+        rows, counted = rows.to(world.device), counted.to(world.device)
         loss = token_loss(trained(rows), rows, counted, counts.sum())
         total += loss.item()
         trained.backward(loss * float("nan") if spoil else loss, last=index == len(micro) - 1)

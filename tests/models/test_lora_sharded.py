@@ -9,7 +9,7 @@ from rlhf.models.causal_lm import causal_lm
 from rlhf.models.lora import adapted_layers, merged
 from rlhf.models.surgery import find_blocks
 from tests.models import tiny
-from tests.run_on_ranks import run_on_ranks
+from tests.ranks import run_on_ranks
 
 
 def whole_model(folder):

@@ -145,6 +145,7 @@ def test_with_offload_nothing_but_the_inputs_of_blocks_is_moved_to_the_host(tmp_
         module(**ids_and_mask()).logits.square().sum().backward()
     hidden = (*ids_and_mask()["input_ids"].shape, offloading.config.hidden_size)
     assert moved.count(hidden) == len(find_blocks(offloading, 3))
+    moved = [shape for shape in moved if shape != (0,)]  # older PyTorch keeps an empty tensor for each block
     assert all(shape[:2] in {hidden[:2], (1, hidden[1])} or len(shape) == 4 for shape in moved), moved
     for (name, a), b in zip(plain.named_parameters(), offloading.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name

@@ -27,11 +27,13 @@ from run_pipeline import run_stages, start_rank
 from stages.composition import CONF_DIR, register_schema, to_run
 from stages.preflight import preflight
 from stages.stopping import Stopped
-from tests.fork_ranks import fork_until_death
+from tests.ranks import fork_until_death
 
 SETTINGS = [
     *("experiment=smoke", "engine.precision=fp32", "checkpoint.every=0.25", "tracking.progress=plain"),
-    *("sft.max_steps=8", "sft.eval_every=3", "sft.dropout=0.1", "reward.max_steps=8", "reward.lora.rank=4"),
+    *("sft.max_steps=6", "sft.eval_every=3", "sft.dropout=0.1", "sft.optimizer.schedule=constant"),
+    "sft.optimizer.lr=0.03",  # so that the evaluation after step 3 is the best
+    *("reward.max_steps=8", "reward.lora.rank=4", "reward.dropout=0.1"),
     *("ppo.iterations=4", "ppo.eval_every=2", "ppo.kl.target=1.0", "ppo.max_response_tokens=8"),
 ]
 PLACES = {
@@ -118,6 +120,8 @@ def main(root, seed):
     found = {}
     one = {name: [*SETTINGS, f"output_dir={root / name}"] for name in ("whole", "killed")}
     found["whole"] = life(one["whole"])
+    shorter = ["stage=[sft]", *SETTINGS[:4], *(each for each in SETTINGS if each.startswith("sft."))]
+    found["until_best"] = life([*shorter, "sft.max_steps=3", f"output_dir={root}/until_best"])
     found["killed"] = killed_until_finished(root / "killed", one["killed"], ranks=1, seed=seed, count=6)
     models = [f"ppo.actor={root}/whole/sft/model", f"ppo.reward={root}/whole/reward/model", "stage=[ppo]"]
     two = {

@@ -1,5 +1,6 @@
 """A DeepSpeed file in a run: every stage and model, the command line beside it, and what is said about it."""
 
+import base64
 import dataclasses
 import json
 import logging
@@ -72,6 +73,29 @@ def test_each_model_can_have_its_own(file):
 def test_a_mapping_does_as_well_as_a_file():
     run = run_of("stage=sft", "engine.deepspeed={zero_optimization: {stage: 2, cpu_offload: true}}")
     assert (run.sft.engine.zero_stage, run.sft.engine.optimizer_tier) == (2, Tier.cpu)
+
+
+def test_a_mapping_is_called_what_it_was_given_as_and_said_once(caplog):
+    with caplog.at_level(logging.INFO, logger="stages.deepspeed"):
+        run_of("stage=[sft,ppo]", "engine.deepspeed={zero_optimization: {stage: 2}, stepss_per_print: 1}")
+    assert (
+        caplog.text.count("engine.zero_stage = 2  <- engine.deepspeed: zero_optimization.stage  [sft, ppo actor") == 1
+    )
+    assert caplog.text.count("engine.deepspeed: neither DeepSpeed nor this run reads stepss_per_print") == 1
+    with pytest.raises(ValueError, match=r"^engine\.deepspeed: zero_optimization\.stage=9"):
+        run_of("stage=[sft,ppo]", "engine.deepspeed={zero_optimization: {stage: 9}}")
+    with pytest.raises(ValueError, match=r"^ppo\.critic_engine\.deepspeed: zero_optimization\.stage=9"):
+        run_of("stage=ppo", "ppo.critic_engine.deepspeed={zero_optimization: {stage: 9}}")
+    with pytest.raises(ValueError, match=r"^sft\.engine\.deepspeed=nowhere\.json: there is no such file"):
+        run_of("stage=sft", "sft.engine.deepspeed=nowhere.json")
+
+
+def test_base64_stands_on_the_command_line_without_its_end():
+    text = json.dumps(OFFLOAD | {"train_batch_size": 32})
+    source = base64.urlsafe_b64encode(f"{text}{' ' * (1 - len(text) % 3)}".encode()).decode()
+    run = run_of("stage=sft", f"engine.deepspeed={source.rstrip('=')}")
+    assert source.endswith("=")
+    assert (run.sft.engine.optimizer_tier, run.sft.global_batch_size) == (Tier.cpu, 32)
 
 
 def test_optimizer_and_batch_go_to_the_stages(file):
@@ -147,7 +171,7 @@ def test_a_batch_size_of_the_command_line_stands_where_the_file_gives_the_other(
     [
         ({"train_batch_size": 48}, ["stage=ppo"], r"rollout_size by ppo\.minibatch_size.*train_batch_size is ppo\."),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["stage=sft"],
-         r"engine\.nvme_path is missing.*With the values of sft\.engine\.deepspeed"),
+         r"engine\.nvme_path is missing.*With the values of engine\.deepspeed"),
         ("{a: 1\n a: 2}", ["stage=sft"], r"ds\.json:2: a is there twice"),
         ({}, ["stage=sft", "sft.optimizer.schedule=one_cycle"], r"sft\.optimizer\.schedule_options: .*lacks cycle_min"),
     ],

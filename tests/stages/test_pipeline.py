@@ -166,6 +166,19 @@ def test_a_folder_called_data_where_the_user_stands_hides_nothing(tmp_path):
     assert (tmp_path / "out/sft/stage.json").exists()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("engine", ["zero0", "zero2_cpu", "zero3_nvme"])
+def test_the_pipeline_runs_on_a_device_wherever_the_states_are(tmp_path, engine):
+    arguments = [f"engine={engine}", "engine.device=cuda", f"engine.nvme_path={tmp_path / 'disk'}"]
+    done = pipeline("experiment=smoke", *arguments, f"output_dir={tmp_path / 'run'}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert all(
+        math.isfinite(row["train/loss"]) for row in rows(tmp_path / "run/sft/metrics.jsonl") if "train/loss" in row
+    )
+    assert (tmp_path / "run/ppo/stage.json").exists()
+
+
 @pytest.mark.parametrize(("ranks", "sent"), [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_an_interruption_saves_the_run_stops_every_rank_and_says_how_to_go_on(tmp_path, ranks, sent):
     arguments = ["experiment=smoke", "stage=sft", "sft.max_steps=100000", "sft.eval_every=5", "checkpoint.best=false"]

@@ -79,7 +79,7 @@ def test_a_shallower_reward_model_is_planned_before_it_is_made(tmp_path):
 
 def test_fewer_bytes_for_smaller_batches_more_ranks_and_recomputation(tmp_path):
     def peak(*overrides, ranks=1):
-        run = run_of(tmp_path, "stage=sft", "checkpoint.every=0", *overrides)
+        run = run_of(tmp_path, "stage=sft", "checkpoint.every=0", "engine.precision=bf16", *overrides)
         phases = {phase.name: phase for phase in plan_of(run, "sft", ranks).phases}
         return phases["train"].total(Place.host)
 

@@ -15,7 +15,7 @@ from rlhf.models.scalar_head import scalar_head_model
 from rlhf.text import load_tokenizer
 from stages.handover import Record, check_folder, check_shared, claim_folder, lock_folder, write_record
 from stages.preflight import batch_arithmetic, preflight
-from tests.run_on_ranks import run_on_ranks
+from tests.ranks import run_on_ranks
 from tests.test_configuration import composed
 
 
@@ -111,7 +111,9 @@ def test_a_finished_stage_is_not_done_again(custom, tmp_path):
     run = custom("sft", [{"prompt": "a", "completion": " b"}] * 80, "sft.max_steps=30")
     claim_folder(run, "sft")
     write_record(Record(stage="sft", template="t", pad_id=0), tmp_path / "out/sft")
+    (tmp_path / "out/sft/checkpoints/step-000025").mkdir(parents=True)  # it was killed before these were removed
     assert preflight(run, ranks=1) == []
+    assert not (tmp_path / "out/sft/checkpoints").exists()
 
 
 def test_no_stage_at_all_is_refused(tmp_path):

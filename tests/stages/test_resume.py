@@ -8,15 +8,23 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
+import run_pipeline
 from rlhf import dist
 from rlhf.config import CheckpointConfig, EngineConfig
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
+from rlhf.tracking.timing import Stopwatch
 from stages.handover import _FREE_IN_ENGINES
-from stages.resume import AIMS, CHECKPOINTS, Progress, check_resume
+from stages.resume import AIMS, CHECKPOINTS, Keeper, Progress, check_resume
+from stages.session import Session
+from stages.stopping import StopSignals
 from tests.stages import killing
+from tests.test_configuration import composed
 
 ROOT = Path(__file__).parents[2]
 SEED = int(os.environ.get("KILL_SEED", "1"))
@@ -47,8 +55,8 @@ def test_the_models_are_the_same_bit_for_bit(runs, whole, killed):
     root, found = runs
     assert found[whole] == 0
     assert found[killed][-1]["status"] == 0
-    models = sorted(path.relative_to(root / whole) for path in (root / whole).glob("*/*/*.safetensors"))
-    assert len(models) == {"whole": 4, "whole2": 2}[whole]
+    models = sorted(path.relative_to(root / whole) for path in (root / whole).rglob("*.safetensors"))
+    assert len([model for model in models if "best" not in model.parts]) == {"whole": 6, "whole2": 3}[whole]
     for model in models:
         assert filecmp.cmp(root / whole / model, root / killed / model, shallow=False), model
 
@@ -82,18 +90,31 @@ def test_a_signal_to_one_rank_stops_all_after_the_step_with_a_checkpoint(runs):
         assert polite["left"]
 
 
-def test_a_finished_stage_keeps_no_checkpoint_but_a_better_one(runs):
+def test_a_finished_stage_keeps_no_checkpoint_but_the_models_of_a_better_one(runs):
     root, _ = runs
+    found = []
     for name in ("whole", "killed", "whole2", "killed2"):
-        for stage, aim in AIMS.items():
-            values = {
-                row["step"]: aim.sign * row[aim.metric]
-                for row in (logged(root / name / stage / "metrics.jsonl") if (root / name / stage).exists() else [])
-                if aim.metric in row and row["step"] > 0
-            }
-            best = min((step for step in values if values[step] == max(values.values())), default=0)
-            expected = [] if best in (0, max(values, default=0)) else [f"step-{best:06d}"]
-            assert [path.name for path in (root / name / stage).glob("checkpoints/*")] == expected, (name, stage)
+        for stage in [path.name for path in (root / name).glob("*") if path.name in AIMS]:
+            folder, aim = root / name / stage, AIMS[stage]
+            rows = [row for row in logged(folder / "metrics.jsonl") if aim.metric in row and row["step"] > 0]
+            best = max(rows, key=lambda row: aim.sign * row[aim.metric])  # the first of equals
+            assert not list(folder.glob("checkpoints"))
+            models = [path.parent.name for path in folder.glob("*/config.json")]
+            expected = [] if best is rows[-1] else models
+            assert sorted(path.parent.name for path in folder.glob("best/*/config.json")) == sorted(expected)
+            for model in expected:
+                record = json.loads((folder / "best" / model / "stage.json").read_text())
+                assert record["after"] == {key: best[key] for key in record["after"]}
+                found.append((stage, model))
+    assert ("sft", "model") in found
+
+
+def test_the_best_models_are_those_of_a_run_that_ends_there(runs):
+    root, found = runs
+    assert found["until_best"] == 0
+    expected, best = root / "until_best/sft/model", root / "whole/sft/best/model"
+    assert filecmp.cmp(expected / "model.safetensors", best / "model.safetensors", shallow=False)
+    assert AutoModelForCausalLM.from_pretrained(best).config == AutoModelForCausalLM.from_pretrained(expected).config
 
 
 def test_rows_that_have_changed_are_noticed_before_anything_is_loaded(tmp_path):
@@ -103,6 +124,38 @@ def test_rows_that_have_changed_are_noticed_before_anything_is_loaded(tmp_path):
     with pytest.raises(ValueError, match=r"step-000004 was made from other rows .* remove .*checkpoints to start anew"):
         check_resume(tmp_path, data="others")
     check_resume(tmp_path / "nothing", data="others")
+
+
+def test_a_rank_that_fails_ends_the_run_with_how_to_go_on(monkeypatch, tmp_path):
+    run = composed("experiment=smoke", "stage=sft", f"output_dir={tmp_path}")
+    monkeypatch.setattr(run_pipeline.launch, "run_ranks", lambda *args, ranks: 1)
+    there = tmp_path / "sft" / CHECKPOINTS
+    Checkpoints(there, dist.World.alone(), keep=1, asynchronous=False).save(4, [], state={}, spare=set())
+    with pytest.raises(SystemExit) as end:
+        run_pipeline.carry_out(run, ["sft"], world=dist.World.alone(), ranks=2)
+    assert "a rank has failed, and says above why; sft is saved in" in end.value.code
+    assert f"{there}/step-000004; the same command goes on from there" in end.value.code
+
+
+def first_numbers(monkeypatch, *, seed, rank=0):
+    """What a stage that starts anew draws first."""
+    monkeypatch.setattr(
+        Keeper, "of", lambda *args, **options: SimpleNamespace(resume=lambda: False, progress=Progress())
+    )
+    tracker = SimpleNamespace(total_steps=0, rewind=lambda step: None, log=lambda *args: None)
+    run = SimpleNamespace(sft=SimpleNamespace(seed=seed), checkpoint=None)
+    world = dataclasses.replace(dist.World.alone(), rank=rank)
+    session = Session(run, "sft", world, None, None, tracker, Stopwatch(world.device), StopSignals(speaks=False))
+    session.begin(None, evaluate=lambda: {"eval/loss": torch.rand(()).item()})
+    return session.progress.before["eval/loss"]
+
+
+def test_random_numbers_follow_from_seed_and_rank_not_from_what_the_process_did_before(monkeypatch):
+    first = first_numbers(monkeypatch, seed=3)
+    torch.rand(7)  # as an earlier stage has, unless it was finished by another process
+    assert first_numbers(monkeypatch, seed=3) == first
+    others = [first_numbers(monkeypatch, seed=3, rank=1), first_numbers(monkeypatch, seed=4)]
+    assert len({first, *others}) == 3
 
 
 @pytest.mark.parametrize(("stage", "values", "best"), [("sft", [3, 2, 2, 4], 2), ("reward", [0.5, 0.7, 0.6, 0.7], 2)])

@@ -25,11 +25,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from rlhf.dist import World, barrier, broadcast_object, gather_objects
-from rlhf.engine.checkpoint.files import Writing, file_of, read_index, sync_folder, write_index
+from rlhf.engine.checkpoint.files import Writing, file_of, read_index, require_files, sync_folder, write_index
 from rlhf.engine.checkpoint.planners import Loading, Saving
 from rlhf.engine.checkpoint.randomness import random_state, set_random_state
 from rlhf.engine.checkpoint.storage import Reader, Writer
 from rlhf.engine.checkpoint.stored import Stored
+from rlhf.failure import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ class Checkpoints:
             spare: steps of older checkpoints that are kept whatever their age.
 
         Raises:
-            RuntimeError: a checkpoint could not be written, this one or the one before.
+            RunError: a checkpoint could not be written, this one or the one before.
         """
         self.settle()
         held = _by_key(tensors)
@@ -130,7 +131,7 @@ class Checkpoints:
             with _without_warnings():
                 dcp.save(held, storage_writer=writer, planner=Saving())
         except CheckpointException as error:
-            raise RuntimeError(f"the checkpoint of step {step} could not be made: {_reason(error)}") from error
+            raise RunError(f"the checkpoint of step {step} could not be made: {_reason(error)}") from error
         writing.begin(asynchronous=self.asynchronous)
         random = gather_objects(random_state(self.world.device))
         content = {"step": step, "state": state, "random": random, "tensors": writer.tensors}
@@ -142,7 +143,7 @@ class Checkpoints:
         """Wait until what was saved is on every rank's disk, and make it count.
 
         Raises:
-            RuntimeError: some rank could not write; older checkpoints are as they were.
+            RunError: some rank could not write; older checkpoints are as they were.
         """
         if self._pending is None:
             return
@@ -176,11 +177,11 @@ class Checkpoints:
         random = saved.content["random"]
         set_random_state(random[self.world.rank if self.world.rank < len(random) else 0], self.world.device)
 
-    def remove(self, *, spare: set[int]) -> None:
-        """Remove all checkpoints but those of the steps in `spare`."""
+    def remove(self) -> None:
+        """Remove all checkpoints."""
         assert self._pending is None, "settle first"
         if self.world.is_main:
-            self._remove(set(steps_in(self.folder)) - spare)
+            self._remove(steps_in(self.folder))
             if self.folder.exists() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
@@ -191,7 +192,7 @@ class Checkpoints:
 
     def _publish(self, pending: _Pending, checksums: list[dict[int, list[int]]]) -> list[str]:
         """On the first rank: the rename that makes it count; returns what went wrong."""
-        folder, final = self._partial(pending.step), _complete(self.folder, pending.step)
+        folder, final = self._partial(pending.step), folder_of(self.folder, pending.step)
         for entry in pending.content["tensors"].values():
             for part in entry["parts"]:
                 part["checksums"] = checksums[part["file"]][part["start"]]
@@ -200,8 +201,6 @@ class Checkpoints:
             return [f"{folder}: {', '.join(missing)} are on other machines; output_dir must be shared by all of them"]
         try:
             write_index(folder, pending.content)
-            if final.exists():
-                shutil.rmtree(final)
             folder.rename(final)
             sync_folder(self.folder)
             self._remove(set(steps_in(self.folder)[: -self.keep]) - pending.spare)
@@ -213,15 +212,15 @@ class Checkpoints:
         if self.world.is_main:
             shutil.rmtree(self._partial(pending.step), ignore_errors=True)
         older = broadcast_object(max(steps_in(self.folder), default=-1))
-        rest = f"{_complete(self.folder, older)} is as it was: the same command goes on from it" if older >= 0 else ""
-        raise RuntimeError(
+        rest = f"{folder_of(self.folder, older)} is as it was: the same command goes on from it" if older >= 0 else ""
+        raise RunError(
             f"the checkpoint of step {pending.step} could not be written: {errors[0]}. "
             f"{rest or 'There is no older one'}. Make room, or set checkpoint.every=0 to save none."
         )
 
     def _remove(self, steps: Iterable[int]) -> None:
         for step in steps:
-            complete = _complete(self.folder, step)
+            complete = folder_of(self.folder, step)
             going = complete.with_suffix(".removed")  # what is half removed must not look complete
             complete.rename(going)
             shutil.rmtree(going)
@@ -234,11 +233,13 @@ def open_saved(folder: Path, step: int) -> Saved:
     """The complete checkpoint of `step`.
 
     Raises:
-        ValueError: its table of contents is damaged.
+        ValueError: its table of contents is damaged, or a file is missing or too short.
     """
-    complete = _complete(folder, step)
+    complete = folder_of(folder, step)
     try:
-        return Saved(step, complete, read_index(complete))
+        saved = Saved(step, complete, read_index(complete))
+        require_files(complete, saved.content["tensors"])
+        return saved
     except ValueError as error:
         raise _damaged(complete, error) from error
 
@@ -249,7 +250,8 @@ def steps_in(folder: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def _complete(folder: Path, step: int) -> Path:
+def folder_of(folder: Path, step: int) -> Path:
+    """Where the complete checkpoint of `step` is, if there is one."""
     return folder / f"step-{step:06d}"
 
 

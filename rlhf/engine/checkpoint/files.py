@@ -7,6 +7,7 @@ Left out: which bytes (`storage.py`), and when a checkpoint counts as complete (
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections import deque
@@ -138,6 +139,26 @@ def read_bytes(path: Path, chunk: Chunk, *, begin: int, end: int) -> memoryview:
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
     return memoryview(result)[begin - first * BLOCK : end - first * BLOCK]
+
+
+def require_files(folder: Path, tensors: dict[str, Any]) -> None:
+    """Every file that a table of contents names is there and long enough; what is in it shows when it is read.
+
+    Raises:
+        ValueError: one is not.
+    """
+    ends: dict[int, int] = {}
+    for entry in tensors.values():
+        itemsize = getattr(torch, entry["dtype"]).itemsize
+        for part in entry["parts"]:
+            end = part["start"] + math.prod(part["sizes"]) * itemsize
+            ends[part["file"]] = max(end, ends.get(part["file"], 0))
+    for rank, end in sorted(ends.items()):
+        path = folder / file_of(rank)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size < end:
+            raise ValueError(f"{path} ends at byte {path.stat().st_size}; expected at least {end}")
 
 
 def _require_intact(path: Path, block: bytes, *, number: int, chunk: Chunk) -> None:

@@ -14,6 +14,14 @@ import torch
 from torch import Tensor
 
 
+def seed_random_numbers(seed: int, *, rank: int) -> None:
+    """Begin the random numbers of a stage: they follow from its seed and rank, not from what the process did before.
+
+    Only torch's are drawn from (dropout), on the device too.
+    """
+    torch.manual_seed(seed * 1_000_003 + rank)
+
+
 def random_state(device: torch.device) -> dict[str, Any]:
     """The state of python's, numpy's and torch's generators, and on CUDA of this rank's device."""
     version, numbers, gauss = random.getstate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from rlhf.config import EngineConfig, Moments, Precision, Tier
@@ -70,8 +71,14 @@ def _read_stage(reading: Reading, own: EngineConfig) -> None:
     for block, setting in _BLOCKS.items():
         _read_tier(reading, block, setting=setting, least=1 if block == "offload_optimizer" else 3, stage=stage)
     _read_buffers(reading)
-    if reading.raw("zero_optimization.stage3_model_persistence_threshold") == 0:
+    limit = reading.value("zero_optimization.stage3_model_persistence_threshold")
+    if limit == 0:
         reading.sets("engine.persistence_threshold", 0, key="zero_optimization.stage3_model_persistence_threshold")
+    elif limit is not None and limit < sys.maxsize:
+        reading.warnings.append(
+            f"{reading.where('zero_optimization.stage3_model_persistence_threshold')}={limit}: a limit on all of them "
+            f"together is not kept; lower stage3_param_persistence_threshold instead"
+        )
 
 
 def _read_tier(reading: Reading, block: str, *, setting: str, least: int, stage: int) -> None:
@@ -92,9 +99,12 @@ def _read_buffers(reading: Reading) -> None:
     blocks = [f"zero_optimization.{block}" for block in _BLOCKS]
     on_disk = [block for block in blocks if reading.raw(f"{block}.device") == "nvme"]
     folders = _given(reading, [f"{block}.nvme_path" for block in on_disk])
+    for path, folder in folders.items():
+        if not isinstance(folder, str):
+            raise ValueError(f"{reading.where(path)}={folder!r}: expected the path of a folder on a local disk.")
     if folders:
         path, folder = next(iter(folders.items()))
-        reading.sets("engine.nvme_path", str(folder), key=path)
+        reading.sets("engine.nvme_path", folder, key=path)
     if len(set(folders.values())) > 1:
         reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {folder}")
     counts = {path: _whole(reading, path) or 0 for path in _given(reading, [f"{b}.buffer_count" for b in on_disk])}

@@ -75,8 +75,6 @@ class _Reader:
     def _members(self, path: Path, *, end: str) -> dict[str, Any]:
         """Keys and values up to `end`, which is consumed."""
         start, members = self._at, {}
-        if len(path) > _DEPTH:
-            raise self._error("is nested too deeply", f"at most {_DEPTH} levels")
         while not self._ends(end, start, what="object"):
             line, key = self._line(), self._key()
             here = (*path, key)
@@ -127,6 +125,8 @@ class _Reader:
 
     def _value(self, path: Path) -> Any:
         self._skip()
+        if len(path) > _DEPTH:
+            raise self._error("is nested too deeply", f"at most {_DEPTH} levels")
         if self._text.startswith("'''", self._at):
             return self._lines_of_text()
         if self._peek() in ('"', "'"):

@@ -116,38 +116,37 @@ class Table:
 
     def __init__(self, keys: tuple[Key, ...]) -> None:
         self.keys = keys
-        self._by_path = {key.path.removesuffix(".*"): key for key in keys}
+        self._by_path = {_parts(key.path): key for key in keys}
         assert len(self._by_path) == len(keys), "a key is there twice"
-        self._canonical = {
-            f"{_parent(key.path)}{name}": key.path.removesuffix(".*") for key in keys for name in key.old_names
-        }
+        self._present = {(*path[:-1], old): path for path, key in self._by_path.items() for old in key.old_names}
+        self._sections = {_parts(section) for section in SECTIONS}
 
     def __iter__(self) -> Iterator[Key]:
         return iter(self.keys)
 
     def canonical(self, path: Path) -> Path:
         """The path under its present name."""
-        dotted = ".".join(path)
-        return tuple(self._canonical.get(dotted, dotted).split("."))
+        return self._present.get(path, path)
+
+    def is_section(self, path: Path) -> bool:
+        """Whether the keys below it are looked at one by one."""
+        return path in self._sections
 
     def find(self, path: Path) -> Key | None:
         """The row of a canonical path, or the one that stands for all of its section."""
-        row = self._by_path.get(".".join(path))
-        section = self._by_path.get(".".join(path[:-1]))
+        row = self._by_path.get(path)
+        section = self._by_path.get(path[:-1])
         return row or (section if section and section.path.endswith(".*") else None)
 
     def near(self, path: Path) -> list[str]:
-        """Known keys that a misspelt one may mean: of its own section, else the same name in another."""
+        """Keys and sections that a misspelt one may mean: of its own section, else the same name in another."""
         *parents, name = path
-        parent = ".".join([*parents, ""]) if parents else ""
-        everything = [*self._by_path, *self._canonical]
-        own = [key.removeprefix(parent) for key in everything if key.startswith(parent)]
-        names = [key for key in own if "." not in key and key != name]
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
-        elsewhere = [key for key in everything if key.rpartition(".")[2] == name]
-        return [parent + key for key in close] or elsewhere[:2]
+        everything = [key for key in dict.fromkeys([*self._by_path, *self._present, *self._sections]) if key]
+        siblings = sorted({key[-1] for key in everything if [*key[:-1]] == parents} - {name})
+        close = [] if "." in name else difflib.get_close_matches(name.lower(), siblings, n=1, cutoff=0.75)
+        elsewhere = sorted(".".join(key) for key in everything if key[-1] == name.rpartition(".")[2])
+        return [".".join([*parents, key]) for key in close] or elsewhere[:2]
 
 
-def _parent(path: str) -> str:
-    parent, dot, _ = path.removesuffix(".*").rpartition(".")
-    return parent + dot
+def _parts(dotted: str) -> Path:
+    return tuple(dotted.removesuffix(".*").split(".")) if dotted else ()

@@ -141,6 +141,7 @@ _SIZES = (
         "zero_optimization.stage3_model_persistence_threshold",
         "0: engine.persistence_threshold=0; any other limit on all of them together is not kept: lower "
         "stage3_param_persistence_threshold instead",
+        kind=Kind.integer,
         default="no limit",
         old_names=("model_persistence_threshold",),
     ),

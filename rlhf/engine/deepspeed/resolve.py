@@ -15,8 +15,8 @@ from rlhf.engine.deepspeed.hjson import Document, Path
 from rlhf.engine.deepspeed.keys import CLOSED_SECTIONS, SECTIONS, Decision, Key
 from rlhf.engine.deepspeed.reading import Reading, Setting
 from rlhf.engine.deepspeed.table import TABLE
-from rlhf.engine.deepspeed.training import l2_decay, read_training
-from rlhf.engine.deepspeed.values import is_refused, switch
+from rlhf.engine.deepspeed.training import is_adamw, read_training
+from rlhf.engine.deepspeed.values import asks, is_refused
 
 _TRAINING = ("optimizer", "scheduler")
 _COMMENTS = ("_", "comment", "//", "#")
@@ -80,7 +80,7 @@ def _unread(name: str, unknown: list[str]) -> str:
 
 
 def _refusal(reading: Reading, path: Path, *, key: Key, optimizer: OptimizerConfig | None) -> list[str]:
-    if path[-1] == "adam_w_mode" and optimizer is not None and l2_decay(reading, optimizer) == 0:
+    if path[-1] == "adam_w_mode" and is_adamw(reading, optimizer):
         return []
     value = reading.raw(".".join(path))
     shown = "" if isinstance(value, Mapping) else f"={value!r}"
@@ -93,7 +93,7 @@ def _keys(part: Mapping[str, Any], parents: Path, *, trains: bool) -> Iterator[t
         path = (*parents, name)
         if (not trains and path[0] in _TRAINING) or name.startswith(_COMMENTS):
             continue
-        if ".".join(path) in SECTIONS:
+        if TABLE.is_section(path):
             if isinstance(value, Mapping) and _is_on(value, path) and not _is_refused_optimizer(parents, part):
                 yield from _keys(value, path, trains=trains)
         else:
@@ -101,7 +101,7 @@ def _keys(part: Mapping[str, Any], parents: Path, *, trains: bool) -> Iterator[t
 
 
 def _is_on(value: Mapping[str, Any], path: Path) -> bool:
-    return path != ("data_efficiency",) or switch(value.get("enabled", False), where="data_efficiency.enabled")
+    return path != ("data_efficiency",) or asks(value.get("enabled"))
 
 
 def _is_refused_optimizer(parents: Path, part: Mapping[str, Any]) -> bool:
@@ -111,5 +111,7 @@ def _is_refused_optimizer(parents: Path, part: Mapping[str, Any]) -> bool:
 
 
 def _did_you_mean(path: Path) -> str:
+    if "." in path[-1]:
+        return " (a dot does not nest)"
     near = TABLE.near(path)
     return f" (did you mean {' or '.join(near)}?)" if near else ""

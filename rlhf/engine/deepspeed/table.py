@@ -23,7 +23,8 @@ _HEAD = """# DeepSpeed configurations
 
 A file reaches every stage and every model of it (`ppo.engine` is the actor's, `ppo.critic_engine`,
 `ppo.reference_engine` and `ppo.reward_engine` are the others') unless one of them has its own, or null. A mapping,
-also in Python and YAML, and url-safe base64 do as well as a file. `examples/` has three.
+also in Python and YAML, and url-safe base64 do as well as a file (leave out the `=` at its end, which the command
+line takes for its own). `examples/` has three.
 
 **Reading.** As DeepSpeed reads: by the rules of Hjson, so comments (`#`, `//`, `/* */`), trailing and missing commas
 and keys without quotes are fine, and `5e8` or `"3"` are whole numbers. A key that is there twice ends the run, with

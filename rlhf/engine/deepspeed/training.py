@@ -10,7 +10,7 @@ from rlhf.config import OptimizerConfig, Schedule
 from rlhf.engine.deepspeed.engine import read_plain
 from rlhf.engine.deepspeed.reading import Origin, Reading
 from rlhf.engine.deepspeed.table import TABLE
-from rlhf.engine.deepspeed.values import AUTO, integer, number, switch
+from rlhf.engine.deepspeed.values import AUTO, asks, integer, number, switch
 
 _SCHEDULES = {
     "WarmupLR": Schedule.warmup_lr,
@@ -51,19 +51,27 @@ def read_training(reading: Reading, own: OptimizerConfig) -> None:
         )
 
 
-def l2_decay(reading: Reading, own: OptimizerConfig) -> float:
-    """The weight decay that adam_w_mode=false would turn into an L2 penalty."""
-    value = reading.value("optimizer.params.weight_decay")
-    return own.weight_decay if reading.raw("optimizer.params.weight_decay") == AUTO else value or 0.0
+def is_decoupled(reading: Reading) -> bool:
+    """Whether weight decay is AdamW's: the type AdamW says so whatever adam_w_mode says, as in DeepSpeed."""
+    mode = reading.raw("optimizer.params.adam_w_mode")
+    return str(reading.raw("optimizer.type")).lower() == "adamw" or mode in (None, AUTO) or asks(mode)
+
+
+def is_adamw(reading: Reading, own: OptimizerConfig | None) -> bool:
+    """Whether the numbers are AdamW's, also because there is no weight decay that could be a penalty instead."""
+    raw = reading.raw("optimizer.params.weight_decay")
+    decay = own.weight_decay if raw == AUTO and own is not None else reading.value("optimizer.params.weight_decay")
+    return is_decoupled(reading) or not decay
 
 
 def _read_adam(reading: Reading, own: OptimizerConfig) -> None:
+    if reading.raw("optimizer.params") == AUTO:
+        return
     given = reading.section("optimizer.params")
     read_plain(reading, own, sections=("optimizer.params",))
     _read_betas(reading, own)
     defaults: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
-    torch_adam = reading.raw("optimizer.params.torch_adam")
-    if torch_adam not in (None, AUTO) and switch(torch_adam, where=reading.where("optimizer.params.torch_adam")):
+    if asks(reading.raw("optimizer.params.torch_adam")) and is_decoupled(reading):
         defaults["weight_decay"] = _TORCH_WEIGHT_DECAY
     for name, value in defaults.items():
         if name not in given:
@@ -83,7 +91,7 @@ def _read_betas(reading: Reading, own: OptimizerConfig) -> None:
 
 def _read_schedule(reading: Reading) -> None:
     kind = reading.raw("scheduler.type")
-    if kind not in _SCHEDULES:
+    if not isinstance(kind, str) or kind not in _SCHEDULES:
         raise ValueError(
             f"{reading.where('scheduler.type')}={kind!r}: expected one of {', '.join(_SCHEDULES)}. For another shape "
             f"leave the section out and set optimizer.schedule."
@@ -101,7 +109,8 @@ def _read_schedule(reading: Reading) -> None:
             raise ValueError(f"{reading.where(path)}: {kind} has no such parameter; it has {', '.join(shape)}.")
         if name in shape:
             options |= _option(reading, name, kind=str(shape[name].type))
-    if "warmup_num_steps" in shape and reading.raw("scheduler.params.warmup_num_steps") is None:
+    says_nothing = reading.raw("scheduler.params") != AUTO and reading.raw("scheduler.params.warmup_num_steps") is None
+    if "warmup_num_steps" in shape and says_nothing:
         options["warmup_num_steps"] = 1000
     reading.sets("optimizer.schedule", schedule, key="scheduler.type")
     reading.sets("optimizer.schedule_options", options, key="scheduler.params")

@@ -31,7 +31,7 @@ def read(value: Any, *, kind: Kind, where: str) -> Any:
 
 def integer(value: Any, *, where: str) -> int:
     """A whole number, however it is written, of zero or more."""
-    found = number(value, where=where)
+    found = value if isinstance(value, int) and value >= 0 else number(value, where=where)
     if found != int(found):
         raise _unfit(value, where, expected="a whole number")
     return int(found)
@@ -76,6 +76,8 @@ def _unfit(value: Any, where: str, *, expected: str) -> ValueError:
     hint = ""
     if isinstance(value, str) and value.endswith(","):
         hint = " A text without quotes goes to the end of its line, comma included."
+    elif isinstance(value, str) and value.lower() in expected.split(", "):
+        hint = " Write it in lower case."
     elif isinstance(value, str) and value.isupper():
         hint = " Is it a placeholder that was to be filled in?"
     return ValueError(f"{where}={value!r}: expected {expected}.{hint}")
@@ -86,7 +88,7 @@ def is_refused(key: Key, value: Any) -> bool:
     if value is None or value == AUTO:
         return False
     if key.allowed:
-        return str(value).lower() not in {str(allowed).lower() for allowed in key.allowed}
+        return value not in key.allowed and str(value).lower() not in {str(word).lower() for word in key.allowed}
     return asks(value)
 
 

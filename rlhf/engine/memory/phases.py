@@ -98,7 +98,8 @@ class Model:
     @property
     def _unreduced(self) -> int:
         """ZeRO 1 keeps whole fp32 sums until the last micro-batch is reduced."""
-        waits = self.setting.engine.zero_stage == 1 and self.states.is_sharded and self.setting.micro_batches > 1
+        setting = self.setting
+        waits = setting.engine.zero_stage == 1 and setting.ranks > 1 and setting.micro_batches > 1
         return 4 * sum(p.numel() for p in self.states.blueprint.module.parameters() if p.requires_grad) * waits
 
     def _share_of_sums(self, stretch: Stretch) -> float:

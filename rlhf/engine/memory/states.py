@@ -18,12 +18,13 @@ from torch import nn
 from rlhf.config import EngineConfig, Moments, Tier
 from rlhf.engine.materialize import _in_memory
 from rlhf.engine.memory.plan import Item, Place
+from rlhf.engine.tiers.buffers import HUGE_PAGE
 from rlhf.engine.tiers.homes import Shape
 from rlhf.engine.tiers.records import capacity_of, lay_out
 from rlhf.engine.tiers.residency import lay_out as lay_out_rows
 from rlhf.engine.tiers.residency import resting_tier, unit_bytes
 from rlhf.engine.tiers.resting_disk import file_bytes
-from rlhf.engine.units import Unit, find_units, gathered_ahead, persistent_parameters
+from rlhf.engine.units import Unit, find_units, gathered_ahead, num_leaving, persistent_parameters
 from rlhf.models.blueprint import Blueprint
 from rlhf.models.lora import adapted_layers
 
@@ -100,9 +101,11 @@ class States:
     def in_reduction(self) -> int:
         """Device bytes of gradients on their way to their sums: a unit's whole ones, and what is sent of them."""
         largest = max((self._trainable_numel(unit) for unit in self.units), default=0)
+        if self.setting.ranks == 1:
+            return 0
         if self.is_sharded:  # whole gradients, and the fp32 copy that is sent: FSDP2 waits for one before the next
             return largest * (self.setting.dtype.itemsize + 4)
-        return largest * 4 if self.setting.ranks > 1 else 0
+        return largest * 4
 
     def merged(self) -> int:
         """Device bytes of adapted weights with their adapters merged in, while responses are generated."""
@@ -112,11 +115,16 @@ class States:
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; what rests on disk is not copied."""
         learning = sum(self._split) if self.optimizer_tier != Tier.nvme else self._split[0]
-        return learning * 12
+        return learning * self._saved
 
     def in_a_checkpoint(self) -> int:
         """Disk bytes of this rank's share of a checkpoint."""
-        return sum(self._split) * 12
+        return sum(self._split) * self._saved
+
+    @property
+    def _saved(self) -> int:
+        """Bytes of an element in a checkpoint: master and moments, and beside a delayed update the working weight."""
+        return 16 if self.setting.engine.delayed_update else 12
 
     def exported(self) -> int:
         """Disk bytes of the model without this project, adapters merged; the first rank writes all of it."""
@@ -208,19 +216,15 @@ class States:
     def _split(self) -> tuple[int, int]:
         """Elements whose states stay on the device, and those that leave it; as `Tiers` cuts the groups."""
         sizes = [sum(shape.count for shape in group) for group in self._groups]
-        away, share = self._num_away(sizes), sum(sizes)
-        leaving = sum(sizes[:away])
-        return share - leaving, leaving
+        leaving = sum(sizes[: self._num_away])
+        return sum(sizes) - leaving, leaving
 
-    def _num_away(self, sizes: list[int]) -> int:
+    @cached_property
+    def _num_away(self) -> int:
         if self.optimizer_tier == Tier.device:
             return 0
-        share, before = self.setting.engine.optimizer_share * sum(sizes), 0
-        for number, size in enumerate(sizes):
-            if before >= share:
-                return number
-            before += size
-        return len(sizes)
+        sizes = [self._trainable_numel(unit) for unit in self.units]
+        return num_leaving([size for size in sizes if size], self.setting.engine.optimizer_share)
 
     @property
     def _sides(self) -> int:
@@ -229,7 +233,7 @@ class States:
     @property
     def _sum_bytes(self) -> int:
         """Of an element of a gradient sum on the device: FSDP2 reduces in fp32, and so are sums of several."""
-        several = self.is_sharded or self.setting.ranks > 1 or self.setting.micro_batches > 1
+        several = self.setting.ranks > 1 or self.setting.micro_batches > 1
         return 4 if several else self.setting.dtype.itemsize
 
     def _item(self, part: str, place: Place, *, count: float) -> Item:
@@ -249,8 +253,8 @@ class States:
         yield self._item(WORKING, Place.host, count=sum(size for index, size in enumerate(sizes) if index in kept))
         on_disk = [0 if index in kept else size for index, size in enumerate(sizes)]
         yield self._item(WORKING, Place.disk, count=file_bytes(on_disk))
-        if any(on_disk):
-            yield self._item(BUFFERS, Place.host, count=self._buffer_bytes)
+        if any(on_disk):  # weights that are written run on from unit to unit
+            yield self._item(BUFFERS, Place.host, count=self._buffer_bytes(file_bytes(on_disk)))
 
     @cached_property
     def _resting_units(self) -> list[int]:
@@ -286,18 +290,21 @@ class States:
     def _on_disk(self) -> Iterator[Item]:
         engine = self.setting.engine
         moments = torch.bfloat16 if engine.moments == Moments.bf16 else torch.float32
-        away = self._num_away([sum(shape.count for shape in group) for group in self._groups])
-        shapes = [shape for group in self._groups[:away] for shape in group]
+        shapes = [shape for group in self._groups[: self._num_away] for shape in group]
         capacity = capacity_of(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
-        elements = sum(record.size for record in lay_out(shapes, max(capacity, 1 << 12), moments=moments))
+        records = lay_out(shapes, max(capacity, 1 << 12), moments=moments)
+        elements = sum(record.size for record in records)
         yield self._item(GRADIENTS, Place.disk, count=4 * elements)
         yield self._item(MASTERS, Place.disk, count=4 * elements)
         yield self._item(MOMENTS, Place.disk, count=2 * self._moment_bytes * elements)
-        yield self._item(BUFFERS, Place.host, count=self._buffer_bytes)
+        yield self._item(BUFFERS, Place.host, count=self._buffer_bytes(max(record.nbytes for record in records)))
 
-    @property
-    def _buffer_bytes(self) -> int:
-        return self.setting.engine.buffer_count * self.setting.engine.buffer_size * 4
+    def _buffer_bytes(self, most: int) -> int:
+        """Of a set of buffers each filled up to `most`: what is touched, by huge pages, or all that is locked."""
+        engine = self.setting.engine
+        locked = engine.pin_memory and self.setting.device.type == "cuda"
+        touched = -(-most // HUGE_PAGE) * HUGE_PAGE
+        return engine.buffer_count * (4 * engine.buffer_size if locked else min(4 * engine.buffer_size, touched))
 
     def _buffers(self) -> Iterator[Item]:
         """Page-locked memory for copies, and the optimizer's scratch."""

@@ -21,7 +21,7 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096  # bytes: O_DIRECT wants memory, offsets and lengths in multiples of a disk's sector, at most this
-_HUGE_PAGE = 2 << 20  # bytes: a request over ordinary pages is cut up by the block layer, to half the speed or less
+HUGE_PAGE = 2 << 20  # bytes; a request over ordinary pages is cut up by the block layer, to half the speed or less
 
 
 class Pending:
@@ -138,9 +138,9 @@ def round_up(nbytes: int) -> int:
 
 def _huge_pages(nbytes: int) -> Tensor:
     """Private anonymous memory, uint8 [nbytes], that begins on a huge page and asks for more of them."""
-    memory = mmap.mmap(-1, nbytes + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, nbytes + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    skip = -address % _HUGE_PAGE
+    skip = -address % HUGE_PAGE
     try:
         memory.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)
     except OSError as error:

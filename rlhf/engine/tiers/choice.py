@@ -30,6 +30,7 @@ from rlhf.engine.tiers.records import ATOM, capacity_of, lay_out
 from rlhf.engine.tiers.residency import WorkingRows
 from rlhf.engine.tiers.sums import HostSums, ResidentSums, Staging
 from rlhf.engine.tiers.working_rows import ResidentRows, StagedRows
+from rlhf.engine.units import num_leaving
 
 _CPU = torch.device("cpu")
 
@@ -157,15 +158,9 @@ class Tiers:
         """Groups that leave the device, and the last ones, which stay."""
         if self.tier == Tier.device:
             return [], list(self.groups)
-        sizes = [sum(p.numel() for p in group.values()) for group in self.groups]  # whole: the same cut on all ranks
-        share, before = self.engine.optimizer_share * sum(sizes), 0
-        away: list[ParameterGroup] = []
-        for group, size in zip(self.groups, sizes, strict=True):
-            if before >= share:
-                break
-            away.append(group)
-            before += size
-        return away, list(self.groups[len(away) :])
+        sizes = [sum(p.numel() for p in group.values()) for group in self.groups]
+        away = num_leaving(sizes, self.engine.optimizer_share)
+        return list(self.groups[:away]), list(self.groups[away:])
 
     def _check(self) -> None:
         engine = self.engine

@@ -29,6 +29,8 @@ class Courier:
     def __init__(self, device: torch.device) -> None:
         """Copies from and to `device`."""
         self._device = device
+        self.is_behind = device.type == "cuda"
+        """Whether `copy` returns before the copy is made."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def copy(self, into: Tensor, from_: Tensor) -> Receipt:
@@ -48,3 +50,8 @@ class Courier:
         """Let the current stream wait for all copies so far; the host does not."""
         if self._stream is not None:
             torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def finish(self) -> None:
+        """Block this thread until all copies so far are made."""
+        if self._stream is not None:
+            self._stream.synchronize()

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.tiers.buffers import ALIGNMENT, Buffers, Pending, round_up
+from rlhf.failure import RunError
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class DiskFile:
             label: what it holds, for messages.
 
         Raises:
-            RuntimeError: the disk is full, the folder cannot be made or written, or another process uses the file.
+            RunError: the disk is full, the folder cannot be made or written, or another process uses the file.
         """
         assert nbytes > 0, f"{label}: a file of {nbytes} bytes"
         self.path, self.nbytes = path, round_up(nbytes)
@@ -80,7 +81,7 @@ class DiskFile:
         try:
             self._file = _claim(path)
         except OSError as error:
-            raise RuntimeError(self._sentence("creating the file", error)) from error
+            raise RunError(self._sentence("creating the file", error)) from error
         self._readers, self._writers = (futures.ThreadPoolExecutor(_THREADS, f"{label} {d}") for d in ("read", "write"))
         _FILES.add(self)
         try:
@@ -88,7 +89,7 @@ class DiskFile:
             os.posix_fallocate(self._file, 0, self.nbytes)
         except OSError as error:
             self.close()
-            raise RuntimeError(self._sentence(f"reserving {self.nbytes} bytes", error)) from error
+            raise RunError(self._sentence(f"reserving {self.nbytes} bytes", error)) from error
         if not _bypass_page_cache(self._file):
             logger.warning("%s: %s cannot be read past the page cache (O_DIRECT): slower.", label, path.parent)
 
@@ -107,7 +108,7 @@ class DiskFile:
         """Wait for all transfers so far.
 
         Raises:
-            RuntimeError: a write failed.
+            RunError: a write failed.
         """
         with self._lock:
             self._settle(0, self.nbytes, writes=True)
@@ -159,10 +160,10 @@ class DiskFile:
                 moved = call(self._file, [view[done:]], offset + done)
             except OSError as error:
                 what = f"{doing} {len(view)} bytes at {offset} (after {done})"
-                raise RuntimeError(self._sentence(what, error)) from error
+                raise RunError(self._sentence(what, error)) from error
             done += moved
             if moved == 0 or (moved % ALIGNMENT and done < len(view)):
-                raise RuntimeError(
+                raise RunError(
                     f"{self._label}: {doing} {self.path} at {offset}: found {done} bytes, expected {len(view)}; "
                     "the file was cut short by somebody else. Leave engine.nvme_path to this run, and resume it."
                 )

@@ -149,7 +149,8 @@ class NvmeHome:
             self._store(record, buffer, place=record.place(part, span))
 
     def close(self) -> None:
-        """Remove the file."""
+        """Remove the file, and unlock the buffers, once no copy from the device is on its way to one."""
+        self._room.courier.finish()
         self._room.file.close()
         self._room.buffers.close()
 
@@ -161,7 +162,7 @@ class NvmeHome:
             self.failure = self.failure or error
 
     def _first(self, name: str, gradient: Tensor) -> _Sum:
-        keep = self._room.buffers.count - 1 if gradient.is_cuda else 0  # on the CPU the copy is done already
+        keep = self._room.buffers.count - 1 if self._room.courier.is_behind else 0
         for record, span in self._places[name]:
             buffer = self._room.buffers.take()
             place = record.gradient_place(span, gradient.dtype.itemsize)

@@ -88,7 +88,7 @@ class StateHome(Protocol):
         """Set them; working weights do not follow."""
 
     def close(self) -> None:
-        """Let go of what outlives the process."""
+        """Let go of files, threads and page-locked memory."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,8 @@ class MemoryHome:
         into.copy_(rows.reshape(-1))
 
     def close(self) -> None:
-        """Nothing outlives the process."""
+        """Let the sums go."""
+        self._sums.close()
 
     def _piece(self, shape: Shape, gradient: Tensor) -> Piece:
         name = shape.name

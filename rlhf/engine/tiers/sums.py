@@ -39,6 +39,9 @@ class Sums(Protocol):
     def elements(self) -> int:
         """How many numbers they keep on the device."""
 
+    def close(self) -> None:
+        """Let memory and threads go."""
+
 
 class ResidentSums:
     """Sums where the gradients are made."""
@@ -78,6 +81,10 @@ class ResidentSums:
         """All of them."""
         return sum(gradient.numel() for gradient in self._sums.values())
 
+    def close(self) -> None:
+        """Let the memory go."""
+        self.clear()
+
 
 class Staging:
     """What all host sums of a device share: streams, a thread that adds, and two page-locked buffers for it."""
@@ -113,6 +120,14 @@ class Staging:
             future = self._thread.submit(_add, into, staged, receipt=receipt)
             self._slots.append((slot, future))
         return future
+
+    def close(self) -> None:
+        """End the thread and unlock the memory, once nothing uses either."""
+        self.courier.finish()
+        self._thread.shutdown()
+        for buffers in self._pinned:
+            buffers.close()
+        self._pinned, self._slots = [], []
 
     def _slot(self) -> Tensor:
         if len(self._slots) < 2:
@@ -199,6 +214,11 @@ class HostSums:
     def elements(self) -> int:
         """None of them."""
         return 0
+
+    def close(self) -> None:
+        """Close what all sums of the device share, too: they go together."""
+        self._sums, self._memory = {}, []
+        self._staging.close()
 
     def _first(self, name: str, gradient: Tensor) -> _HostSum:
         arrived = self._memory[0].arrived.get(name)

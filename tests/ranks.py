@@ -1,12 +1,14 @@
-"""Run a function on ranks that are forked from a process which has imported everything: starting python takes longest.
+"""Run a function on several gloo ranks of this machine and bring the results back.
 
-For scripts of their own, which have computed nothing yet: a fork takes no threads along.
+Ranks are forked from a process that has imported everything, because starting python takes longest. It must have
+computed nothing yet, for a fork takes no threads along: `run_on_ranks` starts one, scripts of their own are one.
 """
 
 import os
 import pickle
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -15,12 +17,28 @@ import torch
 
 from rlhf import dist
 
+ROOT = Path(__file__).parents[1]
+
+
+def run_on_ranks(function, ranks, *args):
+    """Results of `function(*args)` on each of `ranks` processes, in the order of the ranks.
+
+    The function must be importable (top level of its module). An exception on a rank fails the caller.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        call = Path(folder) / "call"
+        call.write_bytes(pickle.dumps((function, ranks, *args)))
+        subprocess.run([sys.executable, "-m", "tests.ranks", call], cwd=ROOT, check=True)
+        return pickle.loads(call.read_bytes())
+
 
 def fork_ranks(function, ranks, *args, alone=False):
-    """Results of `function(*args)` on each of `ranks` forked processes; with `alone`, one that is no rank."""
+    """The same, in a process that may be forked; with `alone`, a process that is no rank."""
     with tempfile.TemporaryDirectory() as folder:
 
         def work(rank):
+            if not alone:
+                dist.start("cpu")
             result = function(*args)
             (Path(folder) / str(rank)).write_bytes(pickle.dumps(result))
             dist.stop()
@@ -67,3 +85,12 @@ def _end_with(work, rank):
     finally:
         sys.stderr.flush()
         os._exit(status)
+
+
+def _answer(call):
+    function, ranks, *args = pickle.loads(call.read_bytes())
+    call.write_bytes(pickle.dumps(fork_ranks(function, ranks, *args)))
+
+
+if __name__ == "__main__":
+    _answer(Path(sys.argv[1]))

@@ -1,0 +1,297 @@
+"""What only a CUDA device can show: every tier trains there as plain torch does, and nothing comes too early.
+
+`pytest -m gpu` on one device runs these. Gradients of one kind of kernel are the same bits wherever they go, so tiers
+whose steps the CPU takes agree bit for bit; the device's own AdamW and norms round otherwise.
+Left out: several devices, and speed (`python -m benchmarks.zero offload`).
+"""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf import dist
+from rlhf.engine.checkpoint.checkpoints import Checkpoints
+from rlhf.engine.tiers.buffers import Buffers
+from rlhf.engine.tiers.courier import Courier
+from rlhf.engine.tiers.resting_host import HostHome
+from rlhf.engine.tiers.working_rows import StagedRows
+from tests.engine import plain, scenarios, tiny
+from tests.engine.test_tiers import late_reference
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+STEPS = 6
+STATES = {"buffer_size": 8192}  # tiles of 2048 elements
+WEIGHTS = {"buffer_size": 8192, "buffer_count": 3}
+WHOLE = {  # working weights on the device, nothing wrapped
+    "device": {},
+    "cpu": {"optimizer_tier": "cpu"},
+    "pageable": {"optimizer_tier": "cpu", "pin_memory": False},
+    "nvme": {"optimizer_tier": "nvme", **STATES},
+    "one buffer": {"optimizer_tier": "nvme", **STATES, "buffer_count": 1},
+    "half": {"optimizer_tier": "cpu", "optimizer_share": 0.5},
+}
+RESTING = {  # working weights elsewhere: FSDP2, on its own streams, brings each unit
+    "weights": {"parameter_tier": "cpu"},
+    "cpu cpu": {"parameter_tier": "cpu", "optimizer_tier": "cpu"},
+    "pageable cpu cpu": {"parameter_tier": "cpu", "optimizer_tier": "cpu", "pin_memory": False},
+    "nvme nvme": {"parameter_tier": "nvme", "optimizer_tier": "nvme", **WEIGHTS},
+    "both": {"parameter_tier": "nvme", "parameters_in_cpu": 12_000, "optimizer_tier": "cpu", **WEIGHTS},
+}
+SMALL = {"small kept": {"parameter_tier": "cpu", "optimizer_tier": "cpu", "persistence_threshold": 100}}
+SAME_BITS = {
+    "whole": [WHOLE[name] for name in ("cpu", "pageable", "nvme", "one buffer")],
+    "resting": [RESTING[name] for name in ("cpu cpu", "pageable cpu cpu", "nvme nvme", "both")],
+}
+CYCLES = 100_000_000  # of a kernel that only waits: some 50 ms, far longer than any copy here
+
+
+@pytest.fixture(scope="module")
+def world():
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    dist.stop()  # a group of CPU tests has no NCCL
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield dist.start("cuda")
+    torch.use_deterministic_algorithms(False)
+    dist.stop()
+
+
+def engine(world, folder, **config):
+    steady = tiny.optimizer_config(schedule="constant", warmup_steps=0)
+    return tiny.engine(world, 3, nvme_path=str(folder), **{"optimizer": steady} | config)
+
+
+def train(world, *, steps=STEPS, accumulation=2, **config):
+    """Losses and norms, masters, and working weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        trained = engine(world, folder, **config)
+        points = scenarios.curve(trained, steps, accumulation=accumulation)
+        found = points, scenarios.weights(trained, masters=True), scenarios.weights(trained)
+        trained.close()
+        assert not list(Path(folder).iterdir()), "files are removed"
+    return found
+
+
+def same(found, expected):
+    assert found[0] == expected[0]
+    for part in (1, 2):
+        assert all(torch.equal(rows, expected[part][name]) for name, rows in found[part].items())
+
+
+@pytest.fixture(scope="module")
+def plain_run(world):
+    """The same steps without an engine, on the device; close to those on the CPU."""
+    model = tiny.reference().to(world.device)
+    curve = plain.train(
+        model, STEPS, rate=lambda step: 3e-3, batch=lambda step: [x.to(world.device) for x in tiny.batch(step)]
+    )
+    on_cpu = plain.train(tiny.reference(), STEPS, rate=lambda step: 3e-3)
+    assert [loss for loss, _ in curve] == pytest.approx([loss for loss, _ in on_cpu], rel=1e-4)
+    return curve, {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("tier", [*WHOLE, *RESTING, *SMALL])
+def test_every_tier_trains_as_plain_torch(world, plain_run, tier):
+    points, masters, weights = train(world, precision="fp32", **(WHOLE | RESTING | SMALL)[tier])
+    curve, expected = plain_run
+    assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in curve], rel=1e-5)
+    assert [norm for _, norm in points] == pytest.approx([norm for _, norm in curve], rel=1e-4)
+    for name, rows in expected.items():
+        torch.testing.assert_close(masters[name], rows, rtol=0, atol=1e-4)
+        assert torch.equal(weights[name], masters[name])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("where", SAME_BITS)
+def test_tiers_that_step_on_the_cpu_agree_bit_for_bit(world, where, accumulation, precision):
+    options = {"precision": precision, "accumulation": accumulation, "initial_scale_power": 6}
+    expected, *others = (train(world, **options, **tier) for tier in SAME_BITS[where])
+    for found in others:
+        same(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_the_host_and_the_device_are_close_and_so_are_fp32_and_less(world, precision):
+    exact, _, _ = train(world, precision="fp32")
+    for tier in (WHOLE["device"], WHOLE["cpu"], RESTING["cpu cpu"]):
+        points, masters, weights = train(world, precision=precision, initial_scale_power=6, **tier)
+        assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in exact], rel=2e-2)
+        for name, rows in masters.items():
+            assert torch.equal(weights[name], rows.to(weights[name].dtype))
+
+
+def test_a_model_that_keeps_the_device_busy_trains_the_same_on_every_tier(world):
+    options = {"kind": {"scale": 32}, "precision": "bf16", "steps": 3, "buffer_size": 500_000}
+    device, host, disk = (train(world, optimizer_tier=tier, **options) for tier in ("device", "cpu", "nvme"))
+    same(disk, host)
+    assert [loss for loss, _ in host[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
+    brought, read = (
+        train(world, optimizer_tier=tier, parameter_tier=tier, **options, buffer_count=3) for tier in ("cpu", "nvme")
+    )
+    same(read, brought)
+    assert [loss for loss, _ in brought[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
+
+
+@pytest.mark.parametrize("parameter_tier", ["device", "cpu"])
+def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(world, tmp_path, parameter_tier):
+    losses, model = late_reference(STEPS)
+    trained = engine(
+        world, tmp_path, precision="fp32", optimizer_tier="cpu", parameter_tier=parameter_tier, delayed_update=True
+    )
+    points = scenarios.curve(trained, STEPS)
+    assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-4)
+    weights = scenarios.weights(trained)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=1e-4)
+    trained.close()
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu", "nvme", "cpu cpu"])
+def test_an_overflow_in_fp16_halves_the_scale_and_changes_nothing_else(world, tmp_path, tier):
+    settings = {"precision": "fp16", "hysteresis": 1, "initial_scale_power": 6, **(WHOLE | RESTING)[tier]}
+    trained = engine(world, tmp_path, **settings)
+    tiny.train_step(trained, 0)
+    before = scenarios.weights(trained, masters=True)
+    assert tiny.train_step(trained, 1, spoil=True)[1].skipped
+    assert trained.loss_scale.value == 32
+    after = scenarios.weights(trained, masters=True)
+    assert all(torch.equal(rows, before[name]) for name, rows in after.items())
+    assert not tiny.train_step(trained, 1)[1].skipped
+    after = scenarios.weights(trained, masters=True)
+    assert not any(torch.equal(rows, before[name]) for name, rows in after.items())
+    trained.close()
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu", "cpu cpu", "nvme nvme"])
+def test_generation_in_the_middle_of_training_changes_nothing(world, tmp_path, tier):
+    settings = {"precision": "bf16", **(WHOLE | RESTING)[tier]}
+    busy, calm = (engine(world, tmp_path, **settings) for _ in range(2))
+    ids = tiny.batch(50)[0].to(world.device)
+    found = []
+    for step in range(3):
+        with busy.generating() as model:
+            gathered = model(ids)
+        with busy.evaluating() as model:
+            assert torch.equal(model(ids), gathered)
+        busy._streams = True
+        with busy.generating() as model:
+            assert torch.equal(model(ids), gathered)
+        busy._streams = False
+        found += scenarios.curve(busy, 1, first=step)
+    assert found == scenarios.curve(calm, 3)
+    for trained in (busy, calm):
+        trained.close()
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu", "cpu cpu", "nvme nvme"])
+def test_a_checkpoint_goes_on_with_the_same_bits(world, tmp_path, tier):
+    settings = {"precision": "bf16", **(WHOLE | RESTING)[tier]}
+    whole, rest = (engine(world, tmp_path / "tiers", **settings) for _ in range(2))
+    scenarios.curve(whole, 2)
+    checkpoints = Checkpoints(tmp_path / "saved", world, keep=1, asynchronous=True)
+    checkpoints.save(2, whole.stored(), state=whole.counters(), spare=set())
+    expected = scenarios.curve(whole, 2, first=2)
+    checkpoints.settle()
+    saved = checkpoints.newest()
+    checkpoints.load(saved, rest.stored())
+    rest.load_counters(saved.state)
+    assert scenarios.curve(rest, 2, first=2) == expected
+    for trained in (whole, rest):
+        trained.close()
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu cpu"])
+def test_activations_on_the_host_are_those_that_were_computed(world, tier):
+    settings = {"activation_checkpointing": True, "precision": "bf16", **(WHOLE | RESTING)[tier]}
+    same(train(world, activation_offload=True, **settings), train(world, **settings))
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu", "weights", "cpu cpu"])
+def test_backward_never_waits_for_the_device(world, tmp_path, tier):
+    trained = engine(world, tmp_path, precision="bf16", **(WHOLE | RESTING)[tier])
+    for step in range(2):  # memory is page-locked in the first
+        tiny.train_step(trained, step, accumulation=1)
+    ids, counts = (x.to(world.device) for x in tiny.batch(2))
+    loss = tiny.token_loss(trained(ids), ids, counts, counts.sum())
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trained.backward(loss, last=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trained.step().grad_norm > 0
+    trained.close()
+
+
+def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(world, tmp_path):
+    trained = engine(world, tmp_path, precision="bf16", optimizer_tier="cpu")
+    tiny.train_step(trained, 0)
+    homes = trained._learner.optimizer.homes
+    memory = [rows for home in homes for rows in home._sums._memory[0].arrived.values()]
+    assert len(memory) == len(list(trained.module.parameters()))
+    assert all(rows.is_pinned() for rows in memory)
+    ids, counts = (x.to(world.device) for x in tiny.batch(1))
+    trained.backward(tiny.token_loss(trained(ids), ids, counts, counts.sum()), last=True)
+    assert trained._learner.gradients.elements() == 0
+    assert all(parameter.grad is None for parameter in trained.module.parameters())
+    trained.close()
+    assert not any(rows.is_pinned() for rows in memory)
+
+
+def page_locked(count):
+    return Buffers(1, nbytes=4 * count, pin=True).take().view(torch.float32)[:count]
+
+
+def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(world):
+    courier, count = Courier(world.device), 1 << 22
+    into = page_locked(count)
+    torch.cuda._sleep(CYCLES)
+    gradient = torch.full((count,), 3.0, device=world.device)
+    receipt = courier.copy(into, gradient)
+    del gradient
+    rubbish = [torch.full((count,), -1.0, device=world.device) for _ in range(4)]
+    receipt.wait()
+    assert (into == 3).all()
+    assert all((tensor == -1).all() for tensor in rubbish)
+
+
+def test_updated_weights_arrive_after_what_still_reads_the_old_ones_and_before_what_follows(world):
+    parameter = nn.Parameter(torch.zeros(1 << 23, device=world.device, dtype=torch.bfloat16))
+    rows = StagedRows([{"w": parameter}], world.device, pin=True)
+    for step in range(4):
+        torch.cuda._sleep(CYCLES)
+        before = parameter.detach().clone()
+        rows.write("w", 0, values=torch.full((1 << 23,), step + 1.0))
+        rows.flush()
+        after = parameter.detach().clone()
+        assert (before == step).all()
+        assert (after == step + 1).all()
+    rows.close()
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_units_are_brought_before_they_are_used_and_not_replaced_while_they_are(world, own_stream):
+    nbytes, units = 1 << 24, 4
+    home = HostHome([nbytes] * units, device=world.device, pin=True)
+    for unit in range(units):
+        home.write(unit, 0, values=torch.full((nbytes,), unit + 1, dtype=torch.uint8))
+    user = torch.cuda.Stream(world.device) if own_stream else torch.cuda.current_stream(world.device)
+    seen = []
+    for unit in [*range(units)] * 3:
+        with torch.cuda.stream(user):
+            rows = home.bring(unit, [(unit + 1) % units])
+            torch.cuda._sleep(CYCLES // 4)
+            seen.append(rows.clone())
+            del rows
+            home.let_go()
+    torch.cuda.synchronize()
+    for unit, found in zip([*range(units)] * 3, seen, strict=True):
+        assert (found == unit + 1).all()
+    home.close()

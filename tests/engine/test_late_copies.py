@@ -1,0 +1,166 @@
+"""Copies that a device makes as late as it may: nobody reads what has not arrived, or reuses what has not left."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.config import OptimizerConfig
+from rlhf.engine.adam_kernel import AdamKernel
+from rlhf.engine.tiers.buffers import Buffers
+from rlhf.engine.tiers.courier import Courier
+from rlhf.engine.tiers.disk import DiskFile
+from rlhf.engine.tiers.home_nvme import DiskRoom, NvmeHome
+from rlhf.engine.tiers.homes import Shape, Update
+from rlhf.engine.tiers.records import lay_out
+from rlhf.engine.tiers.resting_disk import DiskHome, file_bytes
+from rlhf.engine.tiers.resting_host import HostHome
+from rlhf.engine.tiers.sums import HostSums, Staging
+from rlhf.engine.tiers.working_rows import StagedRows
+from tests.engine.late_device import DEVICE, LateDevice
+
+CPU = torch.device("cpu")
+SIZES = [64, 20_032, 0, 9_000, 4096]  # bytes of units: smaller and larger than a buffer, none at all
+
+
+@pytest.fixture
+def late(monkeypatch):
+    with LateDevice(monkeypatch) as device:
+        yield device
+
+
+def test_the_device_is_late(late):
+    courier, into = Courier(DEVICE), torch.zeros(3)
+    receipt = courier.copy(into, torch.ones(3))
+    assert not into.any()
+    receipt.wait()
+    assert into.all()
+
+
+def gradients(count, step, dtype):
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(1000, generator=generator).to(dtype) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, sides, dtype):
+    monkeypatch.setattr("rlhf.engine.tiers.sums._SLOT", 64)
+    sums = HostSums(Staging(DEVICE, pin=False), sides=sides)
+    for step, count in enumerate((1, 2, 5, 1, 3)):
+        for name in ("v", "w"):
+            for gradient in gradients(count, step, dtype):
+                sums.add(name, gradient)
+        if step == 2:  # one that is skipped
+            sums.clear()
+            continue
+        expected = sum(gradient.float() for gradient in gradients(count, step, dtype))
+        squares = sums.squares()
+        for name, total in sums.take().items():
+            assert torch.equal(total.float(), expected)
+            assert squares[name].item() == pytest.approx(expected.double().square().sum().item(), rel=1e-6)
+    sums.close()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
+    monkeypatch.setattr("rlhf.engine.tiers.working_rows._SLOT", 64)
+    parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
+    rows = StagedRows([{"w": parameter}], DEVICE, pin=False)
+    for step in range(3):
+        (values,) = gradients(1, step, torch.float32)
+        rows.write("w", 128, values=values)
+        rows.flush()
+        assert torch.equal(parameter.detach().flatten()[128:1128], values.to(dtype))
+    rows.close()
+
+
+@pytest.fixture(params=["host", 1, 3])
+def home(request, late, tmp_path):
+    if request.param == "host":
+        made = HostHome(SIZES, device=DEVICE, pin=False)
+    else:
+        file = DiskFile(tmp_path / "weights", nbytes=file_bytes(SIZES), label="weights")
+        made = DiskHome(SIZES, file=file, buffers=Buffers(request.param, nbytes=8192), device=DEVICE)
+    yield made
+    made.close()
+
+
+def test_units_that_are_brought_have_arrived_and_are_those_written_last(home):
+    expected = [bytearray(size) for size in SIZES]
+    for unit, size in enumerate(SIZES):
+        home.write(unit, 0, values=torch.zeros(size, dtype=torch.uint8))
+    draw = random.Random(5)
+    for _ in range(200):
+        unit = draw.choice([0, 1, 3, 4])
+        if draw.random() < 0.3:
+            values = draw.randbytes(SIZES[unit])
+            home.write(unit, 0, values=torch.frombuffer(bytearray(values), dtype=torch.uint8))
+            expected[unit][:] = values
+            continue
+        following = [other for other in draw.sample([0, 1, 3, 4], 3) if other != unit]
+        brought = home.bring(unit, following)
+        assert torch.equal(brought[: SIZES[unit]], torch.frombuffer(expected[unit], dtype=torch.uint8))
+        home.let_go()
+
+
+def nvme_home(folder, rows, buffers):
+    shapes = [Shape("v", torch.Size((5000,)), False), Shape("w", torch.Size((70, 100)), True)]
+    records = lay_out(shapes, 2048, moments=torch.float32)
+    room = DiskRoom(
+        file=DiskFile(folder / "states", nbytes=sum(record.nbytes for record in records), label="states"),
+        records=records,
+        buffers=buffers,
+        courier=Courier(DEVICE),
+        reads_ahead=True,
+        writes_behind=True,
+    )
+    kernel = AdamKernel(OptimizerConfig(lr=1e-2, weight_decay=0.1), CPU)
+    return NvmeHome(shapes, room, kernel=kernel, rows=rows), shapes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_gradients_reach_the_disk_whole_and_update_weights_as_in_plain_torch(late, tmp_path, count, dtype):
+    parameters = {"v": nn.Parameter(torch.ones(5000)), "w": nn.Parameter(torch.ones(70, 100))}
+    rows = StagedRows([parameters], DEVICE, pin=False)
+    home, shapes = nvme_home(tmp_path, rows, Buffers(count, nbytes=2048 * 16))
+    plain = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
+    groups = [{"params": [plain["v"]], "weight_decay": 0.0}, {"params": [plain["w"]], "weight_decay": 0.1}]
+    adam = torch.optim.AdamW(
+        groups, lr=1e-2, betas=tuple(OptimizerConfig(lr=1e-2).betas), eps=OptimizerConfig(lr=1e-2).eps
+    )
+    for shape in shapes:
+        home.write(shape.name, "weight", rows=torch.ones(shape.sizes))
+    for step in range(3):
+        for name, parameter in plain.items():
+            parameter.grad = torch.zeros(parameter.shape)
+            for micro in range(step + 1):
+                gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(micro)).to(dtype)
+                parameter.grad += gradient
+                home.add(name, gradient.flatten())
+        home.step(Update(plain.keys(), 1e-2, 1.0))
+        rows.flush()
+        adam.step()
+        assert home.failure is None
+        for name, parameter in plain.items():
+            torch.testing.assert_close(parameters[name], parameter, rtol=1e-5, atol=1e-6)
+    home.close()
+
+
+def test_closing_waits_for_gradients_on_their_way_to_page_locked_memory(late, tmp_path):
+    buffers = Buffers(3, nbytes=2048 * 16)
+    home, _ = nvme_home(tmp_path, None, buffers)
+    home.add("v", torch.ones(5000))
+    on_their_way = [(letter.buffer[letter.place], letter.record) for letter in home._outbox]
+    assert on_their_way
+    assert not all(room.view(torch.float32)[0] == 1 for room, _ in on_their_way)
+    home.close()
+    assert all(room.view(torch.float32)[0] == 1 for room, _ in on_their_way)
+
+    sums = HostSums(Staging(DEVICE, pin=False))
+    sums.add("w", torch.ones(1000))
+    arrived = sums._sums["w"].arrived.zero_()
+    sums.close()
+    assert arrived.all()
