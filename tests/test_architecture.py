@@ -29,6 +29,8 @@ GATES = {
     "hydra": ("run_pipeline", "stages"),
     "omegaconf": ("run_pipeline", "stages"),
     "wandb": ("rlhf.tracking.",),
+    "matplotlib": ("rlhf.tracking.report.charts",),
+    "jinja2": ("rlhf.tracking.report.page", "rlhf.text"),
     "transformers": ("rlhf.models", "rlhf.text", "rlhf.generation", "rlhf.hf"),
     "torch.distributed": ("rlhf.dist", "rlhf.engine"),
 }

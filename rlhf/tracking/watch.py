@@ -12,11 +12,12 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from rlhf.tracking.table import number
 
 Row = Mapping[str, Any]
+R = TypeVar("R", bound=Row)
 
 KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
 ENTROPY_SHARE = 0.1  # of what it was at the start
@@ -51,9 +52,9 @@ def signs(rows: Sequence[Row], samples: Sequence[Row]) -> list[Sign]:
     return [sign for sign in found if sign is not None]
 
 
-def by_step(samples: Sequence[Row]) -> dict[int, list[Row]]:
+def by_step(samples: Sequence[R]) -> dict[int, list[R]]:
     """The rows of each evaluation."""
-    steps: dict[int, list[Row]] = {}
+    steps: dict[int, list[R]] = {}
     for row in samples:
         steps.setdefault(row["step"], []).append(row)
     return steps
@@ -107,7 +108,7 @@ def _parted(rows: Sequence[Row], answers: Mapping[int, list[Row]]) -> Iterator[S
         if len(steps) < 2:
             continue
         best, last = max(steps, key=lambda point: point[1])[0], steps[-1][0]
-        gold, proxy = (_change(answers[best], answers[last], name) for name in (key, "score"))
+        gold, proxy = (_change(answers[best], answers[last], key=name) for name in (key, "score"))
         if gold is None or proxy is None or best == last or proxy.mean <= 0 or gold.in_errors > -SURE:
             continue
         kl = dict(series(rows, "eval/kl")).get(last)
@@ -131,8 +132,8 @@ class _Change:
     count: int
 
 
-def _change(before: Sequence[Row], after: Sequence[Row], key: str) -> _Change | None:
-    pairs = [(row.get(key), other.get(key)) for row, other in zip(before, after, strict=False)]
+def _change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> _Change | None:
+    pairs: list[tuple[Any, Any]] = [(row.get(key), other.get(key)) for row, other in zip(before, after, strict=False)]
     changes = [float(new) - float(old) for old, new in pairs if _is_number(old) and _is_number(new)]
     if len(changes) < _SMALLEST_SAMPLE:
         return None

@@ -12,8 +12,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
+from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -24,7 +26,7 @@ _INK, _QUIET = "#010101", "#020202"
 _SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
 _VARIABLES = {_INK: "--ink", _QUIET: "--quiet", **{c: f"--series-{i}" for i, c in enumerate(_SERIES)}}
 _MOST_POINTS = 400  # of a curve: more cannot be told apart, and a report stays small
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 10,
@@ -33,7 +35,7 @@ _STYLE = {
     "axes.edgecolor": _QUIET,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": matplotlib.cycler(color=_SERIES),
+    "axes.prop_cycle": cycler(color=_SERIES),
     "axes.grid": True,
     "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True,
