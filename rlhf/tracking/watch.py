@@ -1,8 +1,7 @@
 """Signs that a PPO run goes wrong, in words: reward hacking, runaway KL, collapsing entropy, numbers that are none.
 
-Each sign looks at what was logged so far and at the answers to held-out prompts, the same prompts every time. They are
-said once while the run lasts (console, W&B), and again in the report. Left out: stopping a run, which is a person's
-decision.
+Each sign looks at what was logged so far and at the answers to held-out prompts, the same prompts every time. Left out:
+where they are shown (`report/page.py`), and stopping a run, which is a person's decision.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from rlhf.tracking.table import number
 
@@ -32,7 +31,7 @@ class Sign:
     """Something that a person should look at."""
 
     name: str
-    """Which sign; said once in a run."""
+    """Which sign."""
     text: str
     """What was seen, and what it may mean."""
 
@@ -48,7 +47,7 @@ def signs(rows: Sequence[Row], samples: Sequence[Row]) -> list[Sign]:
     found = [_not_finite(rows), _kl(rows), _entropy(rows), *_parted(rows, answers)]
     if answers:
         last = answers[max(answers)]
-        found += [_length(last), _repeats(answers), _degenerate(answers), _endless(answers)]
+        found += [_length(last), *(_risen(answers, share) for share in _SHARES)]
     return [sign for sign in found if sign is not None]
 
 
@@ -62,11 +61,11 @@ def by_step(samples: Sequence[R]) -> dict[int, list[R]]:
 
 def series(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
     """Steps and values of a metric where it is a finite number."""
-    return [(row["step"], float(row[key])) for row in rows if _is_number(row.get(key))]
+    return [(row["step"], float(row[key])) for row in rows if is_number(row.get(key))]
 
 
 def _not_finite(rows: Sequence[Row]) -> Sign | None:
-    bad = [(row["step"], key) for row in rows for key, value in row.items() if "/" in key and not _is_number(value)]
+    bad = [(row["step"], key) for row in rows for key, value in row.items() if "/" in key and not is_number(value)]
     skipped = sum(value for key in ("actor/skipped_steps", "critic/skipped_steps") for _, value in series(rows, key))
     if not bad and not skipped:
         return None
@@ -134,7 +133,7 @@ class _Change:
 
 def _change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> _Change | None:
     pairs: list[tuple[Any, Any]] = [(row.get(key), other.get(key)) for row, other in zip(before, after, strict=False)]
-    changes = [float(new) - float(old) for old, new in pairs if _is_number(old) and _is_number(new)]
+    changes = [float(new) - float(old) for old, new in pairs if is_number(old) and is_number(new)]
     if len(changes) < _SMALLEST_SAMPLE:
         return None
     mean, error = statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
@@ -157,7 +156,7 @@ def length_correlation(rows: Sequence[Row]) -> float | None:
     pairs = [
         (float(r["length"]), float(r["score"]))
         for r in rows
-        if _is_number(r.get("length")) and _is_number(r.get("score"))
+        if is_number(r.get("length")) and is_number(r.get("score"))
     ]
     if len(pairs) < _SMALLEST_SAMPLE:
         return None
@@ -167,49 +166,26 @@ def length_correlation(rows: Sequence[Row]) -> float | None:
     return statistics.correlation(lengths, scores)
 
 
-def _repeats(answers: Mapping[int, list[Row]]) -> Sign | None:
-    return _risen(
-        answers,
-        repeated_share,
-        name="repeats",
-        what="responses are word for word that of another prompt",
-        why="the policy has found an answer that pleases whatever the question is",
-    )
+@dataclass(frozen=True)
+class _Share:
+    """A share of the responses that should stay small."""
+
+    name: str
+    of: Callable[[Sequence[Row]], float]
+    what: str
+    why: str
 
 
-def _degenerate(answers: Mapping[int, list[Row]]) -> Sign | None:
-    return _risen(
-        answers,
-        degenerate_share,
-        name="degenerate",
-        what="responses are empty or repeat themselves",
-        why="the text is falling apart",
-    )
-
-
-def _endless(answers: Mapping[int, list[Row]]) -> Sign | None:
-    return _risen(
-        answers,
-        lambda rows: sum(not row.get("ended", True) for row in rows) / len(rows),
-        name="endless",
-        what="responses do not end by themselves",
-        why="a longer response may be paid better than an end; see ppo.score.no_end_kind",
-    )
-
-
-def _risen(
-    answers: Mapping[int, list[Row]], share: Callable[[Sequence[Row]], float], *, name: str, what: str, why: str
-) -> Sign | None:
-    """A sign where a share of the responses is large and has risen since the first evaluation."""
+def _risen(answers: Mapping[int, list[Row]], share: _Share) -> Sign | None:
+    """A sign where the share is large and has risen since the first evaluation."""
     first, last = (answers[step] for step in (min(answers), max(answers)))
     if len(last) < _SMALLEST_SAMPLE:
         return None
-    before, after = share(first), share(last)
+    before, after = share.of(first), share.of(last)
     if after <= max(REPEATED, before):
         return None
-    return Sign(
-        name, f"{after:.0%} of the {len(last)} held-out {what} at step {max(answers)} ({before:.0%} at first): {why}."
-    )
+    seen = f"{after:.0%} of the {len(last)} held-out {share.what} at step {max(answers)} ({before:.0%} at first)"
+    return Sign(share.name, f"{seen}: {share.why}.")
 
 
 def repeated_share(rows: Sequence[Row]) -> float:
@@ -223,11 +199,39 @@ def degenerate_share(rows: Sequence[Row]) -> float:
     return sum(map(_is_degenerate, (str(row.get("response", "")) for row in rows))) / max(len(rows), 1)
 
 
+def endless_share(rows: Sequence[Row]) -> float:
+    """Share of responses that were cut instead of ending by themselves."""
+    return sum(not row.get("ended", True) for row in rows) / max(len(rows), 1)
+
+
 def _is_degenerate(text: str) -> bool:
     words = text.lower().split()
     pairs = list(zip(words, words[1:], strict=False))
     return not words or (len(words) >= 6 and 2 * len(set(pairs)) <= len(pairs))
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a logged value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+_SHARES = (
+    _Share(
+        "repeats",
+        of=repeated_share,
+        what="responses are word for word that of another prompt",
+        why="the policy has found an answer that pleases whatever the question is",
+    ),
+    _Share(
+        "degenerate",
+        of=degenerate_share,
+        what="responses are empty or repeat themselves",
+        why="the text is falling apart",
+    ),
+    _Share(
+        "endless",
+        of=endless_share,
+        what="responses do not end by themselves",
+        why="a longer response may be paid better than an end; see ppo.score.no_end_kind",
+    ),
+)

@@ -6,6 +6,7 @@ a model or a data set says is ever drawn. Left out: what is shown (`page.py`).
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
@@ -169,7 +170,7 @@ def _inline(figure: Figure, title: str) -> str:
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every chart has the same ones, and a page may have each once
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    label = f'<svg role="img" aria-label="{_attribute(title)}" class="chart"'
+    label = f'<svg role="img" aria-label="{html.escape(title)}" class="chart"'
     return re.sub(r'(width|height)="[\d.]+pt" ', "", svg.replace("<svg", label, 1), count=2)
 
 
@@ -179,10 +180,6 @@ def _short(value: float, _position: int) -> str:
         if abs(value) >= factor:
             return f"{value / factor:g}{suffix}"
     return f"{value:g}"
-
-
-def _attribute(text: str) -> str:
-    return text.replace("&", "&amp;").replace('"', "&quot;").replace("<", "&lt;")
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:

@@ -12,7 +12,7 @@ from rlhf.tracking.metrics import Metric, metric
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.charts import Frame
 from rlhf.tracking.report.record import Row, StageRecord
-from rlhf.tracking.watch import by_step
+from rlhf.tracking.watch import by_step, is_number
 
 _STEP = {"ppo": "iteration"}
 _ELSEWHERE = ("Throughput", "Memory")  # sections that have charts of their own
@@ -54,7 +54,7 @@ def overview(stage: StageRecord) -> list[Figure]:
 
 
 def sections(stage: StageRecord) -> dict[str, list[Figure]]:
-    """A curve for each metric that was logged at more than one step, by section of the registry."""
+    """A curve for each metric, by section of the registry."""
     found: dict[str, list[Figure]] = defaultdict(list)
     axis = _STEP.get(stage.name, "step")
     for key in stage.logged():
@@ -111,4 +111,4 @@ def _memory(stage: StageRecord) -> dict[str, dict[str, float]]:
 
 
 def _column(rows: list[Row], key: str) -> list[float]:
-    return [float(row[key]) for row in rows if isinstance(row.get(key), int | float)]
+    return [float(row[key]) for row in rows if is_number(row.get(key))]

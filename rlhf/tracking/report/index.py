@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from rlhf.config import STAGES
 from rlhf.tracking.report.figures import known
 from rlhf.tracking.report.page import REPORT, render
-from rlhf.tracking.report.record import STAGES, holds_run, read_outcome
+from rlhf.tracking.report.record import holds_run, read_outcome
 from rlhf.tracking.table import number
 
 INDEX = "index.html"
@@ -32,7 +33,7 @@ class Line:
 
 
 def write_index(folder: Path) -> Path:
-    """Write `index.html` over the runs in `folder`, at any depth of two.
+    """Write `index.html` over the runs in `folder`, one or two levels below it.
 
     Raises:
         ValueError: there is no run in it.

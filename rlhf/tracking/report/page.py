@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import difflib
 import hashlib
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from rlhf.tracking.report import figures
 from rlhf.tracking.report.figures import known
 from rlhf.tracking.report.record import Row, RunRecord, StageRecord, read_run
 from rlhf.tracking.table import number, printable
-from rlhf.tracking.watch import Sign, by_step, signs
+from rlhf.tracking.watch import by_step, is_number, signs
 
 REPORT = "report.html"
 MOST_SAMPLES = 200  # in the page; all are in samples.jsonl
@@ -51,8 +50,9 @@ class Pair:
 
     @property
     def gained(self) -> float:
-        """Change of the score."""
-        return float(self.after.get("score") or 0.0) - float(self.before.get("score") or 0.0)
+        """Change of the score; 0 where it is not known."""
+        old, new = self.before.get("score"), self.after.get("score")
+        return float(new) - float(old) if is_number(old) and is_number(new) else 0.0
 
     def numbers(self, row: Row) -> Iterator[tuple[str, str]]:
         """Everything but the texts, by name."""
@@ -92,7 +92,7 @@ def page(run: RunRecord, *, refresh: int = 0) -> str:
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         headlines=[line for stage in run.stages for line in _headlines(stage)],
-        signs=_signs(ppo),
+        signs=signs(ppo.rows, ppo.samples) if ppo else [],
         overview=figures.overview(ppo) if ppo else [],
         sections={stage.name: figures.sections(stage) for stage in run.stages},
         cost={stage.name: figures.cost(stage) for stage in run.stages},
@@ -105,7 +105,7 @@ def page(run: RunRecord, *, refresh: int = 0) -> str:
 def render(template: str, **content: Any) -> str:
     """A template with its content, escaped, in the style of all pages."""
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"visible": visible, "number": number}
+    environment.filters["visible"] = visible
     return environment.get_template(template).render(style=Markup(_part("page.css")), **content)
 
 
@@ -136,10 +136,6 @@ def _headlines(stage: StageRecord) -> Iterator[Headline]:
         yield Headline(stage.name, key, before, after, entry.unit, entry.meaning)
 
 
-def _signs(ppo: StageRecord | None) -> list[Sign]:
-    return signs(ppo.rows, ppo.samples) if ppo else []
-
-
 def _pairs(stage: StageRecord) -> list[Pair]:
     """The first and the last answers to each prompt."""
     answers = by_step(stage.samples)
@@ -154,4 +150,4 @@ def _pairs(stage: StageRecord) -> list[Pair]:
 
 
 def _part(name: str) -> str:
-    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8").replace(os.linesep, "\n")
+    return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")

@@ -6,12 +6,13 @@ Left out: model weights and checkpoints.
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-STAGES = ("sft", "reward", "ppo")
+from rlhf.config import STAGES
+from rlhf.tracking import watch
+
 Row = dict[str, Any]
 
 
@@ -35,20 +36,15 @@ class StageRecord:
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """Steps and values of a metric, where it was logged and finite."""
-        return [(row["step"], float(row[key])) for row in self.rows if _is_finite(row.get(key))]
+        return watch.series(self.rows, key)
 
     def gaps(self, key: str) -> list[int]:
         """Steps at which a metric was not finite."""
-        return [row["step"] for row in self.rows if key in row and not _is_finite(row[key])]
+        return [row["step"] for row in self.rows if key in row and not watch.is_number(row[key])]
 
     def logged(self) -> list[str]:
         """The metrics that were logged, in the order of their first appearance."""
         return list(dict.fromkeys(key for row in self.rows for key in row if "/" in key))
-
-    def last(self, key: str) -> float | None:
-        """The latest value of a metric."""
-        found = self.series(key)
-        return found[-1][1] if found else None
 
 
 @dataclass(frozen=True)
@@ -61,8 +57,6 @@ class RunRecord:
     """The resolved configuration, YAML."""
     plan: str
     """The memory plan, text."""
-    origin: dict[str, Any]
-    """Command, versions and machine; see `rlhf/tracking/origin.py`."""
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be read."""
 
@@ -93,7 +87,6 @@ def read_run(folder: Path) -> RunRecord:
         [reader.stage(name, planned=plans.get(name)) for name in STAGES if (folder / name).is_dir()],
         config=reader.text("config.yaml"),
         plan=reader.text("plan.txt"),
-        origin=reader.mapping("origin.json"),
         notes=reader.notes,
     )
 
@@ -138,7 +131,7 @@ class _Reader:
             before=before,
             after=_numbers(record.get("after")) or _evaluation(rows, first=False),
             summary=_numbers(self.mapping(f"{name}/summary.json", required=bool(record))),
-            planned=planned if isinstance(planned, dict) else {},
+            planned={phase: _numbers(places) for phase, places in planned.items()} if isinstance(planned, dict) else {},
             is_finished=bool(record),
         )
 
@@ -155,7 +148,7 @@ class _Reader:
         return content if isinstance(content, dict) else {}
 
     def rows(self, name: str, *, required: bool = True) -> list[Row]:
-        """The good rows; those of a repeated step (of a run that was resumed) replace the earlier ones."""
+        """The good rows, in the order of the file."""
         rows, broken = [], []
         for number, line in enumerate(self._read(name, required=required).split("\n"), start=1):
             row = _row(line)
@@ -190,7 +183,7 @@ def _row(line: str) -> Row | None:
 
 def _numbers(content: Any) -> dict[str, float]:
     items = content.items() if isinstance(content, dict) else ()
-    return {str(key): float(value) for key, value in items if _is_finite(value)}
+    return {str(key): float(value) for key, value in items if watch.is_number(value)}
 
 
 def _evaluation(rows: list[Row], *, first: bool) -> dict[str, float]:
@@ -198,7 +191,3 @@ def _evaluation(rows: list[Row], *, first: bool) -> dict[str, float]:
     found = [row for row in rows if any(key.startswith("eval/") for key in row)]
     row = found[0 if first else -1] if found else {}
     return _numbers({key: value for key, value in row.items() if key.startswith(("eval/", "gold/"))})
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
