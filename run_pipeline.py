@@ -30,7 +30,7 @@ from omegaconf import DictConfig
 
 from rlhf import launch
 from rlhf.config import Progress, RunConfig
-from rlhf.dist import World, barrier, broadcast_object, start, stop
+from rlhf.dist import World, broadcast_object, start, stop
 from rlhf.failure import RunError
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.table import printable
@@ -95,7 +95,6 @@ def compose_and_start(config: DictConfig) -> None:
             show_plan(run, world, ranks=ranks)
             return
         lock = lock_folder(run) if world.is_main else None
-        barrier()
         check_shared(run)
         todo = broadcast_object(checked(run, ranks) if world.is_main else [])
     if todo:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import STAGES, RunConfig
-from rlhf.dist import gather_objects
+from rlhf.dist import barrier, gather_objects
 from rlhf.engine.checkpoint.checkpoints import steps_in
 from stages.composition import as_plain
 from stages.resume import CHECKPOINTS
@@ -144,6 +144,7 @@ def check_shared(run: RunConfig) -> None:
     Raises:
         ValueError: some are on machines that do not share it.
     """
+    barrier()  # it is there by now
     sees = gather_objects((Path(run.output_dir) / LOCK).exists())
     blind = [str(rank) for rank, found in enumerate(sees) if not found]
     if blind:

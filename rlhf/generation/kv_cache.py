@@ -70,5 +70,5 @@ def kv_cache(config: PreTrainedConfig, max_length: int) -> DynamicCache:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What `model.forward` calls its cache: transformers renamed `past_key_values` to `cache` in 5.24."""
+    """What `model.forward` calls its cache: `past_key_values`, or `cache` in newer versions of transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

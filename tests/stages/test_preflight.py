@@ -7,7 +7,6 @@ import torch
 from transformers import BertConfig, LlamaConfig
 
 from rlhf.config import Embedded
-from rlhf.dist import barrier
 from rlhf.launch import local_ranks
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
@@ -210,7 +209,6 @@ def _shared_or_not(folders):
     rank = torch.distributed.get_rank()
     run = composed("experiment=smoke", f"output_dir={folders[rank]}")
     lock = lock_folder(run) if rank == 0 else None
-    barrier()
     try:
         check_shared(run)
     except ValueError as error:
