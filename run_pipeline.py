@@ -33,6 +33,7 @@ from rlhf.config import Progress, RunConfig
 from rlhf.dist import World, broadcast_object, start, stop
 from rlhf.failure import RunError
 from rlhf.tracking.console import setup_logging
+from rlhf.tracking.origin import note_start, remember_command
 from rlhf.tracking.table import printable
 from stages.composition import (
     CONF_DIR,
@@ -48,7 +49,7 @@ from stages.handover import check_shared, is_finished, lock_folder
 from stages.planning_report import check_memory, show_plan
 from stages.ppo import run_ppo
 from stages.preflight import preflight
-from stages.results import show_results, where_it_stands
+from stages.results import show_results, where_it_stands, write_report
 from stages.reward import run_reward
 from stages.sft import run_sft
 from stages.stopping import Stopped
@@ -74,6 +75,7 @@ def start_or_work() -> None:
         with contextlib.suppress(Stopped):  # whoever started us sees what is not finished
             run_stages(run, sys.argv[3:], world=start_rank(run))
         return
+    remember_command()
     register_schema()
     if not any(word.startswith(("-m", "--multirun", "--config")) for word in sys.argv[1:]):
         with one_sentence():
@@ -149,14 +151,32 @@ def start_rank(run: RunConfig) -> World:
 def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     """Run the named stages in order."""
     setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
+    if world.is_main:
+        note_start(Path(run.output_dir), ranks=world.size, device=world.device)
     try:
         with one_sentence(RunError):
             for stage in stages:
-                STAGES[stage](run, world)
+                run_stage(run, stage, world=world)
     except Stopped:  # on all ranks alike: they can still say good-bye
         stop()
         raise
     stop()
+
+
+def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
+    """Run one stage, and report on it, also where it could not go on."""
+    try:
+        STAGES[stage](run, world)
+    except RunError:
+        report_stage(run, stage, world=world)
+        raise
+    report_stage(run, stage, world=world)
+
+
+def report_stage(run: RunConfig, stage: str, *, world: World) -> None:
+    """Write the report of one stage, on the main rank."""
+    if world.is_main:
+        write_report(run, Path(run.output_dir) / stage)
 
 
 if __name__ == "__main__":

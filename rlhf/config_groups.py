@@ -264,6 +264,8 @@ class TrackingConfig:
     """What the terminal shows."""
     log_every: int = 1
     """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""
+    report: bool = True
+    """Write `report.html` after each stage and of the whole run: some seconds each."""
 
     def __post_init__(self) -> None:
         require(self.log_every >= 1, f"tracking.log_every={self.log_every}: expected at least 1.")

@@ -1,4 +1,4 @@
-"""The end of a run: one table of what was learnt, and what the policy says now beside what it said before.
+"""The end of a run: one table of what was learnt, what the policy says now beside what it said before, and the report.
 
 Or one sentence, where it ended early.
 """
@@ -6,11 +6,15 @@ Or one sentence, where it ended early.
 from __future__ import annotations
 
 import logging
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 from rlhf.config import STAGES, RunConfig
 from rlhf.tracking.journal import Journal
 from rlhf.tracking.metrics import metric
+from rlhf.tracking.report.record import can_report
 from rlhf.tracking.table import table
 from stages.handover import is_finished, read_record
 from stages.resume import newest_in
@@ -29,7 +33,24 @@ def show_results(run: RunConfig) -> None:
     samples = _sample_pairs(folder / "ppo" / "samples.jsonl")
     if samples:
         log.info("%s", table("The same held-out prompts, before and after PPO", ["prompt", "SFT", "PPO"], rows=samples))
-    log.info("everything is in %s", folder)
+    write_report(run, folder)
+    shown = f"; {folder / 'report.html'} shows it" if run.tracking.report else ""
+    log.info("everything is in %s%s", folder, shown)
+
+
+def write_report(run: RunConfig, folder: Path) -> None:
+    """Write `report.html` of the run's folder, or of a stage's, as far as there is something to report.
+
+    In a process of its own, which gives its memory back: the plan of the next stage does not know of it.
+    """
+    if not run.tracking.report or not can_report(folder):
+        return
+    words = [sys.executable, "-m", "rlhf.tracking.report", str(folder)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        why = (done.stderr.strip() or "it was killed").splitlines()[-1]
+        log.warning("there is no report of %s (%s); `%s` writes it", folder, why, shlex.join(words))
 
 
 def where_it_stands(run: RunConfig) -> str:

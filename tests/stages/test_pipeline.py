@@ -26,7 +26,9 @@ def pipeline(*arguments, cwd=ROOT):
 
 
 def smoke(folder, *arguments):
-    done = pipeline("experiment=smoke", "engine.precision=fp32", f"output_dir={folder}", *arguments)
+    done = pipeline(
+        "experiment=smoke", "engine.precision=fp32", "tracking.report=false", f"output_dir={folder}", *arguments
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -38,7 +40,7 @@ def rows(file):
 @pytest.fixture(scope="module")
 def one_rank(tmp_path_factory):
     folder = tmp_path_factory.mktemp("one")
-    return folder, smoke(folder)
+    return folder, smoke(folder, "tracking.report=true")
 
 
 def test_a_run_leaves_the_documented_tree(one_rank):
@@ -46,6 +48,7 @@ def test_a_run_leaves_the_documented_tree(one_rank):
     expected = {
         *("config.yaml", "sft/model/model.safetensors", "sft/model/chat_template.jinja", "sft/stage.json"),
         *("reward/model/model.safetensors", "reward/model/stage.json", "reward/metrics.jsonl"),
+        *("report.html", "sft/report.html", "reward/report.html", "ppo/report.html", "origin.jsonl"),
         *("ppo/actor/model.safetensors", "ppo/critic/model.safetensors", "ppo/samples.jsonl", "ppo/metrics.jsonl"),
     }
     assert {path for path in expected if not (folder / path).exists()} == set()
@@ -57,6 +60,14 @@ def test_a_run_says_its_arithmetic_and_its_results(one_rank):
     assert "4 steps per iteration = 2 minibatches x 2 epochs" in output
     assert "Held-out results" in output
     assert "before and after PPO" in output
+
+
+def test_the_report_of_a_run_misses_nothing(one_rank):
+    folder, output = one_rank
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "Missing from this report" not in html
+    assert f"output_dir={folder}" in html  # the command
+    assert f"{folder / 'report.html'} shows it" in output
 
 
 def test_plain_transformers_load_every_model(one_rank):

@@ -1,6 +1,7 @@
-"""Write the report of a run, of many runs, or show one while it trains.
+"""Write the report of a run, of a stage, of many runs, or show one while it trains.
 
     python -m rlhf.tracking.report outputs/RUN            writes outputs/RUN/report.html
+    python -m rlhf.tracking.report outputs/RUN/ppo        writes outputs/RUN/ppo/report.html, of that stage alone
     python -m rlhf.tracking.report outputs                writes outputs/index.html, a line for each run below it
     python -m rlhf.tracking.report outputs/RUN --serve    shows it at http://127.0.0.1:8080 and keeps it up to date
 
@@ -16,20 +17,20 @@ from pathlib import Path
 from rlhf.tracking.report.index import write_index
 from rlhf.tracking.report.live import serve
 from rlhf.tracking.report.page import write_report
-from rlhf.tracking.report.record import holds_run
+from rlhf.tracking.report.record import can_report
 
 
 def main() -> None:
     """Do what the command line says; a mistake in it ends with one sentence."""
     parser = argparse.ArgumentParser(prog="python -m rlhf.tracking.report", description="The report of a run.")
-    parser.add_argument("folder", type=Path, help="of a run, or of many runs")
+    parser.add_argument("folder", type=Path, help="of a run, of a stage, or of many runs")
     parser.add_argument("--serve", nargs="?", type=int, const=8080, metavar="PORT", help="show it while it trains")
     arguments = parser.parse_args()
     try:
         if arguments.serve is not None:
             serve(arguments.folder, port=arguments.serve)
         else:
-            write = write_report if holds_run(arguments.folder) else write_index
+            write = write_report if can_report(arguments.folder) else write_index
             sys.stdout.write(f"{write(arguments.folder)}\n")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 from cycler import cycler
@@ -26,6 +26,7 @@ Points = Sequence[tuple[float, float]]
 _INK, _QUIET = "#010101", "#020202"
 _SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
 _VARIABLES = {_INK: "--ink", _QUIET: "--quiet", **{c: f"--series-{i}" for i, c in enumerate(_SERIES)}}
+_TITLE_INCHES, _CHARACTER_INCHES = 0.42, 0.085  # of an axis label with its gaps, and of a digit
 _MOST_POINTS = 400  # of a curve: more cannot be told apart, and a report stays small
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -45,7 +46,6 @@ _STYLE: dict[Any, Any] = {
     "xtick.color": _QUIET,
     "ytick.color": _QUIET,
     "legend.frameon": False,
-    "figure.constrained_layout.use": True,
 }
 
 
@@ -104,7 +104,7 @@ def stacked(frame: Frame, series: Mapping[str, Points]) -> str:
     """Areas on top of each other over the steps; a step without a value counts as zero."""
     steps = sorted({x for points in series.values() for x, _ in points})
     steps = [x for x, _ in thin([(step, 0.0) for step in steps])]
-    with _chart(frame) as chart:
+    with _chart(frame, layout="constrained") as chart:
         values = [[dict(points).get(step, 0.0) for step in steps] for points in series.values()]
         if len(steps) > 1:
             chart.axes.stackplot(steps, values, labels=list(series), alpha=0.8)
@@ -120,7 +120,7 @@ def bars(frame: Frame, groups: Mapping[str, Mapping[str, float]]) -> str:
     """Horizontal bars: for each group, one of every name."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     height = 0.8 / max(len(names), 1)
-    with _chart(frame) as chart:
+    with _chart(frame, layout="constrained") as chart:
         for index, name in enumerate(names):
             at = [row + (index - (len(names) - 1) / 2) * height for row in range(len(groups))]
             chart.axes.barh(at, [values.get(name, 0.0) for values in groups.values()], height, label=name, alpha=0.85)
@@ -149,15 +149,26 @@ class _Chart:
 
 
 @contextmanager
-def _chart(frame: Frame) -> Iterator[_Chart]:
+def _chart(frame: Frame, layout: Literal["constrained"] | None = None) -> Iterator[_Chart]:
+    """A chart to draw in; without a layout, which takes three times as long, nothing may stand outside of the axes."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.title}):
-        figure = Figure(figsize=frame.size)
+        figure = Figure(figsize=frame.size, layout=layout)
         chart = _Chart(figure.add_subplot())
         chart.axes.set(xlabel=frame.x, ylabel=frame.y)
         for axis in (chart.axes.xaxis, chart.axes.yaxis):
             axis.set_major_formatter(FuncFormatter(_short))
         yield chart
+        if layout is None:
+            _set_margins(figure, chart.axes)
         chart.svg = _inline(figure, frame.title)
+
+
+def _set_margins(figure: Figure, axes: Axes) -> None:
+    """Room for the axis labels and for the longest number beside the vertical axis."""
+    width, height = figure.get_size_inches()
+    longest = max((len(_short(value, 0)) for value in axes.yaxis.get_major_locator()()), default=0)
+    left = _TITLE_INCHES + _CHARACTER_INCHES * longest
+    figure.subplots_adjust(left=left / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.12 / height)
 
 
 def _inline(figure: Figure, title: str) -> str:

@@ -6,6 +6,7 @@ Left out: model weights and checkpoints.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,13 +58,15 @@ class RunRecord:
     """The resolved configuration, YAML."""
     plan: str
     """The memory plan, text."""
+    starts: list[Row]
+    """Of `origin.jsonl`: command, machine and versions of every start, oldest first."""
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be read."""
 
     @property
     def name(self) -> str:
-        """What the run is called."""
-        return self.folder.name
+        """What the run is called; of a stage by itself, with the stage."""
+        return f"{self.folder.parent.name}/{self.folder.name}" if _is_stage(self.folder) else self.folder.name
 
     def stage(self, name: str) -> StageRecord | None:
         """A stage, None where it has not begun."""
@@ -71,22 +74,26 @@ class RunRecord:
 
 
 def read_run(folder: Path) -> RunRecord:
-    """Everything that a report shows of the run in `folder`.
+    """Everything that a report shows of the run in `folder`, or of one stage where `folder` is that stage's.
 
     Raises:
         ValueError: there is no such folder, or no stage has begun in it.
     """
-    reader = _Reader(folder)
-    if not holds_run(folder):
+    folder = folder.resolve()
+    if not can_report(folder):
         raise ValueError(
-            f"{folder}: no run is there. Expected a folder with sft/, reward/ or ppo/ in it, such as outputs/RUN."
+            f"{folder}: no run is there. Expected a folder with sft/, reward/ or ppo/ in it, such as outputs/RUN, or "
+            "one of these."
         )
+    whole, names = (folder.parent, (folder.name,)) if _is_stage(folder) else (folder, STAGES)
+    reader = _Reader(whole)
     plans = reader.mapping("plan.json")
     return RunRecord(
-        folder.resolve(),
-        [reader.stage(name, planned=plans.get(name)) for name in STAGES if (folder / name).is_dir()],
+        folder,
+        [reader.stage(name, planned=plans.get(name)) for name in names if (whole / name).is_dir()],
         config=reader.text("config.yaml"),
         plan=reader.text("plan.txt"),
+        starts=reader.objects("origin.jsonl"),
         notes=reader.notes,
     )
 
@@ -104,6 +111,15 @@ class Outcome:
 def holds_run(folder: Path) -> bool:
     """Whether a stage has begun in `folder`."""
     return any((folder / stage).is_dir() for stage in STAGES)
+
+
+def can_report(folder: Path) -> bool:
+    """Whether there is something to report of `folder`: it is that of a run, or of a stage."""
+    return holds_run(folder) or _is_stage(folder)
+
+
+def _is_stage(folder: Path) -> bool:
+    return folder.name in STAGES and (folder / "metrics.jsonl").exists()
 
 
 def read_outcome(folder: Path) -> Outcome:
@@ -148,17 +164,24 @@ class _Reader:
         return content if isinstance(content, dict) else {}
 
     def rows(self, name: str, *, required: bool = True) -> list[Row]:
-        """The good rows, in the order of the file."""
+        """The good rows, in the order of the file: those with a step."""
+        return self._lines(name, required=required, what="rows with a step", is_good=_has_step)
+
+    def objects(self, name: str) -> list[Row]:
+        """The good lines of a file whose rows have no step."""
+        return self._lines(name, required=True, what="rows", is_good=lambda _: True)
+
+    def _lines(self, name: str, *, required: bool, what: str, is_good: Callable[[Row], bool]) -> list[Row]:
         rows, broken = [], []
         for number, line in enumerate(self._read(name, required=required).split("\n"), start=1):
             row = _row(line)
-            if row is not None:
+            if row is not None and is_good(row):
                 rows.append(row)
             elif line.strip():
                 broken.append(str(number))
         if broken:
             shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
-            self.notes.append(f"{name}: {len(broken)} lines are no rows with a step ({shown}); they were left out.")
+            self.notes.append(f"{name}: {len(broken)} lines are no {what} ({shown}); they were left out.")
         return rows
 
     def _read(self, name: str, *, required: bool) -> str:
@@ -177,8 +200,11 @@ def _row(line: str) -> Row | None:
         row = json.loads(line)
     except ValueError:
         return None
-    has_step = isinstance(row, dict) and isinstance(row.get("step"), int)
-    return row if has_step else None
+    return row if isinstance(row, dict) else None
+
+
+def _has_step(row: Row) -> bool:
+    return isinstance(row.get("step"), int)
 
 
 def _numbers(content: Any) -> dict[str, float]:

@@ -61,6 +61,7 @@ def run(tmp_path):
         write(folder, f"{stage}/summary.json", [{metric: 0.625}])
     (folder / "config.yaml").write_text(f"name: {visible(EVIL)}\n")
     (folder / "plan.txt").write_text("the plan\n")
+    write(folder, "origin.jsonl", [{"command": "python first", "ranks": 1}, {"command": f"python {EVIL}", "ranks": 2}])
     return folder
 
 
@@ -115,6 +116,21 @@ def test_a_report_shows_headlines_samples_curves_memory_and_signs(run):
         assert f'aria-label="{title}"' in html, title
     assert "policy/loss was not finite at step 1" in html
     assert "Missing from this report" not in html
+
+
+def test_a_report_says_how_the_run_was_started(run):
+    text = Tags(page(read_run(run))).text
+    assert f"python {visible(EVIL)}" in text
+    assert "2, the last is shown" in text
+    assert "python first" not in text
+
+
+def test_a_stage_has_a_report_of_its_own(run):
+    html = write_report(run / "reward").read_text(encoding="utf-8")
+    assert (run / "reward/report.html").exists()
+    assert "<h1>a run/reward</h1>" in html
+    assert "eval/accuracy" in html
+    assert "eval/score" not in html
 
 
 def test_words_that_came_and_went_are_marked():
