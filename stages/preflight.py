@@ -39,8 +39,8 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     Raises:
         ValueError: what was found, what was expected, and what to do.
     """
-    if not run.stages:
-        raise ValueError("stage=[]: no stage is selected; expected some of sft, reward, ppo.")
+    if not run.stages and not run.uses:
+        raise ValueError("stage=[]: nothing is selected; expected some of sft, reward, ppo, eval, chat.")
     for stage in run.stages:
         check_folder(run, stage)
     todo = [stage for stage in run.stages if not is_finished(run, stage)]

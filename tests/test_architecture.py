@@ -14,6 +14,7 @@ FLOORS = [
     {"rlhf.config_groups", "rlhf.failure", "rlhf.types"},
     {"rlhf.config_engine"},
     {"rlhf.config_stages"},
+    {"rlhf.config_uses"},
     {"rlhf.config"},
     {"rlhf.heap"},
     {"rlhf.dist"},
@@ -134,7 +135,7 @@ def test_the_configuration_imports_the_standard_library_alone():
         assert not [
             n
             for n in imports(file)
-            if not re.match(r"(rlhf\.config(_groups|_engine|_stages)?|dataclasses|enum|math|typing|__future__)", n)
+            if not re.match(r"(rlhf\.config(_groups|_engine|_stages|_uses)?|dataclasses|enum|math|typing|__future__)", n)
         ]
 
 
