@@ -23,6 +23,8 @@ FLOORS = [
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},
     {"rlhf.rollout", "rlhf.evaluation", "rlhf.chat", "rlhf.hf"},
+    {"rlhf.judges"},
+    {"rlhf.comparison"},
     {"stages"},
     {"run_pipeline"},
 ]

@@ -51,10 +51,11 @@ def reliability(differences: Tensor, *, bins: int = BINS) -> list[Bin]:
     right = (differences > 0).double() + 0.5 * (differences == 0).double()
     places = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     table = []
-    for place in places.unique().tolist():
+    for place in sorted(set(places.tolist())):
         here = places == place
-        edges = [0.5 + (place + side) / (2 * bins) for side in (0, 1)]
-        table.append(Bin(*edges, float(confidence[here].mean()), float(right[here].sum()), int(here.sum())))
+        low, high = (0.5 + (place + side) / (2 * bins) for side in (0, 1))
+        claimed, found = float(confidence[here].mean()), float(right[here].sum())
+        table.append(Bin(low, high, confidence=claimed, right=found, count=int(here.sum())))
     return table
 
 

@@ -7,7 +7,7 @@ means, such as the share of distinct words: drawing with replacement repeats tex
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ RESAMPLES = 2_000
 _AT_ONCE = 1 << 22  # draws that are held in memory
 
 
-class Interval(NamedTuple):
+@dataclass(frozen=True)
+class Interval:
     """An estimate, and where the truth is with a confidence of 95%."""
 
     mean: float
@@ -54,7 +55,7 @@ def wilson(successes: float, count: int) -> Interval:
     return Interval(share, low, high, count)
 
 
-def bootstrap_mean(values: Tensor, *, seed: int, resamples: int = RESAMPLES) -> Interval:
+def bootstrap_mean(values: Tensor, *, seed: int, weights: Tensor | None = None, resamples: int = RESAMPLES) -> Interval:
     """The mean of `values` `[N]`, and the 2.5th and 97.5th percentile of the means of samples drawn from them.
 
     The percentile bootstrap (Efron and Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13). The same seed
@@ -63,14 +64,18 @@ def bootstrap_mean(values: Tensor, *, seed: int, resamples: int = RESAMPLES) -> 
     Args:
         values: `[N]`, independent of each other.
         seed: of the draws.
+        weights: `[N]`; the mean is then `sum(weights * values) / sum(weights)`, of every sample too.
         resamples: samples of N that are drawn.
     """
     count = len(values)
     if count == 0:
         return Interval(math.nan, math.nan, math.nan, 0)
     values = values.detach().double().cpu()
+    weights = torch.ones_like(values) if weights is None else weights.detach().double().cpu()
     generator = torch.Generator().manual_seed(seed)
-    sizes = [len(piece) for piece in torch.arange(resamples).split(max(1, _AT_ONCE // count))]
-    means = [values[torch.randint(count, (size, count), generator=generator)].mean(-1) for size in sizes]
+    at_once = max(1, _AT_ONCE // count)
+    sizes = [min(at_once, resamples - start) for start in range(0, resamples, at_once)]
+    draws = (torch.randint(count, (size, count), generator=generator) for size in sizes)
+    means = [(weights * values)[rows].sum(-1) / weights[rows].sum(-1) for rows in draws]
     low, high = torch.cat(means).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(values.mean()), low, high, count)
+    return Interval(float((weights * values).sum() / weights.sum()), low, high, count)

@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from rlhf.algorithms.intervals import Z, bootstrap_mean, wilson
+from rlhf.algorithms.intervals import Interval, Z, bootstrap_mean, wilson
 
 
 def test_z_is_the_quantile_of_the_normal_distribution():
@@ -46,7 +46,7 @@ def test_shares_of_all_and_of_nothing_end_where_shares_end():
 def test_a_bootstrap_of_two_values_has_three_means():
     # both zero, mixed, both one: 1/4, 1/2, 1/4, so that 2.5% and 97.5% are the ends
     found = bootstrap_mean(torch.tensor([0.0, 1.0]), seed=3)
-    assert found == (0.5, 0.0, 1.0, 2)
+    assert found == Interval(mean=0.5, low=0.0, high=1.0, count=2)
 
 
 def test_a_bootstrap_of_many_values_is_the_normal_interval():
@@ -63,3 +63,9 @@ def test_a_bootstrap_is_seeded_and_needs_values():
     assert bootstrap_mean(values, seed=1) == bootstrap_mean(values, seed=1)
     assert bootstrap_mean(values, seed=1) != bootstrap_mean(values, seed=2)
     assert math.isnan(bootstrap_mean(values[:0], seed=1).low)
+
+
+def test_a_weighted_bootstrap_is_the_mean_of_what_it_weighs():
+    # 9 and 3 weigh 1 and 3: means of samples are 9, (9 + 9) / 4 and 3
+    found = bootstrap_mean(torch.tensor([9.0, 3.0]), seed=3, weights=torch.tensor([1.0, 3.0]))
+    assert found == Interval(mean=4.5, low=3.0, high=9.0, count=2)
