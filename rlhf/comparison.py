@@ -3,8 +3,8 @@
 Everything is plain lists in and plain dictionaries out, as they go into `results.json`. A share has Wilson's interval,
 a mean that of a bootstrap over prompts (`algorithms/intervals.py`). The difference of two models is that of their
 answers to the same prompts, so what a prompt does to both of them drops out. Left out: tests of significance, and win
-rates corrected for length by a regression (Dubois et al. 2024, arXiv:2404.04475); the win rates of longer and of shorter
-responses stand beside each other instead.
+rates corrected for length by a regression (Dubois et al. 2024, arXiv:2404.04475); instead, the win rates of longer and
+of shorter responses stand beside each other.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def win_rate(verdicts: Sequence[Verdict], *, lengths: Sequence[tuple[float, floa
         verdicts: of one judge; a pair may have none, one, or one for each order.
         lengths: of each pair, the model's response and the other's, in tokens.
     """
-    pairs = {row: [v.preference for v in verdicts if v.row == row] for row in sorted({v.row for v in verdicts})}
+    pairs = _by_pair(verdicts)
     outcomes = {row: _outcome(statistics.fmean(said)) for row, said in pairs.items()}
     longer, shorter = (
         [outcome for row, outcome in outcomes.items() if sign * (lengths[row][0] - lengths[row][1]) > 0]
@@ -144,6 +144,14 @@ def win_rate(verdicts: Sequence[Verdict], *, lengths: Sequence[tuple[float, floa
     }
 
 
+def _by_pair(verdicts: Sequence[Verdict]) -> dict[int, list[float]]:
+    """All that was said of each pair."""
+    pairs: dict[int, list[float]] = {}
+    for verdict in sorted(verdicts, key=lambda verdict: verdict.row):
+        pairs.setdefault(verdict.row, []).append(verdict.preference)
+    return pairs
+
+
 def _outcome(preference: float) -> float:
     return 0.5 if preference == 0 else float(preference > 0)
 
@@ -162,8 +170,8 @@ def _place(verdicts: Sequence[Verdict], pairs: Mapping[int, Sequence[float]]) ->
 
 def outcomes_by_pair(verdicts: Sequence[Verdict], *, count: int) -> list[float | None]:
     """For each of `count` pairs the mean preference, from -1 to 1, None where it was not judged."""
-    pairs = [[v.preference for v in verdicts if v.row == row] for row in range(count)]
-    return [statistics.fmean(said) if said else None for said in pairs]
+    pairs = _by_pair(verdicts)
+    return [statistics.fmean(pairs[row]) if row in pairs else None for row in range(count)]
 
 
 def reward_model_quality(

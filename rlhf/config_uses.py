@@ -18,7 +18,7 @@ class EvalConfig:
     engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
     """The run's engine, unless overridden here; for every model, one after the other."""
     name: str | None = None
-    """Keeps several comparisons apart: results go to `eval/NAME` instead of `eval`, where the last ones are replaced."""
+    """Keeps comparisons apart: results go to `eval/NAME`; with null they replace the last ones in `eval`."""
     model: str = "${output_dir}/ppo/actor"
     """What is evaluated: a folder or a hub id."""
     against: str | None = "${output_dir}/sft/model"
