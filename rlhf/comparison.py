@@ -73,7 +73,8 @@ def measures(model: Answers, against: Answers | None, *, seed: int) -> list[dict
     """One row for each measure: what it is, and its value for each model and for their difference."""
     rows = [_mean_row(name, model, against=against, seed=seed) for name in model.numbers]
     rows += [
-        _row(name, "fraction", about[0], values=_both(about[1], model, against)) for name, about in _OF_ALL.items()
+        _row(name, "fraction", about[0], values=_both(about[1], model, against=against))
+        for name, about in _OF_ALL.items()
     ]
     if any(tokens for _, tokens in model.losses):
         values = {side: _perplexity(found.losses, seed=seed) for side, found in _sides(model, against).items()}
@@ -85,7 +86,7 @@ def _sides(model: Answers, against: Answers | None) -> dict[str, Answers]:
     return {"model": model} | ({} if against is None else {"against": against})
 
 
-def _both(function: Callable[[Sequence[str]], float], model: Answers, against: Answers | None) -> dict[str, Any]:
+def _both(function: Callable[[Sequence[str]], float], model: Answers, *, against: Answers | None) -> dict[str, Any]:
     return {side: {"mean": function(found.texts)} for side, found in _sides(model, against).items()}
 
 
@@ -107,7 +108,8 @@ def _row(name: str, unit: str, meaning: str, *, values: Mapping[str, Any]) -> di
 
 def _perplexity(losses: Sequence[tuple[float, float]], *, seed: int) -> dict[str, Any]:
     """Exponential of the mean loss per token, and of the ends of its interval over demonstrations."""
-    nats, tokens = torch.tensor([row for row in losses if row[1] > 0], dtype=torch.float64).T
+    # Sorted, because which row comes first depends on the number of ranks, and the bootstrap draws by place.
+    nats, tokens = torch.tensor(sorted(row for row in losses if row[1] > 0), dtype=torch.float64).T
     mean = bootstrap_mean(nats / tokens, seed=seed, weights=tokens)
     return {"mean": math.exp(mean.mean), "low": math.exp(mean.low), "high": math.exp(mean.high), "count": mean.count}
 
@@ -199,7 +201,7 @@ def _accuracy(differences: torch.Tensor, *, seed: int) -> dict[str, Any]:
     """A tie of the two scores is an error, as in training."""
     return {
         "accuracy": asdict(wilson(float((differences > 0).sum()), len(differences))),
-        "margin": asdict(bootstrap_mean(differences, seed=seed)),
+        "margin": asdict(bootstrap_mean(differences.sort().values, seed=seed)),
     }
 
 

@@ -128,9 +128,14 @@ def judged_by_function(
     answers = function(prompts, [first for first, _ in shown], [second for _, second in shown])
     preferences = preferences_of(answers, count=len(asked), name=name)
     return [
-        Verdict(row, preference if model_is_a else -preference, model_is_a)
+        Verdict(row, _of_model(preference, model_is_a), model_is_a)
         for (row, model_is_a), preference in zip(asked, preferences, strict=True)
     ]
+
+
+def _of_model(preference: float, model_is_a: bool) -> float:
+    """A preference for A as one for the model."""
+    return preference if model_is_a or preference == 0 else -preference
 
 
 def preferences_of(answers: Any, *, count: int, name: str) -> list[float]:
@@ -202,7 +207,7 @@ class Person:
             answer = self._answer()
             if answer is None:
                 break
-            known[row] = Verdict(row, _WORDS[answer] * (1 if coin[row] else -1), coin[row])
+            known[row] = Verdict(row, _of_model(_WORDS[answer], coin[row]), coin[row])
             self._note(pairs, known[row])
         return [known[row] for row in sorted(known)]
 

@@ -12,8 +12,9 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +103,22 @@ def judge(
         elif name == HUMAN:
             verdicts[name] = person(folder).judge(pairs, coin=coin, seed=config.seed)
         else:
-            verdicts[name] = []
-            for asked in judges.questions(coin):
-                if world.is_main:
-                    found = judges.judged_by_function(name, functions[name], pairs=pairs, asked=asked)
-                    verdicts[name] += found
-                barrier()  # after every call, so that a slow judge does not look like a rank that hangs
+            ask = partial(judges.judged_by_function, name, functions[name], pairs=pairs)
+            verdicts[name] = asked_of(ask, judges.questions(coin), world=world)
+    return verdicts
+
+
+def asked_of(
+    ask: Callable[..., list[Verdict]], questions: Sequence[Sequence[tuple[int, bool]]], *, world: World
+) -> list[Verdict]:
+    """The answers of a function to all questions, on the main rank; the others wait for every single call.
+
+    So a judge may take hours over all of them, and no rank is taken for one that hangs.
+    """
+    verdicts = []
+    for asked in questions:
+        verdicts += ask(asked=asked) if world.is_main else []
+        barrier()
     return verdicts
 
 

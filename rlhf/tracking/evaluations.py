@@ -64,7 +64,7 @@ def _judges(results: Mapping[str, Any]) -> Table:
     columns = ["judge", "win rate", "wins", "ties", "losses", "judged", "where longer", "where shorter", "longer wins"]
     shares = ("win_rate_when_longer", "win_rate_when_shorter", "longer_wins")
     rows = [
-        [name, interval(found.get("win_rate"))]
+        [_short(name), interval(found.get("win_rate"))]
         + [_shown(found.get(key)) for key in ("wins", "ties", "losses")]
         + [f"{_shown(found.get('judged'))} of {_shown(found.get('pairs'))}"]
         + [interval(found.get(key)) for key in shares]
@@ -80,7 +80,7 @@ def _judges(results: Mapping[str, Any]) -> Table:
 
 def _places(results: Mapping[str, Any]) -> Table:
     rows = [
-        [name, interval(found.get("first_wins")), interval(found.get("inconsistent"))]
+        [_short(name), interval(found.get("first_wins")), interval(found.get("inconsistent"))]
         for name, found in _named(results, "judges")
         if "first_wins" in found
     ]
@@ -121,13 +121,18 @@ def _about_calibration(calibration: Mapping[str, Any]) -> str:
     if is_number(temperature):
         kind = "too sure of itself" if temperature > 1 else "not sure enough"
         mended = (
-            f"divided by a temperature of {_rounded(temperature)} its scores would claim what they keep ({kind}; fitted "
-            f"to these pairs), with an error of {_shown(calibration.get('error_at_temperature'))}"
+            f"divided by a temperature of {_rounded(temperature)} its scores would claim what they keep ({kind}; "
+            f"fitted to these pairs), with an error of {_shown(calibration.get('error_at_temperature'))}"
         )
     return (
         "Of two responses the model favours one, and claims to be right with probability sigmoid(difference of their "
         f"scores), its confidence. Expected calibration error {_shown(calibration.get('error'))}; {mended}."
     )
+
+
+def _short(judge: str) -> str:
+    """A judge without the module of its function."""
+    return judge.rpartition(":")[2]
 
 
 def interval(value: Any) -> str:

@@ -12,6 +12,8 @@ from typing import Any
 
 from rlhf.config import STAGES
 from rlhf.tracking import watch
+from rlhf.tracking.evaluations import FOLDER
+from rlhf.tracking.report.evaluation import Evaluation, read_evaluations
 
 Row = dict[str, Any]
 
@@ -59,6 +61,8 @@ class RunRecord:
     """The memory plan, text."""
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be read."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Of `stage=eval`."""
 
     @property
     def name(self) -> str:
@@ -79,15 +83,17 @@ def read_run(folder: Path) -> RunRecord:
     reader = _Reader(folder)
     if not holds_run(folder):
         raise ValueError(
-            f"{folder}: no run is there. Expected a folder with sft/, reward/ or ppo/ in it, such as outputs/RUN."
+            f"{folder}: no run is there. Expected a folder with sft/, reward/, ppo/ or eval/, such as outputs/RUN."
         )
-    plans = reader.mapping("plan.json")
+    begun = [name for name in STAGES if (folder / name).is_dir()]
+    plans = reader.mapping("plan.json", required=bool(begun))
     return RunRecord(
         folder.resolve(),
-        [reader.stage(name, planned=plans.get(name)) for name in STAGES if (folder / name).is_dir()],
+        [reader.stage(name, planned=plans.get(name)) for name in begun],
         config=reader.text("config.yaml"),
-        plan=reader.text("plan.txt"),
+        plan=reader.text("plan.txt", required=bool(begun)),
         notes=reader.notes,
+        evaluations=read_evaluations(folder, notes=reader.notes),
     )
 
 
@@ -102,8 +108,8 @@ class Outcome:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a stage has begun in `folder`."""
-    return any((folder / stage).is_dir() for stage in STAGES)
+    """Whether a stage has begun in `folder`, or something was evaluated."""
+    return any((folder / stage).is_dir() for stage in (*STAGES, FOLDER))
 
 
 def read_outcome(folder: Path) -> Outcome:
@@ -135,8 +141,8 @@ class _Reader:
             is_finished=bool(record),
         )
 
-    def text(self, name: str) -> str:
-        return self._read(name, required=True)
+    def text(self, name: str, *, required: bool = True) -> str:
+        return self._read(name, required=required)
 
     def mapping(self, name: str, *, required: bool = True) -> dict[str, Any]:
         text = self._read(name, required=required)
