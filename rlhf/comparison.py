@@ -73,12 +73,12 @@ def measures(model: Answers, against: Answers | None, *, seed: int) -> list[dict
     """One row for each measure: what it is, and its value for each model and for their difference."""
     rows = [_mean_row(name, model, against=against, seed=seed) for name in model.numbers]
     rows += [
-        _row(name, "fraction", about[0], values=_both(about[1], model, against=against))
+        _row(name, "fraction", meaning=about[0], values=_both(about[1], model, against=against))
         for name, about in _OF_ALL.items()
     ]
     if any(tokens for _, tokens in model.losses):
         values = {side: _perplexity(found.losses, seed=seed) for side, found in _sides(model, against).items()}
-        rows.append(_row("perplexity", "", "of held-out demonstrations, per token", values=values))
+        rows.append(_row("perplexity", "", meaning="of held-out demonstrations, per token", values=values))
     return rows
 
 
@@ -99,10 +99,12 @@ def _mean_row(name: str, model: Answers, *, against: Answers | None, seed: int) 
     }
     if against is not None:
         values["difference"] = bootstrap_mean(columns["model"] - columns["against"], seed=seed)
-    return _row(name, measure.unit, measure.meaning, values={side: asdict(value) for side, value in values.items()})
+    return _row(
+        name, measure.unit, meaning=measure.meaning, values={side: asdict(value) for side, value in values.items()}
+    )
 
 
-def _row(name: str, unit: str, meaning: str, *, values: Mapping[str, Any]) -> dict[str, Any]:
+def _row(name: str, unit: str, *, meaning: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {"name": name, "unit": unit, "meaning": meaning, **values}
 
 
