@@ -51,8 +51,7 @@ def _measures(results: Mapping[str, Any], *, meanings: bool) -> Table:
     rows = [
         [str(row.get("name", _NOTHING)), *(interval(row.get(side)) for side in columns), str(row.get("unit", ""))]
         + ([str(row.get("meaning", ""))] if meanings else [])
-        for row in results.get("measures") or ()
-        if isinstance(row, Mapping)
+        for row in _listed(results, "measures")
     ]
     named = "; ".join(f"{side} is {results[side]}" for side in sides)
     note = f"Answers to {results.get('prompts', _NOTHING)} held-out prompts: {named}. In brackets the 95% interval."
@@ -108,8 +107,7 @@ def _reward_model(quality: Mapping[str, Any]) -> Iterator[Table]:
     bins = [
         [f"{_shown(row.get('from'))} to {_shown(row.get('to'))}", _shown(row.get("confidence"))]
         + [interval(row.get("right")), _shown(_mapping(row, "right").get("count"))]
-        for row in calibration.get("bins") or ()
-        if isinstance(row, Mapping)
+        for row in _listed(calibration, "bins")
     ]
     columns = ["confidence", "mean confidence", "right", "pairs"]
     yield Table("Whether the reward model is as sure as it is right", _about_calibration(calibration), columns, bins)
@@ -158,6 +156,11 @@ def _shown(value: Any) -> str:
 def _mapping(content: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     value = content.get(key)
     return value if isinstance(value, Mapping) else {}
+
+
+def _listed(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    value = content.get(key)
+    return [row for row in value if isinstance(row, Mapping)] if isinstance(value, list) else []
 
 
 def _named(content: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
