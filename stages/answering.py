@@ -7,6 +7,7 @@ rank that said it until `answers` brings all of it together. Left out: what the 
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -37,6 +38,8 @@ from rlhf.rollout import Said, say, scores_of, statistics_of, texts_of
 from rlhf.text import Tokenizer, decode, stop_token_ids
 from rlhf.types import PromptBatch
 from stages.judging import stored_scale
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ class Contestant:
     """What a model has said to this rank's prompts, and what was measured of it so far."""
 
     said: Said
-    logprobs: Tensor  # [B, R] fp32, under the model itself, at the temperature of `KL_TEMPERATURE`
+    logprobs: Tensor  # [B, R] fp32, under the model itself, at the sampling temperature
     losses: Tensor  # [N, 2], nats and tokens of all ranks' demonstrations
     numbers: dict[str, Tensor] = field(default_factory=dict)
     """`[B]` each."""
@@ -102,6 +105,7 @@ class Room:
 
     def ask(self, path: str) -> Contestant:
         """Have the language model at `path` answer, and read the demonstrations."""
+        log.info("eval: %s answers", path)
         with self._open(causal_lm(path)) as engine:
             said = say(engine, self._prompts, decoding=self._decoding(engine), size=self._size, seed=self.config.seed)
             logprobs = self._logprobs(engine, said)
@@ -111,6 +115,7 @@ class Room:
 
     def measure_kl(self, path: str, contestants: Sequence[Contestant]) -> None:
         """Note how far each response is from what the model at `path` would say, in nats."""
+        log.info("eval: how far from %s that is", path)
         with self._open(causal_lm(path)) as engine:
             for contestant in contestants:
                 ratio = contestant.logprobs - self._logprobs(engine, contestant.said)
@@ -124,6 +129,7 @@ class Room:
         )
         pad_id = int(self.tokenizer.pad_token_id)
         batches = [EvalBatch(collate_preferences(group.batch, pad_id), group.count) for group in groups]
+        log.info("eval: %s scores", path)
         with self._open(scalar_head_model(path)) as engine:
             for contestant in contestants:
                 raw = scores_of(engine, contestant.said, size=self._size)

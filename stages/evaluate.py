@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -48,7 +50,6 @@ def run_eval(run: RunConfig, world: World) -> None:
         raise RunError(str(error)) from error
     room = Room(config, world, tokenizer, rows)
     sides = {name: path for name, path in model_paths(config).items() if name in ("model", "against")}
-    log.info("eval: %s held-out prompts, answered by %s", len(rows.prompts), " and ".join(sides.values()))
     contestants = {side: room.ask(path) for side, path in sides.items()}
     if config.reference is not None:
         room.measure_kl(config.reference, list(contestants.values()))
@@ -98,6 +99,7 @@ def judge(
     functions = judges.load_judges(config.judges)
     verdicts: dict[str, list[Verdict]] = {}
     for name in config.judges:
+        log.info("eval: %s judges", name)
         if name == REWARD:
             verdicts[name] = judges.judged_by_scores(*(answers[s].numbers["raw_score"] for s in ("model", "against")))
         elif name == HUMAN:
@@ -183,6 +185,8 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | 
 
 def show(results: Mapping[str, Any], folder: Path) -> None:
     """Print the results as tables."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     for found in tables(results, meanings=False):
-        log.info("%s", table(found.title, found.columns, rows=found.rows))
+        shown = table(found.title, found.columns, rows=found.rows)
+        log.info("%s\n%s", shown, textwrap.fill(found.note, width, break_long_words=False))
     log.info("everything is in %s", folder)
