@@ -217,7 +217,7 @@ def test_a_prompt_with_a_line_separator_breaks_no_table(one_rank, tmp_path):
 
 def test_an_evaluation_follows_stages_that_are_finished(one_rank):
     folder, _ = one_rank
-    output = smoke(folder, "stage=[sft,reward,ppo,eval]", "launch.ranks=2", "eval.prompts=5", "eval.name=later")
+    output = smoke(folder, "stage=[sft,reward,ppo,eval]", "eval.prompts=5", "eval.name=later")
     assert "ppo is finished" in output
     assert "Which answer is better" in output
     assert "Expected calibration error" in output
