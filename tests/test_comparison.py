@@ -53,8 +53,14 @@ def test_perplexity_is_per_token_and_not_per_demonstration():
 
 
 def test_intervals_do_not_depend_on_the_order_in_which_ranks_come():
-    turned = Answers(MODEL.texts, MODEL.numbers, MODEL.losses[::-1])
-    assert named(measures(turned, None, seed=0))["perplexity"] == named(measures(MODEL, None, seed=0))["perplexity"]
+    losses = [(float(n * n % 13), float(1 + n % 4)) for n in range(20)]
+    first, then = (Answers(MODEL.texts, MODEL.numbers, losses=order) for order in (losses, losses[1::2] + losses[::2]))
+    assert named(measures(first, None, seed=0))["perplexity"] == named(measures(then, None, seed=0))["perplexity"]
+    nats, zeros = [nats for nats, _ in losses], [0.0] * 20
+    one, two = (
+        reward_model_quality(scores, zeros, subsets=[""] * 20, seed=0) for scores in (nats, nats[1::2] + nats[::2])
+    )
+    assert one["margin"] == two["margin"]
 
 
 LENGTHS = [(9, 1), (9, 1), (1, 9), (5, 5), (1, 9)]
