@@ -35,6 +35,7 @@ from rlhf.failure import RunError
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.origin import note_start, remember_command
 from rlhf.tracking.table import printable
+from stages.chat import run_chat
 from stages.composition import (
     CONF_DIR,
     check_overrides,
@@ -45,6 +46,7 @@ from stages.composition import (
     to_run,
 )
 from stages.deepspeed import with_deepspeed
+from stages.evaluate import run_eval
 from stages.handover import check_shared, is_finished, lock_folder
 from stages.planning_report import check_memory, show_plan
 from stages.ppo import run_ppo
@@ -54,7 +56,7 @@ from stages.reward import run_reward
 from stages.sft import run_sft
 from stages.stopping import Stopped
 
-STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo}
+STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "eval": run_eval}
 _WORKER = "--worker"
 
 
@@ -104,6 +106,8 @@ def compose_and_start(config: DictConfig) -> None:
     if lock is not None:
         show_results(run)
         lock.close()
+    if run.chat is not None and world.is_main:
+        run_chat(run)
 
 
 def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int) -> None:
@@ -116,18 +120,18 @@ def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int) -> N
         exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
         if exit_status != 0:
             sys.exit(f"a rank has failed, and says above why; {where_it_stands(run)}")
-        if not all(is_finished(run, stage) for stage in todo):
+        if not all(is_finished(run, stage) for stage in todo if stage in run.stages):
             raise KeyboardInterrupt  # that reached the ranks alone
     except KeyboardInterrupt:
         sys.exit(f"interrupted: {where_it_stands(run)}" if world.is_main else 1)
 
 
 def checked(run: RunConfig, ranks: int) -> list[str]:
-    """The stages that are left to do, after everything that can be wrong with them has been looked for."""
+    """What is left to do, after everything that can be wrong with it has been looked for."""
     todo = preflight(run, ranks=ranks)
     if todo:
         check_memory(run, todo, ranks=ranks)
-    return todo
+    return [*todo, *(use for use in run.uses if use in STAGES)]
 
 
 @contextmanager

@@ -47,13 +47,14 @@ class Limits:
     stage: str
     max_prompt_tokens: int
     max_response_tokens: int
+    response_setting: str = "max_response_tokens"
 
     def broken_by(self, sequences: Sequence[Tokens]) -> str:
         """Why a row is dropped; empty where it is not."""
         if any(tokens.num_prompt > self.max_prompt_tokens for tokens in sequences):
             return f"prompt longer than {self.stage}.max_prompt_tokens={self.max_prompt_tokens}"
         if any(len(tokens.input_ids) - tokens.num_prompt > self.max_response_tokens for tokens in sequences):
-            return f"response longer than {self.stage}.max_response_tokens={self.max_response_tokens}"
+            return f"response longer than {self.stage}.{self.response_setting}={self.max_response_tokens}"
         return ""
 
 
@@ -74,6 +75,10 @@ class Recipe(Generic[Sample]):
     tokenize: Callable[[Row], list[Tokens]]
     """Checks a row and tokenises it; always the same number of sequences."""
     build: Callable[[Row, list[Tokens]], Sample]
+    extra_columns: Sequence[str] = ()
+    """Columns beside the known ones that `build` reads, where a source has them."""
+    only_held_out: bool = False
+    """Leave `train` empty: nobody wants it, and it need not be there."""
 
 
 @dataclass
@@ -98,13 +103,15 @@ def assemble(recipe: Recipe[Sample], *, data: DataConfig) -> Splits[Sample]:
         ValueError: No data, rows that cannot be used, or all of them longer than the limits.
     """
     name, sources = f"data.{recipe.stage}", recipe.sources
-    if not sources.train:
+    if not sources.train and not recipe.only_held_out:
         raise ValueError(f"{name}.train is empty; expected at least one file, folder or hub id.")
     train, held_out = _Pile[Sample](f"{name}.train"), _Pile[Sample](f"{name}.eval")
-    for number, source in enumerate(sources.train):
+    skipped = recipe.only_held_out and (sources.eval or not sources.eval_fraction)
+    for number, source in enumerate([] if skipped else sources.train):
         part = _Part.open(source, recipe, data=data, where=f"{name}.train[{number}]")
         halves = hold_out(part.rows, 0.0 if sources.eval else sources.eval_fraction, seed=data.split_seed)
-        part.add(weighted(halves.train, max(source.weight, 1.0), seed=data.split_seed), train)
+        if not recipe.only_held_out:
+            part.add(weighted(halves.train, max(source.weight, 1.0), seed=data.split_seed), train)
         part.add(halves.eval, held_out)
     for number, source in enumerate(sources.eval):
         part = _Part.open(source, recipe, data=data, where=f"{name}.eval[{number}]")
@@ -136,7 +143,8 @@ class _Part(Generic[Sample]):
             rows = weighted(rows, min(source.weight, 1.0), seed=data.split_seed)
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from error
-        known = table.select_columns([name for name in table.column_names if name in COLUMNS])
+        wanted = {*COLUMNS, *recipe.extra_columns}
+        known = table.select_columns([name for name in table.column_names if name in wanted])
         return cls(recipe, known, rows, f"{where} ({source.path})", data.cache_dir)
 
     def add(self, numbers: Indices, pile: _Pile[Sample]) -> None:

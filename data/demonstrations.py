@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import DEMONSTRATION, check_row
-from rlhf.config import DataConfig, SFTConfig
+from rlhf.config import DataConfig, EvalConfig, SFTConfig
 from rlhf.text import Row, Tokenizer, Tokens, tokenize_demonstration, tokenizer_fingerprint
 
 
@@ -24,8 +24,10 @@ class Demonstration:
         return len(self.input_ids)
 
 
-def demonstrations(data: DataConfig, config: SFTConfig, *, tokenizer: Tokenizer) -> Splits[Demonstration]:
-    """The samples of `data.sft`.
+def demonstrations(
+    data: DataConfig, config: SFTConfig | EvalConfig, *, tokenizer: Tokenizer, held_out: Limits | None = None
+) -> Splits[Demonstration]:
+    """The samples of `data.sft`; with `held_out`, those for evaluation alone, within these limits.
 
     Of a conversation every assistant turn is a target; the limits are for the last turn and for all before it.
     """
@@ -38,11 +40,12 @@ def demonstrations(data: DataConfig, config: SFTConfig, *, tokenizer: Tokenizer)
         stage="sft",
         position=0,
         sources=data.sft,
-        limits=Limits("sft", config.max_prompt_tokens, config.max_response_tokens),
+        limits=held_out or Limits("sft", config.max_prompt_tokens, config.max_response_tokens),
         columns=DEMONSTRATION,
         settings=("demonstration", tokenizer_fingerprint(tokenizer), f"response_only={config.response_only}"),
         tokenize=tokenize,
         build=_build,
+        only_held_out=held_out is not None,
     )
     return assemble(recipe, data=data)
 

@@ -127,6 +127,16 @@ def evaluation_batches(
     return batches
 
 
+def evaluation_prompts(samples: Sequence[Prompt], *, rank: int, ranks: int, pad_id: int) -> PromptBatch:
+    """This rank's part of all prompts, equally many on every rank: the last ranks repeat some.
+
+    Rows of all ranks one after the other start with the prompts in their order, which are their `sample_ids` too.
+    """
+    each = -(-len(samples) // ranks)
+    ids = [number % len(samples) for number in range(rank * each, (rank + 1) * each)]
+    return collate_prompts([samples[number] for number in ids], ids, pad_id=pad_id)
+
+
 @dataclass
 class PromptLoader:
     """For each PPO iteration, the prompts that this rank answers.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import PROMPT, check_row
-from rlhf.config import DataConfig, PPOConfig
+from rlhf.config import DataConfig, EvalConfig, PPOConfig
 from rlhf.text import Row, Tokenizer, Tokens, readable_prompt, tokenize_prompt, tokenizer_fingerprint
 
 
@@ -24,8 +24,13 @@ class Prompt:
         return len(self.input_ids)
 
 
-def prompts(data: DataConfig, config: PPOConfig, *, tokenizer: Tokenizer) -> Splits[Prompt]:
-    """The samples of `data.ppo`; rows that also have responses give their prompts."""
+def prompts(
+    data: DataConfig, config: PPOConfig | EvalConfig, *, tokenizer: Tokenizer, held_out: Limits | None = None
+) -> Splits[Prompt]:
+    """The samples of `data.ppo`; rows that also have responses give their prompts.
+
+    With `held_out`, those for evaluation alone, within these limits instead of the stage's.
+    """
 
     def tokenize(row: Row) -> list[Tokens]:
         check_row(row, PROMPT)
@@ -36,11 +41,12 @@ def prompts(data: DataConfig, config: PPOConfig, *, tokenizer: Tokenizer) -> Spl
         stage="ppo",
         position=2,
         sources=data.ppo,
-        limits=Limits("ppo", config.max_prompt_tokens, config.max_response_tokens),
+        limits=held_out or Limits("ppo", config.max_prompt_tokens, config.max_response_tokens),
         columns=PROMPT,
         settings=("prompt", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
         build=_build,
+        only_held_out=held_out is not None,
     )
     return assemble(recipe, data=data)
 

@@ -2,7 +2,7 @@
 
 `conf/` holds the numbers; the text under a field says its unit and consequence. This is the root and the door: the
 groups that stages share are in `config_groups.py`, the engine in `config_engine.py`, the stages in `config_stages.py`,
-and all are imported from here.
+what is done with their models in `config_uses.py`, and all are imported from here.
 """
 
 from __future__ import annotations
@@ -42,15 +42,18 @@ from rlhf.config_stages import (
     StageConfig,
     SupervisedConfig,
 )
+from rlhf.config_uses import ChatConfig, EvalConfig
 
 __all__ = [
     "AdvantageKind",
     "BadRows",
+    "ChatConfig",
     "CheckpointConfig",
     "DataConfig",
     "Device",
     "Embedded",
     "EngineConfig",
+    "EvalConfig",
     "KLConfig",
     "KLKind",
     "LaunchConfig",
@@ -76,6 +79,7 @@ __all__ = [
     "SupervisedConfig",
     "Tier",
     "TrackingConfig",
+    "USES",
     "WandbMode",
     "accumulation",
     "divisible",
@@ -83,6 +87,8 @@ __all__ = [
 
 STAGES = ("sft", "reward", "ppo")
 """The stages, in the order in which they run."""
+USES = ("eval", "chat")
+"""What can be done with the models afterwards, in the order in which it is done; selected as stages are."""
 
 
 @dataclass(kw_only=True)
@@ -117,8 +123,17 @@ class RunConfig:
     """Second stage, or null."""
     ppo: PPOConfig | None = None
     """Third stage, or null."""
+    eval: EvalConfig | None = None
+    """Evaluation, or null."""
+    chat: ChatConfig | None = None
+    """Chat, or null."""
 
     @property
     def stages(self) -> list[str]:
         """Names of the selected stages, in the order in which they run."""
         return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+    @property
+    def uses(self) -> list[str]:
+        """Names of what is done with the models afterwards, in that order."""
+        return [use for use in USES if getattr(self, use) is not None]

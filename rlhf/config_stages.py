@@ -39,7 +39,7 @@ _SIZES = ("micro_batch_size", "max_prompt_tokens", "max_response_tokens")
 T = TypeVar("T")
 
 
-def _inherited(cls: type[T], group: str) -> T:
+def inherited(cls: type[T], group: str) -> T:
     """A `cls` whose every field is the run's until it is overridden (one interpolation for all would be shared)."""
     node = object.__new__(cls)
     vars(node).update({name: f"${{{group}.{name}}}" for name in vars(cls)["__dataclass_fields__"]})
@@ -52,7 +52,7 @@ class StageConfig:
 
     selected: bool = False
     """Set by the stage's own YAML: whether this run includes the stage."""
-    engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "engine"))
+    engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
     """The run's engine, unless overridden for this stage."""
     lora: LoraConfig
     """Adapters; rank 0 trains the whole model."""
@@ -193,11 +193,11 @@ class PPOConfig(StageConfig):
     """First iterations in which only the critic learns."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are drawn."""
-    critic_engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "ppo.engine"))
+    critic_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))
     """The critic's engine, unless overridden the stage's; `engine` is the actor's."""
-    reference_engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "ppo.engine"))
+    reference_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))
     """The reference's."""
-    reward_engine: EngineConfig = field(default_factory=lambda: _inherited(EngineConfig, "ppo.engine"))
+    reward_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))
     """The reward model's."""
     kl: KLConfig = field(default_factory=KLConfig)
     """The penalty for leaving the reference."""

@@ -1,6 +1,6 @@
 """What a model is worth on held-out data: perplexity, preference accuracy, and the summary of a rollout.
 
-Every number is over the data of all ranks. Left out: win rates and judges in the terminal.
+Every number is over the data of all ranks. Left out: comparing two models (`comparison.py`).
 """
 
 from __future__ import annotations
@@ -73,6 +73,21 @@ def evaluate_language(engine: Engine, batches: Sequence[CountedBatch]) -> Langua
     return LanguageResult(loss=loss / max(count, 1), accuracy=accuracy / max(count, 1))
 
 
+def row_losses(engine: Engine, batches: Sequence[CountedBatch]) -> Tensor:
+    """Nats and target tokens of each demonstration, `[N, 2]` fp64 on the CPU, in the order of the ranks' batches."""
+    found: list[list[float]] = []
+    with engine.evaluating() as model:
+        for item in batches:
+            batch = item.batch.to(engine.world.device)
+            assert isinstance(batch, SFTBatch)
+            logits = logits_of(model, batch)
+            for row in range(item.count):
+                one = slice(row, row + 1)
+                result = sft_loss(logits[one], batch.input_ids[one], batch.target_mask[one], denominator=1.0)
+                found.append([float(result.loss), float(result.num_tokens)])
+    return torch.cat(gather_objects(torch.tensor(found, dtype=torch.float64).view(-1, 2)))
+
+
 @dataclass(frozen=True)
 class PreferenceResult:
     """Held-out quality of a reward model."""
@@ -91,15 +106,7 @@ class PreferenceResult:
 
 def evaluate_preferences(engine: Engine, batches: Sequence[CountedBatch]) -> PreferenceResult:
     """Scores held-out pairs; all ranks must call it with equally many batches."""
-    pairs: list[Tensor] = []
-    with engine.evaluating() as model:
-        for item in batches:
-            batch = item.batch.to(engine.world.device)
-            assert isinstance(batch, PreferenceBatch)
-            per_position = model(batch.input_ids, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
-            scores = last_token_scores(per_position, batch.attention_mask).view(2, -1)  # chosen, rejected
-            pairs.append(scores[:, : item.count].double().cpu())
-    chosen, rejected = torch.cat(gather_objects(torch.cat(pairs, dim=1)), dim=1)
+    chosen, rejected = pair_scores(engine, batches)
     scores = torch.cat([chosen, rejected])
     result = pairwise_loss(chosen, rejected)
     return PreferenceResult(
@@ -109,6 +116,19 @@ def evaluate_preferences(engine: Engine, batches: Sequence[CountedBatch]) -> Pre
         mean=float(scores.mean()),
         std=float(scores.std(correction=0)),
     )
+
+
+def pair_scores(engine: Engine, batches: Sequence[CountedBatch]) -> Tensor:
+    """Scores of held-out pairs, `[2, N]` fp64 on the CPU: chosen and rejected, in the order of the ranks' batches."""
+    pairs: list[Tensor] = []
+    with engine.evaluating() as model:
+        for item in batches:
+            batch = item.batch.to(engine.world.device)
+            assert isinstance(batch, PreferenceBatch)
+            per_position = model(batch.input_ids, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
+            scores = last_token_scores(per_position, batch.attention_mask).view(2, -1)  # chosen, rejected
+            pairs.append(scores[:, : item.count].double().cpu())
+    return torch.cat(gather_objects(torch.cat(pairs, dim=1)), dim=1)
 
 
 def rollout_metrics(rollout: Rollout, *, kl_coef: float) -> dict[str, float]:
@@ -167,9 +187,14 @@ def policy_metrics(rows: Sequence[dict[str, str | float | bool]]) -> dict[str, f
 
 def distinct_bigrams(texts: Sequence[str]) -> float:
     """Different word pairs as a share of all word pairs of `texts`; 0 where there are none (Li et al. 2016)."""
+    return distinct(texts, length=2)
+
+
+def distinct(texts: Sequence[str], *, length: int) -> float:
+    """The same for runs of `length` words."""
     words = [text.lower().split() for text in texts]
-    bigrams = [pair for line in words for pair in zip(line, line[1:], strict=False)]
-    return len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+    runs = [run for line in words for run in zip(*(line[start:] for start in range(length)), strict=False)]
+    return len(set(runs)) / len(runs) if runs else 0.0
 
 
 def load_gold(metrics: dict[str, str]) -> dict[str, GoldMetric]:
@@ -178,16 +203,26 @@ def load_gold(metrics: dict[str, str]) -> dict[str, GoldMetric]:
     Raises:
         ValueError: a name is not `module:function`, or does not exist.
     """
-    return {name: _imported(name, target) for name, target in metrics.items()}
+    called = "called with the prompts and the responses and returning one number for each"
+    return {name: imported(target, f"data.gold.{name}={target!r}", called=called) for name, target in metrics.items()}
 
 
-def _imported(name: str, target: str) -> GoldMetric:
+def imported(target: str, setting: str, *, called: str) -> Callable[..., Any]:
+    """The function that `target`, `module:function`, names.
+
+    Args:
+        target: its address.
+        setting: name and value of what holds it, for the message.
+        called: how it will be called and what it returns, for the message.
+
+    Raises:
+        ValueError: there is no such function.
+    """
     module_name, _, function_name = target.partition(":")
     try:
         function = vars(importlib.import_module(module_name))[function_name]
-    except (ImportError, KeyError) as error:
-        raise ValueError(
-            f"data.gold.{name}={target!r}: no such function ({error}); expected module:function, "
-            "called with the prompts and the responses and returning one number for each."
-        ) from error
-    return function
+    except (ImportError, KeyError, ValueError) as error:
+        raise ValueError(f"{setting}: no such function ({error}); expected module:function, {called}.") from error
+    if not callable(function):
+        raise ValueError(f"{setting}: found a {type(function).__name__}; expected a function, {called}.")
+    return function  # type: ignore[no-any-return]

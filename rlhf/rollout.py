@@ -104,26 +104,18 @@ class Collector:
         return gathered(rollout, pad_id=self.pad_id)
 
     def _say(self, prompts: PromptBatch, *, seed: int) -> Said:
-        device = self.models.actor.world.device
-        rows = torch.arange(len(prompts.prompts)).split(self.config.rollout_micro_batch_size)
-        parts = []
         decoding = Decoding(
             self.config.max_response_tokens, self.stop_token_ids, pad_id=self.pad_id, sampling=self.config.sampling
         )
-        with self.models.actor.generating() as model:
-            for piece in rows:
-                batch = prompts.rows(piece).to(device)
-                answer = generate(model, batch, decoding=decoding, seed=seed, all_done=self.models.actor.all_done)
-                parts.append(_said(batch, answer))
-        num_prompt, num_response = (max(width) for width in zip(*map(widths, parts), strict=True))
-        return joined([widened(part, num_prompt, num_response=num_response, pad_id=self.pad_id) for part in parts])
+        size = self.config.rollout_micro_batch_size
+        return say(self.models.actor, prompts, decoding=decoding, size=size, seed=seed)
 
     def _judge(self, said: Said, *, with_values: bool) -> Rollout:
         with self.models.actor.evaluating() as actor:
             logprobs, entropy = self._statistics(actor, said)
         with self._reference() as reference:
             reference_logprobs, _ = self._statistics(reference, said)
-        raw_scores = self._raw_scores(said)
+        raw_scores = scores_of(self.models.reward, said, size=self.config.micro_batch_size)
         return Rollout(
             **{field.name: getattr(said, field.name) for field in fields(said)},
             logprobs=logprobs,
@@ -133,12 +125,8 @@ class Collector:
             entropy=entropy,
             raw_scores=raw_scores,
             scores=self._scores(raw_scores, said.ended),
-            responses=self._texts(said),
+            responses=texts_of(said, self.decode),
         )
-
-    def _texts(self, said: Said) -> tuple[str, ...]:
-        tokens = said.sequences[:, -said.response_mask.shape[1] :]
-        return tuple(self.decode(row[keep].tolist()) for row, keep in zip(tokens, said.response_mask, strict=True))
 
     @contextmanager
     def _reference(self) -> Iterator[torch.nn.Module]:
@@ -150,12 +138,8 @@ class Collector:
             yield actor
 
     def _statistics(self, model: Callable[..., Tensor], said: Said) -> Tensor:
-        """Log-probabilities and entropies, `[2, B, R]`."""
-
-        def of(piece: Responses) -> Tensor:
-            return torch.stack(response_statistics(model, piece, temperature=self.config.sampling.temperature))
-
-        return _over_pieces(said, self.config.micro_batch_size, function=of)
+        temperature = self.config.sampling.temperature
+        return statistics_of(model, said, size=self.config.micro_batch_size, temperature=temperature)
 
     def _values(self, said: Said) -> Tensor:
         if self.models.critic is None:
@@ -164,19 +148,56 @@ class Collector:
             values = partial(critic_values, critic, shift=self.models.value_shift)
             return _over_pieces(said, self.config.micro_batch_size, function=lambda piece: values(piece)[None])[0]
 
-    def _raw_scores(self, said: Said) -> Tensor:
-        scores = torch.zeros(len(said), device=said.sequences.device)
-        with self.models.reward.evaluating() as reward:
-            for rows in said.pieces(self.config.micro_batch_size):
-                piece = said.rows(rows).trimmed()
-                scores[rows] = last_token_scores(_scalars(reward, piece), piece.attention_mask)
-        return scores
-
     def _scores(self, raw_scores: Tensor, ended: Tensor) -> Tensor:
         rules = self.config.score
         clamp = rules.clamp if rules.normalize and rules.clamp else None
         scores = normalize_scores(raw_scores, mean=self.scale.mean, std=self.scale.std, clamp=clamp)
         return penalize_unended(scores, ended, penalty=rules.no_end_penalty, kind=rules.no_end_kind)
+
+
+def say(actor: Engine, prompts: PromptBatch, *, decoding: Decoding, size: int, seed: int) -> Said:
+    """Answer this rank's prompts `[B, P]`, `size` at once; every rank must call it with equally many.
+
+    Args:
+        actor: who answers.
+        prompts: this rank's rows.
+        decoding: what is drawn, and where it ends.
+        size: prompts that are answered at once.
+        seed: of the sampling; a row's draw depends on it and on the row's `sample_ids` alone.
+    """
+    parts = []
+    with actor.generating() as model:
+        for piece in torch.arange(len(prompts.prompts)).split(size):
+            batch = prompts.rows(piece).to(actor.world.device)
+            answer = generate(model, batch, decoding=decoding, seed=seed, all_done=actor.all_done)
+            parts.append(_said(batch, answer))
+    num_prompt, num_response = (max(width) for width in zip(*map(widths, parts), strict=True))
+    return joined([widened(part, num_prompt, num_response=num_response, pad_id=decoding.pad_id) for part in parts])
+
+
+def texts_of(said: Responses, decode: Callable[[list[int]], str]) -> tuple[str, ...]:
+    """The responses as people read them, B texts."""
+    tokens = said.sequences[:, -said.response_mask.shape[1] :]
+    return tuple(decode(row[keep].tolist()) for row, keep in zip(tokens, said.response_mask, strict=True))
+
+
+def statistics_of(model: Callable[..., Tensor], said: Responses, *, size: int, temperature: float) -> Tensor:
+    """Log-probabilities and entropies, `[2, B, R]`, 0 where masked; `size` sequences at once."""
+
+    def of(piece: Responses) -> Tensor:
+        return torch.stack(response_statistics(model, piece, temperature=temperature))
+
+    return _over_pieces(said, size, function=of)
+
+
+def scores_of(reward: Engine, said: Responses, *, size: int) -> Tensor:
+    """What a reward model says of each sequence, `[B]`, in its own units; `size` sequences at once."""
+    scores = torch.zeros(len(said), device=said.sequences.device)
+    with reward.evaluating() as model:
+        for rows in said.pieces(size):
+            piece = said.rows(rows).trimmed()
+            scores[rows] = last_token_scores(_scalars(model, piece), piece.attention_mask)
+    return scores
 
 
 def _said(prompts: PromptBatch, answer: Generated) -> Said:
@@ -190,7 +211,7 @@ def _said(prompts: PromptBatch, answer: Generated) -> Said:
     )
 
 
-def _over_pieces(said: Said, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
+def _over_pieces(said: Responses, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
     """`function` of rows of similar length without useless columns, `[K, b, r]` each, put together as `[K, B, R]`.
 
     The pieces are those that training makes of a minibatch, so old and new log-probabilities differ by weights only.

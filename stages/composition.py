@@ -20,7 +20,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import conf
-from rlhf.config import STAGES, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.config import STAGES, USES, ChatConfig, EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
 _CHOSEN_BY_ENGINE = ("zero_stage", "optimizer_tier", "parameter_tier")
@@ -33,6 +33,8 @@ class Schema(RunConfig):
     sft: SFTConfig | None = MISSING
     reward: RewardConfig | None = MISSING
     ppo: PPOConfig | None = MISSING
+    eval: EvalConfig | None = MISSING
+    chat: ChatConfig | None = MISSING
 
 
 def register_schema() -> None:
@@ -62,12 +64,12 @@ def check_overrides(overrides: list[str]) -> None:
 def _check_stages(overrides: list[str]) -> None:
     parsed = OverridesParser.create().parse_overrides(overrides)
     selection = compose("config", overrides=[str(o.input_line) for o in parsed if o.key_or_group == "stage"])
-    selected = [stage for stage in STAGES if _is_selected(selection, stage)]
+    selected = [stage for stage in (*STAGES, *USES) if _is_selected(selection, stage)]
     for override in parsed:
         stage = override.key_or_group.split(".")[0]
         if (override.is_add() or override.is_force_add()) and not override.key_or_group.startswith("data.gold."):
             raise ValueError(f"{override.input_line}: nothing but data.gold.NAME=module:function can be added.")
-        if stage in STAGES and stage not in selected:
+        if stage in (*STAGES, *USES) and stage not in selected:
             raise ValueError(
                 f"{override.input_line}: the stage {stage!r} is not part of this run "
                 f"(selected: {', '.join(selected)}). "
@@ -134,7 +136,7 @@ def to_run(config: DictConfig) -> RunConfig:
     config = config.copy()
     OmegaConf.set_readonly(config, False)
     config.output_dir = str(Path(config.output_dir).expanduser().resolve())
-    for stage in STAGES:
+    for stage in (*STAGES, *USES):
         if not _is_selected(config, stage):
             config[stage] = None
     run = OmegaConf.to_object(config)

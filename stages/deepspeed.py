@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rlhf.algorithms.deepspeed_schedules import SHAPES, deepspeed_schedule
-from rlhf.config import EngineConfig, OptimizerConfig, PPOConfig, RunConfig
+from rlhf.config import EngineConfig, OptimizerConfig, PPOConfig, RunConfig, SupervisedConfig
 from rlhf.engine.deepspeed.batch import MICRO, TRAIN, Batch, has_numbers, solve_batch
 from rlhf.engine.deepspeed.hjson import Document
 from rlhf.engine.deepspeed.reading import Origin, Setting
@@ -38,6 +38,7 @@ _PPO = (
     Role("reference", "reference_engine", None),
     Role("reward", "reward_engine", None),
 )
+_FROZEN = (Role("", "engine", None),)
 _ORIGINS = {Origin.file: "{}", Origin.auto: "{} is auto: the run's own", Origin.default: "DeepSpeed's default of {}"}
 
 
@@ -65,7 +66,7 @@ def with_deepspeed(run: RunConfig, *, ranks: int, overridden: Collection[str] = 
             that the command line sets otherwise.
     """
     context = _Context(run.engine.deepspeed, ranks, overridden, _Report())
-    stages = {stage: _stage(getattr(run, stage), stage, context=context) for stage in run.stages}
+    stages = {stage: _stage(getattr(run, stage), stage, context=context) for stage in (*run.stages, *run.uses)}
     engine = run.engine
     if engine.deepspeed is not None:
         resolved = resolve(read_deepspeed(engine.deepspeed, setting="engine.deepspeed"), engine, optimizer=None)
@@ -80,7 +81,7 @@ def with_deepspeed(run: RunConfig, *, ranks: int, overridden: Collection[str] = 
 def _stage(config: Any, stage: str, *, context: _Context) -> Any:
     is_ppo = isinstance(config, PPOConfig)
     changes: dict[str, Any] = {}
-    for role in _PPO if is_ppo else _SUPERVISED:
+    for role in _PPO if is_ppo else _SUPERVISED if isinstance(config, SupervisedConfig) else _FROZEN:
         if getattr(config, role.engine).deepspeed is None:
             continue
         new = _role(config, stage, role=role, context=context)

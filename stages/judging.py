@@ -26,21 +26,37 @@ def check_judges(config: PPOConfig, tokenizer: Tokenizer) -> None:
         )
     for setting, path in {"reward": config.reward, "critic": config.critic, "reference": config.reference}.items():
         if path is not None:
-            _check_vocabulary(f"ppo.{setting}={path}", load_tokenizer(path), config=config, actor=tokenizer)
+            check_vocabulary(
+                f"ppo.{setting}={path}", load_tokenizer(path), actor=tokenizer, actor_name=f"ppo.actor={config.actor}"
+            )
+    check_template(f"ppo.reward={config.reward}", folder, actor=tokenizer, actor_name=f"ppo.actor={config.actor}")
+
+
+def check_template(name: str, folder: Path, *, actor: Tokenizer, actor_name: str) -> None:
+    """The model in `folder`, if a stage of ours has made it, was trained with the template of the actor.
+
+    Raises:
+        ValueError: with another one.
+    """
     record = read_record(folder)
-    if record is not None and record.template != template_fingerprint(tokenizer):
+    if record is not None and record.template != template_fingerprint(actor):
         raise ValueError(
-            f"ppo.reward={config.reward} was trained with another chat template or other special tokens than those of "
-            f"ppo.actor={config.actor}. Train both from the same model, or set model.chat_template for both."
+            f"{name} was trained with another chat template or other special tokens than those of "
+            f"{actor_name}. Train both from the same model, or set model.chat_template for both."
         )
 
 
-def _check_vocabulary(name: str, found: Tokenizer, *, config: PPOConfig, actor: Tokenizer) -> None:
+def check_vocabulary(name: str, found: Tokenizer, *, actor: Tokenizer, actor_name: str) -> None:
+    """The model called `name` reads the tokens that the one called `actor_name` writes.
+
+    Raises:
+        ValueError: it would read other text.
+    """
     theirs, ours = found.get_vocab(), actor.get_vocab()
     differing = [token for token, index in theirs.items() if ours.get(token, index) != index]
     if differing or len(theirs) < len(ours):
         raise ValueError(
-            f"{name} has another vocabulary than ppo.actor={config.actor} ({len(theirs)} tokens against {len(ours)}, "
+            f"{name} has another vocabulary than {actor_name} ({len(theirs)} tokens against {len(ours)}, "
             f"{len(differing)} of them with other ids): it would read other text than the actor writes. "
             f"Choose a model of the same family."
         )

@@ -69,9 +69,8 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
     """The whole plan of a run that need not be possible here."""
     machine, limits = _here(run, ranks)
     plans = [plan_stage(run, stage, machine=machine) for stage in run.stages]
-    return "\n\n".join(
-        f"{full_text(plan, limits)}\n{verdict(run, plan, machine=machine, limits=limits)}" for plan in plans
-    )
+    texts = [f"{full_text(plan, limits)}\n{verdict(run, plan, machine=machine, limits=limits)}" for plan in plans]
+    return "\n\n".join(texts + [f"{use}: has no plan; its models are frozen" for use in run.uses])
 
 
 def full_text(plan: Plan, limits: Limits) -> str:

@@ -14,8 +14,7 @@ from functools import partial
 
 import torch
 
-from data.collate import collate_prompts
-from data.loader import PromptLoader
+from data.loader import PromptLoader, evaluation_prompts
 from data.prompts import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
@@ -188,9 +187,7 @@ class Examiner:
         count = min(config.eval_prompts, len(samples))
         if count == 0:
             return cls(session, None, count=0, gold=gold)
-        each = -(-count // world.size)
-        ids = [number % count for number in range(world.rank * each, (world.rank + 1) * each)]
-        batch = collate_prompts([samples[number] for number in ids], ids, pad_id=session.pad_id)
+        batch = evaluation_prompts(samples[:count], rank=world.rank, ranks=world.size, pad_id=session.pad_id)
         return cls(session, batch, count=count, gold=gold)
 
     def examine(self, collector: Collector, *, step: int) -> dict[str, float]:

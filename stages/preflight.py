@@ -21,6 +21,7 @@ from rlhf.models.embedded import prepare
 from rlhf.models.skeleton import max_positions
 from rlhf.text import Tokenizer
 from rlhf.tracking.tracker import requested_mode
+from stages.evaluation_checks import check_evaluation
 from stages.handover import check_folder, is_finished
 from stages.judging import check_judges, score_scale
 from stages.resume import check_resume, forget
@@ -39,8 +40,8 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     Raises:
         ValueError: what was found, what was expected, and what to do.
     """
-    if not run.stages:
-        raise ValueError("stage=[]: no stage is selected; expected some of sft, reward, ppo.")
+    if not run.stages and not run.uses:
+        raise ValueError("stage=[]: nothing is selected; expected some of sft, reward, ppo, eval, chat.")
     for stage in run.stages:
         check_folder(run, stage)
     todo = [stage for stage in run.stages if not is_finished(run, stage)]
@@ -57,6 +58,10 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     requested_mode(run.tracking.wandb)
     if todo:
         check_data(run, todo)
+    if run.eval is not None:
+        check_device(run, "eval")
+        check_disks(run, "eval")
+        check_evaluation(run, todo, ranks=ranks)
     return todo
 
 

@@ -14,6 +14,7 @@ FLOORS = [
     {"rlhf.config_groups", "rlhf.failure", "rlhf.types"},
     {"rlhf.config_engine"},
     {"rlhf.config_stages"},
+    {"rlhf.config_uses"},
     {"rlhf.config"},
     {"rlhf.heap"},
     {"rlhf.dist"},
@@ -22,6 +23,8 @@ FLOORS = [
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},
     {"rlhf.rollout", "rlhf.evaluation", "rlhf.chat", "rlhf.hf"},
+    {"rlhf.judges"},
+    {"rlhf.comparison"},
     {"stages"},
     {"run_pipeline"},
 ]
@@ -134,7 +137,9 @@ def test_the_configuration_imports_the_standard_library_alone():
         assert not [
             n
             for n in imports(file)
-            if not re.match(r"(rlhf\.config(_groups|_engine|_stages)?|dataclasses|enum|math|typing|__future__)", n)
+            if not re.match(
+                r"(rlhf\.config(_groups|_engine|_stages|_uses)?|dataclasses|enum|math|typing|__future__)", n
+            )
         ]
 
 

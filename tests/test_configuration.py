@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rlhf import config, config_groups, config_stages
+from rlhf import config, config_groups, config_stages, config_uses
 from rlhf.config import EngineConfig, LoraConfig, OptimizerConfig, accumulation
 from stages.composition import (
     CONF_DIR,
@@ -41,7 +41,7 @@ def choices():
 @pytest.mark.parametrize("overrides", list(choices()))
 def test_every_yaml_composes(overrides):
     selected = composed(*overrides)
-    assert selected.stages
+    assert selected.stages or selected.uses
 
 
 def test_the_default_is_the_whole_pipeline():
@@ -139,7 +139,7 @@ def test_batch_arithmetic_adds_up_or_says_what_would():
 
 
 def config_fields():
-    for module in (config_groups, config_stages, config):
+    for module in (config_groups, config_stages, config_uses, config):
         tree = ast.parse(Path(module.__file__).read_text())
         for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.decorator_list):
             for index, node in enumerate(cls.body):
@@ -182,7 +182,7 @@ def test_plain_settings_hold_no_objects_of_ours():
 
 
 def test_dataclasses_of_the_configuration_are_keyword_only():
-    for module in (config_groups, config_stages, config):
+    for module in (config_groups, config_stages, config_uses, config):
         for value in vars(module).values():
             if dataclasses.is_dataclass(value):
                 assert all(field.kw_only for field in dataclasses.fields(value)), value

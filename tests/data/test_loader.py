@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.loader import PromptLoader, TrainLoader, evaluation_batches, steps_of
+from data.loader import PromptLoader, TrainLoader, evaluation_batches, evaluation_prompts, steps_of
 from data.prompts import Prompt
 
 WORDS = ["x" * (1 + index * 7 % 13) + f"-{index}" for index in range(23)]
@@ -134,6 +134,17 @@ def test_no_rows_are_no_batches():
 # ---- prompts
 
 PROMPTS = [Prompt(np.arange(1, 2 + index % 5, dtype=np.int32), f"prompt {index}") for index in range(7)]
+
+
+@pytest.mark.parametrize(("count", "ranks"), [(5, 1), (5, 2), (6, 2), (2, 3)])
+def test_every_held_out_prompt_is_asked_in_its_order_by_equally_many_on_every_rank(count, ranks):
+    samples = [Prompt(np.arange(1, 2 + n, dtype=np.int32), f"text {n}") for n in range(count)]
+    batches = [evaluation_prompts(samples, rank=rank, ranks=ranks, pad_id=0) for rank in range(ranks)]
+    assert len({len(batch.prompts) for batch in batches}) == 1
+    texts = [text for batch in batches for text in batch.prompts]
+    ids = [number for batch in batches for number in batch.sample_ids.tolist()]
+    assert texts[:count] == [f"text {n}" for n in range(count)]
+    assert texts == [f"text {number}" for number in ids]  # one that is asked again is drawn alike
 
 
 def prompt_loader(*, ranks=1, rank=0, iterations=4, samples_per_prompt=2):

@@ -5,6 +5,7 @@ import logging
 
 import pytest
 
+from data.assemble import Limits
 from data.demonstrations import demonstrations
 from data.preferences import preferences
 from data.prompts import prompts
@@ -12,6 +13,7 @@ from rlhf.config import (
     BadRows,
     DataConfig,
     EngineConfig,
+    EvalConfig,
     LoraConfig,
     OptimizerConfig,
     PPOConfig,
@@ -306,3 +308,49 @@ def test_a_changed_template_misses_the_cache(write, tmp_path):
         )
     assert len(list(cache.iterdir())) == 2
     assert found[0] != found[1]
+
+
+def test_who_wants_held_out_rows_only_needs_no_others(gpt, write):
+    held_out = Limits("eval", 20, 20, "max_row_tokens")
+    config = EvalConfig(
+        prompts=4, micro_batch_size=2, max_prompt_tokens=20, max_response_tokens=2, max_row_tokens=20, subset="kind"
+    )
+    rows = [row | {"kind": f"k{n % 2}"} for n, row in enumerate(PAIRS)]
+    file, missing = write("a.jsonl", rows), "nowhere.jsonl"
+    for sources in (StageDataConfig(eval=[file]), StageDataConfig(train=[missing], eval=[file])):
+        data = DataConfig(sft=sources, reward=sources, ppo=sources)
+        for read in STAGES.values():
+            splits = read(data, config, tokenizer=gpt, held_out=held_out)
+            assert (len(splits.train), len(splits.eval)) == (0, 40)
+    assert [pair.subset for pair in preferences(data, config, tokenizer=gpt, held_out=held_out).eval[:3]] == [
+        "k0",
+        "k1",
+        "k0",
+    ]
+
+
+def test_held_out_rows_are_those_that_training_left_out(gpt, write):
+    sources = StageDataConfig(train=[write("a.jsonl", PAIRS)], eval_fraction=0.25)
+    config = EvalConfig(prompts=4, micro_batch_size=2, max_prompt_tokens=20, max_response_tokens=2, max_row_tokens=20)
+    data = DataConfig(ppo=sources)
+    trained = prompts(data, PPOConfig(**SHARED, **ROLLOUT), tokenizer=gpt)
+    alone = prompts(data, config, tokenizer=gpt, held_out=Limits("eval", 20, 2))
+    assert [sample.text for sample in alone.eval] == [sample.text for sample in trained.eval]
+    assert len(alone.eval) == 10
+    none = prompts(DataConfig(ppo=StageDataConfig()), config, tokenizer=gpt, held_out=Limits("eval", 20, 2))
+    assert (none.train, none.eval) == ([], [])
+
+
+def test_subsets_do_not_move_what_training_sees(gpt, write):
+    plain = preferences(
+        DataConfig(reward=StageDataConfig(train=[write("a.jsonl", PAIRS)])),
+        RewardConfig(**SHARED, **SUPERVISED),
+        tokenizer=gpt,
+    )
+    named = preferences(
+        DataConfig(reward=StageDataConfig(train=[write("b.jsonl", [row | {"subset": "x"} for row in PAIRS])])),
+        RewardConfig(**SHARED, **SUPERVISED),
+        tokenizer=gpt,
+    )
+    assert named.fingerprint == plain.fingerprint
+    assert {pair.subset for pair in named.train} == {""}

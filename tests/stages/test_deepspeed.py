@@ -59,6 +59,14 @@ def test_one_file_reaches_every_stage_and_model(file):
         assert found == (3, Tier.cpu, Precision.bf16, None)
 
 
+def test_one_file_reaches_what_is_done_with_the_models(file):
+    content = OFFLOAD | {"train_batch_size": 32}
+    run = run_of("stage=[eval,chat]", f"engine.deepspeed={file(content)}")
+    for use in (run.eval, run.chat):
+        assert (use.engine.zero_stage, use.engine.precision, use.engine.deepspeed) == (3, Precision.bf16, None)
+    assert run.eval.micro_batch_size == composed("stage=eval").eval.micro_batch_size
+
+
 def test_each_model_can_have_its_own(file):
     actor, critic = file(OFFLOAD, "actor.json"), file({"zero_optimization": {"stage": 1}}, "critic.json")
     run = run_of(

@@ -224,3 +224,15 @@ def test_a_prompt_with_a_line_separator_breaks_no_table(one_rank, tmp_path):
     (tmp_path / "odd.jsonl").write_text("\n".join(rows_))
     models = [f"ppo.actor={folder / 'sft/model'}", f"ppo.reward={folder / 'reward/model'}"]
     smoke(tmp_path / "out", "stage=ppo", *models, "data=files", f"data.ppo.train=[{tmp_path / 'odd.jsonl'}]")
+
+
+def test_an_evaluation_follows_stages_that_are_finished(one_rank):
+    folder, _ = one_rank
+    output = smoke(folder, "stage=[sft,reward,ppo,eval]", "eval.prompts=5", "eval.name=later")
+    assert "ppo is finished" in output
+    assert "Which answer is better" in output
+    assert "Expected calibration error" in output
+    results = json.loads((folder / "eval/later/results.json").read_text())
+    assert (results["prompts"], results["judges"]["reward"]["judged"]) == (5, 5)
+    assert results["reward_model"]["accuracy"]["count"] == 32
+    assert len(rows(folder / "eval/later/samples.jsonl")) == 5

@@ -13,6 +13,8 @@ from typing import Any
 
 from rlhf.config import STAGES
 from rlhf.tracking import watch
+from rlhf.tracking.evaluations import FOLDER
+from rlhf.tracking.report.evaluation import Evaluation, read_evaluations
 
 Row = dict[str, Any]
 
@@ -62,6 +64,8 @@ class RunRecord:
     """Of `origin.jsonl`: command, machine and versions of every start, oldest first."""
     notes: list[str] = field(default_factory=list)
     """What is missing or could not be read."""
+    evaluations: list[Evaluation] = field(default_factory=list)
+    """Of `stage=eval`."""
 
     @property
     def name(self) -> str:
@@ -82,19 +86,21 @@ def read_run(folder: Path) -> RunRecord:
     folder = folder.resolve()
     if not can_report(folder):
         raise ValueError(
-            f"{folder}: no run is there. Expected a folder with sft/, reward/ or ppo/ in it, such as outputs/RUN, or "
+            f"{folder}: no run is there. Expected a folder with sft/, reward/, ppo/ or eval/, such as outputs/RUN, or "
             "one of these."
         )
     whole, names = (folder.parent, (folder.name,)) if _is_stage(folder) else (folder, STAGES)
     reader = _Reader(whole)
-    plans = reader.mapping("plan.json")
+    begun = [name for name in names if (whole / name).is_dir()]
+    plans = reader.mapping("plan.json", required=bool(begun))
     return RunRecord(
         folder,
-        [reader.stage(name, planned=plans.get(name)) for name in names if (whole / name).is_dir()],
+        [reader.stage(name, planned=plans.get(name)) for name in begun],
         config=reader.text("config.yaml"),
-        plan=reader.text("plan.txt"),
+        plan=reader.text("plan.txt", required=bool(begun)),
         starts=reader.objects("origin.jsonl"),
         notes=reader.notes,
+        evaluations=read_evaluations(folder, notes=reader.notes),
     )
 
 
@@ -109,8 +115,8 @@ class Outcome:
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a stage has begun in `folder`."""
-    return any((folder / stage).is_dir() for stage in STAGES)
+    """Whether a stage has begun in `folder`, or something was evaluated."""
+    return any((folder / stage).is_dir() for stage in (*STAGES, FOLDER))
 
 
 def can_report(folder: Path) -> bool:
@@ -151,8 +157,8 @@ class _Reader:
             is_finished=bool(record),
         )
 
-    def text(self, name: str) -> str:
-        return self._read(name, required=True)
+    def text(self, name: str, *, required: bool = True) -> str:
+        return self._read(name, required=required)
 
     def mapping(self, name: str, *, required: bool = True) -> dict[str, Any]:
         text = self._read(name, required=required)

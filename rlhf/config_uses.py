@@ -1,0 +1,84 @@
+"""The settings of what is done with models that stages have made: evaluation and chat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf.config_engine import EngineConfig
+from rlhf.config_groups import at_least, require
+from rlhf.config_stages import SamplingConfig, inherited
+
+
+@dataclass(kw_only=True)
+class EvalConfig:
+    """What a model says to held-out prompts, judged, and compared with what another says."""
+
+    selected: bool = False
+    """Set by the YAML of this choice: whether this run evaluates."""
+    engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
+    """The run's engine, unless overridden here; for every model, one after the other."""
+    name: str | None = None
+    """Keeps comparisons apart: results go to `eval/NAME`; with null they replace the last ones in `eval`."""
+    model: str = "${output_dir}/ppo/actor"
+    """What is evaluated: a folder or a hub id."""
+    against: str | None = "${output_dir}/sft/model"
+    """What it is compared with; null compares with nothing."""
+    reference: str | None = "${output_dir}/sft/model"
+    """What KL is measured from; null measures none."""
+    reward: str | None = "${output_dir}/reward/model"
+    """The reward model that scores responses, and is itself examined on held-out pairs; null does without."""
+    prompts: int
+    """Held-out prompts of `data.ppo` that are answered, the first ones."""
+    micro_batch_size: int
+    """Sequences (or pairs) that one rank generates or scores at once: memory, not results."""
+    max_prompt_tokens: int
+    """Prompts, of pairs and demonstrations too, that are longer are dropped."""
+    max_response_tokens: int
+    """Where generation stops."""
+    max_row_tokens: int
+    """Pairs and demonstrations with a longer response are dropped."""
+    rows: int = 0
+    """Held-out pairs and demonstrations that are examined, the first of each; 0 takes all."""
+    response_only: bool = True
+    """Perplexity of demonstrations is that of their responses; false counts their prompts too."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How responses are drawn; with a temperature of 0 the likeliest token, and KL is then that of temperature 1."""
+    judges: list[str] = field(default_factory=lambda: ["reward"])
+    """Who says which response is better: `reward` (the reward model), `human` (you, in the terminal), and functions of
+    yours as `module:function`; see `rlhf/judges.py`."""
+    subset: str = "subset"
+    """Column of the preference data that says which part of it a pair belongs to, where it has one."""
+    seed: int = "${seed}"  # type: ignore[assignment]
+    """Seed of sampling (the same random numbers for both models), of what judges see first, and of the intervals."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "prompts", "micro_batch_size", "max_prompt_tokens", "max_response_tokens", "max_row_tokens")
+        at_least(self, 0, "rows")
+        name = self.name
+        plain = name is None or (name.strip(".") != "" and "/" not in name and name.isprintable())
+        require(plain, f"eval.name={name!r}: expected the name of a folder, without slashes.")
+        twice = sorted({judge for judge in self.judges if self.judges.count(judge) > 1})
+        require(not twice, f"eval.judges={self.judges}: {', '.join(twice)} is there twice; expected each judge once.")
+
+
+@dataclass(kw_only=True)
+class ChatConfig:
+    """A conversation in the terminal."""
+
+    selected: bool = False
+    """Set by the YAML of this choice: whether this run talks."""
+    engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
+    """The run's engine, unless overridden here."""
+    model: str = "${output_dir}/ppo/actor"
+    """Who answers: a folder or a hub id."""
+    beside: str | None = None
+    """A second model that answers the same; null is nobody."""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    """How answers are drawn; a temperature of 0 takes the likeliest token."""
+    max_response_tokens: int = 256
+    """Where an answer is cut."""
+    seed: int = "${seed}"  # type: ignore[assignment]
+    """Seed of the sampling."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "max_response_tokens")

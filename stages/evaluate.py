@@ -1,0 +1,192 @@
+"""Evaluation: what two models say to held-out prompts, judged and compared, and how good the reward model is.
+
+Both answer the same prompts with the same random numbers. Results go to `eval/results.json` and `eval/samples.jsonl`,
+or to `eval/NAME/`, and replace what was there, each file at once; what a person has judged is kept in
+`judgements.jsonl` and never asked again. Left out: a place in the memory plan (one frozen model is in memory at a
+time, which needs less than training it did), and going on in the middle after an interruption.
+Run: `python run_pipeline.py stage=eval`, or after the stages, `stage=[sft,reward,ppo,eval]`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rlhf import judges
+from rlhf.comparison import Answers, measures, outcomes_by_pair, reward_model_quality, win_rate
+from rlhf.config import EvalConfig, RunConfig
+from rlhf.dist import World, barrier
+from rlhf.evaluation import load_gold
+from rlhf.failure import RunError
+from rlhf.judges import HUMAN, REWARD, Pairs, Person, Verdict
+from rlhf.tracking.evaluations import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, tables
+from rlhf.tracking.journal import Journal, valid_json
+from rlhf.tracking.table import table
+from stages.answering import PairScores, Room
+from stages.composition import as_plain
+from stages.evaluation_checks import check_models, held_out_rows, model_paths
+from stages.session import stage_tokenizer
+
+log = logging.getLogger(__name__)
+
+
+def run_eval(run: RunConfig, world: World) -> None:
+    """Evaluate `eval.model`, and compare it with `eval.against`."""
+    config = run.eval
+    assert config is not None
+    tokenizer = stage_tokenizer(run, config.model)
+    try:
+        check_models(config, tokenizer, left_out=set())  # of those, too, that this run has made
+        rows = held_out_rows(run, config, tokenizer=tokenizer)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    room = Room(config, world, tokenizer, rows)
+    sides = {name: path for name, path in model_paths(config).items() if name in ("model", "against")}
+    contestants = {side: room.ask(path) for side, path in sides.items()}
+    if config.reference is not None:
+        room.measure_kl(config.reference, list(contestants.values()))
+    scores = None if config.reward is None else room.score(config.reward, list(contestants.values()))
+    prompts = tuple(prompt.text for prompt in rows.prompts)
+    answers = {side: room.answers(contestant) for side, contestant in contestants.items()}
+    if world.is_main:
+        answers = {side: with_gold(run, found, prompts=prompts) for side, found in answers.items()}
+    folder = folder_of(run, config)
+    verdicts = judge(config, answers, prompts=prompts, folder=folder, world=world)
+    if world.is_main:
+        results = results_of(config, answers, scores=scores, verdicts=verdicts)
+        write_lines(folder / SAMPLES, sample_rows(prompts, answers, verdicts=verdicts))
+        write_lines(folder / RESULTS, [results], indent=2)
+        show(results, folder)
+    barrier()
+
+
+def folder_of(run: RunConfig, config: EvalConfig) -> Path:
+    """Where the results go."""
+    return Path(run.output_dir) / FOLDER / (config.name or "")
+
+
+def with_gold(run: RunConfig, answers: Answers, *, prompts: Sequence[str]) -> Answers:
+    """The answers with the metrics of `data.gold`, which stand before what is only counted."""
+    found = {}
+    for name, metric in load_gold(run.data.gold).items():
+        values = [float(value) for value in metric(prompts, answers.texts)]
+        if len(values) != len(prompts):
+            raise RunError(
+                f"data.gold.{name} gave {len(values)} numbers for {len(prompts)} responses; expected as many."
+            )
+        found[f"gold/{name}"] = values
+    numbers = answers.numbers
+    judged = {name: numbers[name] for name in ("score", "raw_score", "kl") if name in numbers}
+    return replace(answers, numbers=judged | found | numbers)
+
+
+def judge(
+    config: EvalConfig, answers: Mapping[str, Answers], *, prompts: tuple[str, ...], folder: Path, world: World
+) -> dict[str, list[Verdict]]:
+    """What every judge says of every pair, by judge, on the main rank; all ranks must call it."""
+    if "against" not in answers:
+        return {}
+    pairs = Pairs(prompts, answers["model"].texts, answers["against"].texts)
+    coin = judges.balanced_coin(len(pairs), seed=config.seed)
+    functions = judges.load_judges(config.judges)
+    verdicts: dict[str, list[Verdict]] = {}
+    for name in config.judges:
+        log.info("eval: %s judges", name)
+        if name == REWARD:
+            verdicts[name] = judges.judged_by_scores(*(answers[s].numbers["raw_score"] for s in ("model", "against")))
+        elif name == HUMAN:
+            verdicts[name] = person(folder).judge(pairs, coin=coin, seed=config.seed)
+        else:
+            ask = partial(judges.judged_by_function, name, functions[name], pairs=pairs)
+            verdicts[name] = asked_of(ask, judges.questions(coin), world=world)
+    return verdicts
+
+
+def asked_of(
+    ask: Callable[..., list[Verdict]], questions: Sequence[Sequence[tuple[int, bool]]], *, world: World
+) -> list[Verdict]:
+    """The answers of a function to all questions, on the main rank; the others wait for every single call.
+
+    So a judge may take hours over all of them, and no rank is taken for one that hangs.
+    """
+    verdicts = []
+    for asked in questions:
+        verdicts += ask(asked=asked) if world.is_main else []
+        barrier()
+    return verdicts
+
+
+def person(folder: Path) -> Person:
+    """Whoever sits at this terminal, or has piped lines in."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def write(text: str) -> None:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    return Person(read=sys.stdin.readline, write=write, journal=Journal(folder / JUDGEMENTS))
+
+
+def results_of(
+    config: EvalConfig,
+    answers: Mapping[str, Answers],
+    *,
+    scores: PairScores | None,
+    verdicts: Mapping[str, Sequence[Verdict]],
+) -> dict[str, Any]:
+    """What goes into `results.json`."""
+    model, against = answers["model"], answers.get("against")
+    lengths = [] if against is None else list(zip(model.numbers["length"], against.numbers["length"], strict=True))
+    plain = as_plain(config)
+    settings = ("name", "model", "against", "reference", "reward", "max_response_tokens", "sampling", "seed")
+    quality = None
+    if scores is not None and scores.chosen:
+        quality = reward_model_quality(scores.chosen, scores.rejected, subsets=scores.subsets, seed=config.seed)
+    return {
+        **{name: plain[name] for name in settings},
+        "prompts": len(model.texts),
+        "intervals": "95%: Wilson's for shares, else the percentiles of a bootstrap over rows",
+        "measures": measures(model, against, seed=config.seed),
+        "judges": {name: win_rate(found, lengths=lengths) for name, found in verdicts.items()},
+        "reward_model": quality,
+    }
+
+
+def sample_rows(
+    prompts: Sequence[str], answers: Mapping[str, Answers], *, verdicts: Mapping[str, Sequence[Verdict]]
+) -> Iterable[dict[str, Any]]:
+    """One row for each prompt: what each model has said, all numbers of it, and what each judge thinks."""
+    preferences = {name: outcomes_by_pair(found, count=len(prompts)) for name, found in verdicts.items()}
+    for row, prompt in enumerate(prompts):
+        said = {
+            side: {"response": found.texts[row], **{name: values[row] for name, values in found.numbers.items()}}
+            for side, found in answers.items()
+        }
+        yield {"prompt": prompt, **said, "preferences": {name: values[row] for name, values in preferences.items()}}
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | None = None) -> None:
+    """Write each row as JSON, the whole file or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
+        for row in rows:
+            file.write(json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
+    temporary.replace(path)
+
+
+def show(results: Mapping[str, Any], folder: Path) -> None:
+    """Print the results as tables."""
+    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    for found in tables(results, meanings=False):
+        shown = table(found.title, found.columns, rows=found.rows)
+        log.info("%s\n%s", shown, textwrap.fill(found.note, width, break_long_words=False))
+    log.info("everything is in %s", folder)
