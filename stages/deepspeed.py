@@ -38,6 +38,7 @@ _PPO = (
     Role("reference", "reference_engine", None),
     Role("reward", "reward_engine", None),
 )
+_USE = Role("", "engine", None)
 _ORIGINS = {Origin.file: "{}", Origin.auto: "{} is auto: the run's own", Origin.default: "DeepSpeed's default of {}"}
 
 
@@ -71,8 +72,9 @@ def with_deepspeed(run: RunConfig, *, ranks: int, overridden: Collection[str] = 
         resolved = resolve(read_deepspeed(engine.deepspeed, setting="engine.deepspeed"), engine, optimizer=None)
         values = _chosen(resolved.settings, "engine", own=engine, names=("engine",), overridden=overridden)
         engine = _replaced(engine, values | {"deepspeed": None}, place="engine.deepspeed")
+    uses = {use: _use(getattr(run, use), use, context=context) for use in run.uses}
     context.report.log()
-    run = replace(run, engine=engine, **stages)
+    run = replace(run, engine=engine, **stages, **uses)
     _check_schedules(run)
     return run
 
@@ -90,6 +92,13 @@ def _stage(config: Any, stage: str, *, context: _Context) -> Any:
         return config
     train = "minibatch_size" if is_ppo else "global_batch_size"
     return _replaced(config, changes, place=f"{stage}.engine.deepspeed; train_batch_size is {stage}.{train}")
+
+
+def _use(config: Any, use: str, *, context: _Context) -> Any:
+    """Evaluation or chat: one frozen model."""
+    return (
+        config if config.engine.deepspeed is None else replace(config, **_role(config, use, role=_USE, context=context))
+    )
 
 
 def _role(config: Any, stage: str, *, role: Role, context: _Context) -> dict[str, Any]:

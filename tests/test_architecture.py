@@ -135,7 +135,9 @@ def test_the_configuration_imports_the_standard_library_alone():
         assert not [
             n
             for n in imports(file)
-            if not re.match(r"(rlhf\.config(_groups|_engine|_stages|_uses)?|dataclasses|enum|math|typing|__future__)", n)
+            if not re.match(
+                r"(rlhf\.config(_groups|_engine|_stages|_uses)?|dataclasses|enum|math|typing|__future__)", n
+            )
         ]
 
 
