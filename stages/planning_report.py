@@ -69,6 +69,8 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
     """The whole plan of a run that need not be possible here."""
     machine, limits = _here(run, ranks)
     plans = [plan_stage(run, stage, machine=machine) for stage in run.stages]
+    if not plans:
+        return f"{', '.join(run.uses)}: trains nothing, and only what trains is planned"
     return "\n\n".join(
         f"{full_text(plan, limits)}\n{verdict(run, plan, machine=machine, limits=limits)}" for plan in plans
     )

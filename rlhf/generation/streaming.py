@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _REPLACEMENT = "\ufffd"
-_HELD = 3  # a character has four bytes at most, so three may wait for the last
+_HELD = 3  # a character has four bytes at most, so three tokens may wait for the last
 _WINDOW = 32  # tokens that are decoded again with each new one
 _CONTEXT = 8  # of them, those that stay when the window moves: some decoders look at what is before
 
@@ -28,18 +28,35 @@ class TextStream:
     def add(self, token: int) -> str:
         """The text that is certain since `token`, often none."""
         self._window.append(token)
-        decoded = self._decode(self._window)
-        complete = decoded.rstrip(_REPLACEMENT)
-        certain = decoded[: max(len(complete), len(decoded) - _HELD)]
-        piece = self._take(certain)
-        if certain == decoded and len(self._window) > _WINDOW:
-            del self._window[:-_CONTEXT]
-            self._shown = len(self._decode(self._window))
+        piece = self._take(self._certain())
+        if len(self._window) > _WINDOW:
+            self._move()
         return piece
 
     def rest(self) -> str:
         """What was held, now that nothing follows."""
         return self._take(self._decode(self._window))
+
+    def _certain(self) -> str:
+        """The text up to the last token that ends with a character; of bytes that are no text, all that must stay so.
+
+        It is decoded without the tokens after it: some decoders give up a whole run of bytes for an unfinished one.
+        """
+        whole = decoded = self._decode(self._window)
+        for held in range(1, _HELD + 1):
+            if not decoded.endswith(_REPLACEMENT):
+                return decoded
+            decoded = self._decode(self._window[:-held])
+        return decoded if not decoded.endswith(_REPLACEMENT) else whole[:-_HELD]
+
+    def _move(self) -> None:
+        """Drop old tokens, where those that stay begin with a character and nothing is held."""
+        for start in range(len(self._window) - _CONTEXT - _HELD, len(self._window) - _CONTEXT + 1):
+            kept = self._decode(self._window[start:])
+            if not kept.startswith(_REPLACEMENT) and not kept.endswith(_REPLACEMENT):
+                del self._window[:start]
+                self._shown = len(kept)
+                return
 
     def _take(self, decoded: str) -> str:
         piece = decoded[self._shown :]
