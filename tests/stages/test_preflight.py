@@ -116,7 +116,7 @@ def test_a_finished_stage_is_not_done_again(custom, tmp_path):
 
 
 def test_no_stage_at_all_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="no stage is selected"):
+    with pytest.raises(ValueError, match="nothing is selected"):
         preflight(composed("stage=[]", f"output_dir={tmp_path}"), ranks=1)
 
 
