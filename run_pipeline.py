@@ -35,7 +35,7 @@ from rlhf.failure import RunError
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.origin import note_start, remember_command
 from rlhf.tracking.table import printable
-from stages.chat import run_chat
+from stages.chat import check_chat, run_chat
 from stages.composition import (
     CONF_DIR,
     check_overrides,
@@ -98,6 +98,18 @@ def compose_and_start(config: DictConfig) -> None:
         if run.plan:
             show_plan(run, world, ranks=ranks)
             return
+        if run.chat is not None:
+            check_chat(run, ranks=world.size)
+    if run.stages or run.uses != ["chat"]:  # a chat alone writes nothing, and may be about a run that is going on
+        make(run, world=world, ranks=ranks)
+    if run.chat is not None:
+        with one_sentence():
+            run_chat(run)
+
+
+def make(run: RunConfig, *, world: World, ranks: int) -> None:
+    """Run the stages that are left, alone in the output folder, and show what is in it."""
+    with one_sentence():
         lock = lock_folder(run) if world.is_main else None
         check_shared(run)
         todo = broadcast_object(checked(run, ranks) if world.is_main else [])
@@ -106,8 +118,6 @@ def compose_and_start(config: DictConfig) -> None:
     if lock is not None:
         show_results(run)
         lock.close()
-    if run.chat is not None and world.is_main:
-        run_chat(run)
 
 
 def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int) -> None:

@@ -42,7 +42,7 @@ from rlhf.config_stages import (
     StageConfig,
     SupervisedConfig,
 )
-from rlhf.config_uses import ChatConfig, EvalConfig
+from rlhf.config_uses import ChatConfig, EvalConfig, PromptStyle
 
 __all__ = [
     "AdvantageKind",
@@ -66,6 +66,7 @@ __all__ = [
     "PPOConfig",
     "Precision",
     "Progress",
+    "PromptStyle",
     "RewardConfig",
     "RunConfig",
     "SFTConfig",

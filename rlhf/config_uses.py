@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from rlhf.config_engine import EngineConfig
 from rlhf.config_groups import at_least, require
@@ -61,6 +62,14 @@ class EvalConfig:
         require(not twice, f"eval.judges={self.judges}: {', '.join(twice)} is there twice; expected each judge once.")
 
 
+class PromptStyle(StrEnum):
+    """What a model reads: a conversation in its chat template, or what was typed as it is, each line by itself."""
+
+    template = "template"
+    plain = "plain"
+    plain_if_own = "plain_if_own"
+
+
 @dataclass(kw_only=True)
 class ChatConfig:
     """A conversation in the terminal."""
@@ -69,10 +78,14 @@ class ChatConfig:
     """Set by the YAML of this choice: whether this run talks."""
     engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
     """The run's engine, unless overridden here."""
-    model: str = "${output_dir}/ppo/actor"
-    """Who answers: a folder or a hub id."""
+    model: str | None = None
+    """Who answers: a folder or a hub id; null is the last policy of the output folder, ppo/actor before sft/model."""
     beside: str | None = None
     """A second model that answers the same; null is nobody."""
+    prompts: PromptStyle = PromptStyle.template
+    """plain_if_own: plain for a model of this output folder, whose data are plain text, and for the one beside it."""
+    system: str = ""
+    """System message of the conversation; empty is none."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are drawn; a temperature of 0 takes the likeliest token."""
     max_response_tokens: int = 256

@@ -16,6 +16,7 @@ import json
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -78,9 +79,8 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, pad_token: st
         pad_token: Token to pad with (`model.pad_token`); None looks for one. See [Note: padding].
     """
     try:
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(path).expanduser()) if str(path).startswith("~") else path
-        )
+        folder = str(Path(path).expanduser()) if str(path).startswith("~") else path
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"model.path={path}: found no tokenizer there that loads. {error}") from error
     if tokenizer.eos_token_id is None:
@@ -310,7 +310,10 @@ def _start(tokenizer: Tokenizer, row: Row, *, prompt: Part, learn_turns: bool = 
     chat = _Chat.of(tokenizer, row)
     sequence = _Sequence(tokenizer)
     text = chat.render(prompt, generation_prompt=True)
-    sequence.add_spans(text, chat.spans(prompt, text), learn=learn_turns)
+    spans: list[Span] = []
+    with nullcontext() if learn_turns else suppress(ValueError):  # turns that nobody learns may be rewritten later
+        spans = chat.spans(prompt, text)
+    sequence.add_spans(text, spans, learn=learn_turns)
     return sequence
 
 
@@ -348,8 +351,7 @@ class _Chat:
     def of(cls, tokenizer: Tokenizer, row: Row) -> _Chat:
         if tokenizer.chat_template is None:
             raise ValueError(
-                "the row has messages, but the tokenizer has no chat template; expected rows of text, or a Jinja file "
-                "as model.chat_template."
+                "the row has messages, but the tokenizer has no chat template; expected text, or model.chat_template."
             )
         tools = row.get("tools") or None
         return cls(tokenizer, tokenizer.get_chat_template(tools=tools), tools, row.get("chat_template_kwargs") or {})

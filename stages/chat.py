@@ -1,10 +1,299 @@
-"""Chat: a conversation with a model in the terminal."""
+"""Chat: a conversation with a model in the terminal, or with two of them side by side.
+
+Every turn renders the whole conversation with the model's own chat template and streams what is drawn. Lines of a pipe
+are answered alike, with nothing but answers on stdout. Left out: markdown, tools, a history that outlives the program.
+Run: `python run_pipeline.py stage=chat`, or `echo Hello | python run_pipeline.py stage=chat chat.model=MODEL`.
+"""
 
 from __future__ import annotations
 
-from rlhf.config import RunConfig
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from rlhf import dist, launch
+from rlhf.chat import Conversation
+from rlhf.config import STAGES, ChatConfig, PromptStyle, RunConfig
+from rlhf.dist import World
+from rlhf.models.checkpoint import Checkpoint, local_folder
+from rlhf.models.embedded import prepare
+from rlhf.models.scalar_head import has_scalar_head
+from rlhf.models.skeleton import decoder_config
+from stages.preflight import maker_of
+from stages.speaker import Answer, Speaker, labels, load_speaker, speaker_tokenizer
+from stages.terminal import Terminal
+
+log = logging.getLogger(__name__)
+
+_POLICIES = {"ppo": "ppo/actor", "sft": "sft/model"}
+_HINT = "Ctrl-C again, Ctrl-D or /quit ends the chat."
 
 
 def run_chat(run: RunConfig) -> None:
-    """Talk until the input ends."""
-    raise NotImplementedError
+    """Talk until the input ends.
+
+    Raises:
+        ValueError: a model cannot be talked to.
+    """
+    assert run.chat is not None
+    terminal = Terminal()
+    try:
+        with _ended_by_sigterm(), ExitStack() as stack:
+            world = dist.start(run.chat.engine.device)
+            stack.callback(dist.stop)
+            launch.use_threads(run.launch.threads, ranks=1)
+            speakers = _load(run, world, stack=stack)
+            Chat(terminal, speakers, new_conversation(run, speakers)).talk()
+    except KeyboardInterrupt:
+        terminal.end_line()
+        sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:  # whoever read the answers has gone; neither has Python anything to say at its exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def check_chat(run: RunConfig, *, ranks: int) -> None:
+    """Everything that can be wrong, before anything is trained or loaded.
+
+    Raises:
+        ValueError: what was found, what was expected, and what to do.
+    """
+    config = run.chat
+    assert config is not None
+    if ranks > 1:
+        raise ValueError(
+            f"stage=chat: found {ranks} ranks of torchrun; expected one process, which talks. Start it with python; "
+            "launch.ranks may be what it is, for the stages before it."
+        )
+    if config.beside is not None and _place(config.beside) == _place(_model(run)):
+        raise ValueError(f"chat.beside={config.beside} is chat.model itself; expected another model, or null.")
+    for name, path in _paths(run).items():
+        if not _is_to_come(run, name, path=path):
+            _check_model(run, path, name=f"{name}={path}")
+
+
+def _paths(run: RunConfig) -> dict[str, str]:
+    assert run.chat is not None
+    paths = {"chat.model": _model(run), "chat.beside": run.chat.beside}
+    return {name: path for name, path in paths.items() if path is not None}
+
+
+def _model(run: RunConfig) -> str:
+    """Who answers: the model that is named, or the last policy that this folder will have, or has."""
+    assert run.chat is not None
+    if run.chat.model is not None:
+        return run.chat.model
+    folder = Path(run.output_dir)
+    made = [product for stage, product in _POLICIES.items() if stage in run.stages]
+    there = [product for product in _POLICIES.values() if (folder / product).exists()]
+    return str(folder / [*made, *there, _POLICIES["ppo"]][0])
+
+
+def _place(path: str) -> Path:
+    return Path(path).expanduser().resolve()
+
+
+def _is_to_come(run: RunConfig, name: str, *, path: str) -> bool:
+    """Whether this run makes the model first; raises ValueError where a stage would, but is not selected."""
+    if Path(path).expanduser().exists():
+        return False
+    maker = maker_of(run, path)
+    if maker is None or maker in run.stages:
+        return maker is not None
+    chosen = [*STAGES[: STAGES.index(maker) + 1], "chat"]
+    raise ValueError(
+        f"{name}={path}: there is no such model yet. Run the stages that make it, as in stage=[{','.join(chosen)}], "
+        f"or name another, as in {name}=MODEL."
+    )
+
+
+def _check_model(run: RunConfig, path: str, *, name: str) -> None:
+    if run.model.embedded is not None and path == run.model.path:
+        prepare(run.model.embedded, Path(path))
+    try:
+        folder = local_folder(path)
+        Checkpoint(folder)
+        decoder_config(folder)
+        scores = has_scalar_head(folder)
+        speaker_tokenizer(run, str(folder))
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+    if scores:
+        raise ValueError(f"{name}: it is a reward model or critic, which gives scores; expected one that speaks.")
+
+
+def _load(run: RunConfig, world: World, *, stack: ExitStack) -> list[Speaker]:
+    paths = _paths(run)
+    speakers = []
+    for (name, path), label in zip(paths.items(), labels(list(paths.values())), strict=True):
+        if run.stages:  # it was made since it could be checked
+            _check_model(run, path, name=f"{name}={path}")
+        speaker = load_speaker(run, path, label=label, world=world)
+        stack.enter_context(closing(speaker.engine))
+        log.info("%s: %s on %s, %s", label, path, world.device, str(speaker.engine.dtype).removeprefix("torch."))
+        speakers.append(speaker)
+    return speakers
+
+
+def new_conversation(run: RunConfig, speakers: list[Speaker]) -> Conversation:
+    """The conversation as the configuration begins it.
+
+    Raises:
+        ValueError: somebody takes no system message.
+    """
+    config = run.chat
+    assert config is not None
+
+    def check_system(text: str) -> None:
+        for speaker in speakers:
+            speaker.check_system(text)
+
+    if config.system:
+        try:
+            check_system(config.system)
+        except ValueError as error:
+            raise ValueError(
+                f"chat.system={config.system!r}: {error} Leave it empty, or choose another model."
+            ) from error
+    return Conversation(
+        sampling=replace(config.sampling),
+        max_response_tokens=config.max_response_tokens,
+        seed=config.seed,
+        system=config.system,
+        plain=_starts_plain(run, config),
+        histories=[speaker.history for speaker in speakers],
+        check_system=check_system,
+    )
+
+
+def _starts_plain(run: RunConfig, config: ChatConfig) -> bool:
+    is_own = _place(_model(run)).is_relative_to(run.output_dir)
+    return config.prompts == PromptStyle.plain or (config.prompts == PromptStyle.plain_if_own and is_own)
+
+
+class Interrupts:
+    """While an answer is drawn, the first Ctrl-C asks for its end; the second does not wait for the next token."""
+
+    def __init__(self) -> None:
+        """Nobody has asked."""
+        self.asked = False
+        self._earlier: Any = None
+
+    def __enter__(self) -> Interrupts:
+        self._earlier = signal.signal(signal.SIGINT, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self._earlier)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the program, where Ctrl-C would only end an answer."""
+    earlier = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
+
+
+@dataclass
+class Chat:
+    """Who talks to whom."""
+
+    terminal: Terminal
+    speakers: list[Speaker]
+    conversation: Conversation
+
+    def talk(self) -> None:
+        """Answer line after line; one Ctrl-C at the prompt is taken for a slip."""
+        if self.terminal.interactive:
+            self._greet()
+        slipped = False
+        while True:
+            try:
+                line = self.terminal.read()
+                slipped = False
+                if line is None or self._follow(line):
+                    return
+            except KeyboardInterrupt:
+                if slipped or not self.terminal.interactive:
+                    raise
+                slipped = True
+                self.terminal.note(f"\n{_HINT}")
+
+    def _greet(self) -> None:
+        for speaker in self.speakers:
+            how = "plain text, each line by itself" if speaker.is_plain(self.conversation) else "its chat template"
+            self.terminal.note(f"{speaker.label} answers ({how}).")
+        self.terminal.note("/help lists the commands, Ctrl-C stops an answer, Ctrl-D ends.")
+
+    def _follow(self, line: str) -> bool:
+        """Do what a line asks for; True at the end."""
+        outcome = self.conversation.heed(line)
+        if outcome.notice:
+            self.terminal.note(outcome.notice)
+        if outcome.question is not None:
+            sample = self.conversation.ask()
+            for speaker in self.speakers:
+                self._answer(speaker, outcome.question, sample=sample)
+        return outcome.ends
+
+    def _answer(self, speaker: Speaker, question: str, *, sample: int) -> None:
+        try:
+            prompt = speaker.prompt(self.conversation, question)
+        except ValueError as error:
+            self.terminal.note(f"error: {error}")
+            return
+        if prompt.forgotten:
+            del speaker.history[: prompt.forgotten]
+            self.terminal.note(
+                f"{speaker.label} has {speaker.positions} positions: forgot the oldest {prompt.forgotten} turns."
+            )
+        if len(self.speakers) > 1:
+            self.terminal.say(f"[{speaker.label}]\n")
+        with Interrupts() as interrupts:
+            try:
+                answer = speaker.answer(
+                    prompt.ids, conversation=self.conversation, sample=sample, show=self._shown(interrupts)
+                )
+            except torch.OutOfMemoryError:
+                self.terminal.note("error: the device has no memory left for this answer; /reset or /max may help.")
+                return
+        self._finish(speaker, question, answer=answer, interrupted=interrupts.asked)
+
+    def _shown(self, interrupts: Interrupts) -> Callable[[str], bool]:
+        def show(piece: str) -> bool:
+            self.terminal.say(piece)
+            return not interrupts.asked
+
+        return show
+
+    def _finish(self, speaker: Speaker, question: str, *, answer: Answer, interrupted: bool) -> None:
+        self.terminal.end_answer(answer.text)
+        if interrupted and not self.terminal.interactive:
+            raise KeyboardInterrupt
+        if answer.text or not interrupted:
+            self.conversation.record(speaker.history, question, answer=answer.text)
+        if not self.terminal.interactive:
+            return
+        if interrupted:
+            kept = "what was said is remembered" if answer.text else "nothing was said, the message is not remembered"
+            self.terminal.note(f"(stopped; {kept})")
+        elif not answer.ended:
+            self.terminal.note("(cut; /max sets where)")
+        elif not answer.text:
+            self.terminal.note("(ended without a word)")

@@ -152,8 +152,11 @@ def load_run(path: Path) -> RunConfig:
 
 
 def save_run(run: RunConfig) -> Path:
-    """Write the resolved configuration to the output folder, for people and for workers."""
-    path = Path(run.output_dir) / "config.yaml"
+    """Write the resolved configuration to the output folder, for people and for workers.
+
+    An evaluation by itself leaves that of the stages alone.
+    """
+    path = Path(run.output_dir) / ("config.yaml" if run.stages else "eval/config.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
     return path

@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 _READERS = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
 _FEW_PAIRS = 30
-_PRODUCTS = {"sft/model": "sft", "reward/model": "reward"}
+_PRODUCTS = {"sft/model": "sft", "reward/model": "reward", "ppo/actor": "ppo"}
 
 
 def preflight(run: RunConfig, *, ranks: int) -> list[str]:

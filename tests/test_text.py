@@ -541,3 +541,14 @@ def test_the_fingerprint_changes_with_template_pad_and_vocabulary(tmp_path):
     )
     assert template_fingerprint(smaller) == template_fingerprint(renamed)
     assert tokenizer_fingerprint(smaller) != tokenizer_fingerprint(renamed)
+
+
+def test_a_prompt_may_have_turns_that_its_template_rewrites_later(tmp_path):
+    forgetful = fakes.CHAT_TEMPLATE.replace("{{ message.content }}", "{{ message.content if loop.last else '...' }}")
+    tokenizer = load_tokenizer(str(fakes.chat_tokenizer(tmp_path, chat_template=forgetful)))
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    ids = tokenize_prompt(tokenizer, {"prompt": turns})
+    assert "user\n...<|im_end|>" in tokenizer.decode(ids)
+    assert "user\nc<|im_end|>" in tokenizer.decode(ids)
+    with pytest.raises(ValueError, match="differently"):
+        tokenize_demonstration(tokenizer, {"messages": [*turns, turns[1]]}, response_only=True)

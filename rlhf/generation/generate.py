@@ -55,6 +55,7 @@ def generate(
     decoding: Decoding,
     seed: int,
     all_done: Callable[[bool], bool] = bool,
+    hear: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> Generated:
     """Answer every prompt once; several answers to a prompt are several rows.
 
@@ -65,6 +66,8 @@ def generate(
         seed: With `sample_ids`, of every draw.
         all_done: From whether this rank is done to whether all are. Ranks that need each other in every forward of the
             model (where it is streamed, not gathered) then make equally many; by itself, a rank stops when it is done.
+        hear: Told after every step which rows `[N]` have said which tokens `[N]`, stop tokens included; False ends
+            everything there, which ranks that need each other must not do. None costs nothing.
 
     Returns:
         Responses, masks and log-probabilities, on the device of the prompts.
@@ -86,6 +89,8 @@ def generate(
         )
         stopped = torch.isin(drawn.tokens, stops)
         record.add(step, speakers, drawn=drawn, stopped=stopped)
+        if hear is not None and not hear(speakers.rows[speakers.speaking], drawn.tokens[speakers.speaking]):
+            break
         speakers.speaking &= ~stopped
         # The only wait for the device in a step.
         count = int(speakers.speaking.sum())

@@ -215,3 +215,33 @@ def test_ranks_that_need_each_other_go_on_until_all_are_done():
     handle.remove()
     assert said.response_mask.sum(-1).tolist() == [1] * len(LENGTHS)
     assert len(forwards) == 3  # the prompts, and two more for the others' sake
+
+
+def test_who_listens_hears_every_token_of_every_row_as_it_is_said():
+    model, prompts = tiny.model("llama"), batch([4, 9, 6, 8, 5, 5, 7, 3])
+    free = answer(model, prompts)
+    stops = sorted({int(free.responses[0, 2]), int(free.responses[3, 5])})
+    decoding = Decoding(NEW, stops, pad_id=tiny.PAD, sampling=SAMPLED)
+    heard = {row: [] for row in range(8)}
+
+    def hear(rows, tokens):
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            heard[row].append(token)
+        return True
+
+    said = generate(model, prompts, decoding=decoding, seed=1, hear=hear)
+    assert len({len(tokens) for tokens in heard.values()}) > 1, "rows should end at different times"
+    for row, mask in enumerate(said.response_mask):
+        assert heard[row] == said.responses[row][mask].tolist()
+
+
+def test_a_listener_ends_the_answer_where_it_stands():
+    model, forwards = tiny.model("llama"), []
+    whole = answer(model, batch([6]))
+    handle = model.register_forward_hook(lambda *_: forwards.append(1))
+    decoding = Decoding(NEW, [], pad_id=tiny.PAD, sampling=SAMPLED)
+    said = generate(model, batch([6]), decoding=decoding, seed=1, hear=lambda rows, tokens: len(forwards) < 3)
+    handle.remove()
+    assert said.responses.tolist() == whole.responses[:, :3].tolist()
+    assert not said.ended.any()
+    assert len(forwards) == 3
