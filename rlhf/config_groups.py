@@ -267,8 +267,13 @@ class TrackingConfig:
     report: bool = True
     """Write `report.html` after each stage and of the whole run: some seconds each."""
 
+    histograms_every: int = 0
+    """Steps (in PPO: iterations, over all their updates) between histograms of gradients, before clipping, and weights
+    in W&B; 0 sends none."""
+
     def __post_init__(self) -> None:
         require(self.log_every >= 1, f"tracking.log_every={self.log_every}: expected at least 1.")
+        at_least(self, 0, "histograms_every")
 
 
 @dataclass(kw_only=True)

@@ -62,7 +62,7 @@ def run_ppo(run: RunConfig, world: World) -> Record:
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
             advantages, returns = advantages_of(rollout, rewards, config=config)
             learnt = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
-            with session.watch("train"):
+            with session.watch("train"), session.observing(step):
                 metrics = improve(models, learnt, config=config, iteration=step, kl_coef=kl.value)
             metrics |= rollout_metrics(rollout, kl_coef=kl.value)
             metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}

@@ -92,7 +92,7 @@ def supervise(
     """
     session.begin(Parts({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
     for step, micro_batches in session.steps(loader):
-        with session.watch("train"):
+        with session.watch("train"), session.observing(step):
             metrics = take_step(engine, micro_batches, objective=objective)
         evaluation: dict[str, float] = {}
         if session.evaluates_at(step, eval_every):

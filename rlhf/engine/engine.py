@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlhf.config import EngineConfig, OptimizerConfig, Tier
 from rlhf.dist import World, sum_over_ranks
 from rlhf.engine import hybrid
+from rlhf.engine.census import Census
 from rlhf.engine.checkpoint.stored import Stored, states_of
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.learner import Learner, StepResult
@@ -28,6 +29,7 @@ from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.tiers.residency import resting_tier
 from rlhf.heap import return_freed_memory, trim
 from rlhf.models.surgery import enable_activation_checkpointing
+from rlhf.tracking.histogram import Histogram
 
 if TYPE_CHECKING:
     from rlhf.models.blueprint import Blueprint
@@ -55,6 +57,7 @@ class Engine:
         self.dtype = dtype
         self._sharding = sharding
         self._learner = learner
+        self._census: Census | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward; all ranks must call it equally often, except inside `generating`."""
@@ -87,6 +90,19 @@ class Engine:
     def advance(self, steps: int) -> None:
         """Count steps that are not taken, so that the schedule still ends with the stage."""
         self._learning.steps_taken += steps
+
+    def observe(self) -> None:
+        """Count how gradients and weights are distributed, in the steps from here to `observed`."""
+        optimizer = self._learning.optimizer
+        elsewhere = () if self.world.is_main else self._sharding.replicas
+        self._census = Census(optimizer.names(), loss_scale=self.loss_scale.value, left_out=elsewhere)
+        optimizer.observe(self._census)
+
+    def observed(self) -> dict[str, Histogram]:
+        """The distributions since `observe`, by `gradients/PARAMETER` and `weights/PARAMETER`; all ranks must call."""
+        self._learning.optimizer.observe(None)
+        assert self._census is not None, "who asks what was observed has begun to observe"
+        return self._census.over_ranks()
 
     def generating(self) -> AbstractContextManager[nn.Module]:
         """Context for decoding: gathered once, adapters merged, eval mode, no gradients, no other rank needed."""

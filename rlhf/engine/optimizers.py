@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlhf.config import EngineConfig, OptimizerConfig
 from rlhf.dist import World, sum_over_ranks
+from rlhf.engine.census import Census
 from rlhf.engine.delayed import Background
 from rlhf.engine.sharding import ParameterGroup, local
 from rlhf.engine.tiers.choice import Tiers
@@ -105,6 +106,12 @@ class AdamW:
         for home in self.homes:
             home.begin()
         self._background.start(partial(self._update, update))
+
+    def observe(self, census: Census | None) -> None:
+        """Show every gradient and weight of the updates to come to `census`, or to nobody any more."""
+        self._finish()
+        for home in self.homes:
+            home.kernel.census = census
 
     def flush(self) -> None:
         """Finish and publish a delayed update, so that the working weights are those of all steps so far."""

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 STEP = "trainer/step"
 """The axis that every metric is drawn over: optimizer steps in SFT and reward, iterations in PPO."""
 
+HISTOGRAMS = ("gradients", "weights")
+"""Families of distributions, which go to W&B alone, where `tracking.histograms_every` asks for them."""
+
 SUPERVISED = ("sft", "reward")
 ALL = ("sft", "reward", "ppo")
 REWARD = ("reward",)

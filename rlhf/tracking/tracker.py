@@ -7,6 +7,7 @@ the model said) and `summary.json`. They are complete without W&B. Left out: ave
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -18,11 +19,15 @@ from typing import TYPE_CHECKING, Any, Self
 from rlhf.config import TrackingConfig, WandbMode
 from rlhf.dist import World
 from rlhf.tracking.console import StageProgress
+from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import Journal, valid_json
+from rlhf.tracking.lookout import Lookout
 from rlhf.tracking.metrics import check, metric
 
 if TYPE_CHECKING:
     from rlhf.tracking.wandb import WandbRun
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -54,6 +59,7 @@ class Tracker:
         self._samples = Journal(self.folder / "samples.jsonl")
         for journal in (self._metrics, self._samples):
             journal.repair()
+        self._lookout = Lookout(self._metrics, self._samples)
         self._progress = StageProgress(self.stage, self.total_steps, mode=self.config.progress)
         self._run = self._start_wandb()
 
@@ -61,6 +67,7 @@ class Tracker:
         """Record the metrics of a step.
 
         With `log_every` above 1 the rows between are shown but not recorded; the last step and evaluations always are.
+        A sign that the stage goes wrong is said once, here and as a W&B alert.
 
         Args:
             step: optimizer steps (PPO: iterations) finished; 0 is before the first.
@@ -74,10 +81,15 @@ class Tracker:
             return
         values = {key: float(value) for key, value in metrics.items()}
         self._progress.show(step, values)
-        if self._is_recorded(step, values):
+        evaluated = any(metric(key).section == "Evaluation" for key in values)
+        if evaluated or step % self.config.log_every == 0 or step >= self.total_steps:
             self._metrics.append({"step": step, "time": round(time.time(), 3), **values})
             if self._run is not None:
                 self._run.log(step, values)
+        for sign in self._lookout.look({"step": step, **values}, evaluated=evaluated):
+            logger.warning("%s: %s", self.stage, sign.text)
+            if self._run is not None:
+                self._run.alert(f"{self.run_name}/{self.stage}: {sign.name}", sign.text)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Record what the model said: one row per response, with the same columns in every call."""
@@ -102,6 +114,16 @@ class Tracker:
         complete.replace(file)
         if self._run is not None:
             self._run.summary(values)
+
+    def histograms(self, step: int, counts: Mapping[str, Histogram]) -> None:
+        """Send how the numbers of some tensors are distributed, by a name such as `gradients/layers.0.weight`."""
+        if self.world.is_main and self._run is not None:
+            self._run.histograms(step, counts)
+
+    def models(self, folders: Mapping[str, Path]) -> None:
+        """Tell W&B where the stage's models are, by name; nothing is copied."""
+        if self.world.is_main and self._run is not None:
+            self._run.models(folders)
 
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, which a resumed stage will log again; -1 forgets all.
@@ -128,10 +150,6 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
-
-    def _is_recorded(self, step: int, metrics: Mapping[str, float]) -> bool:
-        evaluated = any(metric(key).section == "Evaluation" for key in metrics)
-        return evaluated or step % self.config.log_every == 0 or step >= self.total_steps
 
     def _start_wandb(self) -> WandbRun | None:
         mode = requested_mode(self.config.wandb)

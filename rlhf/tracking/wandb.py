@@ -1,7 +1,7 @@
 """One stage as one Weights & Biases run: the only file that knows wandb.
 
 It never asks for a key, never waits long for a network, prints nothing, and keeps everything under the output folder.
-Left out: model artifacts (the models stay where the stage wrote them).
+Models stay where the stage wrote them: artifacts refer to them.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import threading
@@ -18,11 +19,13 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
+import numpy as np
 import wandb
 
 from rlhf.config import TrackingConfig, WandbMode
+from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import valid_json
-from rlhf.tracking.metrics import STEP, metrics_of
+from rlhf.tracking.metrics import HISTOGRAMS, STEP, metrics_of
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +126,12 @@ class WandbRun:
             "config": run_config,
             "dir": str(folder.parent),
         }
+        self._name = f"{run_name}-{stage}"
         self._run = _start(arguments, wanted=config.wandb, choice=choice)
         self._run.define_metric(STEP, hidden=True)
         for family in dict.fromkeys(key.partition("/")[0] for key in metrics_of(stage)):
+            self._run.define_metric(f"{family}/*", step_metric=STEP)
+        for family in HISTOGRAMS:
             self._run.define_metric(f"{family}/*", step_metric=STEP)
         self._run.define_metric("samples", step_metric=STEP)
         self._table: wandb.Table | None = None
@@ -145,6 +151,25 @@ class WandbRun:
             self._run.log({STEP: step, "samples": self._table})
         except wandb.Error as error:  # online, a table needs the server at once, where plain numbers can wait
             logger.warning("W&B did not take the samples of step %d (%s); samples.jsonl has them.", step, error)
+
+    def histograms(self, step: int, counts: Mapping[str, Histogram]) -> None:
+        """Send distributions, drawn over the same axis as the metrics."""
+        pairs = {name: (np.array(found.counts), np.array(found.edges)) for name, found in counts.items()}
+        self._run.log({STEP: step, **{name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}})
+
+    def alert(self, title: str, text: str) -> None:
+        """Have W&B tell whoever has asked it to; offline, with the next sync."""
+        self._run.alert(title=title, text=text, level="WARN")
+
+    def models(self, folders: Mapping[str, Path]) -> None:
+        """Refer to folders as model artifacts, which W&B links to the run; the files stay where they are."""
+        for name, folder in folders.items():
+            artifact = wandb.Artifact(re.sub(r"[^\w.-]", "-", f"{self._name}-{name}"), type="model")
+            artifact.add_reference(folder.resolve().as_uri(), checksum=False)
+            try:
+                self._run.log_artifact(artifact)
+            except wandb.Error as error:  # online, an artifact needs the server at once
+                logger.warning("W&B did not take note of the model in %s (%s).", folder, error)
 
     def summary(self, values: Mapping[str, Any]) -> None:
         """Set final values of the run."""

@@ -1,7 +1,7 @@
-"""Signs that a PPO run goes wrong, in words: reward hacking, runaway KL, collapsing entropy, numbers that are none.
+"""Signs that a stage goes wrong, in words: reward hacking, runaway KL, collapsing entropy, numbers that are none.
 
 Each sign looks at what was logged so far and at the answers to held-out prompts, the same prompts every time. Left out:
-where they are shown (`report/page.py`), and stopping a run, which is a person's decision.
+where and when they are said (`report/page.py`, `lookout.py`), and stopping a run, which is a person's decision.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from rlhf.tracking.table import number
 Row = Mapping[str, Any]
 R = TypeVar("R", bound=Row)
 
+ENTROPY = "objective/entropy"
 KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
 ENTROPY_SHARE = 0.1  # of what it was at the start
 SURE = 2.0  # standard errors
@@ -37,7 +38,7 @@ class Sign:
 
 
 def signs(rows: Sequence[Row], samples: Sequence[Row]) -> list[Sign]:
-    """All signs in what a PPO stage has logged.
+    """All signs in what a stage has logged; most are about PPO.
 
     Args:
         rows: of `metrics.jsonl`, oldest first.
@@ -66,7 +67,8 @@ def series(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
 
 def _not_finite(rows: Sequence[Row]) -> Sign | None:
     bad = [(row["step"], key) for row in rows for key, value in row.items() if "/" in key and not is_number(value)]
-    skipped = sum(value for key in ("actor/skipped_steps", "critic/skipped_steps") for _, value in series(rows, key))
+    keys = dict.fromkeys(key for row in rows for key in row if key.endswith("/skipped_steps"))
+    skipped = sum(value for key in keys for _, value in series(rows, key))
     if not bad and not skipped:
         return None
     where = f"{bad[0][1]} was not finite at step {bad[0][0]}" if bad else ""
@@ -88,7 +90,7 @@ def _kl(rows: Sequence[Row]) -> Sign | None:
 
 
 def _entropy(rows: Sequence[Row]) -> Sign | None:
-    found = series(rows, "objective/entropy")
+    found = series(rows, ENTROPY)
     if len(found) < 2 or found[-1][1] >= ENTROPY_SHARE * found[0][1]:
         return None
     (_, first), (step, last) = found[0], found[-1]

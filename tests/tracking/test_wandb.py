@@ -50,6 +50,14 @@ run.samples(first, [{"prompt": "p", "response": "\\x1b[2J \\ud800 \\u65e5", "sco
 run.samples(first + 1, [{"prompt": "q", "response": "", "score": float("nan")}])
 run.summary({"eval/score": 2.5})
 """
+MORE = """
+from rlhf.tracking.histogram import Histogram
+run.alert("exp/ppo: kl", "the policy has run away")
+run.histograms(first, {"gradients/actor/w": Histogram([1, 2], [-1.0, 0.0, 1.0])})
+(folder / "actor").mkdir()
+(folder / "actor/model.safetensors").write_bytes(b"a model" * 1000)
+run.models({"actor": folder / "actor"})
+"""
 FINISH = "run.finish(failed=len(sys.argv) > 4)"
 
 
@@ -158,7 +166,7 @@ def offline(tmp_path_factory):
     """Output of an offline run of three steps, and of its resumption, which fails."""
     home = tmp_path_factory.mktemp("home")
     out = tmp_path_factory.mktemp("out")
-    done = python(RUN + SAMPLES + FINISH, "auto", out, 1, home=home)
+    done = python(RUN + SAMPLES + MORE + FINISH, "auto", out, 1, home=home)
     time.sleep(1.1)  # W&B names the folders by the second
     python(RUN + FINISH, "auto", out, 3, "failed", home=home)
     return SimpleNamespace(home=home, out=out, done=done, folders=sorted((out / "wandb").glob("offline-run-*")))
@@ -194,6 +202,26 @@ def test_each_table_file_holds_only_the_new_samples(offline):
     tables = [json.loads(file.read_text()) for file in sorted(files, key=lambda file: file.stat().st_mtime_ns)]
     assert [table["columns"] for table in tables] == [["step", "prompt", "response", "score"]] * 2
     assert [table["data"] for table in tables] == [[[1, "p", "\x1b[2J \ud800 日", 1]], [[2, "q", "", None]]]
+
+
+def test_alerts_and_histograms_are_recorded(offline):
+    found = records(offline.folders[0])
+    (alert,) = found["alert"]
+    assert (alert["title"], alert["text"]) == ("exp/ppo: kl", "the policy has run away")
+    (drawn,) = [row["item"] for row in found["history"] if any("gradients" in key for key in row["item"])]
+    assert drawn["trainer/step"] == 1
+    assert drawn["gradients/actor/w.values"] == [1, 2]
+    assert drawn["gradients/actor/w.bins"] == [-1, 0, 1]
+
+
+def test_a_model_is_referred_to_and_not_copied(offline):
+    (model,) = [found for found in records(offline.folders[0])["artifact"] if found["type"] == "model"]
+    assert model["name"] == "exp-ppo-actor"
+    assert [file["ref"] for file in model["manifest"]["contents"]] == [
+        (offline.out / "ppo/actor/model.safetensors").as_uri()
+    ]
+    copies = [file for file in offline.out.rglob("*") if file.is_file() and b"a modela model" in file.read_bytes()]
+    assert copies == [offline.out / "ppo/actor/model.safetensors"]
 
 
 def test_an_online_run_reaches_the_server(tmp_path):

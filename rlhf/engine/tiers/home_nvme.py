@@ -82,7 +82,7 @@ class NvmeHome:
             kernel: of the CPU.
             rows: their working weights.
         """
-        self.shapes, self._room, self._kernel, self.rows = shapes, room, kernel, rows
+        self.shapes, self._room, self.kernel, self.rows = shapes, room, kernel, rows
         self._shapes = {shape.name: shape for shape in shapes}
         self.steps = {shape.name: torch.zeros(()) for shape in shapes}
         self.failure: RuntimeError | None = None
@@ -210,7 +210,7 @@ class NvmeHome:
         for load in self._ahead([partial(self._load_record, record, names) for record in records]):
             record, buffer = load.record, load.buffer
             pieces = [self._piece(record, span, buffer=buffer) for span in record.spans if span.name in names]
-            for tile in self._kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
+            for tile in self.kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
                 publish(self.rows, tile)
             self._store(record, buffer, place=slice(record.weight_at, record.nbytes))
 

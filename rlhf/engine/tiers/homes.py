@@ -58,6 +58,7 @@ class StateHome(Protocol):
     in_memory: bool  # False where `read` brings rows from a disk
     has_masters: bool  # False where the weights that learn are the working weights
     rows: WorkingRows
+    kernel: AdamKernel
     failure: RuntimeError | None  # of a disk, until all ranks were told
 
     def add(self, name: str, gradient: Tensor) -> None:
@@ -126,7 +127,7 @@ class MemoryHome:
             states: what to allocate.
             delays: leave publishing to the caller.
         """
-        self.shapes, self._sums, self._kernel, self.rows = shapes, sums, kernel, rows
+        self.shapes, self._sums, self.kernel, self.rows = shapes, sums, kernel, rows
         self.has_masters = states.masters
         self._sizes = {shape.name: shape.sizes for shape in shapes}
         self._publishes = not delays
@@ -168,7 +169,7 @@ class MemoryHome:
             return
         torch._foreach_add_([self.steps[shape.name] for shape in shapes], 1)
         pieces = [self._piece(shape, taken[shape.name]) for shape in shapes]
-        for tile in self._kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
+        for tile in self.kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
             if self._publishes and self.has_masters:
                 publish(self.rows, tile)
 

@@ -96,7 +96,7 @@ def read_run(folder: Path) -> RunRecord:
     return RunRecord(
         folder,
         [reader.stage(name, planned=plans.get(name)) for name in begun],
-        config=reader.text("config.yaml"),
+        config=reader.text("config.yaml", required=bool(begun)) or reader.text("eval/config.yaml", required=False),
         plan=reader.text("plan.txt", required=bool(begun)),
         starts=reader.objects("origin.jsonl"),
         notes=reader.notes,

@@ -22,11 +22,14 @@ def leave(folder, name="", *, results=RESULTS, samples=None):
 
 def test_an_evaluation_alone_is_a_run(tmp_path):
     leave(tmp_path)
-    (tmp_path / "config.yaml").write_text("name: x\n")
+    (tmp_path / "eval/config.yaml").write_text("name: the settings\n")
+    (tmp_path / "origin.jsonl").write_text('{"command": "python run_pipeline.py stage=eval"}\n')
     html = write_report(tmp_path).read_text()
     text = Tags(html).text
     assert "Missing from this report" not in text
-    for expected in ("Evaluation", "0.625 [0.25, 0.875]", "far away", "longest", "Calibration", "1 of 1 answers"):
+    for expected in ("Evaluation", "0.625 [0.25, 0.875]", "far away", "longest", "Calibration", "the settings"):
+        assert expected in text
+    for expected in ("1 of 1 answers", "stage=eval"):
         assert expected in text
     assert "reward prefers the model" in text
     assert "human prefers" not in text
