@@ -93,7 +93,8 @@ def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> 
     has = f"{plan.stage}: the largest phase is {largest.name} with {_gb(plan.needed(largest, place))} of {place}"
     short = plan.shortages(limits)
     if not short:
-        return f"{has}; it fits."
+        full = [] if run.memory.disk_gb is not None else full_disks(run, plan)
+        return f"{has}; it does not fit on its disks. {' '.join(full)}" if full else f"{has}; it fits."
     worst = short[0]
     change = cheapest_change(
         run, plan.stage, plan=partial(plan_stage, stage=plan.stage, machine=machine), limits=limits, ranks=machine.ranks

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.config import MemoryConfig
-from rlhf.engine.memory.plan import Item, Phase, Place, Plan
+from rlhf.engine.memory.plan import Item, Limits, Phase, Place, Plan
 from rlhf.tracking.memory import resident
 from stages import planning_limits, planning_report
 from stages.planning_limits import free_host, full_disks
@@ -90,6 +90,10 @@ def test_a_small_disk_is_not_made_up_for_by_a_large_one(tmp_path, monkeypatch):
         f"sft: engine.nvme_path={small}/x: found 5.00 GB free, expected 6.00 GB; "
         "free space there, or name a folder on a larger disk."
     ]
+    said = planning_report.verdict(run, plan, machine=None, limits=Limits(None, 9 * GB, disk=55 * GB))
+    assert "does not fit on its disks. sft: engine.nvme_path=" in said
+    run.memory.disk_gb = 55.0  # of another machine: nothing here says how it is divided
+    assert planning_report.verdict(run, plan, machine=None, limits=Limits(None, 9 * GB, disk=55 * GB)).endswith("fits.")
     free[small] = 7 * GB
     assert full_disks(run, plan) == []
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
