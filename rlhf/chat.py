@@ -10,7 +10,7 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rlhf.config import SamplingConfig
 from rlhf.text import Message
@@ -145,8 +145,8 @@ def _sampling(field_name: str, kind: Callable[[str], float]) -> Callable[[Conver
 
     def act(conversation: Conversation, argument: str) -> Outcome:
         if argument:
-            value = _number(argument, kind, name=field_name)
-            conversation.sampling = replace(conversation.sampling, **{field_name: value})
+            change: dict[str, Any] = {field_name: _number(argument, kind, name=field_name)}
+            conversation.sampling = replace(conversation.sampling, **change)
         return Outcome(f"{field_name} {getattr(conversation.sampling, field_name)}")
 
     return act

@@ -32,6 +32,7 @@ GATES = {
     "hydra": ("run_pipeline", "stages"),
     "omegaconf": ("run_pipeline", "stages"),
     "wandb": ("rlhf.tracking.",),
+    "wandb_workspaces": ("rlhf.tracking.dashboard",),
     "matplotlib": ("rlhf.tracking.report.charts",),
     "jinja2": ("rlhf.tracking.report.page", "rlhf.text"),
     "transformers": ("rlhf.models", "rlhf.text", "rlhf.generation", "rlhf.hf"),

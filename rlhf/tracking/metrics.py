@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 STEP = "trainer/step"
-"""The axis that every metric is drawn over: optimizer steps in SFT and reward, iterations in PPO."""
+"""Our own axis, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""
 
 HISTOGRAMS = ("gradients", "weights")
 """Families of distributions, which go to W&B alone, where `tracking.histograms_every` asks for them."""
@@ -35,6 +35,8 @@ class Metric:
     """One line for somebody who sees it for the first time."""
     headline: bool = False
     """Shown beside the progress bar."""
+    step: str = STEP
+    """The metric that it is drawn over."""
 
 
 METRICS: dict[str, Metric] = {

@@ -23,6 +23,11 @@ def printable(text: str) -> str:
     return "".join(char if _harmless(char) else char.encode("unicode_escape").decode() for char in text)
 
 
+def printable_lines(text: str) -> str:
+    """The same for text of several lines, which stay lines."""
+    return "\n".join(map(printable, text.split("\n")))
+
+
 def number(value: float) -> str:
     """`value` as people read it: four significant digits, thousands apart."""
     if isinstance(value, int):

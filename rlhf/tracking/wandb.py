@@ -13,7 +13,7 @@ import re
 import secrets
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
@@ -60,6 +60,33 @@ def choose_mode(wanted: WandbMode) -> Choice:
     if wanted is WandbMode.online:
         raise _cannot_be_online(obstacle)
     return Choice("offline", obstacle)
+
+
+def default_entity() -> str:
+    """The team or user that the key belongs to.
+
+    Raises:
+        ValueError: nobody can be asked, or there is none.
+    """
+    with refusals():
+        found = wandb.Api(timeout=int(_INIT_SECONDS)).default_entity
+    if not found:
+        raise ValueError("W&B names nobody to whom the API key belongs; expected --entity NAME.")
+    return str(found)
+
+
+@contextlib.contextmanager
+def refusals() -> Iterator[None]:
+    """Ask W&B something inside: what keeps it from answering is one sentence, and no question.
+
+    Raises:
+        ValueError: there is no key or no network, or the server turned it away.
+    """
+    choose_mode(WandbMode.online)
+    try:
+        yield
+    except (wandb.Error, OSError, TypeError, KeyError) as error:  # of what is no answer, its client makes the last two
+        raise ValueError(f"W&B did not do it ({error}). Look at the key, the entity and the project.") from error
 
 
 def _cannot_be_online(obstacle: object) -> ValueError:
@@ -129,8 +156,8 @@ class WandbRun:
         self._name = f"{run_name}-{stage}"
         self._run = _start(arguments, wanted=config.wandb, choice=choice)
         self._run.define_metric(STEP, hidden=True)
-        for family in dict.fromkeys(key.partition("/")[0] for key in metrics_of(stage)):
-            self._run.define_metric(f"{family}/*", step_metric=STEP)
+        for family, step in {key.partition("/")[0]: entry.step for key, entry in metrics_of(stage).items()}.items():
+            self._run.define_metric(f"{family}/*", step_metric=step)
         for family in HISTOGRAMS:
             self._run.define_metric(f"{family}/*", step_metric=STEP)
         self._run.define_metric("samples", step_metric=STEP)

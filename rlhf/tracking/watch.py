@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -213,8 +214,9 @@ def _is_degenerate(text: str) -> bool:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a logged value is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a logged value is a finite number; a whole one that is too large for a float counts as infinite."""
+    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_numeric and abs(value) <= sys.float_info.max
 
 
 _SHARES = (

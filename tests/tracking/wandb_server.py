@@ -19,6 +19,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self, behaviour):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.behaviour, self.rows, self.upserts, self.released = behaviour, [], [], threading.Event()
+        self.views = []
 
     @property
     def url(self):
@@ -82,6 +83,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         if operation == "CreateRunFiles":
             files = [{"name": name, "uploadUrl": f"{self.server.url}/{name}"} for name in variables["files"]]
             return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        if operation == "UpsertView2":
+            self.server.views.append(variables)
+            return {"upsertView": {"view": {"id": "v", "name": variables["name"]}, "inserted": True}}
+        if "viewer" in request["query"].lower():
+            viewer = {"id": "u", "username": "somebody", "entity": "team", "flags": "{}", "teams": {"edges": []}}
+            return {"viewer": viewer | {"apiKeys": {"edges": []}, "admin": False, "email": "", "name": "somebody"}}
         return {"RunResumeStatus": {"model": {"id": "m", "name": "p", "entity": entity, "bucket": None}}}.get(
             operation, {}
         )

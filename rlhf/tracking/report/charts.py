@@ -1,7 +1,7 @@
 """Charts as SVG that stands inside a page and takes its colours from it: the only user of matplotlib.
 
 Colours are drawn as stand-ins and become CSS variables, so that one chart serves a light and a dark page. Nothing that
-a model or a data set says is ever drawn. Left out: what is shown (`page.py`).
+a model or a data set says is ever drawn; names of metrics are, made harmless. Left out: what is shown (`page.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import html
 import io
 import math
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,12 +22,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from rlhf.tracking.table import printable, printable_lines
+
 Points = Sequence[tuple[float, float]]
 
 _INK, _QUIET = "#010101", "#020202"
 _SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
 _VARIABLES = {_INK: "--ink", _QUIET: "--quiet", **{c: f"--series-{i}" for i, c in enumerate(_SERIES)}}
 _TITLE_INCHES, _CHARACTER_INCHES = 0.42, 0.085  # of an axis label with its gaps, and of a digit
+_LARGEST = 1e100  # beyond, the arithmetic of axes overflows
 _MOST_POINTS = 400  # of a curve: more cannot be told apart, and a report stays small
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -41,6 +45,7 @@ _STYLE: dict[Any, Any] = {
     "axes.grid": True,
     "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True,
+    "text.parse_math": False,
     "grid.color": _QUIET,
     "grid.alpha": 0.18,
     "xtick.color": _QUIET,
@@ -174,14 +179,16 @@ def _set_margins(figure: Figure, axes: Axes) -> None:
 def _inline(figure: Figure, title: str) -> str:
     """The figure as an `<svg>` element with colours and font of the page around it."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
-    text = file.getvalue()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text, with its own fonts
+        figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+    text = printable_lines(file.getvalue())
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every chart has the same ones, and a page may have each once
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
-    label = f'<svg role="img" aria-label="{html.escape(title)}" class="chart"'
+    label = f'<svg role="img" aria-label="{html.escape(printable(title))}" class="chart"'
     return re.sub(r'(width|height)="[\d.]+pt" ', "", svg.replace("<svg", label, 1), count=2)
 
 
@@ -194,4 +201,4 @@ def _short(value: float, _position: int) -> str:
 
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
-    return [x for x, _ in points], [y for _, y in points]
+    return [x for x, _ in points], [max(-_LARGEST, min(y, _LARGEST)) for _, y in points]

@@ -21,7 +21,7 @@ from markupsafe import Markup
 from rlhf.tracking.report import figures
 from rlhf.tracking.report.figures import known
 from rlhf.tracking.report.record import Row, RunRecord, StageRecord, read_run
-from rlhf.tracking.table import number, printable
+from rlhf.tracking.table import number, printable_lines
 from rlhf.tracking.watch import by_step, is_number, signs
 
 REPORT = "report.html"
@@ -111,7 +111,7 @@ def render(template: str, **content: Any) -> str:
 
 def visible(text: object) -> str:
     """`text` with every character that could hide or turn something written as an escape; lines stay lines."""
-    return "\n".join(map(printable, str(text).split("\n")))
+    return printable_lines(str(text))
 
 
 def difference(before: str, after: str) -> Markup:

@@ -18,6 +18,8 @@ from rlhf.tracking.report.evaluation import Evaluation, read_evaluations
 
 Row = dict[str, Any]
 
+_LARGEST_STEP = 2**53  # above, a float skips steps
+
 
 @dataclass(frozen=True)
 class StageRecord:
@@ -210,7 +212,8 @@ def _row(line: str) -> Row | None:
 
 
 def _has_step(row: Row) -> bool:
-    return isinstance(row.get("step"), int)
+    step = row.get("step")
+    return isinstance(step, int) and not isinstance(step, bool) and abs(step) < _LARGEST_STEP
 
 
 def _numbers(content: Any) -> dict[str, float]:

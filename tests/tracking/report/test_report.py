@@ -164,6 +164,21 @@ def test_values_of_odd_types_are_left_out(run):
     assert page(read_run(run)).count("<article") == len(PROMPTS) + 4
 
 
+@pytest.mark.filterwarnings("error")
+def test_odd_names_and_numbers_break_no_chart(run):
+    odd = {"gold/$x_{$": 1.0, "gold/<b>\u65e5\u202e": 2.0, "gold/": 3.0, "odd/\x00\x1b": 4.0, "timing_s/$y$": 5.0}
+    rows = [{"step": step, "eval/kl": step, **odd} for step in (10, 11)]
+    rows += [{"step": 12, "odd/size": sign * 1.7e308, "odd/whole": 10**400} for sign in (1, -1)]
+    with (run / "ppo/metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps(row) + "\n" for row in [*rows, {"step": 10**400}, {"step": True}])
+    html = page(read_run(run))
+    assert 'aria-label="gold/$x_{$"' in html
+    assert "gold/&lt;b&gt;\u65e5\\u202e" in html
+    assert 'aria-label="odd/whole"' not in html
+    assert "2 lines are no rows with a step" in html
+    assert not set(html) & {"\x00", "\x1b", "\u202e"}
+
+
 def test_a_run_that_has_just_begun_has_a_report(tmp_path):
     (tmp_path / "sft").mkdir()
     assert "Nothing was logged" in page(read_run(tmp_path))

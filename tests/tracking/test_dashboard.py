@@ -1,0 +1,132 @@
+"""The workspace: every panel shows something that is logged, every metric is shown, and W&B would get it."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.tracking import dashboard
+from rlhf.tracking.metrics import METRICS, STEP
+from tests.tracking.test_wandb import KEY, environment, port
+from tests.tracking.wandb_server import serving
+
+ROOT = Path(__file__).parents[2]
+COMMAND = [sys.executable, "-m", "rlhf.tracking.dashboard"]
+
+
+def call(*arguments, home, **settings):
+    """What the command says, on a terminal that nobody answers at."""
+    ours, theirs = pty.openpty()
+    try:
+        return subprocess.run(
+            [*COMMAND, *arguments],
+            cwd=ROOT,
+            env=environment(home, **settings),
+            stdin=theirs,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.fixture(scope="module")
+def spec():
+    return json.loads(dashboard.as_json(dashboard.workspace(entity="team", project="p", name="n")))
+
+
+def charts():
+    return [chart for section in dashboard.sections() for chart in section.charts]
+
+
+def test_every_chart_shows_what_some_stage_logs_and_every_metric_has_a_chart():
+    shown = [key for chart in charts() for key in chart.metrics]
+    for key in (*shown, *(chart.x for chart in charts() if chart.x != STEP)):
+        assert key in METRICS, key
+        assert METRICS[key].stages
+    assert set(shown) == set(METRICS)
+
+
+def test_sections_stand_in_the_order_in_which_a_run_is_read():
+    names = [section.name for section in dashboard.sections()]
+    assert names[:5] == ["Objective", "Reward and KL", "Actor", "Critic", "Samples"]
+    assert names[-2:] == ["Throughput", "Memory"]
+    assert all(section.charts for section in dashboard.sections())
+
+
+def test_what_is_sent_has_the_axes_units_families_samples_and_groups(spec):
+    sections = {found["name"]: found["panels"] for found in spec["section"]["panelBankConfig"]["sections"]}
+    (kl,) = [panel["config"] for panel in sections["Objective"] if panel["config"]["metrics"] == ["objective/kl"]]
+    assert (kl["xAxis"], kl["yAxisTitle"]) == ("trainer/step", "nats")
+    assert sections["Reward and KL"][0]["config"]["xAxis"] == "eval/kl"
+    assert sections["Samples"][-1]["viewType"] == "Weave"
+    assert "samples" in json.dumps(sections["Samples"][-1])
+    (timing,) = [panel["config"] for panel in sections["Throughput"] if "metricRegex" in panel["config"]]
+    assert timing["metricRegex"] == "timing_s/.+"
+    assert [key["name"] for key in spec["section"]["runSets"][0]["grouping"]] == ["group", "jobType"]
+
+
+def test_it_reads_back_as_it_was_written(spec):
+    from wandb_workspaces.workspaces import internal
+
+    assert (
+        json.loads(internal.WorkspaceViewspec.model_validate(spec).model_dump_json(by_alias=True, exclude_none=True))
+        == spec
+    )
+
+
+def test_printing_needs_neither_key_nor_network(tmp_path):
+    done = call("--print", home=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["section"]["panelBankConfig"]["sections"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "there is no API key. Run `wandb login` or set WANDB_API_KEY"),
+        ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "closed"}, "did not answer within 3 seconds"),
+    ],
+)
+def test_without_key_or_network_one_sentence_says_so_and_nobody_is_asked(tmp_path, settings, said):
+    with port(listening=False) as nobody:
+        settings = {name: nobody if value == "closed" else value for name, value in settings.items()}
+        done = call(home=tmp_path, **settings)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_server_gets_the_workspace_and_the_reader_its_address(tmp_path, spec):
+    with serving() as server:
+        settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
+        done = call("--project", "mine", "--name", "A view", home=tmp_path, **settings)
+    assert done.returncode == 0, done.stderr
+    (view,) = server.views
+    assert (view["entityName"], view["projectName"], view["displayName"]) == ("team", "mine", "A view")
+    sent = json.loads(view["spec"])
+    names = [found["name"] for found in sent["section"]["panelBankConfig"]["sections"]]
+    assert names == [section.name for section in dashboard.sections()]
+    assert done.stdout.startswith(f"{server.url}/team/mine?nw=")
+
+
+def test_a_server_that_turns_us_away_is_one_sentence(tmp_path):
+    with serving("reject") as server:
+        done = call("--entity", "team", home=tmp_path, WANDB_API_KEY=KEY, WANDB_BASE_URL=server.url)
+    assert done.returncode == 1
+    assert "error: W&B did not do it (" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    with pytest.raises(ValueError, match="pip install wandb-workspaces"):
+        dashboard.workspace(entity="", project="p", name="n")
