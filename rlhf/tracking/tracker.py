@@ -23,6 +23,7 @@ from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import Journal, valid_json
 from rlhf.tracking.lookout import Lookout
 from rlhf.tracking.metrics import check, metric
+from rlhf.tracking.watch import by_step
 
 if TYPE_CHECKING:
     from rlhf.tracking.wandb import WandbRun
@@ -128,11 +129,15 @@ class Tracker:
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, which a resumed stage will log again; -1 forgets all.
 
-        W&B cannot take rows back: there, the repeated steps are drawn twice.
+        W&B cannot take rows back: there, the repeated steps are drawn twice. Offline, a resumed run begins a new log,
+        and a kill has cost the old one its last block: the new one is told everything again, so that it is complete.
         """
-        if self.world.is_main:
-            self._metrics.rewind(step)
-            self._samples.rewind(step)
+        if not self.world.is_main:
+            return
+        self._metrics.rewind(step)
+        self._samples.rewind(step)
+        if step >= 0 and self._run is not None and self._run.is_offline:
+            self._retell(self._run)
 
     def close(self, *, failed: bool = False) -> None:
         """Close the display and the W&B run, which takes a minute at most."""
@@ -150,6 +155,12 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(failed=kind is not None)
+
+    def _retell(self, run: WandbRun) -> None:
+        for row in self._metrics.rows():
+            run.log(row["step"], {key: value for key, value in row.items() if "/" in key and value is not None})
+        for step, rows in by_step(self._samples.rows()).items():
+            run.samples(step, [{key: value for key, value in row.items() if key != "step"} for row in rows])
 
     def _start_wandb(self) -> WandbRun | None:
         mode = requested_mode(self.config.wandb)

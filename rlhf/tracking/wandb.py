@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import secrets
+import shutil
 import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
-import wandb
 
+import wandb
 from rlhf.config import TrackingConfig, WandbMode
 from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import valid_json
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 _REACH_SECONDS = 3.0
 _INIT_SECONDS = 20.0
 _FINISH_SECONDS = 60.0
+_HEADER_BYTES = 7  # of a log without a record
 _NO_KEY = "there is no API key"
 
 
@@ -163,6 +165,11 @@ class WandbRun:
         self._run.define_metric("samples", step_metric=STEP)
         self._table: wandb.Table | None = None
 
+    @property
+    def is_offline(self) -> bool:
+        """Whether a server has not seen what was logged before."""
+        return bool(self._run.offline)
+
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one row."""
         self._run.log({STEP: step, **metrics})
@@ -239,5 +246,16 @@ def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: Choice) -> w
             wandb.teardown()  # else the id of the attempt counts as in use
     level = logging.INFO if choice.reason in ("asked for", _NO_KEY) else logging.WARNING
     folder = Path(arguments["dir"]) / "wandb"
+    _remove_empty(folder, arguments["id"])
     logger.log(level, "W&B is offline (%s); see the charts with `wandb leet %s`.", choice.reason, folder)
     return wandb.init(mode="offline", settings=settings, **arguments)
+
+
+def _remove_empty(folder: Path, run_id: str) -> None:
+    """Remove what a kill has left of earlier parts of a run: files without a record, over which a sync would stumble.
+
+    W&B writes blocks of 32 KiB, so a kill can cost a short run everything; `Tracker.rewind` gives it again.
+    """
+    for log in folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
+        if log.stat().st_size <= _HEADER_BYTES:
+            shutil.rmtree(log.parent)

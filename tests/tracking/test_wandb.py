@@ -224,6 +224,55 @@ def test_a_model_is_referred_to_and_not_copied(offline):
     assert copies == [offline.out / "ppo/actor/model.safetensors"]
 
 
+TRACK = """
+import os, signal, sys
+from pathlib import Path
+import torch
+from rlhf.config import TrackingConfig, WandbMode
+from rlhf.dist import World
+from rlhf.tracking.tracker import Tracker
+first, resumed = int(sys.argv[2]), int(sys.argv[3])
+config = TrackingConfig(wandb=WandbMode.offline, project="project")
+about = {"stage": "ppo", "run_name": "exp", "run_config": {}, "total_steps": 9, "world": World.alone()}
+with Tracker(Path(sys.argv[1]) / "ppo", config=config, **about) as track:
+    track.rewind(resumed)
+    for step in range(first, first + 3):
+        track.samples(step, [{"prompt": "p", "score": step}])
+        track.log(step, {"objective/kl": step / 2})
+    if len(sys.argv) > 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_killed_and_resumed_offline_run_reads_as_one(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(AssertionError):
+        python(TRACK, out, 1, -1, "killed", home=tmp_path)
+    time.sleep(1.1)  # W&B names the folders by the second
+    python(TRACK, out, 3, 2, home=tmp_path)
+    (folder,) = (out / "wandb").glob("offline-run-*")  # the killed one held nothing
+    found = records(folder)
+    assert series(found, "objective/kl") == [(step, step / 2) for step in range(1, 6)]
+    files = sorted(folder.glob("files/media/table/*.table.json"), key=lambda file: file.stat().st_mtime_ns)
+    assert [row for file in files for row in json.loads(file.read_text())["data"]] == [[n, "p", n] for n in range(1, 6)]
+
+
+def test_both_parts_of_a_run_are_one_run_when_they_are_synced(tmp_path):
+    out = tmp_path / "out"
+    for first in (1, 3):
+        python(RUN + FINISH, "offline", out, first, home=tmp_path)
+        time.sleep(1.1)
+    folders = sorted((out / "wandb").glob("offline-run-*"))
+    with serving() as server:
+        settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
+        command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
+        subprocess.run(command, env=environment(tmp_path, **settings), check=True, capture_output=True, timeout=60)
+    assert len(folders) == 2
+    assert {upsert["name"] for upsert in server.upserts} == {(out / "ppo/wandb_id").read_text().strip()}
+    assert [row["trainer/step"] for row in server.rows if "objective/kl" in row] == [1, 2, 3, 3, 4, 5]
+
+
 def test_an_online_run_reaches_the_server(tmp_path):
     with serving() as server:
         settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
