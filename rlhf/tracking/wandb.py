@@ -21,8 +21,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import numpy as np
-
 import wandb
+
 from rlhf.config import TrackingConfig, WandbMode
 from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import valid_json
