@@ -311,6 +311,15 @@ class Screen:
                     assert text in self.text[self._read :], self.text[-2000:]
         self._read = self.text.index(text, self._read) + len(text)
 
+    def wait_for_prompt(self):
+        """Read a prompt, and wait until the program sleeps: Python forgets an interrupt between prompt and sleep."""
+        self.wait_for("> ")
+        asleep = 0
+        while asleep < 5:
+            time.sleep(0.02)
+            state = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0]
+            asleep = asleep + 1 if state == "S" else 0
+
     def exit_status(self):
         status = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
         self.pid = 0
@@ -349,7 +358,7 @@ def test_a_conversation_in_a_terminal_after_training(endless, tmp_path):
         shown.wait_for("(cut; /max sets where)")
         shown.type("/undo\r")
         shown.wait_for("taken back: a long \r\nmessage")
-        shown.wait_for("> ")
+        shown.wait_for_prompt()
         shown.type("\x03")
         shown.wait_for("Ctrl-C again, Ctrl-D or /quit ends the chat.")
         shown.wait_for("> ")
