@@ -27,9 +27,10 @@ from rlhf.dist import World, barrier
 from rlhf.evaluation import load_gold
 from rlhf.failure import RunError
 from rlhf.judges import HUMAN, REWARD, Pairs, Person, Verdict
-from rlhf.tracking.evaluations import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, tables
+from rlhf.tracking.evaluations import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, summary_of, tables
 from rlhf.tracking.journal import Journal, valid_json
 from rlhf.tracking.table import table
+from rlhf.tracking.tracker import start_wandb
 from stages.answering import PairScores, Room
 from stages.composition import as_plain
 from stages.evaluation_checks import check_models, held_out_rows, model_paths
@@ -62,9 +63,11 @@ def run_eval(run: RunConfig, world: World) -> None:
     verdicts = judge(config, answers, prompts=prompts, folder=folder, world=world)
     if world.is_main:
         results = results_of(config, answers, scores=scores, verdicts=verdicts)
-        write_lines(folder / SAMPLES, sample_rows(prompts, answers, verdicts=verdicts))
+        samples = list(sample_rows(prompts, answers, verdicts=verdicts))
+        write_lines(folder / SAMPLES, samples)
         write_lines(folder / RESULTS, [results], indent=2)
         show(results, folder)
+        send(run, results, samples=samples)
     barrier()
 
 
@@ -181,6 +184,23 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | 
         for row in rows:
             file.write(json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
     temporary.replace(path)
+
+
+def send(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Give W&B the means, and every answer with its numbers; a second evaluation goes on in the run of the first."""
+    config, folder = run.tracking, Path(run.output_dir) / FOLDER
+    to = start_wandb(folder, stage=FOLDER, config=config, run_name=run.name, run_config=as_plain(run))
+    if to is None:
+        return
+    to.summary(summary_of(results))
+    said = [
+        {"side": side, "prompt": row["prompt"], **row[side]}
+        for row in samples
+        for side in ("model", "against")
+        if side in row
+    ]
+    to.samples(0, said)
+    to.finish(failed=False)
 
 
 def show(results: Mapping[str, Any], folder: Path) -> None:

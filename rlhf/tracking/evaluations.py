@@ -165,3 +165,23 @@ def _listed(content: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
 
 def _named(content: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
     return [(str(name), found) for name, found in _mapping(content, key).items() if isinstance(found, Mapping)]
+
+
+def summary_of(results: Mapping[str, Any]) -> dict[str, float]:
+    """The means in `results.json` by a name such as `model/kl`, `difference/score`, `win_rate/reward`."""
+    found = {
+        f"{side}/{row.get('name')}": _mean(row.get(side))
+        for row in _listed(results, "measures")
+        for side in ("model", "against", "difference")
+    }
+    found |= {f"win_rate/{name}": _mean(judge.get("win_rate")) for name, judge in _named(results, "judges")}
+    quality = _mapping(results, "reward_model")
+    found |= {
+        "reward_model/accuracy": _mean(quality.get("accuracy")),
+        "reward_model/calibration_error": _mapping(quality, "calibration").get("error"),
+    }
+    return {name: float(value) for name, value in found.items() if is_number(value)}
+
+
+def _mean(value: Any) -> Any:
+    return value.get("mean") if isinstance(value, Mapping) else None

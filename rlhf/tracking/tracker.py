@@ -62,7 +62,9 @@ class Tracker:
             journal.repair()
         self._lookout = Lookout(self._metrics, self._samples)
         self._progress = StageProgress(self.stage, self.total_steps, mode=self.config.progress)
-        self._run = self._start_wandb()
+        self._run = start_wandb(
+            self.folder, stage=self.stage, config=self.config, run_name=self.run_name, run_config=self.run_config
+        )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step.
@@ -162,17 +164,22 @@ class Tracker:
         for step, rows in by_step(self._samples.rows()).items():
             run.samples(step, [{key: value for key, value in row.items() if key != "step"} for row in rows])
 
-    def _start_wandb(self) -> WandbRun | None:
-        mode = requested_mode(self.config.wandb)
-        if mode is WandbMode.disabled:
-            return None
-        # Here, not above: the other ranks and runs without W&B need not wait for it, or have it.
-        from rlhf.tracking.wandb import WandbRun
 
-        config = replace(self.config, wandb=mode)
-        return WandbRun(
-            self.folder, stage=self.stage, config=config, run_name=self.run_name, run_config=self.run_config
-        )
+def start_wandb(
+    folder: Path, *, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
+) -> WandbRun | None:
+    """The W&B run of what happens in `folder`, as the configuration asks for it; None where it asks for none.
+
+    Raises:
+        ValueError: W&B was asked to be online, and cannot be.
+    """
+    mode = requested_mode(config.wandb)
+    if mode is WandbMode.disabled:
+        return None
+    # Here, not above: the other ranks and runs without W&B need not wait for it, or have it.
+    from rlhf.tracking.wandb import WandbRun
+
+    return WandbRun(folder, stage=stage, config=replace(config, wandb=mode), run_name=run_name, run_config=run_config)
 
 
 def requested_mode(configured: WandbMode) -> WandbMode:

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.tracking.metrics import metrics_of
+from tests.tracking.test_wandb import records
 
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
@@ -228,7 +229,8 @@ def test_a_prompt_with_a_line_separator_breaks_no_table(one_rank, tmp_path):
 
 def test_an_evaluation_follows_stages_that_are_finished(one_rank):
     folder, _ = one_rank
-    output = smoke(folder, "stage=[sft,reward,ppo,eval]", "eval.prompts=5", "eval.name=later")
+    words = ["stage=[sft,reward,ppo,eval]", "eval.prompts=5", "eval.name=later", "tracking.wandb=offline"]
+    output = smoke(folder, *words)
     assert "ppo is finished" in output
     assert "Which answer is better" in output
     assert "Expected calibration error" in output
@@ -236,3 +238,10 @@ def test_an_evaluation_follows_stages_that_are_finished(one_rank):
     assert (results["prompts"], results["judges"]["reward"]["judged"]) == (5, 5)
     assert results["reward_model"]["accuracy"]["count"] == 32
     assert len(rows(folder / "eval/later/samples.jsonl")) == 5
+    (kept,) = (folder / "wandb").glob("offline-run-*")
+    found = records(kept)
+    sent = {key: value for part in found["summary"] for key, value in part["update"].items()}
+    (score,) = [row["model"]["mean"] for row in results["measures"] if row["name"] == "score"]
+    assert sent["model/score"] == pytest.approx(score)
+    assert sent["win_rate/reward"] == results["judges"]["reward"]["win_rate"]["mean"]
+    assert found["run"][0]["job_type"] == "eval"
