@@ -1,6 +1,7 @@
 """The W&B workspace of the pipeline, defined by the registry of metrics: the only user of wandb_workspaces.
 
     python -m rlhf.tracking.dashboard --project rlhf-pipeline       saves it as a view of the project, and says where
+    python -m rlhf.tracking.dashboard --run-name NAME               shows the stages of that run alone
     python -m rlhf.tracking.dashboard --print                       writes its JSON; needs neither key nor network
 
 Needs `pip install wandb-workspaces`. A saved view is never changed by another call, which saves another one. Left out:
@@ -81,8 +82,14 @@ def _is_supervised(entry: Metric, stage: str) -> bool:
     return entry.section in ("Training", "Evaluation") and stage in entry.stages
 
 
-def workspace(*, entity: str, project: str, name: str) -> Any:
+def workspace(*, entity: str, project: str, name: str, run_name: str = "") -> Any:
     """The workspace as wandb_workspaces has it.
+
+    Args:
+        entity: team or user.
+        project: where the runs are.
+        name: of the view.
+        run_name: show only the stages of this run; else all runs of the project.
 
     Raises:
         ValueError: that package is not installed.
@@ -103,8 +110,16 @@ def workspace(*, entity: str, project: str, name: str) -> Any:
             for section in sections()
         ],
         settings=workspaces.WorkspaceSettings(x_axis=STEP),
-        runset_settings=workspaces.RunsetSettings(groupby=[workspaces.Metric("Group"), workspaces.Metric("JobType")]),
+        runset_settings=workspaces.RunsetSettings(
+            filters=f"Metric('Group') == {_quoted(run_name)}" if run_name else "",
+            groupby=[workspaces.Metric("Group"), workspaces.Metric("JobType")],
+        ),
     )
+
+
+def _quoted(text: str) -> str:
+    """A literal for a filter, whose parser would change `lr=0.1` to `lr==0.1` even between quotes."""
+    return "'" + "".join(letter if letter.isalnum() else f"\\U{ord(letter):08x}" for letter in text) + "'"
 
 
 def _panels(section: Section, panels: Any) -> Iterator[Any]:
@@ -121,7 +136,7 @@ def as_json(found: Any) -> str:
     return str(found._to_model().spec.model_dump_json(by_alias=True, exclude_none=True, indent=2))
 
 
-def save(*, entity: str | None, project: str, name: str) -> str:
+def save(*, entity: str | None, project: str, name: str, run_name: str = "") -> str:
     """Save the workspace; where it can be seen.
 
     Raises:
@@ -130,7 +145,7 @@ def save(*, entity: str | None, project: str, name: str) -> str:
     # Here, not above: printing needs no key, and so no wandb.
     from rlhf.tracking.wandb import default_entity, refusals
 
-    found = workspace(entity=entity or default_entity(), project=project, name=name)
+    found = workspace(entity=entity or default_entity(), project=project, name=name, run_name=run_name)
     with refusals():
         return str(found.save().url)
 
@@ -140,10 +155,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rlhf.tracking.dashboard", description="The W&B workspace.")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", PROJECT))
     parser.add_argument("--entity", default=os.environ.get("WANDB_ENTITY"), help="team or user; else the key's own")
-    parser.add_argument("--name", default="RLHF pipeline", help="of the view")
+    parser.add_argument("--name", help="of the view; else that of the run, or RLHF pipeline")
+    parser.add_argument(
+        "--run-name", default="", help="show the stages of this run alone (`name` of its configuration)"
+    )
     parser.add_argument("--print", action="store_true", help="write its JSON instead of saving it")
     arguments = parser.parse_args()
-    names = {"project": arguments.project, "name": arguments.name}
+    name = arguments.name or arguments.run_name or "RLHF pipeline"
+    names = {"project": arguments.project, "name": name, "run_name": arguments.run_name}
     try:
         if arguments.print:
             text = as_json(workspace(entity=arguments.entity or "", **names))

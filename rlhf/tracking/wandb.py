@@ -84,7 +84,9 @@ def refusals() -> Iterator[None]:
     Raises:
         ValueError: there is no key or no network, or the server turned it away.
     """
-    choose_mode(WandbMode.online)
+    obstacle = _obstacle()
+    if obstacle is not None:
+        raise ValueError(f"W&B cannot be asked: {obstacle}. Run `wandb login` or set WANDB_API_KEY; check the network.")
     try:
         yield
     except (wandb.Error, OSError, TypeError, KeyError) as error:  # of what is no answer, its client makes the last two

@@ -18,28 +18,48 @@ ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "rlhf.tracking.dashboard"]
 
 
-def call(*arguments, home, **settings):
-    """What the command says, on a terminal that nobody answers at."""
+def call(*arguments, home, command=COMMAND, **settings):
+    """What the command says."""
+    return subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment(home, **settings),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def call_on_a_terminal(*, home, **settings):
+    """Exit status of the command, and what it says on a terminal that nobody answers at.
+
+    W&B asks only where both stdin and stderr are a terminal.
+    """
     ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        COMMAND, cwd=ROOT, env=environment(home, **settings), stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
     try:
-        return subprocess.run(
-            [*COMMAND, *arguments],
-            cwd=ROOT,
-            env=environment(home, **settings),
-            stdin=theirs,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-        )
+        status = process.wait(timeout=30)
+        return status, os.read(ours, 10000).decode()
     finally:
+        process.kill()
         os.close(ours)
-        os.close(theirs)
 
 
 @pytest.fixture(scope="module")
 def spec():
     return json.loads(dashboard.as_json(dashboard.workspace(entity="team", project="p", name="n")))
+
+
+def without_ids(found):
+    """`found` without the random names that wandb_workspaces gives to panels and sections."""
+    if isinstance(found, dict):
+        return {key: without_ids(value) for key, value in found.items() if key not in ("id", "__id__", "ref")}
+    return [without_ids(item) for item in found] if isinstance(found, list) else found
 
 
 def charts():
@@ -73,6 +93,21 @@ def test_what_is_sent_has_the_axes_units_families_samples_and_groups(spec):
     assert [key["name"] for key in spec["section"]["runSets"][0]["grouping"]] == ["group", "jobType"]
 
 
+def filters(run_name):
+    found = dashboard.workspace(entity="team", project="p", name="n", run_name=run_name)
+    return json.loads(dashboard.as_json(found))["section"]["runSets"][0]["filters"]["filters"]
+
+
+@pytest.mark.parametrize("name", ["exp", "lr=0.1", "a<b>c", 'it\'s "it"', "back\\slash", "x within_last 5 days", "名"])
+def test_a_run_is_shown_alone_whatever_its_name(name):
+    (found,) = filters(name)
+    assert (found["key"], found["op"], found["value"]) == ({"section": "run", "name": "group"}, "=", name)
+
+
+def test_all_runs_are_shown_when_none_is_named():
+    assert filters("") == []
+
+
 def test_it_reads_back_as_it_was_written(spec):
     from wandb_workspaces.workspaces import internal
 
@@ -95,26 +130,28 @@ def test_printing_needs_neither_key_nor_network(tmp_path):
         ({"WANDB_API_KEY": KEY, "WANDB_BASE_URL": "closed"}, "did not answer within 3 seconds"),
     ],
 )
-def test_without_key_or_network_one_sentence_says_so_and_nobody_is_asked(tmp_path, settings, said):
+def test_without_key_or_network_one_line_says_so_and_nobody_is_asked(tmp_path, settings, said):
     with port(listening=False) as nobody:
         settings = {name: nobody if value == "closed" else value for name, value in settings.items()}
-        done = call(home=tmp_path, **settings)
-    assert done.returncode == 1
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
-    assert done.stdout == ""
+        status, output = call_on_a_terminal(home=tmp_path, **settings)
+    assert status == 1
+    assert output.startswith("error: W&B cannot be asked: ")
+    assert said in output
+    assert output.count("\n") == 1
+    assert "tracking.wandb" not in output  # a setting of a run, which this is not
 
 
-def test_a_server_gets_the_workspace_and_the_reader_its_address(tmp_path, spec):
+def test_a_server_gets_the_workspace_and_the_reader_its_address(tmp_path):
     with serving() as server:
         settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-        done = call("--project", "mine", "--name", "A view", home=tmp_path, **settings)
+        done = call("--project", "mine", "--name", "A view", "--run-name", "exp", home=tmp_path, **settings)
     assert done.returncode == 0, done.stderr
     (view,) = server.views
     assert (view["entityName"], view["projectName"], view["displayName"]) == ("team", "mine", "A view")
     sent = json.loads(view["spec"])
-    names = [found["name"] for found in sent["section"]["panelBankConfig"]["sections"]]
-    assert names == [section.name for section in dashboard.sections()]
+    here = dashboard.workspace(entity="team", project="mine", name="A view", run_name="exp")
+    assert without_ids(sent) == without_ids(json.loads(dashboard.as_json(here)))
+    assert sent["section"]["runSets"][0]["filters"]["filters"][0]["value"] == "exp"
     assert done.stdout.startswith(f"{server.url}/team/mine?nw=")
 
 
@@ -126,7 +163,18 @@ def test_a_server_that_turns_us_away_is_one_sentence(tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    with pytest.raises(ValueError, match="pip install wandb-workspaces"):
-        dashboard.workspace(entity="", project="p", name="n")
+WITHOUT = """
+import runpy, sys
+sys.modules["wandb_workspaces"] = None
+sys.argv[0] = "dashboard"
+runpy.run_module("rlhf.tracking.dashboard", run_name="__main__")
+"""
+
+
+def test_a_missing_package_is_one_sentence_that_says_what_to_install(tmp_path):
+    done = call("--print", home=tmp_path, command=[sys.executable, "-c", WITHOUT])
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: the dashboard needs a package that is not here (wandb_workspaces")
+    assert done.stderr.endswith("run `pip install wandb-workspaces`.\n")
+    assert done.stderr.count("\n") == 1
