@@ -27,13 +27,13 @@ from rlhf.config import TrackingConfig, WandbMode
 from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import valid_json
 from rlhf.tracking.metrics import HISTOGRAMS, STEP, metrics_of
+from rlhf.tracking.offline_log import cut_torn_record
 
 logger = logging.getLogger(__name__)
 
 _REACH_SECONDS = 3.0
 _INIT_SECONDS = 20.0
 _FINISH_SECONDS = 60.0
-_HEADER_BYTES = 7  # of a log without a record
 _NO_KEY = "there is no API key"
 
 
@@ -248,16 +248,16 @@ def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: Choice) -> w
             wandb.teardown()  # else the id of the attempt counts as in use
     level = logging.INFO if choice.reason in ("asked for", _NO_KEY) else logging.WARNING
     folder = Path(arguments["dir"]) / "wandb"
-    _remove_empty(folder, arguments["id"])
+    _repair(folder, arguments["id"])
     logger.log(level, "W&B is offline (%s); see the charts with `wandb leet %s`.", choice.reason, folder)
     return wandb.init(mode="offline", settings=settings, **arguments)
 
 
-def _remove_empty(folder: Path, run_id: str) -> None:
-    """Remove what a kill has left of earlier parts of a run: files without a record, over which a sync would stumble.
+def _repair(folder: Path, run_id: str) -> None:
+    """Take away what a kill has left of earlier parts of a run and a sync would stumble over.
 
-    W&B writes blocks of 32 KiB, so a kill can cost a short run everything; `Tracker.rewind` gives it again.
+    A kill can cost a short run every record; `Tracker.rewind` gives them again.
     """
     for log in folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
-        if log.stat().st_size <= _HEADER_BYTES:
+        if not cut_torn_record(log):
             shutil.rmtree(log.parent)

@@ -237,10 +237,18 @@ about = {"stage": "ppo", "run_name": "exp", "run_config": {}, "total_steps": 9, 
 with Tracker(Path(sys.argv[1]) / "ppo", config=config, **about) as track:
     track.rewind(resumed)
     for step in range(first, first + 3):
-        track.samples(step, [{"prompt": "p", "score": step}])
-        track.log(step, {"objective/kl": step / 2})
+        log(track, step)
     if len(sys.argv) > 4:
         os.kill(os.getpid(), signal.SIGKILL)
+"""
+WITH_SAMPLES = """
+def log(track, step):
+    track.samples(step, [{"prompt": "p", "score": step}])
+    track.log(step, {"objective/kl": step / 2})
+"""
+LARGE = """
+def log(track, step):  # some of W&B's blocks of 32 KiB for each row, so that a kill costs the last one
+    track.log(step, {"objective/kl": step / 2, **{f"gold/{number}": float(step) for number in range(2000)}})
 """
 
 
@@ -248,9 +256,9 @@ def test_a_killed_and_resumed_offline_run_reads_as_one(tmp_path):
     out = tmp_path / "out"
     out.mkdir()
     with pytest.raises(AssertionError):
-        python(TRACK, out, 1, -1, "killed", home=tmp_path)
+        python(WITH_SAMPLES + TRACK, out, 1, -1, "killed", home=tmp_path)
     time.sleep(1.1)  # W&B names the folders by the second
-    python(TRACK, out, 3, 2, home=tmp_path)
+    python(WITH_SAMPLES + TRACK, out, 3, 2, home=tmp_path)
     (folder,) = (out / "wandb").glob("offline-run-*")  # the killed one held nothing
     found = records(folder)
     assert series(found, "objective/kl") == [(step, step / 2) for step in range(1, 6)]
@@ -258,18 +266,39 @@ def test_a_killed_and_resumed_offline_run_reads_as_one(tmp_path):
     assert [row for file in files for row in json.loads(file.read_text())["data"]] == [[n, "p", n] for n in range(1, 6)]
 
 
+def synced(out, *, home):
+    """What a server knows after `wandb sync` of all parts of the run, which are two."""
+    folders = sorted((out / "wandb").glob("offline-run-*"))
+    assert len(folders) == 2
+    with serving() as server:
+        settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
+        command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
+        subprocess.run(command, env=environment(home, **settings), check=True, capture_output=True, timeout=60)
+    assert {upsert["name"] for upsert in server.upserts} == {(out / "ppo/wandb_id").read_text().strip()}
+    return server
+
+
+def test_a_killed_and_resumed_run_is_one_whole_run_when_it_is_synced(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(AssertionError):
+        python(LARGE + TRACK, out, 1, -1, "killed", home=tmp_path)
+    time.sleep(1.1)  # W&B names the folders by the second
+    python(LARGE + TRACK, out, 3, 2, home=tmp_path)
+    server = synced(out, home=tmp_path)
+    found = [(row["trainer/step"], row["objective/kl"]) for row in server.rows if "objective/kl" in row]
+    again = [(step, step / 2) for step in range(1, 6)]  # by the resumed part, which is told everything
+    assert found[-5:] == again
+    assert set(found) == set(again)
+    assert len(found) > 5, "the killed part held nothing: it was not what this test is about"
+
+
 def test_both_parts_of_a_run_are_one_run_when_they_are_synced(tmp_path):
     out = tmp_path / "out"
     for first in (1, 3):
         python(RUN + FINISH, "offline", out, first, home=tmp_path)
         time.sleep(1.1)
-    folders = sorted((out / "wandb").glob("offline-run-*"))
-    with serving() as server:
-        settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
-        command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
-        subprocess.run(command, env=environment(tmp_path, **settings), check=True, capture_output=True, timeout=60)
-    assert len(folders) == 2
-    assert {upsert["name"] for upsert in server.upserts} == {(out / "ppo/wandb_id").read_text().strip()}
+    server = synced(out, home=tmp_path)
     assert [row["trainer/step"] for row in server.rows if "objective/kl" in row] == [1, 2, 3, 3, 4, 5]
 
 
