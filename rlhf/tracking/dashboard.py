@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.tracking.metrics import METRICS, PPO, STEP, Metric
+from rlhf.tracking.metrics import ITERATION, METRICS, PPO, STEP, Metric
 
 PROJECT = "rlhf-pipeline"
 
@@ -29,7 +29,7 @@ class Chart:
     title: str
     metrics: tuple[str, ...]
     """Keys of the registry; one that ends in `/*` stands for all of its family."""
-    x: str = STEP
+    x: str
     unit: str = ""
 
 
@@ -53,8 +53,8 @@ def sections() -> list[Section]:
             (
                 Chart("Held-out score over KL", (proxy,), x="eval/kl", unit="score"),
                 Chart("Metrics that no model was trained on, over KL", (gold,), x="eval/kl"),
-                Chart("Held-out score", (proxy,), unit="score"),
-                Chart("Metrics that no model was trained on", (gold,)),
+                Chart("Held-out score", (proxy,), x=ITERATION, unit="score"),
+                Chart("Metrics that no model was trained on", (gold,), x=ITERATION),
                 *_charts(lambda key, entry: _of_ppo(key, entry) and key not in (proxy, gold)),
             ),
         ),

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 STEP = "trainer/step"
 """Our own axis, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""
 
+ITERATION = "ppo/iteration"
+"""The axis of what PPO alone logs: the same number there, under a name that says what it counts."""
+
 HISTOGRAMS = ("gradients", "weights")
 """Families of distributions, which go to W&B alone, where `tracking.histograms_every` asks for them."""
 
@@ -35,8 +38,11 @@ class Metric:
     """One line for somebody who sees it for the first time."""
     headline: bool = False
     """Shown beside the progress bar."""
-    step: str = STEP
-    """The metric that it is drawn over."""
+
+    @property
+    def step(self) -> str:
+        """The axis that it is drawn over."""
+        return ITERATION if self.stages == PPO else STEP
 
 
 METRICS: dict[str, Metric] = {
@@ -126,6 +132,11 @@ def metric(key: str) -> Metric:
 def metrics_of(stage: str) -> dict[str, Metric]:
     """The part of the registry that `stage` logs, in the registry's order."""
     return {key: entry for key, entry in METRICS.items() if stage in entry.stages}
+
+
+def axes_of(stage: str) -> list[str]:
+    """The axes that `stage` logs beside its metrics."""
+    return list(dict.fromkeys([STEP, *(entry.step for entry in metrics_of(stage).values())]))
 
 
 def check(stage: str, keys: list[str]) -> None:

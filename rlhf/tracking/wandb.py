@@ -26,7 +26,7 @@ import wandb
 from rlhf.config import TrackingConfig, WandbMode
 from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import valid_json
-from rlhf.tracking.metrics import HISTOGRAMS, STEP, metrics_of
+from rlhf.tracking.metrics import HISTOGRAMS, STEP, axes_of, metrics_of
 from rlhf.tracking.offline_log import cut_torn_record
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,9 @@ class WandbRun:
         }
         self._name = f"{run_name}-{stage}"
         self._run = _start(arguments, wanted=config.wandb, choice=choice)
-        self._run.define_metric(STEP, hidden=True)
+        self._axes = axes_of(stage)
+        for axis in self._axes:
+            self._run.define_metric(axis, hidden=True)
         for family, step in {key.partition("/")[0]: entry.step for key, entry in metrics_of(stage).items()}.items():
             self._run.define_metric(f"{family}/*", step_metric=step)
         for family in HISTOGRAMS:
@@ -174,7 +176,7 @@ class WandbRun:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one row."""
-        self._run.log({STEP: step, **metrics})
+        self._run.log({**dict.fromkeys(self._axes, step), **metrics})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to the table `samples`; each call sends only what is new."""

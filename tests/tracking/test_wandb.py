@@ -161,6 +161,10 @@ def series(found, key):
     return [(row["trainer/step"], row[key]) for row in rows if key in row]
 
 
+def numbers_of(found):
+    return [row for row in found["history"] if "objective/kl" in row["item"]]
+
+
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory):
     """Output of an offline run of three steps, and of its resumption, which fails."""
@@ -185,8 +189,10 @@ def test_an_offline_run_and_its_resumption_are_read_back(offline):
     assert series(second, "objective/kl") == [(3, 1.5), (4, 2.0), (5, 2.5)]
     assert [found["exit"][0].get("exit_code", 0) for found in (first, second)] == [0, 1]
     axes = {metric.get("glob_name") or metric["name"]: metric.get("step_metric") for metric in first["metric"]}
-    assert axes["trainer/step"] is None
-    assert {axes[glob] for glob in ("objective/*", "eval/*", "gold/*", "timing_s/*")} == {"trainer/step"}
+    assert axes["trainer/step"] is axes["ppo/iteration"] is None
+    assert {axes[glob] for glob in ("objective/*", "eval/*", "gold/*", "rollout/*")} == {"ppo/iteration"}
+    assert {axes[glob] for glob in ("timing_s/*", "memory/*", "perf/*", "samples")} == {"trainer/step"}
+    assert all(row["item"]["ppo/iteration"] == row["item"]["trainer/step"] for row in numbers_of(first))
     assert {"eval/score": 2.5}.items() <= {k: v for s in first["summary"] for k, v in s["update"].items()}.items()
 
 
@@ -309,7 +315,7 @@ def test_an_online_run_reaches_the_server(tmp_path):
     upsert = server.upserts[0]
     assert (upsert["groupName"], upsert["jobType"], upsert["displayName"]) == ("exp", "ppo", "exp/ppo")
     assert json.loads(upsert["config"])["ppo"]["value"] == {"kl": {"coef": 0.05}}
-    assert [(row["trainer/step"], row["objective/kl"]) for row in server.rows] == [(1, 0.5), (2, 1.0), (3, 1.5)]
+    assert [(row["ppo/iteration"], row["objective/kl"]) for row in server.rows] == [(1, 0.5), (2, 1.0), (3, 1.5)]
     assert done.stderr.startswith(f"INFO W&B: {server.url}/")
 
 
