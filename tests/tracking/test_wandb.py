@@ -279,7 +279,8 @@ def synced(out, *, home):
     with serving() as server:
         settings = {"WANDB_API_KEY": KEY, "WANDB_BASE_URL": server.url}
         command = [sys.executable, "-m", "wandb", "sync", *map(str, folders)]
-        subprocess.run(command, env=environment(home, **settings), check=True, capture_output=True, timeout=60)
+        environ = environment(home, **settings)
+        subprocess.run(command, env=environ, cwd=home, check=True, capture_output=True, timeout=60)
     assert {upsert["name"] for upsert in server.upserts} == {(out / "ppo/wandb_id").read_text().strip()}
     return server
 
