@@ -1,19 +1,18 @@
 """What `stage=eval` has left in a run's folder, as the report shows it.
 
-Every comparison is a section: tables, how sure and how right the reward model is, and answers side by side. Files are
-read as far as they can be. Left out: what the tables say (`rlhf/tracking/evaluations.py`).
+Every comparison is a section: tables, how sure and how right the reward model is, and answers side by side. Left out:
+what the tables say (`rlhf/tracking/evaluations.py`).
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from rlhf.tracking.evaluations import FOLDER, RESULTS, SAMPLES, Table, tables
 from rlhf.tracking.report import charts
+from rlhf.tracking.report.reading import Reader, Row
 from rlhf.tracking.table import number
 from rlhf.tracking.watch import is_number
 
@@ -46,18 +45,25 @@ class Evaluation:
     """Of the file."""
 
 
-def read_evaluations(folder: Path, *, notes: list[str]) -> list[Evaluation]:
-    """All comparisons below a run's `folder`, the one without a name first; what cannot be read is put in `notes`."""
-    found = [folder / FOLDER / RESULTS, *sorted((folder / FOLDER).glob(f"*/{RESULTS}"))]
-    results = {path.parent: _mapping(path, notes) for path in found if path.is_file()}
-    return [_evaluation(folder, place, content=content, notes=notes) for place, content in results.items() if content]
+def read_evaluations(reader: Reader) -> list[Evaluation]:
+    """All comparisons of a run, the one without a name first; what cannot be read is noted by the reader."""
+    root = reader.folder / FOLDER
+    places = ["", *sorted(path.parent.name for path in root.glob(f"*/{RESULTS}"))]
+    found = [name for name in places if (root / name / RESULTS).is_file()]
+    evaluations = (_evaluation(reader, name) for name in found)
+    return [evaluation for evaluation in evaluations if evaluation is not None]
 
 
-def _evaluation(folder: Path, place: Path, *, content: Mapping[str, Any], notes: list[str]) -> Evaluation:
-    samples = list(_samples(place / SAMPLES, notes))
-    name = "" if place.parent == folder else place.name
+def _evaluation(reader: Reader, name: str) -> Evaluation | None:
+    place = f"{FOLDER}/{name}/" if name else f"{FOLDER}/"
+    content = reader.mapping(place + RESULTS)
+    if not content:
+        return None
+    rows = reader.objects(place + SAMPLES)
     shown = tables(content, meanings=True)
-    return Evaluation(name, shown, _diagram(content, name), samples[:MOST_SAMPLES], sample_count=len(samples))
+    return Evaluation(
+        name, shown, _diagram(content, name), [_sample(row) for row in rows[:MOST_SAMPLES]], sample_count=len(rows)
+    )
 
 
 def _diagram(content: Mapping[str, Any], name: str) -> str:
@@ -76,43 +82,16 @@ def _diagram(content: Mapping[str, Any], name: str) -> str:
     return charts.curves(frame, {"reward model": points, "as sure as right": [(0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]})
 
 
-def _samples(path: Path, notes: list[str]) -> Iterator[Sample]:
-    for line in _read(path, notes).split("\n"):
-        row = _parsed(line)
-        if not isinstance(row, Mapping):
-            continue
-        sides = {side: row[side] for side in ("model", "against") if isinstance(row.get(side), Mapping)}
-        judged = row.get("preferences")
-        yield Sample(
-            prompt=str(row.get("prompt", "")),
-            answers={side: str(said.get("response", "")) for side, said in sides.items()},
-            numbers={side: _numbers(said) for side, said in sides.items()},
-            preferences=_numbers(judged) if isinstance(judged, Mapping) else {},
-        )
+def _sample(row: Row) -> Sample:
+    sides = {side: row[side] for side in ("model", "against") if isinstance(row.get(side), Mapping)}
+    judged = row.get("preferences")
+    return Sample(
+        prompt=str(row.get("prompt", "")),
+        answers={side: str(said.get("response", "")) for side, said in sides.items()},
+        numbers={side: _numbers(said) for side, said in sides.items()},
+        preferences=_numbers(judged) if isinstance(judged, Mapping) else {},
+    )
 
 
 def _numbers(row: Mapping[str, Any]) -> dict[str, str]:
     return {str(key): number(float(value)) for key, value in row.items() if is_number(value)}
-
-
-def _mapping(path: Path, notes: list[str]) -> Mapping[str, Any]:
-    content = _parsed(_read(path, notes))
-    if not isinstance(content, Mapping):
-        notes.append(f"{path.parent.name}/{path.name} is no JSON object; it was left out.")
-        return {}
-    return content
-
-
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
-
-
-def _read(path: Path, notes: list[str]) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        notes.append(f"{path.parent.name}/{path.name} cannot be read ({error.strerror}).")
-        return ""

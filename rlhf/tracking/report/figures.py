@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from rlhf.tracking.metrics import Metric, metric
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.charts import Frame
-from rlhf.tracking.report.record import Row, StageRecord
+from rlhf.tracking.report.reading import Row
+from rlhf.tracking.report.record import StageRecord
 from rlhf.tracking.watch import by_step, is_number
 
 _STEP = {"ppo": "iteration"}

@@ -20,7 +20,8 @@ from markupsafe import Markup
 
 from rlhf.tracking.report import figures
 from rlhf.tracking.report.figures import known
-from rlhf.tracking.report.record import Row, RunRecord, StageRecord, read_run
+from rlhf.tracking.report.reading import Row
+from rlhf.tracking.report.record import RunRecord, StageRecord, read_run
 from rlhf.tracking.table import number, printable_lines
 from rlhf.tracking.watch import by_step, is_number, signs
 

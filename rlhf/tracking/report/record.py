@@ -5,8 +5,6 @@ Left out: model weights and checkpoints.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +13,7 @@ from rlhf.config import STAGES
 from rlhf.tracking import watch
 from rlhf.tracking.evaluations import FOLDER
 from rlhf.tracking.report.evaluation import Evaluation, read_evaluations
-
-Row = dict[str, Any]
-
-_LARGEST_STEP = 2**53  # above, a float skips steps
+from rlhf.tracking.report.reading import Reader, Row
 
 
 @dataclass(frozen=True)
@@ -92,17 +87,17 @@ def read_run(folder: Path) -> RunRecord:
             "one of these."
         )
     whole, names = (folder.parent, (folder.name,)) if _is_stage(folder) else (folder, STAGES)
-    reader = _Reader(whole)
+    reader = Reader(whole)
     begun = [name for name in names if (whole / name).is_dir()]
     plans = reader.mapping("plan.json", required=bool(begun))
     return RunRecord(
         folder,
-        [reader.stage(name, planned=plans.get(name)) for name in begun],
+        [_stage(reader, name, planned=plans.get(name)) for name in begun],
         config=reader.text("config.yaml", required=bool(begun)) or reader.text("eval/config.yaml", required=False),
         plan=reader.text("plan.txt", required=bool(begun)),
         starts=reader.objects("origin.jsonl"),
+        evaluations=[] if _is_stage(folder) else read_evaluations(reader),
         notes=reader.notes,
-        evaluations=read_evaluations(folder, notes=reader.notes),
     )
 
 
@@ -132,88 +127,25 @@ def _is_stage(folder: Path) -> bool:
 
 def read_outcome(folder: Path) -> Outcome:
     """What the stage in `folder` came to."""
-    reader = _Reader(folder)
+    reader = Reader(folder)
     record = reader.mapping("stage.json", required=False)
     return Outcome(_numbers(record.get("after")), "; ".join(f"{folder.name}/{note}" for note in reader.notes))
 
 
-class _Reader:
-    """Reads files of one folder, and notes what cannot be read."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.notes: list[str] = []
-
-    def stage(self, name: str, *, planned: Any) -> StageRecord:
-        record = self.mapping(f"{name}/stage.json", required=False)
-        rows = self.rows(f"{name}/metrics.jsonl")
-        before = _numbers(record.get("before")) or _evaluation(rows, first=True)
-        return StageRecord(
-            name,
-            rows,
-            samples=self.rows(f"{name}/samples.jsonl", required=name == "ppo"),
-            before=before,
-            after=_numbers(record.get("after")) or _evaluation(rows, first=False),
-            summary=_numbers(self.mapping(f"{name}/summary.json", required=bool(record))),
-            planned={phase: _numbers(places) for phase, places in planned.items()} if isinstance(planned, dict) else {},
-            is_finished=bool(record),
-        )
-
-    def text(self, name: str, *, required: bool = True) -> str:
-        return self._read(name, required=required)
-
-    def mapping(self, name: str, *, required: bool = True) -> dict[str, Any]:
-        text = self._read(name, required=required)
-        try:
-            content = json.loads(text or "{}")
-        except json.JSONDecodeError as error:
-            self.notes.append(f"{name} is not JSON ({error}); it was left out.")
-            return {}
-        return content if isinstance(content, dict) else {}
-
-    def rows(self, name: str, *, required: bool = True) -> list[Row]:
-        """The good rows, in the order of the file: those with a step."""
-        return self._lines(name, required=required, what="rows with a step", is_good=_has_step)
-
-    def objects(self, name: str) -> list[Row]:
-        """The good lines of a file whose rows have no step."""
-        return self._lines(name, required=True, what="rows", is_good=lambda _: True)
-
-    def _lines(self, name: str, *, required: bool, what: str, is_good: Callable[[Row], bool]) -> list[Row]:
-        rows, broken = [], []
-        for number, line in enumerate(self._read(name, required=required).split("\n"), start=1):
-            row = _row(line)
-            if row is not None and is_good(row):
-                rows.append(row)
-            elif line.strip():
-                broken.append(str(number))
-        if broken:
-            shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
-            self.notes.append(f"{name}: {len(broken)} lines are no {what} ({shown}); they were left out.")
-        return rows
-
-    def _read(self, name: str, *, required: bool) -> str:
-        try:
-            return (self._folder / name).read_text(encoding="utf-8", errors="backslashreplace")
-        except FileNotFoundError:
-            if required:
-                self.notes.append(f"{name} is missing.")
-        except OSError as error:
-            self.notes.append(f"{name} cannot be read ({error.strerror}).")
-        return ""
-
-
-def _row(line: str) -> Row | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _has_step(row: Row) -> bool:
-    step = row.get("step")
-    return isinstance(step, int) and not isinstance(step, bool) and abs(step) < _LARGEST_STEP
+def _stage(reader: Reader, name: str, *, planned: Any) -> StageRecord:
+    record = reader.mapping(f"{name}/stage.json", required=False)
+    rows = reader.rows(f"{name}/metrics.jsonl")
+    before = _numbers(record.get("before")) or _evaluation(rows, first=True)
+    return StageRecord(
+        name,
+        rows,
+        samples=reader.rows(f"{name}/samples.jsonl", required=name == "ppo"),
+        before=before,
+        after=_numbers(record.get("after")) or _evaluation(rows, first=False),
+        summary=_numbers(reader.mapping(f"{name}/summary.json", required=bool(record))),
+        planned={phase: _numbers(places) for phase, places in planned.items()} if isinstance(planned, dict) else {},
+        is_finished=bool(record),
+    )
 
 
 def _numbers(content: Any) -> dict[str, float]:
