@@ -67,7 +67,7 @@ def run_eval(run: RunConfig, world: World) -> None:
         write_lines(folder / SAMPLES, samples)
         write_lines(folder / RESULTS, [results], indent=2)
         show(results, folder)
-        send(run, results, samples=samples)
+        send(run, results, samples=samples, folder=folder)
     barrier()
 
 
@@ -186,20 +186,21 @@ def write_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | 
     temporary.replace(path)
 
 
-def send(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mapping[str, Any]]) -> None:
-    """Give W&B the means, and every answer with its numbers; a second evaluation goes on in the run of the first."""
-    config, folder = run.tracking, Path(run.output_dir) / FOLDER
-    to = start_wandb(folder, stage=FOLDER, config=config, run_name=run.name, run_config=as_plain(run))
+def send(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
+    """Give W&B the means, and every answer with its numbers; an evaluation of the same name goes on in the same run."""
+    to = start_wandb(
+        folder,
+        root=Path(run.output_dir),
+        stage=FOLDER,
+        config=run.tracking,
+        run_name=run.name,
+        run_config=as_plain(run),
+    )
     if to is None:
         return
     to.summary(summary_of(results))
-    said = [
-        {"side": side, "prompt": row["prompt"], **row[side]}
-        for row in samples
-        for side in ("model", "against")
-        if side in row
-    ]
-    to.samples(0, said)
+    sides = ((row, side) for row in samples for side in ("model", "against") if side in row)
+    to.samples(0, [{"side": side, "prompt": row["prompt"], **row[side]} for row, side in sides])
     to.finish(failed=False)
 
 

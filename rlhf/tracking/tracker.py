@@ -63,7 +63,12 @@ class Tracker:
         self._lookout = Lookout(self._metrics, self._samples)
         self._progress = StageProgress(self.stage, self.total_steps, mode=self.config.progress)
         self._run = start_wandb(
-            self.folder, stage=self.stage, config=self.config, run_name=self.run_name, run_config=self.run_config
+            self.folder,
+            root=self.folder.parent,
+            stage=self.stage,
+            config=self.config,
+            run_name=self.run_name,
+            run_config=self.run_config,
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -166,9 +171,9 @@ class Tracker:
 
 
 def start_wandb(
-    folder: Path, *, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
+    folder: Path, *, root: Path, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
 ) -> WandbRun | None:
-    """The W&B run of what happens in `folder`, as the configuration asks for it; None where it asks for none.
+    """The W&B run of what is done in `folder`, as the configuration asks for it; None where it asks for none.
 
     Raises:
         ValueError: W&B was asked to be online, and cannot be.
@@ -179,7 +184,9 @@ def start_wandb(
     # Here, not above: the other ranks and runs without W&B need not wait for it, or have it.
     from rlhf.tracking.wandb import WandbRun
 
-    return WandbRun(folder, stage=stage, config=replace(config, wandb=mode), run_name=run_name, run_config=run_config)
+    return WandbRun(
+        folder, root=root, stage=stage, config=replace(config, wandb=mode), run_name=run_name, run_config=run_config
+    )
 
 
 def requested_mode(configured: WandbMode) -> WandbMode:

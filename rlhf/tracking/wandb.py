@@ -139,11 +139,20 @@ class WandbRun:
     """One stage's run: grouped with the other stages of the same name, continued under the same id when resumed."""
 
     def __init__(
-        self, folder: Path, *, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
+        self, folder: Path, *, root: Path, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
     ) -> None:
-        """Start or continue the run of the stage in `folder`, in the group `run_name`; see `choose_mode` for errors."""
+        """Start or continue the run of what is done in `folder`, below `root`; see `choose_mode` for errors.
+
+        Args:
+            folder: has the id; its name below `root` is the run's name in the group.
+            root: of the whole run, where W&B's files go.
+            stage: what is done.
+            config: how W&B is used.
+            run_name: the group.
+            run_config: what is shown as the configuration.
+        """
         # wandb would keep copies of tables and its own log in the home folder, and report errors to its makers.
-        os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(folder.parent / "wandb")
+        os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(root / "wandb")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         choice = choose_mode(config.wandb)
         arguments = {
@@ -151,11 +160,11 @@ class WandbRun:
             "entity": config.entity,
             "group": run_name,
             "job_type": stage,
-            "name": f"{run_name}/{stage}",
+            "name": f"{run_name}/{folder.relative_to(root)}",
             "id": _run_id(folder, stage),
             "resume": "allow",
             "config": run_config,
-            "dir": str(folder.parent),
+            "dir": str(root),
         }
         self._name = f"{run_name}-{stage}"
         self._run = _start(arguments, wanted=config.wandb, choice=choice)

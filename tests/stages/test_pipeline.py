@@ -245,4 +245,4 @@ def test_an_evaluation_follows_stages_that_are_finished(one_rank):
     (score,) = [row["model"]["mean"] for row in results["measures"] if row["name"] == "score"]
     assert sent["model/score"] == pytest.approx(score)
     assert sent["win_rate/reward"] == results["judges"]["reward"]["win_rate"]["mean"]
-    assert found["run"][0]["job_type"] == "eval"
+    assert (found["run"][0]["job_type"], found["run"][0]["display_name"]) == ("eval", "smoke/eval/later")

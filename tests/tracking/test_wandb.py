@@ -40,7 +40,8 @@ gate._FINISH_SECONDS = 2.0
 folder = Path(sys.argv[2]) / "ppo"
 folder.mkdir(parents=True, exist_ok=True)
 config = TrackingConfig(wandb=WandbMode(sys.argv[1]), project="project")
-run = gate.WandbRun(folder, stage="ppo", config=config, run_name="exp", run_config={"ppo": {"kl": {"coef": 0.05}}})
+about = {"root": folder.parent, "stage": "ppo", "run_name": "exp", "run_config": {"ppo": {"kl": {"coef": 0.05}}}}
+run = gate.WandbRun(folder, config=config, **about)
 first = int(sys.argv[3])
 for step in range(first, first + 3):
     run.log(step, {"objective/kl": step / 2, "objective/scores": float("nan") if step == 2 else 1.0})
