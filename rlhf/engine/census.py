@@ -1,6 +1,7 @@
 """How gradients and weights are distributed, counted as the update passes over them, wherever they rest.
 
-Left out: when to count (`stages/session.py`), and where the counts go.
+Left out: when to count (`stages/session.py`), where the counts go, and a loss scale that changes while a delayed update
+is on its way.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ import torch
 
 from rlhf.dist import sum_over_ranks
 from rlhf.engine.adam_kernel import Piece
+from rlhf.engine.loss_scale import LossScale
 from rlhf.tracking.histogram import BINS, Histogram, count, histogram
 
 
 class Census:
     """Counts of one or several steps."""
 
-    def __init__(self, names: Sequence[str], *, loss_scale: float, left_out: Collection[str]) -> None:
+    def __init__(self, names: Sequence[str], *, loss_scale: LossScale, left_out: Collection[str]) -> None:
         """Count from now on.
 
         Args:
             names: the parameters that learn, the same on every rank.
-            loss_scale: by which the gradients are too large.
+            loss_scale: by which the gradients of a step are too large; it may change from step to step.
             left_out: parameters that another rank counts.
         """
         self._places = {name: place for place, name in enumerate(names)}
@@ -35,7 +37,7 @@ class Census:
         if piece.name in self._left_out:
             return
         own = self._counts[self._places[piece.name]]
-        own[0] += count(piece.gradient / self._loss_scale).cpu()
+        own[0] += count(piece.gradient / self._loss_scale.value).cpu()
         own[1] += count(piece.weight).cpu()
 
     def over_ranks(self) -> dict[str, Histogram]:

@@ -95,7 +95,7 @@ class Engine:
         """Count how gradients and weights are distributed, in the steps from here to `observed`."""
         optimizer = self._learning.optimizer
         elsewhere = () if self.world.is_main else self._sharding.replicas
-        self._census = Census(optimizer.names(), loss_scale=self.loss_scale.value, left_out=elsewhere)
+        self._census = Census(optimizer.names(), loss_scale=self.loss_scale, left_out=elsewhere)
         optimizer.observe(self._census)
 
     def observed(self) -> dict[str, Histogram]:
