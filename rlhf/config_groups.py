@@ -266,7 +266,6 @@ class TrackingConfig:
     """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""
     report: bool = True
     """Write `report.html` after each stage and of the whole run: some seconds each."""
-
     histograms_every: int = 0
     """Steps (in PPO: iterations, over all their updates) between histograms of gradients, before clipping, and weights
     in W&B; 0 sends none."""

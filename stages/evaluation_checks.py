@@ -38,9 +38,9 @@ def check_evaluation(run: RunConfig, todo: list[str], *, ranks: int) -> None:
     """
     config = run.eval
     assert config is not None
-    check_judges(config, ranks=ranks)
+    check_eval_judges(config, ranks=ranks)
     check_presence(run, config, todo=todo)
-    to_come = {setting for setting, path in model_paths(config).items() if maker_of(run, path) in todo}
+    to_come = {setting for setting, path in model_paths(config).items() if stage_around(run, path) in todo}
     if run.model.embedded is not None and ("model" in to_come or run.model.path in model_paths(config).values()):
         prepare(run.model.embedded, Path(run.model.path))
     tokenizer = stage_tokenizer(run, run.model.path if "model" in to_come else config.model)
@@ -59,7 +59,7 @@ def check_evaluation(run: RunConfig, todo: list[str], *, ranks: int) -> None:
         )
 
 
-def check_judges(config: EvalConfig, *, ranks: int) -> None:
+def check_eval_judges(config: EvalConfig, *, ranks: int) -> None:
     """Every judge exists and has what it needs.
 
     Raises:
@@ -105,8 +105,8 @@ def model_paths(config: EvalConfig) -> dict[str, str]:
     return {name: path for name, path in named.items() if path is not None}
 
 
-def maker_of(run: RunConfig, path: str) -> str | None:
-    """The stage in whose folder of this run `path` lies, if it does."""
+def stage_around(run: RunConfig, path: str) -> str | None:
+    """The stage in whose folder of this run `path` lies, if it does: one of its products, or its best model."""
     folder = Path(path).expanduser()
     root = Path(run.output_dir)
     inside = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
@@ -120,21 +120,26 @@ def check_presence(run: RunConfig, config: EvalConfig, *, todo: list[str]) -> No
         ValueError: which is missing, and what would make it.
     """
     for setting, path in model_paths(config).items():
-        maker = maker_of(run, path)
+        maker = stage_around(run, path)
         if maker in todo or (run.model.embedded and path == run.model.path):
             continue
         try:
             local_folder(path)
         except ValueError as error:
-            chosen = [s for s in STAGES if s in run.stages or s in STAGES[: STAGES.index(maker) + 1]] if maker else []
-            first = f"Run the stages that make it first, as in stage=[{','.join([*chosen, 'eval'])}], or name" * bool(
-                maker
-            )
             null = "" if setting == "model" else f", or do without, as in eval.{setting}=null"
             raise ValueError(
-                f"eval.{setting}={path}: there is no such model ({error}) {first or 'Name'} another, as in "
+                f"eval.{setting}={path}: there is no such model ({error}) {_advice(run, maker)} another, as in "
                 f"eval.{setting}=MODEL{null}."
             ) from error
+
+
+def _advice(run: RunConfig, maker: str | None) -> str:
+    """What to do about a missing model, up to the word before `another`."""
+    if maker is None:
+        return "Name"
+    needed = {*run.stages, *STAGES[: STAGES.index(maker) + 1]}
+    chosen = ",".join([*(stage for stage in STAGES if stage in needed), "eval"])
+    return f"Run the stages that make it first, as in stage=[{chosen}], or name"
 
 
 def check_models(config: EvalConfig, tokenizer: Tokenizer, *, left_out: set[str]) -> None:

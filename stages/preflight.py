@@ -13,7 +13,17 @@ from data.demonstrations import demonstrations
 from data.loader import steps_of
 from data.preferences import preferences
 from data.prompts import prompts
-from rlhf.config import STAGES, EngineConfig, PPOConfig, RunConfig, SupervisedConfig, Tier, accumulation, divisible
+from rlhf.config import (
+    STAGES,
+    EngineConfig,
+    PPOConfig,
+    RunConfig,
+    SupervisedConfig,
+    Tier,
+    WandbMode,
+    accumulation,
+    divisible,
+)
 from rlhf.engine.tiers import disk
 from rlhf.evaluation import load_gold
 from rlhf.models.checkpoint import local_folder
@@ -55,7 +65,10 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
         check_disks(run, stage)
         check_inputs(run, stage)
     load_gold(run.data.gold)
-    requested_mode(run.tracking.wandb)
+    if requested_mode(run.tracking.wandb) is WandbMode.disabled and run.tracking.histograms_every:
+        log.warning(
+            "tracking.histograms_every=%s: W&B is disabled, and nothing else shows them", run.tracking.histograms_every
+        )
     if todo:
         check_data(run, todo)
     if run.eval is not None:

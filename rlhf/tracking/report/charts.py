@@ -155,7 +155,7 @@ class _Chart:
 
 @contextmanager
 def _chart(frame: Frame, layout: Literal["constrained"] | None = None) -> Iterator[_Chart]:
-    """A chart to draw in; without a layout, which takes three times as long, nothing may stand outside of the axes."""
+    """A chart to draw in; the layout, half of the work, is for what stands outside of the axes."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.title}):
         figure = Figure(figsize=frame.size, layout=layout)
         chart = _Chart(figure.add_subplot())
