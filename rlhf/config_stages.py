@@ -140,7 +140,7 @@ class KLConfig:
     kind: KLKind = KLKind.k1
     """Estimator in the reward."""
     coef: float = 0.05
-    """Reward lost per nat; where an adaptive coefficient starts."""
+    """Reward lost per nat; where an adaptive one starts. 0 loads no reference, unless `ppo.reference` names one."""
     target: float = 0.0
     """KL per sequence that an adaptive coefficient steers to (Ziegler et al. 2019); 0 keeps it fixed."""
     horizon: int = 10_000
@@ -205,6 +205,8 @@ class PPOConfig(StageConfig):
     """From the reward model's scalar to the reward."""
     advantage: AdvantageKind = AdvantageKind.gae
     """gae trains a critic; grpo, rloo and dr_grpo compare the responses to one prompt."""
+    advantage_eps: float = 1e-4
+    """Added to the standard deviation of a group's scores by which grpo divides; larger mutes groups that agree."""
     gamma: float = 1.0
     """Discount per token."""
     lam: float = 0.95
@@ -227,6 +229,17 @@ class PPOConfig(StageConfig):
     """Held-out prompts answered before and after; 0 evaluates nothing."""
     eval_every: int = 0
     """Iterations between evaluations; 0 evaluates at the start and the end only."""
+
+    @property
+    def reference_model(self) -> str | None:
+        """The model that is loaded as the reference; None where the actor without its adapters is one, or none is."""
+        unneeded = self.lora.rank > 0 or self.kl.coef == 0
+        return self.actor if self.reference is None and not unneeded else self.reference
+
+    @property
+    def measures_kl(self) -> bool:
+        """Whether there is a reference to measure KL from."""
+        return self.reference_model is not None or self.lora.rank > 0
 
     @property
     def updates_per_iteration(self) -> int:
@@ -260,6 +273,7 @@ class PPOConfig(StageConfig):
             self.value_clip_range is None or self.value_clip_range > 0,
             f"ppo.value_clip_range={self.value_clip_range}: expected a positive number or null.",
         )
+        require(self.advantage_eps > 0, f"ppo.advantage_eps={self.advantage_eps}: expected a positive number.")
         require(0 < self.gamma <= 1, f"ppo.gamma={self.gamma}: expected above 0, at most 1.")
         require(0 <= self.lam <= 1, f"ppo.lam={self.lam}: expected 0 to 1.")
         self._check_kl()

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from rlhf.algorithms.kl import clamped
 from rlhf.algorithms.masked import masked_mean
 from rlhf.algorithms.ppo import explained_variance
 from rlhf.algorithms.preference import pairwise_loss
@@ -131,15 +132,13 @@ def pair_scores(engine: Engine, batches: Sequence[CountedBatch]) -> Tensor:
     return torch.cat(gather_objects(torch.cat(pairs, dim=1)), dim=1)
 
 
-def rollout_metrics(rollout: Rollout, *, kl_coef: float) -> dict[str, float]:
+def rollout_metrics(rollout: Rollout, *, kl_coef: float, kl_kind: str) -> dict[str, float]:
     """What a rollout says of the actor, masked tokens left out; see `rlhf/tracking/metrics.py` for the meanings."""
     mask = rollout.response_mask
-    log_ratio = rollout.logprobs - rollout.reference_logprobs
     gap = (rollout.generation_logprobs - rollout.logprobs).abs() * mask
     penalty = -kl_coef * rollout.kl.sum(-1)
     return {
-        "objective/kl": float(log_ratio.sum(-1).mean()),
-        "objective/kl_per_token": float(masked_mean(log_ratio, mask)),
+        **_kl_metrics(rollout, kind=kl_kind),
         "objective/entropy": float(masked_mean(rollout.entropy, mask)),
         "objective/scores": float(rollout.scores.mean()),
         "objective/raw_scores": float(rollout.raw_scores.mean()),
@@ -152,6 +151,18 @@ def rollout_metrics(rollout: Rollout, *, kl_coef: float) -> dict[str, float]:
     }
 
 
+def _kl_metrics(rollout: Rollout, *, kind: str) -> dict[str, float]:
+    """How far the actor is from the reference; nothing where there is none."""
+    if rollout.reference_logprobs is None:
+        return {}
+    log_ratio = rollout.logprobs - rollout.reference_logprobs
+    return {
+        "objective/kl": float(log_ratio.sum(-1).mean()),
+        "objective/kl_per_token": float(masked_mean(log_ratio, rollout.response_mask)),
+        "objective/kl_clamped": float(masked_mean(clamped(rollout.kl, kind=kind), rollout.response_mask)),
+    }
+
+
 def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
     """How well the critic foresaw the returns `[B, R]` of the whole rollout."""
     explained = explained_variance(rollout.values, returns, rollout.response_mask)
@@ -160,7 +171,8 @@ def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
 
 def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric]) -> list[dict[str, str | float | bool]]:
     """One row per response, for people to read: what was said, how it was judged, what it cost."""
-    kl = (rollout.logprobs - rollout.reference_logprobs).sum(-1)
+    reference = rollout.reference_logprobs
+    kl = None if reference is None else (rollout.logprobs - reference).sum(-1)
     judged = {f"gold/{name}": metric(rollout.prompts, rollout.responses) for name, metric in gold.items()}
     return [
         {
@@ -169,7 +181,7 @@ def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric]) -> list[dict[str,
             "score": float(rollout.scores[row]),
             "raw_score": float(rollout.raw_scores[row]),
             **{name: float(values[row]) for name, values in judged.items()},
-            "kl": float(kl[row]),
+            **({} if kl is None else {"kl": float(kl[row])}),
             "length": int(rollout.lengths[row]),
             "ended": bool(rollout.ended[row]),
         }
@@ -181,7 +193,8 @@ def policy_metrics(rows: Sequence[dict[str, str | float | bool]]) -> dict[str, f
     """Means over `sample_rows` of held-out prompts: the reward model, the cost, and metrics that no model saw."""
     named = {"score": "eval/score", "kl": "eval/kl", "length": "eval/response_length", "ended": "eval/eos_rate"}
     named |= {name: name for name in rows[0] if name.startswith("gold/")}
-    metrics = {key: sum(float(row[name]) for row in rows) / len(rows) for name, key in named.items()}
+    measured = {name: key for name, key in named.items() if name in rows[0]}
+    metrics = {key: sum(float(row[name]) for row in rows) / len(rows) for name, key in measured.items()}
     return metrics | {"eval/distinct_2": distinct_bigrams([str(row["response"]) for row in rows])}
 
 

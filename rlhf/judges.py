@@ -94,11 +94,14 @@ def balanced_coin(count: int, *, seed: int) -> list[bool]:
     return coin
 
 
-def judged_by_scores(model: Sequence[float], against: Sequence[float]) -> list[Verdict]:
-    """The higher score is better; a pair with a score that is not finite is not judged."""
+def judged_by_scores(model: Sequence[float], against: Sequence[float], *, pairs: Pairs) -> list[Verdict]:
+    """The higher score is better; a pair with a score that is not finite is not judged.
+
+    Equal responses tie, whatever their scores: in 16 bits these depend on what else stood in the batch.
+    """
     scores = enumerate(zip(model, against, strict=True))
     return [
-        Verdict(row, float((ours > theirs) - (ours < theirs)))
+        Verdict(row, 0.0 if pairs.model[row] == pairs.against[row] else float((ours > theirs) - (ours < theirs)))
         for row, (ours, theirs) in scores
         if math.isfinite(ours) and math.isfinite(theirs)
     ]

@@ -69,6 +69,7 @@ class ScoreScale:
 class Said(Responses):
     """What the actor said on this rank, before anyone has judged it."""
 
+    sample_ids: Tensor  # [B] int64
     generation_logprobs: Tensor  # [B, R] fp32
     ended: Tensor  # [B] bool
     prompts: tuple[str, ...]  # B texts
@@ -113,15 +114,18 @@ class Collector:
     def _judge(self, said: Said, *, with_values: bool) -> Rollout:
         with self.models.actor.evaluating() as actor:
             logprobs, entropy = self._statistics(actor, said)
-        with self._reference() as reference:
-            reference_logprobs, _ = self._statistics(reference, said)
+        reference_logprobs, kl = None, torch.zeros_like(logprobs)
+        if self.config.measures_kl:
+            with self._reference() as reference:
+                reference_logprobs, _ = self._statistics(reference, said)
+            kl = kl_estimate(logprobs, reference_logprobs, kind=self.config.kl.kind)
         raw_scores = scores_of(self.models.reward, said, size=self.config.micro_batch_size)
         return Rollout(
             **{field.name: getattr(said, field.name) for field in fields(said)},
             logprobs=logprobs,
             reference_logprobs=reference_logprobs,
             values=self._values(said) if with_values else torch.zeros_like(logprobs),
-            kl=kl_estimate(logprobs, reference_logprobs, kind=self.config.kl.kind),
+            kl=kl,
             entropy=entropy,
             raw_scores=raw_scores,
             scores=self._scores(raw_scores, said.ended),
@@ -191,13 +195,25 @@ def statistics_of(model: Callable[..., Tensor], said: Responses, *, size: int, t
 
 
 def scores_of(reward: Engine, said: Responses, *, size: int) -> Tensor:
-    """What a reward model says of each sequence, `[B]`, in its own units; `size` sequences at once."""
+    """What a reward model says of each sequence, `[B]`, in its own units; `size` sequences at once.
+
+    Equal sequences have equal scores, which pieces of other shapes would round differently: where they are compared
+    and divided by their deviation, as in a group, such a difference would become an advantage.
+    """
     scores = torch.zeros(len(said), device=said.sequences.device)
     with reward.evaluating() as model:
         for rows in said.pieces(size):
             piece = said.rows(rows).trimmed()
             scores[rows] = last_token_scores(_scalars(model, piece), piece.attention_mask)
-    return scores
+    return scores[_first_equals(said).to(scores.device)]
+
+
+def _first_equals(said: Responses) -> Tensor:
+    """For each row the first one with the same tokens, `[B]` int64 on the CPU."""
+    sequences, mask = said.sequences.cpu(), said.attention_mask.cpu()  # one wait for the device
+    first: dict[tuple[int, ...], int] = {}
+    rows = (tuple(tokens[real].tolist()) for tokens, real in zip(sequences, mask, strict=True))
+    return torch.tensor([first.setdefault(tokens, row) for row, tokens in enumerate(rows)])
 
 
 def _said(prompts: PromptBatch, answer: Generated) -> Said:
@@ -205,6 +221,7 @@ def _said(prompts: PromptBatch, answer: Generated) -> Said:
         sequences=torch.cat([prompts.input_ids, answer.responses], dim=1),
         attention_mask=torch.cat([prompts.attention_mask, answer.response_mask], dim=1),
         response_mask=answer.response_mask,
+        sample_ids=prompts.sample_ids,
         generation_logprobs=answer.logprobs,
         ended=answer.ended,
         prompts=prompts.prompts,
@@ -214,7 +231,9 @@ def _said(prompts: PromptBatch, answer: Generated) -> Said:
 def _over_pieces(said: Responses, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
     """`function` of rows of similar length without useless columns, `[K, b, r]` each, put together as `[K, B, R]`.
 
-    The pieces are those that training makes of a minibatch, so old and new log-probabilities differ by weights only.
+    Training cuts its minibatches into other pieces. In fp32 that changes nothing that matters; with 16-bit weights a
+    kernel may round a row differently in another shape, so before the first update some of the new log-probabilities
+    already differ from the old ones (in bf16 every twelfth, by up to 0.2).
     """
     found: Tensor | None = None
     for rows in said.pieces(size):
@@ -282,21 +301,26 @@ def widened(batch: Batch, num_prompt: int, *, num_response: int, pad_id: int) ->
 def joined(parts: Sequence[Batch]) -> Batch:
     """Rows of equally wide batches under each other."""
 
-    def join(name: str) -> Tensor | tuple[str, ...]:
+    def join(name: str) -> Tensor | tuple[str, ...] | None:
         values = [getattr(part, name) for part in parts]
+        if values[0] is None:
+            return None
         return torch.cat(values) if isinstance(values[0], Tensor) else tuple(text for texts in values for text in texts)
 
     return replace(parts[0], **{field.name: join(field.name) for field in fields(parts[0])})
 
 
 def without_bad_rows(rollout: Rollout) -> Rollout:
-    """The rollout with every row masked out in which some number is not finite, so that one cannot spoil the batch.
+    """The rollout without the rows in which some number is not finite, so that one cannot spoil the batch.
+
+    They are gone, not masked: they reach no forward, no gradient, no group and no statistics.
 
     Raises:
         RuntimeError: more than half of the rows are bad: the models are broken, not a sample.
     """
-    checked = (rollout.logprobs, rollout.reference_logprobs, rollout.values, rollout.kl, rollout.scores[:, None])
-    good = torch.stack([values.isfinite().all(-1) for values in checked]).all(0)
+    numbers = [getattr(rollout, name) for name in _JUDGED]
+    good = torch.stack([values.isfinite().view(len(rollout), -1).all(-1) for values in numbers if values is not None])
+    good = good.all(0)
     if bool(good.all()):
         return rollout
     bad = (~good).nonzero().flatten().tolist()
@@ -307,12 +331,7 @@ def without_bad_rows(rollout: Rollout) -> Rollout:
             f"such as {examples}. Look at the metrics before; lower the learning rates, or set engine.precision=fp32."
         )
     log.warning("left out %d of %d responses with numbers that are not finite: %s", len(bad), len(rollout), examples)
-    columns = {name: _zeroed(getattr(rollout, name), good) for name in _JUDGED}
-    return replace(rollout, response_mask=rollout.response_mask & good[:, None], **columns)
+    return rollout.rows(good.nonzero().flatten())
 
 
 _JUDGED = ("logprobs", "reference_logprobs", "generation_logprobs", "values", "kl", "entropy", "raw_scores", "scores")
-
-
-def _zeroed(values: Tensor, good: Tensor) -> Tensor:
-    return torch.where(good if values.dim() == 1 else good[:, None], values, 0.0)

@@ -40,6 +40,8 @@ class _TensorBatch:
 
 
 def _selected(values: Any, index: Tensor) -> Any:
+    if values is None:
+        return None
     if isinstance(values, Tensor):
         return values[index.to(values.device)]
     return tuple(values[i] for i in index.tolist())
@@ -56,10 +58,13 @@ class Responses(_TensorBatch):
     def __len__(self) -> int:
         return self.sequences.shape[0]
 
-    def pieces(self, size: int) -> list[Tensor]:
-        """Row numbers in groups of at most `size`, of similar length, the longest first."""
+    def pieces(self, size: int, *, ranks: int = 1) -> list[Tensor]:
+        """Row numbers in groups of at most `size`, of similar length, the longest first.
+
+        Their number is a multiple of `ranks`, so that these can take turns; with too few rows some pieces are empty.
+        """
         order = self.attention_mask.sum(-1).argsort(descending=True, stable=True)
-        return list(torch.split(order, size))
+        return list(order.tensor_split(-(-len(order) // (size * ranks)) * ranks))
 
     def trimmed(self) -> Self:
         """The same rows without the columns that are padding in every row."""
@@ -106,15 +111,17 @@ class PromptBatch(_TensorBatch):
 class Rollout(Responses):
     """What the actor said to B prompts and what the other three models think of it.
 
-    Log-probabilities are taken at the sampling temperature, by the path that trains, with dropout off.
+    Log-probabilities and entropies are those of the whole vocabulary at the sampling temperature, before top-k and
+    top-p cut it, taken by the path that trains, with dropout off.
     """
 
+    sample_ids: Tensor  # [B] int64, as in the prompts; // samples_per_prompt is the same for all responses to a prompt
     logprobs: Tensor  # [B, R] fp32, log-probability of each response token under the actor
-    reference_logprobs: Tensor  # [B, R] fp32, the same under the reference
+    reference_logprobs: Tensor | None  # [B, R] fp32, the same under the reference; None where KL costs nothing
     generation_logprobs: Tensor  # [B, R] fp32, the same as seen by the generation path (a check, never trained on)
     values: Tensor  # [B, R] fp32, the critic's estimate before token t
-    kl: Tensor  # [B, R] fp32, the chosen estimator of KL(actor || reference)
-    entropy: Tensor  # [B, R] fp32, entropy in nats of the distribution that token t was drawn from
+    kl: Tensor  # [B, R] fp32, the chosen estimator of KL(actor || reference); 0 without a reference
+    entropy: Tensor  # [B, R] fp32, entropy in nats of the actor before token t
     raw_scores: Tensor  # [B] fp32, the reward model's scalar, in its own units
     scores: Tensor  # [B] fp32, normalised, clamped and with the penalty for a response that never ends
     ended: Tensor  # [B] bool, True where the response ends with a stop token
@@ -132,7 +139,7 @@ class PPOBatch(Responses):
     """What a PPO update needs of a rollout; `rows` cuts minibatches from it, `trimmed` drops useless columns."""
 
     logprobs: Tensor  # [B, R] fp32, under the actor that sampled
-    reference_logprobs: Tensor  # [B, R] fp32, under the reference
+    reference_logprobs: Tensor | None  # [B, R] fp32, under the reference; None where KL costs nothing
     values: Tensor  # [B, R] fp32, of the critic before the update
     advantages: Tensor  # [B, R] fp32
     returns: Tensor  # [B, R] fp32

@@ -104,7 +104,8 @@ def judge(
     for name in config.judges:
         log.info("eval: %s judges", name)
         if name == REWARD:
-            verdicts[name] = judges.judged_by_scores(*(answers[s].numbers["raw_score"] for s in ("model", "against")))
+            scores = (answers[side].numbers["raw_score"] for side in ("model", "against"))
+            verdicts[name] = judges.judged_by_scores(*scores, pairs=pairs)
         elif name == HUMAN:
             verdicts[name] = person(folder).judge(pairs, coin=coin, seed=config.seed)
         else:

@@ -7,13 +7,14 @@ the whole minibatch, so micro-batches and ranks change nothing but memory and ti
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.groups import group_advantages
-from rlhf.algorithms.kl import kl_estimate
+from rlhf.algorithms.kl import clamped, kl_estimate
 from rlhf.algorithms.masked import masked_mean, masked_whiten
 from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
 from rlhf.config import AdvantageKind, PPOConfig
@@ -33,6 +34,7 @@ def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Ad
     A group's advantage is the same for each token of a response and is never whitened, which would weigh responses by
     their lengths. rloo compares score and KL penalty together, as its paper does. grpo and dr_grpo compare scores
     alone: their KL is in the loss (see `policy_gradient`), for a group of equal scores must not learn from KL noise.
+    A group that has lost responses is compared without them.
     """
     mask = rollout.response_mask
     if config.advantage is AdvantageKind.gae:
@@ -41,21 +43,31 @@ def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Ad
             estimate = estimate._replace(advantages=masked_whiten(estimate.advantages, mask))
         return estimate
     totals = rewards.sum(-1) if config.advantage is AdvantageKind.rloo else rollout.scores
-    per_response = group_advantages(totals, group_size=config.samples_per_prompt, kind=config.advantage)
+    groups = rollout.sample_ids // config.samples_per_prompt
+    per_response = group_advantages(totals, groups=groups, kind=config.advantage, eps=config.advantage_eps)
     return Advantages(advantages=per_response[:, None] * mask, returns=totals[:, None] * mask)
 
 
 def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PPOBatch]:
-    """One epoch over the rollout in random order, which depends on the seed alone."""
+    """One epoch over the rollout in random order, which depends on the seed alone.
+
+    All have `minibatch_size` rows, or where the rollout has lost some, nearly equally many.
+    """
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    for rows in order.split(config.minibatch_size):
+    for rows in order.tensor_split(-(-len(order) // config.minibatch_size)):
         yield batch.rows(rows)
 
 
 def share_of(minibatch: PPOBatch, config: PPOConfig, *, world: World) -> list[PPOBatch]:
-    """This rank's micro-batches, of similar lengths and without useless columns."""
-    own = minibatch.pieces(config.micro_batch_size)[world.rank :: world.size]
-    return [minibatch.rows(piece).trimmed() for piece in own]
+    """This rank's micro-batches, of similar lengths and without useless columns; equally many on every rank."""
+    own = minibatch.pieces(config.micro_batch_size, ranks=world.size)[world.rank :: world.size]
+    return [minibatch.rows(piece).trimmed() if len(piece) else _filler(minibatch) for piece in own]
+
+
+def _filler(minibatch: PPOBatch) -> PPOBatch:
+    """A row that counts nothing, for a rank that has nothing else: the others need its forward and backward."""
+    row = minibatch.rows(torch.zeros(1, dtype=torch.int64))
+    return replace(row, response_mask=torch.zeros_like(row.response_mask)).trimmed()
 
 
 def improve(
@@ -152,9 +164,12 @@ def policy_gradient(
         loss = result.loss
         if config.entropy_coef:
             loss = loss - config.entropy_coef * entropy
-        if config.advantage in KL_IN_LOSS:
+        penalty = {}
+        if config.advantage in KL_IN_LOSS and batch.reference_logprobs is not None:
             kl = kl_estimate(statistics.logprobs, batch.reference_logprobs, kind="k3")
             loss = loss + kl_coef * masked_mean(kl, batch.response_mask, denominator=denominator)
+            cut = masked_mean(clamped(kl, kind="k3"), batch.response_mask, denominator=denominator)
+            penalty = {"policy/kl_clamped": cut}
         actor.backward(loss, last=index == len(micro_batches))
         largest = torch.maximum(largest, result.ratio_max)
         outcomes.append(
@@ -164,6 +179,7 @@ def policy_gradient(
                 "policy/approxkl_avg": result.approx_kl,
                 "policy/ratio_mean": result.ratio_mean,
                 "policy/entropy": entropy.detach(),
+                **penalty,
             }
         )
     return summed(outcomes) | {"policy/ratio_max": float(max_over_ranks(largest))}

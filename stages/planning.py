@@ -127,8 +127,8 @@ class _Planner:
             models["critic"] = self.model(
                 "critic", start, engine=config.critic_engine, lora=config.lora, micro_batches=steps
             )
-        if config.reference is not None or config.lora.rank == 0:
-            start = shape_of(run, config.reference or config.actor, head=Head.language)
+        if config.reference_model is not None:
+            start = shape_of(run, config.reference_model, head=Head.language)
             models["reference"] = self.model("reference", start, engine=config.reference_engine)
         return models | {"reward": self.model("reward", reward, engine=config.reward_engine)}
 

@@ -64,11 +64,12 @@ def run_ppo(run: RunConfig, world: World) -> Record:
             learnt = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
             with session.watch("train"), session.observing(step):
                 metrics = improve(models, learnt, config=config, iteration=step, kl_coef=kl.value)
-            metrics |= rollout_metrics(rollout, kl_coef=kl.value)
+            metrics |= rollout_metrics(rollout, kl_coef=kl.value, kl_kind=config.kl.kind)
             metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}
             metrics |= {"objective/kl_coef": kl.value, "rollout/episodes": step * config.rollout_size}
-            if step > config.critic_warmup:
-                kl.update(metrics["objective/kl"], config.rollout_size)
+            metrics["rollout/left_out"] = config.rollout_size - len(rollout)
+            if step > config.critic_warmup and config.measures_kl:
+                kl.update(metrics["objective/kl"], len(rollout))
             evaluates = session.evaluates_at(step, config.eval_every)
             evaluation = examiner.examine(collector, step=step) if evaluates else {}
             tokens = float(rollout.attention_mask.sum())
@@ -86,18 +87,20 @@ def learners(models: Models) -> dict[str, Engine]:
 def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models:
     """The four models; with LoRA the reference is the actor without its adapters, unless one is named.
 
-    The critic starts as the reward model, brought to the units of normalised scores: its head is scaled, and what the
-    head has no bias for is subtracted from its values.
+    The critic starts as the reward model, brought to the units of the scores. Where they are normalised, its head is
+    scaled, and what the head has no bias for is subtracted from its values.
     """
     build = partial(build_engine, world=world)
     loss_scale = shared_scale(config)
     actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
     reference = None
-    if config.reference is not None or config.lora.rank == 0:
-        reference = build(causal_lm(config.reference or config.actor), config=config.reference_engine)
+    if config.reference_model is not None:
+        reference = build(causal_lm(config.reference_model), config=config.reference_engine)
     critic, units = None, ScoreScale()
     if config.advantage is AdvantageKind.gae:
-        units = stored_scale(config.critic) or units if config.critic else scale
+        units = scale
+        if config.critic and config.score.normalize:
+            units = stored_scale(config.critic) or ScoreScale()
         blueprint = scalar_head_model(
             config.critic or config.reward, lora=config.lora, seed=config.seed, head_scale=1 / units.std
         )
@@ -197,6 +200,6 @@ class Examiner:
         with self.session.watch("evaluate"):
             apart = replace(collector, watch=Stopwatch(self.session.world.device))  # not the iteration's phases
             rollout = apart.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
-            rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
+            rows = sample_rows(without_bad_rows(rollout.rows(torch.arange(self.count))), self.gold)
         self.session.tracker.samples(step, rows)
         return policy_metrics(rows)

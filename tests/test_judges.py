@@ -99,9 +99,10 @@ def test_a_judge_that_is_none_is_named(name, sentence):
     assert sentence in str(error.value)
 
 
-def test_the_higher_score_wins_and_what_is_not_finite_is_not_judged():
-    found = judged_by_scores([1.0, 2.0, 3.0, float("nan")], [2.0, 2.0, -1.0, 0.0])
-    assert found == [Verdict(0, -1.0), Verdict(1, 0.0), Verdict(2, 1.0)]
+def test_the_higher_score_wins_equal_responses_tie_and_what_is_not_finite_is_not_judged():
+    found = judged_by_scores([1.0, 2.0, 3.001, float("nan")], [2.0, 1.0, 3.0, 0.0], pairs=PAIRS)
+    assert found == [Verdict(0, -1.0), Verdict(1, 1.0), Verdict(2, 0.0)]  # of the third, both said the same
+    assert judged_by_scores([2.0] * 4, [2.0] * 4, pairs=PAIRS)[0] == Verdict(0, 0.0)
 
 
 def person(folder, lines):

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from rlhf.algorithms.precision import at_least_fp32
 
-_MAX_EXPONENT = 20.0  # exp(20) = 5e8 has ended the run already; beyond it only overflow is left
+KL_BOUND = 10.0
+"""Largest k2 or k3 estimate of a token, as in verl and OpenRLHF."""
+_MAX_EXPONENT = 20.0  # its exponential is far beyond the bound already, and does not overflow
 _MAX_ERROR = 0.2
 
 
@@ -26,8 +28,10 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, kind: str) -> T
     * "k1": `log p - log q`. Unbiased, negative for about every other token.
     * "k2": `(log p - log q)^2 / 2`. Biased but never negative; the only one whose *gradient* is, in expectation, that
       of the KL.
-    * "k3": `q/p - 1 - log(q/p)`. Unbiased and never negative. `log(q/p)` is capped at 20, with gradient 0 above it, so
-      that no token gives inf.
+    * "k3": `q/p - 1 - log(q/p)`. Unbiased and never negative.
+
+    k2 and k3 are cut at `KL_BOUND`, with gradient 0 beyond it: k3 grows with q/p itself, so a single token that the
+    actor finds e^20 times less likely than the reference would outweigh the whole batch. `clamped` counts such tokens.
 
     Args:
         logprobs: `[B, R]` under the actor, which sampled the tokens.
@@ -38,11 +42,21 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, *, kind: str) -> T
     if kind == "k1":
         return log_ratio
     if kind == "k2":
-        return log_ratio.square() / 2
+        return (log_ratio.square() / 2).clamp(max=KL_BOUND)
     if kind == "k3":
         inverse = (-log_ratio).clamp(max=_MAX_EXPONENT)  # log q - log p
-        return torch.expm1(inverse) - inverse
+        return (torch.expm1(inverse) - inverse).clamp(max=KL_BOUND)
     raise ValueError(f'found KL estimator "{kind}", expected "k1", "k2" or "k3"')
+
+
+def clamped(estimate: Tensor, *, kind: str) -> Tensor:
+    """True where `kl_estimate` has cut an estimate of this kind at its bound, `[B, R]` bool; k1 is never cut.
+
+    Args:
+        estimate: `[B, R]`, from `kl_estimate`.
+        kind: "k1", "k2" or "k3".
+    """
+    return estimate >= (math.inf if kind == "k1" else KL_BOUND)
 
 
 class KLController(Protocol):

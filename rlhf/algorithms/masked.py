@@ -1,7 +1,10 @@
 """Sums, means and whitening over the tokens that count.
 
 A mask is bool and True where a position counts; a mask of zeros and ones is read the same way. What stands at a masked
-position, NaN included, changes neither a result nor a gradient: every input passes through `zero_masked` first.
+position, NaN included, changes no result, and the gradient of a result with respect to it is exactly 0: every input
+passes through `zero_masked` first. That is no promise for the model that computed it: if the model's own derivative is
+not finite there, its backward multiplies 0 by that, which is NaN. So rows with such numbers are taken out of a batch
+before its forward (`rlhf/rollout.py`), not masked.
 
 Left out: reductions over ranks. `masked_moments` returns three sums for the caller to add up (see `Moments`).
 """

@@ -77,8 +77,9 @@ METRICS: dict[str, Metric] = {
         "Objective", "nats", PPO, "KL to the reference, summed over a response, mean over responses", headline=True
     ),
     "objective/kl_per_token": Metric("Objective", "nats", PPO, "KL to the reference, mean over response tokens"),
+    "objective/kl_clamped": Metric("Objective", "fraction", PPO, "tokens whose k2 or k3 estimate was cut at 10"),
     "objective/entropy": Metric(
-        "Objective", "nats", PPO, "entropy of the distributions that responses were drawn from"
+        "Objective", "nats", PPO, "entropy per token at the sampling temperature, before top-k and top-p"
     ),
     "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
     "objective/raw_scores": Metric("Objective", "score", PPO, "the reward model's own scalar", headline=True),
@@ -91,6 +92,7 @@ METRICS: dict[str, Metric] = {
     "policy/ratio_mean": Metric("Policy", "", PPO, "probability ratio to the sampling policy, mean over tokens"),
     "policy/ratio_max": Metric("Policy", "", PPO, "largest probability ratio to the sampling policy"),
     "policy/entropy": Metric("Policy", "nats", PPO, "entropy per token during the updates"),
+    "policy/kl_clamped": Metric("Policy", "fraction", PPO, "tokens whose KL in the loss was cut at 10"),
     "policy/epochs": Metric("Policy", "epochs", PPO, "passes over the rollout before target_kl stopped them"),
     "val/loss": Metric("Value", "", PPO, "clipped value loss, mean over the iteration's updates"),
     "val/clipfrac_avg": Metric("Value", "fraction", PPO, "response tokens whose value was clipped"),
@@ -106,6 +108,7 @@ METRICS: dict[str, Metric] = {
     "rollout/response_length": Metric("Rollout", "tokens", PPO, "counted tokens of a response, mean", headline=True),
     "rollout/eos_rate": Metric("Rollout", "fraction", PPO, "responses that end by themselves"),
     "rollout/episodes": Metric("Rollout", "responses", PPO, "responses drawn since the start of the stage"),
+    "rollout/left_out": Metric("Rollout", "responses", PPO, "responses left out for numbers that are not finite"),
     "rollout/logprob_gap_max": Metric("Rollout", "nats", PPO, "generation path against training path, largest gap"),
     "rollout/logprob_gap_mean": Metric("Rollout", "nats", PPO, "generation path against training path, mean gap"),
     "timing_s/*": Metric("Throughput", "seconds", ALL, "time spent in this phase of the step"),

@@ -5,7 +5,9 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from rlhf.algorithms.kl import AdaptiveKL, FixedKL, kl_estimate
+from rlhf.algorithms.kl import AdaptiveKL, FixedKL, clamped, kl_estimate
+from rlhf.algorithms.masked import masked_whiten
+from rlhf.algorithms.ppo import gae, token_rewards
 
 LOG2 = math.log(2)
 
@@ -30,7 +32,7 @@ def random_distributions():
 
 @pytest.mark.parametrize("kind", ["k1", "k3"])
 def test_k1_and_k3_are_unbiased(kind):
-    p, q = random_distributions()
+    p, q = (x.div(2).log_softmax(-1) for x in random_distributions())  # near enough for no estimate to be cut
     exact = (p.exp() * (p - q)).sum()
     assert_close((p.exp() * kl_estimate(p, q, kind=kind)).sum(), exact)
 
@@ -60,9 +62,37 @@ def test_a_token_that_the_reference_finds_far_likelier_gives_no_inf(kind):
     assert logprobs.grad.isfinite().all()
 
 
-def test_k3_is_exact_where_the_actor_finds_a_token_far_likelier():
-    # q/p = exp(-100): 0 - 1 + 100
-    assert_close(kl_estimate(tensor([[0.0]]), tensor([[-100.0]]), kind="k3"), tensor([[99.0]]))
+@pytest.mark.parametrize(
+    ("kind", "log_ratio", "expected"),
+    [
+        ("k1", 19.9, 19.9),
+        ("k1", -19.9, -19.9),
+        ("k2", 4.0, 8.0),  # 16 / 2
+        ("k2", -5.0, 10.0),  # 12.5, cut
+        ("k3", -2.0, math.exp(2) - 3),  # q/p = e^2: e^2 - 1 - 2
+        ("k3", -19.9, 10.0),  # e^19.9 = 4e8, cut
+        ("k3", 9.0, 8 + math.exp(-9)),  # q/p = e^-9: e^-9 - 1 + 9
+        ("k3", 100.0, 10.0),
+    ],
+)
+def test_k2_and_k3_are_cut_at_10_and_have_no_gradient_there(kind, log_ratio, expected):
+    logprobs = tensor([[log_ratio]], dtype=torch.float64, requires_grad=True)
+    estimate = kl_estimate(logprobs, tensor([[0.0]]), kind=kind)
+    estimate.sum().backward()
+    assert estimate.item() == pytest.approx(expected, rel=1e-12)
+    is_cut = expected == 10
+    assert clamped(estimate, kind=kind).item() is is_cut
+    assert (logprobs.grad.item() == 0) is is_cut
+
+
+def test_one_token_far_from_the_reference_leaves_the_other_rows_their_differences():
+    logprobs, scores = torch.zeros(4, 3), tensor([1.0, -1.0, 1.0, -1.0])
+    logprobs[3, 1] = -19.9
+    mask = torch.ones(4, 3, dtype=torch.bool)
+    rewards = token_rewards(scores, kl_estimate(logprobs, torch.zeros(4, 3), kind="k3"), mask, kl_coef=0.05)
+    advantages = masked_whiten(gae(rewards, torch.zeros(4, 3), mask, gamma=1.0, lam=0.95).advantages, mask)
+    # By hand: the rewards of rows 0 and 1 differ by 2, and 0.05 * 10 is the most that one token can cost.
+    assert advantages[0, 2] - advantages[1, 2] > 1.5
 
 
 def test_bf16_is_subtracted_in_fp32():

@@ -1,22 +1,29 @@
 """PPO on a real, tiny, random model: the first update starts from ratio 1, and whatever follows is measured."""
 
+import math
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms.ppo import token_rewards
-from rlhf.config import Embedded, EngineConfig, LoraConfig, Precision
+from rlhf.config import AdvantageKind, Embedded, EngineConfig, KLConfig, LoraConfig, Precision, ScoreConfig
 from rlhf.dist import World
 from rlhf.engine.engine import build_engine
+from rlhf.evaluation import policy_metrics, rollout_metrics, sample_rows
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import prepare
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.rollout import Collector, Models, ScoreScale
+from rlhf.rollout import Collector, Models, ScoreScale, critic_values, scores_of, without_bad_rows
 from rlhf.text import decode, load_tokenizer
 from rlhf.tracking.timing import Stopwatch
-from rlhf.types import PPOBatch, PromptBatch
+from rlhf.types import PPOBatch, PromptBatch, Responses
+from stages.handover import Record, write_record
 from stages.improve import advantages_of, improve
+from stages.ppo import load_models
 from tests.stages.test_improve import config
 
 
@@ -43,7 +50,7 @@ def four_models(folder, ppo):
     )
 
 
-def rollout_of(folder, models, ppo):
+def rollout_of(folder, models, ppo, ids=None):
     tokenizer = load_tokenizer(str(folder))
     collector = Collector(
         models=models,
@@ -54,7 +61,7 @@ def rollout_of(folder, models, ppo):
         scale=ScoreScale(),
         watch=Stopwatch(torch.device("cpu")),
     )
-    ids = torch.randint(20, 60, (8, 5))
+    ids = torch.randint(20, 60, (8, 5)) if ids is None else ids
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[::2, :2] = False
     return collector.collect(PromptBatch(ids, mask, sample_ids=torch.arange(8), prompts=("x",) * 8), seed=0)
@@ -122,3 +129,87 @@ def test_generated_tokens_are_those_that_are_scored(folder):
     stops = torch.isin(rollout.sequences[:, -rollout.response_mask.shape[1] :], torch.tensor([7, 8, 9, 10, 11, 12, 13]))
     assert torch.equal((stops & rollout.response_mask).any(-1) | ~rollout.ended, torch.ones(8, dtype=torch.bool))
     assert torch.equal(rollout.attention_mask[:, -rollout.response_mask.shape[1] :], rollout.response_mask)
+
+
+@pytest.mark.parametrize("kind", ["gae", "rloo"])
+def test_a_response_that_breaks_a_model_reaches_neither_gradients_nor_metrics(folder, kind):
+    ppo = settings(epochs=1, minibatch_size=8, advantage=AdvantageKind(kind), samples_per_prompt=2)
+    models = four_models(folder, ppo)
+    broken = 61  # a token at which actor and critic say NaN, and of which their gradients would be NaN, too
+    for engine in (models.actor, models.critic):
+        engine.module.model.embed_tokens.register_forward_hook(
+            lambda _, tokens, vectors: vectors.masked_fill((tokens[0] == broken)[..., None], float("nan"))
+        )
+    ids = torch.randint(20, 60, (8, 5), generator=torch.Generator().manual_seed(0))
+    ids[3, 4] = broken
+    collected = rollout_of(folder, models, ppo, ids)
+    assert collected.values[3].isnan().any()
+    rollout = without_bad_rows(collected)
+    assert not (rollout.sequences == broken).any()
+    assert len(rollout) < 8
+    rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
+    estimate = advantages_of(rollout, rewards, config=ppo)
+    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    measured = improve(models, batch, config=ppo, iteration=1)
+    measured |= rollout_metrics(rollout, kl_coef=0.1, kl_kind="k1")
+    assert all(map(math.isfinite, measured.values())), measured
+    assert measured["actor/skipped_steps"] == measured["critic/skipped_steps"] == 0
+    assert measured["actor/grad_norm"] > 0
+
+
+def test_equal_responses_have_equal_scores_whatever_pieces_they_are_judged_in():
+    class Rounding:
+        """Scores that depend on the shape of the piece, as those of a 16-bit kernel do."""
+
+        @contextmanager
+        def evaluating(self):
+            yield lambda tokens, mask, **_: tokens.float() + 1e-3 * tokens.shape[0] + 1e-4 * tokens.shape[1]
+
+    mask = torch.tensor([[False, True, True, True], [True] * 4, [False, True, True, True], [False, True, True, True]])
+    tokens = torch.tensor([[0, 5, 6, 7], [4, 5, 6, 7], [9, 5, 6, 7], [0, 5, 6, 8]])  # rows 0 and 2 differ in padding
+    scores = scores_of(Rounding(), Responses(tokens, mask, mask[:, -2:]), size=3)
+    assert scores[0] == scores[2]
+    assert scores[3] != scores[0]
+    assert scores.round().tolist() == [7, 7, 7, 8]
+
+
+@pytest.mark.parametrize("kind", ["gae", "grpo"])
+def test_a_kl_that_costs_nothing_needs_no_reference(folder, kind):
+    ppo = settings(
+        epochs=1, minibatch_size=8, advantage=AdvantageKind(kind), samples_per_prompt=2, kl=KLConfig(coef=0.0)
+    )
+    assert ppo.reference_model is None
+    assert not ppo.measures_kl
+    models = replace(four_models(folder, ppo), reference=None)
+    rollout = rollout_of(folder, models, ppo)
+    assert rollout.reference_logprobs is None
+    assert not rollout.kl.any()
+    rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.0)
+    estimate = advantages_of(rollout, rewards, config=ppo)
+    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    assert improve(models, batch, config=ppo, iteration=1)["actor/grad_norm"] > 0
+    assert not [name for name in rollout_metrics(rollout, kl_coef=0.0, kl_kind="k1") if name.startswith("objective/kl")]
+    rows = sample_rows(rollout, {})
+    assert "kl" not in rows[0]
+    assert "eval/kl" not in policy_metrics(rows)
+    assert settings(kl=KLConfig(coef=0.0), reference="there").reference_model == "there"
+    assert settings(kl=KLConfig(coef=0.0), lora=LoraConfig(rank=4)).measures_kl  # the base model is at hand
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_critic_that_is_named_starts_in_the_units_of_the_scores(folder, tmp_path, normalize):
+    AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(tmp_path / "critic")
+    write_record(Record("reward", "template", 0, score_mean=3.0, score_std=2.0), tmp_path / "critic")
+    paths = {"actor": str(folder), "reward": str(folder), "critic": str(tmp_path / "critic")}
+    ppo = settings(**paths, score=ScoreConfig(normalize=normalize))
+    ppo = replace(ppo, critic_engine=ppo.engine, reference_engine=ppo.engine, reward_engine=ppo.engine)
+    ours, theirs = ScoreScale(mean=-7.0, std=5.0), ScoreScale(mean=3.0, std=2.0)
+    scale = ours if normalize else ScoreScale()
+    with closing(load_models(ppo, World.alone(), scale=scale)) as models:
+        raw = build_engine(scalar_head_model(tmp_path / "critic", seed=0), config=ppo.engine, world=World.alone())
+        tokens = torch.randint(20, 60, (2, 9))
+        responses = Responses(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool))
+        with torch.no_grad():
+            value = critic_values(models.critic, responses, shift=models.value_shift)
+            said = critic_values(raw, responses, shift=0.0)
+    torch.testing.assert_close(value, (said - theirs.mean) / theirs.std if normalize else said)

@@ -1,6 +1,7 @@
 """The PPO update on real engines: the first minibatch changes nothing by itself, and sizes do not change gradients."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -89,7 +90,7 @@ def test_a_group_of_equal_scores_learns_nothing_whatever_its_kl():
         estimate = advantages_of(_rollout(scores), noise, config=ppo)
         assert estimate.advantages[:4].abs().max() == 0
         # Scores 0 2 0 2: mean 1, sample deviation sqrt(4/3); the shortest response has one token.
-        expected = -1 / (4 / 3) ** 0.5 if kind == "grpo" else -1.0
+        expected = -1 / ((4 / 3) ** 0.5 + 1e-4) if kind == "grpo" else -1.0
         assert estimate.advantages[4].tolist() == pytest.approx([expected, 0, 0, 0], abs=1e-5)
 
 
@@ -109,6 +110,7 @@ def _rollout(scores):
         sequences=shared.sequences,
         attention_mask=shared.attention_mask,
         response_mask=shared.response_mask,
+        sample_ids=torch.arange(8),
         logprobs=zeros,
         reference_logprobs=zeros,
         generation_logprobs=zeros,
@@ -123,14 +125,51 @@ def _rollout(scores):
     )
 
 
-def test_one_response_with_a_nan_is_left_out_and_many_stop_the_run():
-    rollout = _rollout(torch.tensor([1.0, float("nan"), 1, 1, 1, 1, 1, 1]))
-    clean = without_bad_rows(rollout)
-    assert clean.response_mask[1].any().item() is False
-    assert clean.response_mask[0].any().item() is True
-    assert clean.scores.tolist() == [1, 0, 1, 1, 1, 1, 1, 1]
+NAN = float("nan")
+
+
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
+def test_one_response_with_a_nan_is_left_out_and_many_stop_the_run(kind):
+    clean = without_bad_rows(_rollout(torch.tensor([3.0, 3.0, 3.0, NAN, 1.0, 2.0, 3.0, 6.0])))
+    assert clean.scores.tolist() == [3, 3, 3, 1, 2, 3, 6]
+    assert clean.responses == tuple("abcefgh")
+    ppo = config(advantage=AdvantageKind(kind), samples_per_prompt=4)
+    rewards = torch.zeros(7, 4)
+    rewards[:, 0] = clean.scores
+    found = advantages_of(clean, rewards, config=ppo).advantages[:, 0]
+    assert found[:3].tolist() == [0, 0, 0]  # the others of its group agree
+    # 6 over the mean of 1, 2, 3 and 6, whose deviations -2, -1, 0, 3 have the sample variance 14 / 3.
+    assert found[6].item() == pytest.approx({"grpo": 3 / (14 / 3) ** 0.5, "dr_grpo": 3, "rloo": 4}[kind], rel=1e-4)
     with pytest.raises(RuntimeError, match="5 of 8 responses"):
-        without_bad_rows(_rollout(torch.tensor([float("nan")] * 5 + [1.0] * 3)))
+        without_bad_rows(_rollout(torch.tensor([NAN] * 5 + [1.0] * 3)))
+
+
+@pytest.mark.parametrize("name", ["logprobs", "reference_logprobs", "generation_logprobs", "values", "kl", "entropy"])
+def test_any_number_of_a_token_that_is_not_finite_leaves_its_response_out(name):
+    rollout = _rollout(torch.ones(8))
+    numbers = torch.zeros(8, 4)
+    numbers[5, 2] = float("inf")
+    assert without_bad_rows(replace(rollout, **{name: numbers})).responses == tuple("abcdegh")
+
+
+@pytest.mark.parametrize("left", range(1, 9))
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_have_equally_many_micro_batches_of_what_is_left(left, size):
+    ppo = config(minibatch_size=8, micro_batch_size=2)
+    minibatch = batch().rows(torch.arange(left))
+    ranks = [World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu")) for rank in range(size)]
+    shares = [share_of(minibatch, ppo, world=world) for world in ranks]
+    assert len({len(share) for share in shares}) == 1
+    micros = [micro for share in shares for micro in share]
+    assert all(1 <= len(micro) <= 2 for micro in micros)  # each can be computed
+    counted = [int(tokens) for micro in micros for tokens in micro.response_mask.sum(-1) if tokens]
+    assert sorted(counted) == sorted(minibatch.response_mask.sum(-1).tolist())
+
+
+def test_what_is_left_of_a_rollout_makes_as_many_minibatches_of_nearly_equal_size():
+    sizes = [len(each) for each in minibatches(batch().rows(torch.arange(7)), config(minibatch_size=2), seed=1)]
+    assert sorted(sizes) == [1, 2, 2, 2]
+    assert [len(each) for each in minibatches(batch(), config(minibatch_size=4), seed=1)] == [4, 4]
 
 
 @pytest.mark.parametrize(

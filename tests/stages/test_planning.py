@@ -65,6 +65,8 @@ def test_with_adapters_the_reference_is_the_actor_and_without_a_critic_there_is_
     assert {item.role for item in lora.phases[0].items} == {"actor", "critic", "reward", "process"}
     grouped = plan_of(run_of(tmp_path, "stage=[sft,reward,grpo]", "ppo.samples_per_prompt=4"), "ppo")
     assert "critic" not in {item.role for item in grouped.phases[2].items}
+    free = plan_of(run_of(tmp_path, "ppo.kl.coef=0"), "ppo")
+    assert {item.role for item in free.phases[0].items} == {"actor", "critic", "reward", "process"}
 
 
 def test_a_shallower_reward_model_is_planned_before_it_is_made(tmp_path):
