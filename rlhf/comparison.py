@@ -9,6 +9,7 @@ of shorter responses stand beside each other.
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,9 @@ from rlhf.algorithms.intervals import bootstrap_mean, wilson
 from rlhf.evaluation import distinct
 from rlhf.judges import Verdict
 from rlhf.tracking.watch import repeated_share
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,12 +97,18 @@ def _both(function: Callable[[Sequence[str]], float], model: Answers, *, against
 def _mean_row(name: str, model: Answers, *, against: Answers | None, seed: int) -> dict[str, Any]:
     measure = MEASURES[name if name in MEASURES else f"{name.split('/')[0]}/*"]
     columns = {side: torch.tensor(found.numbers[name]) for side, found in _sides(model, against).items()}
+    for side, column in columns.items():
+        if not bool(column.isfinite().all()):
+            count = int((~column.isfinite()).sum())
+            log.warning("%s: left out %d of %d responses whose %s is not finite", side, count, len(column), name)
+    if against is not None:
+        columns["difference"] = columns["model"] - columns["against"]  # not finite where either is not
     values = {
-        side: wilson(float(column.sum()), len(column)) if measure.is_share else bootstrap_mean(column, seed=seed)
+        side: wilson(float(column.sum()), len(column))
+        if measure.is_share and side != "difference"
+        else bootstrap_mean(column[column.isfinite()], seed=seed)
         for side, column in columns.items()
     }
-    if against is not None:
-        values["difference"] = bootstrap_mean(columns["model"] - columns["against"], seed=seed)
     return _row(
         name, measure.unit, meaning=measure.meaning, values={side: asdict(value) for side, value in values.items()}
     )

@@ -35,6 +35,15 @@ def test_means_shares_and_differences():
     assert found["gold/x"]["meaning"] == MEASURES["gold/*"].meaning
 
 
+def test_a_score_that_is_not_finite_is_left_out_of_means_and_of_differences_and_said(caplog):
+    broken = Answers(AGAINST.texts, AGAINST.numbers | {"score": [1.0, math.nan, math.inf, 9.0]}, AGAINST.losses)
+    found = named(measures(MODEL, broken, seed=0))["score"]
+    assert (found["model"]["mean"], found["model"]["count"]) == (5.0, 4)
+    assert (found["against"]["mean"], found["against"]["count"]) == (5.0, 2)  # 1 and 9
+    assert (found["difference"]["mean"], found["difference"]["count"]) == (0.0, 2)  # 2 - 1 and 8 - 9
+    assert "against: left out 2 of 4 responses whose score is not finite" in caplog.text
+
+
 def test_diversity_is_counted_over_all_responses():
     found = named(measures(MODEL, None, seed=0))
     assert found["distinct_1"]["model"] == {"mean": 6 / 8}
