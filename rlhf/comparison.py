@@ -29,7 +29,6 @@ from rlhf.evaluation import distinct
 from rlhf.judges import Verdict
 from rlhf.tracking.watch import repeated_share
 
-
 log = logging.getLogger(__name__)
 
 
