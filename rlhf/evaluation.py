@@ -6,8 +6,11 @@ Every number is over the data of all ranks. Left out: comparing two models (`com
 from __future__ import annotations
 
 import importlib
+import logging
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +26,8 @@ from rlhf.engine.engine import Engine
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores
 from rlhf.types import PreferenceBatch, Rollout, SFTBatch
+
+log = logging.getLogger(__name__)
 
 GoldMetric = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 """Prompts and responses -> one number each."""
@@ -190,12 +195,19 @@ def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric]) -> list[dict[str,
 
 
 def policy_metrics(rows: Sequence[dict[str, str | float | bool]]) -> dict[str, float]:
-    """Means over `sample_rows` of held-out prompts: the reward model, the cost, and metrics that no model saw."""
+    """Means over `sample_rows` of held-out prompts: the reward model, the cost, and metrics that no model saw.
+
+    A row whose score or KL is not finite is in none of them, and that is said.
+    """
+    judged = [name for name in ("score", "raw_score", "kl") if name in rows[0]]
+    good = [row for row in rows if all(math.isfinite(row[name]) for name in judged)]
+    if len(good) < len(rows):
+        log.warning("evaluation: left out %d of %d responses that are not finite", len(rows) - len(good), len(rows))
     named = {"score": "eval/score", "kl": "eval/kl", "length": "eval/response_length", "ended": "eval/eos_rate"}
     named |= {name: name for name in rows[0] if name.startswith("gold/")}
     measured = {name: key for name, key in named.items() if name in rows[0]}
-    metrics = {key: sum(float(row[name]) for row in rows) / len(rows) for name, key in measured.items()}
-    return metrics | {"eval/distinct_2": distinct_bigrams([str(row["response"]) for row in rows])}
+    metrics = {key: fmean(row[name] for row in good) if good else math.nan for name, key in measured.items()}
+    return metrics | {"eval/distinct_2": distinct_bigrams([str(row["response"]) for row in good])}
 
 
 def distinct_bigrams(texts: Sequence[str]) -> float:

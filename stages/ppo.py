@@ -200,6 +200,6 @@ class Examiner:
         with self.session.watch("evaluate"):
             apart = replace(collector, watch=Stopwatch(self.session.world.device))  # not the iteration's phases
             rollout = apart.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
-            rows = sample_rows(without_bad_rows(rollout.rows(torch.arange(self.count))), self.gold)
+            rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
         self.session.tracker.samples(step, rows)
         return policy_metrics(rows)

@@ -213,3 +213,11 @@ def test_a_critic_that_is_named_starts_in_the_units_of_the_scores(folder, tmp_pa
             value = critic_values(models.critic, responses, shift=models.value_shift)
             said = critic_values(raw, responses, shift=0.0)
     torch.testing.assert_close(value, (said - theirs.mean) / theirs.std if normalize else said)
+
+
+def test_an_evaluation_keeps_every_answer_and_leaves_broken_numbers_out_of_its_means(caplog):
+    row = {"prompt": "p", "response": "a b", "score": 1.0, "raw_score": 2.0, "kl": 0.5, "length": 2, "ended": True}
+    found = policy_metrics([row, {**row, "score": 3.0, "length": 4}, {**row, "score": math.nan, "length": 99}])
+    assert (found["eval/score"], found["eval/kl"], found["eval/response_length"]) == (2.0, 0.5, 3.0)
+    assert "left out 1 of 3 responses" in caplog.text
+    assert math.isnan(policy_metrics([{**row, "kl": math.inf}])["eval/score"])
