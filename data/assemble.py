@@ -13,13 +13,13 @@ from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
-from datasets import Dataset
 
 from data.blend import weighted
 from data.cache import cached, content_key
-from data.rows import COLUMNS, each_row, require_columns
+from data.rows import COLUMNS, SHOWN_PROBLEMS, BrokenRow, each_row, require_columns
 from data.sources import load_rows
 from data.split import Indices, hold_out, stage_rows
+from data.table import Rows
 from rlhf.config import BadRows, DataConfig, SourceConfig, StageDataConfig
 from rlhf.text import Row, Tokens
 
@@ -73,8 +73,9 @@ class Recipe(Generic[Sample]):
     settings: Sequence[str]
     """What decides, besides the row, how it is tokenised."""
     tokenize: Callable[[Row], list[Tokens]]
-    """Checks a row and tokenises it; always the same number of sequences."""
-    build: Callable[[Row, list[Tokens]], Sample]
+    """Checks a row and tokenises it."""
+    build: Callable[[Row, list[Tokens]], list[Sample]]
+    """The samples of a row, from its sequences."""
     extra_columns: Sequence[str] = ()
     """Columns beside the known ones that `build` reads, where a source has them."""
     only_held_out: bool = False
@@ -88,6 +89,7 @@ class _Pile(Generic[Sample]):
     name: str
     samples: list[Sample] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
+    rewritten: Counter[str] = field(default_factory=Counter)
     digest: str = ""
 
     def require_some(self) -> None:
@@ -118,6 +120,14 @@ def assemble(recipe: Recipe[Sample], *, data: DataConfig) -> Splits[Sample]:
         part.add(weighted(part.rows, max(source.weight, 1.0), seed=data.split_seed), held_out)
     for pile in (train, held_out):
         pile.require_some()
+    rewritten = train.rewritten + held_out.rewritten
+    if rewritten:
+        logger.warning(
+            "%s: %d assistant turns in %d rows are not learnt: the chat template writes them differently once the "
+            "conversation goes on (without their reasoning, perhaps), so nobody generates them so. "
+            "%s.rewritten_turns=as_generated learns each of them as it was when it was last.",
+            *(name, rewritten["turns"], rewritten["rows"], name),
+        )
     fingerprint = hashlib.sha256((train.digest + "|" + held_out.digest).encode()).hexdigest()
     return Splits(train.samples, held_out.samples, dict(train.dropped + held_out.dropped), fingerprint)
 
@@ -127,15 +137,16 @@ class _Part(Generic[Sample]):
     """The rows of one source that belong to a stage."""
 
     recipe: Recipe[Sample]
-    table: Dataset
+    table: Rows
     rows: Indices
     where: str
     cache_dir: str | None
 
     @classmethod
     def open(cls, source: SourceConfig, recipe: Recipe[Sample], *, data: DataConfig, where: str) -> _Part[Sample]:
-        table = load_rows(source)
-        require_columns(table.column_names, recipe.columns, where=where)
+        table = load_rows(source, {*COLUMNS, *recipe.extra_columns})
+        if table.columns:  # else no row could be read, which the rows say
+            require_columns(table.columns, recipe.columns, where=where)
         rows = stage_rows(len(table), data.stage_split, position=recipe.position, seed=data.split_seed)
         if len(rows) == 0:
             raise ValueError(f"data.stage_split={data.stage_split} leaves {recipe.stage} none of {len(table)} rows.")
@@ -143,22 +154,22 @@ class _Part(Generic[Sample]):
             rows = weighted(rows, min(source.weight, 1.0), seed=data.split_seed)
         except ValueError as error:
             raise ValueError(f"{where}.{error}") from error
-        wanted = {*COLUMNS, *recipe.extra_columns}
-        known = table.select_columns([name for name in table.column_names if name in wanted])
-        return cls(recipe, known, rows, f"{where} ({source.path})", data.cache_dir)
+        return cls(recipe, table, rows, f"{where} ({source.path})", data.cache_dir)
 
     def add(self, numbers: Indices, pile: _Pile[Sample]) -> None:
         """Put the samples of the rows `numbers` on a pile, in that order; a number may come twice."""
         if len(numbers) == 0:
             return
         distinct, place = np.unique(numbers, return_inverse=True)
-        rows = self.table.select(distinct).to_list()
+        rows = self.table.take(distinct)
         tokens, reasons = self._usable(rows) if self.drops_bad_rows else (self._tokens(rows, distinct), {})
         reasons |= {index: reason for index in tokens if (reason := self.recipe.limits.broken_by(tokens[index]))}
         kept = [index for index in place.tolist() if index not in reasons]
         samples = {index: self.recipe.build(rows[index], tokens[index]) for index in dict.fromkeys(kept)}
-        pile.samples += [samples[index] for index in kept]
+        pile.samples += [sample for index in kept for sample in samples[index]]
         pile.digest += _digest([sequence for index in kept for sequence in tokens[index]])
+        turns = [len(sequence.rewritten) for index in samples for sequence in tokens[index]]
+        pile.rewritten += Counter(turns=sum(turns), rows=sum(count > 0 for count in turns))
         self._count(Counter(reasons.values()), pile, num_rows=len(rows))
 
     @property
@@ -172,7 +183,7 @@ class _Part(Generic[Sample]):
         reasons: dict[int, str] = {}
         for index, row in enumerate(rows):
             try:
-                tokens[index] = self.recipe.tokenize(row)
+                tokens[index] = self._tokenize(row)
             except ValueError as error:
                 reasons[index] = f"row that cannot be used: {error}"
         return tokens, reasons
@@ -180,18 +191,26 @@ class _Part(Generic[Sample]):
     def _tokens(self, rows: list[Row], numbers: Indices) -> dict[int, list[Tokens]]:
         """The tokens of every row; raises ValueError unless all can be used."""
 
-        def make() -> list[Tokens]:
-            sequences = each_row(rows, self.recipe.tokenize, numbers=numbers, where=self.where)
-            return [tokens for row in sequences for tokens in row]
+        def make() -> list[list[Tokens]]:
+            return each_row(rows, self._tokenize, places=self.table.places(numbers), where=self.where)
 
-        flat = cached(self.cache_dir, content_key(rows, self.recipe.settings), make=make)
-        width = len(flat) // len(rows)
-        return {index: flat[index * width : (index + 1) * width] for index in range(len(rows))}
+        return dict(enumerate(cached(self.cache_dir, content_key(rows, self.recipe.settings), make=make)))
+
+    def _tokenize(self, row: Row) -> list[Tokens]:
+        if isinstance(row, BrokenRow):
+            raise ValueError(row["problem"])
+        try:
+            return self.recipe.tokenize(row)
+        except RecursionError as error:
+            raise ValueError("a value is nested too deeply to be written out.") from error
 
     def _count(self, dropped: Counter[str], pile: _Pile[Sample], *, num_rows: int) -> None:
         pile.dropped += dropped
-        for reason, count in dropped.items():
+        for reason, count in dropped.most_common(SHOWN_PROBLEMS):
             logger.warning("%s: dropped %d of %d rows: %s", self.where, count, num_rows, reason)
+        rest = [count for _, count in dropped.most_common()[SHOWN_PROBLEMS:]]
+        if rest:
+            logger.warning("%s: dropped %d more rows for %d more reasons", self.where, sum(rest), len(rest))
 
 
 def _digest(sequences: Sequence[Tokens]) -> str:

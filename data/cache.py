@@ -18,19 +18,19 @@ from pyarrow import feather
 
 from rlhf.text import Row, Tokens
 
-LAYOUT = 1  # raise it when a row comes to be tokenised differently
+LAYOUT = 2  # raise it when a row comes to be tokenised differently
 
 
 def content_key(rows: Iterable[Row], settings: Iterable[str]) -> str:
     """Hash of the content of `rows` and of everything in `settings` that decides how they are tokenised."""
     digest = hashlib.sha256(json.dumps([LAYOUT, *settings]).encode())
     for row in rows:
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(sorted(row.items()), default=str).encode())  # inside, templates see the order of keys
     return digest.hexdigest()
 
 
-def cached(folder: str | None, key: str, *, make: Callable[[], list[Tokens]]) -> list[Tokens]:
-    """The tokens stored in `folder` under `key`, else those that `make` makes, stored for the next time.
+def cached(folder: str | None, key: str, *, make: Callable[[], list[list[Tokens]]]) -> list[list[Tokens]]:
+    """The tokens of each row stored in `folder` under `key`, else those that `make` makes, stored for the next time.
 
     Args:
         folder: `data.cache_dir`; None makes them every time.
@@ -45,27 +45,36 @@ def cached(folder: str | None, key: str, *, make: Callable[[], list[Tokens]]) ->
     return _read(file)
 
 
-def _write(file: Path, tokens: list[Tokens]) -> None:
+def _write(file: Path, rows: list[list[Tokens]]) -> None:
+    tokens = [sequence for row in rows for sequence in row]
     ends = np.cumsum([0, *(len(sequence.input_ids) for sequence in tokens)])
     flat = {
         "input_ids": np.concatenate([sequence.input_ids for sequence in tokens]),
         "target_mask": np.concatenate([sequence.target_mask for sequence in tokens]),
     }
     columns = {name: pa.LargeListArray.from_arrays(pa.array(ends), pa.array(values)) for name, values in flat.items()}
-    table = pa.table({**columns, "num_prompt": [sequence.num_prompt for sequence in tokens]})
+    columns |= {
+        "num_prompt": pa.array([sequence.num_prompt for sequence in tokens]),
+        "rewritten": pa.array([sequence.rewritten for sequence in tokens], pa.list_(pa.int32())),
+        "row": pa.array([number for number, row in enumerate(rows) for _ in row]),
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(f".{uuid.uuid4().hex}.unfinished")
-    feather.write_feather(table, str(unfinished))
+    feather.write_feather(pa.table(columns), str(unfinished))
     unfinished.replace(file)
 
 
-def _read(file: Path) -> list[Tokens]:
+def _read(file: Path) -> list[list[Tokens]]:
     try:
         table = feather.read_table(str(file)).combine_chunks()
     except pa.ArrowInvalid as error:
         raise ValueError(f"data.cache_dir: {file} is damaged ({error}); delete it.") from error
     ids, masks = (_sequences(table.column(name)) for name in ("input_ids", "target_mask"))
-    return [Tokens(*parts) for parts in zip(ids, masks, table.column("num_prompt").to_pylist(), strict=True)]
+    numbers, turns, owners = (table.column(name).to_pylist() for name in ("num_prompt", "rewritten", "row"))
+    rows: list[list[Tokens]] = [[] for _ in range(owners[-1] + 1)]
+    for owner, *parts, rewritten in zip(owners, ids, masks, numbers, turns, strict=True):
+        rows[owner].append(Tokens(*parts, tuple(rewritten)))
+    return rows
 
 
 def _sequences(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -9,8 +9,15 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import DEMONSTRATION, check_row
-from rlhf.config import DataConfig, EvalConfig, SFTConfig
-from rlhf.text import Row, Tokenizer, Tokens, tokenize_demonstration, tokenizer_fingerprint
+from rlhf.config import DataConfig, EvalConfig, RewrittenTurns, SFTConfig
+from rlhf.text import (
+    Row,
+    Tokenizer,
+    Tokens,
+    tokenize_as_generated,
+    tokenize_demonstration,
+    tokenizer_fingerprint,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,11 +36,14 @@ def demonstrations(
 ) -> Splits[Demonstration]:
     """The samples of `data.sft`; with `held_out`, those for evaluation alone, within these limits.
 
-    Of a conversation every assistant turn is a target; the limits are for the last turn and for all before it.
+    Of a conversation every assistant turn is a target, but for those that the template has rewritten; the limits are
+    for the last turn and for all before it.
     """
 
     def tokenize(row: Row) -> list[Tokens]:
         check_row(row, DEMONSTRATION)
+        if data.sft.rewritten_turns is RewrittenTurns.as_generated:
+            return tokenize_as_generated(tokenizer, row, response_only=config.response_only)
         return [tokenize_demonstration(tokenizer, row, response_only=config.response_only)]
 
     recipe = Recipe(
@@ -42,7 +52,10 @@ def demonstrations(
         sources=data.sft,
         limits=held_out or Limits("sft", config.max_prompt_tokens, config.max_response_tokens),
         columns=DEMONSTRATION,
-        settings=("demonstration", tokenizer_fingerprint(tokenizer), f"response_only={config.response_only}"),
+        settings=(
+            *("demonstration", tokenizer_fingerprint(tokenizer)),
+            *(f"response_only={config.response_only}", f"rewritten_turns={data.sft.rewritten_turns}"),
+        ),
         tokenize=tokenize,
         build=_build,
         only_held_out=held_out is not None,
@@ -50,5 +63,5 @@ def demonstrations(
     return assemble(recipe, data=data)
 
 
-def _build(row: Row, sequences: list[Tokens]) -> Demonstration:
-    return Demonstration(sequences[0].input_ids, sequences[0].target_mask)
+def _build(row: Row, sequences: list[Tokens]) -> list[Demonstration]:
+    return [Demonstration(tokens.input_ids, tokens.target_mask) for tokens in sequences]

@@ -38,7 +38,10 @@ def preferences(
 
     def tokenize(row: Row) -> list[Tokens]:
         check_row(row, PREFERENCE)
-        return list(tokenize_preference(tokenizer, row))
+        pair = tokenize_preference(tokenizer, row)
+        if np.array_equal(pair.chosen.input_ids, pair.rejected.input_ids):
+            raise ValueError("`chosen` and `rejected` become the same tokens; expected one to be better.")
+        return list(pair)
 
     recipe = Recipe(
         stage="reward",
@@ -55,7 +58,7 @@ def preferences(
     return assemble(recipe, data=data)
 
 
-def _build(row: Row, sequences: list[Tokens], *, column: str) -> Preference:
+def _build(row: Row, sequences: list[Tokens], *, column: str) -> list[Preference]:
     chosen, rejected = sequences
     subset = row.get(column) if column else None
-    return Preference(chosen.input_ids, rejected.input_ids, margin_of(row), "" if subset is None else str(subset))
+    return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), "" if subset is None else str(subset))]

@@ -51,5 +51,5 @@ def prompts(
     return assemble(recipe, data=data)
 
 
-def _build(row: Row, sequences: list[Tokens]) -> Prompt:
-    return Prompt(sequences[0].input_ids, readable_prompt(row))
+def _build(row: Row, sequences: list[Tokens]) -> list[Prompt]:
+    return [Prompt(sequences[0].input_ids, readable_prompt(row))]

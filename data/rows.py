@@ -24,6 +24,10 @@ SHOWN_PROBLEMS = 5
 Result = TypeVar("Result")
 
 
+class BrokenRow(dict[str, str]):
+    """Stands where a row could not be read, and says why as `problem`."""
+
+
 def require_columns(found: Sequence[str], alternatives: Sequence[Sequence[str]], *, where: str) -> None:
     """Raise ValueError unless all columns of one alternative were found.
 
@@ -33,20 +37,24 @@ def require_columns(found: Sequence[str], alternatives: Sequence[Sequence[str]],
         where: Dotted name of the source, such as `data.sft.train[0]`.
     """
     if not any(set(names) <= set(found) for names in alternatives):
-        expected = ", or ".join(" and ".join(names) for names in alternatives)
         likely = next((names for names in alternatives if "prompt" in names), alternatives[-1])
         raise ValueError(
-            f"{where}: found columns {[*found]}; expected {expected}. Where yours have other names, give the source as "
-            f"{{path: FILE, columns: {{{', '.join(f'{name}: ITS_NAME' for name in likely)}}}}}, in quotes."
+            f"{where}: found columns {[*found]}; expected {_either(alternatives)}. "
+            f"Where yours have other names, give the source as {{path: FILE, "
+            f"columns: {{{', '.join(f'{name}: ITS_NAME' for name in likely)}}}}}, in quotes."
         )
+
+
+def _either(alternatives: Sequence[Sequence[str]]) -> str:
+    return ", or ".join(" and ".join(names) for names in alternatives)
 
 
 def check_row(row: Row, alternatives: Sequence[Sequence[str]]) -> None:
     """Raise ValueError unless `row` fills one alternative, and fills it with text or messages."""
     filled = [names for names in alternatives if all(row.get(name) is not None for name in names)]
     if not filled:
-        empty = [name for names in alternatives for name in names if name in row]
-        raise ValueError(f"{empty} hold nothing; expected text or messages.")
+        full = [name for name, value in row.items() if value is not None]
+        raise ValueError(f"only {full} hold something; expected {_either(alternatives)}.")
     for name in filled[0]:
         _check_part(row[name], name)
     if row.get("prompt") is not None:
@@ -83,8 +91,6 @@ def _check_part(value: Any, name: str) -> None:
         raise ValueError(f"`{name}` is {_shown(value)}; expected {expected}.")
     elif not value.strip():
         raise ValueError(f"`{name}` is empty; expected text.")
-    else:
-        _require_utf8(value, name)
 
 
 def _check_message(message: Any, name: str) -> None:
@@ -93,14 +99,6 @@ def _check_message(message: Any, name: str) -> None:
     content = message.get("content")
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
         raise ValueError(f"`{name}.content` is {_shown(content)}; expected text.")
-    _require_utf8(content or "", name)
-
-
-def _require_utf8(text: str, name: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"`{name}` is {_shown(text)}, which has half of a character ({error.reason}).") from error
 
 
 def _shown(value: Any) -> str:
@@ -109,32 +107,32 @@ def _shown(value: Any) -> str:
 
 
 def each_row(
-    rows: Iterable[Row], function: Callable[[Row], Result], *, numbers: Iterable[int], where: str
+    rows: Iterable[Row], function: Callable[[Row], Result], *, places: Iterable[str], where: str
 ) -> list[Result]:
     """`function` of every row.
 
     Args:
         rows: What it is called with.
         function: Raises ValueError for a row that cannot be used.
-        numbers: Where each row stands in its data set, for the message.
+        places: Where each row stands in its data set, for the message.
         where: Dotted name and path of the source, for the message.
 
     Raises:
         ValueError: With the numbers of all rows that cannot be used, by reason.
     """
     results: list[Result] = []
-    problems: dict[str, list[int]] = {}
-    for number, row in zip(numbers, rows, strict=True):
+    problems: dict[str, list[str]] = {}
+    for place, row in zip(places, rows, strict=True):
         try:
             results.append(function(row))
         except ValueError as error:
-            problems.setdefault(str(error), []).append(int(number))
+            problems.setdefault(str(error), []).append(place)
     if problems:
         raise ValueError(_report(problems, where=where, num_rows=len(results) + sum(map(len, problems.values()))))
     return results
 
 
-def _report(problems: dict[str, list[int]], *, where: str, num_rows: int) -> str:
+def _report(problems: dict[str, list[str]], *, where: str, num_rows: int) -> str:
     reasons = [f"  row {_numbers(rows)}: {reason}" for reason, rows in problems.items()]
     hidden = len(reasons) - SHOWN_PROBLEMS
     lines = reasons[:SHOWN_PROBLEMS] + [f"  and {hidden} more reasons"] * (hidden > 0)
@@ -144,6 +142,6 @@ def _report(problems: dict[str, list[int]], *, where: str, num_rows: int) -> str
     return "\n".join([head, *lines])
 
 
-def _numbers(rows: list[int]) -> str:
+def _numbers(rows: list[str]) -> str:
     more = f" and {len(rows) - SHOWN_PROBLEMS} more" if len(rows) > SHOWN_PROBLEMS else ""
-    return ", ".join(map(str, rows[:SHOWN_PROBLEMS])) + more
+    return ", ".join(rows[:SHOWN_PROBLEMS]) + more

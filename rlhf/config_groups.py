@@ -35,6 +35,13 @@ class BadRows(StrEnum):
     drop = "drop"
 
 
+class RewrittenTurns(StrEnum):
+    """What becomes of an answer that the chat template writes differently once the conversation goes on."""
+
+    skip = "skip"
+    as_generated = "as_generated"
+
+
 class WandbMode(StrEnum):
     """How W&B is used; auto is online with a key and a reachable server, else offline. It never prompts."""
 
@@ -188,6 +195,9 @@ class StageDataConfig:
     """Share of the training rows held out when `eval` is empty."""
     bad_rows: BadRows = BadRows.stop
     """What a row that cannot be used (empty, chosen equal to rejected, ...) does: stop the run, or be dropped."""
+    rewritten_turns: RewrittenTurns = RewrittenTurns.skip
+    """Earlier answers of demonstrations that the template rewrites, as Qwen3 leaves out their reasoning. They are not
+    learnt, or (as_generated) each gives a sequence more, which ends with it: nothing is lost, at their tokens' cost."""
 
     def __post_init__(self) -> None:
         require(0 <= self.eval_fraction < 1, f"data eval_fraction={self.eval_fraction}: expected 0 up to 1.")
@@ -245,6 +255,9 @@ class DataConfig:
     """Metrics that no model was trained on: name -> `module:function`, called with prompts and responses."""
 
     def __post_init__(self) -> None:
+        for stage, sources in (("reward", self.reward), ("ppo", self.ppo)):
+            unused = sources.rewritten_turns is RewrittenTurns.skip
+            require(unused, f"data.{stage}.rewritten_turns: only demonstrations have it; set data.sft.rewritten_turns.")
         shares = self.stage_split
         require(len(shares) in (0, 3), f"data.stage_split={shares}: expected three numbers (sft, reward, ppo) or none.")
         require(not shares or sum(shares) > 0, f"data.stage_split={shares}: expected a positive sum.")

@@ -1,4 +1,4 @@
-"""Between text and tokens: the tokenizer, its chat template, prompts and targets. The only module that knows roles.
+"""Between text and tokens: the tokenizer, prompts and targets. With `rlhf/text_template.py`, all that knows roles.
 
 A row has one of these forms, with strings (standard) or lists of messages (conversational):
 
@@ -15,29 +15,25 @@ import itertools
 import json
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from jinja2 import TemplateError
 from numpy.typing import NDArray
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.utils.chat_template_utils import render_jinja_template
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from rlhf.text_pad import set_pad_token
+from rlhf.text_template import ASSISTANT, Chat, Span, Turns, after_answer, encode, turn_end
+from rlhf.text_template import Message as Message
+from rlhf.text_template import Row as Row
+from rlhf.text_template import Tokenizer as Tokenizer
 
-Tokenizer = PreTrainedTokenizerBase
-Row = Mapping[str, Any]
-Message = dict[str, Any]
 Part = str | list[Message]
 
-ASSISTANT = "assistant"
 HH_TURN = "\n\nAssistant:"
-GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 class Tokens(NamedTuple):
@@ -46,6 +42,7 @@ class Tokens(NamedTuple):
     input_ids: NDArray[np.int32]  # [T]
     target_mask: NDArray[np.bool_]  # [T], True where the token is learnt
     num_prompt: int  # tokens before the last response, exactly those that generation starts from
+    rewritten: tuple[int, ...] = ()  # messages that are not learnt, see `Turns`
 
 
 class TokenPair(NamedTuple):
@@ -61,13 +58,6 @@ class Pair(NamedTuple):
     prompt: Part
     chosen: Part
     rejected: Part
-
-
-class Span(NamedTuple):
-    """The characters of a text from `start` up to `end`."""
-
-    start: int
-    end: int
 
 
 def load_tokenizer(path: str, *, chat_template: str | None = None, pad_token: str | None = None) -> Tokenizer:
@@ -89,7 +79,7 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, pad_token: st
         if not Path(chat_template).is_file():
             raise ValueError(f"model.chat_template={chat_template}: no such file; expected a Jinja chat template.")
         tokenizer.chat_template = Path(chat_template).read_text(encoding="utf-8")
-        _after_answer(tokenizer, tokenizer.chat_template, name=f"model.chat_template={chat_template}")
+        after_answer(tokenizer, tokenizer.chat_template, name=f"model.chat_template={chat_template}")
     set_pad_token(tokenizer, pad_token, taken={tokenizer.bos_token_id, *stop_token_ids(tokenizer)}, path=path)
     return tokenizer
 
@@ -118,28 +108,15 @@ def stop_token_ids(tokenizer: Tokenizer, generation_config: GenerationConfig | N
     listed = generation_config.eos_token_id if generation_config is not None else None
     ids = [tokenizer.eos_token_id, *(listed if isinstance(listed, list) else [listed])]
     if tokenizer.chat_template is not None:
-        turn_end = _turn_end(tokenizer, tokenizer.get_chat_template())
-        ids.append(tokenizer.convert_tokens_to_ids(turn_end) if turn_end else None)
+        end_of_turn = turn_end(tokenizer, tokenizer.get_chat_template())
+        ids.append(tokenizer.convert_tokens_to_ids(end_of_turn) if end_of_turn else None)
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
-@lru_cache(maxsize=16)
-def _turn_end(tokenizer: Tokenizer, template: str) -> str:
-    """The control token that the template writes after an answer; empty where it writes none."""
-    controls = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    tail = _encode(tokenizer, _after_answer(tokenizer, template, name="the tokenizer's chat template"))
-    return next((str(tokenizer.convert_ids_to_tokens(token)) for token in tail if token in controls), "")
-
-
-def _after_answer(tokenizer: Tokenizer, template: str, *, name: str) -> str:
-    """What `template` writes after an assistant's answer; raises ValueError where it does not render."""
-    answer = "the-answer-of-a-probe"
-    messages = [{"role": "user", "content": "question"}, {"role": ASSISTANT, "content": answer}]
-    try:
-        text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"{name}: cannot render a question and its answer: {error}") from error
-    return text.rpartition(answer)[2] if answer in text else ""
+def _end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    """What the stop tokens look like in a text that is encoded to them."""
+    known = tokenizer.added_tokens_decoder
+    return tuple(known[token].content for token in stop_token_ids(tokenizer) if token in known)
 
 
 def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: bool) -> Tokens:
@@ -147,23 +124,36 @@ def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: boo
 
     Args:
         tokenizer: From `load_tokenizer`.
-        row: `messages` (every assistant turn is a target), or `prompt` and `completion`, or a preference (its chosen
-            response), or `text` (all of it).
+        row: `messages` (every assistant turn is a target, unless the template has rewritten it), or `prompt` and
+            `completion`, or a preference (its chosen response), or `text` (all of it).
         response_only: False makes targets of the prompts too.
     """
-    prompt: Part
-    response: Part
-    if _has(row, "messages"):
-        prompt, response = _last_response(_part(row, "messages"))
-    elif _has(row, "prompt", "completion"):
-        prompt, response = _alike(_part(row, "prompt"), _part(row, "completion"))
-    elif _has(row, "chosen", "rejected"):
-        prompt, response, _ = _pair(row)
-    else:
-        prompt, response = "", _part(row, "text")
+    prompt, response = _demonstration(row, bos=tokenizer.bos_token)
     sequence = _start(tokenizer, row, prompt=prompt, learn_turns=_has(row, "messages"))
     tokens = _respond(sequence, row, prompt=prompt, response=response)
     return tokens if response_only else tokens._replace(target_mask=np.arange(len(tokens.input_ids)) > 0)
+
+
+def tokenize_as_generated(tokenizer: Tokenizer, row: Row, *, response_only: bool) -> list[Tokens]:
+    """`tokenize_demonstration`, and a sequence for each turn that it could not learn, ending with that turn."""
+    whole = tokenize_demonstration(tokenizer, row, response_only=response_only)
+    turns = [message for part in _demonstration(row, bos=None) for message in part] if whole.rewritten else []
+    shared = {name: row.get(name) for name in ("tools", "chat_template_kwargs")}
+    rows = [shared | {"prompt": turns[:turn], "completion": [turns[turn]]} for turn in whole.rewritten]
+    alone = [tokenize_demonstration(tokenizer, row, response_only=True) for row in rows]
+    return [whole._replace(rewritten=()), *alone]
+
+
+def _demonstration(row: Row, *, bos: str | None) -> tuple[Part, Part]:
+    """Prompt and response; a BOS that is written in `text` is its prompt."""
+    if _has(row, "messages"):
+        return _last_response(_part(row, "messages"))
+    if _has(row, "prompt", "completion"):
+        return _alike(_part(row, "prompt"), _part(row, "completion"))
+    if _has(row, "chosen", "rejected"):
+        return _pair(row)[:2]
+    text = str(row["text"])
+    return (bos, text.removeprefix(bos)) if bos and text.startswith(bos) else ("", text)
 
 
 def tokenize_preference(tokenizer: Tokenizer, row: Row) -> TokenPair:
@@ -273,12 +263,13 @@ class _Sequence:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     learnt: list[bool] = field(default_factory=list)
+    rewritten: list[int] = field(default_factory=list)  # messages that should be learnt and cannot
 
     def add(self, piece: str, *, learn: bool) -> None:
         """Append `piece` tokenised as part of the whole or, where that would change earlier tokens, on its own."""
-        whole = [*self.bos, *_encode(self.tokenizer, self.text + piece)]
+        whole = [*self.bos, *encode(self.tokenizer, self.text + piece)]
         known = len(self.ids)
-        new = whole[known:] if whole[:known] == self.ids else _encode(self.tokenizer, piece)
+        new = whole[known:] if whole[:known] == self.ids else encode(self.tokenizer, piece)
         self.text += piece
         self.ids += new
         self.learnt += [learn] * len(new)
@@ -292,10 +283,6 @@ class _Sequence:
             self.add(text[start:end], learn=learn and inside)
 
 
-def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-
-
 def _start(tokenizer: Tokenizer, row: Row, *, prompt: Part, learn_turns: bool = False) -> _Sequence:
     """The sequence up to where the response begins; `learn_turns` makes targets of earlier assistant turns."""
     if isinstance(prompt, str):
@@ -307,94 +294,77 @@ def _start(tokenizer: Tokenizer, row: Row, *, prompt: Part, learn_turns: bool = 
     if not prompt or prompt[-1]["role"] == ASSISTANT:
         roles = [message["role"] for message in prompt]
         raise ValueError(f"the prompt has roles {roles}; expected its last turn to be one that an assistant answers.")
-    chat = _Chat.of(tokenizer, row)
-    sequence = _Sequence(tokenizer)
+    chat = Chat.of(tokenizer, row)
     text = chat.render(prompt, generation_prompt=True)
-    spans: list[Span] = []
-    with nullcontext() if learn_turns else suppress(ValueError):  # turns that nobody learns may be rewritten later
-        spans = chat.spans(prompt, text)
-    sequence.add_spans(text, spans, learn=learn_turns)
+    turns = Turns([], [])
+    with nullcontext() if learn_turns else suppress(ValueError):  # what nobody learns only says where to cut
+        turns = chat.turns(prompt, text)
+    if learn_turns:
+        _require_no_ends(prompt, tokenizer)
+    sequence = _Sequence(tokenizer, rewritten=turns.rewritten if learn_turns else [])
+    sequence.add_spans(text, turns.spans, learn=learn_turns)
     return sequence
 
 
 def _respond(sequence: _Sequence, row: Row, *, prompt: Part, response: Part) -> Tokens:
     """Append the response and the token that ends it."""
-    num_prompt = len(sequence.ids)
-    if isinstance(response, str):
-        sequence.add(response, learn=True)
+    num_prompt, stops = len(sequence.ids), stop_token_ids(sequence.tokenizer)
+    if isinstance(prompt, str) and isinstance(response, str):
+        _add_text(sequence, response, is_all=prompt in ("", sequence.tokenizer.bos_token))
     else:
-        chat = _Chat.of(sequence.tokenizer, row)
-        text = chat.render([*prompt, *response])
-        spans = chat.spans([*prompt, *response], text, first=len(prompt))
-        chat.require_start(sequence.text, text)
-        sequence.add_spans(text[: spans[-1].end if spans else 0], spans, learn=True)
+        _add_turns(sequence, row, prompt=prompt, response=response)
     if len(sequence.ids) == num_prompt:
         raise ValueError("the response is empty; expected text, or an assistant turn that the chat template renders.")
-    if sequence.ids[-1] not in stop_token_ids(sequence.tokenizer):
+    if sequence.ids[-1] not in stops:
         sequence.ids.append(sequence.tokenizer.eos_token_id)
         sequence.learnt.append(True)
     target_mask = np.array(sequence.learnt)
     target_mask[0] = False  # nothing comes before it that could predict it
-    return Tokens(np.array(sequence.ids, dtype=np.int32), target_mask, num_prompt)
+    return Tokens(np.array(sequence.ids, dtype=np.int32), target_mask, num_prompt, tuple(sequence.rewritten))
 
 
-@dataclass(frozen=True)
-class _Chat:
-    """A chat template, and what a row gives it besides messages."""
+def _add_text(sequence: _Sequence, text: str, *, is_all: bool) -> None:
+    """Append a response; one that is all of a row may hold several answers or documents, with their ends."""
+    stripped = text.rstrip()
+    end = next((end for end in _end_texts(sequence.tokenizer) if stripped.endswith(end)), "")
+    if not is_all:
+        _require_no_end(stripped.removesuffix(end), sequence.tokenizer)
+    sequence.add(stripped if end else text, learn=True)  # no second end after the white space behind an end
 
-    tokenizer: Tokenizer
-    template: str
-    tools: list[Any] | None
-    options: dict[str, Any]
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, row: Row) -> _Chat:
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "the row has messages, but the tokenizer has no chat template; expected text, or model.chat_template."
-            )
-        tools = row.get("tools") or None
-        return cls(tokenizer, tokenizer.get_chat_template(tools=tools), tools, row.get("chat_template_kwargs") or {})
+def _add_turns(sequence: _Sequence, row: Row, *, prompt: Any, response: Any) -> None:
+    """Append the messages of a response, up to the end of the last one that an assistant says."""
+    if response[0]["role"] != ASSISTANT:
+        asked, answered = ([message["role"] for message in part] for part in (prompt, response))
+        raise ValueError(
+            f"the response begins with roles {answered} after a prompt with roles {asked}; expected the answer alone, "
+            "or before it the same messages as in the prompt, a system message too."
+        )
+    _require_no_ends(response, sequence.tokenizer)
+    chat = Chat.of(sequence.tokenizer, row)
+    text = chat.render([*prompt, *response])
+    turns = chat.turns([*prompt, *response], text, first=len(prompt))
+    if not text.startswith(sequence.text) or (turns.rewritten and not turns.spans):
+        raise ValueError(
+            "the chat template renders the beginning of this conversation differently once it goes on, so an answer "
+            "would not follow what generation sees; expected a template that only appends, or one that marks answers "
+            "with {% generation %} (model.chat_template)."
+        )
+    sequence.rewritten += turns.rewritten
+    sequence.add_spans(text[: turns.spans[-1].end if turns.spans else 0], turns.spans, learn=True)
 
-    def render(self, messages: list[Message], *, generation_prompt: bool = False) -> str:
-        return str(self._render(messages, add_generation_prompt=generation_prompt)[0][0])
 
-    def _render(self, messages: list[Message], **settings: bool) -> Any:
-        shared = {**self.tokenizer.special_tokens_map, **self.options, **settings}
-        try:
-            return render_jinja_template([messages], tools=self.tools, chat_template=self.template, **shared)
-        except (TemplateError, TypeError) as error:
-            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+def _require_no_end(text: str, tokenizer: Tokenizer) -> None:
+    """Raise ValueError where an answer holds the text of a token that would end it."""
+    found = [end for end in _end_texts(tokenizer) if end in text]
+    if found:
+        raise ValueError(
+            f"an answer holds the text {found[0]!r}, which becomes the token that ends answers, so that it would end "
+            "there; expected another way to write it, or none."
+        )
 
-    def spans(self, messages: list[Message], text: str, *, first: int = 0) -> list[Span]:
-        """Where the assistant speaks in `text`, from message `first` on, the end of each turn included."""
-        end_of_turn = _turn_end(self.tokenizer, self.template)
-        if GENERATION_BLOCK.search(self.template):
-            marked = self._render(messages, return_assistant_tokens_mask=True)[1][0]
-            return [Span(start, end + len(end_of_turn) * text.startswith(end_of_turn, end)) for start, end in marked]
-        turns = [turn for turn in range(max(first, 1), len(messages)) if messages[turn]["role"] == ASSISTANT]
-        prompts = [self.render(messages[:turn], generation_prompt=True) for turn in turns]
-        for prompt in prompts:
-            self.require_start(prompt, text)
-        limits = [*map(len, prompts[1:]), len(text)]
-        parts = zip(prompts, limits, turns, strict=False)  # without turns there is one limit too many
-        return [self._turn(prompt, text[:limit], messages=messages[: turn + 1]) for prompt, limit, turn in parts]
 
-    def _turn(self, prompt: str, text: str, *, messages: list[Message]) -> Span:
-        """The turn that begins in `text` after `prompt`: up to the token that ends it, or all of it."""
-        end_of_turn = _turn_end(self.tokenizer, self.template)
-        stop = text.find(end_of_turn, len(prompt)) if end_of_turn else -1
-        if stop >= 0:
-            return Span(len(prompt), stop + len(end_of_turn))
-        rendered = self.render(messages)
-        self.require_start(rendered, text)
-        return Span(len(prompt), len(rendered))
-
-    def require_start(self, start: str, text: str) -> None:
-        """Raise ValueError where a part of a conversation renders differently from the same part of the whole."""
-        if not text.startswith(start):
-            raise ValueError(
-                "the chat template renders the beginning of this conversation differently once it goes on, so an "
-                "answer would not follow what generation sees; expected a template that only appends, or one that "
-                "marks answers with {% generation %} (model.chat_template)."
-            )
+def _require_no_ends(messages: list[Message], tokenizer: Tokenizer) -> None:
+    for message in messages:
+        said = json.dumps(message, ensure_ascii=False, default=str) if message["role"] == ASSISTANT else ""
+        _require_no_end(said, tokenizer)

@@ -18,7 +18,7 @@ FLOORS = [
     {"rlhf.config"},
     {"rlhf.heap"},
     {"rlhf.dist"},
-    {"rlhf.text_pad"},
+    {"rlhf.text_pad", "rlhf.text_template"},
     {"rlhf.algorithms", "rlhf.launch", "rlhf.tracking", "rlhf.text"},
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},

@@ -7,9 +7,11 @@ from data.cache import cached, content_key
 from rlhf.text import Tokens
 
 TOKENS = [
-    Tokens(np.array([1, 2, 3], dtype=np.int32), np.array([False, False, True]), 2),
-    Tokens(np.array([70_000], dtype=np.int32), np.array([True]), 0),
-    Tokens(np.array([4, 5], dtype=np.int32), np.array([False, True]), 1),
+    [
+        Tokens(np.array([1, 2, 3], dtype=np.int32), np.array([False, False, True]), 2),
+        Tokens(np.array([70_000], dtype=np.int32), np.array([True]), 0, (2, 4)),
+    ],
+    [Tokens(np.array([4, 5], dtype=np.int32), np.array([False, True]), 1)],
 ]
 
 
@@ -17,15 +19,15 @@ def never():
     raise AssertionError("made although it is stored")
 
 
-def plain(tokens):
-    return [(t.input_ids.tolist(), t.target_mask.tolist(), t.num_prompt) for t in tokens]
+def plain(rows):
+    return [[(t.input_ids.tolist(), t.target_mask.tolist(), t.num_prompt, t.rewritten) for t in row] for row in rows]
 
 
 def test_what_was_stored_is_read_back(tmp_path):
     made = cached(str(tmp_path / "new/folder"), "key", make=lambda: TOKENS)
     found = cached(str(tmp_path / "new/folder"), "key", make=never)
     assert plain(made) == plain(found) == plain(TOKENS)
-    assert {(t.input_ids.dtype.name, t.target_mask.dtype.name) for t in found} == {("int32", "bool")}
+    assert {(t.input_ids.dtype.name, t.target_mask.dtype.name) for row in found for t in row} == {("int32", "bool")}
 
 
 def test_nothing_unfinished_is_left_behind(tmp_path):
@@ -62,4 +64,6 @@ def test_the_key_changes_with_rows_their_order_and_settings():
         content_key(rows[:1], ["x"]),
     }
     assert len(keys) == 6
+    ordered, other = ([{"tools": [tool]}] for tool in ({"a": 1, "b": 2}, {"b": 2, "a": 1}))
+    assert content_key(ordered, ["x"]) != content_key(other, ["x"])  # a template writes them in their order
     assert content_key([dict(reversed(row.items())) for row in rows], ["x"]) == content_key(rows, ["x"])

@@ -31,7 +31,11 @@ def test_good_rows_pass(row, columns):
     [
         ({"prompt": " ", "completion": "b"}, DEMONSTRATION, "`prompt` is empty; expected text"),
         ({"prompt": "a", "completion": "\n"}, DEMONSTRATION, "`completion` is empty"),
-        ({"prompt": "a", "completion": None}, DEMONSTRATION, r"\['prompt', 'completion'\] hold nothing"),
+        (
+            {"prompt": "a", "completion": None},
+            DEMONSTRATION,
+            r"only \['prompt'\] hold something; expected messages, or",
+        ),
         ({"prompt": 3, "completion": "b"}, DEMONSTRATION, "`prompt` is 3; expected text or a list of messages"),
         ({"text": [USER]}, DEMONSTRATION, "`text` is .*; expected text"),
         ({"messages": "hello"}, DEMONSTRATION, "`messages` is 'hello'; expected a list of messages"),
@@ -81,9 +85,9 @@ def test_all_bad_rows_are_reported_by_reason_with_their_numbers():
         return row["n"]
 
     rows = [{"n": n} for n in range(22)]
-    assert each_row(rows[1::2], odd_only, numbers=range(11), where="x") == list(range(1, 22, 2))
+    assert each_row(rows[1::2], odd_only, places=map(str, range(11)), where="x") == list(range(1, 22, 2))
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        each_row(rows, odd_only, numbers=range(100, 122), where="data.sft.train[0] (a.jsonl)")
+        each_row(rows, odd_only, places=map(str, range(100, 122)), where="data.sft.train[0] (a.jsonl)")
     assert str(error.value) == (
         "data.sft.train[0] (a.jsonl): 11 of 22 rows cannot be used (from row 0); "
         "repair them or set data.sft.bad_rows=drop:\n"
@@ -97,11 +101,4 @@ def test_many_different_reasons_are_cut_short():
         raise ValueError(f"reason {row['n']}")
 
     with pytest.raises(ValueError, match="and 3 more reasons$"):
-        each_row([{"n": n} for n in range(8)], never, numbers=range(8), where="x")
-
-
-def test_half_a_character_is_a_bad_row_and_no_crash():
-    with pytest.raises(ValueError, match="has half of a character"):
-        check_row({"prompt": "a", "completion": "\ud83d"}, DEMONSTRATION)
-    with pytest.raises(ValueError, match="has half of a character"):
-        check_row({"messages": [{"role": "user", "content": "\ud83d"}, HI]}, DEMONSTRATION)
+        each_row([{"n": n} for n in range(8)], never, places=map(str, range(8)), where="x")

@@ -234,7 +234,7 @@ def test_bad_rows_are_all_reported_with_their_numbers_in_the_file(gpt, write):
         f"data.reward.train[0] ({file}): 2 of 11 rows cannot be used (from row 0); "
         "repair them or set data.reward.bad_rows=drop:\n"
         "  row 5: `chosen` and `rejected` are identical; expected one to be better.\n"
-        "  row 10: ['chosen', 'rejected'] hold nothing; expected text or messages."
+        "  row 10: only ['prompt', 'chosen'] hold something; expected chosen and rejected."
     )
 
 

@@ -1,0 +1,144 @@
+"""A tokenizer's chat template: what it makes of a conversation, and where the assistant speaks in that."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+Tokenizer = PreTrainedTokenizerBase
+Row = Mapping[str, Any]
+Message = dict[str, Any]
+
+ASSISTANT = "assistant"
+GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+NULL_CONTENT = re.compile(r"content\W*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
+
+
+class Span(NamedTuple):
+    """The characters of a text from `start` up to `end`."""
+
+    start: int
+    end: int
+
+
+class Turns(NamedTuple):
+    """The assistant's turns in a rendered conversation."""
+
+    spans: list[Span]  # of the turns that stand there as they were generated, their ends included
+    rewritten: list[int]  # messages that stand there in another form than the one they were generated in
+
+
+def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of `text` alone, without a BOS or EOS."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
+
+
+@lru_cache(maxsize=16)
+def turn_end(tokenizer: Tokenizer, template: str) -> str:
+    """The control token that the template writes after an answer; empty where it writes none."""
+    controls = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
+    tail = encode(tokenizer, after_answer(tokenizer, template, name="the tokenizer's chat template"))
+    return next((str(tokenizer.convert_ids_to_tokens(token)) for token in tail if token in controls), "")
+
+
+def after_answer(tokenizer: Tokenizer, template: str, *, name: str) -> str:
+    """What `template` writes after an assistant's answer; raises ValueError where it does not render."""
+    answer = "the-answer-of-a-probe"
+    messages = [{"role": "user", "content": "question"}, {"role": ASSISTANT, "content": answer}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False))
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{name}: cannot render a question and its answer: {error}") from error
+    return text.rpartition(answer)[2] if answer in text else ""
+
+
+@dataclass(frozen=True)
+class Chat:
+    """A chat template, and what a row gives it besides messages."""
+
+    tokenizer: Tokenizer
+    template: str
+    tools: list[Any] | None
+    options: dict[str, Any]
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer, row: Row) -> Chat:
+        """The template of `tokenizer` with the `tools` and `chat_template_kwargs` of a row, which may be JSON text."""
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "the row has messages, but the tokenizer has no chat template; expected text, or model.chat_template."
+            )
+        tools = [_parsed(tool, dict, name="tools") for tool in _parsed(row.get("tools") or [], list, name="tools")]
+        options = _parsed(row.get("chat_template_kwargs") or {}, dict, name="chat_template_kwargs")
+        return cls(tokenizer, tokenizer.get_chat_template(tools=tools or None), tools or None, options)
+
+    def render(self, messages: list[Message], *, generation_prompt: bool = False) -> str:
+        """The text of a conversation; with `generation_prompt`, up to where the assistant answers it."""
+        return str(self._render(messages, add_generation_prompt=generation_prompt)[0][0])
+
+    def _render(self, messages: list[Message], **settings: bool) -> Any:
+        shared = {**self.tokenizer.special_tokens_map, **self.options, **settings}
+        if NULL_CONTENT.search(self.template):  # it tells tool calls from answers by a content that is null
+            messages = [{"content": None, **message} for message in messages]
+        try:
+            return render_jinja_template([messages], tools=self.tools, chat_template=self.template, **shared)
+        except (TemplateError, TypeError) as error:
+            raise ValueError(f"the chat template refuses this conversation: {error}") from error
+
+    def turns(self, messages: list[Message], text: str, *, first: int = 0) -> Turns:
+        """Where the assistant speaks in `text`, which begins as `messages` are rendered, from message `first` on.
+
+        A template may render an answer differently once the conversation goes on: Qwen3 leaves out the reasoning of
+        earlier answers. Such an answer is not what was generated where it now stands.
+        """
+        found = Turns([], [])
+        for turn in range(first, len(messages)):
+            if messages[turn]["role"] != ASSISTANT or (turn == 0 and not self._marks_answers):
+                continue
+            generated, spans = self._last_turn(messages[: turn + 1])
+            if spans and text.startswith(generated[: spans[-1].end]):
+                found.spans.extend(spans)
+            elif spans or not self._marks_answers:
+                found.rewritten.append(turn)
+        return found
+
+    @property
+    def _marks_answers(self) -> bool:
+        return GENERATION_BLOCK.search(self.template) is not None
+
+    def _last_turn(self, messages: list[Message]) -> tuple[str, list[Span]]:
+        """The rendered conversation, and where its last message stands in it up to the token that ends the turn.
+
+        No span says that the message does not follow what generation starts from.
+        """
+        end_of_turn = turn_end(self.tokenizer, self.template)
+        if self._marks_answers:
+            (text,), (marks,) = self._render(messages, return_assistant_tokens_mask=True)
+            earlier = self._render(messages[:-1], return_assistant_tokens_mask=True)[1][0] if messages[1:] else []
+            ends = [end + len(end_of_turn) * text.startswith(end_of_turn, end) for _, end in marks]
+            return text, [Span(start, end) for (start, _), end in zip(marks, ends, strict=True)][len(earlier) :]
+        text, prompt = self.render(messages), self.render(messages[:-1], generation_prompt=True)
+        stop = text.find(end_of_turn, len(prompt)) if end_of_turn else -1
+        end = stop + len(end_of_turn) if stop >= 0 else len(text)
+        return text, [Span(len(prompt), end)] if text.startswith(prompt) else []
+
+
+def _parsed(value: Any, kind: type[list[Any]] | type[dict[str, Any]], *, name: str) -> Any:
+    """`value`, which is a list or a mapping, or the JSON of one."""
+    problem = ""
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            problem = f", which is not JSON ({error})"
+    if not isinstance(value, kind):
+        raise ValueError(f"`{name}` is {repr(value)[:80]}{problem}; expected a {kind.__name__}, or the JSON of one.")
+    return value
