@@ -14,6 +14,7 @@ from rlhf.text import (
     readable_prompt,
     stop_token_ids,
     template_fingerprint,
+    tokenize_as_generated,
     tokenize_demonstration,
     tokenize_preference,
     tokenize_prompt,
@@ -278,6 +279,36 @@ def test_the_bos_comes_once(bare):
         assert tokens.input_ids.tolist().count(bare.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("name", ["bare", "gpt", "chat"])
+def test_a_text_that_holds_its_bos_or_its_end_gets_no_second_one(name, request):
+    tokenizer = request.getfixturevalue(name)
+    bos, eos = tokenizer.bos_token or "", tokenizer.eos_token
+    plain = tokenize_demonstration(tokenizer, {"text": "a film"}, response_only=True)
+    for text in (f"{bos}a film", f"a film{eos}", f"{bos}a film{eos}", f"a film{eos}\n \n"):
+        tokens = tokenize_demonstration(tokenizer, {"text": text}, response_only=True)
+        assert tokens.input_ids.tolist() == plain.input_ids.tolist()
+        assert tokens.target_mask.tolist() == plain.target_mask.tolist()
+        assert tokens.num_prompt == plain.num_prompt
+    ended = tokenize_demonstration(tokenizer, {"prompt": "a", "completion": f" film{eos}\n"}, response_only=True)
+    assert ended.input_ids.tolist() == plain.input_ids.tolist()
+
+
+def test_a_rendered_conversation_as_text_keeps_its_ends(chat):
+    text = chat.apply_chat_template(TURNS, tokenize=False)
+    tokens = tokenize_demonstration(chat, {"text": text}, response_only=True)
+    assert tokens.input_ids.tolist() == ids(chat, text.rstrip())
+    assert tokens.input_ids[-1] == chat.convert_tokens_to_ids("<|im_end|>")
+
+
+@pytest.mark.parametrize("completion", ["b</s>c", "</s>b", "b</s></s>", "b</s>c</s>\n"])
+def test_an_end_inside_a_completion_is_refused(bare, completion):
+    for row in ({"completion": completion}, {"chosen": completion, "rejected": "x"}):
+        with pytest.raises(ValueError, match="an answer holds the text '</s>', which becomes the token that ends"):
+            tokenize_demonstration(bare, {"prompt": "a", **row}, response_only=True)
+    with pytest.raises(ValueError, match="holds the text '</s>'"):
+        tokenize_preference(bare, {"prompt": "a", "chosen": "x", "rejected": completion})
+
+
 def test_the_prompt_is_learnt_too_when_asked_but_never_the_first_token(bare):
     row = {"prompt": "a film", "completion": " is bad"}
     tokens = tokenize_demonstration(bare, row, response_only=False)
@@ -306,8 +337,10 @@ def test_an_empty_response_is_refused(gpt):
 def test_every_assistant_turn_and_its_end_is_a_target(tmp_path, template):
     tokenizer = with_template(tmp_path, template)
     tokens = tokenize_demonstration(tokenizer, {"messages": TURNS}, response_only=True)
+    first = ["hi there<|im_end|>"] * (template is not FORGETFUL_TEMPLATE)  # which it rewrites
     think = "<think></think>" * (template is FORGETFUL_TEMPLATE)
-    assert runs(tokenizer, tokens) == ["hi there<|im_end|>", f"{think}the best film<|im_end|>"]
+    assert runs(tokenizer, tokens) == [*first, f"{think}the best film<|im_end|>"]
+    assert tokens.rewritten == ((2,) if template is FORGETFUL_TEMPLATE else ())
     prompt = tokenizer.apply_chat_template(TURNS[:-1], add_generation_prompt=True, return_dict=False)
     assert tokens.input_ids[: tokens.num_prompt].tolist() == prompt
     assert (
@@ -411,6 +444,94 @@ def test_messages_without_an_answer_are_refused(chat):
 def test_a_prompt_that_the_assistant_ends_is_refused(chat, prompt):
     with pytest.raises(ValueError, match="expected its last turn to be one that an assistant answers"):
         tokenize_prompt(chat, {"prompt": prompt})
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+def test_an_end_inside_an_answer_is_refused_and_in_a_question_is_not(chat, end):
+    call = {**HI, "content": None, "tool_calls": [{"function": {"name": "f", "arguments": {"x": [f"a {end}"]}}}]}
+    for answer in ({**HI, "content": f"write {end} to stop"}, call):
+        rows = [
+            {"messages": [USER, answer, MORE, FILM]},
+            {"messages": [USER, HI, MORE, answer]},
+            {"prompt": [USER], "completion": [answer]},
+        ]
+        for row in rows:
+            with pytest.raises(ValueError, match="an answer holds the text '<|" + end[2:]):
+                tokenize_demonstration(chat, row, response_only=True)
+        with pytest.raises(ValueError, match="an answer holds"):
+            tokenize_preference(chat, {"prompt": [USER], "chosen": [HI], "rejected": [answer]})
+    asked = tokenize_demonstration(chat, {"messages": [{**USER, "content": f"what is {end}?"}, HI]}, response_only=True)
+    assert runs(chat, asked) == ["hi there<|im_end|>"]
+
+
+SYSTEM = TURNS[0]
+
+
+@pytest.mark.parametrize("response", [[SYSTEM, USER, HI], [USER, HI], [MORE, FILM]])
+def test_a_response_that_does_not_begin_with_an_answer_is_named_and_not_the_template(chat, response):
+    prompt = [MORE] if response[0] is USER else [USER]
+    rows = [{"prompt": prompt, "completion": response}, {"prompt": prompt, "chosen": response, "rejected": [FILM]}]
+    roles = [message["role"] for message in response]
+    for row in rows:
+        with pytest.raises(ValueError, match="the response begins with roles .* after a prompt with roles") as error:
+            tokenize_demonstration(chat, row, response_only=True)
+        assert f"roles {roles} after a prompt with roles ['user']; expected the answer alone" in str(error.value)
+        assert "template" not in str(error.value)
+
+
+THINKING_TEMPLATE = """\
+{%- for m in messages -%}
+{%- set text = m.content -%}
+{%- if m.role == 'assistant' and not loop.last and '</think>' in text %}{% set text = text.split('</think>')[-1] %}\
+{% endif -%}
+<|im_start|>{{ m.role }}
+MARK{{ text }}ENDMARK<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt %}<|im_start|>assistant
+{% endif -%}
+"""
+THOUGHTFUL = [
+    *(USER, {**HI, "content": "<think>plan</think>hi there"}),
+    *(MORE, {**FILM, "content": "a film"}),
+    *(USER, {**FILM, "content": "<think>look</think>the best film"}),
+]
+
+
+@pytest.mark.parametrize(
+    "marks",
+    [
+        ("", ""),
+        (
+            "{% if m.role == 'assistant' %}{% generation %}{{ text }}{% endgeneration %}{% else %}",
+            "{% endif %}",
+        ),
+    ],
+    ids=["plain", "marked"],
+)
+def test_answers_that_the_template_rewrites_are_not_learnt_or_learnt_as_they_were_generated(tmp_path, marks):
+    template = THINKING_TEMPLATE.replace("ENDMARK", marks[1]).replace("MARK", marks[0])
+    tokenizer = with_template(tmp_path, template)
+    row = {"messages": THOUGHTFUL}
+    whole = tokenize_demonstration(tokenizer, row, response_only=True)
+    assert runs(tokenizer, whole) == ["a film<|im_end|>", "<think>look</think>the best film<|im_end|>"]
+    assert whole.rewritten == (1,)
+    assert tokenizer.decode(whole.input_ids) == tokenizer.apply_chat_template(THOUGHTFUL, tokenize=False).rstrip("\n")
+    again, first = tokenize_as_generated(tokenizer, row, response_only=True)
+    assert again.input_ids.tolist() == whole.input_ids.tolist()
+    assert (again.rewritten, first.rewritten) == ((), ())
+    assert runs(tokenizer, first) == ["<think>plan</think>hi there<|im_end|>"]
+    assert first.input_ids[: first.num_prompt].tolist() == tokenize_prompt(tokenizer, {"prompt": [USER]})
+    (only,) = tokenize_as_generated(tokenizer, {"messages": THOUGHTFUL[2:]}, response_only=True)
+    assert runs(tokenizer, only) == ["a film<|im_end|>", "<think>look</think>the best film<|im_end|>"]
+
+
+def test_history_that_nobody_learns_counts_for_nothing(tmp_path):
+    tokenizer = with_template(tmp_path, THINKING_TEMPLATE.replace("ENDMARK", "").replace("MARK", ""))
+    row = {"prompt": THOUGHTFUL[:-1], "completion": THOUGHTFUL[-1:]}
+    assert tokenize_demonstration(tokenizer, row, response_only=True).rewritten == ()
+    several = {"prompt": THOUGHTFUL[:1], "completion": THOUGHTFUL[1:]}
+    assert tokenize_demonstration(tokenizer, several, response_only=True).rewritten == (1,)
+    assert len(tokenize_as_generated(tokenizer, several, response_only=True)) == 2
 
 
 def test_a_template_that_rewrites_its_own_prompt_is_refused(tmp_path):

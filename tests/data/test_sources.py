@@ -2,9 +2,9 @@
 
 import gzip
 import json
-import re
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
@@ -16,7 +16,8 @@ ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d\ne"
 
 
 def load(path, **settings):
-    return load_rows(SourceConfig(path=str(path), **settings)).to_list()
+    rows = load_rows(SourceConfig(path=str(path), **settings))
+    return rows.take(np.arange(len(rows)))
 
 
 def write(path, text, encoding="utf-8"):
@@ -59,9 +60,7 @@ def test_csv_fields_stay_text_and_may_hold_line_breaks(tmp_path):
 def test_rows_may_lack_keys_and_hold_messages(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "tool_calls": [{"name": "f"}]}]
     rows = load(write(tmp_path / "a.jsonl", lines([{"prompt": "a"}, {"messages": messages, "score": 2}])))
-    assert rows[0] == {"prompt": "a", "messages": None, "score": None}
-    assert rows[1]["messages"][0]["content"] == "a"
-    assert rows[1]["messages"][1] == messages[1]
+    assert rows == [{"prompt": "a"}, {"messages": messages, "score": 2}]
 
 
 def test_unicode_line_separators_stay_inside_their_line(tmp_path):
@@ -77,35 +76,6 @@ def test_saved_data_sets_are_read(tmp_path):
     assert load(tmp_path / "two", split="test") == ROWS[1:]
     with pytest.raises(ValueError, match=r"found splits \['train', 'test'\]; expected 'dev'"):
         load(tmp_path / "two", split="dev")
-
-
-def test_the_files_of_a_folder_are_joined_in_the_order_of_their_names(tmp_path):
-    write(tmp_path / "part-1.jsonl", lines(ROWS[1:]))
-    write(tmp_path / "part-0.json", lines(ROWS[:1]))
-    write(tmp_path / "README.md", "not data")
-    assert load(tmp_path) == ROWS
-
-
-def test_files_named_after_splits_are_told_apart(tmp_path):
-    write(tmp_path / "train-00000.jsonl", lines(ROWS[:1]))
-    write(tmp_path / "test.jsonl", lines(ROWS[1:]))
-    assert load(tmp_path) == ROWS[:1]
-    assert load(tmp_path, split="test") == ROWS[1:]
-    with pytest.raises(ValueError, match="files of split 'dev'"):
-        load(tmp_path, split="dev")
-
-
-def test_a_folder_without_data_is_refused(tmp_path):
-    write(tmp_path / "notes.txt", "hello")
-    with pytest.raises(ValueError, match=r"found \['notes.txt'\]; expected"):
-        load(tmp_path)
-
-
-def test_files_of_a_folder_that_do_not_fit_together_are_named(tmp_path):
-    write(tmp_path / "a.jsonl", '{"prompt": "a"}')
-    write(tmp_path / "b.jsonl", '{"prompt": ["b"]}')
-    with pytest.raises(ValueError, match=r"\['a.jsonl', 'b.jsonl'\] do not join"):
-        load(tmp_path)
 
 
 def test_columns_are_renamed_and_others_kept(tmp_path):
@@ -149,43 +119,3 @@ def test_a_hub_id_that_cannot_be_reached_is_refused():
     assert find("someone/some-data.v2") is None
     with pytest.raises(ValueError, match="neither a file nor a folder here, and the hub did not give split 'train'"):
         load("someone/some-data.v2")
-
-
-BAD = [
-    ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"\n', r"line 2: not one JSON object .*: \{\"prompt\": \"b\"$"),
-    ("a.jsonl", '{"prompt": "a"}\n["b"]\n', r"line 2: found \[\"b\"\]; expected an object"),
-    ("a.json", '[{"prompt": "a"},\n{"prompt": }]', r"line 2: not JSON"),
-    ("a.json", '[{"prompt": "a"}, 3]', r"row 1: found 3; expected an object"),
-    ("a.json", '{\n"prompt": "a"\n}', r"line 1: not one JSON object"),
-    ("a.jsonl", "", r"no rows"),
-    ("a.jsonl", "\n\n", r"no rows"),
-    ("a.json", "[]", r"no rows"),
-    ("a.csv", "", r"cannot be read: Empty CSV file"),
-    ("a.csv", "prompt,completion\n", r"no rows"),
-    ("a.csv", "prompt,completion\na,b\na,b,c\n", r"cannot be read: .*Expected 2 columns, got 3"),
-    ("a.parquet", "not parquet", r"cannot be read"),
-    ("a.jsonl.gz", "not gzip", r"cannot be read"),
-    ("a.txt", "hello", r"found a .txt file; expected one of"),
-    ("a.jsonl", '{"prompt": "a"}\n{"prompt": ["b"]}\n', r"column prompt: its rows differ in type"),
-    ("a.jsonl", '{"prompt": "a", "id": 1180591620717411303424}\n', r"column id"),
-]
-
-
-@pytest.mark.parametrize(("name", "text", "message"), BAD)
-def test_what_cannot_be_read_is_named_with_its_place(tmp_path, name, text, message):
-    file = write(tmp_path / name, text)
-    with pytest.raises(ValueError, match=f"data source {re.escape(str(file))}.*{message}"):
-        load(file)
-
-
-@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
-def test_another_encoding_is_refused(tmp_path, name):
-    text = '{"prompt": "é"}\n' if name == "a.jsonl" else "prompt\né\n"
-    with pytest.raises(ValueError, match=r"(?i)utf-?8"):
-        load(write(tmp_path / name, text, encoding="latin-1"))
-
-
-def test_a_long_line_is_shortened_in_the_error(tmp_path):
-    file = write(tmp_path / "a.jsonl", '{"prompt": "' + "x" * 1000)
-    with pytest.raises(ValueError, match=r"x{60,70}\.\.\.$"):
-        load(file)
