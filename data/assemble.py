@@ -38,6 +38,8 @@ class Splits(Generic[Sample]):
     """Reason -> rows that were left out for it."""
     fingerprint: str
     """Hash of every token in `train` and `eval`, in order."""
+    note: str = ""
+    """What should be said of them once; empty where that is nothing."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class _Pile(Generic[Sample]):
     samples: list[Sample] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     rewritten: Counter[str] = field(default_factory=Counter)
+    """Answers that are not learnt, see `rlhf.text_template.Turns`: `turns`, and the `rows` that have some."""
     digest: str = ""
 
     def require_some(self) -> None:
@@ -120,16 +123,19 @@ def assemble(recipe: Recipe[Sample], *, data: DataConfig) -> Splits[Sample]:
         part.add(weighted(part.rows, max(source.weight, 1.0), seed=data.split_seed), held_out)
     for pile in (train, held_out):
         pile.require_some()
-    rewritten = train.rewritten + held_out.rewritten
-    if rewritten:
-        logger.warning(
-            "%s: %d assistant turns in %d rows are not learnt: the chat template writes them differently once the "
-            "conversation goes on (without their reasoning, perhaps), so nobody generates them so. "
-            "%s.rewritten_turns=as_generated learns each of them as it was when it was last.",
-            *(name, rewritten["turns"], rewritten["rows"], name),
-        )
     fingerprint = hashlib.sha256((train.digest + "|" + held_out.digest).encode()).hexdigest()
-    return Splits(train.samples, held_out.samples, dict(train.dropped + held_out.dropped), fingerprint)
+    dropped, note = train.dropped + held_out.dropped, _note(train.rewritten + held_out.rewritten, name)
+    return Splits(train.samples, held_out.samples, dict(dropped), fingerprint, note)
+
+
+def _note(rewritten: Counter[str], name: str) -> str:
+    if not rewritten:
+        return ""
+    return (
+        f"{name}: {rewritten['turns']} assistant turns in {rewritten['rows']} rows are not learnt: the chat template "
+        "writes them differently once the conversation goes on (without their reasoning, perhaps), so nobody "
+        f"generates them so. {name}.rewritten_turns=as_generated learns each of them as it was when it was last."
+    )
 
 
 @dataclass(frozen=True)

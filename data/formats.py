@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -139,13 +140,28 @@ def _read_json(stream: TextIO, columns: Columns, *, name: str) -> Rows:
 
 def _json_rows(stream: TextIO) -> Iterator[Any]:
     """The objects of a list, where the file begins with one, else one a line."""
-    nothing_yet = True
-    for number, line in enumerate(stream, 1):
-        if nothing_yet and line.lstrip().startswith("["):
-            yield from _json_list("\n" * (number - 1) + line + stream.read())
-        elif line.strip():
-            nothing_yet = False
-            yield _json_line(line.strip(), number)
+    start = ""
+    while (char := stream.read(1)).isspace():
+        start += char
+    if char == "[":
+        chunks, damage = _all_of(stream)
+        yield from _json_list("".join([start, char, *chunks]))
+        if damage is not None:
+            raise damage
+    else:
+        lines = itertools.chain([char + stream.readline()], stream)
+        numbered = enumerate(lines, start.count("\n") + 1)
+        yield from (_json_line(line.strip(), number) for number, line in numbered if line.strip())
+
+
+def _all_of(stream: TextIO) -> tuple[list[str], Exception | None]:
+    """What can be read, and why not more."""
+    chunks: list[str] = []
+    try:
+        chunks.extend(iter(partial(stream.read, 2**12), ""))  # the characters of a call that fails are lost
+    except DAMAGE as error:
+        return chunks, error
+    return chunks, None
 
 
 def _json_line(line: str, number: int) -> Any:
@@ -155,7 +171,7 @@ def _json_line(line: str, number: int) -> Any:
             return row
         problem = "it goes on after the object"
     except ValueError as error:
-        problem = str(error)
+        problem = _problem(line) or str(error)
     return BrokenRow(problem=f"line {number} is not one JSON object ({problem}): {_shown(line)}")
 
 
@@ -165,16 +181,16 @@ def _json_list(text: str) -> Iterator[Any]:
         try:
             row, end = _decoded(text, found.end())
         except ValueError as error:
-            yield _broken_list(text, found.end(), f"not JSON ({error})")
+            yield _broken_list(text, found.end(), problem=f"not JSON ({error})")
             return
         yield row
         found = LIST_NEXT.match(text, end)
     rest = text[found.end() :] if found else text[end:]
     if rest.strip() or not found:
-        yield _broken_list(text, len(text) - len(rest), "not the next row or the end of the list")
+        yield _broken_list(text, len(text) - len(rest), problem="not the next row or the end of the list")
 
 
-def _broken_list(text: str, position: int, problem: str) -> BrokenRow:
+def _broken_list(text: str, position: int, *, problem: str) -> BrokenRow:
     line = text.count("\n", 0, position) + 1
     return BrokenRow(
         problem=f"line {line}: {problem}, and what follows cannot be read: {_shown(text[position : position + 100])}"

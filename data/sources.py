@@ -87,5 +87,5 @@ def _saved(folder: Path, source: SourceConfig) -> datasets.Dataset:
 
 def _of_dataset(rows: datasets.Dataset, columns: Columns, *, file: str) -> Rows:
     kept = columns.kept(rows.column_names)
-    chosen = rows.select_columns([*kept]).rename_columns(kept)
+    chosen = rows.select_columns([*kept]).rename_columns(kept) if kept else [{}] * len(rows)
     return Rows(rows.column_names, [Part(file, 0, chosen)])

@@ -158,14 +158,13 @@ def _demonstration(row: Row, *, bos: str | None) -> tuple[Part, Part]:
 
 def tokenize_preference(tokenizer: Tokenizer, row: Row) -> TokenPair:
     """Tokenise `chosen` and `rejected`, whose prompt is in `prompt`, or is what both begin with."""
-    prompt, chosen, rejected = _pair(row)
-    responses = (chosen, rejected)
-    return TokenPair(
-        *(
-            _respond(_start(tokenizer, row, prompt=prompt), row, prompt=prompt, response=response)
-            for response in responses
-        )
-    )
+    prompt, *responses = _pair(row)
+    starts = [_start(tokenizer, row, prompt=prompt) for _ in responses]
+    pair = [
+        _respond(start, row, prompt=prompt, response=response)._replace(rewritten=())  # a pair teaches no turns
+        for start, response in zip(starts, responses, strict=True)
+    ]
+    return TokenPair(*pair)
 
 
 def tokenize_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:

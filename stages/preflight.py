@@ -254,6 +254,8 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         is_to_come = maker_of(run, path) is not None and not Path(path).exists()
         tokenizer = stage_tokenizer(run, run.model.path if is_to_come else path)
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
+        if splits.note:
+            log.warning("%s", splits.note)
         check_resume(Path(run.output_dir) / stage, data=splits.fingerprint)
         check_warmup(config, stage, num_rows=len(splits.train))
         if stage != "ppo" and not splits.eval:

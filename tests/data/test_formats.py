@@ -109,6 +109,11 @@ def test_a_row_that_is_not_utf8_is_broken_alone(tmp_path, name):
     assert read(file) == [A, broken("^`prompt` has half of a character, or bytes that are not UTF-8"), B]
 
 
+def test_a_file_of_another_encoding_says_so_in_its_first_row(tmp_path):
+    rows = read(write(tmp_path / "a.jsonl", f"{ONE}\n{TWO}\n".encode("utf-16")))
+    assert rows[0] == broken("^line 1 is not one JSON object .has half of a character, or bytes that are not UTF-8")
+
+
 def test_a_long_line_is_shortened_in_its_problem(tmp_path):
     (row,) = read(write(tmp_path / "a.jsonl", '{"prompt": "' + "x" * 1000))
     assert re.search(r"x{60,70}\.\.\.$", row["problem"])
@@ -117,6 +122,11 @@ def test_a_long_line_is_shortened_in_its_problem(tmp_path):
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_damaged_gzip_gives_the_rows_before_the_damage(tmp_path, kind):
     words = np.random.default_rng(0).integers(0, 10**9, 4000).astype(str)
+    listed = gzip.compress(json.dumps([{"prompt": word} for word in words]).encode())
+    *rows, last, damage = read(write(tmp_path / "list.json.gz", listed[: len(listed) // 2]))
+    assert 100 < len(rows) < 4000
+    assert rows == [{"prompt": word} for word in words[: len(rows)]]
+    assert [last, damage] == [broken("^line 1: not "), broken("^the file is damaged here .*end")]
     text = (
         "\n".join(json.dumps({"prompt": word}) for word in words) if kind == "jsonl" else "prompt\n" + "\n".join(words)
     )

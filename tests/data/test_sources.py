@@ -74,6 +74,12 @@ def test_saved_data_sets_are_read(tmp_path):
     datasets.DatasetDict(train=rows, test=rows.select([1])).save_to_disk(tmp_path / "two")
     assert load(tmp_path / "one") == ROWS
     assert load(tmp_path / "two", split="test") == ROWS[1:]
+    columns = {"chosen": "completion", "completion": "prompt"}
+    assert load(tmp_path / "one", columns=columns) == [
+        {"completion": "a", "chosen": "b"},
+        {"completion": "c", "chosen": "d\ne"},
+    ]
+    assert len(load_rows(SourceConfig(path=str(tmp_path / "one")), {"text"})) == 2
     with pytest.raises(ValueError, match=r"found splits \['train', 'test'\]; expected 'dev'"):
         load(tmp_path / "two", split="dev")
 

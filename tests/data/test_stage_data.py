@@ -18,6 +18,7 @@ from rlhf.config import (
     OptimizerConfig,
     PPOConfig,
     RewardConfig,
+    RewrittenTurns,
     SFTConfig,
     StageDataConfig,
 )
@@ -257,6 +258,95 @@ def test_messages_without_a_chat_template_name_the_setting(gpt, write):
     file = write("a.jsonl", [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}])
     with pytest.raises(ValueError, match=r"row 0: the row has messages, but.*model.chat_template"):
         samples("sft", [file], tokenizer=gpt)
+
+
+ODD = [
+    '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+    '{"prompt": "a", "chosen": "b"',
+    '{"prompt": "a\\ud800", "chosen": "b", "rejected": "c"}',
+    '{"prompt": "a", "chosen": "b", "rejected": "c", "tools": %s}' % ("[" * 200 + "]" * 200),
+    '{"prompt": "a", "chosen": "b", "rejected": "c", "margin": %s}' % ("9" * 5000),
+    '{"prompt": "a", "chosen": "b", "rejected": "c", "id": ["x", 1, {"y": null}]}',
+]
+
+
+def test_rows_that_cannot_be_read_are_bad_rows_like_others(gpt, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text("\n".join(ODD))
+    with pytest.raises(ValueError) as error:  # noqa: PT011
+        samples("reward", [file.as_posix()], tokenizer=gpt)
+    head, *lines = str(error.value).split("\n")
+    assert head.startswith(f"data.reward.train[0] ({file}): 4 of 6 rows cannot be used (from row 0); repair them")
+    assert [line.split(": ")[0] for line in lines] == ["  row 1", "  row 2", "  row 3", "  row 4"]
+    assert "line 2 is not one JSON object" in lines[0]
+    assert "`prompt` has half of a character" in lines[1]
+    assert "`tools` is nested more than 100 deep" in lines[2]
+    assert "`margin` holds a number of more than 4300 digits" in lines[3]
+    config = StageDataConfig(train=[str(file)], eval_fraction=0.0, bad_rows=BadRows.drop)
+    splits = preferences(DataConfig(reward=config), RewardConfig(**SHARED, **SUPERVISED), tokenizer=gpt)
+    assert (len(splits.train), sum(splits.dropped.values())) == (2, 4)
+
+
+def test_a_file_without_a_row_that_can_be_read_names_its_rows_and_not_its_columns(gpt, tmp_path):
+    (tmp_path / "a.json").write_text('{\n"prompt": "a"\n}\n')
+    with pytest.raises(ValueError, match=r"3 of 3 rows cannot be used .*\n  row 0: line 1 is not one JSON object"):
+        samples("ppo", [str(tmp_path / "a.json")], tokenizer=gpt)
+
+
+def test_rows_of_several_files_are_named_with_their_file(gpt, write, tmp_path):
+    write("part-0.jsonl", PAIRS[:3])
+    write("part-1.jsonl", [PAIRS[0], {"prompt": "a", "chosen": "b", "rejected": "b"}])
+    with pytest.raises(ValueError, match=r"1 of 5 rows .*\n  row 1 of part-1.jsonl: `chosen` and `rejected` are"):
+        samples("reward", [str(tmp_path)], tokenizer=gpt)
+
+
+def test_many_reasons_to_drop_rows_are_not_all_said(gpt, tmp_path, caplog):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "a"}\n' + "\n".join("x" * n for n in range(1, 9)))
+    config = StageDataConfig(train=[str(tmp_path / "a.jsonl")], eval_fraction=0.0, bad_rows=BadRows.drop)
+    with caplog.at_level(logging.WARNING):
+        prompts(DataConfig(ppo=config), PPOConfig(**SHARED, **ROLLOUT), tokenizer=gpt)
+    assert len(caplog.records) == 6
+    assert "dropped 3 more rows for 3 more reasons" in caplog.text
+
+
+def test_pairs_that_become_the_same_tokens_are_bad_rows(chat, write):
+    user, good = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    rows = [
+        {"prompt": [user], "chosen": [good], "rejected": [{**good, "name": "other"}]},  # which the template leaves out
+        {"prompt": "q", "chosen": "a <|im_end|>", "rejected": "a <|im_end|>\n"},
+    ]
+    with pytest.raises(ValueError, match="row 0, 1: `chosen` and `rejected` become the same tokens"):
+        samples("reward", [write("a.jsonl", rows)], tokenizer=chat, limits={"max_prompt_tokens": 99})
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_rewritten_turns_are_counted_or_learnt_in_sequences_of_their_own(write, tmp_path, cached):
+    template = fakes.CHAT_TEMPLATE.replace("{{ message.content }}", "{{ message.content if loop.last else 'x' }}")
+    template = template.replace(
+        "message.content if loop.last", "message.content if loop.last or message.role == 'user'"
+    )
+    tokenizer = load_tokenizer(str(fakes.chat_tokenizer(tmp_path / "chat", chat_template=template)))
+    turns = [{"role": role, "content": text} for role, text in [("user", "q"), ("assistant", "a")] * 3]
+    file = write("a.jsonl", [{"messages": turns}, {"messages": turns[:2]}, {"messages": turns[:4]}])
+
+    def read(rewritten_turns):
+        sources = StageDataConfig(train=[file], eval_fraction=0.0, rewritten_turns=rewritten_turns)
+        config = SFTConfig(**{**SHARED, **SUPERVISED, "max_prompt_tokens": 99})
+        data = DataConfig(sft=sources, cache_dir=str(tmp_path / "cache") if cached else None)
+        return [demonstrations(data, config, tokenizer=tokenizer) for _ in range(2)]
+
+    for splits in read(RewrittenTurns.skip):
+        assert splits.note.startswith("data.sft: 3 assistant turns in 2 rows are not learnt: the chat template writes")
+        assert [sample.target_mask.sum() for sample in splits.train] == [2, 2, 2]
+    for splits in read(RewrittenTurns.as_generated):
+        assert splits.note == ""
+        assert [sample.target_mask.sum() for sample in splits.train] == [2] * 6
+        assert {decode(tokenizer, sample.input_ids[sample.target_mask]) for sample in splits.train} == {"a"}
+
+
+def test_only_demonstrations_have_rewritten_turns():
+    with pytest.raises(ValueError, match="data.ppo.rewritten_turns: only demonstrations have it"):
+        DataConfig(ppo=StageDataConfig(rewritten_turns=RewrittenTurns.as_generated))
 
 
 # ---- fingerprint and cache
