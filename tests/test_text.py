@@ -382,6 +382,18 @@ def test_marks_in_a_template_agree_with_those_of_transformers(tmp_path):
     )
 
 
+def test_a_mark_that_reaches_behind_the_end_of_a_turn_gets_no_second_end(tmp_path):
+    template = fakes.CHAT_TEMPLATE.replace(
+        "{{ message.content }}<|im_end|>\n",
+        "{% if message.role == 'user' %}{{ message.content }}<|im_end|>\n"
+        "{% else %}{% generation %}{{ message.content }}<|im_end|>\n{% endgeneration %}{% endif %}",
+    )
+    tokenizer = with_template(tmp_path, template)
+    tokens = tokenize_demonstration(tokenizer, {"messages": TURNS[1:]}, response_only=True)
+    assert runs(tokenizer, tokens) == ["hi there<|im_end|>", "the best film<|im_end|>"]
+    assert tokenizer.decode(tokens.input_ids) == tokenizer.apply_chat_template(TURNS[1:], tokenize=False).rstrip("\n")
+
+
 def test_a_sequence_ends_with_the_token_that_ends_the_turn(chat):
     tokens = tokenize_demonstration(
         chat, {"messages": [*TURNS, {"role": "user", "content": "bye"}]}, response_only=True
