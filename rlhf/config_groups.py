@@ -212,9 +212,9 @@ class SourceConfig:
     path: str
     """File, folder or hub id."""
     name: str | None = None
-    """Configuration name of a hub data set."""
+    """Configuration of a hub data set, or of a clone of one."""
     split: str = "train"
-    """Split of a folder or hub data set."""
+    """Split of a folder or hub data set, in full: `train_sft` where that is what it is called."""
     weight: float = 1.0
     """Share of its rows that are used: 0.5 takes half of them, 2 takes each twice."""
     columns: dict[str, str] = field(default_factory=dict)

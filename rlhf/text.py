@@ -18,6 +18,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,10 +114,11 @@ def stop_token_ids(tokenizer: Tokenizer, generation_config: GenerationConfig | N
     return tuple(dict.fromkeys(token for token in ids if token is not None))
 
 
-def _end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+@lru_cache(maxsize=16)
+def _written(tokenizer: Tokenizer, stops: tuple[int, ...]) -> tuple[str, ...]:
     """What the stop tokens look like in a text that is encoded to them."""
     known = tokenizer.added_tokens_decoder
-    return tuple(known[token].content for token in stop_token_ids(tokenizer) if token in known)
+    return tuple(known[token].content for token in stops if token in known)
 
 
 def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: bool) -> Tokens:
@@ -325,7 +327,9 @@ def _respond(sequence: _Sequence, row: Row, *, prompt: Part, response: Part) -> 
 def _add_text(sequence: _Sequence, text: str, *, is_all: bool) -> None:
     """Append a response; one that is all of a row may hold several answers or documents, with their ends."""
     stripped = text.rstrip()
-    end = next((end for end in _end_texts(sequence.tokenizer) if stripped.endswith(end)), "")
+    end = next(
+        (end for end in _written(sequence.tokenizer, stop_token_ids(sequence.tokenizer)) if stripped.endswith(end)), ""
+    )
     if not is_all:
         _require_no_end(stripped.removesuffix(end), sequence.tokenizer)
     sequence.add(stripped if end else text, learn=True)  # no second end after the white space behind an end
@@ -355,7 +359,7 @@ def _add_turns(sequence: _Sequence, row: Row, *, prompt: Any, response: Any) -> 
 
 def _require_no_end(text: str, tokenizer: Tokenizer) -> None:
     """Raise ValueError where an answer holds the text of a token that would end it."""
-    found = [end for end in _end_texts(tokenizer) if end in text]
+    found = [end for end in _written(tokenizer, stop_token_ids(tokenizer)) if end in text]
     if found:
         raise ValueError(
             f"an answer holds the text {found[0]!r}, which becomes the token that ends answers, so that it would end "

@@ -123,14 +123,14 @@ class Chat:
         if self._marks_answers:
             (text,), (marks,) = self._render(messages, return_assistant_tokens_mask=True)
             earlier = self._render(messages[:-1], return_assistant_tokens_mask=True)[1][0] if messages[1:] else []
-            return text, [_to_end_of_turn(Span(*mark), text, end_of_turn) for mark in marks[len(earlier) :]]
+            return text, [_to_end_of_turn(Span(*mark), text, end_of_turn=end_of_turn) for mark in marks[len(earlier) :]]
         text, prompt = self.render(messages), self.render(messages[:-1], generation_prompt=True)
         stop = text.find(end_of_turn, len(prompt)) if end_of_turn else -1
         end = stop + len(end_of_turn) if stop >= 0 else len(text)
         return text, [Span(len(prompt), end)] if text.startswith(prompt) else []
 
 
-def _to_end_of_turn(mark: Span, text: str, end_of_turn: str) -> Span:
+def _to_end_of_turn(mark: Span, text: str, *, end_of_turn: str) -> Span:
     """What a template has marked, up to the token that ends the turn: it may stop before it or behind."""
     marked = text[mark.start : mark.end].rstrip()
     if end_of_turn and marked.endswith(end_of_turn):
