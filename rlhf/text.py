@@ -151,7 +151,9 @@ def _demonstration(row: Row, *, bos: str | None) -> tuple[Part, Part]:
     if _has(row, "messages"):
         return _last_response(_part(row, "messages"))
     if _has(row, "prompt", "completion"):
-        return _alike(_part(row, "prompt"), _part(row, "completion"))
+        prompt, response = _alike(_part(row, "prompt"), _part(row, "completion"))
+        _require_answer(prompt, response)
+        return prompt, response
     if _has(row, "chosen", "rejected"):
         return _pair(row)[:2]
     text = str(row["text"])
@@ -233,7 +235,19 @@ def _pair(row: Row) -> Pair:
     _, rejected = _alike(prompt, rejected)
     repeated = all(response[: len(alike)] == alike for response in (chosen, rejected))
     cut = len(alike) if repeated else 0
+    for response in (chosen[cut:], rejected[cut:]):
+        _require_answer(alike, response)
     return Pair(alike, chosen[cut:], rejected[cut:])
+
+
+def _require_answer(prompt: Any, response: Any) -> None:
+    """Raise ValueError unless an assistant begins the response, where that is messages."""
+    if isinstance(response, list) and [message["role"] for message in response[:1]] != [ASSISTANT]:
+        asked, answered = ([message["role"] for message in part] for part in (prompt, response))
+        raise ValueError(
+            f"the response has roles {answered} after a prompt with roles {asked}; expected the answer alone, or "
+            "before it the same messages as in the prompt, a system message too."
+        )
 
 
 def _shared_start(chosen: Any, rejected: Any) -> Part:
@@ -337,12 +351,6 @@ def _add_text(sequence: _Sequence, text: str, *, is_all: bool) -> None:
 
 def _add_turns(sequence: _Sequence, row: Row, *, prompt: Any, response: Any) -> None:
     """Append the messages of a response, up to the end of the last one that an assistant says."""
-    if response[0]["role"] != ASSISTANT:
-        asked, answered = ([message["role"] for message in part] for part in (prompt, response))
-        raise ValueError(
-            f"the response begins with roles {answered} after a prompt with roles {asked}; expected the answer alone, "
-            "or before it the same messages as in the prompt, a system message too."
-        )
     _require_no_ends(response, sequence.tokenizer)
     chat = Chat.of(sequence.tokenizer, row)
     text = chat.render([*prompt, *response])

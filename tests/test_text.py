@@ -479,16 +479,19 @@ def test_an_end_inside_an_answer_is_refused_and_in_a_question_is_not(chat, end):
 SYSTEM = TURNS[0]
 
 
-@pytest.mark.parametrize("response", [[SYSTEM, USER, HI], [USER, HI], [MORE, FILM]])
+@pytest.mark.parametrize("response", [[SYSTEM, USER, HI], [USER, HI], [MORE, FILM], [USER]])
 def test_a_response_that_does_not_begin_with_an_answer_is_named_and_not_the_template(chat, response):
     prompt = [MORE] if response[0] is USER else [USER]
     rows = [{"prompt": prompt, "completion": response}, {"prompt": prompt, "chosen": response, "rejected": [FILM]}]
     roles = [message["role"] for message in response]
     for row in rows:
-        with pytest.raises(ValueError, match="the response begins with roles .* after a prompt with roles") as error:
+        with pytest.raises(ValueError, match="the response has roles .* after a prompt with roles") as error:
             tokenize_demonstration(chat, row, response_only=True)
         assert f"roles {roles} after a prompt with roles ['user']; expected the answer alone" in str(error.value)
         assert "template" not in str(error.value)
+    for read in (tokenize_preference, tokenize_prompt):
+        with pytest.raises(ValueError, match="the response has roles"):
+            read(chat, rows[1])
 
 
 THINKING_TEMPLATE = """\
@@ -624,6 +627,11 @@ def test_preferences_that_share_nothing_are_refused(gpt, chat):
         tokenize_preference(gpt, {"chosen": "yes", "rejected": "no"})
     with pytest.raises(ValueError, match="begin differently"):
         tokenize_preference(chat, {"chosen": [USER, HI], "rejected": [MORE, FILM]})
+
+
+def test_a_preference_without_an_answer_is_refused(chat):
+    with pytest.raises(ValueError, match=r"the response has roles \[\] after a prompt with roles \['user'\]"):
+        tokenize_preference(chat, {"chosen": [USER], "rejected": [USER, HI]})
 
 
 def test_text_against_messages_is_refused(chat):
