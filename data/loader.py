@@ -25,7 +25,7 @@ Batch = TypeVar("Batch")
 
 def steps_of(num_rows: int, epochs: float, *, max_steps: int, global_batch_size: int) -> int:
     """Optimizer steps: `max_steps` where it is set, else as many as see every row `epochs` times."""
-    return max_steps or math.ceil(round(epochs * num_rows / global_batch_size, 6))
+    return max_steps or max(1, math.ceil(round(epochs * num_rows / global_batch_size, 6)))
 
 
 @lru_cache(maxsize=4)

@@ -79,6 +79,25 @@ def at_least(settings: object, minimum: int, *names: str) -> None:
         require(getattr(settings, name) >= minimum, f"{name}={getattr(settings, name)}: expected {minimum} or more.")
 
 
+def require_steps(value: float, name: str) -> None:
+    """Raise ValueError unless `value` can be read by `steps_of_setting`."""
+    require(
+        value >= 0 and (value < 1 or float(value).is_integer()),
+        f"{name}={value}: expected 0 or more: below 1 a share of the stage's steps, from 1 on a whole number of them.",
+    )
+
+
+def steps_of_setting(value: float, total_steps: int) -> int:
+    """The steps that a setting means: from 1 on that many, below 1 that share of `total_steps`, rounded up.
+
+    Rounded up as transformers rounds its warm-up, so that no share but 0 is no step; but what is rounded is the product
+    of the decimal numbers that were written: 0.07 of 100 is 7, where the floats make 7.000000000000001 and so 8.
+    """
+    if value >= 1 or value == 0:
+        return int(value)
+    return max(1, math.ceil(round(value * total_steps, 6)))
+
+
 def divisible(total: int, *, by: int, names: str) -> int:
     """`total // by`, or a ValueError that names both settings and the nearest totals that divide."""
     lower, upper = total // by * by, -(-total // by) * by
@@ -159,7 +178,7 @@ class OptimizerConfig:
     schedule: Schedule = Schedule.linear
     """Shape after the warm-up, over the whole stage."""
     warmup_steps: float = 0.0
-    """Optimizer steps in which the learning rate climbs linearly; below 1, that share of the stage's steps."""
+    """Optimizer steps in which the learning rate climbs linearly; below 1, that share of the stage, rounded up."""
     min_ratio: float = 0.0
     """The schedule ends at this fraction of `lr`."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
@@ -170,7 +189,7 @@ class OptimizerConfig:
         require(self.lr > 0, f"optimizer.lr={self.lr}: expected a positive number.")
         two_shares = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         require(two_shares, f"optimizer.betas={self.betas}: expected two numbers from 0 up to 1.")
-        require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps}: expected 0 or more.")
+        require_steps(self.warmup_steps, "optimizer.warmup_steps")
         require(0 <= self.min_ratio <= 1, f"optimizer.min_ratio={self.min_ratio}: expected 0 to 1.")
         require(self.max_grad_norm >= 0, f"optimizer.max_grad_norm={self.max_grad_norm}: expected 0 (off) or more.")
         require(
@@ -180,7 +199,7 @@ class OptimizerConfig:
 
     def warmup_of(self, total_steps: int) -> int:
         """The warm-up of a stage of `total_steps`, in steps."""
-        return int(self.warmup_steps if self.warmup_steps >= 1 else self.warmup_steps * total_steps)
+        return steps_of_setting(self.warmup_steps, total_steps)
 
 
 @dataclass(kw_only=True)
@@ -297,7 +316,7 @@ class CheckpointConfig:
     """
 
     every: float = 0.2
-    """Steps (PPO: iterations) between two checkpoints; below 1, that share of the stage's; 0 saves none in between."""
+    """Steps (PPO: iterations) between two checkpoints; below 1, that share of the stage's, rounded up; 0: none."""
     keep: int = 1
     """Newest checkpoints that are kept."""
     best: bool = True
@@ -306,12 +325,12 @@ class CheckpointConfig:
     """Write while training goes on; training waits for a copy in host memory only."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"checkpoint.every={self.every}: expected 0 (none in between) or more.")
+        require_steps(self.every, "checkpoint.every")
         at_least(self, 1, "keep")
 
     def interval_of(self, total_steps: int) -> int:
         """Steps between two checkpoints of a stage of `total_steps`; 0 means none in between."""
-        return int(self.every) if self.every >= 1 else math.ceil(self.every * total_steps)
+        return steps_of_setting(self.every, total_steps)
 
 
 @dataclass(kw_only=True)

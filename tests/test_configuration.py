@@ -2,11 +2,14 @@
 
 import ast
 import dataclasses
+import math
 import re
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from transformers import TrainingArguments
 
 from rlhf import config, config_groups, config_stages, config_uses
 from rlhf.config import EngineConfig, LoraConfig, OptimizerConfig, accumulation
@@ -104,6 +107,9 @@ def test_paths_of_a_run_do_not_depend_on_where_it_is_started():
         (["sft.eval_rows=-5"], r"eval_rows=-5: expected 0 or more"),
         (["sft.optimizer.betas=[2,3]"], r"optimizer\.betas=\[2\.0, 3\.0\]: expected two numbers from 0 up to 1"),
         (["sft.optimizer.warmup_steps=-3"], r"warmup_steps=-3\.0: expected 0 or more"),
+        (["sft.optimizer.warmup_steps=10.7"], r"warmup_steps=10\.7: .* from 1 on a whole number of them"),
+        (["sft.optimizer.warmup_steps=inf"], r"warmup_steps=inf: .* from 1 on a whole number of them"),
+        (["checkpoint.every=2.5"], r"checkpoint\.every=2\.5: .* below 1 a share of the stage's steps"),
         (["sft.optimizer.min_ratio=9"], r"min_ratio=9\.0: expected 0 to 1"),
         (["++foo=1"], r"nothing but data\.gold\.NAME=module:function can be added"),
         (["sft.lr=1"], r"sft\.lr: there is no such setting\. Did you mean .*sft\.optimizer\.lr"),
@@ -186,3 +192,25 @@ def test_dataclasses_of_the_configuration_are_keyword_only():
         for value in vars(module).values():
             if dataclasses.is_dataclass(value):
                 assert all(field.kw_only for field in dataclasses.fields(value)), value
+
+
+@pytest.mark.parametrize(
+    ("setting", "total_steps", "steps"),
+    [(0.29, 100, 29), (0.03, 20, 1), (0.03, 100, 3), (0.1, 3, 1), (0.07, 100, 7), (2 / 3, 9, 6), (0.999, 10, 10)]
+    + [(1e-9, 10, 1), (0, 10, 0), (1, 10, 1), (12, 10, 12)],
+)
+def test_a_share_of_the_steps_is_rounded_up_and_never_none(setting, total_steps, steps):
+    assert OptimizerConfig(lr=1.0, warmup_steps=setting).warmup_of(total_steps) == steps
+
+
+def test_shares_of_steps_are_what_decimals_make_and_transformers_makes_but_for_its_floats():
+    for percent in range(1, 100):
+        share = percent / 100
+        found = [OptimizerConfig(lr=1.0, warmup_steps=share).warmup_of(total) for total in range(1, 201)]
+        assert found == [math.ceil(Fraction(percent, 100) * total) for total in range(1, 201)]
+        peer = [
+            TrainingArguments.get_warmup_steps(OptimizerConfig(lr=1.0, warmup_steps=share), n) for n in range(1, 201)
+        ]
+        above = [theirs - ours for theirs, ours in zip(peer, found, strict=True)]
+        assert set(above) <= {0, 1}
+        assert all((percent * n) % 100 == 0 for n, more in enumerate(above, start=1) if more)

@@ -100,6 +100,7 @@ def test_sizes_that_do_not_divide_are_refused():
         (3, 1, 0, 1),
         (100, 5, 7, 7),
         (24, 1 / 3, 0, 1),
+        (24, 1e-8, 0, 1),
     ],
 )
 def test_steps_see_every_row_as_often_as_there_are_epochs(num_rows, epochs, max_steps, steps):

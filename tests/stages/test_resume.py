@@ -174,6 +174,8 @@ def test_shares_and_steps_between_checkpoints():
     assert CheckpointConfig(every=0.2).interval_of(8) == 2
     assert CheckpointConfig(every=5).interval_of(60) == 5
     assert CheckpointConfig(every=0).interval_of(60) == 0
+    assert CheckpointConfig(every=0.07).interval_of(100) == 7  # the product of the floats is 7.000000000000001
+    assert CheckpointConfig(every=1e-9).interval_of(60) == 1
 
 
 def test_only_settings_that_change_results_bind_a_checkpoint():
