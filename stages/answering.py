@@ -26,7 +26,7 @@ from rlhf.algorithms.scores import normalize_scores
 from rlhf.comparison import Answers
 from rlhf.config import DataConfig, EvalConfig, StageDataConfig
 from rlhf.dist import World, gather_objects
-from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.engine import Engine
 from rlhf.evaluation import pair_scores, row_losses
 from rlhf.generation.generate import Decoding
 from rlhf.heap import trim
@@ -38,6 +38,7 @@ from rlhf.rollout import Said, say, scores_of, statistics_of, texts_of
 from rlhf.text import Tokenizer, decode, stop_token_ids
 from rlhf.types import PromptBatch
 from stages.judging import stored_scale
+from stages.model_folders import open_engine
 
 log = logging.getLogger(__name__)
 
@@ -186,7 +187,7 @@ class Room:
     def _open(self, blueprint: Blueprint) -> Iterator[Engine]:
         gc.collect()  # the model before, which holds itself in cycles
         trim()
-        engine = build_engine(blueprint, config=self.config.engine, world=self.world)
+        engine = open_engine(blueprint, config=self.config.engine, world=self.world)
         try:
             with torch.no_grad():
                 yield engine

@@ -49,6 +49,8 @@ class Record:
     """Held-out metrics before training."""
     after: dict[str, float] = field(default_factory=dict)
     """The same metrics after it."""
+    merged: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Of models with adapters, by name: the fields of `model_folders.Merge`; beside a model, only its own."""
 
 
 def write_record(record: Record, folder: Path) -> None:

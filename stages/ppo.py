@@ -20,7 +20,7 @@ from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config import AdvantageKind, KLConfig, PPOConfig, Precision, RunConfig
 from rlhf.dist import World
-from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
 from rlhf.models.causal_lm import causal_lm
@@ -32,6 +32,7 @@ from rlhf.types import PPOBatch, PromptBatch
 from stages.handover import Record
 from stages.improve import advantages_of, improve
 from stages.judging import check_judges, score_scale, stored_scale
+from stages.model_folders import open_engine
 from stages.resume import Parts
 from stages.session import Session, open_session, stage_tokenizer
 
@@ -90,7 +91,7 @@ def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models
     The critic starts as the reward model, brought to the units of the scores. Where they are normalised, its head is
     scaled, and what the head has no bias for is subtracted from its values.
     """
-    build = partial(build_engine, world=world)
+    build = partial(open_engine, world=world)
     loss_scale = shared_scale(config)
     actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
     reference = None

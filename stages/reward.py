@@ -16,12 +16,13 @@ from data.preferences import preferences
 from rlhf.algorithms.preference import pairwise_loss
 from rlhf.config import RewardConfig, RunConfig
 from rlhf.dist import World
-from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.engine import Engine
 from rlhf.evaluation import PreferenceResult, evaluate_preferences
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores, scalar_head_model
 from rlhf.types import PreferenceBatch
 from stages.handover import Record
+from stages.model_folders import open_engine
 from stages.session import open_session, stage_tokenizer
 from stages.supervised import Outcome, held_out_batches, supervise, train_loader
 
@@ -67,7 +68,7 @@ def run_reward(run: RunConfig, world: World) -> Record:
             lora=config.lora,
             seed=config.seed,
         )
-        engine = build_engine(
+        engine = open_engine(
             blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
         with closing(engine):

@@ -7,9 +7,9 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -18,12 +18,12 @@ from rlhf.config import RunConfig
 from rlhf.dist import World
 from rlhf.engine.checkpoint.randomness import seed_random_numbers
 from rlhf.failure import RunError
-from rlhf.models.export import export
 from rlhf.text import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
 from stages.composition import as_plain
 from stages.handover import Record, claim_folder, write_record
+from stages.model_folders import export_model
 from stages.planning_measured import beside_plan
 from stages.resume import Keeper, Parts, Progress
 from stages.stopping import StopSignals
@@ -51,8 +51,8 @@ class Session:
     step_started: float = field(default_factory=time.perf_counter)
     """When the last step was finished."""
     _keeper: Keeper | None = None
-    _has_best: bool = False
-    """Whether there are models of a better evaluation than the last."""
+    _merged: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    """For each folder of models that was written: how adapters were merged, by model."""
 
     @property
     def pad_id(self) -> int:
@@ -150,8 +150,7 @@ class Session:
         Those of the best evaluation go to `best/`, where it was not the last; the engines then hold them.
         """
         self._export_to(self.folder)
-        self._has_best = self.keeper.return_to_best()
-        if self._has_best:
+        if self.keeper.return_to_best():
             self._export_to(self.folder / BEST)
 
     def finish(self, *, score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None) -> Record:
@@ -170,24 +169,27 @@ class Session:
             )
         self.tracker.summary(record.after | beside_plan(self.run, self.stage, world=self.world, watch=self.watch))
         if self.world.is_main:
-            models = list(self.keeper.parts.engines)
-            if self._has_best:
-                best = self._record(self.progress.best, score_units)
-                for name in models:
-                    write_record(best, self.folder / BEST / name)
-            self.tracker.models({name: self.folder / name for name in models})
-            for folder in (*(self.folder / name for name in models), self.folder):
-                write_record(record, folder)
+            if self.folder / BEST in self._merged:
+                self._write_records(self._record(self.progress.best, score_units), self.folder / BEST)
+            self.tracker.models({name: self.folder / name for name in self.keeper.parts.engines})
+            self._write_records(record, self.folder)
+            write_record(replace(record, merged=self._merged[self.folder]), self.folder)
         dist.barrier()
         self.keeper.finish()
         return record
 
     def _export_to(self, folder: Path) -> None:
+        found = {}
         for name, engine in self.keeper.parts.engines.items():
             with self.watch("save"):
-                tensors, write = engine.full_tensors(), self.world.is_main
-                export(engine.module, tensors, folder=folder / name, tokenizer=self.tokenizer, write=write)
-                dist.barrier()
+                found[name] = export_model(engine, folder / name, tokenizer=self.tokenizer)
+        self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
+
+    def _write_records(self, record: Record, folder: Path) -> None:
+        """Beside each model in `folder`, with what is said of that one."""
+        for name in self.keeper.parts.engines:
+            merged = {model: merge for model, merge in self._merged[folder].items() if model == name}
+            write_record(replace(record, merged=merged), folder / name)
 
     def _record(
         self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None

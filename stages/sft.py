@@ -16,11 +16,12 @@ from data.demonstrations import demonstrations
 from rlhf.algorithms.sft import count_targets, sft_loss
 from rlhf.config import RunConfig
 from rlhf.dist import World
-from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.engine import Engine
 from rlhf.evaluation import LanguageResult, evaluate_language, logits_of
 from rlhf.models.causal_lm import causal_lm
 from rlhf.types import SFTBatch
 from stages.handover import Record
+from stages.model_folders import open_engine
 from stages.session import open_session, stage_tokenizer
 from stages.supervised import Outcome, held_out_batches, supervise, train_loader
 
@@ -50,7 +51,7 @@ def run_sft(run: RunConfig, world: World) -> Record:
     held_out = held_out_batches(splits.eval, collate, config=config, world=world)
     with open_session(run, "sft", world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
         blueprint = causal_lm(config.init_from, dropout=config.dropout, lora=config.lora, seed=config.seed)
-        engine = build_engine(
+        engine = open_engine(
             blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
         with closing(engine):

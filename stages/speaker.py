@@ -16,7 +16,7 @@ import torch
 from rlhf.chat import Conversation, Fitted, Turn, fit, messages
 from rlhf.config import RunConfig
 from rlhf.dist import World
-from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.engine import Engine
 from rlhf.generation.generate import Decoding, generate
 from rlhf.generation.streaming import TextStream
 from rlhf.models.causal_lm import causal_lm
@@ -24,6 +24,7 @@ from rlhf.models.checkpoint import local_folder
 from rlhf.models.skeleton import max_positions
 from rlhf.text import Tokenizer, decode, load_tokenizer, stop_token_ids, tokenize_prompt
 from rlhf.types import PromptBatch
+from stages.model_folders import open_engine
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def load_speaker(run: RunConfig, path: str, *, label: str, world: World) -> Spea
     assert config is not None
     folder = local_folder(path)
     tokenizer = speaker_tokenizer(run, str(folder))
-    engine = build_engine(causal_lm(folder), config=config.engine, world=world)
+    engine = open_engine(causal_lm(folder), config=config.engine, world=world)
     return Speaker(label, engine, tokenizer, positions=max_positions(folder))
 
 

@@ -105,7 +105,7 @@ class Engine:
         return self._census.over_ranks()
 
     def generating(self) -> AbstractContextManager[nn.Module]:
-        """Context for decoding: gathered once, adapters merged, eval mode, no gradients, no other rank needed."""
+        """Context for decoding: gathered once, eval mode, no gradients, no other rank needed."""
         self.flush()
         return hybrid.generating(self.module, self._sharding, streamed=self._streams)
 

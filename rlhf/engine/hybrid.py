@@ -12,25 +12,24 @@ import torch
 from torch import nn
 
 from rlhf.engine.sharding import Sharding
-from rlhf.models.lora import merged
 
 
 @contextmanager
 def generating(module: nn.Module, sharding: Sharding, *, streamed: bool = False) -> Iterator[nn.Module]:
-    """The model gathered once, with adapters merged, in eval mode and without gradients.
+    """The model gathered once, in eval mode and without gradients; adapters stay what they are where they learn.
 
     No forward inside needs another rank, so ranks may decode different numbers of tokens. On the way out, whatever
     happened inside, the gathered weights are dropped: those that training goes on with were never touched.
 
-    With `streamed` nothing is gathered before it is used, and adapters stay apart: for a model that does not fit into
-    the device. Then all ranks must make the same number of forwards.
+    With `streamed` nothing is gathered before it is used: for a model that does not fit into the device. Then all ranks
+    must make the same number of forwards.
     """
     with evaluating(module, sharding):
         if streamed and sharding.modules:
             yield module
             return
         sharding.gather()
-        with sharding.without_hooks(), merged(module):
+        with sharding.without_hooks():
             yield module
 
 

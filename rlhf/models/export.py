@@ -34,7 +34,7 @@ def export(
     write: bool = True,
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 2_000_000_000,
-) -> None:
+) -> float | None:
     """Write `module` with the values `tensors` to `folder`, replacing what is there.
 
     With adapters, `folder` holds the merged model and `folder/adapter` the adapters in PEFT's format.
@@ -47,18 +47,22 @@ def export(
         write: False takes the tensors and writes nothing: what all ranks but one do while an engine gathers.
         dtype: Floating-point tensors are stored in this type; None takes that of the module's parameter.
         max_shard_bytes: No file holds more, but for one tensor that is larger.
+
+    Returns:
+        With adapters, the share of their change that the type of the merged weights keeps (`lora.Survival`).
     """
     if not write:
         deque(tensors, maxlen=0)
-        return
+        return None
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     adapters: dict[str, Tensor] = {}
+    survival = lora.Survival()
     entries = _entries(module, dtype)
     files = ShardedFiles(partial, entries, max_shard_bytes=max_shard_bytes)
     try:
-        for name, tensor in _plain_tensors(module, tensors, adapters=adapters):
+        for name, tensor in _plain_tensors(module, tensors, adapters=adapters, dtype=dtype, survival=survival):
             files.write(name, tensor)
         files.finish()
     finally:
@@ -70,6 +74,7 @@ def export(
     if adapters:
         _write_adapter(partial / "adapter", module, adapters=adapters)
     _publish(partial, folder)
+    return survival.share if adapters else None
 
 
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:
@@ -89,12 +94,17 @@ def _dtype_of(entries: list[Entry]) -> torch.dtype:
 
 
 def _plain_tensors(
-    module: nn.Module, tensors: Iterable[tuple[str, Tensor]], *, adapters: dict[str, Tensor]
+    module: nn.Module,
+    tensors: Iterable[tuple[str, Tensor]],
+    *,
+    adapters: dict[str, Tensor],
+    dtype: torch.dtype | None,
+    survival: lora.Survival,
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the plain model, buffers included; what an adapter folder needs is put into `adapters`."""
     folds = lora.folds(module)
     if folds:
-        tensors = lora.fold_adapters(_set_aside(tensors, adapters), folds)
+        tensors = lora.fold_adapters(_set_aside(tensors, adapters), folds, dtype=dtype, survival=survival)
     yield from tensors
     for name, buffer in persistent_buffers(module):
         yield name, buffer.cpu()

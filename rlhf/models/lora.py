@@ -1,9 +1,8 @@
 """Low-rank adapters (Hu et al. 2021, "LoRA") through PEFT: y = W x + (alpha / rank) B A x, with W frozen.
 
-`inject` puts them in, `adapters_off` shows the base model, `merged` computes with W' = W + (alpha / rank) B A and
-restores W bit for bit, `fold_adapters` does the same for an export. All sums are in fp32, then cast to W's type.
-
-Under a sharded engine `merged` is for gathered parameters; the others do not care.
+`inject` puts them in, `adapters_off` shows the base model, `fold_adapters` merges them for an export:
+W' = W + (alpha / rank) B A, summed in fp32. Training, generation and evaluation never merge: what an adapter adds is
+often smaller than the last bit of a bf16 weight, and W' rounded to bf16 is then W again.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import TaskType, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Linear, LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -27,6 +27,26 @@ from rlhf.models.weights import NewParameter
 
 ADAPTER = "default"  # PEFT's name for the only adapter; it is part of parameter names
 _ALL_LINEAR = "all-linear"
+
+
+class AdaptedLinear(Linear):
+    """A linear layer of PEFT that rounds once: x W and what the adapter adds are summed before they are bf16.
+
+    PEFT rounds x W first, and then loses what is smaller than half the last bit of it, as merged weights do.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in] -> [..., out], with the adapter unless it is switched off."""
+        if self.disable_adapters:
+            return self.base_layer(x)
+        weight, bias = self.base_layer.weight, self.base_layer.bias
+        rows = x.flatten(0, -2)  # [N, in]
+        change = self.lora_B[ADAPTER](self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](rows)))  # [N, out]
+        # A matrix product adds to what is there in its accumulators, which are fp32, and rounds once. In place: the
+        # backward of `lora_B` does not need what it gave.
+        found = change.addmm_(rows, weight if self.fan_in_fan_out else weight.T, beta=self.scaling[ADAPTER])
+        found = found.view(*x.shape[:-1], -1)
+        return found if bias is None else found + bias
 
 
 class Fold(NamedTuple):
@@ -66,6 +86,8 @@ def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) ->
         ADAPTER,
         low_cpu_mem_usage=True,
     )
+    for layer in adapted_layers(module).values():
+        layer.__class__ = AdaptedLinear  # PEFT's way to choose the class differs from version to version
     names = {name: parameter for name, parameter in module.named_parameters() if ".lora_" in name}
     if not names:
         raise ValueError(f"lora.targets={config.targets}: none of the last {config.top_layers} layers has one of them.")
@@ -86,40 +108,45 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def merged(module: nn.Module) -> Iterator[None]:
-    """Inside, the adapters are part of the weights, which is faster; outside, the weights are what they were.
-
-    Fresh tensors are swapped in, nothing is added and subtracted again, so no bit changes. Costs a second copy of the
-    adapted weights while it lasts. Does nothing to a model without adapters.
-    """
-    layers = list(adapted_layers(module).values())
-    base = [layer.base_layer.weight for layer in layers]
-    try:
-        for layer in layers:
-            layer.base_layer.weight = nn.Parameter(_merged_weight(layer), requires_grad=False)
-        with _switched_off(layers):
-            yield
-    finally:
-        for layer, weight in zip(layers, base, strict=True):
-            layer.base_layer.weight = weight
-
-
 def folds(module: nn.Module) -> dict[str, Fold]:
     """How each adapter of `module` folds into its layer, by layer name; empty without adapters."""
     return {name: _fold(layer) for name, layer in adapted_layers(module).items()}
 
 
-def fold_adapters(tensors: Iterable[tuple[str, Tensor]], how: Mapping[str, Fold]) -> Iterator[tuple[str, Tensor]]:
+@dataclass
+class Survival:
+    """How much of what adapters change is left when the merged weights are rounded to the type they are stored in."""
+
+    change: float = 0.0
+    """Sum of squares of (alpha / rank) B A."""
+    stored: float = 0.0
+    """Scalar product of that and of what really changes in the stored weights."""
+
+    @property
+    def share(self) -> float:
+        """Of the change, along its own direction; 1 where there is none. Rounding at random would leave 1."""
+        return self.stored / self.change if self.change else 1.0
+
+
+def fold_adapters(
+    tensors: Iterable[tuple[str, Tensor]],
+    how: Mapping[str, Fold],
+    *,
+    dtype: torch.dtype | None = None,
+    survival: Survival | None = None,
+) -> Iterator[tuple[str, Tensor]]:
     """Merge adapters into a stream of full tensors, under the plain names of the base model.
 
     Args:
         tensors: Names of `module.named_parameters()` and whole tensors, in any order.
         how: The `folds` of that module.
+        dtype: Merged weights, summed in fp32, are rounded to this type; None takes that of the weight.
+        survival: What the rounding leaves is added here.
 
     Yields:
         Plain names and tensors; of an adapted layer only the merged weight, once its three tensors have arrived.
     """
+    survival = Survival() if survival is None else survival
     waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors:
         layer, part = _split(name)
@@ -129,7 +156,8 @@ def fold_adapters(tensors: Iterable[tuple[str, Tensor]], how: Mapping[str, Fold]
         waiting[layer][part] = tensor
         if len(waiting[layer]) == 3:
             parts = waiting.pop(layer)
-            yield f"{layer}.weight", _merge(parts["weight"], parts["lora_A"], b=parts["lora_B"], how=how[layer])
+            weight, change = parts["weight"], _change(parts["lora_A"], parts["lora_B"], how=how[layer])
+            yield f"{layer}.weight", _merge(weight, change, dtype=dtype or weight.dtype, survival=survival)
     assert not waiting, f"adapters or weights that never arrived: {sorted(waiting)[:3]}"
 
 
@@ -222,17 +250,22 @@ def _fold(layer: LoraLayer) -> Fold:
     return Fold(scale=layer.scaling[ADAPTER], transposed=layer.fan_in_fan_out)
 
 
-def _merged_weight(layer: LoraLayer) -> Tensor:
-    a, b = layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
-    return _merge(layer.base_layer.weight, a, b=b, how=_fold(layer))
+@torch.no_grad()
+def _change(a: Tensor, b: Tensor, *, how: Fold) -> Tensor:
+    """(alpha / rank) B A in fp32, for A [rank, in] and B [out, rank]: [out, in], or transposed."""
+    product = (b.float() @ a.float()).mul_(how.scale)
+    return product.T if how.transposed else product
 
 
 @torch.no_grad()
-def _merge(weight: Tensor, a: Tensor, *, b: Tensor, how: Fold) -> Tensor:
-    """W + scale * B A for `weight` [out, in] (transposed: [in, out]), A [rank, in], B [out, rank]; in W's type."""
-    product = b.float() @ a.float()
-    product = product.T if how.transposed else product
-    return torch.add(weight.float(), product, alpha=how.scale).to(weight.dtype)
+def _merge(weight: Tensor, change: Tensor, *, dtype: torch.dtype, survival: Survival) -> Tensor:
+    """`weight` + `change`, summed in fp32, then in `dtype`; `change` is used up."""
+    merged = torch.add(weight, change)  # fp32, as `change` is
+    stored = merged.to(dtype, copy=True)
+    # In place, since a layer may be large: what is stored, less what was there, times what should have been added.
+    survival.stored += merged.copy_(stored).sub_(weight).mul_(change).sum().item()
+    survival.change += change.square_().sum().item()
+    return stored
 
 
 def _split(name: str) -> tuple[str, str]:

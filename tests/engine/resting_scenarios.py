@@ -143,7 +143,7 @@ def gathered(engine):
 
 
 def adapters(world, folder):
-    """Real adapters on weights that rest on disk: what `scenarios.merged_and_not` tells."""
+    """Real adapters on weights that rest on disk: what `scenarios.with_adapters` tells."""
     shared = dist.broadcast_object(folder)
     if world.is_main:
         tiny.reference().llama.save_pretrained(shared)
@@ -153,7 +153,7 @@ def adapters(world, folder):
         plan = causal_lm(shared, lora=LoraConfig(rank=4), seed=3)
         config = EngineConfig(zero_stage=3, precision="bf16", nvme_path=folder, **TIERS[tier])
         engine = build_engine(plan, config=config, world=world, optimizer=tiny.optimizer_config(lr=0.1), total_steps=10)
-        found[tier] = scenarios.merged_and_not(engine, tiny.batch(50)[0])
+        found[tier] = scenarios.with_adapters(engine, tiny.batch(50)[0])
     dist.barrier()
     return found
 

@@ -250,7 +250,7 @@ def frozen(world):
 
 
 def low_rank(world):
-    """Real adapters: logits before, while and after they are merged, and the step that follows, by stage."""
+    """Real adapters: what `with_adapters` tells, by stage."""
     found = {}
     with tempfile.TemporaryDirectory() as mine:
         folder = dist.broadcast_object(mine)
@@ -261,21 +261,21 @@ def low_rank(world):
             config = EngineConfig(zero_stage=stage, precision="fp32")
             optimizer = tiny.optimizer_config(lr=0.1)
             engine = build_engine(plan, config=config, world=world, optimizer=optimizer, total_steps=10)
-            found[stage] = merged_and_not(engine, tiny.batch(50)[0])
+            found[stage] = with_adapters(engine, tiny.batch(50)[0])
         dist.barrier()
     return found
 
 
-def merged_and_not(engine, ids):
-    """Logits with adapters apart and merged, whether merging changed a weight, and two steps around it."""
+def with_adapters(engine, ids):
+    """Logits of evaluation and of generation, whether that left the weights alone, and two steps around it."""
     steps = [adapter_step(engine, 0)]
     before = weights(engine)
     with engine.evaluating() as model:
-        apart = model(ids).logits
+        evaluated = model(ids).logits
     with engine.generating() as model:
-        together = model(ids).logits
+        generated = model(ids).logits
     same = all(torch.equal(tensor, before[name]) for name, tensor in weights(engine).items())
-    return apart, together, same, [*steps, adapter_step(engine, 1)]
+    return evaluated, generated, same, [*steps, adapter_step(engine, 1)]
 
 
 def adapter_step(engine, step):

@@ -92,8 +92,8 @@ def test_adapters_alone_have_states(folder):
     learning = LAYERS * 2 * 2 * WIDTH
     assert at_rest(found)["moments", Place.device] == 8 * learning
     assert at_rest(found)["working parameters", Place.device] == 2 * (NUMEL + learning) + buffers(found)
-    assert found.merged() == 2 * LAYERS * WIDTH * WIDTH
-    assert found.exported() == 2 * NUMEL
+    assert found.exported() == 4 * NUMEL, "merged weights may need fp32"
+    assert states(folder).exported() == 2 * NUMEL
 
 
 def test_bf16_moments_fp32_weights_and_frozen_models(folder):

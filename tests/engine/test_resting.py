@@ -84,10 +84,10 @@ def test_a_frozen_model_on_disk_judges_as_one_in_memory_and_leaves_nothing_behin
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_adapters_learn_on_weights_that_rest_on_disk(resting, ranks):
     for rank in resting(ranks):
-        apart, together, unchanged, norms = rank["adapters"]["disk"]
-        expected_apart, expected_together, _, expected_norms = rank["adapters"]["device"]
-        assert torch.equal(apart, expected_apart)
-        assert torch.equal(together, expected_together)
+        evaluated, generated, unchanged, norms = rank["adapters"]["disk"]
+        expected, _, _, expected_norms = rank["adapters"]["device"]
+        assert torch.equal(evaluated, expected)
+        assert torch.equal(generated, expected)
         assert unchanged
         assert norms == expected_norms
 

@@ -18,7 +18,6 @@ from transformers import (
 from rlhf.config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.export import export
-from rlhf.models.lora import merged
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores, scalar_head_model
 from rlhf.models.streaming import Entry, SafetensorsFile
@@ -74,8 +73,6 @@ def test_a_mixture_of_experts_survives_the_trip(tmp_path):
 def test_with_adapters_the_folder_holds_the_merged_model(family, tmp_path):
     module = with_adapters(causal_lm, tiny.save(family, tmp_path / "base"))
     loaded = AutoModelForCausalLM.from_pretrained(write(module, tmp_path / "out")).eval()
-    with merged(module):
-        assert torch.equal(logits(loaded), logits(module))
     assert torch.allclose(logits(loaded), logits(module), rtol=1e-4, atol=1e-5)
 
 

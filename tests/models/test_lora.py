@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.lora import adapted_layers, adapters_off, fold_adapters, folds, merged
+from rlhf.models.lora import Survival, adapted_layers, adapters_off, fold_adapters, folds
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import scalar_head_model
 from tests.models import tiny
@@ -134,61 +134,92 @@ def test_there_are_no_adapters_to_switch_off_in_a_plain_model(tmp_path):
         pass
 
 
+def change_of(layer):
+    """scale * B A of a layer, as its weight lies, in fp64."""
+    product = (
+        layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    )
+    return product.T if layer.fan_in_fan_out else product
+
+
 @pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_merged_weights_compute_the_same_and_leave_no_trace(family, dtype, tmp_path):
-    module, base = adapted(family, tmp_path, dtype=dtype)
-    unmerged = logits(module)
-    objects = {name: parameter for name, parameter in module.named_parameters()}
-    bits = {name: parameter.detach().clone() for name, parameter in objects.items()}
-    with merged(module):
-        inside = logits(module)
+def test_adapters_compute_what_the_sum_of_the_weights_does(family, tmp_path):
+    module, base = adapted(family, tmp_path)
+    found = logits(module)
+    assert not torch.allclose(found, logits(base), atol=0.1)
+    with torch.no_grad():
         for name, layer in adapted_layers(module).items():
-            a, b = (part["default"].weight.double() for part in (layer.lora_A, layer.lora_B))
-            product = 2.0 * (b @ a)
-            product = product.T if family == "gpt2" else product
-            exact = base.get_submodule(name).weight.double() + product
-            assert torch.allclose(
-                layer.base_layer.weight.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-6
-            )
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 5e-2}
-    assert torch.allclose(inside, unmerged, **tolerance)
-    assert not torch.allclose(inside, logits(base), atol=0.1)
-    assert torch.equal(logits(module), unmerged)
-    for name, parameter in module.named_parameters():
-        assert parameter is objects[name]
-        assert torch.equal(parameter, bits[name])
+            base.get_submodule(name).weight += change_of(layer)
+    assert torch.allclose(found, logits(base), rtol=1e-4, atol=1e-5)
 
 
-def test_the_weights_return_after_an_error_too(tmp_path):
-    module = adapted("llama", tmp_path).module
-    objects = list(module.parameters())
-    with pytest.raises(KeyboardInterrupt), merged(module):
-        raise KeyboardInterrupt
-    assert all(a is b for a, b in zip(module.parameters(), objects, strict=True))
+@pytest.mark.parametrize("size", [1e-4, 5e-4])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_what_is_small_beside_the_last_bit_of_a_weight_is_not_lost(family, size, tmp_path):
+    lora = LoraConfig(rank=3, alpha=3.0)
+    module = tiny.materialized(causal_lm(tiny.save(family, tmp_path), lora=lora), dtype=torch.bfloat16)
+    layer = next(iter(adapted_layers(module).values()))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_(0, size)
+        if layer.base_layer.bias is not None:
+            layer.base_layer.bias.normal_(0, 0.1)
+        x = torch.randn(1 << 16, 32).bfloat16()
+        found, plain = layer(x).double(), layer.base_layer(x).double()
+        weight, change = layer.base_layer.weight.double(), change_of(layer)
+        exact = x.double() @ (change if layer.fan_in_fan_out else change.T)
+    # Rounding is up to 5 times what is looked for: over 2 million numbers, it moves the share by some 0.005.
+    assert along(found - plain, exact) == pytest.approx(1, abs=0.03)
+    assert along((weight + change).bfloat16().double() - weight, change) < 0.9, "merged weights lose some of it"
 
 
-def test_merging_a_model_without_adapters_does_nothing(tmp_path):
-    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path)))
-    before = logits(module)
-    with merged(module):
-        assert torch.equal(logits(module), before)
+def along(found, exact):
+    return ((found * exact).sum() / exact.square().sum()).item()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_folding_needs_no_order_and_gives_the_merged_weights(family, tmp_path):
     module = adapted(family, tmp_path).module
     stream = list(tiny.named_tensors(module))
-    with merged(module):
-        expected = {
-            name.replace(".base_layer.", "."): parameter.clone()
-            for name, parameter in module.named_parameters()
-            if ".lora_" not in name
-        }
+    expected = {
+        name.replace(".base_layer.", "."): parameter.detach().clone()
+        for name, parameter in module.named_parameters()
+        if ".lora_" not in name
+    }
+    for name, layer in adapted_layers(module).items():
+        expected[f"{name}.weight"] += change_of(layer)
     for order in (stream, stream[::-1]):
         folded = dict(fold_adapters(iter(order), folds(module)))
         assert folded.keys() == expected.keys()
-        assert all(torch.equal(folded[name], expected[name]) for name in expected)
+        assert all(torch.allclose(folded[name], expected[name], rtol=1e-6, atol=1e-7) for name in expected)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_what_rounding_leaves_of_the_change_is_measured(family, tmp_path):
+    module = adapted(family, tmp_path, dtype=torch.bfloat16).module
+    with torch.no_grad():
+        for layer in adapted_layers(module).values():
+            layer.lora_B["default"].weight.normal_(0, 1e-3)
+    how, layers = folds(module), adapted_layers(module)
+    for dtype in (torch.bfloat16, torch.float32):
+        survival = Survival()
+        folded = dict(fold_adapters(tiny.named_tensors(module), how, dtype=dtype, survival=survival))
+        stored, change = (
+            torch.cat([part.flatten() for part in parts])
+            for parts in (
+                [folded[f"{name}.weight"].double() - layer.base_layer.weight for name, layer in layers.items()],
+                [change_of(layer) for layer in layers.values()],
+            )
+        )
+        assert all(folded[f"{name}.weight"].dtype is dtype for name in layers)
+        assert survival.share == pytest.approx(along(stored, change), rel=1e-5)
+    assert survival.share == pytest.approx(1, abs=1e-4)
+    fresh = Survival()
+    with torch.no_grad():
+        for layer in layers.values():
+            layer.lora_B["default"].weight.zero_()
+    list(fold_adapters(tiny.named_tensors(module), how, survival=fresh))
+    assert fresh.share == 1.0, "there is nothing to lose"
 
 
 def test_folding_holds_one_layer_at_a_time(tmp_path):

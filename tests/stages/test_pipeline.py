@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.tracking.metrics import metrics_of
@@ -149,8 +150,15 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(one_rank):
 def test_ppo_runs_alone_on_given_models(one_rank, tmp_path):
     folder, _ = one_rank
     models = [f"ppo.actor={folder / 'sft/model'}", f"ppo.reward={folder / 'reward/model'}"]
-    smoke(tmp_path, "stage=[ppo_lora]", *models, "ppo.iterations=1")
+    smoke(tmp_path, "stage=[ppo_lora]", *models, "ppo.iterations=1", "engine.precision=bf16")
     assert (tmp_path / "ppo/actor/adapter/adapter_model.safetensors").exists()
+    merged = json.loads((tmp_path / "ppo/stage.json").read_text())["merged"]
+    assert merged.keys() == {"actor", "critic"}
+    for name, merge in merged.items():
+        assert json.loads((tmp_path / "ppo" / name / "stage.json").read_text())["merged"] == {name: merge}
+        stored = load_file(tmp_path / "ppo" / name / "model.safetensors")
+        assert {str(tensor.dtype) for tensor in stored.values()} == {f"torch.{merge['stored_in']}"}
+        assert merge["kept"] > 0.99
     assert not (tmp_path / "sft").exists()
 
 

@@ -12,7 +12,7 @@ from functools import cached_property
 from torch import nn
 
 from rlhf.engine.memory.plan import Item, Place
-from rlhf.engine.memory.states import ADAPTED, GATHERED, GRADIENTS, Setting, States
+from rlhf.engine.memory.states import GATHERED, GRADIENTS, Setting, States
 from rlhf.engine.memory.trace import ACTIVATIONS, CACHE, Family, Prepare, Stretch, Work, trace
 from rlhf.models.blueprint import Blueprint
 from rlhf.models.surgery import enable_activation_checkpointing
@@ -75,10 +75,9 @@ class Model:
         """
         engine, states = self.setting.engine, self.states
         streams = engine.stream_generation and engine.zero_stage == 3
-        stretches = self._trace(work, training=False, plain=not streams, answer=rows, max_calls=DECODING_CALLS)
+        stretches = self._trace(work, training=False, answer=rows, max_calls=DECODING_CALLS)
         stretch, cache = _with_cache(stretches, self.num_layers)
         held = [self._item(GATHERED, Place.device, count=states.gathered() if streams else states.whole())]
-        held += [self._item(ADAPTED, Place.device, count=0 if streams else states.merged())]
         # When rows leave, one layer's keys are copied before the others' are.
         leaving = self._item(CACHE, Place.device, count=cache + cache // (2 * self.num_layers))
         others = [item for item in self._traced(stretch) if item.part != CACHE]

@@ -26,10 +26,9 @@ from rlhf.engine.tiers.residency import resting_tier, unit_bytes
 from rlhf.engine.tiers.resting_disk import file_bytes
 from rlhf.engine.units import Unit, find_units, gathered_ahead, num_leaving, persistent_parameters
 from rlhf.models.blueprint import Blueprint
-from rlhf.models.lora import adapted_layers
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
-GATHERED, BUFFERS, ADAPTED = "gathered weights", "buffers", "merged adapters"
+GATHERED, BUFFERS = "gathered weights", "buffers"
 
 _STAGED = 2 * 4 * (1 << 23) + 4 * 4 * (1 << 22)  # bytes: what `sums.py` and `working_rows.py` page-lock for copies
 
@@ -107,11 +106,6 @@ class States:
             return largest * (self.setting.dtype.itemsize + 4)
         return largest * 4
 
-    def merged(self) -> int:
-        """Device bytes of adapted weights with their adapters merged in, while responses are generated."""
-        layers = adapted_layers(self.blueprint.module).values()
-        return sum(layer.base_layer.weight.numel() for layer in layers) * self.setting.dtype.itemsize
-
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; what rests on disk is not copied."""
         learning = sum(self._split) if self.optimizer_tier != Tier.nvme else self._split[0]
@@ -127,9 +121,13 @@ class States:
         return 16 if self.setting.engine.delayed_update else 12
 
     def exported(self) -> int:
-        """Disk bytes of the model without this project, adapters merged; the first rank writes all of it."""
-        numel = sum(p.numel() for name, p in self._parameters if ".lora_" not in name)
-        return numel * self.setting.dtype.itemsize
+        """Disk bytes of the model without this project; the first rank writes all of it.
+
+        Merged adapters are in fp32 where the working type would lose too much of them, which is not known before.
+        """
+        plain = [p for name, p in self._parameters if ".lora_" not in name]
+        merges = len(plain) < len(self._parameters)
+        return sum(p.numel() for p in plain) * (4 if merges else self.setting.dtype.itemsize)
 
     @cached_property
     def units(self) -> list[Unit]:
