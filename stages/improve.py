@@ -6,7 +6,7 @@ the whole minibatch, so micro-batches and ranks change nothing but memory and ti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import fmean
 
@@ -121,7 +121,11 @@ def _has_gone_far(history: list[dict[str, float]], target_kl: float | None) -> b
     return bool(history) and target_kl is not None and history[-1].get("policy/approxkl_avg", 0.0) > target_kl
 
 
-_COMBINED = {"policy/ratio_max": max, "actor/skipped_steps": sum, "critic/skipped_steps": sum}
+_COMBINED: dict[str, Callable[[list[float]], float]] = {
+    "policy/ratio_max": max,
+    **{f"{name}/{steps}": sum for name in ("actor", "critic") for steps in ("skipped_steps", "scale_search_steps")},
+    **{f"{name}/loss_scale": min for name in ("actor", "critic")},
+}
 """How updates are combined into one number, where not by their mean."""
 
 
@@ -134,8 +138,7 @@ def take_steps(**engines: Engine) -> dict[str, float]:
     """One optimizer step of each engine, by its name; those that share a loss scale step or skip together."""
     measured = {}
     for name, step in zip(engines, step_together(*engines.values()), strict=True):
-        measured |= {f"{name}/grad_norm": step.grad_norm, f"{name}/lr": step.lr}
-        measured[f"{name}/skipped_steps"] = float(step.skipped)
+        measured |= step.metrics(name)
     return measured
 
 

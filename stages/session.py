@@ -167,6 +167,7 @@ class Session:
                 f"{self.stage} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
                 f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
             )
+        self._warn_of_no_steps()
         self.tracker.summary(record.after | beside_plan(self.run, self.stage, world=self.world, watch=self.watch))
         if self.world.is_main:
             if self.folder / BEST in self._merged:
@@ -177,6 +178,16 @@ class Session:
         dist.barrier()
         self.keeper.finish()
         return record
+
+    def _warn_of_no_steps(self) -> None:
+        for name, engine in self.keeper.parts.engines.items():
+            if engine.loss_scale.is_searching and not engine.steps_taken:
+                log.warning(
+                    "%s: %s has learnt nothing: every step was skipped to find fp16's loss scale. Lower "
+                    "engine.initial_scale_power, or train for more steps.",
+                    self.stage,
+                    name,
+                )
 
     def _export_to(self, folder: Path) -> None:
         found = {}

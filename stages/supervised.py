@@ -111,9 +111,7 @@ def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Obje
         engine.backward(outcome.loss, last=index == len(batches))
         tokens = {"train/loss": outcome.loss.detach(), "train/tokens": batch.attention_mask.sum()}
         outcomes.append(outcome.metrics | tokens)
-    result = engine.step()
-    metrics = summed(outcomes) | {"train/grad_norm": result.grad_norm, "train/lr": result.lr}
-    return metrics | {"train/skipped_steps": float(result.skipped)}
+    return summed(outcomes) | engine.step().metrics("train")
 
 
 def summed(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, float]:

@@ -80,7 +80,7 @@ class Engine:
     def step(self) -> StepResult:
         """Clip by the global norm, update, advance the schedule and clear the gradients, on all ranks alike.
 
-        A gradient that is not finite anywhere skips the update everywhere.
+        A gradient that is not finite anywhere skips the update everywhere, and the schedule stays where it is.
 
         Raises:
             RunError: `engine.max_skipped_steps` steps in a row were skipped.
@@ -88,7 +88,7 @@ class Engine:
         return step_together(self)[0]
 
     def advance(self, steps: int) -> None:
-        """Count steps that are not taken, so that the schedule still ends with the stage."""
+        """Count steps that were never due, so that the schedule still ends with the stage."""
         self._learning.steps_taken += steps
 
     def observe(self) -> None:
@@ -159,6 +159,11 @@ class Engine:
         """Continue from `counters()`, and from the tensors that were set."""
         self._learning.optimizer.load_steps(counters["updates"])
         self._learning.load_counters(counters)
+
+    @property
+    def steps_taken(self) -> int:
+        """Where the schedule is: steps so far without skipped ones, with those that `advance` counted."""
+        return self._learning.steps_taken
 
     @property
     def loss_scale(self) -> LossScale:

@@ -22,6 +22,15 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping; not finite on a skipped step
     lr: float
     skipped: bool
+    loss_scale: float | None = None  # with fp16 only
+    is_search: bool = False  # skipped, because fp16's loss scale was still being found
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """What is logged of a step of the model `name`."""
+        found = {f"{name}/grad_norm": self.grad_norm, f"{name}/lr": self.lr, f"{name}/skipped_steps": self.skipped}
+        if self.loss_scale is not None:
+            found |= {f"{name}/loss_scale": self.loss_scale, f"{name}/scale_search_steps": self.is_search}
+        return {key: float(value) for key, value in found.items()}
 
 
 class Learner:
@@ -40,7 +49,7 @@ class Learner:
         self.optimizer = optimizer
         self.gradients = gradients
         self.loss_scale = loss_scale
-        self.steps_taken = 0  # skipped ones too: the schedule ends with the data
+        self.steps_taken = 0  # without skipped ones, as in DeepSpeed: a warm-up is not used up by them
         self._skipped_in_a_row = 0
         self._config = config
         self._total_steps = total_steps
@@ -58,15 +67,18 @@ class Learner:
             RunError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
         """
         norm, reached = report
-        lr = self.lr
+        scale = self.loss_scale
+        result = StepResult(
+            norm, self.lr, skip, scale.value if scale.is_used else None, is_search=skip and scale.is_searching
+        )
         self.optimizer.flush()
         if not skip:
-            scale = self._clip(norm) / self.loss_scale.value
-            self.optimizer.step(reached, lr=lr, scale=scale, betas=self.betas)
+            factor = self._clip(norm) / scale.value
+            self.optimizer.step(reached, lr=result.lr, scale=factor, betas=self.betas)
+            self.steps_taken += 1
         self.gradients.clear()
-        self.steps_taken += 1
         self._count(skipped=skip, norm=norm)
-        return StepResult(norm, lr, skip)
+        return result
 
     @property
     def lr(self) -> float:
@@ -112,13 +124,13 @@ class Learner:
         if not skipped:
             self._skipped_in_a_row = 0
             return
-        logger.warning("step %d skipped: the gradient norm is %s", self.steps_taken, norm)
         if self.loss_scale.can_fall:
-            return
+            return  # the loss scale says what it does about it
+        logger.warning("a step was skipped, after %d taken: the gradient norm is %s", self.steps_taken, norm)
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._max_skipped_steps:
             raise RunError(
                 f"The gradient was not finite in {self._skipped_in_a_row} steps in a row (engine.max_skipped_steps="
-                f"{self._max_skipped_steps}). Lower the learning rate, set engine.precision=fp32, or look at the data "
-                "of these steps; the weights are those before the first of them."
+                f"{self._max_skipped_steps}){self.loss_scale.limit}. Lower the learning rate, set engine.precision="
+                "fp32, or look at the data of these steps; the weights are those before the first of them."
             )

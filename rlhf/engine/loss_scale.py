@@ -7,11 +7,15 @@ Left out: noticing an overflow (`learner.py`).
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from rlhf.config import EngineConfig, Precision
 
+logger = logging.getLogger(__name__)
+
 _FACTOR = 2.0
+_SETTLED = 10  # good steps in a row: a factor on the verge fits some batches and not the next
 
 
 class LossScale:
@@ -46,6 +50,7 @@ class LossScale:
         self._patience = hysteresis  # overflows left until one halves the factor
         self._steps = 0
         self._last_overflow = -1
+        self._has_settled = False  # it fitted for a while, since it was first chosen or last grew
 
     @classmethod
     def of(cls, config: EngineConfig) -> LossScale:
@@ -66,11 +71,38 @@ class LossScale:
         """Whether an overflow has a remedy; where not, something else is wrong."""
         return self._adapts and self.value > self._minimum
 
+    @property
+    def is_searching(self) -> bool:
+        """Whether an overflow is how the factor is found, at the start and after it grew, and no sign of trouble."""
+        return self.can_fall and not self._has_settled
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is a factor at all, which only fp16 has."""
+        return self._adapts or self.value != 1
+
+    @property
+    def limit(self) -> str:
+        """Why it does not fall any more, as the end of a sentence; empty where there is no factor."""
+        why = "the lowest (engine.min_loss_scale)" if self._adapts else "which engine.loss_scale fixes (0 adapts it)"
+        return f", at a loss scale of {self.value:.17g}, {why}" if self.is_used else ""
+
     def update(self, *, overflow: bool) -> None:
         """Count a step, and change the factor for the next."""
+        tried, could_fall, was_searching = self.value, self.can_fall, self.is_searching
         if self._adapts:
             self._shrink() if overflow else self._grow()
         self._steps += 1
+        if overflow and could_fall:
+            self._report(tried, is_normal=was_searching)
+
+    def _report(self, tried: float, *, is_normal: bool) -> None:
+        following = "it again" if self.value == tried else f"{self.value:.17g}"
+        found = f"fp16: the loss scale {tried:.17g} overflowed; trying {following} (step skipped"
+        if is_normal:
+            logger.info("%s; normal at the start, and after the scale has grown)", found)
+        else:
+            logger.warning("%s, after many that fitted). If it goes on, lower the learning rate.", found)
 
     def _shrink(self) -> None:
         self._last_overflow = self._steps
@@ -82,10 +114,12 @@ class LossScale:
     def _grow(self) -> None:
         good_before = self._steps - self._last_overflow - 1
         is_due = good_before > 0 and good_before % self._window == 0
+        self._has_settled |= good_before % self._window >= _SETTLED
         if is_due or self._consecutive:
             self._patience = self._hysteresis
         if is_due:
             self.value *= _FACTOR
+            self._has_settled = False
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -94,6 +128,7 @@ class LossScale:
             "patience": self._patience,
             "steps": self._steps,
             "last_overflow": self._last_overflow,
+            "has_settled": self._has_settled,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -102,3 +137,4 @@ class LossScale:
         self._patience = state["patience"]
         self._steps = state["steps"]
         self._last_overflow = state["last_overflow"]
+        self._has_settled = state.get("has_settled", True)

@@ -24,6 +24,10 @@ REWARD = ("reward",)
 PPO = ("ppo",)
 
 
+SEARCHED = "fp16: skipped steps that found the loss scale, at the start or after it grew: normal"
+"""What `*/scale_search_steps` count."""
+
+
 @dataclass(frozen=True)
 class Metric:
     """What is known of one metric before anyone logs it."""
@@ -59,6 +63,8 @@ METRICS: dict[str, Metric] = {
     "train/lr": Metric("Training", "", SUPERVISED, "learning rate of the step"),
     "train/tokens": Metric("Training", "tokens", SUPERVISED, "real tokens in the step's global batch"),
     "train/skipped_steps": Metric("Training", "steps", SUPERVISED, "steps skipped for a non-finite gradient"),
+    "train/loss_scale": Metric("Training", "", SUPERVISED, "fp16: factor on the loss of the step"),
+    "train/scale_search_steps": Metric("Training", "steps", SUPERVISED, SEARCHED),
     "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", headline=True),
     "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token"),
     "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", headline=True),
@@ -102,9 +108,13 @@ METRICS: dict[str, Metric] = {
     "actor/grad_norm": Metric("Optimizer", "", PPO, "actor's gradient norm before clipping"),
     "actor/lr": Metric("Optimizer", "", PPO, "actor's learning rate"),
     "actor/skipped_steps": Metric("Optimizer", "steps", PPO, "steps skipped for a non-finite gradient"),
+    "actor/loss_scale": Metric("Optimizer", "", PPO, "fp16: factor on the actor's loss, the smallest of the updates"),
+    "actor/scale_search_steps": Metric("Optimizer", "steps", PPO, SEARCHED),
     "critic/grad_norm": Metric("Optimizer", "", PPO, "critic's gradient norm before clipping"),
     "critic/lr": Metric("Optimizer", "", PPO, "critic's learning rate"),
     "critic/skipped_steps": Metric("Optimizer", "steps", PPO, "steps skipped for a non-finite gradient"),
+    "critic/loss_scale": Metric("Optimizer", "", PPO, "fp16: factor on the critic's loss, the smallest of the updates"),
+    "critic/scale_search_steps": Metric("Optimizer", "steps", PPO, SEARCHED),
     "rollout/response_length": Metric("Rollout", "tokens", PPO, "counted tokens of a response, mean", headline=True),
     "rollout/eos_rate": Metric("Rollout", "fraction", PPO, "responses that end by themselves"),
     "rollout/episodes": Metric("Rollout", "responses", PPO, "responses drawn since the start of the stage"),

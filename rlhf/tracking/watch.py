@@ -67,15 +67,26 @@ def series(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
 
 
 def _not_finite(rows: Sequence[Row]) -> Sign | None:
-    bad = [(row["step"], key) for row in rows for key, value in row.items() if "/" in key and not is_number(value)]
-    keys = dict.fromkeys(key for row in rows for key in row if key.endswith("/skipped_steps"))
-    skipped = sum(value for key in keys for _, value in series(rows, key))
+    bad = [(row["step"], key) for row in rows for key in row if "/" in key and not _is_right(row, key)]
+    skipped = _total(rows, "skipped_steps") - _total(rows, "scale_search_steps")
     if not bad and not skipped:
         return None
     where = f"{bad[0][1]} was not finite at step {bad[0][0]}" if bad else ""
     steps = f"{number(int(skipped))} optimizer steps were skipped for a gradient that was not finite" if skipped else ""
     advice = "Lower the learning rate, or set engine.precision=fp32."
     return Sign("not_finite", f"{'; '.join(text for text in (where, steps) if text)}. {advice}")
+
+
+def _is_right(row: Row, key: str) -> bool:
+    """Whether a value is finite, or the norm of a gradient that overflowed while fp16 looked for its loss scale."""
+    model, _, name = key.partition("/")
+    return is_number(row[key]) or (name == "grad_norm" and bool(row.get(f"{model}/scale_search_steps")))
+
+
+def _total(rows: Sequence[Row], name: str) -> float:
+    """The sum of a count over steps and models."""
+    keys = dict.fromkeys(key for row in rows for key in row if key.endswith(f"/{name}"))
+    return sum(value for key in keys for _, value in series(rows, key))
 
 
 def _kl(rows: Sequence[Row]) -> Sign | None:

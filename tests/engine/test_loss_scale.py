@@ -1,6 +1,7 @@
 """The fp16 loss scale: DeepSpeed's own values, and what a resumed run goes on with."""
 
 import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rlhf.config import EngineConfig
 from rlhf.dist import World
 from rlhf.engine.engine import build_engine, step_together
 from rlhf.engine.loss_scale import LossScale
+from rlhf.tracking.metrics import METRICS
 from tests.engine import tiny
 
 CASES = json.loads((Path(__file__).parents[1] / "golden/deepspeed_loss_scale.json").read_text())["cases"]
@@ -85,6 +87,74 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale_and_only_the_lowest_sca
     tiny.train_step(engine, 0, spoil=True)
     with pytest.raises(RuntimeError, match="2 steps in a row"):
         tiny.train_step(engine, 1, spoil=True)
+
+
+def test_the_search_for_a_scale_uses_no_warm_up_and_is_said_to_be_normal(caplog):
+    caplog.set_level(logging.INFO)
+    engine = fp16(initial_scale_power=32, optimizer=tiny.optimizer_config(warmup_steps=4))
+    results = [tiny.train_step(engine, step)[1] for step in range(24)]
+    skipped = sum(result.skipped for result in results)
+    assert skipped > 10
+    assert [result.is_search for result in results] == [result.skipped for result in results]
+    assert [result.loss_scale for result in results[:3]] == [2.0**32, 2.0**32, 2.0**31]  # hysteresis is 2
+    rates = [result.lr for result in results if not result.skipped]
+    assert rates[:4] == pytest.approx([3e-3 * n / 4 for n in (1, 2, 3, 4)])
+    assert engine.steps_taken == 24 - skipped
+    said = [record for record in caplog.records if record.name.startswith("rlhf")]
+    assert len(said) == skipped
+    assert {record.levelno for record in said} == {logging.INFO}
+    assert (
+        said[0].getMessage().startswith("fp16: the loss scale 4294967296 overflowed; trying it again (step skipped; n")
+    )
+    assert (
+        said[1].getMessage().startswith("fp16: the loss scale 4294967296 overflowed; trying 2147483648 (step skipped")
+    )
+    assert not any("learning rate" in record.getMessage() for record in said)
+
+
+def test_an_overflow_is_trouble_only_at_a_scale_that_has_fitted_for_a_while(caplog):
+    caplog.set_level(logging.INFO)
+    scale = LossScale(2.0**20, adapts=True, window=20, hysteresis=1)
+    good = "." * 11
+    for mark in f"xx.x.x{good}xx{good}xxx" + "." * 21 + f"x.x{good}x":
+        scale.update(overflow=mark == "x")
+    searched, trouble, after_growth = ["INFO"] * 4, ["WARNING"] * 5, ["INFO"] * 2
+    assert [record.levelname for record in caplog.records] == [*searched, *trouble, *after_growth, "WARNING"]
+    assert ["lower the learning rate" in text for text in caplog.messages] == [False] * 4 + [True] * 5 + [False] * 2 + [
+        True
+    ]
+
+
+def test_a_scale_that_cannot_fall_is_named_when_the_run_stops():
+    for scaling, words in (
+        ({"initial_scale_power": 1, "min_loss_scale": 2.0}, "at a loss scale of 2, the lowest"),
+        ({"loss_scale": 64}, "at a loss scale of 64, which engine.loss_scale fixes"),
+    ):
+        engine = fp16(**scaling)
+        tiny.train_step(engine, 0, spoil=True)
+        with pytest.raises(RuntimeError, match=words):
+            tiny.train_step(engine, 1, spoil=True)
+
+
+def test_what_is_logged_of_a_step_is_registered_and_has_the_scale_in_fp16_alone():
+    result = tiny.train_step(fp16(initial_scale_power=24, hysteresis=1), 0)[1]
+    for name in ("train", "actor", "critic"):
+        found = result.metrics(name)
+        assert found.keys() <= METRICS.keys()
+        assert (found[f"{name}/loss_scale"], found[f"{name}/scale_search_steps"]) == (2.0**24, 1.0)
+        assert found[f"{name}/skipped_steps"] == 1.0
+    assert "train/loss_scale" not in tiny.train_step(tiny.engine(World.alone(), 0), 0)[1].metrics("train")
+
+
+def test_a_resumed_engine_is_where_its_schedule_was():
+    """The position is a counter of its own: skipped steps are not in it, spared ones are."""
+    first, second = (fp16(initial_scale_power=24, hysteresis=1) for _ in range(2))
+    for step in range(12):
+        tiny.train_step(first, step)
+    first.advance(2)
+    second.load_counters(first.counters())
+    assert second.steps_taken == first.steps_taken < 14
+    assert tiny.train_step(second, 12)[1].lr == tiny.train_step(first, 12)[1].lr
 
 
 def test_engines_that_share_a_scale_step_or_skip_together():

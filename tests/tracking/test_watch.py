@@ -75,6 +75,14 @@ def test_numbers_that_run_away_are_said(rows, name):
     assert names(rows) == [name]
 
 
+def test_steps_that_find_the_loss_scale_of_fp16_are_no_sign():
+    search = {"train/grad_norm": None, "train/skipped_steps": 1.0, "train/scale_search_steps": 1.0}
+    assert names([{"step": 1, **search}, {"step": 2, "train/grad_norm": 1.0, "train/scale_search_steps": 0.0}]) == []
+    assert names([{"step": 1, **search, "train/loss": None}]) == ["not_finite"]
+    update = {"actor/grad_norm": None, "actor/skipped_steps": 3.0, "actor/scale_search_steps": 2.0}
+    assert [sign.text.split()[0] for sign in signs([{"step": 1, **update}], [])] == ["1"]
+
+
 def test_reward_for_length_is_said():
     lengths = list(range(1, 11))
     assert length_correlation(answers(0, scores=[2.0 * n for n in lengths], lengths=lengths)) == pytest.approx(1.0)
