@@ -112,7 +112,8 @@ class EngineConfig:
     min_loss_scale: float = 1.0
     """fp16: an adaptive factor does not fall below this."""
     deepspeed: Any = None
-    """A DeepSpeed JSON file, or its content as a mapping; what it sets explicitly replaces the settings here."""
+    """A DeepSpeed JSON file (or YAML, or one of Hugging Face Accelerate), or its content as a mapping; what it sets
+    explicitly replaces the settings here."""
 
     def __post_init__(self) -> None:
         require(self.zero_stage in range(4), f"engine.zero_stage={self.zero_stage}: expected 0, 1, 2 or 3.")

@@ -8,16 +8,16 @@ Afterwards `deepspeed` is null everywhere, and `config.yaml` holds the settings 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rlhf.algorithms.deepspeed_schedules import SHAPES, deepspeed_schedule
 from rlhf.config import EngineConfig, OptimizerConfig, PPOConfig, RunConfig, SupervisedConfig
 from rlhf.engine.deepspeed.batch import MICRO, TRAIN, Batch, has_numbers, solve_batch
-from rlhf.engine.deepspeed.hjson import Document
+from rlhf.engine.deepspeed.hjson import Document, Path
 from rlhf.engine.deepspeed.reading import Origin, Setting
-from rlhf.engine.deepspeed.resolve import Resolved, resolve
+from rlhf.engine.deepspeed.resolve import Fate, Resolved, resolve
 from rlhf.engine.deepspeed.source import read_deepspeed
 
 log = logging.getLogger(__name__)
@@ -102,15 +102,14 @@ def _role(config: Any, stage: str, *, role: Role, context: _Context) -> dict[str
     resolved = resolve(document, engine, optimizer=optimizer)
     names = (f"{stage}.{role.engine}", f"{stage}.engine", "engine")
     values = _chosen(resolved.settings, "engine", own=engine, names=names, overridden=context.overridden)
-    context.report.add(document, resolved, place=place, values=values)
     new: dict[str, Any] = {role.engine: _replaced(engine, values | {"deepspeed": None}, place=setting)}
-    if role.optimizer is None or optimizer is None:
-        return new
-    names = (f"{stage}.{role.optimizer}",)
-    values = _chosen(resolved.settings, "optimizer", own=optimizer, names=names, overridden=context.overridden)
-    context.report.add(document, resolved, place=place, values=values)
-    new[role.optimizer] = _replaced(optimizer, values, place=setting)
-    return new | _batch(config, stage, document=document, context=context)
+    if role.optimizer is not None and optimizer is not None:
+        names = (f"{stage}.{role.optimizer}",)
+        learning = _chosen(resolved.settings, "optimizer", own=optimizer, names=names, overridden=context.overridden)
+        new[role.optimizer] = _replaced(optimizer, learning, place=setting)
+        values |= learning
+    context.report.add(document, resolved, place=place, taken=values)
+    return new | (_batch(config, stage, document=document, context=context) if optimizer is not None else {})
 
 
 def _given_as(config: Any, stage: str, *, role: Role, context: _Context) -> str:
@@ -196,17 +195,28 @@ class _Report:
 
     _names: dict[str, None] = field(default_factory=dict)
     _places: dict[str, list[str]] = field(default_factory=dict)
-    _ignored: dict[str, None] = field(default_factory=dict)
+    _fates: dict[str, dict[Path, tuple[Fate, str] | None]] = field(default_factory=dict)
+    """By file and key: None where a setting names it."""
     _warnings: dict[str, None] = field(default_factory=dict)
 
-    def add(self, document: Document, resolved: Resolved, *, place: str, values: dict[str, Any]) -> None:
-        """What a configuration decides for one model, of which `values` are taken."""
-        self._names[document.name] = None
+    def add(self, document: Document, resolved: Resolved, *, place: str, taken: Collection[str]) -> None:
+        """What a configuration decides for one model.
+
+        Args:
+            document: the configuration.
+            resolved: what it means.
+            place: the model.
+            taken: names of settings; a default of DeepSpeed's that is not among them has yielded to the command line.
+        """
+        self._names |= dict.fromkeys([*document.files.values(), document.name])
         for setting in resolved.settings:
-            if setting.name in values and values[setting.name] == setting.value:
+            if setting.name in taken or setting.origin is not Origin.default:
                 origin = _ORIGINS[setting.origin].format(setting.place)
                 self._say(f"{setting.group}.{setting.name} = {_shown(setting.value)}  <- {origin}", place)
-        self._ignored |= dict.fromkeys(f"{key.path.removesuffix('.*')} ({key.note})" for key in resolved.ignored)
+        fates = self._fates.setdefault(document.name, {})
+        for path in document.written:
+            fate = resolved.fates.get(path)
+            fates[path] = fate and fates.get(path, fate)  # a setting of one model is enough
         self._warnings |= dict.fromkeys(resolved.warnings)
 
     def batch(self, document: Document, stage: str, *, sizes: dict[str, int]) -> dict[str, int]:
@@ -226,10 +236,20 @@ class _Report:
         log.info("DeepSpeed configuration %s; all that it does not say is the run's own", ", ".join(self._names))
         for line, places in self._places.items():
             log.info("  %s  [%s]", line, ", ".join(places))
-        for line in self._ignored:
-            log.info("  ignored: %s", line)
+        for line in self._rest():
+            log.info("  %s", line)
         for line in self._warnings:
             log.warning("%s", line)
+
+    def _rest(self) -> Iterator[str]:
+        """A line for the keys that no setting names, those of one reason together."""
+        for name, fates in self._fates.items():
+            together: dict[tuple[Fate, str], list[str]] = {}
+            for path, fate in fates.items():
+                if fate is not None:
+                    together.setdefault(fate, []).append(".".join(path))
+            file = f"{name}: " if len(self._fates) > 1 else ""
+            yield from (f"{fate}: {file}{', '.join(keys)} ({why})" for (fate, why), keys in together.items())
 
 
 def _shown(value: Any) -> str:

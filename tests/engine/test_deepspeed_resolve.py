@@ -1,5 +1,7 @@
 """What each key becomes, in configurations of the shapes that public repositories have."""
 
+import re
+
 import pytest
 
 from rlhf.config import EngineConfig, Moments, OptimizerConfig, Precision, Schedule, Tier
@@ -304,6 +306,48 @@ def test_schedules(scheduler, schedule, options):
         ({"data_efficiency": {"enabled": True, "data_routing": {"enabled": True}}}, "data_efficiency.data_routing"),
         ({"compression_training": {"layer_reduction": {"enabled": True}}}, "compression_training"),
         ({"amp": {"enabled": True}}, "amp: cannot be honoured"),
+        # what nothing here depends on is checked all the same
+        (zero(contiguous_gradients="Treu"), "contiguous_gradients='Treu': expected true or false, or auto"),
+        (zero(contiguous_gradients=2), "contiguous_gradients=2: expected true or false"),
+        (zero(allgather_bucket_size="large"), "allgather_bucket_size='large': expected a number, or auto"),
+        (zero(stage3_max_reuse_distance=1.5), "stage3_max_reuse_distance=1.5: expected a whole number"),
+        (zero(stage3_gather_fp16_weights_on_model_save="Treu"), "stage3_gather_fp16_weights_on_model_save='Treu'"),
+        (zero(leaf_module=3), "leaf_module=3: expected an object"),
+        (zero(stage=3, offload_optimizer={"device": "cpu", "buffer_count": "many"}), "buffer_count='many'"),
+        (zero(stage=3, offload_optimizer={"device": "cpu", "fast_init": "Treu"}), "fast_init='Treu'"),
+        (zero(cpu_offload_use_pin_memory="Treu"), "cpu_offload_use_pin_memory='Treu'"),
+        (
+            {"bf16": {"enabled": True}, "fp16": {"loss_scale_window": "Treu"}},
+            "loss_scale_window='Treu': expected a num",
+        ),
+        ({"bf16": {"enabled": True, "check_grad_overflow": "Treu"}}, "check_grad_overflow='Treu'"),
+        ({"wall_clock_breakdown": "Treu"}, "wall_clock_breakdown='Treu': expected true or false"),
+        ({"steps_per_print": "often"}, "steps_per_print='often': expected a number"),
+        ({"communication_data_type": "fp64"}, "communication_data_type='fp64': expected fp16, bf16, fp32"),
+        ({"data_types": {"grad_accum_dtype": "fp31"}}, "grad_accum_dtype='fp31': expected fp16, bf16"),
+        ({"torch_autocast": {"lower_precision_safe_modules": "torch.nn.Linear"}}, "safe_modules='.*': expected a list"),
+        ({"tensorboard": {"enabled": "Treu"}}, "tensorboard.enabled='Treu': expected true or false"),
+        ({"flops_profiler": {"enabled": False, "detailed": "Treu"}}, "flops_profiler.detailed='Treu'"),
+        ({"hybrid_engine": {"max_out_tokens": "Treu"}}, "hybrid_engine.max_out_tokens='Treu': expected a number"),
+        ({"comms_logger": {"prof_ops": "all_reduce"}}, "comms_logger.prof_ops='all_reduce': expected a list"),
+        ({"wandb": {"project": ["a"]}}, r"wandb.project=\['a'\]: expected a text"),
+        ({"tensorboard": True}, "tensorboard=True: expected an object"),
+        ({"optimizer": {"type": "Adam", "params": {"fused": "Treu"}}}, "params.fused='Treu'"),
+        ({"aio": {"single_submit": "Treu"}}, "aio.single_submit='Treu'"),
+        # two precisions
+        (
+            {"bf16": {"enabled": True}, "torch_autocast": {"enabled": True, "dtype": "float16"}},
+            "torch_autocast.dtype=float16: but bf16.enabled=true; expected one precision",
+        ),
+        (
+            {"fp16": {"enabled": True}, "torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}},
+            "torch_autocast.dtype=torch.bfloat16: but fp16.enabled=true",
+        ),
+        ({"torch_autocast": {"enabled": True, "dtype": "float31"}}, "dtype='float31': expected bf16"),
+        (
+            {"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}},
+            "param_dtype=fp16: but bf16 by ds.json: bf16.enabled",
+        ),
     ],
 )
 def test_what_is_wrong_or_not_here_is_refused(content, sentence):
@@ -312,8 +356,38 @@ def test_what_is_wrong_or_not_here_is_refused(content, sentence):
 
 
 def test_all_that_is_refused_is_said_at_once():
-    with pytest.raises(ValueError, match="(?s)amp: cannot.*sparse_attention: cannot.*stagee: there is no such key"):
-        resolved({"amp": {"enabled": True}, "sparse_attention": {"mode": "fixed"}, **zero(stagee=1)})
+    with pytest.raises(
+        ValueError, match="(?s)amp: cannot.*sparse_attention: cannot.*stagee: there is no.*dump_state='x'"
+    ):
+        resolved({"amp": {"enabled": True}, "sparse_attention": {"mode": "fixed"}, **zero(stagee=1), "dump_state": "x"})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        zero(contiguous_gradients="yes", reduce_scatter=1.0, round_robin_gradients="off", legacy_stage1="F"),
+        zero(allgather_bucket_size=5e8, stage3_max_reuse_distance="1e9", zero_hpz_partition_size=True),
+        zero(reduce_bucket_size="5e8", sub_group_size="1e9", leaf_module={"classes": ["A"]}, mics_shard_size=-1),
+        {"steps_per_print": float("inf"), "wall_clock_breakdown": "false", "communication_data_type": "BF16"},
+        {"flops_profiler": {"enabled": False, "module_depth": -1, "output_file": None}, "log_level": 3},
+        {"checkpoint": {"writer": {"type": "FAST"}, "load_universal": 0}, "pipeline": {"partition": "best"}},
+        {"data_types": {"grad_accum_dtype": "torch.bfloat16", "keep_in_fp32_modules": "auto", "param_dtype": "bf16"},
+         "bf16": {"enabled": True}},
+        {"torch_autocast": {"enabled": False, "dtype": "float16"}, "bf16": {"enabled": True}},
+        {"torch_autocast": {"enabled": True}, "fp16": {"enabled": True}},
+        {"torch_autocast": {"enabled": True, "dtype": "bf16"}, "bf16": {"enabled": True}},
+        {"autotuning": {"enabled": True, "arg_mappings": {"a": "b"}}},
+        {"optimizer": {"type": "Adam", "legacy_fusion": "no", "params": {"torch_adam": "torch_impl"}}},
+    ],
+)  # fmt: skip
+def test_what_deepspeed_takes_is_taken(content):
+    """Values that DeepSpeed 0.19.8 reads, through pydantic or without a check."""
+    resolved(content)
+
+
+def test_autocast_decides_where_the_halves_are_auto():
+    content = {"bf16": {"enabled": "auto"}, "torch_autocast": {"enabled": True, "dtype": "float16"}}
+    assert values(content, precision="bf16")["precision"] is Precision.fp16
 
 
 def test_what_is_switched_off_is_not_refused():
@@ -356,17 +430,21 @@ def test_unknown_keys_that_deepspeed_ignores_are_only_warned_about():
         ("offload_optimizer", "zero_optimization.offload_optimizer"),
     ],
 )
-def test_a_whole_section_that_nobody_reads_is_warned_about_with_its_right_name(misspelt, meant):
-    assert resolved({misspelt: {"device": "cpu"}}).warnings == [
-        f"ds.json: neither DeepSpeed nor this run reads {misspelt} (did you mean {meant}?)"
-    ]
+def test_a_whole_section_that_nobody_reads_is_named_with_its_right_name(misspelt, meant):
+    hint = rf"{misspelt} \(did you mean {meant}\?\)"
+    with pytest.raises(ValueError, match=rf"^ds\.json: found {hint} at the top level, none of which is a key"):
+        resolved({misspelt: {"device": "cpu"}})
+    warnings = resolved({"steps_per_print": 1, misspelt: {"device": "cpu"}}).warnings
+    assert re.fullmatch(f"ds.json: neither DeepSpeed nor this run reads {hint}", warnings[0])
 
 
 @pytest.mark.parametrize("content", [{"zero_optimization.stage": 3, "bf16.enabled": True}, {"fp16.enabled": {}}])
 def test_a_dot_in_a_name_is_no_path(content):
-    found = resolved(content)
+    found = resolved({"steps_per_print": 1} | content)
     assert found.settings == []
     assert found.warnings[0].count("(a dot does not nest)") == len(content)
+    with pytest.raises(ValueError, match="a dot does not nest"):
+        resolved(content)
 
 
 def test_a_limit_on_all_persistent_parameters_is_said_not_to_be_kept():

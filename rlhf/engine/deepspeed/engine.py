@@ -21,6 +21,8 @@ _HALVES = {
     "torch.float16": Precision.fp16,
     "half": Precision.fp16,
 }
+_ENABLED = ("fp16.enabled", "bf16.enabled")
+_CASTS_TO = "torch_autocast.dtype"
 _RECOMPUTES = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization")
 _NOT_AS_THEY_ARE = {"sub_group_size": 1, "stage3_max_live_parameters": 1}
 """Keys that may be 0 in DeepSpeed, and the least they are here."""
@@ -104,18 +106,18 @@ def _read_buffers(reading: Reading) -> None:
             raise ValueError(f"{reading.where(path)}={folder!r}: expected the path of a folder on a local disk.")
     if folders:
         path, folder = next(iter(folders.items()))
-        reading.sets("engine.nvme_path", folder, key=path)
+        reading.sets("engine.nvme_path", folder, key=path, also=folders)
     if len(set(folders.values())) > 1:
         reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {folder}")
     counts = {path: _whole(reading, path) or 0 for path in _given(reading, [f"{b}.buffer_count" for b in on_disk])}
     if any(counts.values()):
         path = max(counts, key=lambda path: counts[path])
-        reading.sets("engine.buffer_count", counts[path], key=path)
+        reading.sets("engine.buffer_count", counts[path], key=path, also=counts)
     pinned = _given(reading, [f"{block}.pin_memory" for block in blocks])
     said = {path: switch(value, where=reading.where(path)) for path, value in pinned.items()}
     if said:
         path = max(said, key=lambda path: said[path])
-        reading.sets("engine.pin_memory", said[path], key=path)
+        reading.sets("engine.pin_memory", said[path], key=path, also=said)
 
 
 def _given(reading: Reading, paths: list[str]) -> dict[str, Any]:
@@ -138,16 +140,50 @@ def _read_precision(reading: Reading, own: EngineConfig) -> None:
         if AUTO not in (reading.raw("fp16.enabled"), reading.raw("bf16.enabled")):
             raise ValueError(f"{reading.where('fp16.enabled')}=true and bf16.enabled=true: expected one of them.")
         halves["fp16" if reading.raw("fp16.enabled") == AUTO else "bf16"] = False
-    if reading.value("torch_autocast.enabled") and not any(halves.values()):
-        dtype = reading.raw("torch_autocast.dtype") or "bf16"
-        word = choice(dtype, among=tuple(_HALVES), where=reading.where("torch_autocast.dtype"))
-        reading.sets("engine.precision", _HALVES[word], key="torch_autocast.enabled")
+    casts_to = _autocast(reading, halves)
+    if casts_to and not any(halves.values()):
+        reading.sets("engine.precision", casts_to, key="torch_autocast.enabled", also=(_CASTS_TO, *_ENABLED))
     elif reading.raw("fp16") is not None or reading.raw("bf16") is not None:
         _set_precision(reading, own, halves=halves)
     if reading.settings.get(("engine", "precision")) is not None and halves["fp16"]:
         _read_loss_scale(reading, own)
     if halves["bf16"] and reading.value("bf16.bf16_optimizer_states"):
         reading.sets("engine.moments", Moments.bf16, key="bf16.bf16_optimizer_states")
+    _check_parameters(reading)
+
+
+def _autocast(reading: Reading, halves: dict[str, bool]) -> Precision | None:
+    """What `torch_autocast` computes in, if it is on; a half that is only `auto` gives way to it.
+
+    Raises:
+        ValueError: it is another precision than that of a half that the file switches on.
+    """
+    raw = reading.raw(_CASTS_TO)
+    word = None if raw in (None, AUTO) else choice(raw, among=tuple(_HALVES), where=reading.where(_CASTS_TO))
+    if not reading.value("torch_autocast.enabled"):
+        return None
+    for half, is_on in halves.items():
+        if word is None or not is_on or _HALVES[word] == half:
+            continue
+        if reading.raw(f"{half}.enabled") != AUTO:
+            raise ValueError(
+                f"{reading.where(_CASTS_TO)}={raw}: but {half}.enabled=true; expected one precision. Make the former "
+                f"{half} too, or switch one of the two off."
+            )
+        halves[half] = False
+    return _HALVES[word or "bf16"]
+
+
+def _check_parameters(reading: Reading) -> None:
+    """Raises ValueError where `data_types.param_dtype` is another precision than the rest of the file, as DeepSpeed."""
+    path = "data_types.param_dtype"
+    raw, setting = reading.raw(path), reading.settings.get(("engine", "precision"))
+    if raw in (None, AUTO) or setting is None or setting.value == Precision.auto:
+        return
+    if _HALVES.get(str(raw).lower(), Precision.fp32) != setting.value:
+        raise ValueError(
+            f"{reading.where(path)}={raw}: but {setting.value} by {setting.place}; expected the same. Remove the first."
+        )
 
 
 def _half(reading: Reading, section: str, *, own_says: bool) -> bool:
@@ -159,16 +195,16 @@ def _set_precision(reading: Reading, own: EngineConfig, *, halves: dict[str, boo
     on = [section for section, is_on in halves.items() if is_on]
     autos = [section for section in halves if reading.raw(f"{section}.enabled") == AUTO]
     if on and on[0] in autos:
-        reading.sets("engine.precision", own.precision, key=f"{on[0]}.enabled", origin=Origin.auto)
+        reading.sets("engine.precision", own.precision, key=f"{on[0]}.enabled", also=_ENABLED, origin=Origin.auto)
     elif on:
-        reading.sets("engine.precision", Precision(on[0]), key=f"{on[0]}.enabled")
+        reading.sets("engine.precision", Precision(on[0]), key=f"{on[0]}.enabled", also=_ENABLED)
     elif autos and own.precision is Precision.fp32:
-        reading.sets("engine.precision", own.precision, key=f"{autos[0]}.enabled", origin=Origin.auto)
+        reading.sets("engine.precision", own.precision, key=f"{autos[0]}.enabled", also=_ENABLED, origin=Origin.auto)
     elif autos == ["fp16"] and reading.raw("bf16") is None and own.precision is not Precision.fp16:
         reading.sets("engine.precision", own.precision, key="fp16.enabled", origin=Origin.auto)
     else:
         section = next(name for name in halves if reading.raw(name) is not None)
-        reading.sets("engine.precision", Precision.fp32, key=f"{section}.enabled")
+        reading.sets("engine.precision", Precision.fp32, key=f"{section}.enabled", also=_ENABLED)
 
 
 def _read_loss_scale(reading: Reading, own: EngineConfig) -> None:
@@ -185,6 +221,6 @@ def _read_activations(reading: Reading) -> None:
     count = "activation_checkpointing.number_checkpoints"
     asked += [count] if _whole(reading, count) else []
     if asked:
-        reading.sets("engine.activation_checkpointing", True, key=asked[0])
+        reading.sets("engine.activation_checkpointing", True, key=asked[0], also=asked)
     if reading.value("activation_checkpointing.cpu_checkpointing"):
         reading.sets("engine.activation_offload", True, key="activation_checkpointing.cpu_checkpointing")

@@ -7,6 +7,7 @@ line it stands on, so that what is wrong with it can be pointed at. A key that o
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,12 +30,42 @@ class Document:
 
     name: str
     content: dict[str, Any]
+    """Under present names, once old ones have been made new."""
     lines: dict[Path, int] = field(default_factory=dict)
+    written: dict[Path, Any] = field(default_factory=dict)
+    """Every value that is not an object, under the path that it has in the file."""
+    became: dict[Path, Path] = field(default_factory=dict)
+    """Path in `content` of what is written under another."""
+    idle: dict[Path, str] = field(default_factory=dict)
+    """What is written and not in `content`, with the reason."""
+    files: dict[Path, str] = field(default_factory=dict)
+    """The file of what is not written in `name`."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be said about it."""
 
     def where(self, path: Path) -> str:
-        """The place of a key, as an error names it: file, line, dotted name."""
+        """The place of a key of `content`, as an error names it: file, line, dotted name as it is written."""
+        path = self.written_at(path)[0]
         line = self.lines.get(path)
-        return f"{self.name}{f':{line}' if line else ''}: {'.'.join(path)}"
+        return f"{self.files.get(path, self.name)}{f':{line}' if line else ''}: {'.'.join(path)}"
+
+    def written_at(self, path: Path) -> list[Path]:
+        """The paths in the file that a path of `content` comes from; itself, where none does."""
+        others = [old for old, new in self.became.items() if new == path]
+        return [path, *others] if path in self.written or not others else others
+
+    def move(self, path: Path, new: Path) -> None:
+        """Note that what is at `path` goes to `new`."""
+        self.became.update(dict.fromkeys(self.written_at(path), new))
+
+
+def leaves(part: Mapping[Any, Any], parents: Path = ()) -> dict[Path, Any]:
+    """Every value that is not an object, by its path."""
+    found: dict[Path, Any] = {}
+    for name, value in part.items():
+        path = (*parents, str(name))
+        found |= leaves(value, path) if isinstance(value, Mapping) else {path: value}
+    return found
 
 
 def parse(text: str, *, name: str) -> Document:
@@ -50,6 +81,12 @@ def parse(text: str, *, name: str) -> Document:
     reader = _Reader(text, name)
     content = reader.root()
     return Document(name, content, reader.lines)
+
+
+def has_braces(text: str) -> bool:
+    """Whether a text is an object with its braces, which YAML can be read as as well."""
+    match = _SPACE.match(text)
+    return match is not None and text.startswith("{", match.end())
 
 
 class _Reader:

@@ -8,8 +8,8 @@ older names and removed ones that public files still have. Left out: reading val
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -26,11 +26,15 @@ class Decision(StrEnum):
 
 
 class Kind(StrEnum):
-    """How the value of a used or mapped key is read."""
+    """How the value of a key is read, or, where it is ignored, checked."""
 
     integer = "integer"
     number = "number"
     switch = "switch"
+    text = "text"
+    choice = "choice"
+    items = "items"
+    section = "section"
     other = "other"
 
 
@@ -52,6 +56,10 @@ class Key:
     """Other names of the last part of the path."""
     allowed: tuple[Any, ...] = ()
     """Values of a refused key that are what happens here anyway."""
+    among: tuple[str, ...] = ()
+    """The words of a choice, in lower case."""
+    fields: Mapping[str, Kind] = field(default_factory=dict)
+    """Where one row stands for a section: what is in it, as far as it is checked."""
 
 
 def used(
@@ -74,15 +82,38 @@ def mapped(
     return Key(path, Decision.mapped, note, setting=setting, kind=kind, default=default, old_names=old_names)
 
 
-def ignored(path: str, note: str, *, default: Any = None, old_names: tuple[str, ...] = ()) -> Key:
-    """A key that changes nothing here."""
-    return Key(path, Decision.ignored, note, default=default, old_names=old_names)
+def ignored(
+    path: str,
+    note: str,
+    *,
+    default: Any = None,
+    kind: Kind | None = None,
+    old_names: tuple[str, ...] = (),
+    among: tuple[str, ...] = (),
+) -> Key:
+    """A key that changes nothing here; its value is of the kind of its default, where nothing else is said."""
+    kind = kind or (Kind.choice if among else _KINDS.get(type(default), Kind.other))
+    return Key(path, Decision.ignored, note, kind=kind, default=default, old_names=old_names, among=among)
+
+
+def ignored_section(path: str, note: str, **fields: str) -> Key:
+    """A section of which nothing changes anything here.
+
+    Args:
+        path: dotted, without `.*`.
+        note: why.
+        fields: names of fields, with spaces between, under the name of the kind that their values have.
+    """
+    kinds = {name: Kind(kind) for kind, names in fields.items() for name in names.split()}
+    return Key(f"{path}.*", Decision.ignored, note, kind=Kind.section, fields={"enabled": Kind.switch} | kinds)
 
 
 def refused(path: str, note: str, *, allowed: tuple[Any, ...] = (), default: Any = None) -> Key:
     """A key that would change results or break a promise."""
     return Key(path, Decision.refused, note, default=default, allowed=allowed)
 
+
+_KINDS = {bool: Kind.switch, int: Kind.integer, float: Kind.number}
 
 CLOSED_SECTIONS = (
     "zero_optimization",
@@ -137,6 +168,11 @@ class Table:
         row = self._by_path.get(path)
         section = self._by_path.get(path[:-1])
         return row or (section if section and section.path.endswith(".*") else None)
+
+    def above(self, path: Path) -> Key | None:
+        """The row that decides about a path: its own, or that of the section that it is in."""
+        rows = (self.find(path[:depth]) for depth in range(len(path), 0, -1))
+        return next((row for row in rows if row), None)
 
     def near(self, path: Path) -> list[str]:
         """Keys and sections that a misspelt one may mean: of its own section, else the same name in another."""

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from rlhf.engine.deepspeed.keys import Key, Kind, ignored, mapped, refused, used
+from rlhf.engine.deepspeed.keys import Key, Kind, ignored, ignored_section, mapped, refused, used
 
 _EXACT = "gradients are averaged in fp32, so nothing has to be scaled to keep it in range"
+_SPENDS = "the report says what a step spends"
 _METRICS = "metrics go to metrics.jsonl, to the report and, by `tracking`, to W&B"
 _CHECKPOINTS = "checkpoints are this project's own, set by `checkpoint`"
 _NOT_IN_DEEPSPEED = "DeepSpeed itself does not read it"
+_SHORT_DTYPES = ("fp16", "bf16", "fp32")
+_DTYPES = tuple(
+    f"{prefix}{name}"
+    for prefix, names in (
+        ("", "fp16 bf16 fp32 float16 bfloat16 float32 half float int8"),
+        ("torch.", "float16 bfloat16 float32 int8"),
+    )
+    for name in names.split()
+)
 
 _BATCH = (
     mapped(
         "train_batch_size",
         "global_batch_size of the stage (PPO: minibatch_size); solved with the next two and the run's ranks",
+        kind=Kind.integer,
     ),
-    mapped("train_micro_batch_size_per_gpu", "micro_batch_size of the stage"),
-    mapped("gradient_accumulation_steps", "what is left: train_batch_size / ranks / micro-batch; checked"),
+    mapped("train_micro_batch_size_per_gpu", "micro_batch_size of the stage", kind=Kind.integer),
+    mapped(
+        "gradient_accumulation_steps",
+        "what is left: train_batch_size / ranks / micro-batch; checked",
+        kind=Kind.integer,
+    ),
     ignored("managed_gradient_accumulation", "the engine always counts micro-batches itself", default=True),
 )
 
@@ -55,17 +70,20 @@ _OPTIMIZER = (
         allowed=(0, None),
     ),
     ignored(
-        "optimizer.params.torch_adam", "there is one AdamW; only its default weight decay is torch's", default=False
+        "optimizer.params.torch_adam",
+        "there is one AdamW; only its default weight decay is torch's",
+        default=False,
+        kind=Kind.other,
     ),
-    ignored("optimizer.params.fused", "the step is fused where that is faster"),
-    ignored("optimizer.params.foreach", "the step is fused where that is faster"),
-    ignored("optimizer.params.set_grad_none", "gradients are freed after the step"),
+    ignored("optimizer.params.fused", "the step is fused where that is faster", kind=Kind.switch),
+    ignored("optimizer.params.foreach", "the step is fused where that is faster", kind=Kind.switch),
+    ignored("optimizer.params.set_grad_none", "gradients are freed after the step", kind=Kind.switch),
     ignored(
         "optimizer.params.fp32_optimizer_states", "moments are fp32; engine.moments=bf16 halves them", default=True
     ),
     ignored("optimizer.legacy_fusion", "of DeepSpeed's fused kernels", default=False),
-    ignored("optimizer.weight_decay", f"{_NOT_IN_DEEPSPEED} here: it belongs into optimizer.params"),
-    ignored("optimizer.eps", f"{_NOT_IN_DEEPSPEED} here: it belongs into optimizer.params"),
+    ignored("optimizer.weight_decay", f"{_NOT_IN_DEEPSPEED} here: it belongs into optimizer.params", kind=Kind.number),
+    ignored("optimizer.eps", f"{_NOT_IN_DEEPSPEED} here: it belongs into optimizer.params", kind=Kind.number),
 )
 
 _SCHEDULER = (
@@ -135,9 +153,9 @@ _PRECISION = (
     used("fp16.min_loss_scale", "it does not fall below", setting="min_loss_scale", kind=Kind.number, default=1),
     ignored("fp16.auto_cast", "inputs are token ids: there is nothing to cast", default=False),
     ignored("fp16.fp16_master_weights_and_grads", "masters are fp32: more exact, more memory", default=False),
-    ignored("fp16.opt_level", "of Apex"),
+    ignored("fp16.opt_level", "of Apex", kind=Kind.text),
     ignored("fp16.fp16", _NOT_IN_DEEPSPEED),
-    ignored("fp16.fp16_scale_tolerance", _NOT_IN_DEEPSPEED),
+    ignored("fp16.fp16_scale_tolerance", _NOT_IN_DEEPSPEED, kind=Kind.number),
     ignored("fp16.type", _NOT_IN_DEEPSPEED),
     mapped("bf16.enabled", "engine.precision=bf16; with fp16 off too: fp32", kind=Kind.switch, default=False),
     mapped(
@@ -149,18 +167,12 @@ _PRECISION = (
     ignored("bf16.bf16_master_weights_and_grads", "masters are fp32: more exact, more memory", default=False),
     ignored("bf16.immediate_grad_update", "fp32 sums take each gradient as it comes", default=False),
     ignored("bf16.check_grad_overflow", "a step with a non-finite gradient is always skipped", default=True),
-    ignored("bf16.auto_cast", "inputs are token ids: there is nothing to cast"),
+    ignored("bf16.auto_cast", "inputs are token ids: there is nothing to cast", kind=Kind.switch),
     *(
-        ignored(f"bf16.{name}", "bf16 needs no loss scale")
-        for name in (
-            "loss_scale",
-            "initial_scale_power",
-            "loss_scale_window",
-            "hysteresis",
-            "min_loss_scale",
-            "consecutive_hysteresis",
-        )
+        ignored(f"bf16.{name}", "bf16 needs no loss scale", kind=Kind.number)
+        for name in ("loss_scale", "initial_scale_power", "loss_scale_window", "hysteresis", "min_loss_scale")
     ),
+    ignored("bf16.consecutive_hysteresis", "bf16 needs no loss scale", kind=Kind.switch),
     mapped(
         "torch_autocast.enabled",
         "engine.precision=bf16 or fp16, by dtype, with fp32 masters: whole blocks compute in it",
@@ -168,17 +180,31 @@ _PRECISION = (
         default=False,
     ),
     mapped("torch_autocast.dtype", "which of the two", default="bfloat16 or, on CUDA, float16"),
-    ignored("torch_autocast.lower_precision_safe_modules", "a whole block computes in one precision"),
-    ignored("data_types.grad_accum_dtype", "gradients are summed in fp32", default="that of the model"),
-    ignored("data_types.param_dtype", "fp16.enabled and bf16.enabled say it; DeepSpeed wants it equal to them"),
-    ignored("data_types.buffer_dtype", "buffers keep their type"),
-    ignored("data_types.keep_in_fp32_modules", "buffers keep their type"),
-    ignored("communication_data_type", "reductions are fp32: more exact, more traffic"),
-    ignored("seq_parallel_communication_data_type", "there is no sequence parallelism", default="fp32"),
-    ignored("gradient_accumulation_dtype", f"gradients are summed in fp32; {_NOT_IN_DEEPSPEED}"),
-    ignored("fp32_allreduce", "of very old versions; reductions are fp32", old_names=("allreduce_always_fp32",)),
+    ignored("torch_autocast.lower_precision_safe_modules", "a whole block computes in one precision", kind=Kind.items),
+    ignored("data_types.grad_accum_dtype", "gradients are summed in fp32", default="that of the model", among=_DTYPES),
+    ignored(
+        "data_types.param_dtype",
+        "fp16.enabled and bf16.enabled say it; where they say otherwise, refused",
+        among=_DTYPES,
+    ),
+    ignored("data_types.buffer_dtype", "buffers keep their type", among=_DTYPES),
+    ignored("data_types.keep_in_fp32_modules", "buffers keep their type", kind=Kind.items),
+    ignored("communication_data_type", "reductions are fp32: more exact, more traffic", among=_SHORT_DTYPES),
+    ignored(
+        "seq_parallel_communication_data_type",
+        "there is no sequence parallelism",
+        default="fp32",
+        among=_SHORT_DTYPES,
+    ),
+    ignored("gradient_accumulation_dtype", f"gradients are summed in fp32; {_NOT_IN_DEEPSPEED}", kind=Kind.text),
+    ignored(
+        "fp32_allreduce",
+        "of very old versions; reductions are fp32",
+        kind=Kind.switch,
+        old_names=("allreduce_always_fp32",),
+    ),
     refused("amp", "Apex is gone from DeepSpeed too: use bf16, or fp16, instead"),
-    ignored("msamp.*", "of MS-AMP, which DeepSpeed does not read any more"),
+    ignored_section("msamp", "of MS-AMP, which DeepSpeed does not read any more", text="opt_level"),
 )
 
 _GRADIENTS = (
@@ -199,7 +225,11 @@ _GRADIENTS = (
     ),
     ignored("sparse_gradients", "gradients of embeddings are reduced dense: the same numbers", default=False),
     ignored("disable_allgather", "of very old versions; parameters are always all-gathered", default=False),
-    ignored("allgather_size", "of very old versions; blocks are gathered in the groups of reduce_bucket_size"),
+    ignored(
+        "allgather_size",
+        "of very old versions; blocks are gathered in the groups of reduce_bucket_size",
+        kind=Kind.integer,
+    ),
 )
 
 _ACTIVATIONS = (
@@ -224,20 +254,21 @@ _ACTIVATIONS = (
     mapped(
         "activation_checkpointing.number_checkpoints",
         "1 or more: engine.activation_checkpointing=true; every block is one",
+        kind=Kind.integer,
     ),
     ignored("activation_checkpointing.synchronize_checkpoint_boundary", "for measuring", default=False),
-    ignored("activation_checkpointing.profile", "the report says what a step spends", default=False),
+    ignored("activation_checkpointing.profile", _SPENDS, default=False),
 )
 
 _ELSEWHERE = (
-    ignored("steps_per_print", "tracking.log_every says how often metrics are recorded"),
-    ignored("wall_clock_breakdown", "the report says what a step spends", default=False),
+    ignored("steps_per_print", "tracking.log_every says how often metrics are recorded", kind=Kind.number),
+    ignored("wall_clock_breakdown", _SPENDS, default=False),
     ignored("memory_breakdown", "the report compares planned with measured memory", default=False),
     ignored("dump_state", "config.yaml is written to the output folder", default=False),
     ignored("dataloader_drop_last", "an optimizer step always has its whole batch", default=False),
-    ignored("log_level", "tracking.progress says what the terminal shows"),
+    ignored("log_level", "tracking.progress says what the terminal shows", kind=Kind.text),
     ignored("disable_python_gc", "garbage collection is left as it is", default=False),
-    ignored("vocabulary_size", "only warns in DeepSpeed"),
+    ignored("vocabulary_size", "only warns in DeepSpeed", kind=Kind.integer),
     ignored("zero_allow_untested_optimizer", "there is one optimizer, and it is tested", default=False),
     ignored(
         "zero_force_ds_cpu_optimizer",
@@ -245,21 +276,62 @@ _ELSEWHERE = (
         default=True,
         old_names=("zero_force_ds_cpu_optimization",),
     ),
-    ignored("flops_profiler.*", "the report says what a step spends"),
-    ignored("comms_logger.*", "the report says what a step spends"),
-    ignored("comms_config.*", _NOT_IN_DEEPSPEED),
-    ignored("timers.*", "the report says what a step spends"),
-    ignored("tensorboard.*", _METRICS),
-    ignored("wandb.*", f"{_METRICS}: tracking.wandb, tracking.project, tracking.entity"),
-    ignored("csv_monitor.*", _METRICS),
-    ignored("comet.*", _METRICS),
-    ignored("monitor_config.*", _METRICS),
-    ignored("autotuning.*", "of DeepSpeed's launcher; `plan=true` says what fits before a run"),
-    ignored("hybrid_engine.*", "the actor trains sharded and generates gathered, unless engine.stream_generation=true"),
-    ignored("checkpoint.*", _CHECKPOINTS),
-    ignored("nebula.*", _CHECKPOINTS),
-    ignored("datastates_ckpt.*", _CHECKPOINTS),
-    ignored("compile.*", "there is no compiler in between"),
+    ignored_section(
+        "flops_profiler",
+        _SPENDS,
+        switch="detailed",
+        integer="profile_step module_depth top_modules",
+        number="recompute_fwd_factor",
+        text="output_file",
+    ),
+    ignored_section("comms_logger", _SPENDS, switch="prof_all verbose debug", items="prof_ops"),
+    ignored_section("comms_config", _NOT_IN_DEEPSPEED),
+    ignored_section("timers", _SPENDS, section="throughput"),
+    ignored_section("tensorboard", _METRICS, text="output_path job_name"),
+    ignored_section(
+        "wandb", f"{_METRICS}: tracking.wandb, tracking.project, tracking.entity", text="group team project"
+    ),
+    ignored_section("csv_monitor", _METRICS, text="output_path job_name"),
+    ignored_section(
+        "comet",
+        _METRICS,
+        switch="online",
+        integer="samples_log_interval",
+        text="project workspace api_key experiment_name experiment_key mode",
+    ),
+    ignored_section("monitor_config", _METRICS, section="tensorboard wandb csv_monitor comet"),
+    ignored_section(
+        "autotuning",
+        "of DeepSpeed's launcher; `plan=true` says what fits before a run",
+        switch="fast overwrite",
+        integer="start_profile_step end_profile_step tuner_early_stopping tuner_num_trials mp_size",
+        text="results_dir exps_dir metric metric_path tuner_type model_info_path",
+        section="model_info arg_mappings",
+    ),
+    ignored_section(
+        "hybrid_engine",
+        "the actor trains sharded and generates gathered, unless engine.stream_generation=true",
+        switch="release_inference_cache pin_parameters enable_cuda_graph",
+        integer="max_out_tokens inference_tp_size tp_gather_partition_size",
+    ),
+    ignored_section(
+        "checkpoint",
+        _CHECKPOINTS,
+        text="tag_validation",
+        switch="load_universal use_node_local_storage checkpoint_serialization",
+        section="parallel_write writer",
+    ),
+    ignored_section("nebula", _CHECKPOINTS),
+    ignored_section("datastates_ckpt", _CHECKPOINTS),
+    ignored_section(
+        "compile",
+        "there is no compiler in between",
+        switch="deepcompile autoep_non_moe free_activation offload_activation offload_activation_pin_memory "
+        "offload_opt_states double_buffer symmetric_memory debug_log offload_parameters sync_before_reduce "
+        "sync_after_reduce sync_before_allgather sync_after_allgather keep_int_input_tensors keep_all_input_tensors",
+        integer="free_activation_threshold",
+        items="passes",
+    ),
     ignored(
         "use_data_before_expert_parallelism",
         "there is no expert parallelism",
@@ -268,7 +340,7 @@ _ELSEWHERE = (
     ),
     ignored("graph_harvesting", "only speed in DeepSpeed", default=False),
     ignored("data_efficiency.enabled", "decides whether its parts below are asked for", default=False),
-    ignored("data_efficiency.seed", "the stage's seed orders the data"),
+    ignored("data_efficiency.seed", "the stage's seed orders the data", kind=Kind.integer),
 )
 
 _NOT_HERE = (
@@ -289,14 +361,14 @@ _NOT_HERE = (
     refused(
         "pipeline.stages", "layers are not spread over ranks: use zero_optimization.stage=3", allowed=("auto", 0, 1)
     ),
-    ignored("pipeline.*", "only for models that are written as a pipeline"),
+    ignored_section("pipeline", "only for models that are written as a pipeline"),
     refused(
         "tensor_parallel.autotp_size",
         "matrices are not cut: use zero_optimization.stage=3, or set it to 1",
         allowed=(0, 1, "auto"),
         default=0,
     ),
-    ignored("tensor_parallel.*", "matrices are not cut"),
+    ignored_section("tensor_parallel", "matrices are not cut"),
     refused("expert_parallel", "experts are not spread over ranks: use zero_optimization.stage=3; switch it off"),
     refused(
         "sequence_parallel_size",

@@ -13,15 +13,17 @@ _OPTIMIZER = (
         "none, cpu or nvme: engine.optimizer_tier=device, cpu or nvme, at ZeRO 1, 2 and 3 alike",
         default="none",
     ),
-    mapped("zero_optimization.offload_optimizer.nvme_path", f"engine.nvme_path; {_ONE_FOLDER}"),
+    mapped("zero_optimization.offload_optimizer.nvme_path", f"engine.nvme_path; {_ONE_FOLDER}", kind=Kind.text),
     mapped(
         "zero_optimization.offload_optimizer.buffer_count",
         f"engine.buffer_count, with device=nvme, the larger of the two blocks'; {_BUFFERS}",
+        kind=Kind.integer,
         default=4,
     ),
     mapped(
         "zero_optimization.offload_optimizer.pin_memory",
         "engine.pin_memory; one setting for both blocks: false only where no block says true",
+        kind=Kind.switch,
         default=True,
     ),
     used(
@@ -55,7 +57,11 @@ _OPTIMIZER = (
         "the step on the CPU overlaps with backward and transfers in any case; engine.delayed_update goes further",
         default=False,
     ),
-    ignored("zero_optimization.offload_optimizer.cpuadam_cores_perc", "launch.threads sets the CPU threads of a rank"),
+    ignored(
+        "zero_optimization.offload_optimizer.cpuadam_cores_perc",
+        "launch.threads sets the CPU threads of a rank",
+        default=0.8,
+    ),
 )
 
 _PARAM = (
@@ -64,10 +70,11 @@ _PARAM = (
         "none, cpu or nvme: engine.parameter_tier=device, cpu or nvme at ZeRO 3; no effect below, as in DeepSpeed",
         default="none",
     ),
-    mapped("zero_optimization.offload_param.nvme_path", f"engine.nvme_path; {_ONE_FOLDER}"),
+    mapped("zero_optimization.offload_param.nvme_path", f"engine.nvme_path; {_ONE_FOLDER}", kind=Kind.text),
     mapped(
         "zero_optimization.offload_param.buffer_count",
         f"engine.buffer_count, with device=nvme, the larger of the two blocks'; {_BUFFERS}",
+        kind=Kind.integer,
         default=5,
     ),
     used(
@@ -87,6 +94,7 @@ _PARAM = (
     mapped(
         "zero_optimization.offload_param.pin_memory",
         "engine.pin_memory; one setting for both blocks: false only where no block says true",
+        kind=Kind.switch,
         default=True,
     ),
 )
@@ -150,9 +158,17 @@ _SIZES = (
 _ALWAYS = (
     ignored("zero_optimization.contiguous_gradients", "gradients of a block are contiguous in any case", default=True),
     ignored("zero_optimization.reduce_scatter", "gradients are reduce-scattered in any case", default=True),
-    ignored("zero_optimization.use_multi_rank_bucket_allreduce", "there is one reduce-scatter per group of blocks"),
+    ignored(
+        "zero_optimization.use_multi_rank_bucket_allreduce",
+        "there is one reduce-scatter per group of blocks",
+        default=True,
+    ),
     ignored("zero_optimization.allgather_partitions", "parameters are always all-gathered", default=True),
-    ignored("zero_optimization.allgather_bucket_size", "blocks are gathered in the groups of reduce_bucket_size"),
+    ignored(
+        "zero_optimization.allgather_bucket_size",
+        "blocks are gathered in the groups of reduce_bucket_size",
+        default=500_000_000,
+    ),
     ignored("zero_optimization.load_from_fp32_weights", "masters come from the model's own weights", default=True),
     ignored("zero_optimization.elastic_checkpoint", "a checkpoint resumes on any number of ranks", default=False),
     ignored("zero_optimization.compute_grad_norm", "the norm is always computed and recorded", default=True),
@@ -181,19 +197,26 @@ _ALWAYS = (
     ignored(
         "zero_optimization.stage3_module_granularity_threshold",
         "a whole block is the unit that is gathered",
+        default=0,
         old_names=("module_granularity_threshold",),
     ),
     ignored(
         "zero_optimization.stage3_use_all_reduce_for_fetch_params",
         "parameters are all-gathered",
+        default=False,
         old_names=("use_all_reduce_for_fetch_params",),
     ),
     ignored(
         "zero_optimization.stage3_allgather_sequential",
         "a block is one all-gather",
+        default=False,
         old_names=("allgather_sequential",),
     ),
-    ignored("zero_optimization.leaf_module", "a whole block, with all its experts, is the unit that is gathered"),
+    ignored(
+        "zero_optimization.leaf_module",
+        "a whole block, with all its experts, is the unit that is gathered",
+        kind=Kind.section,
+    ),
     ignored("zero_optimization.memory_efficient_linear", "no gathered weight is kept for backward", default=True),
     ignored("zero_optimization.pipeline_loading_checkpoint", "each rank reads only its own share", default=False),
     ignored("zero_optimization.override_module_apply", "new weights are drawn before they are sharded", default=True),
@@ -203,6 +226,7 @@ _ALWAYS = (
     ignored(
         "zero_optimization.find_unused_parameters",
         "of very old versions; a parameter without a gradient keeps its value",
+        kind=Kind.switch,
     ),
 )
 
@@ -227,7 +251,9 @@ _BEYOND = (
         "gradients are reduced in fp32, not in 4 bits, and training would go another way; set it to false",
         default=False,
     ),
-    ignored("zero_optimization.zeropp_loco_param", "belongs to quantised gradients, which are refused"),
+    ignored(
+        "zero_optimization.zeropp_loco_param", "belongs to quantised gradients, which are refused", kind=Kind.section
+    ),
     ignored(
         "zero_optimization.mics_shard_size", "weights are split over all ranks: less memory, more traffic", default=-1
     ),
@@ -262,13 +288,14 @@ ZERO_KEYS: tuple[Key, ...] = (
     ),
     *_OPTIMIZER,
     *_PARAM,
-    mapped("zero_optimization.cpu_offload", "old: offload_optimizer with device=cpu"),
+    mapped("zero_optimization.cpu_offload", "old: offload_optimizer with device=cpu", kind=Kind.switch),
     mapped(
         "zero_optimization.cpu_offload_param",
         "old: offload_param with device=cpu",
+        kind=Kind.switch,
         old_names=("cpu_offload_params",),
     ),
-    mapped("zero_optimization.cpu_offload_use_pin_memory", "old: pin_memory of the offload blocks"),
+    mapped("zero_optimization.cpu_offload_use_pin_memory", "old: pin_memory of the offload blocks", kind=Kind.switch),
     *_SIZES,
     *_ALWAYS,
     *_BEYOND,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NamedTuple
@@ -38,6 +39,8 @@ class Reading:
     document: Document
     settings: dict[tuple[str, str], Setting] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    decided: set[Path] = field(default_factory=set)
+    """Keys that a setting comes from."""
 
     def section(self, dotted: str) -> dict[str, Any]:
         """The content of a section; empty where it is not there."""
@@ -66,7 +69,23 @@ class Reading:
         path: Path = tuple(dotted.split("."))
         return self.document.where(path)
 
-    def sets(self, setting: str, value: Any, *, key: str, origin: Origin = Origin.file) -> None:
-        """Note that `key` decides `setting`, as group and name with a dot between."""
+    def sets(
+        self, setting: str, value: Any, *, key: str, also: Iterable[str] = (), origin: Origin = Origin.file
+    ) -> None:
+        """Note what decides a setting.
+
+        Args:
+            setting: group and name, with a dot between.
+            value: what it is set to.
+            key: what decides it, dotted.
+            also: other keys that have had a say, as far as they are there.
+            origin: why.
+        """
         group, _, name = setting.partition(".")
-        self.settings[group, name] = Setting(group, name, value, origin, self.where(key))
+        paths: list[Path] = [tuple(dotted.split(".")) for dotted in (key, *also)]
+        self.decided.update(paths if origin is not Origin.default else [])
+        written = [place for path in paths for place in self.document.written_at(path)]
+        more = [".".join(place) for place in dict.fromkeys(written) if place in self.document.written]
+        first = self.where(key)
+        place = ", ".join([first, *(other for other in more if not first.endswith(f": {other}"))])
+        self.settings[group, name] = Setting(group, name, value, origin, place)

@@ -7,20 +7,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 from rlhf.config import EngineConfig, OptimizerConfig
+from rlhf.engine.deepspeed.batch import MICRO, STEPS, TRAIN
 from rlhf.engine.deepspeed.engine import read_engine
+from rlhf.engine.deepspeed.foreign import COMMENTS
 from rlhf.engine.deepspeed.hjson import Document, Path
 from rlhf.engine.deepspeed.keys import CLOSED_SECTIONS, SECTIONS, Decision, Key
 from rlhf.engine.deepspeed.reading import Reading, Setting
 from rlhf.engine.deepspeed.table import TABLE
 from rlhf.engine.deepspeed.training import is_adamw, read_training
-from rlhf.engine.deepspeed.values import asks, is_refused
+from rlhf.engine.deepspeed.values import AUTO, asks, check, is_refused
 
 _TRAINING = ("optimizer", "scheduler")
-_COMMENTS = ("_", "comment", "//", "#")
-_FEW = 10
+_NO_TYPE = "nothing learns by it: the model is frozen, or the section has no type"
+_ON_DISK = "only with device=nvme"
+_WITHOUT_EFFECT = {
+    "fp16": "fp16 is off",
+    "bf16": "it, or bf16, is off",
+    "torch_autocast": "off, or bf16 or fp16 decides",
+    "optimizer": _NO_TYPE,
+    "scheduler": _NO_TYPE,
+    "gradient_clipping": _NO_TYPE,
+    "zero_optimization.sub_group_size": "0 keeps the run's own",
+    "zero_optimization.stage3_model_persistence_threshold": "there is no limit on all of them together",
+    "zero_optimization.offload_optimizer": _ON_DISK,
+    "zero_optimization.offload_param": _ON_DISK,
+}
+"""Why a key that is used or mapped sets nothing, by section."""
+_NOT_ASKED = "asks for what happens here anyway, or for nothing"
+
+
+class Fate(StrEnum):
+    """What becomes of a value that sets nothing; a setting names those that it comes from."""
+
+    mapped = "mapped"
+    ignored = "ignored"
+    no_effect = "no effect"
+    own = "the run's own"
+    unread = "not read"
 
 
 @dataclass(frozen=True)
@@ -30,6 +57,8 @@ class Resolved:
     settings: list[Setting]
     ignored: list[Key]
     warnings: list[str]
+    fates: dict[Path, tuple[Fate, str]]
+    """By the path in the file: every value that no setting comes from, with the reason."""
 
 
 def resolve(document: Document, engine: EngineConfig, *, optimizer: OptimizerConfig | None) -> Resolved:
@@ -43,14 +72,44 @@ def resolve(document: Document, engine: EngineConfig, *, optimizer: OptimizerCon
     Raises:
         ValueError: keys that are unknown where DeepSpeed allows none, keys that are refused, values that do not fit.
     """
-    reading = Reading(document)
+    reading = Reading(document, warnings=list(document.notes))
     for section in SECTIONS:
         reading.section(section)
     ignored = _check_keys(reading, optimizer)
     read_engine(reading, engine)
     if optimizer is not None:
         read_training(reading, optimizer)
-    return Resolved(list(reading.settings.values()), ignored, reading.warnings)
+    fates = {path: _fate(reading, path) for path in document.written if not _is_decided(reading, path)}
+    return Resolved(list(reading.settings.values()), ignored, reading.warnings, fates)
+
+
+def _is_decided(reading: Reading, path: Path) -> bool:
+    document = reading.document
+    return path not in document.idle and document.became.get(path, path) in reading.decided
+
+
+def _fate(reading: Reading, written: Path) -> tuple[Fate, str]:
+    """What becomes of a value that no setting comes from."""
+    document = reading.document
+    if written in document.idle:
+        return Fate.ignored, document.idle[written]
+    path, value = document.became.get(written, written), document.written[written]
+    if any(name.startswith(COMMENTS) for name in path):
+        return Fate.ignored, "a comment"
+    key = TABLE.above(path)
+    if key is None and not TABLE.is_section(path):
+        return Fate.unread, "neither DeepSpeed nor this run reads it"
+    if key is not None and key.decision is Decision.ignored:
+        return Fate.ignored, key.note
+    if value is None:
+        return Fate.no_effect, "null: as if it were not there"
+    if value == AUTO:
+        return Fate.own, "auto"
+    if key is not None and key.path in (TRAIN, MICRO, STEPS):
+        return Fate.mapped, key.note
+    reasons = (_WITHOUT_EFFECT.get(".".join(path[:depth])) for depth in range(len(path), 0, -1))
+    is_refused_kind = key is not None and key.decision is Decision.refused
+    return Fate.no_effect, _NOT_ASKED if is_refused_kind else next(filter(None, reasons), _NOT_ASKED)
 
 
 def _check_keys(reading: Reading, optimizer: OptimizerConfig | None) -> list[Key]:
@@ -59,24 +118,33 @@ def _check_keys(reading: Reading, optimizer: OptimizerConfig | None) -> list[Key
     unknown: list[str] = []
     for path, value in _keys(reading.document.content, (), trains=optimizer is not None):
         key = TABLE.find(path)
-        if key is None and ".".join(path[:-1]) in CLOSED_SECTIONS:
-            problems.append(f"{reading.document.where(path)}: there is no such key{_did_you_mean(path)}")
-        elif key is None:
+        if key is None and ".".join(path[:-1]) not in CLOSED_SECTIONS:
             unknown.append(f"{'.'.join(path)}{_did_you_mean(path)}")
-        elif key.decision is Decision.refused and is_refused(key, value):
-            problems += _refusal(reading, path, key=key, optimizer=optimizer)
-        elif key.decision is Decision.ignored:
+        else:
+            problems += _problems(reading, path, key=key, value=value, optimizer=optimizer)
+        if key is not None and key.decision is Decision.ignored:
             ignored.append(key)
     if unknown:
-        reading.warnings.append(_unread(reading.document.name, unknown))
+        reading.warnings.append(f"{reading.document.name}: neither DeepSpeed nor this run reads {', '.join(unknown)}")
     if problems:
         raise ValueError("\n".join(problems))
     return ignored
 
 
-def _unread(name: str, unknown: list[str]) -> str:
-    more = f", and {len(unknown) - _FEW} more" if len(unknown) > _FEW else ""
-    return f"{name}: neither DeepSpeed nor this run reads {', '.join(unknown[:_FEW])}{more}"
+def _problems(
+    reading: Reading, path: Path, *, key: Key | None, value: Any, optimizer: OptimizerConfig | None
+) -> list[str]:
+    """What is wrong with a key or its value, also where nothing here depends on it."""
+    if key is None:
+        return [f"{reading.document.where(path)}: there is no such key{_did_you_mean(path)}"]
+    if key.decision is Decision.refused:
+        return _refusal(reading, path, key=key, optimizer=optimizer) if is_refused(key, value) else []
+    try:
+        if value is not None and value != AUTO:
+            check(value, key=key, where=reading.document.where, path=path)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _refusal(reading: Reading, path: Path, *, key: Key, optimizer: OptimizerConfig | None) -> list[str]:
@@ -91,7 +159,7 @@ def _keys(part: Mapping[str, Any], parents: Path, *, trains: bool) -> Iterator[t
     """Every key that the table decides about, with its value; nothing of a section that is switched off."""
     for name, value in part.items():
         path = (*parents, name)
-        if (not trains and path[0] in _TRAINING) or name.startswith(_COMMENTS):
+        if (not trains and path[0] in _TRAINING) or name.startswith(COMMENTS):
             continue
         if TABLE.is_section(path):
             if isinstance(value, Mapping) and _is_on(value, path) and not _is_refused_optimizer(parents, part):

@@ -1,5 +1,7 @@
 """Where a DeepSpeed configuration comes from: a file, a mapping, or url-safe base64; and its old names, made new.
 
+A file is JSON in the wide sense of `hjson.py`, or YAML. One of Accelerate is read for what it says of DeepSpeed.
+
 Old names are those of `keys.py`, and the shapes that have changed: `zero_optimization: true`, `cpu_offload`,
 `bfloat16`.
 """
@@ -10,12 +12,16 @@ import base64
 import difflib
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
-from rlhf.engine.deepspeed.hjson import Document, Path, parse
+from rlhf.engine.deepspeed.accelerate import deepspeed_part, is_accelerates, joined
+from rlhf.engine.deepspeed.foreign import refuse_foreign
+from rlhf.engine.deepspeed.hjson import Document, Path, has_braces, leaves, parse
 from rlhf.engine.deepspeed.table import TABLE
 from rlhf.engine.deepspeed.values import AUTO, asks, section, switch
+from rlhf.engine.deepspeed.yaml_text import parse_yaml
 
 _LONG = 200
 _OLD_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
@@ -31,20 +37,51 @@ def read_deepspeed(source: Any, *, setting: str) -> Document:
         setting: dotted name of the setting, for errors.
 
     Raises:
-        ValueError: there is no such file, or it cannot be read.
+        ValueError: there is no such file, it cannot be read, or it is a configuration of something else.
     """
+    document = _read(source, setting=setting)
+    if not is_accelerates(document.content):
+        refuse_foreign(document)
+        return _present(document)
+    part = deepspeed_part(document)
+    if part.file is None:
+        return _present(part.document)
+    name = document.where(("deepspeed_config", "deepspeed_config_file"))
+    file = FilePath(part.file)
+    beside = FilePath(str(source)).parent / file
+    inner = _read(
+        str(beside if isinstance(source, str) and not file.exists() and beside.exists() else file), setting=name
+    )
+    refuse_foreign(inner)
+    return joined(part.document, _present(inner))
+
+
+def _read(source: Any, *, setting: str) -> Document:
+    """What is written, and where."""
     if isinstance(source, Mapping):
-        return _present(Document(setting, {str(key): value for key, value in source.items()}))
+        return _with_leaves(Document(setting, {str(key): value for key, value in source.items()}))
     if not isinstance(source, str) or not source.strip():
         raise ValueError(f"{setting}={source!r}: expected a DeepSpeed JSON file, or its content as a mapping.")
     path = FilePath(source)
     path = path.expanduser() if source.startswith(("~/", "~\\")) else path
     if stat.S_ISREG(_mode(path)):
-        return _present(parse(_text(path.read_bytes(), name=str(path)), name=path.name))
-    text = _decoded(source)
-    if text is None:
+        text = _text(path.read_bytes(), name=str(path))
+        return _parsed(text, name=path.name, is_yaml=path.suffix.lower() in (".yaml", ".yml"))
+    decoded = _decoded(source)
+    if decoded is None:
         raise ValueError(_no_file(path, setting))
-    return _present(parse(text, name=f"{setting} (base64)"))
+    return _parsed(decoded, name=f"{setting} (base64)", is_yaml=False)
+
+
+def _parsed(text: str, *, name: str, is_yaml: bool) -> Document:
+    """With braces it is Hjson, whatever it is called; without, YAML where it is called so, or is Accelerate's."""
+    if not has_braces(text) and (is_yaml or is_accelerates(parse(text, name=name).content)):
+        return _with_leaves(parse_yaml(text, name=name))
+    return _with_leaves(parse(text, name=name))
+
+
+def _with_leaves(document: Document) -> Document:
+    return replace(document, written=leaves(document.content))
 
 
 def _mode(path: FilePath) -> int:
@@ -84,14 +121,15 @@ def _no_file(path: FilePath, setting: str) -> str:
 
 def _present(document: Document) -> Document:
     """The same configuration without old names and shapes."""
-    lines = document.lines
     content = dict(document.content)
-    _take_bfloat16(content, lines)
-    content = _renamed(content, (), document=document)
+    new = replace(document, content=content)
+    _take_bfloat16(content, new)
+    renamed = _renamed(content, (), document=new)
+    content.clear()
+    content.update(renamed)
     if isinstance(content.get("zero_optimization"), bool):
         content["zero_optimization"] = {"stage": int(content["zero_optimization"])}
-        lines["zero_optimization", "stage"] = lines.get(("zero_optimization",), 0)
-    new = Document(document.name, content, lines)
+        new.move(("zero_optimization",), ("zero_optimization", "stage"))
     zero = section(content.get("zero_optimization"), where=new.where(("zero_optimization",)))
     if zero:
         content["zero_optimization"] = _with_blocks(dict(zero), new)
@@ -99,8 +137,7 @@ def _present(document: Document) -> Document:
 
 
 def _renamed(part: Mapping[str, Any], parents: Path, *, document: Document) -> dict[str, Any]:
-    """`part` with every key under its present name; the document's lines then have both."""
-    lines = document.lines
+    """`part` with every key under its present name."""
     new: dict[str, Any] = {}
     for name, value in part.items():
         path = (*parents, str(name))
@@ -109,29 +146,38 @@ def _renamed(part: Mapping[str, Any], parents: Path, *, document: Document) -> d
             raise ValueError(
                 f"{document.where(path)}: is an old name of {'.'.join(present)}, which is there too; remove one."
             )
-        if present != path and path in lines:
-            lines[present] = lines[path]
+        if present != path:
+            document.move(path, present)
         if TABLE.is_section(present) and value == AUTO:
             value = _AUTO_SECTIONS.get(present[-1])
+            if isinstance(value, Mapping):
+                document.move(path, (*present, *value))
         is_section = isinstance(value, Mapping) and TABLE.is_section(present)
         new[present[-1]] = _renamed(value, present, document=document) if is_section else value
     return new
 
 
-def _take_bfloat16(content: dict[str, Any], lines: dict[Path, int]) -> None:
-    old = content.pop("bfloat16", None)
+def _take_bfloat16(content: dict[str, Any], document: Document) -> None:
+    if "bfloat16" not in content:
+        return
+    old = content.pop("bfloat16")
+    paths = [("bfloat16",), *(path for path in document.written if path[0] == "bfloat16")]
     if old is not None and content.get("bf16") is None:
         content["bf16"] = old
-        lines |= {("bf16", *path[1:]): line for path, line in list(lines.items()) if path[0] == "bfloat16"}
+        document.became.update({path: ("bf16", *path[1:]) for path in paths})
+    else:
+        document.idle.update(dict.fromkeys(paths, "the old name of bf16, which stands where it is there too"))
 
 
 def _with_blocks(zero: dict[str, Any], document: Document) -> dict[str, Any]:
     """`cpu_offload: true` is a block with device=cpu."""
-    pinned = zero.pop("cpu_offload_use_pin_memory", None)
     for old, block in _OLD_OFFLOADS.items():
         path = ("zero_optimization", old)
         value = zero.pop(old, None)
-        if value is None or value == AUTO or not switch(value, where=document.where(path)):
+        if value is None or value == AUTO:
+            continue
+        if not switch(value, where=document.where(path)):
+            document.idle.update(dict.fromkeys(document.written_at(path), f"false: {block} decides"))
             continue
         given = section(zero.get(block), where=document.where(("zero_optimization", block)))
         if asks(given) and given.get("device") not in ("cpu", AUTO):
@@ -140,9 +186,25 @@ def _with_blocks(zero: dict[str, Any], document: Document) -> dict[str, Any]:
                 f"{old}."
             )
         zero[block] = {**given, "device": "cpu"}
-        document.lines.setdefault(("zero_optimization", block, "device"), document.lines.get(path, 0))
-    if pinned is not None:
-        for block in _OLD_OFFLOADS.values():
-            if isinstance(zero.get(block), Mapping):
-                zero[block] = {"pin_memory": pinned, **zero[block]}
+        document.move(path, ("zero_optimization", block, "device"))
+    _spread_pinning(zero, document)
     return zero
+
+
+def _spread_pinning(zero: dict[str, Any], document: Document) -> None:
+    """`cpu_offload_use_pin_memory` is `pin_memory` of each block that does not say it itself."""
+    path = ("zero_optimization", "cpu_offload_use_pin_memory")
+    pinned = zero.pop(path[-1], None)
+    if pinned is None or pinned == AUTO:
+        return
+    switch(pinned, where=document.where(path))
+    silent = [
+        name
+        for name in _OLD_OFFLOADS.values()
+        if isinstance(zero.get(name), Mapping) and "pin_memory" not in zero[name]
+    ]
+    for name in silent:
+        zero[name] = {"pin_memory": pinned, **zero[name]}
+        document.move(path, ("zero_optimization", name, "pin_memory"))
+    if not silent:
+        document.idle[path] = "there is no offload block that says nothing of pin_memory"

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from itertools import groupby
 
+from rlhf.engine.deepspeed.accelerate import PLUGIN
 from rlhf.engine.deepspeed.keys import CLOSED_SECTIONS, Key, Table
 from rlhf.engine.deepspeed.keys_run import TOP_KEYS
 from rlhf.engine.deepspeed.keys_zero import ZERO_KEYS
@@ -27,31 +28,46 @@ also in Python and YAML, and url-safe base64 do as well as a file (leave out the
 line takes for its own). `examples/` has three.
 
 **Reading.** As DeepSpeed reads: by the rules of Hjson, so comments (`#`, `//`, `/* */`), trailing and missing commas
-and keys without quotes are fine, and `5e8` or `"3"` are whole numbers. A key that is there twice ends the run, with
-its line.
+and keys without quotes are fine, and `5e8` or `"3"` are whole numbers. The same content may be YAML, in a file named
+`.yaml` or `.yml`. A key that is there twice ends the run, with its line.
+
+**Hugging Face Accelerate.** A file that `accelerate config` writes is read for what it says of DeepSpeed:
+`mixed_precision`, and of `deepspeed_config` <PLUGIN>. What else is missing is DeepSpeed's default, as in Accelerate,
+but `zero_stage` is 2. `deepspeed_config_file` is followed, looked for in the working directory and then beside the
+file; what stands beside it fills in what the named file leaves out or `auto`, and may not contradict it. What is said
+to the launcher (`num_processes`, ...) is ignored: `launch.ranks` says it here. A file for another `distributed_type`
+(FSDP, MULTI_GPU, ...) ends the run with the setting to use instead.
+
+**Files of trainers** (TrainingArguments, TRL, LLaMA-Factory, Axolotl) end the run; where they name a DeepSpeed file,
+that is the one to give. So does a file in which no key at the top level is DeepSpeed's.
 
 **Who wins.** What the file says replaces the YAML. What the command line says stands; where the two contradict each
-other, the run ends and names both. What the file leaves out is the run's own, except where that would change
-results: a section `zero_optimization` without `stage` is stage 0, `optimizer.params` without `weight_decay` decays
-nothing, a missing batch size follows from the others. These defaults are DeepSpeed's, and yield to the command line.
-`gradient_clipping` is the exception: where the file is silent the run's own `optimizer.max_grad_norm` stands,
-because DeepSpeed's default has changed (0.19.2: off, 0.19.8: 1).
+other, the run ends and names both. What the file leaves out is the run's own, except where that would change results:
+a section `zero_optimization` without `stage` is stage 0, `optimizer.params` without `weight_decay` decays nothing, a
+missing batch size follows from the others. These defaults are DeepSpeed's, and yield to the command line.
+`gradient_clipping` is the exception: where the file is silent the run's own `optimizer.max_grad_norm` stands, because
+DeepSpeed's default has changed (0.19.2: off, 0.19.8: 1).
 
 **`"auto"`** is the run's own value, anywhere. In the batch sizes it is the run's own as far as the others leave it
 free: with `train_batch_size` a number, an `auto` micro-batch is the largest that divides its share and is not above
 the run's own.
 
-**At the start** the run prints every setting it took, with file, line and key, every key it ignored, with the
-reason, and what it does not know. `config.yaml` in the output folder then holds the settings themselves, so that a
-run resumes without the file.
+**At the start** the run prints every setting it took, with file, line and keys, and then, for every value that none
+of them comes from, why: ignored, `auto`, without effect (`fp16.*` while bf16 computes), or unknown. No value of the
+file is without a line. `config.yaml` in the output folder then holds the settings themselves, so that a run resumes
+without the file.
+
+**Values** are checked whether anything depends on them or not: `"contiguous_gradients": "Treu"` ends the run. What
+DeepSpeed takes is taken: `"true"`, `"on"` and 1 are true. Two precisions in one file end the run, also where
+DeepSpeed is silent: `bf16` with `torch_autocast` in float16.
 
 **Unknown keys** end the run where DeepSpeed refuses them too: in <CLOSED>. Elsewhere DeepSpeed takes no notice, and
 the run only warns; in both cases with the nearest name.
 
-**What differs.** The schedules are DeepSpeed's value for value, including the two steps at the lowest rate with
-which its warm-ups begin. A step that is skipped because of an overflow counts for the schedule here, and does not in
-DeepSpeed. To frozen models (reference, reward) the
-sections `optimizer` and `scheduler` and the batch sizes mean nothing; the critic takes its optimizer from its own file.
+**What differs.** The schedules are DeepSpeed's value for value, including the two steps at the lowest rate with which
+its warm-ups begin, and a step that is skipped because of an overflow does not count for them. To frozen models
+(reference, reward) the sections `optimizer` and `scheduler` and the batch sizes mean nothing; the critic takes its
+optimizer from its own file.
 
 Of the <TOTAL> keys below, <USED> are used (the same setting exists here), <MAPPED> mapped (to a setting of another
 name or shape), <IGNORED> ignored and <REFUSED> refused. A refused key ends the run only with a value that asks for
@@ -63,7 +79,13 @@ def page() -> str:
     """The page in Markdown."""
     counts = Counter(key.decision.value for key in TABLE)
     closed = ", ".join(f"`{section}`" for section in CLOSED_SECTIONS)
-    words = {"CLOSED": closed, "TOTAL": len(TABLE.keys), **{name.upper(): count for name, count in counts.items()}}
+    plugin = ", ".join(f"`{name}`" for name in PLUGIN)
+    words = {
+        "CLOSED": closed,
+        "PLUGIN": plugin,
+        "TOTAL": len(TABLE.keys),
+        **{name.upper(): count for name, count in counts.items()},
+    }
     head = _HEAD
     for word, value in words.items():
         head = head.replace(f"<{word}>", str(value))

@@ -113,7 +113,8 @@ def _read_schedule(reading: Reading) -> None:
     if "warmup_num_steps" in shape and says_nothing:
         options["warmup_num_steps"] = 1000
     reading.sets("optimizer.schedule", schedule, key="scheduler.type")
-    reading.sets("optimizer.schedule_options", options, key="scheduler.params")
+    params = [f"scheduler.params.{name}" for name in options]
+    reading.sets("optimizer.schedule_options", options, key="scheduler.params", also=params)
 
 
 def _option(reading: Reading, name: str, *, kind: str) -> dict[str, Any]:

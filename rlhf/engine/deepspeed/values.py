@@ -6,10 +6,11 @@ Also what a configuration asks for: a section that is switched off asks for noth
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from rlhf.engine.deepspeed.keys import Key, Kind
+from rlhf.engine.deepspeed.hjson import Path
+from rlhf.engine.deepspeed.keys import Decision, Key, Kind
 
 AUTO = "auto"
 _ON = ("true", "on", "yes", "y", "t", "1")
@@ -29,29 +30,71 @@ def read(value: Any, *, kind: Kind, where: str) -> Any:
     return switch(value, where=where) if kind is Kind.switch else value
 
 
-def integer(value: Any, *, where: str) -> int:
-    """A whole number, however it is written, of zero or more."""
-    found = value if isinstance(value, int) and value >= 0 else number(value, where=where)
-    if found != int(found):
+def check(value: Any, *, key: Key, where: Callable[[Path], str], path: Path) -> None:
+    """Whether a value, not null or auto, is one that DeepSpeed would take, also where nothing here depends on it.
+
+    Args:
+        value: what the file has.
+        key: the row that decides about it.
+        where: gives the place of a path, for errors.
+        path: where the value is.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if key.decision is not Decision.ignored:
+        read(value, kind=key.kind, where=where(path))
+        return
+    if key.path.endswith(".*") and len(path) > key.path.count("."):  # a field of a section that is one row
+        _check(value, kind=key.fields.get(path[-1], Kind.other), where=where(path))
+        return
+    _check(value, kind=key.kind, where=where(path), among=key.among)
+    for name, kind in key.fields.items():
+        if value.get(name) not in (None, AUTO):
+            _check(value[name], kind=kind, where=where((*path, name)))
+
+
+def _check(value: Any, *, kind: Kind, where: str, among: tuple[str, ...] = ()) -> None:
+    """As DeepSpeed does not use it in vain, a number may be negative or infinite."""
+    if kind is Kind.integer:
+        integer(value, where=where, least=-math.inf)
+    elif kind is Kind.number:
+        number(value, where=where, least=-math.inf)
+    elif kind is Kind.switch:
+        switch(value, where=where)
+    elif kind is Kind.choice:
+        choice(str(value).lower(), among=among, where=where)
+    elif kind is Kind.section:
+        section(value, where=where)
+    elif kind is Kind.text and isinstance(value, Mapping | list):
+        raise _unfit(value, where, expected="a text")
+    elif kind is Kind.items and not isinstance(value, list | tuple):
+        raise _unfit(value, where, expected="a list")
+
+
+def integer(value: Any, *, where: str, least: float = 0) -> int:
+    """A whole number, however it is written, of `least` or more."""
+    found = value if isinstance(value, int) and value >= least else number(value, where=where, least=least)
+    if isinstance(found, float) and not found.is_integer():
         raise _unfit(value, where, expected="a whole number")
     return int(found)
 
 
-def number(value: Any, *, where: str) -> float:
-    """A finite number of zero or more."""
+def number(value: Any, *, where: str, least: float = 0) -> float:
+    """A number of `least` or more, finite unless there is no least."""
     try:
         found = float(value) if isinstance(value, int | float | str) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):
         found = math.nan
-    if not math.isfinite(found) or found < 0:
-        raise _unfit(value, where, expected="a number of 0 or more, or auto")
+    if not (found >= least and (math.isfinite(found) or least == -math.inf)):
+        raise _unfit(value, where, expected="a number, or auto" if least < 0 else "a number of 0 or more, or auto")
     return found
 
 
 def switch(value: Any, *, where: str) -> bool:
     """A bool, which may be written as a text or as 1 or 0."""
-    word = str(value).lower()
-    if word not in _ON + _OFF or isinstance(value, float):
+    word = str(int(value) if isinstance(value, float) and value in (0, 1) else value).lower()
+    if word not in _ON + _OFF:
         raise _unfit(value, where, expected="true or false, or auto")
     return word in _ON
 
