@@ -343,7 +343,8 @@ def test_schedules(scheduler, schedule, options):
             {"fp16": {"enabled": True}, "torch_autocast": {"enabled": True, "dtype": "torch.bfloat16"}},
             "torch_autocast.dtype=torch.bfloat16: but fp16.enabled=true",
         ),
-        ({"torch_autocast": {"enabled": True, "dtype": "float31"}}, "dtype='float31': expected bf16"),
+        ({"torch_autocast": {"enabled": False, "dtype": "float31"}}, "dtype='float31': expected fp16"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float32"}}, "dtype='float32': expected bf16"),
         (
             {"bf16": {"enabled": True}, "data_types": {"param_dtype": "fp16"}},
             "param_dtype=fp16: but bf16 by ds.json: bf16.enabled",

@@ -52,7 +52,7 @@ def value_of(key):
         return _OWN_VALUES[key.path]
     if key.decision is Decision.refused:
         return key.allowed[0] if key.allowed else {"enabled": False, "x": {"y": 1}}
-    return key.among[0] if key.among else _BY_KIND[key.kind]
+    return key.among[1] if key.among else _BY_KIND[key.kind]
 
 
 def configuration(chosen, *, draw=None):

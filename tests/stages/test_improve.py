@@ -8,9 +8,13 @@ import torch
 
 from rlhf.config import AdvantageKind, EngineConfig, KLConfig, LoraConfig, OptimizerConfig, PPOConfig, SamplingConfig
 from rlhf.dist import World
+from rlhf.engine.engine import build_engine
+from rlhf.engine.loss_scale import LossScale
 from rlhf.rollout import without_bad_rows
 from rlhf.types import PPOBatch, Rollout
-from stages.improve import advantages_of, minibatches, share_of
+from stages.improve import _over_updates as over_updates
+from stages.improve import advantages_of, minibatches, share_of, take_steps
+from tests.engine import tiny
 
 
 def config(**changes):
@@ -195,3 +199,29 @@ def test_numbers_that_make_no_sense_are_refused(changes, sentence):
 def test_schedules_count_the_updates_of_each_model():
     ppo = config(iterations=5, critic_warmup=2, epochs=3, minibatch_size=4)
     assert (ppo.updates_per_iteration, ppo.critic_steps, ppo.actor_steps) == (6, 30, 18)
+
+
+def test_a_step_of_actor_and_critic_logs_their_loss_scale_and_what_the_search_for_it_skipped():
+    scale = LossScale(2.0**40, adapts=True, hysteresis=1)
+    engines = {}
+    for name in ("actor", "critic"):
+        engine = build_engine(
+            tiny.blueprint(),
+            config=EngineConfig(zero_stage=0, precision="fp16"),
+            world=World.alone(),
+            optimizer=tiny.optimizer_config(),
+            total_steps=10,
+            loss_scale=scale,
+        )
+        ids, counts = tiny.batch(0)
+        engine.backward(tiny.token_loss(engine(ids), ids, counts, counts.sum()), last=True)
+        engines[name] = engine
+    first = take_steps(**engines)
+    for name in engines:
+        assert first[f"{name}/loss_scale"] == 2.0**40
+        assert first[f"{name}/skipped_steps"] == first[f"{name}/scale_search_steps"] == 1
+    later = {key: 2.0**39 if key.endswith("loss_scale") else value for key, value in first.items()}
+    combined = over_updates([first, later])
+    assert combined["actor/loss_scale"] == 2.0**39
+    assert combined["critic/scale_search_steps"] == combined["critic/skipped_steps"] == 2
+    assert all(engine.steps_taken == 0 for engine in engines.values())

@@ -122,10 +122,10 @@ def joined(outer: Document, inner: Document) -> Document:
     idle = dict(outer.idle)
     for path, value in leaves(outer.content).items():
         there = _get(content, path)
+        if value in (None, AUTO) or str(there).lower() == str(value).lower():
+            continue
         if there in (None, AUTO):
             _put(content, path, value=value)
-        elif str(there).lower() == str(value).lower():
-            continue
         elif outer.content.get("fp16") == outer.content.get("bf16") == {"enabled": False} and path[-1] == "enabled":
             idle |= dict.fromkeys(outer.written_at(path), f"{inner.name} sets the precision")
         else:
@@ -188,7 +188,7 @@ def _take_of_plugin(path: Path, *, document: Document, new: Document) -> None:
         new.idle[path] = "none" if value in (None, "", "none") else "that file is read, with what stands here"
     elif name in PLUGIN:
         new.became[path] = PLUGIN[name]
-        _put(new.content, PLUGIN[name], value=value)
+        _put(new.content, PLUGIN[name], value=None if value == "none" and name.endswith("_path") else value)
     else:
         near = difflib.get_close_matches(name, [*PLUGIN, *_PLUGIN_IGNORED, _FILE], n=1, cutoff=0.6)
         hint = f" (did you mean {near[0]}?)" if near else ""

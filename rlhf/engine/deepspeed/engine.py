@@ -158,10 +158,10 @@ def _autocast(reading: Reading, halves: dict[str, bool]) -> Precision | None:
     Raises:
         ValueError: it is another precision than that of a half that the file switches on.
     """
-    raw = reading.raw(_CASTS_TO)
-    word = None if raw in (None, AUTO) else choice(raw, among=tuple(_HALVES), where=reading.where(_CASTS_TO))
     if not reading.value("torch_autocast.enabled"):
         return None
+    raw = reading.raw(_CASTS_TO)
+    word = None if raw in (None, AUTO) else choice(raw, among=tuple(_HALVES), where=reading.where(_CASTS_TO))
     for half, is_on in halves.items():
         if word is None or not is_on or _HALVES[word] == half:
             continue

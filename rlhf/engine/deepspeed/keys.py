@@ -77,9 +77,11 @@ def mapped(
     kind: Kind = Kind.other,
     default: Any = None,
     old_names: tuple[str, ...] = (),
+    among: tuple[str, ...] = (),
 ) -> Key:
     """A key whose value becomes something else here."""
-    return Key(path, Decision.mapped, note, setting=setting, kind=kind, default=default, old_names=old_names)
+    kind = Kind.choice if among else kind
+    return Key(path, Decision.mapped, note, setting, kind=kind, default=default, old_names=old_names, among=among)
 
 
 def ignored(

@@ -179,7 +179,7 @@ _PRECISION = (
         kind=Kind.switch,
         default=False,
     ),
-    mapped("torch_autocast.dtype", "which of the two", default="bfloat16 or, on CUDA, float16"),
+    mapped("torch_autocast.dtype", "which of the two", default="bfloat16 or, on CUDA, float16", among=_DTYPES),
     ignored("torch_autocast.lower_precision_safe_modules", "a whole block computes in one precision", kind=Kind.items),
     ignored("data_types.grad_accum_dtype", "gradients are summed in fp32", default="that of the model", among=_DTYPES),
     ignored(

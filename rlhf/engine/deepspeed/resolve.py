@@ -30,7 +30,7 @@ _WITHOUT_EFFECT = {
     "torch_autocast": "off, or bf16 or fp16 decides",
     "optimizer": _NO_TYPE,
     "scheduler": _NO_TYPE,
-    "gradient_clipping": _NO_TYPE,
+    "gradient_clipping": "the model is frozen",
     "zero_optimization.sub_group_size": "0 keeps the run's own",
     "zero_optimization.stage3_model_persistence_threshold": "there is no limit on all of them together",
     "zero_optimization.offload_optimizer": _ON_DISK,

@@ -24,6 +24,7 @@ from rlhf.engine.deepspeed.values import AUTO, asks, section, switch
 from rlhf.engine.deepspeed.yaml_text import parse_yaml
 
 _LONG = 200
+_YAML = (".yaml", ".yml")
 _OLD_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
 _AUTO_SECTIONS = {"offload_optimizer": {"device": AUTO}, "offload_param": {"device": AUTO}, "params": AUTO}
 """What a section means that is `auto` as a whole; any other is as if it were not there."""
@@ -66,7 +67,7 @@ def _read(source: Any, *, setting: str) -> Document:
     path = path.expanduser() if source.startswith(("~/", "~\\")) else path
     if stat.S_ISREG(_mode(path)):
         text = _text(path.read_bytes(), name=str(path))
-        return _parsed(text, name=path.name, is_yaml=path.suffix.lower() in (".yaml", ".yml"))
+        return _parsed(text, name=path.name, is_yaml=path.suffix.lower() in _YAML)
     decoded = _decoded(source)
     if decoded is None:
         raise ValueError(_no_file(path, setting))
@@ -112,7 +113,8 @@ def _text(content: bytes, *, name: str) -> str:
 def _no_file(path: FilePath, setting: str) -> str:
     if stat.S_ISDIR(_mode(path)):
         return f"{setting}={path}: is a folder; expected a DeepSpeed JSON file."
-    there = [file.name for file in path.parent.glob("*.json")] if stat.S_ISDIR(_mode(path.parent)) else []
+    beside = path.parent.iterdir() if stat.S_ISDIR(_mode(path.parent)) else []
+    there = [file.name for file in beside if file.suffix in (".json", *_YAML)]
     near = difflib.get_close_matches(path.name, there, n=2, cutoff=0.5)
     hint = f" Did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else ""
     shown = f"{str(path)[:_LONG]}{'...' if len(str(path)) > _LONG else ''}"

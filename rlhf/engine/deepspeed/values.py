@@ -42,7 +42,7 @@ def check(value: Any, *, key: Key, where: Callable[[Path], str], path: Path) -> 
     Raises:
         ValueError: it is not.
     """
-    if key.decision is not Decision.ignored:
+    if key.decision is not Decision.ignored and not key.among:
         read(value, kind=key.kind, where=where(path))
         return
     if key.path.endswith(".*") and len(path) > key.path.count("."):  # a field of a section that is one row
