@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,27 +76,33 @@ CASES: dict[str, tuple[dict[str, int], str]] = {
 }
 
 
-def write_model(folder: Path, shape: dict[str, int]) -> None:
-    """A random Llama with a byte tokenizer and 8,192 tokens, and a reward model of the same shape."""
+def write_model(folder: Path, shape: dict[str, int], *, device: str = "cpu") -> None:
+    """A random Llama with a byte tokenizer, 8,192 tokens where `shape` has no other, and a reward model of that shape.
+
+    Args:
+        folder: gets `model` and `reward`.
+        shape: settings of `LlamaConfig`.
+        device: where the random numbers are drawn.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    config = LlamaConfig(
-        **shape, num_key_value_heads=shape["num_attention_heads"] // 2, vocab_size=8192, tie_word_embeddings=False
-    )
+    shape = {"vocab_size": 8192, "num_key_value_heads": shape["num_attention_heads"] // 2} | shape
+    config = LlamaConfig(**shape, tie_word_embeddings=False)
     tokenizer = byte_tokenizer()
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    config.num_labels = 1
-    LlamaForSequenceClassification(config).save_pretrained(folder / "reward")
-    for name in ("model", "reward"):
+    for name, kind in (("model", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        config.num_labels = 1 if name == "reward" else 2
+        with torch.device(device):
+            model = kind(config)
+        model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
 
 
-def compose_run(folder: Path, overrides: str) -> RunConfig:
+def compose_run(folder: Path, overrides: str, *, device: str = "cpu") -> RunConfig:
     """The configuration of a case."""
     register_schema()
     fixed = [f"output_dir={folder / 'run'}", "model=path", f"model.path={folder / 'model'}", "~experiment"]
-    fixed += [f"engine.nvme_path={folder / 'disk'}", "checkpoint.every=0", "launch.ranks=1"]
+    fixed += [f"engine.nvme_path={folder / 'disk'}", "checkpoint.every=0", "launch.ranks=1", f"engine.device={device}"]
     if "stage=reward" in overrides:
         fixed.append(f"reward.init_from={folder / 'model'}")
     if "stage=ppo" in overrides:
@@ -108,9 +115,10 @@ def compose_run(folder: Path, overrides: str) -> RunConfig:
 def measure(config: Path, out: Path) -> None:
     """In a process of its own: run the phases of the case and write their peaks."""
     run = load_run(config)
-    world = start("cpu")
-    launch.use_threads(1, ranks=1)
-    runtime = resident()["RssAnon"]
+    world = start(run.engine.device)
+    launch.use_threads(1 if world.device.type == "cpu" else 0, ranks=1)
+    torch.zeros(1, device=world.device)  # a CUDA context is no part of any model
+    runtime = resident().get("RssAnon", 0)
     stage = run.stages[0]
     peaks = _ppo_peaks(run.ppo, world) if run.ppo is not None else _supervised_peaks(run, stage, world)
     if world.is_main:
@@ -118,14 +126,19 @@ def measure(config: Path, out: Path) -> None:
     stop()
 
 
-def _peak_of(function: Any) -> int:
-    device = torch.device("cpu")
-    METER.begin(device)
+Peaks = dict[str, dict[str, int]]
+
+
+def _peak_of(function: Callable[[], None], world: World) -> dict[str, int]:
+    """Bytes: resident on the host, tensors on the device, and what CUDA's allocator holds for them by then."""
+    METER.begin(world.device)
     function()
-    return METER.end(device).host
+    peak = METER.end(world.device)
+    reserved = torch.cuda.memory_reserved(world.device) if world.device.type == "cuda" else 0
+    return {"host": peak.host, "device": peak.device, "reserved": reserved}
 
 
-def _supervised_peaks(run: RunConfig, stage: str, world: World) -> dict[str, int]:
+def _supervised_peaks(run: RunConfig, stage: str, world: World) -> Peaks:
     config = getattr(run, stage)
     make = scalar_head_model if stage == "reward" else causal_lm
     blueprint = make(config.init_from, lora=config.lora, seed=0)
@@ -133,43 +146,48 @@ def _supervised_peaks(run: RunConfig, stage: str, world: World) -> dict[str, int
     work, steps = of_supervised(config), config.global_batch_size // (world.size * config.micro_batch_size)
 
     def evaluate() -> None:
-        with engine.evaluating() as model:
+        with engine.evaluating() as model, world.device:  # the batch is made there
             work(model)
 
     def train() -> None:
         for _ in range(STEPS):
             for index in range(steps):
-                engine.backward(work(engine), last=index == steps - 1)
+                with world.device:
+                    loss = work(engine)
+                engine.backward(loss, last=index == steps - 1)
+                del loss
             engine.step()
 
-    return {"evaluate": _peak_of(evaluate), "train": _peak_of(train)}
+    return {"evaluate": _peak_of(evaluate, world), "train": _peak_of(train, world)}
 
 
-def _ppo_peaks(config: PPOConfig, world: World) -> dict[str, int]:
+def _ppo_peaks(config: PPOConfig, world: World) -> Peaks:
     models = load_models(config, world, scale=ScoreScale())
     rows = config.rollout_micro_batch_size
     micro = config.micro_batch_size
 
     def generate() -> None:
-        with models.actor.generating() as model:
+        with models.actor.generating() as model, world.device:
             of_ppo(Answers, config, rows=rows)(model)
 
     def score() -> None:
         judges = [(models.actor, Statistics), (models.reference, Statistics)]
         for engine, kind in [*judges, (models.reward, Scalars), (models.critic, Scalars)]:
-            with engine.evaluating() as model:
+            with engine.evaluating() as model, world.device:
                 of_ppo(kind, config, rows=micro)(model)
 
     def train() -> None:
         for _ in range(STEPS):
             _ppo_step(models, config, of_ppo(Statistics, config, rows=micro))
 
-    return {"generate": _peak_of(generate), "score": _peak_of(score), "train": _peak_of(train)}
+    phases = {"generate": generate, "score": score, "train": train}
+    return {name: _peak_of(phase, world) for name, phase in phases.items()}
 
 
 def _ppo_step(models: Models, config: PPOConfig, work: Work) -> None:
-    batches = [ppo_batch(work) for _ in range(config.minibatch_size // config.micro_batch_size)]
-    count = torch.tensor(100.0)
+    device = models.actor.world.device
+    batches = [ppo_batch(work).to(device) for _ in range(config.minibatch_size // config.micro_batch_size)]
+    count = torch.tensor(100.0, device=device)
     policy_gradient(models.actor, batches, config=config, denominator=count)
     models.actor.step()
     value_gradient(models, batches, config=config, denominator=count)
@@ -194,8 +212,8 @@ def run_case(name: str, folder: Path) -> list[list[object]]:
         if phase.name in found["usual"]["peaks"]:
             planned = phase.total(Place.host)
             tensors = planned - sum(item.bytes for item in phase.items if item.part == ALLOCATOR)
-            returned = found["returned"]["peaks"][phase.name] - found["returned"]["runtime"]
-            usual = found["usual"]["peaks"][phase.name] - found["usual"]["runtime"]
+            returned = found["returned"]["peaks"][phase.name]["host"] - found["returned"]["runtime"]
+            usual = found["usual"]["peaks"][phase.name]["host"] - found["usual"]["runtime"]
             runtime = found["usual"]["runtime"]
             rows.append([name, phase.name, tensors, returned, planned, usual, runtime])
     return rows

@@ -42,6 +42,16 @@ Step = Callable[[int], float]  # trains on the batch of this number, and says th
 def main() -> None:
     """Train, and write what it cost to `FOLDER/rank<N>.json`."""
     case, folder, rank = json.loads(sys.argv[1]), Path(sys.argv[2]), int(os.environ["RANK"])
+    (folder / f"rank{rank}.json").write_text(json.dumps(measure(case, folder)))
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    """Train as one rank: seconds and loss of every step, and the highest memory in bytes.
+
+    `start_peak` and `peak` are resident memory before and in the timed steps, above the imports (on CUDA of the whole
+    run), `resident` is what is left of it at the end. `device_peak` and `device_reserved` are those of the timed steps:
+    what tensors took, and what CUDA's allocator took for them.
+    """
     torch.set_num_threads(case["threads"])
     importlib.import_module(PACKAGES[case["contender"]])
     before, on_cuda = resident(), case["device"] == "cuda"
@@ -50,18 +60,18 @@ def main() -> None:
     for number in range(case["steps"]):
         if number == case["warmup"]:
             report["start_peak"] = highest_resident() - before
-            forget_highest_resident()
-            if on_cuda:
-                torch.cuda.reset_peak_memory_stats()
+            # Not every system that has GPUs can start the process's own highest value again.
+            torch.cuda.reset_peak_memory_stats() if on_cuda else forget_highest_resident()
         cpu, wall = time.process_time(), time.perf_counter()
         report["losses"].append(step(number))
-        if on_cuda:
+        if on_cuda:  # what was queued belongs to this step
             torch.cuda.synchronize()
         report["cpu_seconds"].append(time.process_time() - cpu)
         report["wall_seconds"].append(time.perf_counter() - wall)
-    report["peak"] = highest_resident() - before
+    report["peak"], report["resident"] = highest_resident() - before, resident() - before
     report["device_peak"] = torch.cuda.max_memory_allocated() if on_cuda else 0
-    (folder / f"rank{rank}.json").write_text(json.dumps(report))
+    report["device_reserved"] = torch.cuda.max_memory_reserved() if on_cuda else 0
+    return report
 
 
 def ours(case: Case, folder: Path) -> Step:
@@ -74,7 +84,7 @@ def ours(case: Case, folder: Path) -> Step:
 
     world, config = start(case["device"]), llama(case["size"])
     module = causal_lm_module(config)
-    blueprint = assemble(module, RandomWeights(module), config=config, new={}, lora=None, seed=0)
+    blueprint = assemble(module, RandomWeights(module, device=case["device"]), config=config, new={}, lora=None, seed=0)
     engine = build_engine(
         blueprint,
         config=EngineConfig(
@@ -153,8 +163,8 @@ def deepspeed_config(case: Case, disk: Path, *, largest: int) -> dict[str, Any]:
 
 
 def plain(case: Case, _folder: Path) -> Step:
-    """PyTorch alone in one process, with the batches of all ranks; in bf16, with fp32 masters."""
-    ranks, case = case["peers"], {**case, "ranks": case["peers"]}
+    """PyTorch alone in one process, with the batches of all ranks; in bf16, with fp32 masters and gradient sums."""
+    case = {**case, "ranks": case["peers"]}
     model = filled_llama(case)
     masters = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
     if case["precision"] == "bf16":
@@ -164,14 +174,13 @@ def plain(case: Case, _folder: Path) -> Step:
     optimizer = torch.optim.AdamW(masters, lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
 
     def step(number: int) -> float:
-        total = 0.0
-        for ids in batch(case, number):
-            loss = token_loss(model(input_ids=ids).logits, ids)
-            (loss / ranks).backward()
-            total += loss.item() / ranks
-        for master, parameter in zip(masters, model.parameters(), strict=True):
-            master.grad = parameter.grad.float()
-            parameter.grad = master.grad if master is parameter else None
+        total = torch.zeros((), device=case["device"])
+        parts = [p for ids in batch(case, number) for p in ids.to(case["device"]).chunk(case["accumulation"])]
+        for ids in parts:
+            loss = token_loss(model(input_ids=ids).logits, ids) / len(parts)
+            loss.backward()
+            total += loss.detach()
+            _add_to_masters(masters, model)
         nn.utils.clip_grad_norm_(masters, CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -179,9 +188,17 @@ def plain(case: Case, _folder: Path) -> Step:
             for master, parameter in zip(masters, model.parameters(), strict=True):
                 if master is not parameter:
                     parameter.copy_(master)
-        return total
+        return total.item()
 
     return step
+
+
+def _add_to_masters(masters: list[nn.Parameter], model: nn.Module) -> None:
+    """Move the gradients of a micro-batch to fp32 sums, where the masters are not the parameters themselves."""
+    for master, parameter in zip(masters, model.parameters(), strict=True):
+        if master is not parameter:
+            gradient, parameter.grad = parameter.grad.float(), None
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
 
 
 def llama(size: str) -> LlamaConfig:
@@ -199,30 +216,33 @@ def llama(size: str) -> LlamaConfig:
 
 
 def filled_llama(case: Case) -> LlamaForCausalLM:
-    """The model in fp32 with the weights that all contenders start from."""
-    model = LlamaForCausalLM(llama(case["size"]))
+    """The model in fp32 on its device, with the weights that all contenders start from."""
+    with torch.device(case["device"]):
+        model = LlamaForCausalLM(llama(case["size"]))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.copy_(initial(name, parameter.shape))
+            parameter.copy_(initial(name, parameter.shape, device=case["device"]))
     return model
 
 
-def initial(name: str, shape: torch.Size) -> Tensor:
-    """A parameter's first values, the same in every process."""
+def initial(name: str, shape: torch.Size, *, device: str = "cpu") -> Tensor:
+    """A parameter's first values, the same in every process that draws them on that kind of device."""
     if len(shape) == 1:
-        return torch.ones(shape)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(name.encode()))) * 0.02
+        return torch.ones(shape, device=device)
+    generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+    return torch.randn(shape, generator=generator, device=device) * 0.02
 
 
 class RandomWeights:
-    """`initial` values for a model on meta."""
+    """`initial` values for a model on meta, drawn where that is fast."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, device: str = "cpu") -> None:
         self._shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+        self._device = device
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """Rows of a parameter."""
-        return initial(name, self._shapes[name])[rows]
+        """Rows of a parameter, on the CPU."""
+        return initial(name, self._shapes[name], device=self._device)[rows].cpu()
 
 
 def batch(case: Case, number: int) -> Tensor:
@@ -253,7 +273,9 @@ def forget_highest_resident() -> None:
 
 
 def _status(entry: str) -> int:
-    return int(re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+    """Bytes of an entry; 0 where the system does not have it."""
+    found = re.search(rf"{entry}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024 if found else 0
 
 
 if __name__ == "__main__":

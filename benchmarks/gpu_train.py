@@ -1,0 +1,162 @@
+"""Training on the GPU wherever weights and states rest: the same numbers, in which time, in how much memory."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import statistics
+import sys
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks import zero_run
+from benchmarks.gpu_bench import Bench, Tried, failures
+from benchmarks.zero_case import Case
+from benchmarks.zero_report import table
+from rlhf.config import STAGES
+
+TIERS = {  # of conf/engine: ZeRO stage, tier of the optimizer, tier of the parameters
+    "zero0": (0, "device", "device"),
+    "zero2_cpu": (2, "cpu", "device"),
+    "zero3_cpu": (3, "cpu", "cpu"),
+    "zero3_nvme": (3, "nvme", "nvme"),
+}
+FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-2
+"""Largest relative difference of a loss: the device and the host round an update differently."""
+
+
+def smoke(bench: Bench) -> str:
+    """The pipeline on a tiny model in fp32, with the weights and states of each tier; losses beside those of zero0."""
+    tried = bench.together({name: partial(pipeline_losses, bench, name) for name in TIERS})
+    base = tried["zero0"].value
+    stages = list(base or [])
+    rows = []
+    for name, one in tried.items():
+        if base is None or one.value is None:
+            rows.append([name, *("–" for _ in stages), one.reason or "zero0 failed"])
+            continue
+        found = [difference(one.value.get(stage, []), base[stage]) for stage in stages]
+        rows.append([name, *(f"{value:.1e}" for value in found), verdict(found, FP32_TOLERANCE)])
+    head = ["", *(f"{stage}: largest difference of a loss to zero0" for stage in stages)]
+    return table([*head, f"within {FP32_TOLERANCE:.0e}, relative"], rows) + failures(tried)
+
+
+def pipeline_losses(bench: Bench, engine: str) -> dict[str, list[float]]:
+    """The losses of each stage in order, training and held out, of `run_pipeline.py experiment=smoke`; toy: one step.
+
+    Raises:
+        RuntimeError: it failed.
+    """
+    place = bench.folder / f"smoke_{engine}"
+    words = ["experiment=smoke", f"engine={engine}", f"engine.device={bench.device}", "engine.precision=fp32"]
+    words += ["launch.threads=1", "tracking.report=false", f"output_dir={place}"]
+    words += ["stage=sft", "sft.max_steps=1"] if bench.toy else []
+    bench.run([sys.executable, "run_pipeline.py", *words])
+    losses: dict[str, list[float]] = {}
+    for stage in (stage for stage in STAGES if (place / stage).exists()):
+        rows = [json.loads(line) for line in (place / stage / "metrics.jsonl").read_text().splitlines()]
+        losses[stage] = [row[key] for row in rows for key in sorted(row) if key.endswith("/loss")]
+    return losses
+
+
+def difference(found: list[float], expected: list[float]) -> float:
+    """The largest difference of two lists of losses, relative where they are above 1; NaN where they do not match."""
+    if len(found) != len(expected) or not found:
+        return math.nan
+    apart = [abs(a - b) / max(1.0, abs(b)) for a, b in zip(found, expected, strict=True)]
+    return math.nan if any(map(math.isnan, apart)) else max(apart)
+
+
+def verdict(differences: list[float], tolerance: float) -> str:
+    """Whether all are within a tolerance; NaN is not."""
+    return "yes" if all(value <= tolerance for value in differences) else "NO"
+
+
+def parity(bench: Bench) -> str:
+    """The same batches in bf16 over fp32 masters on every tier, beside plain PyTorch in bf16 and zero0 in fp32."""
+    template = Case("ours", "1M", precision="bf16", steps=3, warmup=1, sequences=2, length=16, accumulation=2)
+    if not bench.toy:
+        template = replace(template, size="125M", steps=8, sequences=16, length=256, device="cuda", threads=4)
+    cases = {name: _on_tier(template, name) for name in TIERS}
+    cases |= {
+        "plain PyTorch": replace(template, contender="plain"),
+        "zero0 in fp32": replace(template, precision="fp32"),
+    }
+    tried = bench.together({name: partial(_trained, bench, case) for name, case in cases.items()})
+    base = tried["zero0"].value
+    rows = []
+    for name, one in tried.items():
+        if base is None or one.value is None:
+            rows.append([name, "–", "–", one.reason or "zero0 failed"])
+            continue
+        losses = one.value["losses"]
+        apart = difference(losses, base["losses"])
+        rows.append([name, f"{losses[0]:.4f} → {losses[-1]:.4f}", f"{apart:.1e}", verdict([apart], BF16_TOLERANCE)])
+    what = f"{template.size}, {template.steps} steps of {template.sequences} x {template.length} tokens."
+    head = ["", "loss", "largest difference to zero0", f"within {BF16_TOLERANCE:.0e}, relative"]
+    return f"{what}\n\n{table(head, rows)}{failures(tried)}"
+
+
+def _trained(bench: Bench, case: Case) -> dict[str, Any]:
+    return bench.call(train, case=asdict(case), folder=str(bench.folder))
+
+
+def train(case: dict[str, Any], folder: str) -> dict[str, Any]:
+    """What `zero_run.measure` reports of a training run, and the median seconds of its timed steps."""
+    report = zero_run.measure(case, Path(folder))
+    return report | {"seconds": statistics.median(report["wall_seconds"][case["warmup"] :])}
+
+
+def _on_tier(template: Case, name: str) -> Case:
+    stage, optimizer_tier, parameter_tier = TIERS[name]
+    return replace(template, stage=stage, optimizer_tier=optimizer_tier, parameter_tier=parameter_tier)
+
+
+SECONDS_OF_A_ROW = {"zero3_nvme": 75.0}
+"""What must be left for a row of `step` on a GPU to begin; 25 for the others."""
+
+
+def step(bench: Bench) -> str:
+    """A step in bf16 with weights and states on every tier, beside plain PyTorch with equal arithmetic."""
+    template = Case("ours", "1M", precision="bf16", steps=2, warmup=1, sequences=2, length=16, accumulation=2)
+    if not bench.toy:
+        template = replace(template, size="1B", steps=5, warmup=2, sequences=32, length=1024, accumulation=4)
+        template = replace(template, device="cuda", threads=os.cpu_count() or 1)
+    cases = {"plain PyTorch": replace(template, contender="plain")} | {name: _on_tier(template, name) for name in TIERS}
+    cases["zero2_cpu, delayed"] = replace(cases["zero2_cpu"], settings={"delayed_update": True})
+    # A step of this row moves some 35 GB from and to the disk.
+    cases["zero3_nvme"] = replace(cases.pop("zero3_nvme"), steps=2, warmup=1)
+    tried = {name: _row(bench, name, case=case) for name, case in cases.items()}
+    base = tried["zero0"].value
+    rows = [_cells(name, one, base=base, case=cases[name]) for name, one in tried.items()]
+    what = (
+        f"{template.size}, {template.precision}, {template.sequences} x {template.length} tokens a step in "
+        f"{template.accumulation} micro-batches, {template.threads} threads; medians of the steps after "
+        f"{template.warmup} to warm up."
+    )
+    head = ["", "ms a step", "speed / zero0", "tokens/s", "device: tensors MB", "reserved MB", "host MB"]
+    return f"{what}\n\n{table([*head, 'largest difference in loss to zero0'], rows)}{failures(tried)}"
+
+
+def _row(bench: Bench, name: str, *, case: Case) -> Tried:
+    needed = 5.0 if bench.toy else SECONDS_OF_A_ROW.get(name, 25.0)
+    if bench.left < needed:
+        return Tried(None, skipped=f"{bench.left:.0f} s are left, it needs some {needed:.0f}")
+    return bench.attempt(partial(_trained, bench.within(2 * needed), case))
+
+
+def _cells(name: str, one: Tried, *, base: dict[str, Any] | None, case: Case) -> list[str]:
+    found = one.value
+    if found is None:
+        return [name, one.reason, *["–"] * 6]
+    fraction = apart = "–"
+    if base is not None:
+        count = min(len(base["losses"]), len(found["losses"]))
+        fraction = f"{base['seconds'] / found['seconds']:.2f}"
+        apart = f"{difference(found['losses'][:count], base['losses'][:count]):.1e}"
+    sizes = [f"{found[key] / 1e6:.0f}" for key in ("device_peak", "device_reserved", "resident")]
+    tokens = case.sequences * case.length / found["seconds"]
+    return [name, f"{1e3 * found['seconds']:.0f}", fraction, f"{tokens:.0f}", *sizes, apart]
