@@ -49,28 +49,39 @@ def start(device: str = "auto") -> World:
         device: `auto` (CUDA when there is one), `cpu` or `cuda`.
 
     Raises:
-        ValueError: `cuda` was asked for and there is none.
+        ValueError: see `check_devices`.
     """
     return_freed_memory()
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    target = _resolve_device(device, local_rank)
-    if target.type == "cuda":
+    check_devices(device, ranks=int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1)))
+    on_cuda = device != "cpu" and torch.cuda.is_available()
+    target = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
+    if on_cuda:
         torch.cuda.set_device(target)
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(_backend(target), timeout=_TIMEOUT)
     return World(rank=rank, size=size, local_rank=local_rank, device=target)
 
 
+def check_devices(device: str, *, ranks: int) -> None:
+    """Make sure that each of `ranks` processes on this machine gets a device of its own, where they are to use CUDA.
+
+    Raises:
+        ValueError: `cuda` was asked for and there is none, or there are fewer devices than ranks.
+    """
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device == "cuda" and count == 0:
+        raise ValueError("engine.device=cuda: this machine has no usable CUDA device; use engine.device=auto or cpu.")
+    if device != "cpu" and 0 < count < ranks:
+        raise ValueError(
+            f"launch.ranks: found {ranks} ranks and {count} CUDA device(s) on this machine, expected a device for each "
+            f"rank; start {count} (torchrun: --nproc-per-node={count}), or set engine.device=cpu."
+        )
+
+
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def _resolve_device(device: str, local_rank: int) -> torch.device:
-    available = torch.cuda.is_available()
-    if device == "cuda" and not available:
-        raise ValueError("engine.device=cuda: this machine has no usable CUDA device; use engine.device=auto or cpu.")
-    return torch.device("cuda", local_rank) if available and device != "cpu" else torch.device("cpu")
 
 
 def stop() -> None:

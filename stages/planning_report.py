@@ -45,7 +45,7 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     path = Path(run.output_dir) / PLAN
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
-    (path.parent / NUMBERS).write_text(json.dumps({plan.stage: _numbers(plan) for plan in plans}, indent=2) + "\n")
+    (path.parent / NUMBERS).write_text(json.dumps({plan.stage: numbers(plan) for plan in plans}, indent=2) + "\n")
     refused = [said for plan, said in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
     refused += [said for plan in plans for said in full_disks(run, plan)]
     if refused and run.memory.enforce:
@@ -144,12 +144,16 @@ def short_text(plans: list[Plan], limits: Limits) -> str:
     return table("Memory plan: GB of each rank", ["stage", "phase", *names, "mostly"], rows=rows)
 
 
-def _numbers(plan: Plan) -> dict[str, dict[str, int]]:
-    """Bytes of each phase by place, and of them what a process takes without a model."""
-    return {
-        phase.name: {str(place): phase.total(place) for place in Place}
-        | {"runtime": sum(item.bytes for item in phase.items if item.part == RUNTIME and item.place is Place.host)}
+def numbers(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes of each phase by place, as they are measured: on a device tensors alone, not the context around them."""
+    measured = {place: [phase.total(place) for phase in plan.phases] for place in Place}
+    measured[Place.device] = [
+        sum(item.bytes for item in phase.items if item.place is Place.device and item.part != RUNTIME)
         for phase in plan.phases
+    ]
+    return {
+        phase.name: {str(place): counts[number] for place, counts in measured.items()}
+        for number, phase in enumerate(plan.phases)
     }
 
 

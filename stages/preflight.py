@@ -24,8 +24,10 @@ from rlhf.config import (
     accumulation,
     divisible,
 )
+from rlhf.dist import check_devices
 from rlhf.engine.tiers import disk
 from rlhf.evaluation import load_gold
+from rlhf.launch import local_ranks
 from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import prepare
 from rlhf.models.skeleton import max_positions
@@ -52,6 +54,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     """
     if not run.stages and not run.uses:
         raise ValueError("stage=[]: nothing is selected; expected some of sft, reward, ppo, eval, chat.")
+    check_devices(run.engine.device, ranks=local_ranks(ranks))
     for stage in run.stages:
         check_folder(run, stage)
     todo = [stage for stage in run.stages if not is_finished(run, stage)]

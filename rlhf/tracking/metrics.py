@@ -124,7 +124,7 @@ METRICS: dict[str, Metric] = {
     "timing_s/*": Metric("Throughput", "seconds", ALL, "time spent in this phase of the step"),
     "perf/tokens_per_second": Metric("Throughput", "tokens/s", ALL, "tokens per second of the whole step, all ranks"),
     "memory/rss_bytes": Metric("Memory", "bytes", ALL, "resident memory of this process"),
-    "memory/device_bytes": Metric("Memory", "bytes", ALL, "peak memory that tensors took on this process's GPU"),
+    "memory/device_bytes": Metric("Memory", "bytes", ALL, "memory that PyTorch holds of this process's GPU"),
     "memory/*": Metric("Memory", "bytes", ALL, "peak memory of this process in this phase, as measured or as planned"),
 }
 

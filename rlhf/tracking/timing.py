@@ -58,11 +58,14 @@ class Stopwatch:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Memory of this process in bytes: resident now (Linux), and the peak of its tensors on a CUDA `device`."""
+    """Memory of this process in bytes: resident now (Linux), and what PyTorch holds now of a CUDA `device`.
+
+    Phases have the peaks of tensors; after a phase, CUDA's own highest value begins again.
+    """
     readings: dict[str, float] = {}
     if _STATM.exists():
         resident_pages = int(_STATM.read_text().split()[1])
         readings["memory/rss_bytes"] = resident_pages * os.sysconf("SC_PAGE_SIZE")
     if device.type == "cuda":
-        readings["memory/device_bytes"] = torch.cuda.max_memory_allocated(device)
+        readings["memory/device_bytes"] = torch.cuda.memory_reserved(device)
     return readings

@@ -245,13 +245,11 @@ def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(
     assert not any(rows.is_pinned() for rows in memory)
 
 
-def page_locked(count):
-    return Buffers(1, nbytes=4 * count, pin=True).take().view(torch.float32)[:count]
-
-
 def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(world):
     courier, count = Courier(world.device), 1 << 22
-    into = page_locked(count)
+    buffers = Buffers(1, nbytes=4 * count, pin=True)  # locked as long as this is held
+    into = buffers.take().view(torch.float32)[:count]
+    assert into.is_pinned()
     torch.cuda._sleep(CYCLES)
     gradient = torch.full((count,), 3.0, device=world.device)
     receipt = courier.copy(into, gradient)
@@ -260,6 +258,7 @@ def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(wor
     receipt.wait()
     assert (into == 3).all()
     assert all((tensor == -1).all() for tensor in rubbish)
+    buffers.close()
 
 
 def test_updated_weights_arrive_after_what_still_reads_the_old_ones_and_before_what_follows(world):

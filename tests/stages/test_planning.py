@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
 
 from rlhf.config import MemoryConfig
@@ -15,11 +16,11 @@ from rlhf.engine.precision import working_dtype
 from rlhf.tracking.memory import Peak, resident
 from rlhf.tracking.timing import Stopwatch
 from stages.composition import CONF_DIR, register_schema, to_run
-from stages.planning import machine_of, plan_stage
+from stages.planning import Machine, machine_of, plan_stage
 from stages.planning_changes import cheapest_change
 from stages.planning_examples import EXAMPLES, _row
 from stages.planning_measured import beside_plan
-from stages.planning_report import check_memory, plan_text
+from stages.planning_report import check_memory, numbers, plan_text, runtime_items
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
 
@@ -153,6 +154,15 @@ def test_measured_peaks_stand_beside_the_plan(tmp_path, smoke, caplog):
         found = beside_plan(run, "sft", world=World.alone(), watch=watch)
     assert found == {"memory/train_host_bytes": 1_000, "memory/train_host_plan_bytes": 2_000}
     assert "+100 %" in caplog.text
+
+
+def test_the_plan_of_a_device_stands_beside_tensors_without_the_context_around_them(smoke):
+    run = replace(smoke, engine=replace(smoke.engine, device="cuda"), memory=MemoryConfig(device_gb=80, host_gb=256))
+    items = runtime_items(torch.device("cuda"))
+    bare, whole = (plan_stage(run, "sft", machine=Machine(torch.device("cuda"), 1, 1, kept)) for kept in ((), items))
+    assert numbers(whole)["train"]["device"] == bare.phases[1].total(Place.device)
+    assert numbers(whole)["train"]["host"] == whole.phases[1].total(Place.host)
+    assert whole.phases[1].total(Place.device) > bare.phases[1].total(Place.device)
 
 
 def test_the_table_of_the_documentation_is_current(tmp_path):

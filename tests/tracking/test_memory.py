@@ -64,6 +64,15 @@ def test_a_system_without_proc_has_the_peak_of_the_process(monkeypatch, caplog, 
     assert "has no /proc" in caplog.text
 
 
+def test_a_system_that_does_not_keep_the_highest_has_the_peak_of_the_process(monkeypatch, caplog, tmp_path):
+    (tmp_path / "status").write_text("Name:\tpython\nVmSize:\t 900000 kB\nVmRSS:\t 1000 kB\nThreads:\t1\n")
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    meter = PeakMeter()
+    meter.begin(CPU)
+    assert meter.end(CPU).host > 10 * MB
+    assert "does not tell the highest" in caplog.text
+
+
 def test_metrics_of_a_peak_are_registered():
     found = peak_metrics("train", Peak(host=3, device=2))
     assert found == {"memory/train_host_bytes": 3, "memory/train_device_bytes": 2}

@@ -75,3 +75,9 @@ def test_a_phase_on_the_gpu_includes_the_work_it_started():
         end.record()
     assert watch.take()["timing_s/train"] >= begin.elapsed_time(end) / 1000
     assert memory_metrics(device)["memory/device_bytes"] >= x.numel() * 4
+
+
+def test_what_is_held_of_a_device_does_not_begin_again_with_each_phase(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3)  # since the last phase ended
+    assert memory_metrics(torch.device("cuda"))["memory/device_bytes"] == 7
