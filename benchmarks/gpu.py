@@ -50,7 +50,7 @@ SECTIONS = {
     for section in (
         Section(versions, 10, 40),
         Section(copies, 25, 60),
-        Section(tests, 60, 150),
+        Section(tests, 60, 180),
         Section(smoke, 40, 90),
         Section(parity, 30, 75),
         Section(step, 60, 210),

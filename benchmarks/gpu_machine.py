@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import zero_disk
-from benchmarks.gpu_bench import ROOT, Bench, seconds
+from benchmarks.gpu_bench import ROOT, Bench, failures, seconds
 from benchmarks.reviews import hardware
 from benchmarks.zero_report import table
 from rlhf.engine.tiers.buffers import Buffers
@@ -63,16 +64,22 @@ def _said(*command: str) -> str:
 
 
 def tests(bench: Bench) -> str:
-    """Every test that needs a GPU; on a CPU some are collected and skipped."""
+    """Every test that needs a GPU, those of whole runs beside the others; on a CPU some are collected and skipped."""
     marked = [file for file in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in file.read_text()]
     files = sorted(str(file.relative_to(ROOT)) for file in marked)
-    chosen = files[:2] if bench.toy else files
+    groups = {"parts": [file for file in files if "/stages/" not in file][: 2 if bench.toy else None]}
+    if not bench.toy:
+        groups["whole runs"] = [file for file in files if "/stages/" in file]
+    tried = bench.together({name: partial(_pytest, bench, group) for name, group in groups.items()})
+    return "\n\n".join(f"{name}: {one.value}" for name, one in tried.items() if one.value) + failures(tried)
+
+
+def _pytest(bench: Bench, files: list[str]) -> str:
     # A test that hangs is found by where its threads are; plugins for that may not be there.
     options = "-m gpu -q --tb=short --durations=5 -p no:cacheprovider -o faulthandler_timeout=60"
-    command = [sys.executable, "-m", "pytest", *options.split(), *chosen]
+    command = [sys.executable, "-m", "pytest", *options.split(), *files]
     said = bench.run(command, allowed=(0, 1)).strip()  # 1: tests have failed
-    last = said.splitlines()[-1].strip("= ")
-    return f"{last} ({len(chosen)} files)\n\n```\n{said[-8000:]}\n```"
+    return f"**{said.splitlines()[-1].strip('= ')}**\n\n```\n{said[-8000:]}\n```"
 
 
 def copies(bench: Bench) -> str:
