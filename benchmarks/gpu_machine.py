@@ -87,7 +87,7 @@ def copies(bench: Bench) -> str:
     sizes = {"megabytes": 8, "width": 256} if bench.toy else {"megabytes": 1024, "width": 8192}
     rates = bench.call(copy_rates, device=bench.device, **sizes)
     head = table(["", "rate"], [[name, value] for name, value in rates.items()])
-    sizes = {"nbytes": 8 << 20, "tile": 1 << 20} if bench.toy else {"nbytes": 4 << 30, "tile": 32 << 20}
+    sizes = {"nbytes": 8 << 20, "tile": 1 << 20} if bench.toy else {"nbytes": 1 << 30, "tile": 32 << 20}
     disk = bench.call(disk_rates, folder=str(bench.folder), rounds=1 if bench.toy else 2, **sizes)
     return f"{head}\n\nDisk of `--folder`: {disk}"
 

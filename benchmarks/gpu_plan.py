@@ -6,6 +6,7 @@ import json
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from benchmarks import plan as cases
 from benchmarks.gpu_bench import Bench, failures
@@ -35,25 +36,21 @@ def plan(bench: Bench) -> str:
     """Planned and measured bytes of each phase of a stage in bf16, batches as large as the plan assumes."""
     shape, length = (_SMALL, 16) if bench.toy else (_LARGE, 512)
     with TemporaryDirectory(dir=bench.folder) as models:
-        bench.call(write_model, folder=models, shape=shape, device=bench.device)
+        bench.call(cases.write_model, folder=models, shape=shape, device=bench.device)
         chosen = list(CASES)[-3 if bench.toy else 0 :]
         jobs = {name: partial(_rows, bench, name, models=models, length=length) for name in chosen}
         tried = bench.together(jobs)
-    rows = [row for one in tried.values() for row in one.value or []]
+    rows = [row for one in tried.values() for row in (one.value or {"rows": []})["rows"]]
+    processes = " ".join(one.value["process"] for one in [*tried.values()][:1] if one.value)
     rows += [[name, one.reason, *["–"] * 6] for name, one in tried.items() if one.value is None]
     head = ["", "phase", "device: tensors planned MB", "measured", "with the allocator's allowance", "reserved"]
     head += ["host: planned MB", "measured"]
     what = (
         f"{shape}; prompts and responses of {length} tokens each. The device's numbers are without its context, the "
         "host's without what the process holds before it has a model; what is reserved does not fall from phase to "
-        "phase."
+        f"phase. {processes}"
     )
     return f"{what}\n\n{table(head, rows)}{failures(tried)}"
-
-
-def write_model(folder: str, shape: dict[str, int], device: str) -> None:
-    """A random model and a reward model."""
-    cases.write_model(Path(folder), shape, device=device)
 
 
 def planned(folder: str, overrides: str, device: str) -> dict[str, dict[str, int]]:
@@ -64,17 +61,12 @@ def planned(folder: str, overrides: str, device: str) -> dict[str, dict[str, int
     return {phase.name: {"tensors": _tensors(phase)} | {p: phase.total(p) for p in Place} for phase in found.phases}
 
 
-def measured(config: str, out: str) -> None:
-    """Run the phases of a configuration in this process and write their peaks."""
-    cases.measure(Path(config), Path(out))
-
-
 def _tensors(phase: Phase) -> int:
     return sum(item.bytes for item in phase.items if item.place is Place.device and item.part != ALLOCATOR)
 
 
-def _rows(bench: Bench, name: str, *, models: str, length: int) -> list[list[str]]:
-    """The rows of a case."""
+def _rows(bench: Bench, name: str, *, models: str, length: int) -> dict[str, Any]:
+    """The rows of a case, and what its process held before it had a model."""
     stage, engine = CASES[name]
     sizes = (_PPO if stage == "ppo" else _SUPERVISED).format(stage, length)
     folder = Path(models) / name.replace(", ", "_")
@@ -84,9 +76,11 @@ def _rows(bench: Bench, name: str, *, models: str, length: int) -> list[list[str
     overrides = f"stage={stage} {engine} engine.precision=bf16 {sizes}"
     plan = bench.call(planned, folder=str(folder), overrides=overrides, device=bench.device)
     out = folder / "measured.json"
-    bench.call(measured, config=str(folder / "run/config.yaml"), out=str(out))
+    bench.call(cases.measure, config=str(folder / "run/config.yaml"), out=str(out))
     found = json.loads(out.read_text())
-    return [[name, *_row(phase, plan[phase], peak=peak | found)] for phase, peak in found["peaks"].items()]
+    process = f"That was {_mb(found['runtime'])} MB, and {_mb(found['bare'])} before the device had a context."
+    rows = [[name, *_row(phase, plan[phase], peak=peak | found)] for phase, peak in found["peaks"].items()]
+    return {"rows": rows, "process": process}
 
 
 def _row(phase: str, plan: dict[str, int], *, peak: dict[str, int]) -> list[str]:

@@ -28,23 +28,45 @@ FP32_TOLERANCE, BF16_TOLERANCE = 1e-4, 2e-2
 """Largest relative difference of a loss: the device and the host round an update differently."""
 
 
+Losses = dict[str, list[float]]
+"""Of each part of a run."""
+
+
 def smoke(bench: Bench) -> str:
     """The pipeline on a tiny model in fp32, with the weights and states of each tier; losses beside those of zero0."""
-    tried = bench.together({name: partial(pipeline_losses, bench, name) for name in TIERS})
-    base = tried["zero0"].value
-    stages = list(base or [])
-    rows = []
+    return _beside_zero0(
+        bench.together({name: partial(pipeline_losses, bench, name) for name in TIERS}), FP32_TOLERANCE
+    )
+
+
+def parity(bench: Bench) -> str:
+    """The same batches in bf16 over fp32 masters on every tier, beside plain PyTorch in bf16 and zero0 in fp32."""
+    template = Case("ours", "1M", precision="bf16", steps=3, warmup=1, sequences=2, length=16, accumulation=2)
+    if not bench.toy:
+        template = replace(template, size="125M", steps=8, sequences=16, length=256, device="cuda", threads=4)
+    cases = {name: _on_tier(template, name) for name in TIERS}
+    cases["plain PyTorch"] = replace(template, contender="plain")
+    cases["zero0 in fp32"] = replace(template, precision="fp32")
+    what = f"{template.size}, {template.steps} steps of {template.sequences} x {template.length} tokens."
+    tried = bench.together({name: partial(training_losses, bench, case) for name, case in cases.items()})
+    return f"{what}\n\n{_beside_zero0(tried, BF16_TOLERANCE)}"
+
+
+def _beside_zero0(tried: dict[str, Tried], tolerance: float) -> str:
+    """A table of the largest differences of `Losses`, and a verdict."""
+    base: Losses | None = tried["zero0"].value
+    parts, rows = list(base or []), []
     for name, one in tried.items():
         if base is None or one.value is None:
-            rows.append([name, *("–" for _ in stages), one.reason or "zero0 failed"])
+            rows.append([name, *("–" for _ in parts), one.reason or "zero0 failed"])
             continue
-        found = [difference(one.value.get(stage, []), base[stage]) for stage in stages]
-        rows.append([name, *(f"{value:.1e}" for value in found), verdict(found, FP32_TOLERANCE)])
-    head = ["", *(f"{stage}: largest difference of a loss to zero0" for stage in stages)]
-    return table([*head, f"within {FP32_TOLERANCE:.0e}, relative"], rows) + failures(tried)
+        apart = [difference(one.value.get(part, []), base[part]) for part in parts]
+        rows.append([name, *(f"{value:.1e}" for value in apart), verdict(apart, tolerance)])
+    head = ["", *(f"{part}: largest difference of a loss to zero0" for part in parts)]
+    return table([*head, f"within {tolerance:.0e}, relative"], rows) + failures(tried)
 
 
-def pipeline_losses(bench: Bench, engine: str) -> dict[str, list[float]]:
+def pipeline_losses(bench: Bench, engine: str) -> Losses:
     """The losses of each stage in order, training and held out, of `run_pipeline.py experiment=smoke`; toy: one step.
 
     Raises:
@@ -55,7 +77,7 @@ def pipeline_losses(bench: Bench, engine: str) -> dict[str, list[float]]:
     words += ["launch.threads=1", "tracking.report=false", f"output_dir={place}"]
     words += ["stage=sft", "sft.max_steps=1"] if bench.toy else []
     bench.run([sys.executable, "run_pipeline.py", *words])
-    losses: dict[str, list[float]] = {}
+    losses: Losses = {}
     for stage in (stage for stage in STAGES if (place / stage).exists()):
         rows = [json.loads(line) for line in (place / stage / "metrics.jsonl").read_text().splitlines()]
         losses[stage] = [row[key] for row in rows for key in sorted(row) if key.endswith("/loss")]
@@ -75,29 +97,9 @@ def verdict(differences: list[float], tolerance: float) -> str:
     return "yes" if all(value <= tolerance for value in differences) else "NO"
 
 
-def parity(bench: Bench) -> str:
-    """The same batches in bf16 over fp32 masters on every tier, beside plain PyTorch in bf16 and zero0 in fp32."""
-    template = Case("ours", "1M", precision="bf16", steps=3, warmup=1, sequences=2, length=16, accumulation=2)
-    if not bench.toy:
-        template = replace(template, size="125M", steps=8, sequences=16, length=256, device="cuda", threads=4)
-    cases = {name: _on_tier(template, name) for name in TIERS}
-    cases |= {
-        "plain PyTorch": replace(template, contender="plain"),
-        "zero0 in fp32": replace(template, precision="fp32"),
-    }
-    tried = bench.together({name: partial(_trained, bench, case) for name, case in cases.items()})
-    base = tried["zero0"].value
-    rows = []
-    for name, one in tried.items():
-        if base is None or one.value is None:
-            rows.append([name, "–", "–", one.reason or "zero0 failed"])
-            continue
-        losses = one.value["losses"]
-        apart = difference(losses, base["losses"])
-        rows.append([name, f"{losses[0]:.4f} → {losses[-1]:.4f}", f"{apart:.1e}", verdict([apart], BF16_TOLERANCE)])
-    what = f"{template.size}, {template.steps} steps of {template.sequences} x {template.length} tokens."
-    head = ["", "loss", "largest difference to zero0", f"within {BF16_TOLERANCE:.0e}, relative"]
-    return f"{what}\n\n{table(head, rows)}{failures(tried)}"
+def training_losses(bench: Bench, case: Case) -> Losses:
+    """Those of each step of a training run."""
+    return {"training": _trained(bench, case)["losses"]}
 
 
 def _trained(bench: Bench, case: Case) -> dict[str, Any]:

@@ -76,7 +76,7 @@ CASES: dict[str, tuple[dict[str, int], str]] = {
 }
 
 
-def write_model(folder: Path, shape: dict[str, int], *, device: str = "cpu") -> None:
+def write_model(folder: Path | str, shape: dict[str, int], *, device: str = "cpu") -> None:
     """A random Llama with a byte tokenizer, 8,192 tokens where `shape` has no other, and a reward model of that shape.
 
     Args:
@@ -94,8 +94,8 @@ def write_model(folder: Path, shape: dict[str, int], *, device: str = "cpu") -> 
         config.num_labels = 1 if name == "reward" else 2
         with torch.device(device):
             model = kind(config)
-        model.save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+        model.save_pretrained(Path(folder) / name)
+        tokenizer.save_pretrained(Path(folder) / name)
 
 
 def compose_run(folder: Path, overrides: str, *, device: str = "cpu") -> RunConfig:
@@ -112,17 +112,18 @@ def compose_run(folder: Path, overrides: str, *, device: str = "cpu") -> RunConf
         return to_run(compose("config", overrides=[*fixed, *overrides.split()]))
 
 
-def measure(config: Path, out: Path) -> None:
+def measure(config: Path | str, out: Path | str) -> None:
     """In a process of its own: run the phases of the case and write their peaks."""
-    run = load_run(config)
+    run = load_run(Path(config))
     world = start(run.engine.device)
     launch.use_threads(1 if world.device.type == "cpu" else 0, ranks=1)
+    bare = resident().get("RssAnon", 0)
     torch.zeros(1, device=world.device)  # a CUDA context is no part of any model
     runtime = resident().get("RssAnon", 0)
     stage = run.stages[0]
     peaks = _ppo_peaks(run.ppo, world) if run.ppo is not None else _supervised_peaks(run, stage, world)
     if world.is_main:
-        out.write_text(json.dumps({"runtime": runtime, "peaks": peaks}))
+        Path(out).write_text(json.dumps({"bare": bare, "runtime": runtime, "peaks": peaks}))
     stop()
 
 
