@@ -19,6 +19,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from rlhf.parent import end_with_launcher
+
+end_with_launcher()  # before the imports, which take seconds
+
 # Read when torch and the tokenizers are imported. Threads that spin while they wait stall a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +43,7 @@ from stages.chat import check_chat, run_chat
 from stages.composition import (
     CONF_DIR,
     check_overrides,
+    from_first_rank,
     load_run,
     overridden_keys,
     register_schema,
@@ -72,7 +77,6 @@ def main() -> None:
 def start_or_work() -> None:
     """Start a run, or be one of the ranks that a run has started."""
     if sys.argv[1:2] == [_WORKER]:
-        launch.end_with_parent()
         run = load_run(Path(sys.argv[2]))
         with contextlib.suppress(Stopped):  # whoever started us sees what is not finished
             run_stages(run, sys.argv[3:], world=start_rank(run))
@@ -94,7 +98,7 @@ def compose_and_start(config: DictConfig) -> None:
         setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
         ranks = world.size if launch.under_torchrun() else run.launch.ranks
         words = overridden_keys(HydraConfig.get().overrides.task)
-        run = broadcast_object(with_deepspeed(run, ranks=ranks, overridden=words) if world.is_main else run)
+        run = from_first_rank(with_deepspeed(run, ranks=ranks, overridden=words) if world.is_main else run)
         if run.plan:
             show_plan(run, world, ranks=ranks)
             return
@@ -127,9 +131,9 @@ def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int) -> N
         if ranks == world.size:
             run_stages(run, todo, world=world if world.size > 1 else start_rank(run))
             return
-        exit_status = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, ranks=ranks)
-        if exit_status != 0:
-            sys.exit(f"a rank has failed, and says above why; {where_it_stands(run)}")
+        problem = launch.run_ranks(Path(__file__), _WORKER, str(path), *todo, launch=run.launch)
+        if problem:
+            sys.exit(f"{problem}; {where_it_stands(run)}")
         if not all(is_finished(run, stage) for stage in todo if stage in run.stages):
             raise KeyboardInterrupt  # that reached the ranks alone
     except KeyboardInterrupt:
@@ -157,7 +161,7 @@ def one_sentence(kind: type[Exception] = ValueError) -> Iterator[None]:
 
 def start_rank(run: RunConfig) -> World:
     """Join the other ranks and share the cores with them."""
-    world = start(run.engine.device)
+    world = start(run.engine.device, launch=run.launch)
     launch.use_threads(run.launch.threads, ranks=launch.local_ranks(world.size))
     return world
 

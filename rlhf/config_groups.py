@@ -117,13 +117,20 @@ class LaunchConfig:
     """How a run is started."""
 
     ranks: int = 1
-    """Processes on this machine; above 1 torchrun is started. Ignored when torchrun started us."""
+    """Processes on this machine; above 1 they are started from this one. Ignored when torchrun started us."""
     threads: int = 0
     """CPU threads of each rank; 0 shares the cores between the ranks."""
+    warn_after_s: float = 60.0
+    """Seconds for which the others wait for a rank before it is named. It may be at work: nothing else happens."""
+    timeout_s: float = 1800.0
+    """Seconds for which they wait before the run ends; raise it where one rank alone does something for longer."""
 
     def __post_init__(self) -> None:
         require(self.ranks >= 1, f"launch.ranks={self.ranks}: expected at least 1.")
         require(self.threads >= 0, f"launch.threads={self.threads}: expected 0 (share the cores) or more.")
+        require(self.warn_after_s > 0, f"launch.warn_after_s={self.warn_after_s}: expected more than 0 seconds.")
+        limits = f"launch.timeout_s={self.timeout_s}: expected a number of seconds from launch.warn_after_s"
+        require(self.warn_after_s <= self.timeout_s < math.inf, f"{limits}={self.warn_after_s} on.")
 
 
 @dataclass(kw_only=True)

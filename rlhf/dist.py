@@ -6,20 +6,28 @@ One rank needs no process group, and every reduction is then the identity. Left 
 from __future__ import annotations
 
 import os
+import socket
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
+from rlhf.config_groups import LaunchConfig
 from rlhf.heap import return_freed_memory
+from rlhf.heartbeat import Heartbeat, RollCall
+from rlhf.parent import LAUNCHER
+from rlhf.serialization import from_bytes, to_bytes
 
 T = TypeVar("T")
 
-_TIMEOUT = timedelta(minutes=30)
+_LOOPBACK = "127.0.0.1"
+_SLACK = timedelta(minutes=1)  # a missing rank is named before a collective fails without a name
+_heartbeat: list[Heartbeat] = []  # of this process, while it is one of several ranks
 
 
 @dataclass(frozen=True)
@@ -42,11 +50,12 @@ class World:
         return self.rank == 0
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", *, launch: LaunchConfig | None = None) -> World:
     """Join the other ranks, if there are any; from here on freed memory goes back to the system (`heap.py`).
 
     Args:
         device: `auto` (CUDA when there is one), `cpu` or `cuda`.
+        launch: how long the others wait for a rank.
 
     Raises:
         ValueError: see `check_devices`.
@@ -60,7 +69,7 @@ def start(device: str = "auto") -> World:
     if on_cuda:
         torch.cuda.set_device(target)
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(_backend(target), timeout=_TIMEOUT)
+        _join(target, launch or LaunchConfig())
     return World(rank=rank, size=size, local_rank=local_rank, device=target)
 
 
@@ -80,6 +89,50 @@ def check_devices(device: str, *, ranks: int) -> None:
         )
 
 
+def _join(device: torch.device, launch: LaunchConfig) -> None:
+    """Meet the other ranks, with a heartbeat from the first moment on."""
+    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+        _stay_on_this_machine()
+    timeout = timedelta(seconds=launch.timeout_s)
+    store, rank, size = next(rendezvous("env://", timeout=timeout + _SLACK))
+    watched = LAUNCHER in os.environ
+    roll_call = None if watched else RollCall(store.clone(), range(size), launch=launch)
+    _heartbeat[:] = [Heartbeat(store.clone(), rank, progress=_collectives, launch=launch, roll_call=roll_call)]
+    dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout + _SLACK)
+
+
+def _stay_on_this_machine() -> None:
+    """Have gloo and NCCL listen on the loopback device, which no other machine reaches."""
+    loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
+    if loopback is not None:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", loopback)
+
+
+def host_store() -> tuple[Any, dict[str, str]]:
+    """A meeting place for ranks of this machine alone, and the environment in which they find it.
+
+    It lives as long as the object. torch would listen on every network device, whatever the host name, unless it is
+    given a socket.
+    """
+    listener = socket.create_server((_LOOPBACK, 0))
+    port = listener.getsockname()[1]
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
+    place = {"MASTER_ADDR": _LOOPBACK, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    return store, place
+
+
+def _collectives() -> int:
+    """How many collectives this rank has begun; -1 while it joins."""
+    if not dist.is_initialized():
+        return -1
+    group = dist.distributed_c10d._get_default_group()
+    backends: list[Any] = [group._get_backend(device) for device in group._device_types]
+    return sum(backend._get_sequence_number_for_group() for backend in backends)
+
+
 def _backend(device: torch.device) -> str:
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
@@ -88,6 +141,8 @@ def stop() -> None:
     """Leave the group, after everyone has arrived."""
     if dist.is_initialized():
         barrier()
+        while _heartbeat:
+            _heartbeat.pop().stop()
         dist.destroy_process_group()
 
 
@@ -115,21 +170,38 @@ def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
 
 
 def gather_objects(item: T) -> list[T]:
-    """Every rank's `item`, in the order of the ranks, on every rank."""
+    """Every rank's `item`, in the order of the ranks, on every rank: plain values and CPU tensors, no classes."""
     if not dist.is_initialized():
         return [item]
-    gathered: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, item)
-    return gathered  # type: ignore[return-value]
+    mine = _message(item)
+    lengths = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
+    dist.all_gather(lengths, torch.tensor([len(mine)]))
+    longest = max(int(length) for length in lengths)
+    messages = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
+    dist.all_gather(messages, torch.cat([mine, mine.new_zeros(longest - len(mine))]))
+    return [_item(message[: int(length)]) for message, length in zip(messages, lengths, strict=True)]
 
 
 def broadcast_object(item: T) -> T:
-    """Rank 0's `item`, on every rank."""
+    """Rank 0's `item`, on every rank: plain values and CPU tensors, no classes."""
     if not dist.is_initialized():
         return item
-    box = [item]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
+    is_sender = dist.get_rank() == 0
+    message = _message(item) if is_sender else torch.empty(0, dtype=torch.uint8)
+    length = torch.tensor([len(message)])
+    dist.broadcast(length, src=0)
+    message = message if is_sender else message.new_empty(int(length))
+    dist.broadcast(message, src=0)
+    received: T = _item(message)
+    return received
+
+
+def _message(item: Any) -> Tensor:
+    return torch.frombuffer(bytearray(to_bytes(item)), dtype=torch.uint8)
+
+
+def _item(message: Tensor) -> Any:
+    return from_bytes(message.numpy().data)
 
 
 def device_mesh(world: World) -> DeviceMesh:

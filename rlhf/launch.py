@@ -1,4 +1,4 @@
-"""Start the ranks of a run: one process here, or torchrun with several.
+"""Start the ranks of a run on this machine, watch them, and say which one failed and how.
 
 The configuration is composed once and written to a file; the workers are handed that file, so that no rank can compute
 a different one. Left out: several machines (start torchrun on each; `rlhf/dist.py` joins them).
@@ -6,18 +6,34 @@ a different one. Left out: several machines (start torchrun on each; `rlhf/dist.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
+import math
 import os
 import signal
 import subprocess
 import sys
+import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
-_LIBC = ctypes.CDLL(None)  # opened before a fork, after which little may be done
-_PR_SET_PDEATHSIG = 1
+from rlhf.config_groups import LaunchConfig
+from rlhf.dist import host_store
+from rlhf.failure import RunError
+from rlhf.heartbeat import RollCall, interval
+from rlhf.parent import LAUNCHER, end_with_parent
+
+Worker = subprocess.Popen[bytes]
+
+_GRACE_S = 30.0  # for the other ranks to say what they have to say, once one has failed
+_SECONDS_BETWEEN_LOOKS = 0.1
+_CAUSES: dict[int, str] = {
+    signal.SIGKILL: "often out of memory",
+    signal.SIGBUS: "often a full /dev/shm or disk",
+    signal.SIGSEGV: "a crash in compiled code",
+    signal.SIGABRT: "given up by compiled code, which says above why",
+    signal.SIGILL: "an instruction that this processor does not have",
+}
 
 
 def under_torchrun() -> bool:
@@ -37,58 +53,77 @@ def use_threads(threads: int, *, ranks: int) -> int:
     return chosen
 
 
-def run_ranks(script: Path, *arguments: str, ranks: int) -> int:
-    """Run `script` under torchrun on this machine and return its exit status.
+def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
+    """Run `script` on `launch.ranks` processes of this machine; returns what went wrong, or nothing.
 
     An interrupt is passed on as SIGTERM to each rank, and raised again when all have ended.
 
     Args:
         script: Python file that each rank runs.
         *arguments: its command line.
-        ranks: number of processes.
+        launch: how many processes, and how long they wait for each other.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    environment = {"OMP_NUM_THREADS": "1", **os.environ}
-    # In a session of its own, so that Ctrl-C reaches its workers once, through us, and not torchrun, which would kill
-    # them after half a minute.
-    with subprocess.Popen(
-        [*command, str(script), *arguments], env=environment, start_new_session=True, preexec_fn=end_with_parent
-    ) as torchrun:
-        try:
-            return torchrun.wait()
-        except KeyboardInterrupt:
-            _stop_workers(torchrun)
-            raise
-
-
-def end_with_parent() -> None:
-    """Have this process killed when the one that started it ends (Linux).
-
-    A killed run then leaves no ranks behind, which would go on writing beside those of the next one.
-    """
-    if sys.platform == "linux":
-        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def _stop_workers(torchrun: subprocess.Popen[bytes]) -> None:
-    """Ask the workers to end, and wait for them; another interrupt ends torchrun, and with it the workers."""
-    workers = _children_of(torchrun.pid)
+    store, place = host_store()
+    size = str(launch.ranks)
+    shared = {"OMP_NUM_THREADS": "1", **os.environ, **place, LAUNCHER: str(os.getpid())}
+    shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    workers: list[Worker] = []
+    watch = partial(_watch, workers, RollCall(store, range(launch.ranks), launch=launch), every_s=interval(launch))
     try:
-        for worker in workers:
-            os.kill(worker, signal.SIGTERM)
-        if not workers:
-            torchrun.terminate()
-        torchrun.wait()
+        for rank in map(str, range(launch.ranks)):
+            environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
+            workers.append(_start([sys.executable, str(script), *arguments], environment))
+        return watch()
     except KeyboardInterrupt:
-        torchrun.kill()
-        torchrun.wait()
+        for worker in workers:
+            worker.terminate()
+        watch()
+        raise
+    finally:  # also after another interrupt
+        _end(workers)
 
 
-def _children_of(parent: int) -> list[int]:
-    """Processes that `parent` has started (Linux; elsewhere none are known)."""
-    children = []
-    for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            fields = file.read_text().rpartition(")")[2].split()
-            children += [int(file.parent.name)] if int(fields[1]) == parent else []
-    return children
+def _start(command: list[str], environment: dict[str, str]) -> Worker:
+    """One rank, in a session of its own, so that Ctrl-C reaches it once, through us."""
+    before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None  # a thread would not survive
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=before)
+
+
+def _watch(workers: list[Worker], roll_call: RollCall, *, every_s: float) -> str:
+    """Wait until all ranks have ended, which they are made to do once one has failed or is missing for too long."""
+    problem, deadline, next_look = "", math.inf, time.monotonic()
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if problem:
+            continue
+        problem = _failure([worker.poll() for worker in workers])
+        if problem:
+            deadline = time.monotonic() + _GRACE_S
+        elif time.monotonic() >= next_look:
+            next_look = time.monotonic() + every_s
+            try:
+                roll_call.look()
+            except RunError as error:
+                return str(error)
+    return problem or _failure([worker.poll() for worker in workers])
+
+
+def _failure(statuses: list[int | None]) -> str:
+    """What the exit statuses of the ranks say; a rank that a signal has ended is the cause of the others' failures."""
+    failed = {rank: status for rank, status in enumerate(statuses) if status}
+    if not failed:
+        return ""
+    rank = min(failed, key=lambda rank: failed[rank])
+    if failed[rank] > 0:
+        return f"rank {rank} has failed, and says above why"
+    number = -failed[rank]
+    name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+    return f"rank {rank} was killed ({', '.join(filter(None, (name, _CAUSES.get(number))))})"
+
+
+def _end(workers: list[Worker]) -> None:
+    """Kill the ranks that have not ended."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.wait()

@@ -276,7 +276,8 @@ def gathered(rollout: Rollout, *, pad_id: int) -> Rollout:
     device = rollout.sequences.device
     num_prompt, num_response = max_over_ranks(torch.tensor(widths(rollout), device=device)).tolist()
     wide = widened(rollout, num_prompt, num_response=num_response, pad_id=pad_id)
-    return joined(gather_objects(wide.to("cpu"))).to(device)
+    parts = gather_objects({field.name: getattr(wide, field.name) for field in fields(wide)})
+    return joined([Rollout(**part) for part in parts]).to(device)
 
 
 def widths(batch: Responses) -> tuple[int, int]:

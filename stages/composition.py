@@ -21,6 +21,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 import conf
 from rlhf.config import STAGES, USES, ChatConfig, EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.dist import broadcast_object
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
 _CHOSEN_BY_ENGINE = ("zero_stage", "optimizer_tier", "parameter_tier")
@@ -146,9 +147,7 @@ def to_run(config: DictConfig) -> RunConfig:
 
 def load_run(path: Path) -> RunConfig:
     """The configuration that `save_run` wrote."""
-    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Schema), OmegaConf.load(path)))
-    assert isinstance(run, RunConfig)
-    return run
+    return _from_yaml(path.read_text())
 
 
 def save_run(run: RunConfig) -> Path:
@@ -158,8 +157,23 @@ def save_run(run: RunConfig) -> Path:
     """
     path = Path(run.output_dir) / ("config.yaml" if run.stages else "eval/config.yaml")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(run)))
+    path.write_text(_to_yaml(run))
     return path
+
+
+def from_first_rank(run: RunConfig) -> RunConfig:
+    """The configuration that the first rank has, on every rank."""
+    return _from_yaml(broadcast_object(_to_yaml(run)))
+
+
+def _to_yaml(run: RunConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def _from_yaml(text: str) -> RunConfig:
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Schema), OmegaConf.create(text)))
+    assert isinstance(run, RunConfig)
+    return run
 
 
 def as_plain(config: Any) -> dict[str, Any]:

@@ -7,7 +7,6 @@ computed nothing yet, for a fork takes no threads along: `run_on_ranks` starts o
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -50,26 +49,35 @@ def fork_ranks(function, ranks, *args, alone=False):
 
 def fork_until_death(work, ranks, *, alone=False):
     """Exit status of `work(rank)` in each forked rank, negative for a signal, which ends the others as well."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    store, place = (None, {}) if alone else dist.host_store()
     children = {}
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
             if not alone:
-                os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                os.environ |= place | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             _end_with(work, rank)
         children[child] = rank
     statuses = [0] * ranks
     while children:
         child, status = os.wait()
         statuses[children.pop(child)] = os.waitstatus_to_exitcode(status)
-        if status:  # as torchrun does
+        if status:  # as the launcher does
             for other in children:
                 os.kill(other, signal.SIGKILL)
+    del store  # the ranks met there
     return statuses
+
+
+def forbid_unpickling():
+    """From now on this process may not unpickle anything."""
+
+    def refuse(*args, **options):
+        raise AssertionError("a rank unpickles")
+
+    pickle.load = pickle.loads = pickle.Unpickler = refuse
+    torch.distributed.distributed_c10d._unpickler = refuse
 
 
 def _end_with(work, rank):

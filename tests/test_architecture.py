@@ -16,7 +16,7 @@ FLOORS = [
     {"rlhf.config_stages"},
     {"rlhf.config_uses"},
     {"rlhf.config"},
-    {"rlhf.heap"},
+    {"rlhf.heap", "rlhf.heartbeat", "rlhf.parent", "rlhf.serialization"},
     {"rlhf.dist"},
     {"rlhf.text_pad", "rlhf.text_template"},
     {"rlhf.algorithms", "rlhf.launch", "rlhf.tracking", "rlhf.text"},

@@ -1,57 +1,83 @@
-"""Which device a rank gets, and who is told that there is none for it."""
+"""Two ranks: what they send each other, where they listen, and that one which is stopped is named.
+
+Started once as a process of its own: `python -m tests.test_dist FOLDER`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf import dist
-from stages.preflight import preflight
-from tests.stages.test_planning import run_of
+from rlhf.config import LaunchConfig
+from tests.ranks import ROOT, forbid_unpickling, fork_ranks, fork_until_death
+from tests.test_launch import listening
 
 
-@pytest.fixture
-def devices(monkeypatch):
-    """`devices(2)`: this machine has so many."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-
-    def have(count):
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-
-    chosen = []
-    have.chosen = chosen
-    return have
-
-
-def test_a_rank_takes_the_device_of_its_number(devices, monkeypatch):
-    devices(2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert dist.start("auto").device == torch.device("cuda", 1)
-    assert devices.chosen == [torch.device("cuda", 1)]
-    assert dist.start("cpu").device == torch.device("cpu")
+def everything():
+    """What one rank sees; with nothing unpickled."""
+    forbid_unpickling()
+    rank = int(os.environ["RANK"])
+    mine = {"rank": rank, "tensor": torch.arange(5.0 * rank), "text": "x" * 1000 * rank, "none": (None,)}
+    begun = dist._collectives()
+    gathered = dist.gather_objects(mine)
+    return {
+        "sizes": [(one["rank"], one["tensor"].tolist(), len(one["text"]), one["none"]) for one in gathered],
+        "sent": [dist.broadcast_object(f"from {rank}" * 99 if rank == 0 else None), dist.broadcast_object(rank)],
+        "collectives": dist._collectives() - begun,
+        "listening": sorted(listening(os.getpid())),
+    }
 
 
-def test_more_ranks_than_devices_are_told_before_anything_is_done(devices, monkeypatch, tmp_path):
-    devices(1)
-    dist.check_devices("auto", ranks=1)
-    dist.check_devices("cpu", ranks=2)
-    run = run_of(tmp_path)
-    message = r"launch\.ranks: found 2 ranks and 1 CUDA device\(s\).*start 1 .*engine\.device=cpu"
-    with pytest.raises(ValueError, match=message):
-        preflight(run, ranks=2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    with pytest.raises(ValueError, match=message):
-        dist.start("cuda")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match=message):
-        dist.start("auto")
+def stop_the_second(rank):
+    """Rank 0 waits for rank 1, which is stopped."""
+    dist.start("cpu", launch=LaunchConfig(warn_after_s=0.4, timeout_s=1.2))
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    dist.barrier()
 
 
-def test_a_machine_without_a_device_computes_on_its_processors_unless_asked_for_one(devices):
-    devices(0)
-    assert dist.start("auto").device == torch.device("cpu")
-    dist.check_devices("auto", ranks=8)
-    with pytest.raises(ValueError, match=r"engine\.device=cuda: this machine has no usable CUDA device"):
-        dist.start("cuda")
+def main(folder):
+    (folder / "found.json").write_text(json.dumps(fork_ranks(everything, 2)))
+    (folder / "statuses.json").write_text(json.dumps(fork_until_death(stop_the_second, 2)))
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    command = [sys.executable, "-m", "tests.test_dist", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {file.stem: json.loads(file.read_text()) for file in folder.iterdir()} | {"said": done.stderr}
+
+
+def test_objects_reach_every_rank_in_order_and_nothing_is_unpickled(ranks):
+    for found in ranks["found"]:
+        assert found["sizes"] == [[0, [], 0, [None]], [1, [0, 1, 2, 3, 4], 1000, [None]]]
+        assert found["sent"] == ["from 0" * 99, 0]
+
+
+def test_every_rank_has_begun_the_same_collectives(ranks):
+    first, second = (found["collectives"] for found in ranks["found"])
+    assert first == second > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ranks_of_one_machine_are_closed_to_others(ranks):
+    assert [found["listening"] for found in ranks["found"]] == [["0100007F"]] * 2
+
+
+def test_a_stopped_rank_is_named_and_ends_the_run(ranks):
+    assert ranks["statuses"] == [1, -signal.SIGKILL]  # the second is ended by whoever started both
+    warning, end = [line for line in ranks["said"].splitlines() if line.startswith("rank 1 (pid ")]
+    assert ", stopped) has" in warning
+    assert " for 0.4 s; after launch.timeout_s=1.2 seconds the run ends" in warning
+    assert "longer than launch.timeout_s=1.2, so the run ends" in end
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

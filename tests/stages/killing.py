@@ -19,15 +19,15 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from rlhf import launch
 from rlhf.dist import broadcast_object
+from rlhf.parent import end_with_parent
 from rlhf.rollout import Collector
 from rlhf.tracking.tracker import Tracker
 from run_pipeline import run_stages, start_rank
 from stages.composition import CONF_DIR, register_schema, to_run
 from stages.preflight import preflight
 from stages.stopping import Stopped
-from tests.ranks import fork_until_death
+from tests.ranks import forbid_unpickling, fork_until_death
 
 SETTINGS = [
     *("experiment=smoke", "engine.precision=fp32", "checkpoint.every=0.25", "tracking.progress=plain"),
@@ -51,6 +51,7 @@ def live(settings, ranks, *, death):
     """One life of a rank; `death` is the place of it, the number of calls before, and the signal."""
     with initialize_config_dir(CONF_DIR, version_base=None):
         run = to_run(compose("config", overrides=settings))
+    forbid_unpickling()
     world = start_rank(run)
     torch.set_num_threads(1)
     todo = broadcast_object(preflight(run, ranks=ranks) if world.is_main else [])
@@ -115,7 +116,7 @@ def main(root, seed):
     """The pipeline on one rank, and PPO on two, each of them left alone and killed."""
     started = time.monotonic()
     torch.set_num_threads(1)
-    launch.end_with_parent()
+    end_with_parent(os.getppid())
     register_schema()
     found = {}
     one = {name: [*SETTINGS, f"output_dir={root / name}"] for name in ("whole", "killed")}

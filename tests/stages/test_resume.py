@@ -128,12 +128,12 @@ def test_rows_that_have_changed_are_noticed_before_anything_is_loaded(tmp_path):
 
 def test_a_rank_that_fails_ends_the_run_with_how_to_go_on(monkeypatch, tmp_path):
     run = composed("experiment=smoke", "stage=sft", f"output_dir={tmp_path}")
-    monkeypatch.setattr(run_pipeline.launch, "run_ranks", lambda *args, ranks: 1)
+    monkeypatch.setattr(run_pipeline.launch, "run_ranks", lambda *args, launch: "rank 1 was killed (SIGKILL)")
     there = tmp_path / "sft" / CHECKPOINTS
     Checkpoints(there, dist.World.alone(), keep=1, asynchronous=False).save(4, [], state={}, spare=set())
     with pytest.raises(SystemExit) as end:
         run_pipeline.carry_out(run, ["sft"], world=dist.World.alone(), ranks=2)
-    assert "a rank has failed, and says above why; sft is saved in" in end.value.code
+    assert "rank 1 was killed (SIGKILL); sft is saved in" in end.value.code
     assert f"{there}/step-000004; the same command goes on from there" in end.value.code
 
 

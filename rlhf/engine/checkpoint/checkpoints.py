@@ -16,7 +16,8 @@ import logging
 import re
 import shutil
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ from rlhf.dist import World, barrier, broadcast_object, gather_objects
 from rlhf.engine.checkpoint.files import Writing, file_of, read_index, require_files, sync_folder, write_index
 from rlhf.engine.checkpoint.planners import Loading, Saving
 from rlhf.engine.checkpoint.randomness import random_state, set_random_state
-from rlhf.engine.checkpoint.storage import Reader, Writer
+from rlhf.engine.checkpoint.storage import Reader, Writer, contents
 from rlhf.engine.checkpoint.stored import Stored
 from rlhf.failure import RunError
 
@@ -126,15 +127,14 @@ class Checkpoints:
         self.settle()
         held = _by_key(tensors)
         writing = Writing(self._partial(step) / file_of(self.world.rank))
-        writer = Writer(writing, held, asynchronous=self.asynchronous)
-        try:
-            with _without_warnings():
-                dcp.save(held, storage_writer=writer, planner=Saving())
-        except CheckpointException as error:
-            raise RunError(f"the checkpoint of step {step} could not be made: {_reason(error)}") from error
+        writer = Writer(writing, held, rank=self.world.rank, asynchronous=self.asynchronous)
+        with _agreed() as said, _without_warnings():
+            dcp.save(held, storage_writer=writer, planner=Saving(self.world.rank), no_dist=True)
+        if said.error:
+            raise RunError(f"the checkpoint of step {step} could not be made: {said.error}")
         writing.begin(asynchronous=self.asynchronous)
-        random = gather_objects(random_state(self.world.device))
-        content = {"step": step, "state": state, "random": random, "tensors": writer.tensors}
+        random, parts = gather_objects(random_state(self.world.device)), gather_objects(writer.parts)
+        content = {"step": step, "state": state, "random": random, "tensors": contents(held, parts)}
         self._pending = _Pending(step, writing, content, spare)
         if not self.asynchronous:
             self.settle()
@@ -167,13 +167,12 @@ class Checkpoints:
         """
         held = _by_key(tensors)
         _require_same(saved, held)
-        planner = Loading()
-        try:
-            with _without_warnings():
-                dcp.load(held, storage_reader=Reader(saved.folder, saved.content["tensors"]), planner=planner)
+        planner, reader = Loading(), Reader(saved.folder, saved.content["tensors"])
+        with _agreed() as said, _without_warnings():
+            dcp.load(held, storage_reader=reader, planner=planner, no_dist=True)
             planner.require_complete()
-        except CheckpointException as error:
-            raise _damaged(saved.folder, _reason(error)) from error
+        if said.error:
+            raise _damaged(saved.folder, said.error)
         random = saved.content["random"]
         set_random_state(random[self.world.rank if self.world.rank < len(random) else 0], self.world.device)
 
@@ -291,11 +290,25 @@ def _free_bytes(folder: Path) -> int:
     return shutil.disk_usage(existing).free
 
 
-def _reason(error: CheckpointException) -> str:
-    failure, _ = next(iter(error.failures.values()))
-    return str(failure)
+@dataclass
+class _Agreement:
+    error: str = ""
+
+
+@contextmanager
+def _agreed() -> Iterator[_Agreement]:
+    """Catch what goes wrong inside; afterwards `error` holds it on every rank, whichever failed."""
+    agreement = _Agreement()
+    try:
+        yield agreement
+    except CheckpointException as error:
+        failure, _ = next(iter(error.failures.values()))
+        agreement.error = str(failure) or type(failure).__name__
+    except ValueError as error:
+        agreement.error = str(error)
+    agreement.error = next(filter(None, gather_objects(agreement.error)), "")
 
 
 def _without_warnings() -> warnings.catch_warnings[None]:
-    """One rank needs no process group, and is not warned about it."""
+    """`no_dist` is meant, and needs no warning."""
     return warnings.catch_warnings(action="ignore", category=UserWarning)

@@ -32,7 +32,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from rlhf.engine.checkpoint.stored import Part, Stored
+from rlhf.dist import gather_objects
+from rlhf.engine.checkpoint.stored import Part, Shape, Stored
 
 
 def chunk_of(part: Part) -> ChunkStorageMetadata:
@@ -41,33 +42,50 @@ def chunk_of(part: Part) -> ChunkStorageMetadata:
 
 
 class Saving(DefaultSavePlanner):
-    """Plans what each rank writes of a `{key: Stored}`."""
+    """Plans what each rank writes of a `{key: Stored}`.
 
-    def __init__(self) -> None:
+    To be used with `no_dist=True`: PyTorch would send the plans around as pickles. Here each rank sends what it holds,
+    and all of them decide alike.
+    """
+
+    def __init__(self, rank: int) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._rank = rank
 
     def create_local_plan(self) -> SavePlan:
         """Everything that this rank holds; what others hold too is taken away from all but one later."""
-        held = [stored for stored in self.state_dict.values() if 0 not in stored.part.sizes]
-        self.plan = SavePlan([_write_item(stored) for stored in held])
+        self.plan = SavePlan([_write_item(**held) for held in self._held()])
         return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        """This rank's part of the plan of all ranks; all must call."""
+        held = gather_objects(self._held())
+        plans, metadata = super().create_global_plan([SavePlan([_write_item(**one) for one in rank]) for rank in held])
+        return [plans[self._rank]], metadata
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | BytesIO:
         """The rows to be written, from wherever they rest."""
         stored: Stored = self.state_dict[write_item.index.fqn]
         return stored.read()
 
+    def _held(self) -> list[dict[str, Any]]:
+        """Arguments of `_write_item`, as plain values, for everything that this rank holds."""
+        return [
+            {"key": stored.key, "shape": stored.shape, "part": tuple(stored.part), "dtype": _name(stored.dtype)}
+            for stored in self.state_dict.values()
+            if 0 not in stored.part.sizes
+        ]
 
-def _write_item(stored: Stored) -> WriteItem:
-    return WriteItem(
-        index=MetadataIndex(stored.key, stored.part.offset),
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=chunk_of(stored.part),
-            properties=TensorProperties(dtype=stored.dtype),
-            size=torch.Size(stored.shape),
-        ),
-    )
+
+def _write_item(*, key: str, shape: Shape, part: tuple[Shape, Shape], dtype: str) -> WriteItem:
+    chunk = chunk_of(Part(*part))
+    properties = TensorProperties(dtype=getattr(torch, dtype))
+    data = TensorWriteData(chunk=chunk, properties=properties, size=torch.Size(shape))
+    return WriteItem(index=MetadataIndex(key, chunk.offsets), type=WriteItemType.SHARD, tensor_data=data)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Loading(LoadPlanner):

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +35,10 @@ from rlhf.engine.checkpoint.stored import Stored
 class Writer(StorageWriter):
     """Puts what a rank was told to write into its file: what is in memory from a copy, the rest before returning."""
 
-    def __init__(self, writing: Writing, tensors: dict[str, Stored], *, asynchronous: bool) -> None:
-        self.tensors: dict[str, Any] = {}
-        """On the first rank: what is where, without checksums, which are not known before everything is written."""
+    def __init__(self, writing: Writing, tensors: dict[str, Stored], *, rank: int, asynchronous: bool) -> None:
+        self.parts: dict[str, dict[str, Any]] = {}
+        """What this rank wrote of each tensor, and where; checksums are not known before everything is written."""
+        self._rank = rank
         self._writing = writing
         self._stored = tensors
         self._asynchronous = asynchronous
@@ -54,41 +54,44 @@ class Writer(StorageWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Tell each rank which number its file has."""
-        return [SavePlan(plan.items, storage_data=rank) for rank, plan in enumerate(plans)]
+        """Nothing to change."""
+        return plans
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write, or copy for the thread, a tensor at a time."""
-        results = []
         for item in plan.items:
             stored = self._stored[item.index.fqn]
-            nbytes = math.prod(stored.part.sizes) * stored.dtype.itemsize
-            start = self._writing.place(nbytes)
+            start = self._writing.place(math.prod(stored.part.sizes) * stored.dtype.itemsize)
             rows = planner.resolve_data(item)
             assert isinstance(rows, Tensor)
             assert (rows.shape, rows.dtype) == (stored.part.sizes, stored.dtype), item.index.fqn
             later = self._asynchronous and stored.in_memory
             (self._writing.stage if later else self._writing.write)(start, rows)
             place = {"offset": list(stored.part.offset), "sizes": list(stored.part.sizes)}
-            results.append(WriteResult(item.index, nbytes, place | {"file": plan.storage_data, "start": start}))
+            self.parts[item.index.fqn] = place | {"file": self._rank, "start": start}
         future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
+        future.set_result([])  # `parts` says it: results would travel as pickles
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Keep the table of contents, on the first rank."""
-        parts: dict[str, list[dict[str, Any]]] = {}
-        for result in chain(*results):
-            parts.setdefault(result.index.fqn, []).append(result.storage_data)
-        for key, stored in metadata.state_dict_metadata.items():
-            assert isinstance(stored, TensorStorageMetadata)
-            dtype = str(stored.properties.dtype).removeprefix("torch.")
-            self.tensors[key] = {"dtype": dtype, "shape": list(stored.size), "parts": parts[key]}
+        """Nothing to do: the table of contents is made by `contents`."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Any folder will do."""
         return True
+
+
+def contents(tensors: dict[str, Stored], parts: list[dict[str, dict[str, Any]]]) -> dict[str, Any]:
+    """Table of contents of `tensors`, given the `Writer.parts` of every rank."""
+    return {
+        key: {
+            "dtype": str(stored.dtype).removeprefix("torch."),
+            "shape": list(stored.shape),
+            "parts": [written[key] for written in parts if key in written],
+        }
+        for key, stored in tensors.items()
+    }
 
 
 class Reader(StorageReader):
