@@ -18,3 +18,23 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _same_start():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+
+
+class FailuresAtOnce:
+    """Prints each failure when it happens, and not at the end alone: a run may be long, and interrupted."""
+
+    def __init__(self, terminal):
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.write_line(f"{report.when} of {report.nodeid} failed:\n{report.longreprtext}", red=True)
+            self.terminal.flush()
+
+
+@pytest.hookimpl(trylast=True)  # after pytest has made the terminal; the workers of xdist have none
+def pytest_configure(config):
+    terminal = config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        config.pluginmanager.register(FailuresAtOnce(terminal))

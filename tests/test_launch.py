@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -125,3 +126,21 @@ def test_the_meeting_place_of_one_machine_is_closed_to_others():
     with socket.create_connection((place["MASTER_ADDR"], int(place["MASTER_PORT"]))):
         pass
     del store
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_ranks_of_torchrun_end_with_it_also_while_they_import(tmp_path, monkeypatch):
+    (tmp_path / "hydra.py").write_text(
+        f"import os, time\nopen({str(tmp_path / 'pid')!r}, 'w').write(f'{{os.getpid()}} ')\ntime.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "one")
+    torchrun = os.fork()
+    if torchrun == 0:
+        subprocess.run([sys.executable, str(ROOT / "run_pipeline.py")], check=False)
+        os._exit(0)
+    file = tmp_path / "pid"
+    until(lambda: file.exists() and file.read_text().endswith(" "))
+    os.kill(torchrun, signal.SIGKILL)
+    os.waitpid(torchrun, 0)
+    until(lambda: not is_running(int(file.read_text())))

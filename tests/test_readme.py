@@ -46,7 +46,7 @@ def test_command_works(command, tmp_path):
     tools = Path(sys.executable).parent
     program = {"python": sys.executable, "torchrun": str(tools / "torchrun")}.get(words[0], words[0])
     done = subprocess.run(
-        [program, *words[1:]], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=500, check=False
+        [program, *words[1:]], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
 

@@ -276,7 +276,7 @@ def test_a_pipe_gets_answers_and_nothing_else(endless, tmp_path):
         input=b"Movie review:\n\n/max 4\nbad \xff bytes\r\none \\\nmessage\n/nope\nno newline at the end",
         env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"},
         capture_output=True,
-        timeout=100,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr.decode()
@@ -299,7 +299,7 @@ class Screen:
     def type(self, text):
         os.write(self._fd, text.encode())
 
-    def wait_for(self, text, *, seconds=60):
+    def wait_for(self, text, *, seconds=600):
         """Read until `text` appears after what was waited for before."""
         end = time.monotonic() + seconds
         while text not in self.text[self._read :]:

@@ -24,7 +24,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disa
 def pipeline(*arguments, cwd=ROOT):
     command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments]
     environment = {**os.environ, **ONE_THREAD}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1500, check=False)
 
 
 def smoke(folder, *arguments):
@@ -205,15 +205,19 @@ def test_an_interruption_saves_the_run_stops_every_rank_and_says_how_to_go_on(tm
     arguments = ["experiment=smoke", "stage=sft", "sft.max_steps=100000", "sft.eval_every=5", "checkpoint.best=false"]
     command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments, f"output_dir={tmp_path}"]
     log = tmp_path / "log"
-    with log.open("w") as output:
-        running = subprocess.Popen(
-            [*command, f"launch.ranks={ranks}"], env={**os.environ, **ONE_THREAD}, stdout=output, stderr=output
-        )
-        while "sft 5/100000" not in log.read_text():
-            assert running.poll() is None, log.read_text()
-            time.sleep(0.5)
-        running.send_signal(sent)
-        assert running.wait(timeout=120) == 1
+    command = [*command, f"launch.ranks={ranks}"]
+    with (
+        log.open("w") as output,
+        subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=output, stderr=output) as running,
+    ):
+        try:
+            while "sft 5/100000" not in log.read_text():
+                assert running.poll() is None, log.read_text()
+                time.sleep(0.1)
+            running.send_signal(sent)
+            assert running.wait(timeout=600) == 1
+        finally:
+            running.kill()
     (saved,) = (tmp_path / "sft/checkpoints").iterdir()
     assert f"interrupted: sft is saved in {saved}; the same command goes on from there" in log.read_text()
     assert "Traceback" not in log.read_text()

@@ -36,7 +36,7 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     command = [sys.executable, "-m", "tests.stages.killing", str(root), str(SEED)]
     quiet = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return root, json.loads((root / "found.json").read_text())
 

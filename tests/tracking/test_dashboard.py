@@ -11,7 +11,7 @@ import pytest
 
 from rlhf.tracking import dashboard
 from rlhf.tracking.metrics import METRICS
-from tests.tracking.test_wandb import KEY, environment, port
+from tests.tracking.test_wandb import HANGS, KEY, environment, port
 from tests.tracking.wandb_server import serving
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ def call(*arguments, home, command=COMMAND, **settings):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=HANGS,
         check=False,
     )
 
@@ -43,7 +43,7 @@ def call_on_a_terminal(*, home, **settings):
     )
     os.close(theirs)
     try:
-        status = process.wait(timeout=30)
+        status = process.wait(timeout=HANGS)
         return status, os.read(ours, 10000).decode()
     finally:
         process.kill()

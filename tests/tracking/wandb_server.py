@@ -66,7 +66,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _take_rows(self, message):
         if self.server.behaviour == "swallow":
-            self.server.released.wait(60)
+            self.server.released.wait()
         history = message.get("files", {}).get("wandb-history.jsonl", {"content": []})
         self.server.rows += [json.loads(line) for line in history["content"]]
         self._answer({})

@@ -40,7 +40,7 @@ document.title = JSON.stringify(seen);
 
 def browse(path, *options, profile):
     command = [BROWSER, *QUIET, f"--user-data-dir={profile}", *options, path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return done
 

@@ -217,7 +217,7 @@ def test_the_command_writes_the_report_or_says_what_is_wrong(run):
 
 def test_a_live_report_follows_the_run_and_answers_this_machine_only(run):
     def ask(path="/", host="127.0.0.1"):
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=60)
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=600)
         connection.request("GET", path, headers={"Host": f"{host}:{server.server_port}"})
         answer = connection.getresponse()
         return answer.status, answer.read().decode()
