@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from rlhf import dist
+from rlhf.parent import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 
@@ -50,10 +51,11 @@ def fork_ranks(function, ranks, *args, alone=False):
 def fork_until_death(work, ranks, *, alone=False):
     """Exit status of `work(rank)` in each forked rank, negative for a signal, which ends the others as well."""
     store, place = (None, {}) if alone else dist.host_store()
-    children = {}
+    children, parent = {}, os.getpid()
     for rank in range(ranks):
         child = os.fork()
         if child == 0:
+            end_with_parent(parent)
             if not alone:
                 os.environ |= place | {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}

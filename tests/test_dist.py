@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf import dist
+from rlhf import dist, launch
 from rlhf.config import LaunchConfig
+from rlhf.heartbeat import RollCall, interval
+from rlhf.parent import LAUNCHER
 from tests.ranks import ROOT, forbid_unpickling, fork_ranks, fork_until_death
 from tests.test_launch import listening
 
@@ -34,17 +36,48 @@ def everything():
     }
 
 
+SHORT = LaunchConfig(ranks=2, warn_after_s=1, timeout_s=4)
+
+
 def stop_the_second(rank):
     """Rank 0 waits for rank 1, which is stopped."""
-    dist.start("cpu", launch=LaunchConfig(warn_after_s=1, timeout_s=4))
+    dist.start("cpu", launch=SHORT)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     dist.barrier()
 
 
+class Forked:
+    """A rank as the launcher has it."""
+
+    def __init__(self, place, rank):
+        self.status = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.environ |= place | {"WORLD_SIZE": "2", "RANK": str(rank), LAUNCHER: str(os.getppid())}
+            stop_the_second(rank)
+            os._exit(0)
+
+    def poll(self):
+        if self.status is None and os.waitpid(self.pid, os.WNOHANG)[0]:
+            self.status = 1
+        return self.status
+
+
+def watched():
+    """What the launcher says of the two, before which they say nothing."""
+    store, place = dist.host_store()
+    workers = [Forked(place, rank) for rank in range(2)]
+    said = launch._watch(workers, RollCall(store, range(2), launch=SHORT), every_s=interval(SHORT))
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGKILL)
+    return said
+
+
 def main(folder):
     (folder / "found.json").write_text(json.dumps(fork_ranks(everything, 2)))
     (folder / "statuses.json").write_text(json.dumps(fork_until_death(stop_the_second, 2)))
+    (folder / "watched.json").write_text(json.dumps(watched()))
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +106,16 @@ def test_ranks_of_one_machine_are_closed_to_others(ranks):
 
 def test_a_stopped_rank_is_named_and_ends_the_run(ranks):
     assert ranks["statuses"] == [1, -signal.SIGKILL]  # the second is ended by whoever started both
-    warning, end = [line for line in ranks["said"].splitlines() if line.startswith("rank 1 (pid ")][-2:]
+    warning, end = [line for line in ranks["said"].splitlines() if line.startswith("rank 1 (pid ")][:2]
     assert ", stopped) has" in warning
     assert " for 1 s; after launch.timeout_s=4 seconds the run ends" in warning
     assert "longer than launch.timeout_s=4, so the run ends" in end
+
+
+def test_the_launcher_names_a_stopped_rank_of_its_own_and_the_ranks_leave_it_to_that(ranks):
+    assert ranks["watched"].startswith("rank 1 (pid ")
+    assert ranks["watched"].endswith(" for 4 s, longer than launch.timeout_s=4, so the run ends")
+    assert ranks["said"].count("longer than launch.timeout_s") == 1  # where nobody watched
 
 
 if __name__ == "__main__":
