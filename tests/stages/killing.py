@@ -119,14 +119,15 @@ def main(root, seed):
     end_with_parent(os.getppid())
     register_schema()
     found = {}
-    one = {name: [*SETTINGS, f"output_dir={root / name}"] for name in ("whole", "killed")}
+    tokens = f"data.cache_dir={root / 'tokens'}"
+    one = {name: [*SETTINGS, tokens, f"output_dir={root / name}"] for name in ("whole", "killed")}
     found["whole"] = life(one["whole"])
-    shorter = ["stage=[sft]", *SETTINGS[:4], *(each for each in SETTINGS if each.startswith("sft."))]
+    shorter = ["stage=[sft]", tokens, *SETTINGS[:4], *(each for each in SETTINGS if each.startswith("sft."))]
     found["until_best"] = life([*shorter, "sft.max_steps=3", f"output_dir={root}/until_best"])
     found["killed"] = killed_until_finished(root / "killed", one["killed"], ranks=1, seed=seed, count=6)
     models = [f"ppo.actor={root}/whole/sft/model", f"ppo.reward={root}/whole/reward/model", "stage=[ppo]"]
     two = {
-        name: [*SETTINGS[:4], *SETTINGS[-4:], *models, "engine=zero3", f"output_dir={root / name}"]
+        name: [*SETTINGS[:4], *SETTINGS[-4:], *models, tokens, "engine=zero3", f"output_dir={root / name}"]
         for name in ("whole2", "killed2")
     }
     found["whole2"] = life(two["whole2"], ranks=2)

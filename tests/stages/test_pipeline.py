@@ -28,9 +28,8 @@ def pipeline(*arguments, cwd=ROOT):
 
 
 def smoke(folder, *arguments):
-    done = pipeline(
-        "experiment=smoke", "engine.precision=fp32", "tracking.report=false", f"output_dir={folder}", *arguments
-    )
+    shared = ["engine.precision=fp32", "tracking.report=false", f"data.cache_dir={folder.parent / 'tokens'}"]
+    done = pipeline("experiment=smoke", *shared, f"output_dir={folder}", *arguments)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
