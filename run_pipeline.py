@@ -35,11 +35,12 @@ from omegaconf import DictConfig
 from rlhf import launch
 from rlhf.config import Progress, RunConfig
 from rlhf.dist import World, broadcast_object, start, stop
-from rlhf.failure import RunError
+from rlhf.failure import RunError, keep_traceback, sentence_of
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.origin import note_start, remember_command
 from rlhf.tracking.table import printable
 from stages.chat import check_chat, run_chat
+from stages.compatibility import check_made
 from stages.composition import (
     CONF_DIR,
     check_overrides,
@@ -104,10 +105,10 @@ def compose_and_start(config: DictConfig) -> None:
             return
         if run.chat is not None:
             check_chat(run, ranks=world.size)
-    if run.stages or run.uses != ["chat"]:  # a chat alone writes nothing, and may be about a run that is going on
-        make(run, world=world, ranks=ranks)
-    if run.chat is not None:
-        with one_sentence():
+    with one_sentence(RunError, folder=run.output_dir):
+        if run.stages or run.uses != ["chat"]:  # a chat alone writes nothing, and may be about a run that is going on
+            make(run, world=world, ranks=ranks)
+        if run.chat is not None:
             run_chat(run)
 
 
@@ -149,14 +150,21 @@ def checked(run: RunConfig, ranks: int) -> list[str]:
 
 
 @contextmanager
-def one_sentence(kind: type[Exception] = ValueError) -> Iterator[None]:
-    """End the program with the message of an error; HYDRA_FULL_ERROR=1 shows where it came from."""
+def one_sentence(kind: type[Exception] = ValueError, *, folder: str | None = None) -> Iterator[None]:
+    """End the program with what an error has to say to the user; a mistake in the program keeps its traceback.
+
+    Args:
+        kind: errors that are always for the user, beside those that `sentence_of` knows.
+        folder: where the traceback goes; HYDRA_FULL_ERROR=1 shows it instead.
+    """
     try:
         yield
-    except kind as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+    except Exception as error:
+        said = str(error) if isinstance(error, kind) else sentence_of(error)
+        if said is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
-        sys.exit("\n".join(map(printable, f"error: {error}".split("\n"))))
+        note = keep_traceback(error, Path(folder)) if folder and Path(folder).is_dir() else ""
+        sys.exit("\n".join(map(printable, f"error: {said}{note}".split("\n"))))
 
 
 def start_rank(run: RunConfig) -> World:
@@ -169,11 +177,12 @@ def start_rank(run: RunConfig) -> World:
 def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     """Run the named stages in order."""
     setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
-    if world.is_main:
-        note_start(Path(run.output_dir), ranks=world.size, device=world.device)
     try:
-        with one_sentence(RunError):
+        with one_sentence(RunError, folder=run.output_dir):
+            if world.is_main:
+                note_start(Path(run.output_dir), ranks=world.size, device=world.device)
             for stage in stages:
+                check_made(run, stage, made=stages, world=world)
                 run_stage(run, stage, world=world)
     except Stopped:  # on all ranks alike: they can still say good-bye
         stop()
@@ -185,7 +194,7 @@ def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
     """Run one stage, and report on it, also where it could not go on."""
     try:
         STAGES[stage](run, world)
-    except RunError:
+    except Exception:
         report_stage(run, stage, world=world)
         raise
     report_stage(run, stage, world=world)

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
+from rlhf.pretrained import load_auto
 from rlhf.text_pad import set_pad_token
 from rlhf.text_template import ASSISTANT, Chat, Span, Turns, after_answer, encode, turn_end
 from rlhf.text_template import Message as Message
@@ -69,13 +70,11 @@ def load_tokenizer(path: str, *, chat_template: str | None = None, pad_token: st
         chat_template: Jinja file that replaces the tokenizer's own template (`model.chat_template`).
         pad_token: Token to pad with (`model.pad_token`); None looks for one. See [Note: padding].
     """
-    try:
-        folder = str(Path(path).expanduser()) if str(path).startswith("~") else path
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.path={path}: found no tokenizer there that loads. {error}") from error
+    folder = str(Path(path).expanduser()) if str(path).startswith("~") else path
+    complaint = f"{path}: found no tokenizer there that loads:"
+    tokenizer: Tokenizer = load_auto(AutoTokenizer, folder, complaint=complaint)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"model.path={path}: the tokenizer has no EOS token; name one as `eos_token` in its config.")
+        raise ValueError(f"{path}: the tokenizer has no EOS token; name one as `eos_token` in its config.")
     if chat_template is not None:
         if not Path(chat_template).is_file():
             raise ValueError(f"model.chat_template={chat_template}: no such file; expected a Jinja chat template.")

@@ -38,7 +38,7 @@ def set_pad_token(
         tokenizer: Changed in place; keeps its size.
         asked: `model.pad_token`.
         taken: Ids that mean something else: BOS and stop tokens.
-        path: `model.path`, for messages.
+        path: where the tokenizer is, for messages.
     """
     size = len(tokenizer)
     if asked is not None and asked not in tokenizer.get_vocab():
@@ -48,7 +48,7 @@ def set_pad_token(
         )
     pad = asked or _declared(tokenizer, taken) or _unreachable(tokenizer)
     if pad is None:
-        raise ValueError(f"model.path={path}: found no token to pad with; set model.pad_token to one that no text has.")
+        raise ValueError(f"{path}: found no token to pad with; set model.pad_token to one that no text has.")
     tokenizer.add_special_tokens({"pad_token": pad})
     assert len(tokenizer) == size, f"padding with {pad} made the vocabulary grow from {size} to {len(tokenizer)}"
     if tokenizer.pad_token_id == tokenizer.eos_token_id:

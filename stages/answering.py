@@ -37,7 +37,7 @@ from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Said, say, scores_of, statistics_of, texts_of
 from rlhf.text import Tokenizer, decode, stop_token_ids
 from rlhf.types import PromptBatch
-from stages.judging import stored_scale
+from stages.compatibility import stored_scale
 from stages.model_folders import open_engine
 
 log = logging.getLogger(__name__)

@@ -22,19 +22,16 @@ import torch
 
 from rlhf import dist, launch
 from rlhf.chat import Conversation
-from rlhf.config import STAGES, ChatConfig, PromptStyle, RunConfig
+from rlhf.config import ChatConfig, PromptStyle, RunConfig
 from rlhf.dist import World
-from rlhf.models.checkpoint import Checkpoint, local_folder
-from rlhf.models.embedded import prepare
-from rlhf.models.scalar_head import has_scalar_head
-from rlhf.models.skeleton import decoder_config
-from stages.preflight import maker_of
-from stages.speaker import Answer, Speaker, labels, load_speaker, speaker_tokenizer
+from stages.compatibility import check_models
+from stages.handover import is_finished
+from stages.roles import roles_of
+from stages.speaker import Answer, Speaker, labels, load_speaker
 from stages.terminal import Terminal
 
 log = logging.getLogger(__name__)
 
-_POLICIES = {"ppo": "ppo/actor", "sft": "sft/model"}
 _HINT = "Ctrl-C again, Ctrl-D or /quit ends the chat."
 
 
@@ -73,72 +70,24 @@ def check_chat(run: RunConfig, *, ranks: int) -> None:
             f"stage=chat: found {ranks} ranks of torchrun; expected one process, which talks. Start it with python; "
             "launch.ranks may be what it is, for the stages before it."
         )
-    if config.beside is not None and _place(config.beside) == _place(_model(run)):
+    if config.beside is not None and _place(config.beside) == _place(roles_of(run, "chat")[0].path):
         raise ValueError(f"chat.beside={config.beside} is chat.model itself; expected another model, or null.")
-    for name, path in _paths(run).items():
-        if not _is_to_come(run, name, path=path):
-            _check_model(run, path, name=f"{name}={path}")
-
-
-def _paths(run: RunConfig) -> dict[str, str]:
-    assert run.chat is not None
-    paths = {"chat.model": _model(run), "chat.beside": run.chat.beside}
-    return {name: path for name, path in paths.items() if path is not None}
-
-
-def _model(run: RunConfig) -> str:
-    """Who answers: the model that is named, or the last policy that this folder will have, or has."""
-    assert run.chat is not None
-    if run.chat.model is not None:
-        return run.chat.model
-    folder = Path(run.output_dir)
-    made = [product for stage, product in _POLICIES.items() if stage in run.stages]
-    there = [product for product in _POLICIES.values() if (folder / product).exists()]
-    return str(folder / [*made, *there, _POLICIES["ppo"]][0])
+    check_models(run, ["chat"], todo=[stage for stage in run.stages if not is_finished(run, stage)])
 
 
 def _place(path: str) -> Path:
     return Path(path).expanduser().resolve()
 
 
-def _is_to_come(run: RunConfig, name: str, *, path: str) -> bool:
-    """Whether this run makes the model first; raises ValueError where a stage would, but is not selected."""
-    if Path(path).expanduser().exists():
-        return False
-    maker = maker_of(run, path)
-    if maker is None or maker in run.stages:
-        return maker is not None
-    chosen = [*STAGES[: STAGES.index(maker) + 1], "chat"]
-    raise ValueError(
-        f"{name}={path}: there is no such model yet. Run the stages that make it, as in stage=[{','.join(chosen)}], "
-        f"or name another, as in {name}=MODEL."
-    )
-
-
-def _check_model(run: RunConfig, path: str, *, name: str) -> None:
-    if run.model.embedded is not None and path == run.model.path:
-        prepare(run.model.embedded, Path(path))
-    try:
-        folder = local_folder(path)
-        Checkpoint(folder)
-        decoder_config(folder)
-        scores = has_scalar_head(folder)
-        speaker_tokenizer(run, str(folder))
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-    if scores:
-        raise ValueError(f"{name}: it is a reward model or critic, which gives scores; expected one that speaks.")
-
-
 def _load(run: RunConfig, world: World, *, stack: ExitStack) -> list[Speaker]:
-    paths = _paths(run)
+    roles = roles_of(run, "chat")
+    if run.stages:  # they were made since they could be checked
+        check_models(run, ["chat"])
     speakers = []
-    for (name, path), label in zip(paths.items(), labels(list(paths.values())), strict=True):
-        if run.stages:  # it was made since it could be checked
-            _check_model(run, path, name=f"{name}={path}")
-        speaker = load_speaker(run, path, label=label, world=world)
+    for role, label in zip(roles, labels([role.path for role in roles]), strict=True):
+        speaker = load_speaker(run, role.path, label=label, world=world)
         stack.enter_context(closing(speaker.engine))
-        log.info("%s: %s on %s, %s", label, path, world.device, str(speaker.engine.dtype).removeprefix("torch."))
+        log.info("%s: %s on %s, %s", label, role.path, world.device, str(speaker.engine.dtype).removeprefix("torch."))
         speakers.append(speaker)
     return speakers
 
@@ -175,7 +124,7 @@ def new_conversation(run: RunConfig, speakers: list[Speaker]) -> Conversation:
 
 
 def _starts_plain(run: RunConfig, config: ChatConfig) -> bool:
-    is_own = _place(_model(run)).is_relative_to(run.output_dir)
+    is_own = _place(roles_of(run, "chat")[0].path).is_relative_to(run.output_dir)
     return config.prompts == PromptStyle.plain or (config.prompts == PromptStyle.plain_if_own and is_own)
 
 

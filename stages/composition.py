@@ -22,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 import conf
 from rlhf.config import STAGES, USES, ChatConfig, EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
 from rlhf.dist import broadcast_object
+from rlhf.files import write_text
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
 _CHOSEN_BY_ENGINE = ("zero_stage", "optimizer_tier", "parameter_tier")
@@ -156,8 +157,7 @@ def save_run(run: RunConfig) -> Path:
     An evaluation by itself leaves that of the stages alone.
     """
     path = Path(run.output_dir) / ("config.yaml" if run.stages else "eval/config.yaml")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(_to_yaml(run))
+    write_text(path, _to_yaml(run))
     return path
 
 

@@ -26,6 +26,7 @@ from rlhf.config import EvalConfig, RunConfig
 from rlhf.dist import World, barrier
 from rlhf.evaluation import load_gold
 from rlhf.failure import RunError
+from rlhf.files import write_text
 from rlhf.judges import HUMAN, REWARD, Pairs, Person, Verdict
 from rlhf.tracking.evaluations import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, summary_of, tables
 from rlhf.tracking.journal import Journal, valid_json
@@ -33,7 +34,8 @@ from rlhf.tracking.table import table
 from rlhf.tracking.tracker import start_wandb
 from stages.answering import PairScores, Room
 from stages.composition import as_plain
-from stages.evaluation_checks import check_models, held_out_rows, model_paths
+from stages.evaluation_checks import held_out_rows
+from stages.roles import roles_of
 from stages.session import stage_tokenizer
 
 log = logging.getLogger(__name__)
@@ -44,13 +46,9 @@ def run_eval(run: RunConfig, world: World) -> None:
     config = run.eval
     assert config is not None
     tokenizer = stage_tokenizer(run, config.model)
-    try:
-        check_models(config, tokenizer, left_out=set())  # of those, too, that this run has made
-        rows = held_out_rows(run, config, tokenizer=tokenizer)
-    except ValueError as error:
-        raise RunError(str(error)) from error
+    rows = held_out_rows(run, config, tokenizer=tokenizer)
     room = Room(config, world, tokenizer, rows)
-    sides = {name: path for name, path in model_paths(config).items() if name in ("model", "against")}
+    sides = {role.name: role.path for role in roles_of(run, "eval") if role.writes}
     contestants = {side: room.ask(path) for side, path in sides.items()}
     if config.reference is not None:
         room.measure_kl(config.reference, list(contestants.values()))
@@ -136,7 +134,7 @@ def person(folder: Path) -> Person:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    return Person(read=sys.stdin.readline, write=write, journal=Journal(folder / JUDGEMENTS))
+    return Person(read=sys.stdin.readline, write=write, journal=Journal(folder / JUDGEMENTS, steps=False))
 
 
 def results_of(
@@ -178,13 +176,9 @@ def sample_rows(
 
 
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | None = None) -> None:
-    """Write each row as JSON, the whole file or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
-        for row in rows:
-            file.write(json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False, indent=indent) + "\n")
-    temporary.replace(path)
+    """Write each row as JSON, the whole file or nothing; raises RunError where the disk is full."""
+    lines = (json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False, indent=indent) for row in rows)
+    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def send(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mapping[str, Any]], folder: Path) -> None:

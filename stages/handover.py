@@ -9,19 +9,29 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+import logging
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config import STAGES, RunConfig
 from rlhf.dist import barrier, gather_objects
 from rlhf.engine.checkpoint.checkpoints import steps_in
+from rlhf.files import Seal, broken_seal, read_json, seal, write_text
+from rlhf.tracking.journal import Journal
 from stages.composition import as_plain
 from stages.resume import CHECKPOINTS
+
+log = logging.getLogger(__name__)
 
 RECORD = "stage.json"
 CONFIG = "config.json"
 LOCK = ".lock"
+_CHECKSUM = "sha256"
+"""Of all else in a record."""
+_LONG = 4e9
+"""Bytes whose hashing is announced."""
 _FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size")
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
@@ -51,17 +61,74 @@ class Record:
     """The same metrics after it."""
     merged: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Of models with adapters, by name: the fields of `model_folders.Merge`; beside a model, only its own."""
+    files: Seal = field(default_factory=dict)
+    """Sizes and checksums of the files that belong to it, which `check_seal` compares."""
 
 
-def write_record(record: Record, folder: Path) -> None:
-    """Write `stage.json` whole or not at all."""
-    _write_json(folder / RECORD, asdict(record))
+def write_record(record: Record, folder: Path, *, files: Iterable[Path] = ()) -> None:
+    """Write `stage.json`, with checksums of itself and of `files` in `folder`, whole or not at all."""
+    content = asdict(replace(record, files=seal(files, root=folder)))
+    write_text(folder / RECORD, json.dumps({**content, _CHECKSUM: _digest_of(content)}, indent=2))
 
 
 def read_record(folder: Path) -> Record | None:
-    """The record in `folder`, or None where there is none."""
+    """The record in `folder`, or None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     path = folder / RECORD
-    return Record(**json.loads(path.read_text())) if path.exists() else None
+    if not path.exists():
+        return None
+    mend = f"Bring it back from a copy, or remove {folder} to make it again."
+    content = read_json(path, mend=mend)
+    checksum = content.pop(_CHECKSUM, None)
+    names = {entry.name for entry in fields(Record)}
+    if not {"stage", "template", "pad_id"} <= content.keys() <= names:
+        raise ValueError(f"{path} is no record of a stage: found {sorted(content)}, expected {sorted(names)}. {mend}")
+    if checksum is not None and checksum != _digest_of(content):
+        raise ValueError(f"{path} is damaged: its content is not what was written. {mend}")
+    return Record(**content)
+
+
+def check_seal(folder: Path, *, made_in: Path | None = None) -> None:
+    """The files in `folder` are those that its record was written with, and so are those of the records among them.
+
+    Every byte is read, about a gigabyte in a second on each core.
+
+    Args:
+        folder: that of a model, or of a finished stage.
+        made_in: the folder of the stage, for a model whose record is one of its files.
+
+    Raises:
+        ValueError: which file is missing or damaged, and what to do.
+    """
+    record = read_record(folder)
+    if record is None:
+        return
+    if not record.files:
+        log.info("%s was written by an earlier version, without checksums: its files are used unchecked", folder)
+    nbytes = sum(entry["size"] for entry in record.files.values())
+    if nbytes > _LONG:
+        log.info("%s: comparing %.0f GB with their checksums", folder, nbytes / 1e9)
+    broken = broken_seal(folder, record.files)
+    models = [(folder / name).parent for name in record.files if Path(name).name == RECORD]
+    if broken:
+        stage = folder if models else made_in
+        other = f"{stage} to make it again" if stage else f"{folder / RECORD} to use the model as it is now"
+        raise ValueError(f"{broken}. Bring it back from a copy, or remove {other}.")
+    for model in models:
+        check_seal(model, made_in=folder)
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What belongs to the model in `folder`; notes that people add do not."""
+    found = [path for path in folder.rglob("*") if path.is_file()]
+    return [path for path in found if path.name != RECORD and path.suffix != ".md"]
+
+
+def _digest_of(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
@@ -95,18 +162,22 @@ def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_folder(run: RunConfig, stage: str) -> None:
-    """Refuse a folder that holds results of other settings.
+    """Refuse a folder that holds results of other settings, or a finished stage that is not what it was.
 
     Raises:
-        ValueError: which settings differ, and what to do.
+        ValueError: which settings differ or which file is damaged, and what to do.
     """
     folder = Path(run.output_dir) / stage
-    metrics = folder / "metrics.jsonl"
-    has_steps = metrics.exists() and len(metrics.read_text().splitlines()) > 1
+    if is_finished(run, stage):
+        check_seal(folder)
+    has_steps = Journal(folder / "metrics.jsonl").count() > 1
     has_results = is_finished(run, stage) or has_steps or bool(steps_in(folder / CHECKPOINTS))
-    if not has_results or not (folder / CONFIG).exists():
+    if not has_results:
         return
-    found, expected = json.loads((folder / CONFIG).read_text()), settings_of(run, stage)
+    mend = f"Bring it back from a copy, choose another output_dir=, or remove {folder} to make it again."
+    if not (folder / CONFIG).exists():
+        raise ValueError(f"{folder / CONFIG} is missing, which says how the results there were made. {mend}")
+    found, expected = read_json(folder / CONFIG, mend=mend), settings_of(run, stage)
     differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
     if differing:
         changes = "; ".join(f"{name}: there {found.get(name)!r}, now {expected.get(name)!r}" for name in differing[:5])
@@ -119,7 +190,7 @@ def check_folder(run: RunConfig, stage: str) -> None:
 
 def claim_folder(run: RunConfig, stage: str) -> None:
     """Say in the stage's folder which settings it is made from."""
-    _write_json(Path(run.output_dir) / stage / CONFIG, settings_of(run, stage))
+    write_text(Path(run.output_dir) / stage / CONFIG, json.dumps(settings_of(run, stage), indent=2))
 
 
 def lock_folder(run: RunConfig) -> IO[bytes]:
@@ -159,10 +230,3 @@ def check_shared(run: RunConfig) -> None:
 def is_finished(run: RunConfig, stage: str) -> bool:
     """True when the stage's folder is complete."""
     return (Path(run.output_dir) / stage / RECORD).exists()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2))
-    temporary.rename(path)

@@ -35,7 +35,7 @@ from rlhf.engine.precision import working_dtype
 from rlhf.launch import local_ranks
 from rlhf.models.shapes import Adapters, Head, Shape
 from stages.planning_work import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised
-from stages.preflight import maker_of
+from stages.roles import maker_of
 
 EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
 """What is in the output folder; everything else on disk is below `engine.nvme_path`."""

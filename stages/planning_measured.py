@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
 from rlhf.config import RunConfig
 from rlhf.dist import World
+from rlhf.files import read_json
 from rlhf.tracking.memory import peak_metrics
 from rlhf.tracking.table import table
 from rlhf.tracking.timing import Stopwatch
@@ -22,8 +22,7 @@ def beside_plan(run: RunConfig, stage: str, *, world: World, watch: Stopwatch) -
 
     On a CPU the measured peaks include what the allocator has kept from earlier phases.
     """
-    path = Path(run.output_dir) / NUMBERS
-    planned = json.loads(path.read_text()).get(stage, {}) if path.exists() else {}
+    planned = read_json(Path(run.output_dir) / NUMBERS).get(stage, {})
     measured = {name: peak for phase, peak in watch.highest.items() for name, peak in peak_metrics(phase, peak).items()}
     rows, expected = [], {}
     for phase, places in planned.items():

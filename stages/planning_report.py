@@ -16,6 +16,7 @@ import torch
 from rlhf.config import RunConfig
 from rlhf.dist import World, barrier
 from rlhf.engine.memory.plan import Item, Limits, Phase, Place, Plan, chosen_limits
+from rlhf.files import write_text
 from rlhf.launch import under_torchrun
 from rlhf.tracking.memory import resident
 from rlhf.tracking.table import table
@@ -42,10 +43,9 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     log.info("%s", short_text(plans, limits))
     texts = [full_text(plan, limits) for plan in plans]
     verdicts = [verdict(run, plan, machine=machine, limits=limits) for plan in plans]
-    path = Path(run.output_dir) / PLAN
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
-    (path.parent / NUMBERS).write_text(json.dumps({plan.stage: numbers(plan) for plan in plans}, indent=2) + "\n")
+    folder = Path(run.output_dir)
+    write_text(folder / PLAN, "\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
+    write_text(folder / NUMBERS, json.dumps({plan.stage: numbers(plan) for plan in plans}, indent=2) + "\n")
     refused = [said for plan, said in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
     refused += [said for plan in plans for said in full_disks(run, plan)]
     if refused and run.memory.enforce:

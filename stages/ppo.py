@@ -29,9 +29,9 @@ from rlhf.rollout import Collector, Models, ScoreScale, without_bad_rows
 from rlhf.text import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
 from rlhf.types import PPOBatch, PromptBatch
+from stages.compatibility import score_scale, stored_scale
 from stages.handover import Record
 from stages.improve import advantages_of, improve
-from stages.judging import check_judges, score_scale, stored_scale
 from stages.model_folders import open_engine
 from stages.resume import Parts
 from stages.session import Session, open_session, stage_tokenizer
@@ -46,7 +46,6 @@ def run_ppo(run: RunConfig, world: World) -> Record:
     assert config is not None
     tokenizer = stage_tokenizer(run, config.actor)
     splits = prompts(run.data, config, tokenizer=tokenizer)
-    check_judges(config, tokenizer)
     scale = score_scale(config)
     with (
         open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,

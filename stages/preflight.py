@@ -1,7 +1,7 @@
 """Everything that can be wrong with a run, found before a model is loaded.
 
-In this order: folders of other settings, batch arithmetic, missing inputs, and, once the tokenizer is there, rows,
-templates and lengths. Left out: whether the run fits into memory.
+In this order: folders of other settings, batch arithmetic, models, and, once the tokenizer is there, rows, templates
+and lengths. Left out: whether the run fits into memory.
 """
 
 from __future__ import annotations
@@ -28,22 +28,18 @@ from rlhf.dist import check_devices
 from rlhf.engine.tiers import disk
 from rlhf.evaluation import load_gold
 from rlhf.launch import local_ranks
-from rlhf.models.checkpoint import local_folder
-from rlhf.models.embedded import prepare
-from rlhf.models.skeleton import max_positions
-from rlhf.text import Tokenizer
 from rlhf.tracking.tracker import requested_mode
+from stages.compatibility import check_models, score_scale
 from stages.evaluation_checks import check_evaluation
 from stages.handover import check_folder, is_finished
-from stages.judging import check_judges, score_scale
 from stages.resume import check_resume, forget
+from stages.roles import maker_of, origin_of, roles_of
 from stages.session import stage_tokenizer
 
 log = logging.getLogger(__name__)
 
 _READERS = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
 _FEW_PAIRS = 30
-_PRODUCTS = {"sft/model": "sft", "reward/model": "reward", "ppo/actor": "ppo"}
 
 
 def preflight(run: RunConfig, *, ranks: int) -> list[str]:
@@ -66,7 +62,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
         check_device(run, stage)
         check_disks(run, stage)
-        check_inputs(run, stage)
+    check_models(run, [*todo, *(use for use in run.uses if use == "eval")], todo=todo)
     load_gold(run.data.gold)
     if requested_mode(run.tracking.wandb) is WandbMode.disabled and run.tracking.histograms_every:
         log.warning(
@@ -90,7 +86,7 @@ def check_descent(run: RunConfig, todo: list[str]) -> None:
     for stage in STAGES:
         if stage in todo or not is_finished(run, stage) or getattr(run, stage) is None:
             continue
-        makers = {maker_of(run, path) for path in model_paths(run, stage).values()} & set(todo)
+        makers = {maker_of(run, role.path) for role in roles_of(run, stage)} & set(todo)
         if makers:
             folder = Path(run.output_dir) / stage
             raise ValueError(
@@ -158,58 +154,6 @@ def check_disks(run: RunConfig, stage: str) -> None:
             disk.check_folder(engine.nvme_path, nbytes=0)
 
 
-def check_inputs(run: RunConfig, stage: str) -> None:
-    """Every model that a stage starts from is a decoder that is there, or will be made by an earlier stage.
-
-    Raises:
-        ValueError: which is missing and what would make it, or why one cannot be used.
-    """
-    for setting, path in model_paths(run, stage).items():
-        maker = maker_of(run, path)
-        if Path(path).exists():
-            check_positions(run, stage, limit=max_positions(Path(path)))
-        elif maker is not None and maker not in run.stages:
-            needed = [s for s in STAGES[: STAGES.index(stage)] if s not in run.stages and not is_finished(run, s)]
-            chosen = [s for s in STAGES if s in {*needed, *run.stages}]
-            raise ValueError(
-                f"{setting}={path}: there is no such model. Run the stages that make it first, "
-                f"as in stage=[{','.join(chosen)}], or name another, as in {setting}=MODEL."
-            )
-        elif maker is None and not (run.model.embedded and path == run.model.path):
-            check_positions(run, stage, limit=max_positions(local_folder(path)))
-
-
-def check_positions(run: RunConfig, stage: str, *, limit: int) -> None:
-    """The longest prompt and the longest response fit into the model together.
-
-    Raises:
-        ValueError: they do not.
-    """
-    config = getattr(run, stage)
-    longest = config.max_prompt_tokens + config.max_response_tokens
-    if longest > limit:
-        raise ValueError(
-            f"{stage}.max_prompt_tokens + {stage}.max_response_tokens = {config.max_prompt_tokens} + "
-            f"{config.max_response_tokens}: the model has {limit} positions; expected at most that many together."
-        )
-
-
-def maker_of(run: RunConfig, path: str) -> str | None:
-    """The stage of this run's folder that makes the model at `path`, if any does."""
-    products = {str(Path(run.output_dir) / product): maker for product, maker in _PRODUCTS.items()}
-    return products.get(path)
-
-
-def model_paths(run: RunConfig, stage: str) -> dict[str, str]:
-    """The models a stage starts from, by the name of the setting."""
-    config = getattr(run, stage)
-    if isinstance(config, PPOConfig):
-        named = {name: getattr(config, name) for name in ("actor", "reference", "reward", "critic")}
-    else:
-        named = {"init_from": config.init_from}
-    return {f"{stage}.{name}": path for name, path in named.items() if path is not None}
-
-
 def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: int) -> None:
     """The warm-up ends before the stage does.
 
@@ -230,10 +174,9 @@ def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: 
             )
 
 
-def check_ppo(run: RunConfig, config: PPOConfig, *, tokenizer: Tokenizer) -> None:
-    """The reward model, where it is there already, can judge the actor; a warning where KL would mean little."""
-    if maker_of(run, config.reward) is None or Path(config.reward).exists():
-        check_judges(config, tokenizer)
+def check_ppo(run: RunConfig, config: PPOConfig, *, todo: list[str]) -> None:
+    """The scale of scores is known, where the reward model is there already; a warning where KL would mean little."""
+    if maker_of(run, config.reward) not in todo:
         score_scale(config)
     if config.sampling.top_k or config.sampling.top_p < 1:
         log.warning(
@@ -250,12 +193,9 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
     Raises:
         ValueError: a data set, a row, or a template that cannot be used.
     """
-    if run.model.embedded is not None:
-        prepare(run.model.embedded, Path(run.model.path))
     for stage in stages:
-        config, path = getattr(run, stage), next(iter(model_paths(run, stage).values()))
-        is_to_come = maker_of(run, path) is not None and not Path(path).exists()
-        tokenizer = stage_tokenizer(run, run.model.path if is_to_come else path)
+        config, first = getattr(run, stage), roles_of(run, stage)[0]
+        tokenizer = stage_tokenizer(run, origin_of(run, first, todo=stages))
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
         if splits.note:
             log.warning("%s", splits.note)
@@ -269,5 +209,5 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         if stage == "reward" and len(splits.eval) < _FEW_PAIRS:
             log.warning("reward: only %s held-out pairs set the scale of all scores in PPO", len(splits.eval))
         if isinstance(config, PPOConfig):
-            check_ppo(run, config, tokenizer=tokenizer)
+            check_ppo(run, config, todo=stages)
         log.info("%s: %s rows to train on, %s held out", stage, len(splits.train), len(splits.eval))

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 from rlhf.config import STAGES, RunConfig
-from rlhf.tracking.journal import Journal
 from rlhf.tracking.metrics import metric
+from rlhf.tracking.report.reading import Reader
 from rlhf.tracking.report.record import can_report
 from rlhf.tracking.table import table
 from stages.handover import is_finished, read_record
@@ -71,7 +71,10 @@ def _stage_rows(folder: Path) -> list[list[object]]:
 
 
 def _sample_pairs(path: Path) -> list[list[object]]:
-    rows = Journal(path).rows()
+    reader = Reader(path.parent)
+    rows = reader.rows(path.name, required=False)
+    for note in reader.notes:
+        log.warning("%s/%s", path.parent, note)
     if not rows:
         return []
     first = [row for row in rows if row["step"] == rows[0]["step"]]

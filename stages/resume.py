@@ -82,7 +82,8 @@ class Parts:
         for name, engine in self.engines.items():
             engine.load_counters(state["engines"][name])
         for name, part in self.others.items():
-            part.load_state_dict(state["others"][name])
+            if name in state["others"]:  # earlier versions did not count the rows of the tracker
+                part.load_state_dict(state["others"][name])
 
     def require_same(self, saved: Saved) -> None:
         """Raises ValueError where the checkpoint was made from other data, or in another precision."""

@@ -22,7 +22,7 @@ from rlhf.text import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
 from stages.composition import as_plain
-from stages.handover import Record, claim_folder, write_record
+from stages.handover import CONFIG, RECORD, Record, claim_folder, model_files, write_record
 from stages.model_folders import export_model
 from stages.planning_measured import beside_plan
 from stages.resume import Keeper, Parts, Progress
@@ -73,6 +73,7 @@ class Session:
     def begin(self, parts: Parts, *, evaluate: Callable[[], dict[str, float]]) -> None:
         """Go on from the newest checkpoint, or evaluate for the first time where there is none."""
         total_steps = self.tracker.total_steps
+        parts = replace(parts, others={**parts.others, "tracker": self.tracker})
         self._keeper = Keeper.of(
             self.folder, self.run.checkpoint, stage=self.stage, total_steps=total_steps, parts=parts
         )
@@ -170,11 +171,9 @@ class Session:
         self._warn_of_no_steps()
         self.tracker.summary(record.after | beside_plan(self.run, self.stage, world=self.world, watch=self.watch))
         if self.world.is_main:
-            if self.folder / BEST in self._merged:
-                self._write_records(self._record(self.progress.best, score_units), self.folder / BEST)
+            best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
+            self._write_records(record, best)
             self.tracker.models({name: self.folder / name for name in self.keeper.parts.engines})
-            self._write_records(record, self.folder)
-            write_record(replace(record, merged=self._merged[self.folder]), self.folder)
         dist.barrier()
         self.keeper.finish()
         return record
@@ -196,11 +195,16 @@ class Session:
                 found[name] = export_model(engine, folder / name, tokenizer=self.tokenizer)
         self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
 
-    def _write_records(self, record: Record, folder: Path) -> None:
-        """Beside each model in `folder`, with what is said of that one."""
-        for name in self.keeper.parts.engines:
-            merged = {model: merge for model, merge in self._merged[folder].items() if model == name}
-            write_record(replace(record, merged=merged), folder / name)
+    def _write_records(self, record: Record, best: Record) -> None:
+        """Beside each model, with what is said of that one, and last of all in the stage's folder."""
+        sealed = [self.folder / CONFIG]
+        for folder, merges in self._merged.items():
+            for name in self.keeper.parts.engines:
+                own = {model: merge for model, merge in merges.items() if model == name}
+                said = replace(record if folder == self.folder else best, merged=own)
+                write_record(said, folder / name, files=model_files(folder / name))
+                sealed.append(folder / name / RECORD)
+        write_record(replace(record, merged=self._merged[self.folder]), self.folder, files=sealed)
 
     def _record(
         self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None

@@ -21,7 +21,7 @@ from rlhf.generation.generate import Decoding, generate
 from rlhf.generation.streaming import TextStream
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.checkpoint import local_folder
-from rlhf.models.skeleton import max_positions
+from rlhf.models.skeleton import decoder_config, max_positions
 from rlhf.text import Tokenizer, decode, load_tokenizer, stop_token_ids, tokenize_prompt
 from rlhf.types import PromptBatch
 from stages.model_folders import open_engine
@@ -136,7 +136,7 @@ def load_speaker(run: RunConfig, path: str, *, label: str, world: World) -> Spea
     folder = local_folder(path)
     tokenizer = speaker_tokenizer(run, str(folder))
     engine = open_engine(causal_lm(folder), config=config.engine, world=world)
-    return Speaker(label, engine, tokenizer, positions=max_positions(folder))
+    return Speaker(label, engine, tokenizer, positions=max_positions(decoder_config(folder)))
 
 
 def labels(paths: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "stages", "data", "conf")
 FLOORS = [
     {"rlhf.config_groups", "rlhf.failure", "rlhf.types"},
-    {"rlhf.config_engine"},
+    {"rlhf.config_engine", "rlhf.files", "rlhf.pretrained"},
     {"rlhf.config_stages"},
     {"rlhf.config_uses"},
     {"rlhf.config"},

@@ -108,7 +108,7 @@ def test_the_higher_score_wins_equal_responses_tie_and_what_is_not_finite_is_not
 def person(folder, lines):
     """Somebody who types `lines`, and what they have seen."""
     screen, keys = io.StringIO(), io.StringIO(lines)
-    return Person(keys.readline, screen.write, Journal(folder / "judgements.jsonl")), screen
+    return Person(keys.readline, screen.write, Journal(folder / "judgements.jsonl", steps=False)), screen
 
 
 def test_a_person_is_asked_blind_and_equal_responses_are_a_tie(tmp_path):

@@ -198,7 +198,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
-    with pytest.raises(ValueError, match=f"model.path={tmp_path}"):
+    with pytest.raises(ValueError, match=f"{tmp_path}: found no tokenizer"):
         load_tokenizer(str(tmp_path))
 
 

@@ -13,6 +13,7 @@ from rlhf.models.checkpoint import Checkpoint, local_folder
 from rlhf.models.skeleton import decoder_config, skeleton
 from rlhf.models.surgery import with_dropout
 from rlhf.models.weights import open_weights
+from rlhf.pretrained import reading
 
 
 def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> Blueprint:
@@ -34,13 +35,20 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
     config = decoder_config(folder)
     checkpoint = Checkpoint(folder)
     module = causal_lm_module(with_dropout(config, dropout))
-    if (folder / "generation_config.json").is_file():
-        module.generation_config = GenerationConfig.from_pretrained(folder)
+    module.generation_config = generation_config(folder) or module.generation_config
     config.architectures = [type(module).__name__]
     # An export writes the checkpoint's own dropout; the modules below have theirs from the other copy.
     config._attn_implementation = module.config._attn_implementation
     module.config = config
     return assemble(module, open_weights(module, checkpoint), config=config, new={}, lora=lora, seed=seed)
+
+
+def generation_config(folder: Path) -> GenerationConfig | None:
+    """How the model in `folder` wants to generate, None where it does not say; raises ValueError for a damaged file."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    with reading(f"Model folder {folder}: transformers cannot read its `generation_config.json`:"):
+        return GenerationConfig.from_pretrained(folder)
 
 
 def causal_lm_module(config: PreTrainedConfig) -> PreTrainedModel:

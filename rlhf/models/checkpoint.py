@@ -5,15 +5,16 @@ Only safetensors are read; nothing is unpickled. Left out: what the tensors mean
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from rlhf.files import read_json
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -53,14 +54,23 @@ class Checkpoint:
     """The tensors of a folder with `model.safetensors`, or with an index and several shards, memory mapped."""
 
     def __init__(self, folder: Path) -> None:
-        """Read the names of the tensors.
+        """Open every file, which compares what its header says with its size, and read the names of the tensors.
 
         Raises:
-            ValueError: `folder` holds no safetensors.
+            ValueError: `folder` holds no safetensors, or not all of them, or one is damaged.
         """
         self.folder = folder
-        self._file_of = _files_by_key(folder)
-        self._open: dict[str, safe_open] = {}
+        expected = _indexed(folder)
+        files = sorted(set(expected.values())) if expected else [_SINGLE]
+        self._open = {file: _opened(folder / file) for file in files}
+        found = {key: file for file, handle in self._open.items() for key in handle.keys()}  # noqa: SIM118
+        self._file_of = expected or found
+        astray = [key for key, file in expected.items() if found.get(key) != file]
+        if astray:
+            raise ValueError(
+                f"Model folder {folder}: {_INDEX} looks for {len(astray)} tensors in files that lack them, such as "
+                f"{astray[0]!r}. The files are not of one model: copy them again."
+            )
 
     def __contains__(self, key: object) -> bool:
         return key in self._file_of
@@ -81,21 +91,27 @@ class Checkpoint:
         return handle.get_slice(key)[rows]
 
     def _handle(self, key: str) -> safe_open:
-        file = self._file_of[key]
-        if file not in self._open:
-            self._open[file] = safe_open(self.folder / file, framework="pt")
-        return self._open[file]
+        return self._open[self._file_of[key]]
 
 
-def _files_by_key(folder: Path) -> dict[str, str]:
+def _indexed(folder: Path) -> dict[str, str]:
+    """The file of each tensor by the index; empty where there is one file without an index."""
     if (folder / _INDEX).is_file():
-        files = json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = read_json(folder / _INDEX, mend="Copy it again.").get("weight_map")
+        if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
+            raise ValueError(f"Model folder {folder}: {_INDEX} has no `weight_map` of files. Copy it again.")
         _require_shards(folder, set(files.values()))
         return files
     if (folder / _SINGLE).is_file():
-        with safe_open(folder / _SINGLE, framework="pt") as handle:
-            return dict.fromkeys(handle.keys(), _SINGLE)  # noqa: SIM118 (a safetensors handle is not iterable)
+        return {}
     raise ValueError(_no_weights(folder))
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged, or cannot be read: {error}. Copy it again.") from error
 
 
 def _require_shards(folder: Path, files: set[str]) -> None:

@@ -32,6 +32,7 @@ from transformers import (
 )
 
 from rlhf.config import Embedded
+from rlhf.pretrained import load_auto
 
 logger = logging.getLogger(__name__)
 
@@ -196,9 +197,11 @@ def _require_hash(file: Path, expected: str) -> None:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer = load_auto(AutoTokenizer, gguf.parent, complaint=f"{gguf}:", gguf_file=gguf.name)
     tokenizer.pad_token = _SMOLLM2_PAD
-    loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
+    loaded = load_auto(
+        AutoModelForCausalLM, gguf.parent, complaint=f"{gguf}:", gguf_file=gguf.name, dtype=torch.bfloat16
+    )
     settings = loaded.config.to_dict()
     for stale in ("quantization_config", "_model_name_or_path"):
         settings.pop(stale, None)

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.files import writing
 from rlhf.models import lora
 from rlhf.models.streaming import Entry, ShardedFiles
 from rlhf.models.weights import persistent_buffers
@@ -50,31 +51,45 @@ def export(
 
     Returns:
         With adapters, the share of their change that the type of the merged weights keeps (`lora.Survival`).
+
+    Raises:
+        RunError: the disk is full, or cannot be written; what was there is as it was.
     """
     if not write:
         deque(tensors, maxlen=0)
         return None
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    adapters: dict[str, Tensor] = {}
     survival = lora.Survival()
-    entries = _entries(module, dtype)
-    files = ShardedFiles(partial, entries, max_shard_bytes=max_shard_bytes)
+    adapters: dict[str, Tensor] = {}
     try:
-        for name, tensor in _plain_tensors(module, tensors, adapters=adapters, dtype=dtype, survival=survival):
+        with writing(folder):
+            partial.mkdir(parents=True)
+            plain = _plain_tensors(module, tensors, adapters=adapters, dtype=dtype, survival=survival)
+            entries = _entries(module, dtype)
+            _write_tensors(partial, plain, entries=entries, max_shard_bytes=max_shard_bytes)
+            _write_model_config(partial, module.config, pad_id=tokenizer.pad_token_id, dtype=_dtype_of(entries))
+            tokenizer.save_pretrained(partial)
+            if isinstance(module, PreTrainedModel):
+                _write_generation_config(partial, module.generation_config, tokenizer=tokenizer)
+            if adapters:
+                _write_adapter(partial / "adapter", module, adapters=adapters)
+            _publish(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # where it could not be finished, its room is needed
+    return survival.share if adapters else None
+
+
+def _write_tensors(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, entries: list[Entry], max_shard_bytes: int
+) -> None:
+    files = ShardedFiles(folder, entries, max_shard_bytes=max_shard_bytes)
+    try:
+        for name, tensor in tensors:
             files.write(name, tensor)
         files.finish()
     finally:
         files.close()
-    _write_model_config(partial, module.config, pad_id=tokenizer.pad_token_id, dtype=_dtype_of(entries))
-    tokenizer.save_pretrained(partial)
-    if isinstance(module, PreTrainedModel):
-        _write_generation_config(partial, module.generation_config, tokenizer=tokenizer)
-    if adapters:
-        _write_adapter(partial / "adapter", module, adapters=adapters)
-    _publish(partial, folder)
-    return survival.share if adapters else None
 
 
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:

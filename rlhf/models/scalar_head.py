@@ -24,7 +24,7 @@ from rlhf.models.weights import LoadedWeights, NewParameter, SafetensorsWeights,
 
 logger = logging.getLogger(__name__)
 
-_HEAD = "score.weight"
+HEAD = "score.weight"
 
 
 class ScalarHead(nn.Linear):
@@ -97,13 +97,12 @@ def scalar_head_model(
         ValueError: `path` is no decoder with safetensors weights, or its head gives several numbers.
     """
     folder = local_folder(path)
-    config = _classifier_config(folder, num_layers)
+    config = classifier_config(folder, num_layers)
     checkpoint = Checkpoint(folder)
-    classifier = skeleton(AutoModelForSequenceClassification, with_dropout(config, dropout))
-    _require_linear_head(classifier)
+    classifier = classifier_module(with_dropout(config, dropout))
     config.architectures = [type(classifier).__name__]
-    weights = _ScaledHead(open_weights(classifier, checkpoint, optional={_HEAD}), head_scale)
-    new = {} if _HEAD in weights else {_HEAD: _new_head(classifier.score.in_features)}
+    weights = _ScaledHead(open_weights(classifier, checkpoint, optional={HEAD}), head_scale)
+    new = {} if HEAD in weights else {HEAD: _new_head(classifier.score.in_features)}
     logger.info("%s: %s scalar head.", folder, "new" if new else "loaded the")
     return assemble(ScalarHeadModel(classifier, config), weights, config=config, new=new, lora=lora, seed=seed)
 
@@ -121,12 +120,7 @@ class _ScaledHead:
     def read(self, name: str, rows: slice) -> Tensor:
         """See `Weights.read`."""
         values = self.loaded.read(name, rows)
-        return values * self.scale if name == _HEAD else values
-
-
-def has_scalar_head(folder: Path) -> bool:
-    """True when the weights in `folder` include a head that some training has filled."""
-    return _HEAD in Checkpoint(folder)
+        return values * self.scale if name == HEAD else values
 
 
 def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -159,7 +153,12 @@ def response_values(values: Tensor, response_length: int) -> Tensor:
     return values[:, total - response_length - 1 : total - 1]
 
 
-def _classifier_config(folder: Path, num_layers: int) -> PreTrainedConfig:
+def classifier_config(folder: Path, num_layers: int = 0) -> PreTrainedConfig:
+    """The configuration of the first layers of the model in `folder` with a scalar head; 0 keeps all of them.
+
+    Raises:
+        ValueError: it has a head that gives several numbers, or transformers has no classifier on it.
+    """
     config = decoder_config(folder)
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
     if is_classifier and config.num_labels != 1:
@@ -170,10 +169,13 @@ def _classifier_config(folder: Path, num_layers: int) -> PreTrainedConfig:
     return first_layers(config, num_layers)
 
 
-def _require_linear_head(classifier: PreTrainedModel) -> None:
+def classifier_module(config: PreTrainedConfig) -> PreTrainedModel:
+    """The modules of a classifier of this configuration, parameters on meta; raises ValueError for an unknown head."""
+    classifier = skeleton(AutoModelForSequenceClassification, config)
     head = dict(classifier.named_children()).get("score")
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"{type(classifier).__name__} has no bias-free linear head named `score`; not supported.")
+    return classifier
 
 
 def _new_head(width: int) -> NewParameter:

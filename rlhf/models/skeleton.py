@@ -16,6 +16,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+from rlhf.pretrained import load_auto, reading
+
 
 def decoder_config(folder: Path) -> PreTrainedConfig:
     """The configuration in `folder`, which must describe a decoder of text with plain weights.
@@ -25,19 +27,17 @@ def decoder_config(folder: Path) -> PreTrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"Model folder {folder} is no model: it has no `config.json`.")
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (ValueError, KeyError) as error:
-        raise ValueError(f"Model folder {folder}: transformers cannot read its `config.json`: {error}") from error
+    config = load_auto(
+        AutoConfig, folder, complaint=f"Model folder {folder}: transformers cannot read its `config.json`:"
+    )
     complaint = _complaint(config)
     if complaint:
         raise ValueError(f"Model folder {folder} ({config.model_type}): {complaint}")
     return config
 
 
-def max_positions(folder: Path) -> int:
-    """The longest sequence that the decoder in `folder` was made for; raises ValueError as `decoder_config` does."""
-    config = decoder_config(folder)
+def max_positions(config: PreTrainedConfig) -> int:
+    """The longest sequence that a decoder was made for."""
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
@@ -59,9 +59,13 @@ def skeleton(auto_class: type, config: PreTrainedConfig) -> PreTrainedModel:
     Args:
         auto_class: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
         config: Copied. Attention is SDPA, or eager for a model that SDPA cannot serve (Gemma 2 caps its logits).
+
+    Raises:
+        ValueError: its numbers do not make a model.
     """
-    with init_empty_weights(include_buffers=False):
-        module = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32)
+    complaint = f"Model folder {config.name_or_path}: transformers cannot make the model of its `config.json`:"
+    with reading(complaint), init_empty_weights(include_buffers=False):
+        module = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
     # Moving parameters to meta one by one parts those that are tied.
     module.tie_weights()
     for child in module.modules():

@@ -122,17 +122,37 @@ def open_weights(
     Raises:
         ValueError: A parameter has no value, or one of another shape.
     """
-    key_of = _keys_by_name(module, checkpoint)
-    wanted = [name for name, _ in module.named_parameters() if name not in optional]
-    if all(name in key_of for name in wanted) and not _converts(module, checkpoint):
-        _require_shapes(module, checkpoint, key_of=key_of)
-        weights: SafetensorsWeights | LoadedWeights = SafetensorsWeights(checkpoint, key_of)
-    else:
+    key_of = plain_keys(module, checkpoint, optional=optional)
+    weights: SafetensorsWeights | LoadedWeights
+    if key_of is None:
         weights = _load_whole(module, checkpoint, optional=optional)
+    else:
+        weights = SafetensorsWeights(checkpoint, key_of)
     for name, buffer in persistent_buffers(module):
         if name in weights:
             buffer.copy_(weights.read(name, slice(None)))
     return weights
+
+
+def plain_keys(
+    module: PreTrainedModel, checkpoint: Checkpoint, *, optional: Collection[str] = ()
+) -> dict[str, str] | None:
+    """The tensor of each parameter by name; None where transformers must rename or convert them while it loads.
+
+    Reads no tensor, so that a model is examined before anything is trained.
+
+    Raises:
+        ValueError: A parameter has no value, or one of another shape.
+    """
+    key_of = _keys_by_name(module, checkpoint)
+    missing = [name for name, _ in module.named_parameters() if name not in key_of and name not in optional]
+    rules = get_model_conversion_mapping(module)
+    changing = rules if missing else [rule for rule in rules if isinstance(rule, WeightConverter)]
+    if any(rule.compiled_sources.search(key) for rule in changing for key in checkpoint.keys()):  # noqa: SIM118
+        return None
+    _require_all(module, checkpoint, missing=missing)
+    _require_shapes(module, checkpoint, key_of=key_of)
+    return key_of
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -168,10 +188,12 @@ def _keys_by_name(module: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
     return found
 
 
-def _converts(module: PreTrainedModel, checkpoint: Checkpoint) -> bool:
-    """Whether transformers would change values, not just names, of this checkpoint while loading."""
-    converters = [rule for rule in get_model_conversion_mapping(module) if isinstance(rule, WeightConverter)]
-    return any(rule.compiled_sources.search(key) for rule in converters for key in checkpoint.keys())  # noqa: SIM118
+def _require_all(module: nn.Module, checkpoint: Checkpoint, *, missing: list[str]) -> None:
+    if missing:
+        raise ValueError(
+            f"Model folder {checkpoint.folder}: {len(missing)} parameters of {type(module).__name__} have no value, "
+            f"such as {missing[:3]}. Is this the whole checkpoint, and does its `config.json` belong to it?"
+        )
 
 
 def _require_shapes(module: nn.Module, checkpoint: Checkpoint, *, key_of: Mapping[str, str]) -> None:
@@ -193,11 +215,6 @@ def _load_whole(module: PreTrainedModel, checkpoint: Checkpoint, *, optional: Co
     loaded, report = type(module).from_pretrained(
         checkpoint.folder, config=copy.deepcopy(module.config), dtype="auto", output_loading_info=True
     )
-    missing = sorted(set(report["missing_keys"]) - set(optional))
-    if missing:
-        raise ValueError(
-            f"Model folder {checkpoint.folder}: {len(missing)} parameters of {type(module).__name__} have no value, "
-            f"such as {missing[:3]}. Is this the whole checkpoint, and does its `config.json` belong to it?"
-        )
+    _require_all(module, checkpoint, missing=sorted(set(report["missing_keys"]) - set(optional)))
     present = {name: tensor for name, tensor in loaded.state_dict().items() if name not in report["missing_keys"]}
     return LoadedWeights(present)

@@ -32,7 +32,7 @@ def remember_command() -> None:
 
 def note_start(folder: Path, *, ranks: int, device: torch.device) -> None:
     """Add this start to the run in `folder`, which exists."""
-    journal = Journal(folder / FILE)
+    journal = Journal(folder / FILE, steps=False)
     journal.repair()
     journal.append(origin(ranks=ranks, device=device))
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from rlhf.config import TrackingConfig, WandbMode
 from rlhf.dist import World
+from rlhf.files import read_json, write_text
 from rlhf.tracking.console import StageProgress
 from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import Journal, valid_json
@@ -53,9 +54,11 @@ class Tracker:
 
     def __post_init__(self) -> None:
         self._columns: tuple[str, ...] = ()
+        self._written: dict[str, int] = {}
         if not self.world.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._summary = read_json(self._summary_file)
         self._metrics = Journal(self.folder / "metrics.jsonl")
         self._samples = Journal(self.folder / "samples.jsonl")
         for journal in (self._metrics, self._samples):
@@ -70,6 +73,10 @@ class Tracker:
             run_name=self.run_name,
             run_config=self.run_config,
         )
+
+    @property
+    def _summary_file(self) -> Path:
+        return self.folder / "summary.json"
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step.
@@ -115,11 +122,8 @@ class Tracker:
         """Record final values of the stage; those of an earlier call stay unless they are named again."""
         if not self.world.is_main:
             return
-        file = self.folder / "summary.json"
-        earlier = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-        complete = file.with_suffix(".tmp")
-        complete.write_text(json.dumps(valid_json({**earlier, **values}), indent=2) + "\n", encoding="utf-8")
-        complete.replace(file)
+        self._summary |= values
+        write_text(self._summary_file, json.dumps(valid_json(self._summary), indent=2) + "\n")
         if self._run is not None:
             self._run.summary(values)
 
@@ -133,6 +137,15 @@ class Tracker:
         if self.world.is_main and self._run is not None:
             self._run.models(folders)
 
+    def state_dict(self) -> dict[str, int]:
+        """How many rows each file has, for a checkpoint."""
+        journals = (self._metrics, self._samples) if self.world.is_main else ()
+        return {journal.path.name: journal.count() for journal in journals}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Have the next `rewind` look for this many rows."""
+        self._written = state
+
     def rewind(self, step: int) -> None:
         """Forget the rows after `step`, which a resumed stage will log again; -1 forgets all.
 
@@ -141,8 +154,14 @@ class Tracker:
         """
         if not self.world.is_main:
             return
-        self._metrics.rewind(step)
-        self._samples.rewind(step)
+        for journal in (self._metrics, self._samples):
+            left, written = journal.rewind(step), self._written.get(journal.path.name, 0)
+            if left < written:
+                logger.warning(
+                    "%s holds %d of the %d rows that were written up to step %d: the others are gone, and no report or "
+                    "curve will have them",
+                    *(journal.path, left, written, step),
+                )
         if step >= 0 and self._run is not None and self._run.is_offline:
             self._retell(self._run)
 

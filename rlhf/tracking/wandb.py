@@ -24,6 +24,7 @@ import numpy as np
 import wandb
 
 from rlhf.config import TrackingConfig, WandbMode
+from rlhf.files import write_text
 from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import valid_json
 from rlhf.tracking.metrics import HISTOGRAMS, STEP, axes_of, metrics_of
@@ -231,11 +232,18 @@ class WandbRun:
 
 
 def _run_id(folder: Path, stage: str) -> str:
-    """The id in the stage's folder; a new one, which no other run can have, the first time."""
+    """The id in the stage's folder; a new one, which no other run can have, the first time.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
     file = folder / "wandb_id"
     if not file.exists():
-        file.write_text(f"{stage}-{secrets.token_hex(6)}\n")
-    return file.read_text().strip()
+        write_text(file, f"{stage}-{secrets.token_hex(6)}\n")
+    found = file.read_bytes()
+    if not re.fullmatch(rb"[\w-]+\n", found):
+        raise ValueError(f"{file} is damaged: found {found[:40]!r}, expected an id. Remove it for a new W&B run.")
+    return found.decode().strip()
 
 
 def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: Choice) -> wandb.Run:

@@ -1,10 +1,11 @@
 """What is wrong with a run is said before a model is loaded, with what to do about it."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from transformers import BertConfig, LlamaConfig
+from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf.config import Embedded
 from rlhf.launch import local_ranks
@@ -78,7 +79,8 @@ def test_conversations_need_a_template(custom, tmp_path, model):
     tokenizer.chat_template = None
     bare = tmp_path / "bare"
     tokenizer.save_pretrained(bare)
-    (bare / "config.json").write_text((model / "config.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        shutil.copyfile(model / name, bare / name)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(ValueError, match=r"model\.chat_template"):
         preflight(custom("sft", [{"messages": talk}], f"model.path={bare}"), ranks=1)
@@ -133,7 +135,7 @@ def test_the_arithmetic_of_ppo_is_printed_whole():
 
 def test_a_llama_configuration_is_a_decoder(custom, tmp_path, model):
     LlamaConfig().save_pretrained(tmp_path / "llama")
-    with pytest.raises(ValueError, match="no tokenizer"):
+    with pytest.raises(ValueError, match="holds no weights"):
         preflight(custom("sft", [{"prompt": "a", "completion": "b"}], f"model.path={tmp_path / 'llama'}"), ranks=1)
 
 
@@ -154,6 +156,9 @@ def test_a_reward_model_of_another_vocabulary_is_refused(custom, model, tmp_path
     with pytest.raises(ValueError, match=r"no stage\.json with score_mean"):
         preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides), ranks=1)
     assert preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides, "ppo.score.normalize=false"), ranks=1) == ["ppo"]
+    shutil.rmtree(reward)
+    config = LlamaConfig(vocab_size=400, hidden_size=8, num_attention_heads=2, num_labels=1, pad_token_id=0)
+    LlamaForSequenceClassification(config).save_pretrained(reward)
     fakes.chat_tokenizer(reward)
     with pytest.raises(ValueError, match="has another vocabulary than ppo.actor"):
         preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides, "ppo.score.normalize=false"), ranks=1)

@@ -1,0 +1,111 @@
+"""Which models a run names: the roles of each stage and use, and the stage that makes a model of this run's folder.
+
+Left out: whether the models can be used (`compatibility.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config import STAGES, AdvantageKind, ChatConfig, EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.models.shapes import Head
+
+PRODUCTS = {"sft/model": "sft", "reward/model": "reward", "ppo/actor": "ppo", "ppo/critic": "ppo"}
+"""What each stage leaves in its folder; the same of its best evaluation is in `best/` there."""
+_POLICIES = ("ppo/actor", "sft/model")
+
+
+@dataclass(frozen=True)
+class Role:
+    """A model that a stage, or a use, starts from."""
+
+    stage: str
+    name: str
+    """Of the setting that names it."""
+    path: str
+    """A folder or a hub id."""
+    head: Head
+    """What the stage has it end with."""
+    scores: bool = False
+    """It must have a scalar head that was trained: a reward model."""
+    writes: bool = False
+    """Its tokens are what the other models of the stage read."""
+    num_layers: int = 0
+    """How many of its layers are used; 0 all."""
+    optional: bool = False
+    """The setting may be null."""
+
+    @property
+    def setting(self) -> str:
+        """Dotted name of the setting."""
+        return f"{self.stage}.{self.name}"
+
+    def __str__(self) -> str:
+        return f"{self.setting}={self.path}"
+
+
+def roles_of(run: RunConfig, stage: str) -> list[Role]:
+    """The models that `stage` starts from; the first is the one whose tokenizer the stage uses."""
+    config = getattr(run, stage)
+    if isinstance(config, SFTConfig):
+        return [Role(stage, "init_from", config.init_from, Head.language)]
+    if isinstance(config, RewardConfig):
+        return [Role(stage, "init_from", config.init_from, Head.scalar, num_layers=config.num_layers)]
+    if isinstance(config, PPOConfig):
+        return _roles_of_ppo(config)
+    if isinstance(config, EvalConfig):
+        return _roles_of_eval(config)
+    assert isinstance(config, ChatConfig), stage
+    named = {"model": config.model or _last_policy(run), "beside": config.beside}
+    return [Role("chat", name, path, Head.language) for name, path in named.items() if path is not None]
+
+
+def _roles_of_ppo(config: PPOConfig) -> list[Role]:
+    roles = [Role("ppo", "actor", config.actor, Head.language, writes=True)]
+    if config.reference is not None:
+        roles.append(Role("ppo", "reference", config.reference, Head.language))
+    roles.append(Role("ppo", "reward", config.reward, Head.scalar, scores=True))
+    if config.critic is not None and config.advantage is AdvantageKind.gae:
+        roles.append(Role("ppo", "critic", config.critic, Head.scalar))
+    return roles
+
+
+def _roles_of_eval(config: EvalConfig) -> list[Role]:
+    roles = [Role("eval", "model", config.model, Head.language, writes=True)]
+    if config.against is not None:
+        roles.append(Role("eval", "against", config.against, Head.language, writes=True, optional=True))
+    if config.reference is not None:
+        roles.append(Role("eval", "reference", config.reference, Head.language, optional=True))
+    if config.reward is not None:
+        roles.append(Role("eval", "reward", config.reward, Head.scalar, scores=True, optional=True))
+    return roles
+
+
+def _last_policy(run: RunConfig) -> str:
+    """The last policy that this run's folder will have, or has."""
+    folder = Path(run.output_dir)
+    made = [product for product in _POLICIES if PRODUCTS[product] in run.stages]
+    there = [product for product in _POLICIES if (folder / product).exists()]
+    return str(folder / [*made, *there, _POLICIES[0]][0])
+
+
+def maker_of(run: RunConfig, path: str) -> str | None:
+    """The stage of this run's folder that makes the model at `path`, if any does."""
+    folder, root = Path(path).expanduser().absolute(), Path(run.output_dir)
+    inside = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
+    return PRODUCTS.get("/".join(part for part in inside if part != "best"))
+
+
+def origin_of(run: RunConfig, role: Role, *, todo: Collection[str]) -> str:
+    """The model that `role` will be made from by stages of `todo` that run before its own; its path where none does."""
+    earlier = STAGES[: STAGES.index(role.stage)] if role.stage in STAGES else STAGES
+    maker = maker_of(run, role.path)
+    if maker not in earlier or maker not in todo:
+        return role.path
+    roles = {made_from.name: made_from for made_from in roles_of(run, maker)}
+    start = roles.get("init_from") or roles["actor"]
+    if maker == "ppo" and role.path.endswith("critic"):
+        start = roles.get("critic") or roles["reward"]
+    return origin_of(run, start, todo=todo)
