@@ -1,7 +1,8 @@
 """Tokenised rows on disk, found again by what they were made of: rows, tokenizer, settings.
 
-One Arrow file each, written under a temporary name and renamed, so that it is complete or absent and several ranks
-may write the same one. Nothing is pickled and nothing is ever out of date; old files can be deleted at any time.
+One file each, a checksum and an Arrow table, written under a temporary name and renamed, so that it is complete or
+absent and several ranks may write the same one. Nothing is pickled and nothing is ever out of date; old files can be
+deleted at any time.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import feather
 
+from rlhf.files import writing
 from rlhf.text import Row, Tokens
 
-LAYOUT = 2  # raise it when a row comes to be tokenised differently
+LAYOUT = 3  # raise it when a row comes to be tokenised, or stored, differently
+_CHECKSUM_BYTES = 64
 
 
 def content_key(rows: Iterable[Row], settings: Iterable[str]) -> str:
@@ -58,23 +61,36 @@ def _write(file: Path, rows: list[list[Tokens]]) -> None:
         "rewritten": pa.array([sequence.rewritten for sequence in tokens], pa.list_(pa.int32())),
         "row": pa.array([number for number, row in enumerate(rows) for _ in row]),
     }
-    file.parent.mkdir(parents=True, exist_ok=True)
+    arrow = pa.BufferOutputStream()
+    feather.write_feather(pa.table(columns), arrow)
     unfinished = file.with_suffix(f".{uuid.uuid4().hex}.unfinished")
-    feather.write_feather(pa.table(columns), str(unfinished))
-    unfinished.replace(file)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with unfinished.open("wb") as opened:
+                opened.write(_checksum(arrow.getvalue()))
+                opened.write(arrow.getvalue())
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
 
 def _read(file: Path) -> list[list[Tokens]]:
-    try:
-        table = feather.read_table(str(file)).combine_chunks()
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"data.cache_dir: {file} is damaged ({error}); delete it.") from error
+    content = file.read_bytes()
+    arrow = pa.py_buffer(content)[_CHECKSUM_BYTES:]
+    if content[:_CHECKSUM_BYTES] != _checksum(arrow):
+        raise ValueError(f"data.cache_dir: {file} is damaged (its checksum differs); delete it.")
+    table = feather.read_table(pa.BufferReader(arrow)).combine_chunks()
     ids, masks = (_sequences(table.column(name)) for name in ("input_ids", "target_mask"))
     numbers, turns, owners = (table.column(name).to_pylist() for name in ("num_prompt", "rewritten", "row"))
     rows: list[list[Tokens]] = [[] for _ in range(owners[-1] + 1)]
     for owner, *parts, rewritten in zip(owners, ids, masks, numbers, turns, strict=True):
         rows[owner].append(Tokens(*parts, tuple(rewritten)))
     return rows
+
+
+def _checksum(arrow: pa.Buffer) -> bytes:
+    return hashlib.sha256(arrow).hexdigest().encode()
 
 
 def _sequences(column: pa.ChunkedArray) -> list[np.ndarray]:

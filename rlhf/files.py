@@ -43,8 +43,11 @@ def write_text(path: Path, text: str) -> None:
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-        temporary.replace(path)
+        try:
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *, mend: str = "Bring it back from a copy, or remove it.") -> dict[str, Any]:

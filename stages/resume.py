@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -147,11 +147,21 @@ class Keeper:
     """Of the newest checkpoint that is on the disk or on its way."""
 
     @classmethod
-    def of(cls, folder: Path, config: CheckpointConfig, *, stage: str, total_steps: int, parts: Parts) -> Keeper:
-        """The keeper of the stage in `folder`."""
+    def of(
+        cls,
+        folder: Path,
+        config: CheckpointConfig,
+        *,
+        stage: str,
+        total_steps: int,
+        parts: Parts,
+        tracker: Stateful,
+    ) -> Keeper:
+        """The keeper of the stage in `folder`, which also has a checkpoint say how many rows `tracker` has written."""
         world = next(iter(parts.engines.values())).world
         checkpoints = Checkpoints(folder / CHECKPOINTS, world, keep=config.keep, asynchronous=config.asynchronous)
-        return cls(checkpoints, config, AIMS[stage], total_steps, world, parts)
+        counted = replace(parts, others={**parts.others, "tracker": tracker})
+        return cls(checkpoints, config, AIMS[stage], total_steps, world, counted)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False when there is none. Refuses to start where none would fit.

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -73,9 +73,13 @@ class Session:
     def begin(self, parts: Parts, *, evaluate: Callable[[], dict[str, float]]) -> None:
         """Go on from the newest checkpoint, or evaluate for the first time where there is none."""
         total_steps = self.tracker.total_steps
-        parts = replace(parts, others={**parts.others, "tracker": self.tracker})
         self._keeper = Keeper.of(
-            self.folder, self.run.checkpoint, stage=self.stage, total_steps=total_steps, parts=parts
+            self.folder,
+            self.run.checkpoint,
+            stage=self.stage,
+            total_steps=total_steps,
+            parts=parts,
+            tracker=self.tracker,
         )
         if self.keeper.resume():
             self.tracker.rewind(self.progress.step)

@@ -196,3 +196,14 @@ def test_every_cited_note_exists_once():
     cited = re.findall(r"[Ss]ee \[Note: ([^\]]+)\]", text)
     for note in cited:
         assert len(re.findall(rf"(?<![Ss]ee )\[Note: {re.escape(note)}\]", text)) == 1, note
+
+
+def test_code_that_comes_with_a_model_is_refused_in_every_call():
+    for file in sources():
+        for node in ast.walk(tree(file)):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+                continue
+            owner, method = ast.unparse(node.func.value).lower(), node.func.attr
+            if method in {"from_pretrained", "from_config"} and "auto" in owner:
+                said = [ast.unparse(word.value) for word in node.keywords if word.arg == "trust_remote_code"]
+                assert said == ["False"], f"{module_name(file)}:{node.lineno}"

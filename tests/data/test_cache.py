@@ -1,9 +1,13 @@
 """Tokenised rows are found again by content, and by nothing else."""
 
+import errno
+from pathlib import Path
+
 import numpy as np
 import pytest
 
 from data.cache import cached, content_key
+from rlhf.failure import RunError
 from rlhf.text import Tokens
 
 TOKENS = [
@@ -51,6 +55,27 @@ def test_a_damaged_file_is_named(tmp_path):
     (tmp_path / "key.arrow").write_bytes(b"not arrow")
     with pytest.raises(ValueError, match=r"data.cache_dir: .*key.arrow is damaged .*; delete it"):
         cached(str(tmp_path), "key", make=never)
+
+
+def test_a_flipped_bit_is_noticed(tmp_path):
+    cached(str(tmp_path), "key", make=lambda: TOKENS)
+    file = tmp_path / "key.arrow"
+    whole = file.read_bytes()
+    at = whole.index(np.int32(70_000).tobytes())
+    for damaged in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:-1], whole[:40]):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"data.cache_dir: .*key.arrow is damaged .*; delete it"):
+            cached(str(tmp_path), "key", make=never)
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(RunError, match=r"key\.arrow cannot be written: No space left on device"):
+        cached(str(tmp_path), "key", make=lambda: TOKENS)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_key_changes_with_rows_their_order_and_settings():

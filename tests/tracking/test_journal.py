@@ -1,9 +1,11 @@
 """A journal gives back what was written, whatever happened to the process in between."""
 
 import json
+from pathlib import Path
 
 import pytest
 
+from rlhf.failure import RunError
 from rlhf.tracking.journal import Journal
 
 
@@ -75,3 +77,39 @@ def test_nothing_written_is_no_row_and_no_file(tmp_path):
     journal.rewind(3)
     assert journal.rows() == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_lines_are_kept_beside_when_the_file_is_mended(tmp_path, caplog):
+    journal = journal_with(tmp_path, {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4})
+    lines = journal.path.read_bytes().split(b"\n")
+    damaged = b"\n".join([lines[0], lines[1][:-4], lines[2].replace(b"step", b"stdp"), lines[3], b""])
+    journal.path.write_bytes(damaged)
+    journal.repair()
+    assert journal.rows() == [{"step": 1}, {"step": 4}]
+    (kept,) = tmp_path.glob("rows.jsonl.damaged-*")
+    assert kept.read_bytes() == damaged
+    assert f"2 lines are no rows and are left out; {kept} has them" in caplog.text
+
+
+def test_a_line_that_a_kill_broke_is_said(tmp_path, caplog):
+    journal = journal_with(tmp_path, {"step": 1})
+    journal.path.write_bytes(journal.path.read_bytes() + b'{"st')
+    journal.repair()
+    assert "its last line was half written (4 bytes)" in caplog.text
+    assert list(tmp_path.iterdir()) == [journal.path]
+
+
+def test_rows_without_a_step_are_rows_where_nobody_asks_for_one(tmp_path):
+    journal = Journal(tmp_path / "rows.jsonl", steps=False)
+    journal.append({"pair": "a"})
+    journal.repair()
+    assert journal.rows() == [{"pair": "a"}]
+    assert Journal(journal.path).count() == 1
+    with pytest.raises(ValueError, match="rows.jsonl:1 is not a JSON row"):
+        Journal(journal.path).rows()
+
+
+def test_a_full_disk_is_said_with_the_name_of_the_file():
+    journal = Journal(Path("/dev/full"))  # Linux: every write finds the disk full
+    with pytest.raises(RunError, match="/dev/full cannot be written: No space left on device"):
+        journal.append({"step": 1})

@@ -155,3 +155,37 @@ with tracker(Path(sys.argv[1])) as track:
 """
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, check=True, timeout=600)
     assert [row["step"] for row in metrics(tmp_path)] == [1]
+
+
+def test_rows_that_are_gone_before_a_resume_are_said(tmp_path, caplog):
+    with tracker(tmp_path) as track:
+        for step in range(1, 4):
+            track.log(step, {"objective/kl": 1.0})
+        track.samples(3, [{"response": "a"}, {"response": "b"}])
+        saved = track.state_dict()
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text(lines[0] + lines[2])
+    (tmp_path / "samples.jsonl").unlink()
+    with tracker(tmp_path) as track:
+        track.load_state_dict(json.loads(json.dumps(saved)))
+        track.rewind(3)
+    assert "metrics.jsonl holds 2 of the 3 rows that were written up to step 3" in caplog.text
+    assert "samples.jsonl holds 0 of the 2 rows" in caplog.text
+
+
+def test_rows_that_are_all_there_are_not_talked_about(tmp_path, caplog):
+    with tracker(tmp_path, log_every=2) as track:
+        for step in range(1, 5):
+            track.log(step, {"objective/kl": 1.0})
+        saved = track.state_dict()
+        track.log(6, {"objective/kl": 1.0})
+    with tracker(tmp_path) as track:
+        track.load_state_dict(saved)
+        track.rewind(4)
+    assert caplog.text == ""
+
+
+def test_a_damaged_summary_is_named_before_training(tmp_path):
+    (tmp_path / "summary.json").write_text('{"a": 1')
+    with pytest.raises(ValueError, match="summary.json is damaged"):
+        tracker(tmp_path)
