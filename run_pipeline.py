@@ -108,7 +108,8 @@ def compose_and_start(config: DictConfig) -> None:
     with one_sentence(RunError, folder=run.output_dir):
         if run.stages or run.uses != ["chat"]:  # a chat alone writes nothing, and may be about a run that is going on
             make(run, world=world, ranks=ranks)
-        if run.chat is not None:
+    if run.chat is not None:
+        with one_sentence(folder=run.output_dir):
             run_chat(run)
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 from rlhf.config import STAGES, ChatConfig, EvalConfig, PPOConfig, RunConfig
@@ -26,6 +27,22 @@ from stages.session import stage_tokenizer
 from stages.speaker import speaker_tokenizer
 
 log = logging.getLogger(__name__)
+
+
+class _Reader:
+    """Examines models and loads tokenizers for a run, each once: its roles often share a folder."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.facts = cache(examine)
+        self._plain, self._own = cache(load_tokenizer), cache(partial(stage_tokenizer, run))
+
+    def tokenizer(self, role: Role, folder: Path, *, is_made: bool) -> Tokenizer:
+        """As the stage will load it: with the run's template and pad token where the stage uses or makes the model."""
+        if role.stage == "chat":
+            return speaker_tokenizer(self.run, str(folder))
+        is_first = role == roles_of(self.run, role.stage)[0]
+        return self._own(str(folder)) if is_made or is_first else self._plain(str(folder))
 
 
 @dataclass(frozen=True)
@@ -49,10 +66,10 @@ def check_models(run: RunConfig, stages: Iterable[str], *, todo: Collection[str]
     folders = {path: _folder(run, role, path=path) for role, path in origins.items()}
     if run.model.embedded is not None and run.model.path in folders:
         prepare(run.model.embedded, folders[run.model.path])
-    members: dict[str, list[_Member]] = {}
+    reader, members = _Reader(run), dict[str, list[_Member]]()
     for role, path in origins.items():
         try:
-            member = _examined(run, role, folder=folders[path], is_made=path != role.path)
+            member = _examined(reader, role, folder=folders[path], is_made=path != role.path)
         except ValueError as error:
             raise ValueError(f"{role}: {error}") from error
         members.setdefault(role.stage, []).append(member)
@@ -104,30 +121,22 @@ def _advice(run: RunConfig, role: Role) -> str:
     return f"Run the stages that make it first, as in stage=[{','.join(chosen)}], or name"
 
 
-def _examined(run: RunConfig, role: Role, *, folder: Path, is_made: bool) -> _Member:
+def _examined(reader: _Reader, role: Role, *, folder: Path, is_made: bool) -> _Member:
     record = None if is_made else read_record(folder)
     if record is not None:
         check_seal(folder)
-    facts = examine(folder, role.head, num_layers=role.num_layers)
+    facts = reader.facts(folder, role.head, num_layers=role.num_layers)
     if role.scores and not facts.has_scores and not is_made:
         without = f", or set {role.setting}=null" if role.optional else ""
         raise ValueError(
             "it is a language model without a scalar head; expected a reward model, an "
             f"AutoModelForSequenceClassification with one label. Train one with stage=reward{without}."
         )
-    tokenizer = _tokenizer_of(run, role, folder=folder, is_made=is_made)
+    tokenizer = reader.tokenizer(role, folder, is_made=is_made)
     _check_tokens(tokenizer, facts)
-    _check_positions(run, role, facts=facts)
+    _check_positions(reader.run, role, facts=facts)
     trained_with = record.template if record else template_fingerprint(tokenizer) if is_made else None
     return _Member(role, facts, tokenizer, trained_with)
-
-
-def _tokenizer_of(run: RunConfig, role: Role, *, folder: Path, is_made: bool) -> Tokenizer:
-    """As the stage will load it: with the run's template and pad token where the stage uses it, or makes the model."""
-    if role.stage == "chat":
-        return speaker_tokenizer(run, str(folder))
-    is_first = role == roles_of(run, role.stage)[0]
-    return stage_tokenizer(run, str(folder)) if is_made or is_first else load_tokenizer(str(folder))
 
 
 def _check_tokens(tokenizer: Tokenizer, facts: Facts) -> None:

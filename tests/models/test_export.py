@@ -1,6 +1,8 @@
 """Exports: what plain transformers and PEFT load is what we had, written a tensor at a time."""
 
+import errno
 import json
+import os
 import weakref
 
 import pytest
@@ -13,9 +15,12 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
 )
 
 from rlhf.config import LoraConfig
+from rlhf.failure import RunError
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.export import export
 from rlhf.models.positions import position_ids
@@ -234,6 +239,31 @@ def test_an_interrupted_export_leaves_the_old_folder_alone(tmp_path):
     assert (out / "model.safetensors").read_bytes() == before
     write(module, out)
     assert (out / "model.safetensors").read_bytes() != before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
+
+
+@pytest.mark.parametrize("where", ["pwrite", "tokenizer", "config"])
+def test_a_full_disk_is_said_and_leaves_the_old_folder_alone(tmp_path, monkeypatch, where):
+    module = tiny.materialized(causal_lm(tiny.save("llama", tmp_path / "base")))
+    out = write(module, tmp_path / "out")
+    before = (out / "model.safetensors").read_bytes()
+    error = OSError(errno.ENOSPC, "No space left on device")
+
+    def full(*_, **__):
+        # The library behind tokenizers has a class of its own for what the system says.
+        raise Exception(f"{error.strerror} (os error {error.errno})") if where == "tokenizer" else error
+
+    owner, name = {
+        "pwrite": (os, "pwrite"),
+        "tokenizer": (PreTrainedTokenizerBase, "save_pretrained"),
+        "config": (PreTrainedConfig, "save_pretrained"),
+    }[where]
+    monkeypatch.setattr(owner, name, full)
+    with torch.no_grad():
+        next(module.parameters()).add_(1)
+    with pytest.raises(RunError, match=rf"{out} cannot be written: No space left on device\. Make room"):
+        write(module, out)
+    assert (out / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "out"]
 
 

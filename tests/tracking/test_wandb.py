@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from rlhf.tracking.wandb import _run_id
 from tests.tracking.wandb_server import serving
 
 ROOT = Path(__file__).parents[2]
@@ -356,3 +357,13 @@ def test_samples_that_the_server_does_not_take_do_not_stop_the_stage(tmp_path):
         done = python(RUN + SAMPLES + FINISH, "auto", tmp_path / "out", 1, home=tmp_path, **settings)
     assert done.stderr.count("WARNING W&B did not take the samples of step") == 2
     assert [row["trainer/step"] for row in server.rows if "objective/kl" in row] == [1, 2, 3]
+
+
+def test_an_id_that_was_cut_is_named(tmp_path):
+    first = _run_id(tmp_path, "sft")
+    assert _run_id(tmp_path, "sft") == first
+    file = tmp_path / "wandb_id"
+    for damaged in (b"", file.read_bytes()[:-4], b"\xff\xfe\n"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"wandb_id is damaged: found b.*Remove it for a new W&B run"):
+            _run_id(tmp_path, "sft")
