@@ -34,7 +34,7 @@ class _Reader:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
-        self.facts = cache(examine)
+        self.facts, self.check_seal = cache(examine), cache(check_seal)
         self._plain, self._own = cache(load_tokenizer), cache(partial(stage_tokenizer, run))
 
     def tokenizer(self, role: Role, folder: Path, *, is_made: bool) -> Tokenizer:
@@ -87,11 +87,11 @@ def check_made(run: RunConfig, stage: str, *, made: Collection[str], world: Worl
     """
     if not any(maker_of(run, role.path) in made for role in roles_of(run, stage)):
         return
-    error = None
+    error: Exception | None = None
     if world.is_main:
         try:
             check_models(run, [stage])
-        except ValueError as found:
+        except (ValueError, OSError) as found:
             error = found
     if broadcast_object(error is not None):
         raise error or SystemExit(1)
@@ -124,7 +124,7 @@ def _advice(run: RunConfig, role: Role) -> str:
 def _examined(reader: _Reader, role: Role, *, folder: Path, is_made: bool) -> _Member:
     record = None if is_made else read_record(folder)
     if record is not None:
-        check_seal(folder)
+        reader.check_seal(folder)
     facts = reader.facts(folder, role.head, num_layers=role.num_layers)
     if role.scores and not facts.has_scores and not is_made:
         without = f", or set {role.setting}=null" if role.optional else ""
