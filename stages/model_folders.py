@@ -23,8 +23,8 @@ from stages.handover import read_record
 log = logging.getLogger(__name__)
 
 _ENOUGH = 0.99
-"""Share of the adapters' change that merged weights must keep. Of a Llama of width 576, with alpha / rank = 2 and normal
-B, bf16 keeps 25 % at a deviation of 1e-4, 84 % at 5e-4 and 99.9 % at 2e-3."""
+"""Share of the adapters' change that merged weights must keep. Of a Llama of width 576, with alpha / rank = 2 and a
+normal B, bf16 keeps 25 % at a deviation of 1e-4, 84 % at 5e-4 and 99.9 % at 2e-3."""
 
 
 @dataclass(frozen=True)
