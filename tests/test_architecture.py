@@ -33,7 +33,7 @@ GATES = {
     "omegaconf": ("run_pipeline", "stages"),
     "wandb": ("rlhf.tracking.",),
     "wandb_workspaces": ("rlhf.tracking.dashboard",),
-    "yaml": ("rlhf.engine.deepspeed.yaml_text",),
+    "yaml": ("rlhf.engine.deepspeed.yaml_text", "data.folders"),
     "matplotlib": ("rlhf.tracking.report.charts",),
     "jinja2": ("rlhf.tracking.report.page", "rlhf.text"),
     "transformers": ("rlhf.models", "rlhf.text", "rlhf.generation", "rlhf.hf"),
