@@ -98,7 +98,7 @@ class Bench:
         Raises:
             RuntimeError: its exit status is none of `allowed`, or the time was over.
         """
-        others = {"RANK", "LOCAL_RANK", "WORLD_SIZE"}
+        others = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"}
         environment = {name: value for name, value in os.environ.items() if name not in others} | ALONE
         before = time.monotonic()
         with tempfile.TemporaryFile("w+", errors="replace", dir=self.folder) as log:
