@@ -6,7 +6,7 @@ import json
 import pytest
 
 import run_pipeline
-from rlhf.config import LaunchConfig
+from rlhf.config import divisible
 from rlhf.dist import World
 from rlhf.failure import RunError, sentence_of
 from rlhf.launch import local_ranks
@@ -14,7 +14,7 @@ from tests.test_configuration import composed
 
 
 def by_us():
-    LaunchConfig(ranks=0)
+    divisible(5, by=2, names="size")
 
 
 def by_python():
@@ -52,7 +52,7 @@ def raised_by(function):
 @pytest.mark.parametrize(
     ("function", "sentence"),
     [
-        (by_us, "launch.ranks=0: expected at least 1."),
+        (by_us, "size: 5 is not a multiple of 2; use 4 or 6."),
         (by_the_run, "gradients are never finite"),
         (by_the_disk, "a file: No space left on device. Make room there and start the same command again."),
         (by_a_file, "/no/such/file: No such file or directory."),
@@ -67,7 +67,7 @@ def test_what_is_for_the_user_is_told_from_mistakes_in_the_program(function, sen
 
 @pytest.mark.parametrize(
     ("function", "sentence"),
-    [(by_us, "launch.ranks=0: expected at least 1."), (by_the_disk, "No space left"), (by_python, None)],
+    [(by_us, "size: 5 is not a multiple of 2; use 4 or 6."), (by_the_disk, "No space left"), (by_python, None)],
 )
 def test_a_stage_ends_in_one_sentence_and_its_traceback_is_kept(monkeypatch, tmp_path, function, sentence):
     monkeypatch.setitem(run_pipeline.STAGES, "sft", lambda *_: function())
@@ -94,5 +94,5 @@ def test_a_full_disk_keeps_the_sentence(monkeypatch, tmp_path):
 def test_the_whole_traceback_can_be_asked_for(monkeypatch, tmp_path):
     monkeypatch.setitem(run_pipeline.STAGES, "sft", lambda *_: by_us())
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    with pytest.raises(ValueError, match="launch.ranks=0"):
+    with pytest.raises(ValueError, match="size: 5"):
         run_pipeline.run_stages(composed("experiment=smoke", f"output_dir={tmp_path}"), ["sft"], world=World.alone())
