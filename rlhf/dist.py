@@ -19,7 +19,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from rlhf.config_groups import LaunchConfig
 from rlhf.heap import return_freed_memory
-from rlhf.heartbeat import Heartbeat, RollCall
+from rlhf.heartbeat import Heartbeat, RankMonitor
 from rlhf.parent import LAUNCHER
 from rlhf.serialization import from_bytes, to_bytes
 
@@ -96,8 +96,8 @@ def _join(device: torch.device, launch: LaunchConfig) -> None:
     timeout = timedelta(seconds=launch.timeout_s)
     store, rank, size = next(rendezvous("env://", timeout=timeout + _SLACK))
     watched = LAUNCHER in os.environ
-    roll_call = None if watched else RollCall(store.clone(), range(size), launch=launch)
-    _heartbeat[:] = [Heartbeat(store.clone(), rank, progress=_collectives, launch=launch, roll_call=roll_call)]
+    monitor = None if watched else RankMonitor(store.clone(), range(size), launch=launch)
+    _heartbeat[:] = [Heartbeat(store.clone(), rank, progress=_collectives, launch=launch, monitor=monitor)]
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout + _SLACK)
 
 

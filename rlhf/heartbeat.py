@@ -1,9 +1,10 @@
 """Name the rank that the others wait for, and end a run that waits too long.
 
-In every rank a thread writes a sign into the store that the ranks have met in: how often it has done so, and how many
-collectives its main thread has begun. A rank is missing when its signs stop coming (it was stopped, or its machine is
-gone), or when it has begun fewer collectives than others and begins no more. That may be honest work, so that a warning
-comes first. `launch.py` reads the signs; under torchrun the first rank that is not missing does.
+In every rank a thread writes heartbeats into the store of the process group: how many it has written, and how many
+collectives the main thread has begun. A rank is missing when its heartbeats stop (it was stopped, or its machine is
+gone), or when it has begun fewer collectives than others for a while. That may be honest work, so a warning comes
+first. `launch.py` reads the heartbeats of the ranks that it started; under torchrun every rank does, on whichever
+machine, and the first one that is not missing reports.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ _STATES = {"R": "running", "S": "waiting", "D": "waiting for a disk", "T": "stop
 
 
 def interval(launch: LaunchConfig) -> float:
-    """Seconds between two signs, and between two looks at them."""
+    """Seconds between two heartbeats, and between two polls."""
     return min(_LONGEST_INTERVAL_S, launch.warn_after_s / 4)
 
 
 class Heartbeat:
-    """The thread of one rank that writes its signs, and with a `roll_call` reads those of the others."""
+    """The thread of one rank that writes its heartbeats, and with a `monitor` polls those of the others."""
 
     def __init__(
-        self, store: Any, rank: int, *, progress: Callable[[], int], launch: LaunchConfig, roll_call: RollCall | None
+        self, store: Any, rank: int, *, progress: Callable[[], int], launch: LaunchConfig, monitor: RankMonitor | None
     ) -> None:
         """Begin.
 
@@ -48,9 +49,9 @@ class Heartbeat:
             rank: of this process.
             progress: how many collectives this rank has begun.
             launch: how long the others wait for a rank.
-            roll_call: looks for missing ranks; None where the launcher does.
+            monitor: finds missing ranks; None where the launcher does.
         """
-        self._store, self._rank, self._progress, self._roll_call = store, rank, progress, roll_call
+        self._store, self._rank, self._progress, self._monitor = store, rank, progress, monitor
         self._interval_s = interval(launch)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -69,15 +70,15 @@ class Heartbeat:
         with contextlib.suppress(RuntimeError):  # the store is gone: so is whoever would read
             while not self._end.wait(self._interval_s if beats else 0):
                 beats += 1
-                sign = [beats, self._progress(), os.getpid(), socket.gethostname()]
-                self._store.set(_key(self._rank), json.dumps(sign))
-                self._look()
+                heartbeat = [beats, self._progress(), os.getpid(), socket.gethostname()]
+                self._store.set(_key(self._rank), json.dumps(heartbeat))
+                self._poll()
             self._store.set(_key(self._rank), json.dumps(_LEFT))
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         try:
-            if self._roll_call is not None:
-                self._roll_call.look(speaker=self._rank)
+            if self._monitor is not None:
+                self._monitor.poll(reporter=self._rank)
         except RunError as error:
             log.error("%s", error)
             os._exit(1)  # the main thread waits in a collective, which nothing else ends
@@ -85,71 +86,74 @@ class Heartbeat:
 
 @dataclass
 class _Peer:
-    """What has been heard of a rank; `silent` and `behind` count looks, so that time in which nobody looks is none."""
+    """The last heartbeat of a rank.
 
-    sign: Any = None
+    `silent` and `behind` count polls: while the process that polls is itself stopped, no time passes.
+    """
+
+    heartbeat: Any = None
     silent: int = 0
     behind: int = 0
 
     @property
     def progress(self) -> int:
-        return -1 if self.sign is None else int(self.sign[1])
+        return -1 if self.heartbeat is None else int(self.heartbeat[1])
 
-    def hear(self, sign: Any) -> None:
-        """Note the newest sign, before the ranks are compared."""
-        self.silent = self.silent + 1 if sign == self.sign else 0
-        if self.sign is not None and sign[1] != self.sign[1]:
+    def update(self, heartbeat: Any) -> None:
+        """Take the newest heartbeat, before the ranks are compared."""
+        self.silent = self.silent + 1 if heartbeat == self.heartbeat else 0
+        if self.heartbeat is not None and heartbeat[1] != self.heartbeat[1]:
             self.behind = 0
-        self.sign = sign
+        self.heartbeat = heartbeat
 
     def description(self, rank: int, *, seconds: float) -> str:
-        """What is known of a missing rank, such as "rank 1 (pid 7, stopped) has given no sign for 60 s"."""
-        if self.sign is None:
+        """What is known of a missing rank, such as "rank 1 (pid 7, stopped) has sent no heartbeat for 60 s"."""
+        if self.heartbeat is None:
             return f"rank {rank} has not joined the others for {seconds:.3g} s"
-        _, _, pid, host = self.sign
+        _, _, pid, host = self.heartbeat
         where = f"pid {pid}{_state(pid)}" if host == socket.gethostname() else f"pid {pid} on {host}"
-        what = "has given no sign" if 2 * self.silent > self.behind else "has not come to where others wait"
+        what = "has sent no heartbeat" if 2 * self.silent > self.behind else "has not come to where others wait"
         return f"rank {rank} ({where}) {what} for {seconds:.3g} s"
 
 
-class RollCall:
-    """Looks for ranks that are missing."""
+class RankMonitor:
+    """Finds missing ranks by their heartbeats."""
 
     def __init__(self, store: Any, ranks: Iterable[int], *, launch: LaunchConfig) -> None:
-        """`store` as for a `Heartbeat`; `look` is to be called every `interval(launch)` seconds."""
+        """`store` as for a `Heartbeat`; `poll` is to be called every `interval(launch)` seconds."""
         self._store, self._launch = store, launch
         self._peers = {rank: _Peer() for rank in ranks}
         self._named: set[int] = set()
 
-    def look(self, *, speaker: int | None = None) -> None:
-        """Name the ranks that have newly become missing.
+    def poll(self, *, reporter: int | None = None) -> None:
+        """Read all heartbeats, and warn of the ranks that have newly become missing.
 
         Args:
-            speaker: this rank, which is silent unless it is the first that is not missing; None speaks always.
+            reporter: this rank, which reports only if it is the first that is not missing; None reports always.
 
         Raises:
             RunError: a rank has been missing for too long.
         """
         for rank in list(self._peers):
-            self._hear(rank)
+            self._read(rank)
         ahead = max((peer.progress for peer in self._peers.values()), default=0)
         for peer in self._peers.values():
             peer.behind = peer.behind + 1 if peer.progress < ahead else 0
         each = interval(self._launch)
         waited = {rank: max(peer.silent, peer.behind) * each for rank, peer in self._peers.items()}
         missing = {rank: seconds for rank, seconds in waited.items() if seconds >= self._launch.warn_after_s}
-        if speaker is None or speaker == min(self._peers.keys() - missing, default=None):
-            self._speak(missing)
+        if reporter is None or reporter == min(self._peers.keys() - missing, default=None):
+            self._report(missing)
         self._named = set(missing)
 
-    def _hear(self, rank: int) -> None:
-        sign = json.loads(self._store.get(_key(rank))) if self._store.check([_key(rank)]) else None
-        if sign == _LEFT:
+    def _read(self, rank: int) -> None:
+        heartbeat = json.loads(self._store.get(_key(rank))) if self._store.check([_key(rank)]) else None
+        if heartbeat == _LEFT:
             del self._peers[rank]
         else:
-            self._peers[rank].hear(sign)
+            self._peers[rank].update(heartbeat)
 
-    def _speak(self, missing: dict[int, float]) -> None:
+    def _report(self, missing: dict[int, float]) -> None:
         limit = self._launch.timeout_s
         texts = [self._peers[rank].description(rank, seconds=seconds) for rank, seconds in missing.items()]
         if max(missing.values(), default=0) >= limit:

@@ -20,7 +20,7 @@ import torch
 from rlhf.config_groups import LaunchConfig
 from rlhf.dist import host_store
 from rlhf.failure import RunError
-from rlhf.heartbeat import RollCall, interval
+from rlhf.heartbeat import RankMonitor, interval
 from rlhf.parent import LAUNCHER, end_with_parent
 
 Worker = subprocess.Popen[bytes]
@@ -68,7 +68,7 @@ def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
     shared = {"OMP_NUM_THREADS": "1", **os.environ, **place, LAUNCHER: str(os.getpid())}
     shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     workers: list[Worker] = []
-    watch = partial(_watch, workers, RollCall(store, range(launch.ranks), launch=launch), every_s=interval(launch))
+    watch = partial(_watch, workers, RankMonitor(store, range(launch.ranks), launch=launch), every_s=interval(launch))
     try:
         for rank in map(str, range(launch.ranks)):
             environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
@@ -89,7 +89,7 @@ def _start(command: list[str], environment: dict[str, str]) -> Worker:
     return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=before)
 
 
-def _watch(workers: list[Worker], roll_call: RollCall, *, every_s: float) -> str:
+def _watch(workers: list[Worker], monitor: RankMonitor, *, every_s: float) -> str:
     """Wait until all ranks have ended, which they are made to do once one has failed or is missing for too long."""
     problem, deadline, next_look = "", math.inf, time.monotonic()
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
@@ -102,7 +102,7 @@ def _watch(workers: list[Worker], roll_call: RollCall, *, every_s: float) -> str
         elif time.monotonic() >= next_look:
             next_look = time.monotonic() + every_s
             try:
-                roll_call.look()
+                monitor.poll()
             except RunError as error:
                 return str(error)
     return problem or _failure([worker.poll() for worker in workers])

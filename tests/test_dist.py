@@ -15,7 +15,7 @@ import torch
 
 from rlhf import dist, launch
 from rlhf.config import LaunchConfig
-from rlhf.heartbeat import RollCall, interval
+from rlhf.heartbeat import RankMonitor, interval
 from rlhf.parent import LAUNCHER
 from tests.ranks import ROOT, forbid_unpickling, fork_ranks, fork_until_death
 from tests.test_launch import listening
@@ -68,7 +68,7 @@ def watched():
     """What the launcher says of the two, before which they say nothing."""
     store, place = dist.host_store()
     workers = [Forked(place, rank) for rank in range(2)]
-    said = launch._watch(workers, RollCall(store, range(2), launch=SHORT), every_s=interval(SHORT))
+    said = launch._watch(workers, RankMonitor(store, range(2), launch=SHORT), every_s=interval(SHORT))
     for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)
     return said

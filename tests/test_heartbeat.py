@@ -8,7 +8,7 @@ import pytest
 
 from rlhf.config import LaunchConfig
 from rlhf.failure import RunError
-from rlhf.heartbeat import RollCall, interval
+from rlhf.heartbeat import RankMonitor, interval
 
 LAUNCH = LaunchConfig(warn_after_s=4, timeout_s=8)
 
@@ -24,15 +24,15 @@ class Store(dict):
         self[f"heartbeat/{rank}"] = json.dumps([beat, progress, os.getpid(), socket.gethostname()])
 
 
-def looks(seconds, *, ranks=2, speaker=None, **signs):
+def looks(seconds, *, ranks=2, reporter=None, **signs):
     """Look once a second at ranks whose beat and progress are `signs["rank0"](second)` and so on."""
     store = Store()
-    roll_call = RollCall(store, range(ranks), launch=LAUNCH)
+    monitor = RankMonitor(store, range(ranks), launch=LAUNCH)
     for second in range(seconds):
         for rank in range(ranks):
             if f"rank{rank}" in signs:
                 store.sign(rank, *signs[f"rank{rank}"](second))
-        roll_call.look(speaker=speaker)
+        monitor.poll(reporter=reporter)
 
 
 def test_looks_are_a_second_apart():
@@ -47,9 +47,12 @@ def test_a_rank_that_is_stopped_is_named_once_and_then_ends_the_run(caplog):
     looks(8, **signs)
     (message,) = caplog.messages
     assert message == (
-        f"rank 1 (pid {os.getpid()}, running) has given no sign for 4 s; after launch.timeout_s=8 seconds the run ends"
+        f"rank 1 (pid {os.getpid()}, running) has sent no heartbeat for 4 s; "
+        "after launch.timeout_s=8 seconds the run ends"
     )
-    with pytest.raises(RunError, match=r"rank 1 .* given no sign for 8 s, longer than launch\.timeout_s=8, so the run"):
+    with pytest.raises(
+        RunError, match=r"rank 1 .* sent no heartbeat for 8 s, longer than launch\.timeout_s=8, so the run"
+    ):
         looks(9, **signs)
 
 
@@ -78,18 +81,18 @@ def test_a_rank_that_never_came_is_named(caplog):
 
 def test_a_rank_that_has_left_is_not_missing(caplog):
     store = Store()
-    roll_call = RollCall(store, range(2), launch=LAUNCH)
+    monitor = RankMonitor(store, range(2), launch=LAUNCH)
     for second in range(20):
         store.sign(0, second, 7)
         store["heartbeat/1"] = json.dumps("left")
-        roll_call.look()
+        monitor.poll()
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(("speaker", "speaks"), [(0, False), (1, True), (2, False)])
-def test_of_the_ranks_the_first_that_is_there_speaks(caplog, speaker, speaks):
+@pytest.mark.parametrize(("reporter", "speaks"), [(0, False), (1, True), (2, False)])
+def test_of_the_ranks_the_first_that_is_there_speaks(caplog, reporter, speaks):
     there = {"rank1": lambda second: (second, 7), "rank2": lambda second: (second, 7)}
-    looks(5, ranks=3, speaker=speaker, rank0=lambda second: (0, 7), **there)
+    looks(5, ranks=3, reporter=reporter, rank0=lambda second: (0, 7), **there)
     assert bool(caplog.messages) == speaks
 
 

@@ -131,7 +131,7 @@ class Checkpoints:
         with _agreed() as said, _without_warnings():
             dcp.save(held, storage_writer=writer, planner=Saving(self.world.rank), no_dist=True)
         if said.error:
-            raise RunError(f"the checkpoint of step {step} could not be made: {said.error}")
+            raise RunError(f"the checkpoint of step {step} could not be made: {said.error}") from said.cause
         writing.begin(asynchronous=self.asynchronous)
         random, parts = gather_objects(random_state(self.world.device)), gather_objects(writer.parts)
         content = {"step": step, "state": state, "random": random, "tensors": contents(held, parts)}
@@ -172,7 +172,7 @@ class Checkpoints:
             dcp.load(held, storage_reader=reader, planner=planner, no_dist=True)
             planner.require_complete()
         if said.error:
-            raise _damaged(saved.folder, said.error)
+            raise _damaged(saved.folder, said.error) from said.cause
         random = saved.content["random"]
         set_random_state(random[self.world.rank if self.world.rank < len(random) else 0], self.world.device)
 
@@ -293,6 +293,8 @@ def _free_bytes(folder: Path) -> int:
 @dataclass
 class _Agreement:
     error: str = ""
+    cause: Exception | None = None
+    """On the rank that failed."""
 
 
 @contextmanager
@@ -303,9 +305,9 @@ def _agreed() -> Iterator[_Agreement]:
         yield agreement
     except CheckpointException as error:
         failure, _ = next(iter(error.failures.values()))
-        agreement.error = str(failure) or type(failure).__name__
+        agreement.error, agreement.cause = str(failure) or type(failure).__name__, error
     except ValueError as error:
-        agreement.error = str(error)
+        agreement.error, agreement.cause = str(error), error
     agreement.error = next(filter(None, gather_objects(agreement.error)), "")
 
 
