@@ -145,6 +145,12 @@ def test_the_configuration_imports_the_standard_library_alone():
         ]
 
 
+def test_nothing_is_pickled():
+    for file in sources():
+        assert not {"pickle", "marshal", "shelve", "multiprocessing"} & {n.split(".")[0] for n in imports(file)}, file
+        assert not re.search(r"(gather|scatter)_object\(|object_list\(|torch\.(load|save)\(", file.read_text()), file
+
+
 def test_init_files_are_empty():
     assert [file for file in sources() if file.name == "__init__.py" and file.read_text().strip()] == []
 

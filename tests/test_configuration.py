@@ -115,6 +115,8 @@ def test_paths_of_a_run_do_not_depend_on_where_it_is_started():
         (["sft.lr=1"], r"sft\.lr: there is no such setting\. Did you mean .*sft\.optimizer\.lr"),
         (["sft.optimizer.lr=-1"], r"optimizer\.lr=-1\.0: expected a positive number"),
         (["launch.ranks=0"], r"launch\.ranks=0: expected at least 1"),
+        (["launch.warn_after_s=0"], r"launch\.warn_after_s=0\.0: expected more than 0 seconds"),
+        (["launch.timeout_s=9"], r"launch\.timeout_s=9\.0: expected .* seconds from launch\.warn_after_s=60\.0 on"),
     ],
 )
 def test_a_mistake_is_answered_with_a_sentence(overrides, sentence):
