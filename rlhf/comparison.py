@@ -27,7 +27,7 @@ from rlhf.algorithms.calibration import (
 from rlhf.algorithms.intervals import bootstrap_mean, wilson
 from rlhf.evaluation import distinct
 from rlhf.judges import Verdict
-from rlhf.tracking.watch import repeated_share
+from rlhf.tracking.answers import repeated_share
 
 log = logging.getLogger(__name__)
 
@@ -38,8 +38,8 @@ class Answers:
 
     texts: tuple[str, ...]
     numbers: dict[str, list[float]]
-    """By name, one for each response: `length`, `not_ended`, and where they were measured `kl`, `score`, `raw_score`
-    and `gold/*`."""
+    """By name, one for each response: `length`, `not_ended`, and where they were measured `kl`, `raw_score`,
+    `normalized_score` and `gold/*`."""
     losses: list[tuple[float, float]]
     """Nats and tokens of each held-out demonstration."""
 
@@ -54,14 +54,16 @@ class Measure:
 
 
 MEASURES = {
-    "score": Measure("score", "the reward model's score, normalised by its held-out mean and deviation"),
+    "normalized_score": Measure(
+        "score", "raw_score less its held-out mean, over its deviation; PPO's score has a clamp and a penalty, too"
+    ),
     "raw_score": Measure("score", "the reward model's score in its own units"),
     "gold/*": Measure("", "a metric of data.gold, which no model was trained on"),
     "kl": Measure("nats", "KL to the reference per response, at the sampling temperature"),
     "length": Measure("tokens", "length of a response"),
     "not_ended": Measure("fraction", "responses that were cut instead of ending by themselves", is_share=True),
 }
-_OF_ALL: dict[str, tuple[str, Callable[[Sequence[str]], float]]] = {
+_OF_ALL: dict[str, tuple[str, Callable[[Sequence[str]], float | None]]] = {
     "distinct_1": ("different words as a share of all", lambda texts: distinct(texts, length=1)),
     "distinct_2": ("different word pairs as a share of all", lambda texts: distinct(texts, length=2)),
     "repeated": (
@@ -89,8 +91,11 @@ def _sides(model: Answers, against: Answers | None) -> dict[str, Answers]:
     return {"model": model} | ({} if against is None else {"against": against})
 
 
-def _both(function: Callable[[Sequence[str]], float], model: Answers, *, against: Answers | None) -> dict[str, Any]:
-    return {side: {"mean": function(found.texts)} for side, found in _sides(model, against).items()}
+def _both(
+    function: Callable[[Sequence[str]], float | None], model: Answers, *, against: Answers | None
+) -> dict[str, Any]:
+    found = {side: function(said.texts) for side, said in _sides(model, against).items()}
+    return {side: {} if value is None else {"mean": value} for side, value in found.items()}
 
 
 def _mean_row(name: str, model: Answers, *, against: Answers | None, seed: int) -> dict[str, Any]:

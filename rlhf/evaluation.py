@@ -25,6 +25,7 @@ from rlhf.dist import gather_objects, sum_over_ranks
 from rlhf.engine.engine import Engine
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores
+from rlhf.tracking.answers import COLUMNS
 from rlhf.types import PreferenceBatch, Rollout, SFTBatch
 
 log = logging.getLogger(__name__)
@@ -108,6 +109,8 @@ class PreferenceResult:
     """Mean score of all held-out responses: what PPO subtracts."""
     std: float
     """Their standard deviation: what PPO divides by."""
+    count: int
+    """Pairs behind all of this."""
 
 
 def evaluate_preferences(engine: Engine, batches: Sequence[CountedBatch]) -> PreferenceResult:
@@ -121,6 +124,7 @@ def evaluate_preferences(engine: Engine, batches: Sequence[CountedBatch]) -> Pre
         margin=float(result.margin),
         mean=float(scores.mean()),
         std=float(scores.std(correction=0)),
+        count=len(chosen),
     )
 
 
@@ -203,23 +207,18 @@ def policy_metrics(rows: Sequence[dict[str, str | float | bool]]) -> dict[str, f
     good = [row for row in rows if all(math.isfinite(row[name]) for name in judged)]
     if len(good) < len(rows):
         log.warning("evaluation: left out %d of %d responses that are not finite", len(rows) - len(good), len(rows))
-    named = {"score": "eval/score", "kl": "eval/kl", "length": "eval/response_length", "ended": "eval/eos_rate"}
-    named |= {name: name for name in rows[0] if name.startswith("gold/")}
-    measured = {name: key for name, key in named.items() if name in rows[0]}
-    metrics = {key: fmean(row[name] for row in good) if good else math.nan for name, key in measured.items()}
-    return metrics | {"eval/distinct_2": distinct_bigrams([str(row["response"]) for row in good])}
+    named = {**COLUMNS, **{name: name for name in rows[0] if name.startswith("gold/")}}
+    measured = {key: name for key, name in named.items() if name in rows[0]}
+    metrics = {key: fmean(row[name] for row in good) if good else math.nan for key, name in measured.items()}
+    pairs = distinct([str(row["response"]) for row in good], length=2)
+    return metrics | ({} if pairs is None else {"eval/distinct_2": pairs})
 
 
-def distinct_bigrams(texts: Sequence[str]) -> float:
-    """Different word pairs as a share of all word pairs of `texts`; 0 where there are none (Li et al. 2016)."""
-    return distinct(texts, length=2)
-
-
-def distinct(texts: Sequence[str], *, length: int) -> float:
-    """The same for runs of `length` words."""
+def distinct(texts: Sequence[str], *, length: int) -> float | None:
+    """Different runs of `length` words as a share of all those of `texts`; None without any (Li et al. 2016)."""
     words = [text.lower().split() for text in texts]
     runs = [run for line in words for run in zip(*(line[start:] for start in range(length)), strict=False)]
-    return len(set(runs)) / len(runs) if runs else 0.0
+    return len(set(runs)) / len(runs) if runs else None
 
 
 def load_gold(metrics: dict[str, str]) -> dict[str, GoldMetric]:

@@ -152,10 +152,20 @@ class Collector:
             values = partial(critic_values, critic, shift=self.models.value_shift)
             return _over_pieces(said, self.config.micro_batch_size, function=lambda piece: values(piece)[None])[0]
 
+    def clamped_share(self, raw_scores: Tensor) -> float:
+        """Share of responses whose score `[B]` is at the clamp, where PPO cannot tell them apart."""
+        clamp = self._clamp
+        return 0.0 if clamp is None else float((self._normalized(raw_scores).abs() >= clamp).double().mean())
+
+    @property
+    def _clamp(self) -> float | None:
+        return self.config.score.clamp if self.config.score.normalize and self.config.score.clamp else None
+
+    def _normalized(self, raw_scores: Tensor) -> Tensor:
+        return normalize_scores(raw_scores, mean=self.scale.mean, std=self.scale.std, clamp=self._clamp)
+
     def _scores(self, raw_scores: Tensor, ended: Tensor) -> Tensor:
-        rules = self.config.score
-        clamp = rules.clamp if rules.normalize and rules.clamp else None
-        scores = normalize_scores(raw_scores, mean=self.scale.mean, std=self.scale.std, clamp=clamp)
+        rules, scores = self.config.score, self._normalized(raw_scores)
         return penalize_unended(scores, ended, penalty=rules.no_end_penalty, kind=rules.no_end_kind)
 
 

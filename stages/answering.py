@@ -136,7 +136,7 @@ class Room:
                 raw = scores_of(engine, contestant.said, size=self._size)
                 if scale is not None:
                     normal = normalize_scores(raw, mean=scale.mean, std=scale.std, clamp=None)
-                    contestant.numbers["score"] = normal.double()
+                    contestant.numbers["normalized_score"] = normal.double()
                 contestant.numbers["raw_score"] = raw.double()
             chosen, rejected = pair_scores(engine, batches).tolist() if batches else ([], [])
         named = gather_objects([pair.subset for group in groups for pair in group.batch[: group.count]])

@@ -216,7 +216,7 @@ def score_scale(config: PPOConfig) -> ScoreScale:
     """The held-out mean and deviation that the reward stage stored, or 0 and 1 where scores are not normalised.
 
     Raises:
-        ValueError: scores are to be normalised and their scale is unknown.
+        ValueError: scores are to be normalised and their scale is unknown, or 0.
     """
     if not config.score.normalize:
         return ScoreScale()
@@ -225,6 +225,11 @@ def score_scale(config: PPOConfig) -> ScoreScale:
         raise ValueError(
             f"ppo.score.normalize needs the held-out mean and deviation of ppo.reward={config.reward}, which has no "
             f"stage.json with score_mean and score_std. Train it with stage=reward, or set ppo.score.normalize=false."
+        )
+    if not scale.std > 0:
+        raise ValueError(
+            f"ppo.reward={config.reward} scores all held-out responses alike, so its scores cannot be normalised, and "
+            f"there is nothing that PPO could learn from them. Train it again, for longer or from another model."
         )
     return scale
 
@@ -235,3 +240,11 @@ def stored_scale(path: str) -> ScoreScale | None:
     if record is None or record.score_mean is None or record.score_std is None:
         return None
     return ScoreScale(mean=record.score_mean, std=record.score_std)
+
+
+def known_quality(path: str) -> dict[str, float]:
+    """What the record beside the reward model at `path` says of its quality, by the names under which PPO logs it."""
+    record = read_record(local_folder(path))
+    after = {} if record is None else record.after
+    names = ("accuracy", "pairs", "score_std")
+    return {f"reward_model/{name}": after[f"eval/{name}"] for name in names if f"eval/{name}" in after}

@@ -85,7 +85,7 @@ def with_gold(run: RunConfig, answers: Answers, *, prompts: Sequence[str]) -> An
             )
         found[f"gold/{name}"] = values
     numbers = answers.numbers
-    judged = {name: numbers[name] for name in ("score", "raw_score", "kl") if name in numbers}
+    judged = {name: numbers[name] for name in ("normalized_score", "raw_score", "kl") if name in numbers}
     return replace(answers, numbers=judged | found | numbers)
 
 

@@ -23,13 +23,14 @@ from rlhf.dist import World
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
+from rlhf.failure import RunError
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Collector, Models, ScoreScale, without_bad_rows
 from rlhf.text import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
 from rlhf.types import PPOBatch, PromptBatch
-from stages.compatibility import score_scale, stored_scale
+from stages.compatibility import known_quality, score_scale, stored_scale
 from stages.handover import Record
 from stages.improve import advantages_of, improve
 from stages.model_folders import open_engine
@@ -46,7 +47,10 @@ def run_ppo(run: RunConfig, world: World) -> Record:
     assert config is not None
     tokenizer = stage_tokenizer(run, config.actor)
     splits = prompts(run.data, config, tokenizer=tokenizer)
-    scale = score_scale(config)
+    try:
+        scale = score_scale(config)
+    except ValueError as error:
+        raise RunError(str(error)) from error
     with (
         open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,
         closing(load_models(config, world, scale=scale)) as models,
@@ -56,7 +60,7 @@ def run_ppo(run: RunConfig, world: World) -> Record:
         kl = kl_controller(config.kl)
         loader = prompt_loader(session, splits.train)
         parts = Parts(learners(models), {"kl": kl, "loader": loader}, splits.fingerprint)
-        session.begin(parts, evaluate=lambda: examiner.examine(collector, step=0))
+        session.begin(parts, evaluate=lambda: examiner.examine(collector, step=0), known=known_quality(config.reward))
         for step, batch in session.steps(loader):
             rollout = without_bad_rows(collector.collect(batch, seed=config.seed))
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
@@ -66,6 +70,7 @@ def run_ppo(run: RunConfig, world: World) -> Record:
                 metrics = improve(models, learnt, config=config, iteration=step, kl_coef=kl.value)
             metrics |= rollout_metrics(rollout, kl_coef=kl.value, kl_kind=config.kl.kind)
             metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}
+            metrics |= {"objective/clamped": collector.clamped_share(rollout.raw_scores)}
             metrics |= {"objective/kl_coef": kl.value, "rollout/episodes": step * config.rollout_size}
             metrics["rollout/left_out"] = config.rollout_size - len(rollout)
             if step > config.critic_warmup and config.measures_kl:
@@ -202,4 +207,5 @@ class Examiner:
             rollout = apart.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
             rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
         self.session.tracker.samples(step, rows)
-        return policy_metrics(rows)
+        clamped = collector.clamped_share(rollout.raw_scores[: self.count])
+        return policy_metrics(rows) | {"eval/clamped": clamped}

@@ -92,4 +92,5 @@ def _metrics(result: PreferenceResult) -> dict[str, float]:
         "eval/margin": result.margin,
         "eval/score_mean": result.mean,
         "eval/score_std": result.std,
+        "eval/pairs": result.count,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,8 +70,10 @@ class Session:
         """How far the stage is."""
         return self.keeper.progress
 
-    def begin(self, parts: Parts, *, evaluate: Callable[[], dict[str, float]]) -> None:
-        """Go on from the newest checkpoint, or evaluate for the first time where there is none."""
+    def begin(
+        self, parts: Parts, *, evaluate: Callable[[], dict[str, float]], known: Mapping[str, float] | None = None
+    ) -> None:
+        """Go on from the newest checkpoint, or evaluate for the first time and log that, and what is `known`."""
         total_steps = self.tracker.total_steps
         self._keeper = Keeper.of(
             self.folder,
@@ -87,7 +89,7 @@ class Session:
             self.tracker.rewind(-1)
             seed_random_numbers(getattr(self.run, self.stage).seed, rank=self.world.rank)
             self.progress.before = self.progress.after = evaluate()
-            self._log(0, self.progress.before)
+            self._log(0, {**self.progress.before, **(known or {})})
         if self.progress.step < total_steps:
             self.stop.listen()
 

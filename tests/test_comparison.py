@@ -10,12 +10,12 @@ from rlhf.judges import Verdict
 
 MODEL = Answers(
     ("a b", "a b", "c d e", "f"),
-    {"score": [2.0, 4.0, 6.0, 8.0], "gold/x": [1.0] * 4, "not_ended": [1.0, 0.0, 0.0, 0.0]},
+    {"normalized_score": [2.0, 4.0, 6.0, 8.0], "gold/x": [1.0] * 4, "not_ended": [1.0, 0.0, 0.0, 0.0]},
     losses=[(2 * math.log(8), 2.0), (1 * math.log(2), 1.0), (0.0, 0.0)],
 )
 AGAINST = Answers(
     ("a", "b", "c", "d"),
-    {"score": [1.0, 3.0, 5.0, 7.0], "gold/x": [3.0] * 4, "not_ended": [0.0] * 4},
+    {"normalized_score": [1.0, 3.0, 5.0, 7.0], "gold/x": [3.0] * 4, "not_ended": [0.0] * 4},
     losses=[(2 * math.log(4), 2.0), (1 * math.log(4), 1.0), (0.0, 0.0)],
 )
 
@@ -26,22 +26,24 @@ def named(rows):
 
 def test_means_shares_and_differences():
     found = named(measures(MODEL, AGAINST, seed=0))
-    assert (found["score"]["model"]["mean"], found["score"]["against"]["mean"]) == (5.0, 4.0)
+    assert (found["normalized_score"]["model"]["mean"], found["normalized_score"]["against"]["mean"]) == (5.0, 4.0)
     # the same prompts: the answers differ by 1 in every one of them, so there is nothing to doubt
-    assert found["score"]["difference"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 4}
-    assert found["score"]["model"]["low"] < 5 < found["score"]["model"]["high"]
+    assert found["normalized_score"]["difference"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 4}
+    assert found["normalized_score"]["model"]["low"] < 5 < found["normalized_score"]["model"]["high"]
     share = wilson(1, 4)
     assert (found["not_ended"]["model"]["low"], found["not_ended"]["model"]["high"]) == (share.low, share.high)
     assert found["gold/x"]["meaning"] == MEASURES["gold/*"].meaning
 
 
 def test_a_score_that_is_not_finite_is_left_out_of_means_and_of_differences_and_said(caplog):
-    broken = Answers(AGAINST.texts, AGAINST.numbers | {"score": [1.0, math.nan, math.inf, 9.0]}, AGAINST.losses)
-    found = named(measures(MODEL, broken, seed=0))["score"]
+    broken = Answers(
+        AGAINST.texts, AGAINST.numbers | {"normalized_score": [1.0, math.nan, math.inf, 9.0]}, AGAINST.losses
+    )
+    found = named(measures(MODEL, broken, seed=0))["normalized_score"]
     assert (found["model"]["mean"], found["model"]["count"]) == (5.0, 4)
     assert (found["against"]["mean"], found["against"]["count"]) == (5.0, 2)  # 1 and 9
     assert (found["difference"]["mean"], found["difference"]["count"]) == (0.0, 2)  # 2 - 1 and 8 - 9
-    assert "against: left out 2 of 4 responses whose score is not finite" in caplog.text
+    assert "against: left out 2 of 4 responses whose normalized_score is not finite" in caplog.text
 
 
 def test_diversity_is_counted_over_all_responses():
@@ -49,7 +51,7 @@ def test_diversity_is_counted_over_all_responses():
     assert found["distinct_1"]["model"] == {"mean": 6 / 8}
     assert found["distinct_2"]["model"] == {"mean": 3 / 4}  # a b twice, c d, d e
     assert found["repeated"]["model"] == {"mean": 2 / 4}
-    assert "difference" not in found["score"]
+    assert "difference" not in found["normalized_score"]
     assert "against" not in found["distinct_1"]
 
 

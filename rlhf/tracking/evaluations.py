@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.tracking.answers import is_number
 from rlhf.tracking.table import number
-from rlhf.tracking.watch import is_number
 
 FOLDER = "eval"
 RESULTS, SAMPLES, JUDGEMENTS = "results.json", "samples.jsonl", "judgements.jsonl"

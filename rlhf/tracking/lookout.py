@@ -5,34 +5,34 @@ Left out: what counts as a sign (`watch.py`).
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from copy import copy
 
+from rlhf.tracking.answers import Row, by_step
 from rlhf.tracking.journal import Journal
-from rlhf.tracking.watch import ENTROPY, Sign, signs
+from rlhf.tracking.watch import Finding, State, Watcher
 
 
 class Lookout:
     """Looks at one stage; what it has said it does not say again."""
 
-    def __init__(self, metrics: Journal, samples: Journal) -> None:
-        """Look at what these files hold and will hold."""
-        self._metrics, self._samples = metrics, samples
-        self._said: set[str] = set()
-        self._first: dict[str, Any] | None = None
+    def __init__(self, metrics: Journal, samples: Journal, *, total_steps: int) -> None:
+        """Catch up with what an interrupted stage has left in these files."""
+        self._watcher, self._said = Watcher(total_steps), set[str]()
+        answers = by_step(samples.rows())
+        for row in metrics.rows():
+            self._watcher.look(row, answers.get(row["step"], []))
 
-    def look(self, row: dict[str, Any], *, evaluated: bool) -> list[Sign]:
-        """The signs that are new with `row`.
+    def look(self, row: Row, answers: Sequence[Row], *, is_recorded: bool) -> list[Finding]:
+        """The signs that are new with `row`, and with the answers of its evaluation if it is that of one.
 
-        Between evaluations only the row and the first one are compared: a step costs the same however long the stage.
+        What follows is compared with the row only if it is recorded, or new signs are why it will be: a report, which
+        has the recorded rows alone, then says the same.
         """
-        rows = self._metrics.rows() if evaluated else [*self._beginning(), row]
-        found = signs(rows, self._samples.rows() if evaluated else [])
-        fresh = [sign for sign in found if sign.name not in self._said]
-        self._said.update(sign.name for sign in fresh)
+        watcher = copy(self._watcher)  # evaluations, of which more is kept than a copy has, are always recorded
+        found = [found for found in watcher.look(row, answers) if found.state is State.wrong]
+        fresh = [finding for finding in found if finding.name not in self._said]
+        self._said.update(finding.name for finding in fresh)
+        if is_recorded or fresh:
+            self._watcher = watcher
         return fresh
-
-    def _beginning(self) -> list[dict[str, Any]]:
-        """The row with the first entropy, from the file, where a resumed stage finds it too."""
-        if self._first is None:
-            self._first = next((row for row in self._metrics.rows() if ENTROPY in row), None)
-        return [] if self._first is None else [self._first]

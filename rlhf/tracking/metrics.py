@@ -42,6 +42,8 @@ class Metric:
     """One line for somebody who sees it for the first time."""
     headline: bool = False
     """Shown beside the progress bar."""
+    better: int = 0
+    """1 where more is better, -1 where less is, 0 where that depends on the rest, as it does for the KL."""
 
     @property
     def step(self) -> str:
@@ -50,35 +52,55 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", headline=True),
+    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", headline=True, better=-1),
     "train/accuracy": Metric(
         "Training",
         "fraction",
         SUPERVISED,
         "SFT: target tokens ranked first; reward: chosen scored higher",
         headline=True,
+        better=1,
     ),
-    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch"),
+    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch", better=1),
     "train/grad_norm": Metric("Training", "", SUPERVISED, "global gradient norm before clipping"),
     "train/lr": Metric("Training", "", SUPERVISED, "learning rate of the step"),
     "train/tokens": Metric("Training", "tokens", SUPERVISED, "real tokens in the step's global batch"),
     "train/skipped_steps": Metric("Training", "steps", SUPERVISED, "steps skipped for a non-finite gradient"),
     "train/loss_scale": Metric("Training", "", SUPERVISED, "fp16: factor on the loss of the step"),
     "train/scale_search_steps": Metric("Training", "steps", SUPERVISED, SEARCHED),
-    "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", headline=True),
-    "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token"),
-    "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", headline=True),
-    "eval/margin": Metric("Evaluation", "score", REWARD, "chosen minus rejected score, mean over held-out pairs"),
+    "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", headline=True, better=-1),
+    "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token", better=-1),
+    "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", headline=True, better=1),
+    "eval/margin": Metric(
+        "Evaluation", "score", REWARD, "chosen minus rejected score, mean over held-out pairs", better=1
+    ),
     "eval/score_mean": Metric("Evaluation", "score", REWARD, "mean held-out score, which PPO subtracts"),
     "eval/score_std": Metric("Evaluation", "score", REWARD, "deviation of the held-out scores, which PPO divides by"),
-    "eval/score": Metric("Evaluation", "score", PPO, "normalised score of answers to held-out prompts", headline=True),
+    "eval/pairs": Metric("Evaluation", "pairs", REWARD, "held-out pairs behind the accuracy"),
+    "eval/score": Metric(
+        "Evaluation",
+        "score",
+        PPO,
+        "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end",
+        headline=True,
+        better=1,
+    ),
+    "eval/raw_score": Metric(
+        "Evaluation", "score", PPO, "the reward model's own scalar for held-out answers", better=1
+    ),
+    "eval/clamped": Metric("Evaluation", "fraction", PPO, "held-out answers whose score is at the clamp", better=-1),
     "eval/kl": Metric("Evaluation", "nats", PPO, "KL to the reference per held-out response"),
     "eval/response_length": Metric("Evaluation", "tokens", PPO, "length of answers to held-out prompts"),
-    "eval/eos_rate": Metric("Evaluation", "fraction", PPO, "answers to held-out prompts that end by themselves"),
-    "eval/distinct_2": Metric(
-        "Evaluation", "fraction", PPO, "different word pairs among all: falls when answers repeat"
+    "eval/eos_rate": Metric(
+        "Evaluation", "fraction", PPO, "answers to held-out prompts that end by themselves", better=1
     ),
-    "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on"),
+    "eval/distinct_2": Metric(
+        "Evaluation", "fraction", PPO, "different word pairs among all: falls when answers repeat", better=1
+    ),
+    "reward_model/accuracy": Metric("Evaluation", "fraction", PPO, "the reward model's, as its own stage has left it"),
+    "reward_model/pairs": Metric("Evaluation", "pairs", PPO, "held-out pairs behind that accuracy"),
+    "reward_model/score_std": Metric("Evaluation", "score", PPO, "deviation of the reward model's held-out scores"),
+    "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on", better=1),
     "objective/kl": Metric(
         "Objective", "nats", PPO, "KL to the reference, summed over a response, mean over responses", headline=True
     ),
@@ -88,6 +110,7 @@ METRICS: dict[str, Metric] = {
         "Objective", "nats", PPO, "entropy per token at the sampling temperature, before top-k and top-p"
     ),
     "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
+    "objective/clamped": Metric("Objective", "fraction", PPO, "responses whose score is at the clamp"),
     "objective/raw_scores": Metric("Objective", "score", PPO, "the reward model's own scalar", headline=True),
     "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
     "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),

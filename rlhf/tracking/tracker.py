@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Self
 from rlhf.config import TrackingConfig, WandbMode
 from rlhf.dist import World
 from rlhf.files import read_json, write_text
+from rlhf.tracking.answers import by_step
 from rlhf.tracking.console import StageProgress
 from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.journal import Journal, valid_json
 from rlhf.tracking.lookout import Lookout
 from rlhf.tracking.metrics import check, metric
-from rlhf.tracking.watch import by_step
 
 if TYPE_CHECKING:
     from rlhf.tracking.wandb import WandbRun
@@ -63,7 +63,8 @@ class Tracker:
         self._samples = Journal(self.folder / "samples.jsonl")
         for journal in (self._metrics, self._samples):
             journal.repair()
-        self._lookout = Lookout(self._metrics, self._samples)
+        self._lookout: Lookout | None = None  # made with the first row, when the files are as they will stay
+        self._answers: tuple[int, Sequence[Mapping[str, Any]]] = (-1, ())
         self._progress = StageProgress(self.stage, self.total_steps, mode=self.config.progress)
         self._run = start_wandb(
             self.folder,
@@ -81,8 +82,8 @@ class Tracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step.
 
-        With `log_every` above 1 the rows between are shown but not recorded; the last step and evaluations always are.
-        A sign that the stage goes wrong is said once, here and as a W&B alert.
+        With `log_every` above 1 the rows between are shown but not recorded; the last step, evaluations and rows that
+        are a sign that the stage goes wrong always are. A sign is said once, here and as a W&B alert.
 
         Args:
             step: optimizer steps (PPO: iterations) finished; 0 is before the first.
@@ -96,12 +97,19 @@ class Tracker:
             return
         values = {key: float(value) for key, value in metrics.items()}
         self._progress.show(step, values)
+        row = {"step": step, "time": round(time.time(), 3), **values}
+        self._lookout = self._lookout or Lookout(self._metrics, self._samples, total_steps=self.total_steps)
+        answered, answers = self._answers
         evaluated = any(metric(key).section == "Evaluation" for key in values)
-        if evaluated or step % self.config.log_every == 0 or step >= self.total_steps:
-            self._metrics.append({"step": step, "time": round(time.time(), 3), **values})
+        is_recorded = evaluated or step % self.config.log_every == 0 or step >= self.total_steps
+        signs = self._lookout.look(row, answers if answered == step else (), is_recorded=is_recorded)
+        if is_recorded or signs:
+            self._metrics.append(row)
             if self._run is not None:
                 self._run.log(step, values)
-        for sign in self._lookout.look({"step": step, **values}, evaluated=evaluated):
+        if step >= self.total_steps:
+            self.summary({"steps": step})
+        for sign in signs:
             logger.warning("%s: %s", self.stage, sign.text)
             if self._run is not None:
                 self._run.alert(f"{self.run_name}/{self.stage}: {sign.name}", sign.text)
@@ -113,6 +121,7 @@ class Tracker:
             assert tuple(row) == self._columns, f"samples have the columns {self._columns}, this one {tuple(row)}"
         if not self.world.is_main or not rows:
             return
+        self._answers = (step, rows)
         for row in rows:
             self._samples.append({"step": step, **row})
         if self._run is not None:

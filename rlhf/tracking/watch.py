@@ -1,80 +1,240 @@
-"""Signs that a stage goes wrong, in words: reward hacking, runaway KL, collapsing entropy, numbers that are none.
+"""Signs that a stage goes wrong, in words: a reward model that judges nothing, reward hacking, runaway KL, and others.
 
-Each sign looks at what was logged so far and at the answers to held-out prompts, the same prompts every time. Left out:
-where and when they are said (`report/page.py`, `lookout.py`), and stopping a run, which is a person's decision.
+Every check looks at one row after the other, and at the answers to held-out prompts, the same prompts every time. What
+is said while a stage runs and what its report says come from the same checks over the same rows, so they cannot differ.
+Left out: where and when it is said (`report/page.py`, `lookout.py`), and stopping a run, which is a person's decision.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
-import sys
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
+from rlhf.algorithms.intervals import wilson
+from rlhf.tracking.answers import (
+    SMALLEST_SAMPLE,
+    Row,
+    by_step,
+    change,
+    degenerate_share,
+    endless_share,
+    is_number,
+    length_correlation,
+    repeated_share,
+    with_ends,
+)
 from rlhf.tracking.table import number
 
-Row = Mapping[str, Any]
-R = TypeVar("R", bound=Row)
-
-ENTROPY = "objective/entropy"
 KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
 ENTROPY_SHARE = 0.1  # of what it was at the start
-SURE = 2.0  # standard errors
+SMALL_DEVIATION = 0.1  # of two responses that far apart, a reward model prefers one with probability 0.525
 CORRELATED = 0.5
 REPEATED = 0.2  # of the responses
-_SMALLEST_SAMPLE = 8  # responses: below, nothing is said about their distribution
+
+
+class State(StrEnum):
+    """What came of a check."""
+
+    fine = "fine"
+    wrong = "wrong"
+    unchecked = "unchecked"
 
 
 @dataclass(frozen=True)
-class Sign:
-    """Something that a person should look at."""
+class Check:
+    """Something that is looked for."""
+
+    stages: tuple[str, ...]
+    fine: str
+    """What may be said where it was looked for and not found."""
+    needs: str
+    """Why it was not looked for, where no row says more."""
+
+
+_TWICE = "it takes two evaluations of the same held-out prompts"
+_JUDGE = "the held-out results of the reward model are not known"
+CHECKS = {
+    "not_finite": Check(("sft", "reward", "ppo"), "all numbers are finite", "nothing was logged"),
+    "coin": Check(("reward", "ppo"), "the reward model is better than a coin on held-out pairs", _JUDGE),
+    "flat": Check(("reward", "ppo"), "the reward model's scores differ", _JUDGE),
+    "clamp": Check(("ppo",), "few scores are at the clamp", "no scores were logged"),
+    "kl": Check(("ppo",), "KL has not run away", "no KL was logged"),
+    "entropy": Check(("ppo",), "entropy has not collapsed", "it takes two rows with an entropy"),
+    "not_risen": Check(("ppo",), "the score has risen", "it takes held-out answers from before training and its end"),
+    "raw_fell": Check(("ppo",), "the raw score has not fallen while the score rose", _TWICE),
+    "parted": Check(("ppo",), "score and gold metric have not parted", _TWICE),
+    "length": Check(("ppo",), "longer answers are not scored higher", "no held-out prompts were answered"),
+    "repeats": Check(("ppo",), "answers have not become repetitive", _TWICE),
+    "degenerate": Check(("ppo",), "answers have not fallen apart", _TWICE),
+    "endless": Check(("ppo",), "answers have not become endless", _TWICE),
+}
+_OF_ANSWERS = ("not_risen", "raw_fell", "parted", "length", "repeats", "degenerate", "endless")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a check says of one row."""
 
     name: str
-    """Which sign."""
-    text: str
-    """What was seen, and what it may mean."""
+    """A key of `CHECKS`; where there is one finding for each metric, `parted:METRIC`."""
+    state: State
+    text: str = ""
+    """What is wrong and what it may mean, or why it was not checked."""
 
 
-def signs(rows: Sequence[Row], samples: Sequence[Row]) -> list[Sign]:
-    """All signs in what a stage has logged; most are about PPO.
+@dataclass(frozen=True)
+class Verdict(Finding):
+    """What a check says of a whole stage: what was wrong once stays, with the newest text."""
+
+    first: int = 0
+    """Step at which it was first wrong."""
+    last: int = 0
+    """Step at which it was last wrong."""
+    holds: bool = False
+    """Whether it was still wrong when it was last looked for."""
+
+    def after(self, finding: Finding, step: int) -> Verdict:
+        """The verdict with one more finding."""
+        if finding.state is State.wrong:
+            first = self.first if self.state is State.wrong else step
+            return Verdict(self.name, State.wrong, finding.text, first=first, last=step, holds=True)
+        if finding.state is State.unchecked:
+            return self if self.state is not State.unchecked else replace(self, text=finding.text)
+        return replace(self, holds=False) if self.state is State.wrong else Verdict(self.name, State.fine)
+
+
+def history(stage: str, rows: Sequence[Row], *, samples: Sequence[Row], total_steps: float = math.inf) -> list[Verdict]:
+    """What every check of `stage` says of all that it has logged.
 
     Args:
+        stage: sft, reward or ppo.
         rows: of `metrics.jsonl`, oldest first.
         samples: of `samples.jsonl`: the answers of every evaluation to the same prompts, in the same order.
+        total_steps: of the stage, as far as they are known.
     """
-    answers = by_step(samples)
-    found = [_not_finite(rows), _kl(rows), _entropy(rows), *_parted(rows, answers)]
-    if answers:
-        last = answers[max(answers)]
-        found += [_length(last), *(_risen(answers, share) for share in _SHARES)]
-    return [sign for sign in found if sign is not None]
+    watcher, answers = Watcher(total_steps), by_step(samples)
+    checks = {name: check for name, check in CHECKS.items() if stage in check.stages}
+    verdicts = {name: Verdict(name, State.unchecked, check.needs) for name, check in checks.items()}
+    for row in rows:
+        for found in watcher.look(row, answers.get(row["step"], [])):
+            earlier = verdicts.get(found.name, Verdict(found.name, State.unchecked))
+            verdicts[found.name] = earlier.after(found, row["step"])
+    by_metric = {name.partition(":")[0] for name in verdicts if ":" in name}
+    return [found for name, found in verdicts.items() if name not in by_metric and name.partition(":")[0] in checks]
 
 
-def by_step(samples: Sequence[R]) -> dict[int, list[R]]:
-    """The rows of each evaluation."""
-    steps: dict[int, list[R]] = {}
-    for row in samples:
-        steps.setdefault(row["step"], []).append(row)
-    return steps
+@dataclass(frozen=True)
+class _Best:
+    """The evaluation with the highest gold metric so far."""
+
+    step: int
+    value: float
+    answers: Sequence[Row]
 
 
-def series(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric where it is a finite number."""
-    return [(row["step"], float(row[key])) for row in rows if is_number(row.get(key))]
+class Watcher:
+    """Looks at the rows of one stage, oldest first; a step costs the same however long the stage."""
+
+    def __init__(self, total_steps: float) -> None:
+        """Some things are looked for at the end alone, after `total_steps`."""
+        self._total_steps = total_steps
+        self._entropy: float | None = None
+        self._bad, self._skipped = "", 0.0
+        self._first: Sequence[Row] = ()
+        self._best: dict[str, _Best] = {}
+
+    def look(self, row: Row, answers: Sequence[Row] = ()) -> list[Finding]:
+        """What can be said after one more row.
+
+        Args:
+            row: of `metrics.jsonl`.
+            answers: to the held-out prompts at its step, which count if the row is that of an evaluation.
+        """
+        found = [self._not_finite(row), *self._reward_model(row), *_clamp(row), *_kl(row), *self._entropy_of(row)]
+        if "eval/score" in row:
+            found += self._evaluated(row, answers)
+        return found
+
+    def _not_finite(self, row: Row) -> Finding:
+        bad = [key for key in row if "/" in key and not _is_right(row, key)]
+        skipped = _total(row, "skipped_steps") - _total(row, "scale_search_steps")
+        self._skipped += skipped
+        if bad and not self._bad:
+            self._bad = f"{bad[0]} was not finite at step {row['step']}"
+        texts = [self._bad] if self._bad else []
+        if self._skipped:
+            count = number(int(self._skipped))
+            texts.append(f"{count} optimizer steps were skipped for a gradient that was not finite")
+        advice = "Lower the learning rate, or set engine.precision=fp32."
+        return _finding("not_finite", f"{'; '.join(texts)}. {advice}" if bad or skipped else "")
+
+    def _reward_model(self, row: Row) -> Iterator[Finding]:
+        """Of the last row of its own stage, and of the first of PPO, which repeats what that stage has left."""
+        is_its_end = row["step"] >= self._total_steps and "eval/score_std" in row
+        family = "eval" if is_its_end else "reward_model"
+        accuracy, pairs, deviation = (row.get(f"{family}/{name}") for name in ("accuracy", "pairs", "score_std"))
+        if is_number(accuracy) and is_number(pairs):
+            share = wilson(accuracy * pairs, int(pairs))
+            text = (
+                f"The reward model ranks {share.mean:.0%} of {number(int(pairs))} held-out pairs right (95% interval "
+                f"{share.low:.0%} to {share.high:.0%}): as far as they tell it is no better than a coin, and PPO would "
+                "learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
+            )
+            yield _finding("coin", text if not share.low > 0.5 else "")
+        if is_number(deviation):
+            text = (
+                f"The reward model's scores of held-out responses deviate by {number(deviation)}, so it scores them "
+                "nearly alike; ppo.score.normalize divides by that, and PPO would be paid for noise. Train it for "
+                "longer, or with a higher learning rate, before PPO."
+            )
+            yield _finding("flat", text if deviation < SMALL_DEVIATION else "")
+
+    def _entropy_of(self, row: Row) -> Iterator[Finding]:
+        last = row.get("objective/entropy")
+        if not is_number(last):
+            return
+        if self._entropy is None:
+            self._entropy = last
+            return
+        text = (
+            f"Entropy fell from {number(self._entropy)} to {number(last)} nats per token by step {row['step']}: the "
+            "policy says nearly the same thing every time and explores no more. Raise ppo.kl.coef, or lower ppo's "
+            "learning rate."
+        )
+        yield _finding("entropy", text if last < ENTROPY_SHARE * self._entropy else "")
+
+    def _evaluated(self, row: Row, answers: Sequence[Row]) -> Iterator[Finding]:
+        keys = [key for key, value in row.items() if key.startswith("gold/") and is_number(value)]
+        if not keys:
+            yield Finding("parted", State.unchecked, "data.gold names no metric that no model was trained on")
+        if len(answers) < SMALLEST_SAMPLE:
+            names = [name for name in _OF_ANSWERS if keys or name != "parted"]
+            why = f"there are answers to {len(answers)} held-out prompts, and fewer than {SMALLEST_SAMPLE} tell nothing"
+            yield from (Finding(name, State.unchecked, why) for name in names)
+            return
+        yield _length(answers)
+        for key in keys:
+            yield from self._parted(row, answers, key=key)
+        if self._first:
+            yield _raw_fell(self._first, answers, step=row["step"])
+            yield from (_risen(self._first, answers, step=row["step"], share=share) for share in _SHARES)
+            if row["step"] >= self._total_steps:
+                yield _not_risen(self._first, answers, step=row["step"])
+        self._first = self._first or answers
+
+    def _parted(self, row: Row, answers: Sequence[Row], *, key: str) -> Iterator[Finding]:
+        """Proxy up and gold down since the best gold: the picture of Gao et al. 2023, figure 1."""
+        best = self._best.get(key)
+        if best is None or row[key] > best.value:
+            self._best[key] = _Best(row["step"], row[key], answers)
+        if best is not None:
+            yield _parted(row, answers, key=key, best=best if row[key] <= best.value else None)
 
 
-def _not_finite(rows: Sequence[Row]) -> Sign | None:
-    bad = [(row["step"], key) for row in rows for key in row if "/" in key and not _is_right(row, key)]
-    skipped = _total(rows, "skipped_steps") - _total(rows, "scale_search_steps")
-    if not bad and not skipped:
-        return None
-    where = f"{bad[0][1]} was not finite at step {bad[0][0]}" if bad else ""
-    steps = f"{number(int(skipped))} optimizer steps were skipped for a gradient that was not finite" if skipped else ""
-    advice = "Lower the learning rate, or set engine.precision=fp32."
-    return Sign("not_finite", f"{'; '.join(text for text in (where, steps) if text)}. {advice}")
+def _finding(name: str, text: str) -> Finding:
+    return Finding(name, State.wrong if text else State.fine, text)
 
 
 def _is_right(row: Row, key: str) -> bool:
@@ -83,101 +243,90 @@ def _is_right(row: Row, key: str) -> bool:
     return is_number(row[key]) or (name == "grad_norm" and bool(row.get(f"{model}/scale_search_steps")))
 
 
-def _total(rows: Sequence[Row], name: str) -> float:
-    """The sum of a count over steps and models."""
-    keys = dict.fromkeys(key for row in rows for key in row if key.endswith(f"/{name}"))
-    return sum(value for key in keys for _, value in series(rows, key))
+def _total(row: Row, name: str) -> float:
+    """The sum of a count over models."""
+    return sum(value for key, value in row.items() if key.endswith(f"/{name}") and is_number(value))
 
 
-def _kl(rows: Sequence[Row]) -> Sign | None:
-    found = series(rows, "objective/kl_per_token")
-    if not found or found[-1][1] <= KL_PER_TOKEN:
-        return None
-    step, value = found[-1]
-    return Sign(
-        "kl",
-        f"KL to the reference is {number(value)} nats per token at step {step}: the policy has run away from the "
-        "reference, where the reward model was not trained to judge. Raise ppo.kl.coef, or lower ppo's learning rate.",
-    )
+def _clamp(row: Row) -> Iterator[Finding]:
+    for key, what in (("eval/clamped", "held-out answers"), ("objective/clamped", "responses")):
+        share = row.get(key)
+        if is_number(share):
+            text = (
+                f"{share:.0%} of the {what} at step {row['step']} are scored at the limit, ppo.score.clamp: PPO cannot "
+                "tell which of them is better. Raise ppo.score.clamp, or look at the deviation of its scores."
+            )
+            yield _finding("clamp", text if share > REPEATED else "")
+            return
 
 
-def _entropy(rows: Sequence[Row]) -> Sign | None:
-    found = series(rows, ENTROPY)
-    if len(found) < 2 or found[-1][1] >= ENTROPY_SHARE * found[0][1]:
-        return None
-    (_, first), (step, last) = found[0], found[-1]
-    return Sign(
-        "entropy",
-        f"Entropy fell from {number(first)} to {number(last)} nats per token by step {step}: the policy says nearly "
-        "the same thing every time and explores no more. Raise ppo.kl.coef, or lower ppo's learning rate.",
-    )
-
-
-def _parted(rows: Sequence[Row], answers: Mapping[int, list[Row]]) -> Iterator[Sign]:
-    """Proxy up and gold down since the best gold: the picture of Gao et al. 2023, figure 1."""
-    keys = dict.fromkeys(key for row in rows for key in row if key.startswith("gold/"))
-    for key in keys:
-        steps = [(step, value) for step, value in series(rows, key) if step in answers]
-        if len(steps) < 2:
-            continue
-        best, last = max(steps, key=lambda point: point[1])[0], steps[-1][0]
-        gold, proxy = (_change(answers[best], answers[last], key=name) for name in (key, "score"))
-        if gold is None or proxy is None or best == last or proxy.mean <= 0 or gold.in_errors > -SURE:
-            continue
-        kl = dict(series(rows, "eval/kl")).get(last)
-        yield Sign(
-            f"parted:{key}",
-            f"From step {best} to step {last} the reward model's score rose by {number(proxy.mean)} while {key}, which "
-            f"no model was trained on, fell by {number(-gold.mean)} ({number(-gold.in_errors)} standard errors over "
-            f"{gold.count} prompts){'' if kl is None else f', at a KL of {number(kl)} nats'}: the policy has learnt "
-            f"what pleases the reward model, not what it stands for. By {key} the policy of step {best} is the best; "
-            "raise ppo.kl.coef, or stop there.",
+def _kl(row: Row) -> Iterator[Finding]:
+    value = row.get("objective/kl_per_token")
+    if is_number(value):
+        text = (
+            f"KL to the reference is {number(value)} nats per token at step {row['step']}: the policy has run away "
+            "from the reference, where the reward model was not trained to judge. Raise ppo.kl.coef, or lower ppo's "
+            "learning rate."
         )
+        yield _finding("kl", text if value > KL_PER_TOKEN else "")
 
 
-@dataclass(frozen=True)
-class _Change:
-    """Of a number between two answers to the same prompt."""
-
-    mean: float
-    in_errors: float
-    """The mean in standard errors."""
-    count: int
-
-
-def _change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> _Change | None:
-    pairs: list[tuple[Any, Any]] = [(row.get(key), other.get(key)) for row, other in zip(before, after, strict=False)]
-    changes = [float(new) - float(old) for old, new in pairs if is_number(old) and is_number(new)]
-    if len(changes) < _SMALLEST_SAMPLE:
-        return None
-    mean, error = statistics.fmean(changes), statistics.stdev(changes) / math.sqrt(len(changes))
-    return _Change(mean, mean / error if error else math.copysign(math.inf, mean) if mean else 0.0, len(changes))
-
-
-def _length(rows: Sequence[Row]) -> Sign | None:
-    found = length_correlation(rows)
-    if found is None or found <= CORRELATED:
-        return None
-    return Sign(
-        "length",
-        f"The longer a response, the higher its score (correlation {found:.2f} over {len(rows)} held-out prompts): "
-        "part of the reward may be for length alone. Compare answers of equal length, or balance the preferences.",
+def _parted(row: Row, answers: Sequence[Row], *, key: str, best: _Best | None) -> Finding:
+    name, step = f"parted:{key}", row["step"]
+    if best is None:
+        return Finding(name, State.fine)
+    gold, proxy = (change(best.answers, answers, key=column) for column in (key, "score"))
+    if gold is None or proxy is None:
+        return Finding(name, State.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have a score and a {key}")
+    if proxy.mean <= 0 or gold.high >= 0:
+        return Finding(name, State.fine)
+    kl = row.get("eval/kl")
+    fall = with_ends(-gold.mean, -gold.high, high=-gold.low)
+    return Finding(
+        name,
+        State.wrong,
+        f"From step {best.step} to step {step} the reward model's score rose by {number(proxy.mean)} while {key}, "
+        f"which no model was trained on, fell by {fall} over {gold.count} prompts"
+        f"{f', at a KL of {number(kl)} nats' if is_number(kl) else ''}: the policy has learnt what pleases the reward "
+        f"model, not what it stands for. By {key} the policy of step {best.step} is the best; raise ppo.kl.coef, or "
+        "stop there.",
     )
 
 
-def length_correlation(rows: Sequence[Row]) -> float | None:
-    """Pearson's correlation of length and score over responses; None where there are too few, or all are equal."""
-    pairs = [
-        (float(r["length"]), float(r["score"]))
-        for r in rows
-        if is_number(r.get("length")) and is_number(r.get("score"))
-    ]
-    if len(pairs) < _SMALLEST_SAMPLE:
-        return None
-    lengths, scores = zip(*pairs, strict=True)
-    if len(set(lengths)) == 1 or len(set(scores)) == 1:
-        return None
-    return statistics.correlation(lengths, scores)
+def _raw_fell(before: Sequence[Row], after: Sequence[Row], *, step: int) -> Finding:
+    raw, score = (change(before, after, key=key) for key in ("raw_score", "score"))
+    if raw is None or score is None:
+        return Finding("raw_fell", State.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have both scores")
+    fall = with_ends(-raw.mean, -raw.high, high=-raw.low)
+    text = (
+        f"By step {step} the score that PPO is paid for rose by {number(score.mean)} while the reward model's own, "
+        f"raw_score, fell by {fall} over {raw.count} held-out prompts: the rise "
+        "comes from ppo.score (the penalty for answers that do not end, the clamp), not from better answers."
+    )
+    return _finding("raw_fell", text if raw.high < 0 < score.mean else "")
+
+
+def _not_risen(before: Sequence[Row], after: Sequence[Row], *, step: int) -> Finding:
+    found = change(before, after, key="score")
+    if found is None:
+        return Finding("not_risen", State.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have a score")
+    text = (
+        f"The score of held-out answers has changed by {with_ends(found.mean, found.low, high=found.high)} over "
+        f"{found.count} prompts from before training to its end at step {step}: as far as they tell it has not "
+        "risen. Look at the reward model, at ppo.kl.coef and at the learning rates."
+    )
+    return _finding("not_risen", text if found.low <= 0 else "")
+
+
+def _length(rows: Sequence[Row]) -> Finding:
+    found = length_correlation(rows)
+    if found is None:
+        return Finding("length", State.unchecked, "all answers have the same length or the same score")
+    text = (
+        f"The longer a response, the higher its score (correlation {found:.2f} over {len(rows)} held-out prompts): "
+        "part of the reward may be for length alone. Compare answers of equal length, or balance the preferences."
+    )
+    return _finding("length", text if found > CORRELATED else "")
 
 
 @dataclass(frozen=True)
@@ -190,44 +339,11 @@ class _Share:
     why: str
 
 
-def _risen(answers: Mapping[int, list[Row]], share: _Share) -> Sign | None:
-    """A sign where the share is large and has risen since the first evaluation."""
-    first, last = (answers[step] for step in (min(answers), max(answers)))
-    if len(last) < _SMALLEST_SAMPLE:
-        return None
+def _risen(first: Sequence[Row], last: Sequence[Row], *, step: int, share: _Share) -> Finding:
+    """Wrong where the share is large and has risen since the first evaluation."""
     before, after = share.of(first), share.of(last)
-    if after <= max(REPEATED, before):
-        return None
-    seen = f"{after:.0%} of the {len(last)} held-out {share.what} at step {max(answers)} ({before:.0%} at first)"
-    return Sign(share.name, f"{seen}: {share.why}.")
-
-
-def repeated_share(rows: Sequence[Row]) -> float:
-    """Share of responses that some other prompt was given too, word for word."""
-    texts = Counter(" ".join(str(row.get("response", "")).lower().split()) for row in rows)
-    return sum(count for count in texts.values() if count > 1) / max(len(rows), 1)
-
-
-def degenerate_share(rows: Sequence[Row]) -> float:
-    """Share of responses without a word, or with six words or more of which half of the pairs are repeats."""
-    return sum(map(_is_degenerate, (str(row.get("response", "")) for row in rows))) / max(len(rows), 1)
-
-
-def endless_share(rows: Sequence[Row]) -> float:
-    """Share of responses that were cut instead of ending by themselves."""
-    return sum(not row.get("ended", True) for row in rows) / max(len(rows), 1)
-
-
-def _is_degenerate(text: str) -> bool:
-    words = text.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
-    return not words or (len(words) >= 6 and 2 * len(set(pairs)) <= len(pairs))
-
-
-def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a logged value is a finite number; a whole one that is too large for a float counts as infinite."""
-    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_numeric and abs(value) <= sys.float_info.max
+    seen = f"{after:.0%} of the {len(last)} held-out {share.what} at step {step} ({before:.0%} at first)"
+    return _finding(share.name, f"{seen}: {share.why}." if after > max(REPEATED, before) else "")
 
 
 _SHARES = (

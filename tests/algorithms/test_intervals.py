@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from rlhf.algorithms.intervals import Interval, Z, bootstrap_mean, wilson
+from rlhf.algorithms.intervals import Interval, Z, bootstrap_mean, share_change, wilson
 
 
 def test_z_is_the_quantile_of_the_normal_distribution():
@@ -26,6 +26,21 @@ def test_z_is_the_quantile_of_the_normal_distribution():
 def test_wilson_gives_the_published_intervals(successes, count, low, high):
     found = wilson(successes, count)
     assert found.mean == successes / count
+    assert (found.low, found.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
+
+
+@pytest.mark.parametrize(
+    ("after", "before", "low", "high"),
+    [
+        # Newcombe 1998, "Interval estimation for the difference between independent proportions", table II, method 10
+        ((56, 70), (48, 80), 0.0524, 0.3339),
+        ((9, 10), (3, 10), 0.1705, 0.8090),
+        ((10, 10), (0, 10), 0.6075, 1.0),
+    ],
+)
+def test_the_change_of_a_share_has_the_published_intervals(after, before, low, high):
+    found = share_change(wilson(*before), wilson(*after))
+    assert found.mean == pytest.approx(after[0] / after[1] - before[0] / before[1])
     assert (found.low, found.high) == (pytest.approx(low, abs=5e-5), pytest.approx(high, abs=5e-5))
 
 

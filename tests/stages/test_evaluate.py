@@ -84,7 +84,7 @@ def test_an_evaluation_says_everything(small, tmp_path):
     results, samples = read(tmp_path / "out/eval")
     names = {row["name"] for row in results["measures"]}
     expected = {
-        "score",
+        "normalized_score",
         "raw_score",
         "kl",
         "gold/lexicon",
@@ -100,7 +100,7 @@ def test_an_evaluation_says_everything(small, tmp_path):
     assert set(results["reward_model"]["subsets"]) == {"k0", "k1"}
     for row in samples:
         for side in ("model", "against"):
-            assert row[side]["score"] == pytest.approx((row[side]["raw_score"] - 0.5) / 2, abs=1e-6)
+            assert row[side]["normalized_score"] == pytest.approx((row[side]["raw_score"] - 0.5) / 2, abs=1e-6)
             assert 1 <= row[side]["length"] <= 6
         assert row["against"]["kl"] == pytest.approx(0, abs=1e-4)  # it is the reference
     assert value(results, "raw_score") == pytest.approx(sum(row["model"]["raw_score"] for row in samples) / 5)

@@ -67,6 +67,21 @@ def rollout_of(folder, models, ppo, ids=None):
     return collector.collect(PromptBatch(ids, mask, sample_ids=torch.arange(8), prompts=("x",) * 8), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("score", "share"),
+    [
+        ({"clamp": 2.0}, 0.5),  # (raw - 1) / 0.5 is -2, 0, 1 and 4
+        ({"clamp": 0.0}, 0.0),
+        ({"clamp": 2.0, "normalize": False}, 0.0),
+    ],
+)
+def test_the_share_of_scores_at_the_clamp(score, share):
+    ppo = settings(score=ScoreConfig(**score))
+    scale = ScoreScale(mean=1.0, std=0.5)
+    collector = Collector(None, ppo, decode=str, pad_id=0, stop_token_ids=(), scale=scale, watch=None)
+    assert collector.clamped_share(torch.tensor([0.0, 1.0, 1.5, 3.0])) == share
+
+
 @pytest.mark.parametrize("rank", [0, 4])
 def test_the_first_minibatch_has_ratio_1_and_clips_nothing(folder, rank):
     ppo = settings(epochs=1, minibatch_size=8, lora=LoraConfig(rank=rank))

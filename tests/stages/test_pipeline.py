@@ -110,6 +110,19 @@ def test_before_training_the_policy_is_the_reference(one_rank):
     assert first[1]["objective/kl"] == pytest.approx(0, abs=1e-5)
 
 
+def test_a_reward_model_that_judges_nothing_is_said_at_its_end_and_before_ppo_starts(one_rank):
+    folder, output = one_rank
+    said = "The reward model's scores of held-out responses deviate by 0.0"  # four steps teach it nothing
+    reward, before, ppo = (output.index(text) for text in (f"reward: {said}", f"ppo: {said}", "ppo 2/2"))
+    assert reward < before < ppo
+    first = rows(folder / "ppo/metrics.jsonl")[0]
+    after = json.loads((folder / "reward/stage.json").read_text())["after"]
+    for name in ("accuracy", "pairs", "score_std"):
+        assert first[f"reward_model/{name}"] == after[f"eval/{name}"]
+    for report in ("report.html", "reward/report.html", "ppo/report.html"):
+        assert said.replace("'", "&#39;") in (folder / report).read_text(encoding="utf-8"), report
+
+
 def test_two_ranks_with_zero_3_give_the_numbers_of_one_rank(one_rank, tmp_path):
     alone = one_rank[0]
     output = smoke(tmp_path, "engine=zero3", "launch.ranks=2")
@@ -253,7 +266,7 @@ def test_an_evaluation_follows_stages_that_are_finished(one_rank):
     (kept,) = (folder / "wandb").glob("offline-run-*")
     found = records(kept)
     sent = {key: value for part in found["summary"] for key, value in part["update"].items()}
-    (score,) = [row["model"]["mean"] for row in results["measures"] if row["name"] == "score"]
-    assert sent["model/score"] == pytest.approx(score)
+    (score,) = [row["model"]["mean"] for row in results["measures"] if row["name"] == "normalized_score"]
+    assert sent["model/normalized_score"] == pytest.approx(score)
     assert sent["win_rate/reward"] == results["judges"]["reward"]["win_rate"]["mean"]
     assert (found["run"][0]["job_type"], found["run"][0]["display_name"]) == ("eval", "smoke/eval/later")

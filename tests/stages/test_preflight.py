@@ -12,7 +12,7 @@ from rlhf.launch import local_ranks
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.text import load_tokenizer
+from rlhf.text import load_tokenizer, template_fingerprint
 from stages.handover import Record, check_folder, check_shared, claim_folder, lock_folder, write_record
 from stages.preflight import batch_arithmetic, preflight
 from tests.ranks import run_on_ranks
@@ -156,6 +156,10 @@ def test_a_reward_model_of_another_vocabulary_is_refused(custom, model, tmp_path
     with pytest.raises(ValueError, match=r"no stage\.json with score_mean"):
         preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides), ranks=1)
     assert preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides, "ppo.score.normalize=false"), ranks=1) == ["ppo"]
+    template = template_fingerprint(load_tokenizer(str(model)))
+    write_record(Record("reward", template, pad_id=0, score_mean=1.0, score_std=0.0), reward)
+    with pytest.raises(ValueError, match="scores all held-out responses alike"):
+        preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides), ranks=1)
     shutil.rmtree(reward)
     config = LlamaConfig(vocab_size=400, hidden_size=8, num_attention_heads=2, num_labels=1, pad_token_id=0)
     LlamaForSequenceClassification(config).save_pretrained(reward)

@@ -5,6 +5,10 @@ import logging
 import pytest
 
 from rlhf.tracking.journal import Journal
+from rlhf.tracking.report.reading import Reader
+from rlhf.tracking.report.record import read_stage
+from rlhf.tracking.report.verdicts import look_at
+from rlhf.tracking.watch import State, history
 from tests.tracking.test_tracker import tracker
 
 AT_FIRST = {"objective/entropy": 2.0, "objective/kl_per_token": 0.0}
@@ -45,6 +49,40 @@ def test_what_only_evaluations_show_is_said_after_one(tmp_path, said):
             track.log(step, {"eval/score": 0.0})
     assert [text for text in said() if "word for word" in text]
     assert len(Journal(tmp_path / "ppo/samples.jsonl").rows()) == 18
+
+
+def test_a_row_that_is_a_sign_is_recorded_so_that_the_report_can_say_it_too(tmp_path, said):
+    with tracker(tmp_path / "ppo", log_every=100) as track:
+        for step, kl in ((1, 0.1), (2, 1.5), (3, 1.5), (4, 0.1)):
+            track.log(step, {"objective/kl_per_token": kl})
+    assert len(said()) == 1
+    rows = Journal(tmp_path / "ppo/metrics.jsonl").rows()
+    assert [row["step"] for row in rows] == [2]
+    (verdict,) = [found for found in history("ppo", rows, samples=[]) if found.state is State.wrong]
+    assert said() == [f"ppo: {verdict.text}"]
+
+
+def test_what_is_not_recorded_is_no_beginning_to_compare_with(tmp_path, said):
+    entropies = {1: 100.0, 2: 3.0, 3: 2.0, 4: 1.0, 6: 0.25, 7: 0.1}  # of which 2, 4 and 6 are recorded
+    with tracker(tmp_path / "ppo", log_every=2) as track:
+        for step, entropy in entropies.items():
+            track.log(step, {"objective/entropy": entropy})
+    assert [text[:38] for text in said()] == ["ppo: Entropy fell from 3 to 0.25 nats p"[:38]]
+    rows = Journal(tmp_path / "ppo/metrics.jsonl").rows()
+    (verdict,) = [found for found in history("ppo", rows, samples=[]) if found.state is State.wrong]
+    assert (verdict.first, [row["step"] for row in rows]) == (6, [2, 4, 6])
+
+
+def test_what_is_looked_for_at_the_end_is_said_then_also_by_the_report_of_a_stage_that_has_not_finished(tmp_path, said):
+    with tracker(tmp_path / "ppo", total_steps=5) as track:
+        for step, score in ((0, 1.0), (3, 0.5), (5, 0.5)):
+            track.samples(step, [{"prompt": str(i), "response": f"r{i}", "score": score + i} for i in range(9)])
+            track.log(step, {"eval/score": score})
+    (text,) = said()
+    assert "has changed by -0.5" in text
+    assert "end at step 5" in text
+    assert Reader(tmp_path).mapping("ppo/summary.json") == {"steps": 5}
+    assert text.removeprefix("ppo: ") in [found.text for found in look_at(read_stage(tmp_path, "ppo")).wrong]
 
 
 def test_a_number_that_is_none_is_said_in_every_stage_and_on_the_main_rank_alone(tmp_path, said):

@@ -2,7 +2,7 @@
 
     python -m rlhf.tracking.report outputs/RUN            writes outputs/RUN/report.html
     python -m rlhf.tracking.report outputs/RUN/ppo        writes outputs/RUN/ppo/report.html, of that stage alone
-    python -m rlhf.tracking.report outputs                writes outputs/index.html, a line for each run below it
+    python -m rlhf.tracking.report outputs                writes outputs/index.html, which compares the runs below it
     python -m rlhf.tracking.report outputs/RUN --serve    shows it at http://127.0.0.1:8080 and keeps it up to date
 
 Left out: access from other machines; forward the port, for example with `ssh -L 8080:127.0.0.1:8080 HOST`.

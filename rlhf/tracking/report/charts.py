@@ -20,6 +20,7 @@ import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from rlhf.tracking.table import printable, printable_lines
@@ -29,8 +30,12 @@ Points = Sequence[tuple[float, float]]
 _INK, _QUIET = "#010101", "#020202"
 _SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
 _VARIABLES = {_INK: "--ink", _QUIET: "--quiet", **{c: f"--series-{i}" for i, c in enumerate(_SERIES)}}
+LINES = ("solid", "dashed", "dotted")
+DISTINCT = len(LINES) * len(_SERIES)
+"""Curves of one chart that can be told apart: by colour, then by the kind of the line."""
 _TITLE_INCHES, _CHARACTER_INCHES = 0.42, 0.085  # of an axis label with its gaps, and of a digit
 _LARGEST = 1e100  # beyond, the arithmetic of axes overflows
+_SMOOTH_FROM = 21  # points of a curve that is smoothed
 _MOST_POINTS = 400  # of a curve: more cannot be told apart, and a report stays small
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -41,7 +46,7 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": _QUIET,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=_SERIES),
+    "axes.prop_cycle": cycler(linestyle=LINES) * cycler(color=_SERIES),
     "axes.grid": True,
     "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True,
@@ -67,27 +72,59 @@ class Frame:
     """Inches."""
 
 
-def curves(frame: Frame, series: Mapping[str, Points]) -> str:
-    """Lines over a common axis, with a legend where there are several; one point is drawn as a dot."""
+def curves(frame: Frame, series: Mapping[str, Points], *, legend: bool = True) -> str:
+    """Lines over a common axis, with a legend where there are several; one point is drawn as a dot.
+
+    A curve that jumps is drawn faint, and smoothed over it: an exponential mean of about `window` points.
+    """
     with _chart(frame) as chart:
         for label, points in series.items():
-            thinned = thin(points)
-            marker = "o" if len(thinned) < 3 else ""
-            chart.axes.plot(*_columns(thinned), label=label, marker=marker, markersize=3, linewidth=1.5)
-        if len(series) > 1:
+            width = window(points)
+            shown = thin(smoothed(points, width) if width else points)
+            marker = "o" if len(shown) < 3 else ""
+            (line,) = chart.axes.plot(*_columns(shown), label=label, marker=marker, markersize=3, linewidth=1.5)
+            if width:
+                chart.axes.plot(*_columns(thin(points)), **_like(line), alpha=0.3, linewidth=1)
+        if legend and len(series) > 1:
             chart.axes.legend()
         chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     return chart.svg
 
 
+def _like(line: Line2D) -> dict[str, Any]:
+    """The colour and kind of a line, for what belongs to it."""
+    return {"color": line.get_color(), "linestyle": line.get_linestyle()}
+
+
+def window(points: Points) -> int:
+    """Points over which a curve is smoothed; 0 where there are few of them, or where neighbours differ little."""
+    if len(points) < _SMOOTH_FROM:
+        return 0
+    y = _columns(points)[1]
+    mean = sum(y) / len(y)
+    jumps = sum((new - old) * (new - old) for old, new in zip(y, y[1:], strict=False))
+    return 0 if jumps <= 0.1 * sum((value - mean) * (value - mean) for value in y) else max(5, len(points) // 20)
+
+
+def smoothed(points: Points, width: int) -> list[tuple[float, float]]:
+    """The exponential mean of about `width` points up to each one, without a pull towards 0 at the beginning."""
+    keep, total, weight, found = 1 - 2 / (width + 1), 0.0, 0.0, []
+    for x, y in points:
+        total, weight = keep * total + y, keep * weight + 1
+        found.append((x, total / weight))
+    return found
+
+
 def frontier(frame: Frame, series: Mapping[str, Points]) -> str:
-    """Points joined in the order of training, over the root of the KL divergence (Gao et al. 2023, figure 1)."""
+    """Points joined in the order of training, the first in a ring, over the root of the KL divergence.
+
+    As in figure 1 of Gao et al. 2023.
+    """
     with _chart(frame) as chart:
         for label, points in series.items():
             x, y = _columns([(math.sqrt(max(kl, 0.0)), value) for kl, value in points])
-            chart.axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=label)
-            if x:
-                chart.axes.annotate("start", (x[0], y[0]), textcoords="offset points", xytext=(6, 5), fontsize=8)
+            (line,) = chart.axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=label)
+            chart.axes.plot(x[:1], y[:1], **_like(line), marker="o", markersize=9, fillstyle="none")
         chart.axes.legend()
     return chart.svg
 

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.tracking.answers import is_number
 from rlhf.tracking.evaluations import FOLDER, RESULTS, SAMPLES, Table, tables
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.reading import Reader, Row
 from rlhf.tracking.table import number
-from rlhf.tracking.watch import is_number
 
 MOST_SAMPLES = 50  # in the page; all are in samples.jsonl
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from rlhf.tracking.answers import by_step, is_number
 from rlhf.tracking.metrics import Metric, metric
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.charts import Frame
 from rlhf.tracking.report.reading import Row
 from rlhf.tracking.report.record import StageRecord
-from rlhf.tracking.watch import by_step, is_number
 
 _STEP = {"ppo": "iteration"}
 _ELSEWHERE = ("Throughput", "Memory")  # sections that have charts of their own
+
+
+_ALWAYS_OPEN = ("Training", "Objective")
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,8 @@ def overview(stage: StageRecord) -> list[Figure]:
     if paths:
         frame = Frame("Reward against KL", "KL to the reference, √nats per response", "mean over held-out prompts")
         caption = (
-            "One point for each evaluation, joined in the order of training. Where the score goes on rising and a gold "
-            "metric turns down, the policy pleases the reward model only (Gao et al. 2023)."
+            "One point for each evaluation, joined in the order of training; the ring is the start. Where the score "
+            "goes on rising and a gold metric turns down, the policy pleases the reward model only (Gao et al. 2023)."
         )
         found.append(Figure("Reward against KL", caption, charts.frontier(frame, paths)))
     answers = by_step(stage.samples)
@@ -54,25 +57,50 @@ def overview(stage: StageRecord) -> list[Figure]:
     return found
 
 
-def sections(stage: StageRecord) -> dict[str, list[Figure]]:
-    """A curve for each metric, by section of the registry."""
+@dataclass(frozen=True)
+class Section:
+    """The curves of one section of the registry."""
+
+    name: str
+    figures: list[Figure]
+    is_open: bool
+
+
+def sections(stage: StageRecord) -> list[Section]:
+    """A curve for each metric, by section; two points, which the table of results has too, open no section."""
     found: dict[str, list[Figure]] = defaultdict(list)
-    axis = _STEP.get(stage.name, "step")
+    longest: dict[str, int] = defaultdict(int)
+    axis = axis_of(stage.name)
     for key in stage.logged():
-        points = stage.series(key)
-        entry = known(key)
-        if entry.section in _ELSEWHERE or not points:
+        points, entry = stage.series(key), known(key)
+        if entry.section in _ELSEWHERE or not points or len(points) == 1 < len(stage.rows):
             continue
-        gaps = stage.gaps(key)
-        caption = entry.meaning + (f". Not finite at {axis} {', '.join(map(str, gaps[:5]))}." if gaps else "")
         svg = charts.curves(Frame(key, axis, entry.unit or key.split("/")[-1]), {key: points})
-        found[entry.section].append(Figure(key, caption, svg))
-    return dict(found)
+        found[entry.section].append(Figure(key, entry.meaning + _remarks(stage, key), svg))
+        longest[entry.section] = max(longest[entry.section], len(points))
+    opening = {name for name in found if name in _ALWAYS_OPEN or (name == "Evaluation" and longest[name] > 2)}
+    return [Section(name, figures, name in opening) for name, figures in found.items()]
+
+
+def axis_of(stage: str) -> str:
+    """What the steps of a stage are called."""
+    return _STEP.get(stage, "step")
+
+
+def smoothing(points: charts.Points) -> str:
+    """How a curve was smoothed, for its caption; empty where it was not."""
+    width = charts.window(points)
+    return f". Smoothed over about {width} points; what was logged is faint" if width else ""
+
+
+def _remarks(stage: StageRecord, key: str) -> str:
+    gaps, remark = stage.gaps(key), smoothing(stage.series(key))
+    return remark + (f". Not finite at {axis_of(stage.name)} {', '.join(map(str, gaps[:5]))}." if gaps else "")
 
 
 def cost(stage: StageRecord) -> list[Figure]:
     """Where time and memory went."""
-    axis, found = _STEP.get(stage.name, "step"), []
+    axis, found = axis_of(stage.name), []
     phases = {key.split("/")[1]: stage.series(key) for key in stage.logged() if key.startswith("timing_s/")}
     phases.pop("step", None)
     if phases:
@@ -81,7 +109,9 @@ def cost(stage: StageRecord) -> list[Figure]:
     speed = stage.series("perf/tokens_per_second")
     if speed:
         frame = Frame(f"Throughput of {stage.name}", axis, "tokens/s")
-        found.append(Figure("Throughput", "Tokens per second, all ranks.", charts.curves(frame, {"": speed})))
+        found.append(
+            Figure("Throughput", f"Tokens per second, all ranks{smoothing(speed)}.", charts.curves(frame, {"": speed}))
+        )
     memory = _memory(stage)
     if memory:
         frame = Frame(f"Memory of {stage.name}", "GB", "")

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from http import HTTPStatus
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from pathlib import Path
+from threading import Lock
 
 from rlhf.tracking.report.page import page
-from rlhf.tracking.report.record import RunRecord, read_run
+from rlhf.tracking.report.record import RunRecord, can_report, read_run
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 _EVERY = 10  # seconds between two looks of a browser
+_PATIENCE = 30  # seconds that a connection may say nothing
 
 
 def serve(folder: Path, *, port: int) -> None:
@@ -40,8 +44,8 @@ def serve(folder: Path, *, port: int) -> None:
 
 
 def server_of(folder: Path, *, port: int) -> HTTPServer:
-    """The server, bound and not yet answering."""
-    return HTTPServer((HOST, port), partial(_Handler, _Live(folder)))
+    """The server, bound and not yet answering; a thread for each connection, so that a silent one holds up no other."""
+    return ThreadingHTTPServer((HOST, port), partial(_Handler, _Live(folder)))
 
 
 class _Live:
@@ -51,14 +55,25 @@ class _Live:
         self._folder = folder
         self._state: list[tuple[str, int]] = []
         self._page = b""
+        self._lock = Lock()  # pages are made one after the other: matplotlib's settings belong to the whole process
 
-    def page(self) -> bytes:
-        state = [(str(p), p.stat().st_mtime_ns) for p in sorted(self._folder.glob("*/*.json*")) if p.exists()]
-        if state != self._state or not self._page:
-            run = read_run(self._folder)
-            self._page = page(run, refresh=0 if _is_over(run) else _EVERY).encode()
-            self._state = state
-        return self._page
+    def page(self) -> bytes | None:
+        """The page; None where the run is not there any more."""
+        with self._lock:
+            if not can_report(self._folder):
+                return None
+            state = sorted(self._changes())
+            if state != self._state or not self._page:
+                run = read_run(self._folder)
+                self._page = page(run, refresh=0 if _is_over(run) else _EVERY).encode()
+                self._state = state
+            return self._page
+
+    def _changes(self) -> Iterator[tuple[str, int]]:
+        """Every small file, and when it was written last."""
+        for path in (path for pattern in ("*.json*", "*/*.json*") for path in self._folder.glob(pattern)):
+            with suppress(FileNotFoundError):  # the run may take a file away at any time
+                yield str(path), path.stat().st_mtime_ns
 
 
 def _is_over(run: RunRecord) -> bool:
@@ -67,6 +82,8 @@ def _is_over(run: RunRecord) -> bool:
 
 class _Handler(BaseHTTPRequestHandler):
     """Answers one address."""
+
+    timeout = _PATIENCE
 
     def __init__(self, live: _Live, *args: object) -> None:
         self._live = live
@@ -78,7 +95,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path != "/" or host not in (HOST, "localhost"):
             self.send_error(HTTPStatus.NOT_FOUND)
             return
+        with suppress(ConnectionError):  # a browser need not wait for the answer
+            self._answer()
+
+    def _answer(self) -> None:
         content = self._live.page()
+        if content is None:
+            self.send_error(HTTPStatus.GONE, "The run is gone", "Its folder is not there any more.")
+            return
         self.send_response(HTTPStatus.OK)
         self.send_header("Content-Type", "text/html; charset=utf-8")
         self.send_header("Content-Length", str(len(content)))

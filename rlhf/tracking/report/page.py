@@ -18,27 +18,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from rlhf.tracking.answers import by_step, is_number
 from rlhf.tracking.report import figures
-from rlhf.tracking.report.figures import known
 from rlhf.tracking.report.reading import Row
 from rlhf.tracking.report.record import RunRecord, StageRecord, read_run
+from rlhf.tracking.report.results import headlines
+from rlhf.tracking.report.verdicts import look_at, when
 from rlhf.tracking.table import number, printable_lines
-from rlhf.tracking.watch import by_step, is_number, signs
 
 REPORT = "report.html"
 MOST_SAMPLES = 200  # in the page; all are in samples.jsonl
-
-
-@dataclass(frozen=True)
-class Headline:
-    """One line of the table at the top."""
-
-    stage: str
-    metric: str
-    before: str
-    after: str
-    unit: str
-    meaning: str
 
 
 @dataclass(frozen=True)
@@ -92,8 +81,9 @@ def page(run: RunRecord, *, refresh: int = 0) -> str:
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        headlines=[line for stage in run.stages for line in _headlines(stage)],
-        signs=signs(ppo.rows, ppo.samples) if ppo else [],
+        headlines=[line for stage in run.stages for line in headlines(stage)],
+        looks=[look_at(stage) for stage in run.stages],
+        when=when,
         overview=figures.overview(ppo) if ppo else [],
         sections={stage.name: figures.sections(stage) for stage in run.stages},
         cost={stage.name: figures.cost(stage) for stage in run.stages},
@@ -128,13 +118,6 @@ def difference(before: str, after: str) -> Markup:
         if k < m:
             parts.append(Markup("<ins>{}</ins>").format(visible(" ".join(new[k:m]))))
     return Markup(" ").join(parts)
-
-
-def _headlines(stage: StageRecord) -> Iterator[Headline]:
-    for key in dict.fromkeys([*stage.before, *stage.after]):
-        entry = known(key)
-        before, after = (number(values[key]) if key in values else "–" for values in (stage.before, stage.after))
-        yield Headline(stage.name, key, before, after, entry.unit, entry.meaning)
 
 
 def _pairs(stage: StageRecord) -> list[Pair]:

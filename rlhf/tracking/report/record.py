@@ -5,12 +5,13 @@ Left out: model weights and checkpoints.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rlhf.config import STAGES
-from rlhf.tracking import watch
+from rlhf.tracking import answers
 from rlhf.tracking.evaluations import FOLDER
 from rlhf.tracking.report.evaluation import Evaluation, read_evaluations
 from rlhf.tracking.report.reading import Reader, Row
@@ -34,13 +35,19 @@ class StageRecord:
     """Bytes by phase and place."""
     is_finished: bool
 
+    @property
+    def total_steps(self) -> float:
+        """Steps of the stage, infinity before its last one."""
+        last = float(self.rows[-1]["step"]) if self.is_finished and self.rows else math.inf
+        return self.summary.get("steps", last)
+
     def series(self, key: str) -> list[tuple[int, float]]:
         """Steps and values of a metric, where it was logged and finite."""
-        return watch.series(self.rows, key)
+        return answers.series(self.rows, key)
 
     def gaps(self, key: str) -> list[int]:
         """Steps at which a metric was not finite."""
-        return [row["step"] for row in self.rows if key in row and not watch.is_number(row[key])]
+        return [row["step"] for row in self.rows if key in row and not answers.is_number(row[key])]
 
     def logged(self) -> list[str]:
         """The metrics that were logged, in the order of their first appearance."""
@@ -132,6 +139,11 @@ def read_outcome(folder: Path) -> Outcome:
     return Outcome(_numbers(record.get("after")), "; ".join(f"{folder.name}/{note}" for note in reader.notes))
 
 
+def read_stage(folder: Path, name: str) -> StageRecord:
+    """One stage of the run in `folder`, whatever is missing or broken of it left out."""
+    return _stage(Reader(folder), name, planned=None)
+
+
 def _stage(reader: Reader, name: str, *, planned: Any) -> StageRecord:
     record = reader.mapping(f"{name}/stage.json", required=False)
     rows = reader.rows(f"{name}/metrics.jsonl")
@@ -150,7 +162,7 @@ def _stage(reader: Reader, name: str, *, planned: Any) -> StageRecord:
 
 def _numbers(content: Any) -> dict[str, float]:
     items = content.items() if isinstance(content, dict) else ()
-    return {str(key): float(value) for key, value in items if watch.is_number(value)}
+    return {str(key): float(value) for key, value in items if answers.is_number(value)}
 
 
 def _evaluation(rows: list[Row], *, first: bool) -> dict[str, float]:

@@ -32,6 +32,7 @@ order.value = "gain";
 order.dispatchEvent(new Event("input", { bubbles: true }));
 seen.best = document.querySelector("#pairs h3").textContent;
 for (const details of document.querySelectorAll("details")) details.open = true;
+seen.rows = Array.from(document.querySelectorAll("#results tbody tr"), (row) => row.offsetHeight);
 seen.wide = document.documentElement.scrollWidth;
 seen.window = window.innerWidth;
 document.title = JSON.stringify(seen);
@@ -78,6 +79,7 @@ def test_search_and_order_work_and_the_page_fits(report, tmp_path, width):
     assert (seen["before"], seen["after"]) == (f"{len(PROMPTS)} shown", "1 shown")
     assert seen["best"].startswith("prompt 0")  # all gain alike; the order is stable
     assert seen["wide"] <= seen["window"]
+    assert max(seen["rows"]) < (40 if width < 500 else 90)  # one line each on a phone, whatever is out of its sight
 
 
 @pytest.mark.parametrize(("options", "is_dark"), [((), False), (("--force-dark-mode",), True)])

@@ -3,6 +3,8 @@
 import http.client
 import json
 import re
+import shutil
+import socket
 import subprocess
 import sys
 import threading
@@ -80,6 +82,12 @@ class Tags(HTMLParser):
         self.text += data
 
 
+def result(html, metric):
+    """The cells of a metric in the table of results, without its meaning."""
+    (row,) = [row for row in re.findall(r"<tr>(.*?)</tr>", html) if f">{metric}</td>" in row]
+    return re.findall(r"<td[^>]*>(.*?)</td>", row)[:-1]
+
+
 def test_a_report_is_one_file_that_asks_nobody_for_anything(run):
     html = write_report(run).read_text(encoding="utf-8")
     found = Tags(html)
@@ -111,11 +119,69 @@ def test_what_a_model_says_neither_runs_nor_hides(run):
 def test_a_report_shows_headlines_samples_curves_memory_and_signs(run):
     html = page(read_run(run))
     assert re.search(r"eval/score</td><td class=.number.>0.25</td><td class=.number.>0.75</td>", html)
+    assert result(html, "eval/score") == ["ppo", "eval/score", "0.25", "0.75", "1 [1, 1]", "better", "score"]
     assert html.count("<article") == len(PROMPTS)
     for title in ("Reward against KL", "objective/kl", "Time of ppo", "Memory of ppo", "train/loss"):
         assert f'aria-label="{title}"' in html, title
     assert "policy/loss was not finite at step 1" in html
     assert "Missing from this report" not in html
+
+
+def test_a_change_has_an_interval_and_a_mark_that_knows_what_is_better(run):
+    later = {"eval/accuracy": 0.75, "eval/loss": 0.4, "eval/pairs": 100.0, "eval/score_mean": 2.0}
+    before = {"eval/accuracy": 0.5, "eval/loss": 0.5, "eval/pairs": 100.0, "eval/score_mean": 1.0}
+    write(run, "reward/stage.json", [{"before": before, "after": later}])
+    html = page(read_run(run / "reward"))
+    assert result(html, "eval/accuracy")[4:6] == ["0.25 [0.116, 0.372]", "better"]  # Newcombe 1998, method 10
+    assert result(html, "eval/loss")[4:6] == ["no interval", "better"]
+    assert result(html, "eval/score_mean")[4:6] == ["", ""]  # neither direction is the better one
+    write(run, "reward/stage.json", [{"before": before, "after": later | {"eval/accuracy": 0.45}}])
+    assert result(page(read_run(run / "reward")), "eval/accuracy")[5] == "unclear"
+    html = page(read_run(run))
+    assert result(html, "eval/kl")[4:6] == ["4 [4, 4]", ""]
+
+
+def test_what_was_warned_of_stays_and_what_could_not_be_checked_is_named(run):
+    steps = [{"step": step, "objective/kl_per_token": kl} for step, kl in ((1, 0.1), (2, 1.5), (3, 0.1))]
+    evaluations = [{"step": step, "eval/score": 0.0} for step in (0, 3)]
+    write(run, "ppo/metrics.jsonl", [evaluations[0], *steps, evaluations[1]])
+    answers = [{"step": step, "prompt": p, "response": p, "score": 0.0} for step in (0, 3) for p in PROMPTS[:3]]
+    write(run, "ppo/samples.jsonl", answers)
+    text = " ".join(Tags(page(read_run(run))).text.split())
+    assert "KL to the reference is 1.5 nats per token at step 2" in text
+    assert "First at step 2, last at step 2, and no longer so after that." in text
+    assert "KL has not run away" not in text
+    unchecked = re.search("ppo, not checked ?whether ([^:]*not become[^:]*): there are answers to 3 held-out", text)
+    assert "answers have not become repetitive" in unchecked[1]
+    assert "score and gold metric have not parted: data.gold names no metric" in text
+    (fine,) = re.findall("ppo, checked and fine ?(.*?)[.] ", text)
+    assert fine == "all numbers are finite"
+
+
+def test_a_reward_model_that_is_a_coin_is_in_the_report_of_its_run_and_of_ppo(run):
+    after = {"eval/accuracy": 0.5, "eval/pairs": 16.0, "eval/score_std": 0.006}
+    write(run, "reward/metrics.jsonl", [{"step": 0, **after}, {"step": 9, **after}])
+    known = {f"reward_model/{key.split('/')[1]}": value for key, value in after.items()}
+    write(run, "ppo/metrics.jsonl", [{"step": 0, **known}])
+    for folder, step in ((run / "reward", 9), (run / "ppo", 0)):
+        text = Tags(page(read_run(folder))).text
+        for said in ("50% of 16 held-out pairs", "no better than a coin", "deviate by 0.006", f"At step {step}."):
+            assert said in text, said
+
+
+def open_sections(run, stage):
+    html = page(read_run(run / stage))
+    return re.findall("<details open><summary>([^<]*)", html)
+
+
+def test_training_curves_are_open_and_evaluations_where_they_are_more_than_two_points(run):
+    two = [{"step": step, "eval/loss": 1.0, "eval/margin": 1.0} for step in (0, 4)]
+    write(run, "reward/metrics.jsonl", [two[0], *({"step": s, "train/loss": 1.0} for s in (1, 2, 3)), two[1]])
+    assert open_sections(run, "reward") == ["Training"]
+    with (run / "reward/metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "eval/loss": 1.0, "train/lr": 1.0}\n')
+    assert open_sections(run, "reward") == ["Evaluation", "Training"]
+    assert 'aria-label="train/lr"' not in page(read_run(run))  # one point is no curve
 
 
 def test_a_report_says_how_the_run_was_started(run):
@@ -197,10 +263,46 @@ def test_many_runs_have_a_line_each(run):
     (other / "sft").mkdir(parents=True)
     (other / "sft/stage.json").write_text("[")
     html = write_index(run.parent).read_text(encoding="utf-8")
-    assert html.count("<tr><td>") == 2
+    assert html.count("<tr><td") == 2
     assert 'href="a%20run/report.html"' in html
     assert "0.75" in html
     assert "sft/stage.json is not JSON" in html
+
+
+def configured(folder, *, rate, seed):
+    settings = {"name": folder.name, "output_dir": str(folder), "seed": seed}
+    stages = {stage: {"seed": seed, "lr": rate, "model": f"{folder}/sft/model"} for stage in ("sft", "ppo")}
+    (folder / "config.yaml").write_text(json.dumps(settings | stages))  # JSON is YAML, too
+
+
+def test_runs_are_compared_by_what_differs_in_them_and_their_curves_lie_over_each_other(run):
+    runs = [run, run.parent / "other", run.parent / "third"]
+    for other in runs[1:]:
+        shutil.copytree(run, other)
+    for folder, rate, seed in zip(runs, (0.1, 0.2, 0.1), (0, 0, 1), strict=True):
+        configured(folder, rate=rate, seed=seed)
+    html = write_index(run.parent).read_text(encoding="utf-8")
+    headings = re.findall(r"<th(?: [^>]*)?>(.*?)</th>", html)
+    assert headings[:5] == ["run", "seed +2", "sft.lr +1", "finished", "begun"]
+    for column in ("ppo eval/score", "ppo eval/kl", "ppo gold/rating"):
+        assert column in headings
+    rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", html, re.DOTALL)]
+    assert [row[1:3] for row in rows] == [["0", "0.1"], ["0", "0.2"], ["1", "0.1"]]
+    chart = re.search(r'<svg role="img" aria-label="ppo eval/score".*?</svg>', html, re.DOTALL)[0]
+    for number in range(3):
+        assert f"stroke: var(--series-{number})" in chart
+        assert f"border-top-color: var(--series-{number})" in rows[number][0]
+    assert "series-3" not in chart
+    (policy,) = [a["content"] for tag, a in Tags(html).tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'"
+
+
+def test_a_configuration_that_cannot_be_read_breaks_no_index(run):
+    shutil.copytree(run, run.parent / "other")
+    for text in ("a: [", "- no mapping", ""):
+        (run / "config.yaml").write_text(text)
+        html = write_index(run.parent).read_text(encoding="utf-8")
+        assert ("config.yaml is not YAML" in html) == text.startswith("a:")
 
 
 def test_the_command_writes_the_report_or_says_what_is_wrong(run):
@@ -215,23 +317,56 @@ def test_the_command_writes_the_report_or_says_what_is_wrong(run):
     assert failed.stderr.startswith(f"error: {run / 'nothing'}: no run is there")
 
 
-def test_a_live_report_follows_the_run_and_answers_this_machine_only(run):
-    def ask(path="/", host="127.0.0.1"):
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=600)
-        connection.request("GET", path, headers={"Host": f"{host}:{server.server_port}"})
-        answer = connection.getresponse()
-        return answer.status, answer.read().decode()
+def asked(server, path="/", host="127.0.0.1"):
+    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=600)
+    connection.request("GET", path, headers={"Host": f"{host}:{server.server_port}"})
+    answer = connection.getresponse()
+    return answer.status, answer.read().decode()
 
-    (run / "ppo/stage.json").unlink()
+
+@pytest.fixture
+def live(run):
+    """The server of a run, answering."""
     with server_of(run, port=0) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert server.server_address[0] == "127.0.0.1"
-        status, html = ask()
-        assert status == 200
-        assert "ppo at step 3" in html
-        assert '<meta http-equiv="refresh"' in html
-        with (run / "ppo/metrics.jsonl").open("a") as file:
-            file.write('{"step": 4, "objective/kl": 3.0}\n')
-        assert "ppo at step 4" in ask()[1]
-        assert ask(host="evil.example")[0] == ask(path="/etc/passwd")[0] == 404
+        yield server
         server.shutdown()
+
+
+def test_a_live_report_follows_the_run_and_answers_this_machine_only(run, live):
+    (run / "ppo/stage.json").unlink()
+    assert live.server_address[0] == "127.0.0.1"
+    status, html = asked(live)
+    assert status == 200
+    assert "ppo at step 3" in html
+    assert '<meta http-equiv="refresh"' in html
+    with (run / "ppo/metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "objective/kl": 3.0}\n')
+    assert "ppo at step 4" in asked(live)[1]
+    assert asked(live, host="evil.example")[0] == asked(live, path="/etc/passwd")[0] == 404
+
+
+def test_a_live_report_of_a_stage_follows_it(run):
+    with server_of(run / "sft", port=0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert 'aria-label="train/grad_norm"' not in asked(server)[1]
+        with (run / "sft/metrics.jsonl").open("a") as file:
+            file.writelines(f'{{"step": {step}, "train/grad_norm": 3.0}}\n' for step in (2, 3))
+        assert 'aria-label="train/grad_norm"' in asked(server)[1]
+        server.shutdown()
+
+
+def test_a_silent_connection_holds_up_no_other(live):
+    with socket.create_connection(live.server_address):
+        assert asked(live)[0] == 200
+
+
+def test_a_run_that_vanishes_is_said_to_be_gone_and_shown_when_it_is_back(run, live, capfd):
+    assert asked(live)[0] == 200
+    run.rename(run.parent / "elsewhere")
+    status, html = asked(live)
+    assert status == 410
+    assert "The run is gone" in html
+    (run.parent / "elsewhere").rename(run)
+    assert asked(live)[0] == 200
+    assert capfd.readouterr().err == ""

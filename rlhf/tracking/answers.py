@@ -1,0 +1,107 @@
+"""What can be measured of answers to held-out prompts, the rows of `samples.jsonl`, and of logged numbers.
+
+Left out: what is worrying in it (`watch.py`).
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+
+from rlhf.algorithms.intervals import Interval, bootstrap_mean
+
+Row = Mapping[str, Any]
+R = TypeVar("R", bound=Row)
+
+COLUMNS = {
+    "eval/score": "score",
+    "eval/raw_score": "raw_score",
+    "eval/kl": "kl",
+    "eval/response_length": "length",
+    "eval/eos_rate": "ended",
+}
+"""The number of each answer of which a held-out metric of PPO is the mean; that of a gold metric has its name."""
+SMALLEST_SAMPLE = 8  # responses: below, nothing is said about their distribution
+
+
+def by_step(samples: Sequence[R]) -> dict[int, list[R]]:
+    """The rows of each evaluation."""
+    steps: dict[int, list[R]] = {}
+    for row in samples:
+        steps.setdefault(row["step"], []).append(row)
+    return steps
+
+
+def series(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
+    """Steps and values of a metric where it is a finite number."""
+    return [(row["step"], float(row[key])) for row in rows if is_number(row.get(key))]
+
+
+def change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> Interval | None:
+    """How much a number has changed between two answers to the same prompts; None where too few of them have it."""
+    pairs: list[tuple[Any, Any]] = [
+        (row.get(key), other.get(key))
+        for row, other in zip(before, after, strict=False)
+        if row.get("prompt") == other.get("prompt")
+    ]
+    changes = [float(new) - float(old) for old, new in pairs if _counts(old) and _counts(new)]
+    if len(changes) < SMALLEST_SAMPLE:
+        return None
+    return bootstrap_mean(torch.tensor(changes, dtype=torch.float64), seed=0)
+
+
+def length_correlation(rows: Sequence[Row]) -> float | None:
+    """Pearson's correlation of length and score over responses; None where there are too few, or all are equal."""
+    pairs = [
+        (float(r["length"]), float(r["score"]))
+        for r in rows
+        if is_number(r.get("length")) and is_number(r.get("score"))
+    ]
+    if len(pairs) < SMALLEST_SAMPLE:
+        return None
+    lengths, scores = zip(*pairs, strict=True)
+    if len(set(lengths)) == 1 or len(set(scores)) == 1:
+        return None
+    return statistics.correlation(lengths, scores)
+
+
+def repeated_share(rows: Sequence[Row]) -> float:
+    """Share of responses that some other prompt was given too, word for word."""
+    texts = Counter(" ".join(str(row.get("response", "")).lower().split()) for row in rows)
+    return sum(count for count in texts.values() if count > 1) / max(len(rows), 1)
+
+
+def degenerate_share(rows: Sequence[Row]) -> float:
+    """Share of responses without a word, or with six words or more of which half of the pairs are repeats."""
+    return sum(map(_is_degenerate, (str(row.get("response", "")) for row in rows))) / max(len(rows), 1)
+
+
+def endless_share(rows: Sequence[Row]) -> float:
+    """Share of responses that were cut instead of ending by themselves."""
+    return sum(not row.get("ended", True) for row in rows) / max(len(rows), 1)
+
+
+def _is_degenerate(text: str) -> bool:
+    words = text.lower().split()
+    pairs = list(zip(words, words[1:], strict=False))
+    return not words or (len(words) >= 6 and 2 * len(set(pairs)) <= len(pairs))
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, bool) or is_number(value)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a logged value is a finite number; a whole one that is too large for a float counts as infinite."""
+    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_numeric and abs(value) <= sys.float_info.max
+
+
+def with_ends(mean: float, low: float, *, high: float) -> str:
+    """A number with the ends of its interval, `0.2 [0.14, 0.26]`."""
+    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
