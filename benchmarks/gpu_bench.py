@@ -21,12 +21,13 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.launch import end_with_parent
+from rlhf.parent import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 ALONE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "HYDRA_FULL_ERROR": "1"}
@@ -110,7 +111,7 @@ class Bench:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=end_with_parent,
+                preexec_fn=partial(end_with_parent, os.getpid()),
             )
             try:
                 status: int | None = process.wait(timeout=max(self.left, 0))
