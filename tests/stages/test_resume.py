@@ -61,6 +61,12 @@ def test_the_models_are_the_same_bit_for_bit(runs, whole, killed):
         assert filecmp.cmp(root / whole / model, root / killed / model, shallow=False), model
 
 
+def _results(record):
+    """A record without the checksums: files beside the weights name the folder of their run."""
+    content = json.loads(record.read_text())
+    return {name: value for name, value in content.items() if name not in {"files", "sha256"}}
+
+
 @pytest.mark.parametrize(("whole", "killed"), PAIRS)
 def test_metrics_samples_and_records_are_the_same(runs, whole, killed):
     root, _ = runs
@@ -70,7 +76,7 @@ def test_metrics_samples_and_records_are_the_same(runs, whole, killed):
         assert logged(root / killed / journal) == logged(root / whole / journal), journal
     for record in (root / whole).glob("*/stage.json"):
         other = root / killed / record.relative_to(root / whole)
-        assert json.loads(record.read_text()) == json.loads(other.read_text())
+        assert _results(record) == _results(other)
 
 
 def test_the_runs_were_really_killed_in_the_middle_of_things(runs):
