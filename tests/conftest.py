@@ -1,5 +1,6 @@
 """Every test starts from the same seed, on one thread, without a network."""
 
+import logging
 import os
 import signal
 
@@ -18,6 +19,10 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def _same_start():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    before = logging.root.handlers[:]
+    yield
+    for handler in set(logging.root.handlers) - set(before):  # those of a run that a test has started
+        logging.root.removeHandler(handler)
 
 
 class FailuresAtOnce:

@@ -88,8 +88,9 @@ def _end_with(work, rank):
     try:
         work(rank)
         status = 0
-    except SystemExit as end:
-        status = end.code
+    except SystemExit as end:  # with a status, or with a sentence, as `sys.exit` takes either
+        status = end.code if isinstance(end.code, int) else 1
+        sys.stderr.write("" if isinstance(end.code, int) else f"{end.code}\n")
     except BaseException:  # noqa: BLE001 - whatever it was, this process must end here
         sys.excepthook(*sys.exc_info())
     finally:

@@ -51,6 +51,7 @@ def live(settings, ranks, *, death):
     """One life of a rank; `death` is the place of it, the number of calls before, and the signal."""
     with initialize_config_dir(CONF_DIR, version_base=None):
         run = to_run(compose("config", overrides=settings))
+    Path(run.output_dir).mkdir(parents=True, exist_ok=True)  # as whoever starts the ranks does, when it locks it
     forbid_unpickling()
     world = start_rank(run)
     torch.set_num_threads(1)
