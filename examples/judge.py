@@ -1,6 +1,6 @@
 """A judge of your own for `stage=eval`: it prefers the answer that says more different words.
 
-    python run_pipeline.py stage=eval eval.judges=[reward,examples.judge:varied] output_dir=outputs/RUN
+    python run_pipeline.py stage=eval 'eval.judges=[reward,examples.judge:varied]' output_dir=outputs/RUN
 
 A judge is called with a few pairs at a time, in both orders, and may ask whatever it likes: a program, a model, a
 service. For each pair it returns `a`, `b`, `tie`, or a number from -1 (B is better) to 1 (A is better).

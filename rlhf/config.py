@@ -29,8 +29,11 @@ from rlhf.config_groups import (
     WandbMode,
     accumulation,
     divisible,
+    require,
 )
+from rlhf.config_numbers import Seed, Settings
 from rlhf.config_stages import (
+    POLICIES,
     AdvantageKind,
     KLConfig,
     KLKind,
@@ -55,6 +58,7 @@ __all__ = [
     "Embedded",
     "EngineConfig",
     "EvalConfig",
+    "FOLDERS",
     "KLConfig",
     "KLKind",
     "LaunchConfig",
@@ -64,6 +68,7 @@ __all__ = [
     "Moments",
     "NoEndKind",
     "OptimizerConfig",
+    "POLICIES",
     "PPOConfig",
     "Precision",
     "Progress",
@@ -90,19 +95,21 @@ __all__ = [
 
 STAGES = ("sft", "reward", "ppo")
 """The stages, in the order in which they run."""
+FOLDERS = ("sft", "reward", *POLICIES)
+"""Their folders: that of the third is called after its advantages."""
 USES = ("eval", "chat")
 """What can be done with the models afterwards, in the order in which it is done; selected as stages are."""
 
 
 @dataclass(kw_only=True)
-class RunConfig:
+class RunConfig(Settings):
     """A whole run."""
 
     name: str
     """Name of the run: its output folder and its W&B group."""
     output_dir: str
     """Where everything goes (the README shows the tree)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every stage that does not set its own."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
     """How the run is started."""
@@ -130,6 +137,27 @@ class RunConfig:
     """Evaluation, or null."""
     chat: ChatConfig | None = None
     """Chat, or null."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(self.name.strip()) and ".." not in self.name.split("/"),
+            f"name={self.name!r}: expected a name for the run, of which its folder is made, without '..'.",
+        )
+
+    def title(self, stage: str) -> str:
+        """What a stage is called in folders, tables and hints: the third after its advantages."""
+        return self.ppo.title if stage == "ppo" and self.ppo is not None else stage
+
+    def folder(self, stage: str) -> str:
+        """Where a stage writes."""
+        return f"{self.output_dir}/{self.title(stage)}"
+
+    def stage_of(self, folder: str) -> str | None:
+        """The stage of this run that writes a folder of this name; a run without a third one leaves its name open."""
+        if folder in POLICIES:
+            return "ppo" if self.ppo is None or self.ppo.title == folder else None
+        return folder if folder in STAGES else None
 
     @property
     def stages(self) -> list[str]:

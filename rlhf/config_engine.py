@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from rlhf.config_groups import at_least, require
+from rlhf.config_groups import require
+from rlhf.config_numbers import Bounds, Count, Natural, NonNegative, Positive, Settings, Share
 
 
 class Precision(StrEnum):
@@ -45,10 +46,10 @@ class Moments(StrEnum):
 
 
 @dataclass(kw_only=True)
-class EngineConfig:
+class EngineConfig(Settings):
     """The ZeRO engine. Sizes are in elements unless they say bytes."""
 
-    zero_stage: int
+    zero_stage: Annotated[int, Bounds(0, 3)]
     """What is split over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
     precision: Precision = Precision.auto
     """Working weights; auto is bf16 where the device multiplies it natively, else fp32. fp16 scales the loss."""
@@ -60,9 +61,9 @@ class EngineConfig:
     """Where working weights rest; needs ZeRO 3."""
     nvme_path: str | None = None
     """Folder on a local disk for what rests on nvme; its files are removed at the end."""
-    buffer_count: int = 4
+    buffer_count: Count = 4
     """Buffers between disk and memory, of each engine and rank; 3 or more overlap reading, computing and writing."""
-    buffer_size: int = 8_000_000
+    buffer_size: Count = 8_000_000
     """Elements of four bytes in one of them: buffer_count x buffer_size x 4 bytes are all the memory they take."""
     pipeline_read: bool = True
     """Read the next tile of optimizer state from disk while this one is computed."""
@@ -70,23 +71,23 @@ class EngineConfig:
     """Write a tile of optimizer state back while the next one is computed."""
     pin_memory: bool = True
     """Page-locked host memory for what travels to and from a CUDA device; faster, cannot be swapped."""
-    optimizer_share: float = 1.0
+    optimizer_share: Share = 1.0
     """Share of the elements whose states follow `optimizer_tier`; the rest stays on the device (DeepSpeed: ratio)."""
-    parameters_in_cpu: int = 0
+    parameters_in_cpu: Natural = 0
     """With parameter_tier=nvme: elements that stay in host memory instead of on disk (DeepSpeed: max_in_cpu)."""
     delayed_update: bool = False
     """Take the optimizer step while the next batch computes: gradients are one step stale, and the step costs less."""
     moments: Moments = Moments.fp32
     """bf16 halves their memory; with a second decay above about 0.99 its small changes are rounded away."""
-    sub_group_size: int = 100_000_000
+    sub_group_size: Count = 100_000_000
     """Largest tile of optimizer state that is loaded, updated and stored at once, off the device."""
-    reduce_bucket_size: int = 0
+    reduce_bucket_size: Natural = 0
     """At ZeRO 0 to 2, consecutive blocks are gathered and reduced together up to this size; 0 takes each on its own."""
-    prefetch_bucket_size: int = 1_000_000
+    prefetch_bucket_size: Natural = 1_000_000
     """At ZeRO 3, what follows is gathered ahead: one unit, and more until they have this size; 0 gathers none."""
-    max_live_parameters: int = 1_000_000_000
+    max_live_parameters: Count = 1_000_000_000
     """At ZeRO 3, the limit for what is gathered at once, the computing block and those ahead of it."""
-    persistence_threshold: int = 0
+    persistence_threshold: Natural = 0
     """At ZeRO 3, parameters smaller than this are kept whole on every rank and never gathered."""
     overlap_comm: bool = True
     """Communicate while computing; false gathers and reduces one after the other, with less memory."""
@@ -97,31 +98,26 @@ class EngineConfig:
     stream_generation: bool = False
     """Generate block by block, as training does, instead of gathering the whole model: slow, for an actor that does not
     fit into the device."""
-    max_skipped_steps: int = 3
+    max_skipped_steps: Count = 3
     """Steps in a row with a non-finite gradient before the run stops; in fp16, counted at the lowest loss scale."""
-    loss_scale: float = 0.0
+    loss_scale: NonNegative = 0.0
     """fp16: fixed factor on the loss; 0 adapts it."""
-    initial_scale_power: int = 16
+    initial_scale_power: Annotated[int, Bounds(0, 126)] = 16
     """fp16: an adaptive factor starts at two to this power."""
-    loss_scale_window: int = 1000
+    loss_scale_window: Count = 1000
     """fp16: steps without overflow after which an adaptive factor doubles."""
-    hysteresis: int = 2
+    hysteresis: Count = 2
     """fp16: overflows before an adaptive factor is halved."""
     consecutive_hysteresis: bool = False
     """fp16: forget earlier overflows after every good step, not only when the factor doubles."""
-    min_loss_scale: float = 1.0
+    min_loss_scale: Positive = 1.0
     """fp16: an adaptive factor does not fall below this."""
     deepspeed: Any = None
     """A DeepSpeed JSON file (or YAML, or one of Hugging Face Accelerate), or its content as a mapping; what it sets
     explicitly replaces the settings here."""
 
     def __post_init__(self) -> None:
-        require(self.zero_stage in range(4), f"engine.zero_stage={self.zero_stage}: expected 0, 1, 2 or 3.")
-        at_least(self, 0, "parameters_in_cpu", "reduce_bucket_size", "prefetch_bucket_size", "persistence_threshold")
-        at_least(self, 1, "buffer_count", "buffer_size", "sub_group_size", "max_live_parameters", "loss_scale_window")
-        at_least(self, 0, "loss_scale", "initial_scale_power")
-        at_least(self, 1, "hysteresis")
-        require(0 <= self.optimizer_share <= 1, f"engine.optimizer_share={self.optimizer_share}: expected 0 to 1.")
+        super().__post_init__()
         require(
             self.optimizer_tier == Tier.device or self.zero_stage >= 1,
             f"engine.optimizer_tier={self.optimizer_tier}: expected engine.zero_stage 1, 2 or 3, found 0.",

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from rlhf.config_numbers import Count, Natural, NonNegative, Positive, Seed, Settings, Share, ShareBelowOne
+
 
 class Schedule(StrEnum):
     """Shape of the learning rate after the warm-up; from `warmup_lr` on DeepSpeed's, warm-up included."""
@@ -73,16 +75,10 @@ def require(condition: bool, message: str) -> None:
         raise ValueError(message)
 
 
-def at_least(settings: object, minimum: int, *names: str) -> None:
-    """Raise ValueError for the first of the named settings that is below `minimum`."""
-    for name in names:
-        require(getattr(settings, name) >= minimum, f"{name}={getattr(settings, name)}: expected {minimum} or more.")
-
-
 def require_steps(value: float, name: str) -> None:
     """Raise ValueError unless `value` can be read by `steps_of_setting`."""
     require(
-        value >= 0 and (value < 1 or float(value).is_integer()),
+        value < 1 or float(value).is_integer(),
         f"{name}={value}: expected 0 or more: below 1 a share of the stage's steps, from 1 on a whole number of them.",
     )
 
@@ -113,28 +109,26 @@ def accumulation(global_batch_size: int, *, micro_batch_size: int, ranks: int, n
 
 
 @dataclass(kw_only=True)
-class LaunchConfig:
+class LaunchConfig(Settings):
     """How a run is started."""
 
-    ranks: int = 1
+    ranks: Count = 1
     """Processes on this machine; above 1 they are started from this one. Ignored when torchrun started us."""
-    threads: int = 0
+    threads: Natural = 0
     """CPU threads of each rank; 0 shares the cores between the ranks."""
-    warn_after_s: float = 60.0
+    warn_after_s: Positive = 60.0
     """Seconds for which the others wait for a rank before it is named. It may be at work: nothing else happens."""
-    timeout_s: float = 1800.0
+    timeout_s: Positive = 1800.0
     """Seconds for which they wait before the run ends; raise it where one rank alone does something for longer."""
 
     def __post_init__(self) -> None:
-        require(self.ranks >= 1, f"launch.ranks={self.ranks}: expected at least 1.")
-        require(self.threads >= 0, f"launch.threads={self.threads}: expected 0 (share the cores) or more.")
-        require(self.warn_after_s > 0, f"launch.warn_after_s={self.warn_after_s}: expected more than 0 seconds.")
-        limits = f"launch.timeout_s={self.timeout_s}: expected a number of seconds from launch.warn_after_s"
-        require(self.warn_after_s <= self.timeout_s < math.inf, f"{limits}={self.warn_after_s} on.")
+        super().__post_init__()
+        limits = f"timeout_s={self.timeout_s}: expected a number of seconds from launch.warn_after_s"
+        require(self.warn_after_s <= self.timeout_s, f"{limits}={self.warn_after_s} on.")
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class ModelConfig(Settings):
     """The pretrained model that the run starts from."""
 
     path: str
@@ -148,60 +142,55 @@ class ModelConfig:
 
 
 @dataclass(kw_only=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Low-rank adapters (Hu et al. 2021), through PEFT."""
 
-    rank: int
+    rank: Natural
     """Rank of the adapters; 0 trains the whole model."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """Scale: an adapter adds alpha / rank times its product."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Dropout in front of the adapters; PPO needs 0."""
     targets: list[str] = field(default_factory=lambda: ["all-linear"])
     """Names of the linear layers that get an adapter; `all-linear` is every one but the head."""
-    top_layers: int = 0
+    top_layers: Natural = 0
     """Adapters only on the last layers, so that backward stops early; 0 means all layers."""
-
-    def __post_init__(self) -> None:
-        require(self.rank >= 0, f"lora.rank={self.rank}: expected 0 (no adapters) or more.")
-        require(self.top_layers >= 0, f"lora.top_layers={self.top_layers}: expected 0 (all layers) or more.")
-        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout}: expected a probability below 1.")
 
 
 @dataclass(kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Settings):
     """AdamW and its schedule."""
 
-    lr: float
+    lr: Positive
     """Learning rate after the warm-up."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    betas: list[ShareBelowOne] = field(default_factory=lambda: [0.9, 0.95])
     """Decay of the two moments."""
-    eps: float = 1e-8
+    eps: Positive = 1e-8
     """Added to the root of the second moment."""
-    weight_decay: float = 0.0
+    weight_decay: NonNegative = 0.0
     """Decoupled weight decay; never on biases, norms and other vectors."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: NonNegative = 1.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
     schedule: Schedule = Schedule.linear
     """Shape after the warm-up, over the whole stage."""
-    warmup_steps: float = 0.0
+    warmup_steps: NonNegative = 0.0
     """Optimizer steps in which the learning rate climbs linearly; below 1, that share of the stage, rounded up."""
-    min_ratio: float = 0.0
+    min_ratio: Share = 0.0
     """The schedule ends at this fraction of `lr`."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """For one of DeepSpeed's shapes: its parameters by DeepSpeed's names, where they differ from its defaults; what is
     left out of warmup_num_steps and total_num_steps is `warmup_steps` and the stage's own length."""
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optimizer.lr={self.lr}: expected a positive number.")
-        two_shares = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
-        require(two_shares, f"optimizer.betas={self.betas}: expected two numbers from 0 up to 1.")
-        require_steps(self.warmup_steps, "optimizer.warmup_steps")
-        require(0 <= self.min_ratio <= 1, f"optimizer.min_ratio={self.min_ratio}: expected 0 to 1.")
-        require(self.max_grad_norm >= 0, f"optimizer.max_grad_norm={self.max_grad_norm}: expected 0 (off) or more.")
+        super().__post_init__()
+        require_steps(self.warmup_steps, "warmup_steps")
+        numbers = [value for value in self.schedule_options.values() if isinstance(value, float)]
+        finite = all(map(math.isfinite, numbers))
+        require(finite, f"schedule_options={self.schedule_options}: expected finite numbers.")
+        require(len(self.betas) == 2, f"betas={self.betas}: expected two numbers.")
         require(
             self.schedule not in _OWN_SCHEDULES or not self.schedule_options,
-            f"optimizer.schedule_options={self.schedule_options}: optimizer.schedule={self.schedule} has none.",
+            f"schedule_options={self.schedule_options}: schedule={self.schedule} has none.",
         )
 
     def warmup_of(self, total_steps: int) -> int:
@@ -210,14 +199,14 @@ class OptimizerConfig:
 
 
 @dataclass(kw_only=True)
-class StageDataConfig:
+class StageDataConfig(Settings):
     """The data sets of one stage."""
 
     train: list[Any] = field(default_factory=list)
     """Paths or hub ids, or mappings with the keys of `SourceConfig`; several are blended."""
     eval: list[Any] = field(default_factory=list)
     """Held-out data; empty takes `eval_fraction` of the training rows away."""
-    eval_fraction: float = 0.05
+    eval_fraction: ShareBelowOne = 0.05
     """Share of the training rows held out when `eval` is empty."""
     bad_rows: BadRows = BadRows.stop
     """What a row that cannot be used (empty, chosen equal to rejected, ...) does: stop the run, or be dropped."""
@@ -226,13 +215,13 @@ class StageDataConfig:
     learnt, or (as_generated) each gives a sequence more, which ends with it: nothing is lost, at their tokens' cost."""
 
     def __post_init__(self) -> None:
-        require(0 <= self.eval_fraction < 1, f"data eval_fraction={self.eval_fraction}: expected 0 up to 1.")
+        super().__post_init__()
         self.train = [SourceConfig.parse(source) for source in self.train]
         self.eval = [SourceConfig.parse(source) for source in self.eval]
 
 
 @dataclass(kw_only=True)
-class SourceConfig:
+class SourceConfig(Settings):
     """One data set: a JSON, JSONL, CSV or Parquet file, a `save_to_disk` folder, or a hub id."""
 
     path: str
@@ -241,7 +230,7 @@ class SourceConfig:
     """Configuration of a hub data set, or of a clone of one."""
     split: str = "train"
     """Split of a folder or hub data set, in full: `train_sft` where that is what it is called."""
-    weight: float = 1.0
+    weight: NonNegative = 1.0
     """Share of its rows that are used: 0.5 takes half of them, 2 takes each twice."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our column name -> the data set's, where they differ."""
@@ -253,6 +242,7 @@ class SourceConfig:
             return source
         if isinstance(source, str):
             return cls(path=source)
+        require(isinstance(source, dict), f"data source {source}: expected a path, or a mapping with `path`.")
         unknown = set(source) - set(cls.__dataclass_fields__)
         require(
             not unknown, f"data source {source}: unknown {sorted(unknown)}; expected {[*cls.__dataclass_fields__]}."
@@ -262,7 +252,7 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(Settings):
     """What the stages learn from."""
 
     sft: StageDataConfig = field(default_factory=StageDataConfig)
@@ -271,9 +261,9 @@ class DataConfig:
     """Preferences: `chosen`, `rejected`, perhaps `prompt` and `margin`."""
     ppo: StageDataConfig = field(default_factory=StageDataConfig)
     """Prompts: `prompt`."""
-    stage_split: list[float] = field(default_factory=list)
+    stage_split: list[NonNegative] = field(default_factory=list)
     """DeepSpeed-Chat's split of the same rows between the three stages, such as [2, 4, 4]; empty: all rows for each."""
-    split_seed: int = 1234
+    split_seed: Seed = 1234
     """Seed of `stage_split`, of held-out rows and of fractional weights."""
     cache_dir: str | None = None
     """Folder for tokenised data, found again by content; null tokenises every time."""
@@ -281,6 +271,7 @@ class DataConfig:
     """Metrics that no model was trained on: name -> `module:function`, called with prompts and responses."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for stage, sources in (("reward", self.reward), ("ppo", self.ppo)):
             unused = sources.rewritten_turns is RewrittenTurns.skip
             require(unused, f"data.{stage}.rewritten_turns: only demonstrations have it; set data.sft.rewritten_turns.")
@@ -290,7 +281,7 @@ class DataConfig:
 
 
 @dataclass(kw_only=True)
-class TrackingConfig:
+class TrackingConfig(Settings):
     """What is shown and recorded."""
 
     wandb: WandbMode = WandbMode.auto
@@ -301,30 +292,26 @@ class TrackingConfig:
     """W&B team or user; null is the key's default."""
     progress: Progress = Progress.auto
     """What the terminal shows."""
-    log_every: int = 1
+    log_every: Count = 1
     """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""
     report: bool = True
     """Write `report.html` after each stage and of the whole run: some seconds each."""
-    histograms_every: int = 0
+    histograms_every: Natural = 0
     """Steps (in PPO: iterations, over all their updates) between histograms of gradients, before clipping, and weights
     in W&B; 0 sends none."""
 
-    def __post_init__(self) -> None:
-        require(self.log_every >= 1, f"tracking.log_every={self.log_every}: expected at least 1.")
-        at_least(self, 0, "histograms_every")
-
 
 @dataclass(kw_only=True)
-class CheckpointConfig:
+class CheckpointConfig(Settings):
     """When a stage saves itself, and what is kept. A killed run goes on from its last checkpoint.
 
     They are for runs that do not end: a finished stage removes them. There is never less than the newest one on the
     disk, so there must be room for one more than are kept.
     """
 
-    every: float = 0.2
+    every: NonNegative = 0.2
     """Steps (PPO: iterations) between two checkpoints; below 1, that share of the stage's, rounded up; 0: none."""
-    keep: int = 1
+    keep: Count = 1
     """Newest checkpoints that are kept."""
     best: bool = True
     """Keep the one with the best evaluation too; the stage ends with the models of it in `best/`, beside the last."""
@@ -332,8 +319,8 @@ class CheckpointConfig:
     """Write while training goes on; training waits for a copy in host memory only."""
 
     def __post_init__(self) -> None:
-        require_steps(self.every, "checkpoint.every")
-        at_least(self, 1, "keep")
+        super().__post_init__()
+        require_steps(self.every, "every")
 
     def interval_of(self, total_steps: int) -> int:
         """Steps between two checkpoints of a stage of `total_steps`; 0 means none in between."""
@@ -341,14 +328,14 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
-class MemoryConfig:
+class MemoryConfig(Settings):
     """What a run may use, for the plan; null takes what the machine has free."""
 
-    device_gb: float | None = None
+    device_gb: Positive | None = None
     """GB (1e9 bytes) of each device."""
-    host_gb: float | None = None
+    host_gb: Positive | None = None
     """GB of this machine's memory, for all its ranks together."""
-    disk_gb: float | None = None
+    disk_gb: Positive | None = None
     """GB below `engine.nvme_path` and `output_dir`."""
     enforce: bool = True
     """Refuse a run that does not fit; false starts it all the same."""

@@ -4,10 +4,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TypeVar
+from typing import Annotated, TypeVar
 
 from rlhf.config_engine import EngineConfig
-from rlhf.config_groups import LoraConfig, OptimizerConfig, at_least, divisible, require
+from rlhf.config_groups import LoraConfig, OptimizerConfig, divisible, require
+from rlhf.config_numbers import (
+    Bounds,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    Share,
+    ShareAboveZero,
+    ShareBelowOne,
+)
 
 
 class KLKind(StrEnum):
@@ -34,7 +46,8 @@ class AdvantageKind(StrEnum):
     dr_grpo = "dr_grpo"
 
 
-_SIZES = ("micro_batch_size", "max_prompt_tokens", "max_response_tokens")
+POLICIES = ("ppo", "grpo", "rloo", "dr_grpo")
+"""What the third stage is called, after its advantages: ppo is gae."""
 
 T = TypeVar("T")
 
@@ -47,7 +60,7 @@ def inherited(cls: type[T], group: str) -> T:
 
 
 @dataclass(kw_only=True)
-class StageConfig:
+class StageConfig(Settings):
     """What the three stages share."""
 
     selected: bool = False
@@ -56,13 +69,13 @@ class StageConfig:
     """The run's engine, unless overridden for this stage."""
     lora: LoraConfig
     """Adapters; rank 0 trains the whole model."""
-    micro_batch_size: int
+    micro_batch_size: Count
     """Sequences (reward: pairs) in one forward and backward of one rank: memory, not results."""
-    max_prompt_tokens: int
+    max_prompt_tokens: Count
     """Longer prompts are dropped, and the run says how many."""
-    max_response_tokens: int
+    max_response_tokens: Count
     """Longer responses are dropped in SFT and reward; in PPO, where generation stops."""
-    seed: int = "${seed}"  # type: ignore[assignment]
+    seed: Seed = "${seed}"  # type: ignore[assignment]
     """Seed of data order, new weights and sampling."""
 
 
@@ -72,24 +85,22 @@ class SupervisedConfig(StageConfig):
 
     optimizer: OptimizerConfig
     """AdamW and its schedule."""
-    epochs: float = 1.0
+    epochs: NonNegative = 1.0
     """Passes over the data, unless `max_steps` is set."""
-    max_steps: int = 0
+    max_steps: Natural = 0
     """Optimizer steps; 0 derives them from `epochs`."""
-    global_batch_size: int
+    global_batch_size: Count
     """Sequences (reward: pairs) in one optimizer step, over all ranks."""
-    eval_every: int = 0
+    eval_every: Natural = 0
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
-    eval_rows: int = 0
+    eval_rows: Natural = 0
     """Held-out rows that are evaluated; 0 takes all."""
-    dropout: float = 0.0
+    dropout: ShareBelowOne = 0.0
     """Every dropout probability of the model."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, *_SIZES, "global_batch_size")
-        at_least(self, 0, "max_steps", "eval_every", "eval_rows")
-        require(self.max_steps > 0 or self.epochs > 0, f"epochs={self.epochs}: expected a positive number.")
-        require(0 <= self.dropout < 1, f"dropout={self.dropout}: expected a probability below 1.")
+        super().__post_init__()
+        require(self.max_steps > 0 or self.epochs > 0, f"epochs={self.epochs}: expected a number above 0.")
 
 
 @dataclass(kw_only=True)
@@ -108,56 +119,51 @@ class RewardConfig(SupervisedConfig):
 
     init_from: str = "${output_dir}/sft/model"
     """Causal language model whose trunk gets a scalar head."""
-    num_layers: int = 0
+    num_layers: Natural = 0
     """Keep only the first layers of the trunk; 0 keeps all."""
-    center_coef: float = 0.0
+    center_coef: NonNegative = 0.0
     """Weight of the squared sum of both scores, which keeps scores near zero (Eisenstein et al. 2023)."""
     use_margin: bool = False
     """Require the score difference to exceed the data's `margin` (Touvron et al. 2023)."""
 
 
 @dataclass(kw_only=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How responses are drawn."""
 
-    temperature: float = 1.0
+    temperature: NonNegative = 1.0
     """Divides the logits, in sampling and in every log-probability; 0 would be greedy, with which PPO cannot learn."""
-    top_k: int = 0
+    top_k: Natural = 0
     """Draw from this many most likely tokens; 0 from all."""
-    top_p: float = 1.0
+    top_p: ShareAboveZero = 1.0
     """Draw from the smallest set of tokens with this much probability."""
-
-    def __post_init__(self) -> None:
-        require(self.temperature >= 0, f"sampling.temperature={self.temperature}: expected 0 or more.")
-        require(self.top_k >= 0, f"sampling.top_k={self.top_k}: expected 0 (all) or more.")
-        require(0 < self.top_p <= 1, f"sampling.top_p={self.top_p}: expected above 0, at most 1.")
 
 
 @dataclass(kw_only=True)
-class KLConfig:
+class KLConfig(Settings):
     """The penalty for leaving the reference: in the reward, or for grpo and dr_grpo in the loss (as k3)."""
 
     kind: KLKind = KLKind.k1
     """Estimator in the reward."""
-    coef: float = 0.05
+    coef: NonNegative = 0.05
     """Reward lost per nat; where an adaptive one starts. 0 loads no reference, unless `ppo.reference` names one."""
-    target: float = 0.0
+    target: NonNegative = 0.0
     """KL per sequence that an adaptive coefficient steers to (Ziegler et al. 2019); 0 keeps it fixed."""
-    horizon: int = 10_000
+    horizon: Count = 10_000
     """Sequences over which the adaptive coefficient reacts."""
 
 
 @dataclass(kw_only=True)
-class ScoreConfig:
+class ScoreConfig(Settings):
     """What happens to the reward model's scalar before it becomes a reward."""
 
     normalize: bool = True
     """Subtract the held-out mean and divide by the standard deviation that the reward stage stored."""
-    clamp: float = 5.0
+    clamp: NonNegative = 5.0
     """Limit of a normalised score, both ways; 0 leaves it alone. Scores that are not normalised are never clamped."""
     no_end_kind: NoEndKind = NoEndKind.subtract
     """Whether the penalty replaces the score or is subtracted from it."""
-    no_end_penalty: float = 1.0
+    no_end_penalty: NonNegative = 1.0
     """Penalty for a response that never ends: `set` scores it minus this."""
 
 
@@ -173,23 +179,23 @@ class PPOConfig(StageConfig):
     """Reward model."""
     critic: str | None = None
     """Where the value function starts; null is the reward model."""
-    iterations: int
+    iterations: Count
     """Rollout batches, each followed by `epochs` of updates."""
-    rollout_size: int
+    rollout_size: Count
     """Sequences in one rollout batch, over all ranks."""
-    samples_per_prompt: int = 1
+    samples_per_prompt: Count = 1
     """Responses drawn to each prompt; the batch holds rollout_size / samples_per_prompt prompts."""
-    rollout_micro_batch_size: int
+    rollout_micro_batch_size: Count
     """Sequences that one rank generates and scores at once."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over a rollout batch."""
-    minibatch_size: int
+    minibatch_size: Count
     """Sequences in one optimizer step, over all ranks."""
     actor_optimizer: OptimizerConfig
     """Of the policy."""
     critic_optimizer: OptimizerConfig
     """Of the value function."""
-    critic_warmup: int = 0
+    critic_warmup: Natural = 0
     """First iterations in which only the critic learns."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How responses are drawn."""
@@ -205,29 +211,29 @@ class PPOConfig(StageConfig):
     """From the reward model's scalar to the reward."""
     advantage: AdvantageKind = AdvantageKind.gae
     """gae trains a critic; grpo, rloo and dr_grpo compare the responses to one prompt."""
-    advantage_eps: float = 1e-4
+    advantage_eps: Positive = 1e-4
     """Added to the standard deviation of a group's scores by which grpo divides; larger mutes groups that agree."""
-    gamma: float = 1.0
+    gamma: ShareAboveZero = 1.0
     """Discount per token."""
-    lam: float = 0.95
+    lam: Share = 0.95
     """Lambda of generalised advantage estimation."""
     whiten: bool = True
     """Advantages of gae to mean 0 and variance 1 over the batch of all ranks; those of groups stay as they are."""
-    clip_range: float = 0.2
+    clip_range: Annotated[float, Bounds(0, 1, above=True, below=True)] = 0.2
     """The ratio is clipped to 1 - clip_range ... 1 + clip_range."""
-    clip_range_high: float | None = None
+    clip_range_high: Positive | None = None
     """Upper clip, when it differs from the lower."""
-    dual_clip: float | None = None
+    dual_clip: Annotated[float, Bounds(1, above=True)] | None = None
     """Lower bound for negative advantages, a ratio above 1 (Ye et al. 2020); null is off."""
-    value_clip_range: float | None = 0.2
+    value_clip_range: Positive | None = 0.2
     """New values stay within this distance of the old ones; null does not clip them."""
-    entropy_coef: float = 0.0
+    entropy_coef: NonNegative = 0.0
     """Bonus per nat of entropy."""
-    target_kl: float | None = None
+    target_kl: Positive | None = None
     """Ends the epochs of an iteration when the approximate KL to the sampling policy exceeds it; null never."""
-    eval_prompts: int = 64
+    eval_prompts: Natural = 64
     """Held-out prompts answered before and after; 0 evaluates nothing."""
-    eval_every: int = 0
+    eval_every: Natural = 0
     """Iterations between evaluations; 0 evaluates at the start and the end only."""
 
     @property
@@ -240,6 +246,11 @@ class PPOConfig(StageConfig):
     def measures_kl(self) -> bool:
         """Whether there is a reference to measure KL from."""
         return self.reference_model is not None or self.lora.rank > 0
+
+    @property
+    def title(self) -> str:
+        """What the stage is called in folders, tables and hints."""
+        return "ppo" if self.advantage is AdvantageKind.gae else str(self.advantage)
 
     @property
     def updates_per_iteration(self) -> int:
@@ -257,29 +268,15 @@ class PPOConfig(StageConfig):
         return (self.iterations - self.critic_warmup) * self.updates_per_iteration
 
     def __post_init__(self) -> None:
-        at_least(self, 1, *_SIZES, "iterations", "rollout_size", "samples_per_prompt", "epochs", "minibatch_size")
-        at_least(self, 1, "rollout_micro_batch_size")
-        at_least(self, 0, "eval_prompts", "eval_every")
-        require(self.sampling.temperature > 0, "ppo.sampling.temperature=0: PPO explores; expected a positive number.")
+        super().__post_init__()
+        require(self.sampling.temperature > 0, "ppo.sampling.temperature=0: PPO explores; expected a number above 0.")
         require(self.lora.dropout == 0, f"ppo.lora.dropout={self.lora.dropout}: PPO runs without dropout; expected 0.")
         divisible(self.rollout_size, by=self.samples_per_prompt, names="ppo.rollout_size by ppo.samples_per_prompt")
         divisible(self.rollout_size, by=self.minibatch_size, names="ppo.rollout_size by ppo.minibatch_size")
-        low, high = self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
-        require(0 < low < 1 and high > 0, f"ppo.clip_range={low} (high {high}): expected above 0 and below 1.")
-        require(
-            self.dual_clip is None or self.dual_clip > 1, f"ppo.dual_clip={self.dual_clip}: expected above 1 or null."
-        )
-        require(
-            self.value_clip_range is None or self.value_clip_range > 0,
-            f"ppo.value_clip_range={self.value_clip_range}: expected a positive number or null.",
-        )
-        require(self.advantage_eps > 0, f"ppo.advantage_eps={self.advantage_eps}: expected a positive number.")
-        require(0 < self.gamma <= 1, f"ppo.gamma={self.gamma}: expected above 0, at most 1.")
-        require(0 <= self.lam <= 1, f"ppo.lam={self.lam}: expected 0 to 1.")
         self._check_kl()
         grouped = self.advantage is not AdvantageKind.gae
         require(
-            0 <= self.critic_warmup < self.iterations and not (grouped and self.critic_warmup),
+            self.critic_warmup < self.iterations and not (grouped and self.critic_warmup),
             f"ppo.critic_warmup={self.critic_warmup}: expected fewer than ppo.iterations={self.iterations}, and 0 "
             f"without a critic (ppo.advantage={self.advantage}).",
         )
@@ -290,9 +287,8 @@ class PPOConfig(StageConfig):
 
     def _check_kl(self) -> None:
         kl = self.kl
-        require(kl.coef >= 0, f"ppo.kl.coef={kl.coef}: expected 0 or more.")
         require(
-            kl.target <= 0 or (kl.coef > 0 and kl.horizon > 0.2 * self.rollout_size),
+            kl.target == 0 or (kl.coef > 0 and kl.horizon > 0.2 * self.rollout_size),
             f"ppo.kl.target={kl.target} adapts the coefficient: expected ppo.kl.coef={kl.coef} above 0 and "
             f"ppo.kl.horizon={kl.horizon} above a fifth of ppo.rollout_size={self.rollout_size}.",
         )

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from rlhf.config_engine import EngineConfig
-from rlhf.config_groups import at_least, require
+from rlhf.config_groups import require
+from rlhf.config_numbers import Count, Natural, Seed, Settings
 from rlhf.config_stages import SamplingConfig, inherited
 
 
 @dataclass(kw_only=True)
-class EvalConfig:
+class EvalConfig(Settings):
     """What a model says to held-out prompts, judged, and compared with what another says."""
 
     selected: bool = False
@@ -20,25 +21,25 @@ class EvalConfig:
     """The run's engine, unless overridden here; for every model, one after the other."""
     name: str | None = None
     """Keeps comparisons apart: results go to `eval/NAME`; with null they replace the last ones in `eval`."""
-    model: str = "${output_dir}/ppo/actor"
-    """What is evaluated: a folder or a hub id."""
+    model: str | None = None
+    """What is evaluated: a folder or a hub id; null becomes the policy of this run, or the newest of its folder."""
     against: str | None = "${output_dir}/sft/model"
     """What it is compared with; null compares with nothing."""
     reference: str | None = "${output_dir}/sft/model"
     """What KL is measured from; null measures none."""
     reward: str | None = "${output_dir}/reward/model"
     """The reward model that scores responses, and is itself examined on held-out pairs; null does without."""
-    prompts: int
+    prompts: Count
     """Held-out prompts of `data.ppo` that are answered, the first ones."""
-    micro_batch_size: int
+    micro_batch_size: Count
     """Sequences (or pairs) that one rank generates or scores at once: memory, not results."""
-    max_prompt_tokens: int
+    max_prompt_tokens: Count
     """Prompts, of pairs and demonstrations too, that are longer are dropped."""
-    max_response_tokens: int
+    max_response_tokens: Count
     """Where generation stops."""
-    max_row_tokens: int
+    max_row_tokens: Count
     """Pairs and demonstrations with a longer response are dropped."""
-    rows: int = 0
+    rows: Natural = 0
     """Held-out pairs and demonstrations that are examined, the first of each; 0 takes all."""
     response_only: bool = True
     """Perplexity of demonstrations is that of their responses; false counts their prompts too."""
@@ -49,12 +50,11 @@ class EvalConfig:
     yours as `module:function`; see `rlhf/judges.py`."""
     subset: str = "subset"
     """Column of the preference data that says which part of it a pair belongs to, where it has one."""
-    seed: int = "${seed}"  # type: ignore[assignment]
+    seed: Seed = "${seed}"  # type: ignore[assignment]
     """Seed of sampling (the same random numbers for both models), of what judges see first, and of the intervals."""
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "prompts", "micro_batch_size", "max_prompt_tokens", "max_response_tokens", "max_row_tokens")
-        at_least(self, 0, "rows")
+        super().__post_init__()
         name = self.name
         plain = name is None or (name.strip(".") != "" and "/" not in name and name.isprintable())
         require(plain, f"eval.name={name!r}: expected the name of a folder, without slashes.")
@@ -71,7 +71,7 @@ class PromptStyle(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ChatConfig:
+class ChatConfig(Settings):
     """A conversation in the terminal."""
 
     selected: bool = False
@@ -79,7 +79,7 @@ class ChatConfig:
     engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
     """The run's engine, unless overridden here."""
     model: str | None = None
-    """Who answers: a folder or a hub id; null is the last policy of the output folder, ppo/actor before sft/model."""
+    """Who answers: a folder or a hub id; null is the policy of this run, the newest of its folder, or sft/model."""
     beside: str | None = None
     """A second model that answers the same; null is nobody."""
     prompts: PromptStyle = PromptStyle.template
@@ -88,10 +88,7 @@ class ChatConfig:
     """System message of the conversation; empty is none."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """How answers are drawn; a temperature of 0 takes the likeliest token."""
-    max_response_tokens: int = 256
+    max_response_tokens: Count = 256
     """Where an answer is cut."""
-    seed: int = "${seed}"  # type: ignore[assignment]
+    seed: Seed = "${seed}"  # type: ignore[assignment]
     """Seed of the sampling."""
-
-    def __post_init__(self) -> None:
-        at_least(self, 1, "max_response_tokens")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import importlib
 import logging
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import fmean
 from typing import Any, Protocol
 
@@ -234,6 +236,8 @@ def load_gold(metrics: dict[str, str]) -> dict[str, GoldMetric]:
 def imported(target: str, setting: str, *, called: str) -> Callable[..., Any]:
     """The function that `target`, `module:function`, names.
 
+    Its module is installed, part of this project, or in the folder where the run was started.
+
     Args:
         target: its address.
         setting: name and value of what holds it, for the message.
@@ -243,9 +247,11 @@ def imported(target: str, setting: str, *, called: str) -> Callable[..., Any]:
         ValueError: there is no such function.
     """
     module_name, _, function_name = target.partition(":")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # last, so that nothing there stands in for a library
     try:
         function = vars(importlib.import_module(module_name))[function_name]
-    except (ImportError, KeyError, ValueError) as error:
+    except (ImportError, KeyError, SyntaxError, ValueError) as error:
         raise ValueError(f"{setting}: no such function ({error}); expected module:function, {called}.") from error
     if not callable(function):
         raise ValueError(f"{setting}: found a {type(function).__name__}; expected a function, {called}.")

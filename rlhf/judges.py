@@ -4,7 +4,7 @@ A function is called with the prompts, the responses shown as A, and those shown
 texts, and returns one preference for each prompt: "a", "b" or "tie", or a number from -1 (B is better) through 0 (a
 tie) to 1 (A is better). It is called for both orders of every pair, a few pairs at a time, so that what it thinks of
 the place of a response, rather than of the response, cancels, and is measured (Wang et al. 2023, arXiv:2305.17926).
-Its module is found as Python finds any: beside `run_pipeline.py`, or on `PYTHONPATH`.
+Its module is installed, part of this project, or in the folder where the run was started.
 
 Nobody is told which model wrote what. A person is asked once for a pair, in an order that a seeded coin has drawn, as
 often one as the other. Left out: more than two responses at once, several people, and what is asked beside preference.

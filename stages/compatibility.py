@@ -118,7 +118,7 @@ def _advice(run: RunConfig, role: Role) -> str:
     last = role.stage if role.stage in STAGES else maker
     needed = {stage for stage in STAGES[: STAGES.index(last) + 1] if not is_finished(run, stage)} | set(run.stages)
     chosen = [stage for stage in STAGES if stage in needed] + [use for use in run.uses if use == role.stage]
-    return f"Run the stages that make it first, as in stage=[{','.join(chosen)}], or name"
+    return f"Run the stages that make it first, as in 'stage=[{','.join(map(run.title, chosen))}]', or name"
 
 
 def _examined(reader: _Reader, role: Role, *, folder: Path, is_made: bool) -> _Member:

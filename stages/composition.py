@@ -1,31 +1,36 @@
-"""From YAML and the command line to a `RunConfig`: the only reader of hydra and omegaconf besides `run_pipeline.py`.
+"""From YAML and the words of a command line to a `RunConfig`. After `to_run` no `DictConfig` is left.
 
-Overrides are checked before hydra starts, so that a misspelt key is answered with the nearest right one, and a setting
-of a stage that is not selected with the name of the stage. After `to_run` no `DictConfig` is left.
+Left out: which words are refused, and why (`command_line.py`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from rlhf.config import STAGES, USES, ChatConfig, EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
-from rlhf.dist import broadcast_object
+from rlhf.config import (
+    POLICIES,
+    STAGES,
+    USES,
+    ChatConfig,
+    EvalConfig,
+    PPOConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+)
 from rlhf.files import write_text
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
-_CHOSEN_BY_ENGINE = ("zero_stage", "optimizer_tier", "parameter_tier")
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -40,115 +45,101 @@ class Schema(RunConfig):
 
 
 def register_schema() -> None:
-    """Make the typed schema known to hydra as `schema`."""
-    ConfigStore.instance().store(name="schema", node=Schema)
+    """Make known to hydra the typed schema, as `schema`, and `${by_rank:RANK,WHOLE,LORA}`.
 
-
-def check_overrides(overrides: list[str]) -> None:
-    """Compose once for the sake of its errors.
-
-    Args:
-        overrides: the command line, such as `["stage=sft", "sft.epochs=2"]`.
-
-    Raises:
-        ValueError: an unknown key, a value of the wrong type, a choice that does not exist, a setting of a stage that
-            is not selected, or anything that `RunConfig` itself refuses.
+    The latter is a number that depends on whether a stage trains the whole model (rank 0) or adapters.
     """
+    ConfigStore.instance().store(name="schema", node=Schema)
+    OmegaConf.register_new_resolver("by_rank", lambda rank, whole, lora: lora if rank else whole, replace=True)
+
+
+def composed(words: Sequence[str]) -> DictConfig:
+    """What YAML and the words of a command line say together."""
     register_schema()
-    try:
-        with initialize_config_dir(CONF_DIR, version_base=None):
-            _check_stages(overrides)
-            to_run(compose("config", overrides=overrides))
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(_explain(error)) from error
+    with initialize_config_dir(CONF_DIR, version_base=None):
+        return compose("config", overrides=list(words))
 
 
-def _check_stages(overrides: list[str]) -> None:
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    selection = compose("config", overrides=[str(o.input_line) for o in parsed if o.key_or_group == "stage"])
-    selected = [stage for stage in (*STAGES, *USES) if _is_selected(selection, stage)]
-    for override in parsed:
-        stage = override.key_or_group.split(".")[0]
-        if (override.is_add() or override.is_force_add()) and not override.key_or_group.startswith("data.gold."):
-            raise ValueError(f"{override.input_line}: nothing but data.gold.NAME=module:function can be added.")
-        if stage in (*STAGES, *USES) and stage not in selected:
-            raise ValueError(
-                f"{override.input_line}: the stage {stage!r} is not part of this run "
-                f"(selected: {', '.join(selected)}). "
-                f"Add it, as in stage=[{','.join([*selected, stage])}], or drop the setting."
-            )
-
-
-def overridden_keys(overrides: list[str]) -> set[str]:
-    """Dotted names of the settings that a command line gives, `engine=zero3` being those that tell it from others."""
-    names = set()
-    for override in OverridesParser.create().parse_overrides(overrides):
-        names.add(override.key_or_group)
-        if override.key_or_group == "engine":
-            chosen = OmegaConf.load(Path(CONF_DIR) / "engine" / f"{override.value()}.yaml")
-            names |= {f"engine.{name}" for name in chosen if str(name) in _CHOSEN_BY_ENGINE}
-    return names
-
-
-def _is_selected(config: DictConfig, stage: str) -> bool:
-    return not OmegaConf.is_missing(config, stage) and bool(config[stage].selected)
-
-
-def _explain(error: Exception) -> str:
-    cause = error.__cause__ or error
-    key = str(getattr(cause, "full_key", None) or "")
-    text = " ".join(re.split("full_key:|Config search path:", str(cause))[0].split())
-    if isinstance(cause, MissingMandatoryValue):
-        return f"{key}: has no value in this combination; give one, as in {key}=VALUE."
-    if "not in" not in text:
-        return f"{key}: {text}" if key else text
-    same_end = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]]
-    same_end.sort(key=lambda known: known.split(".")[0] != key.split(".")[0])
-    near = same_end[:3] or difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
-    hint = f" Did you mean {' or '.join(near)}?" if near else f" The top level has: {', '.join(_names(RunConfig))}."
-    return f"{key}: there is no such setting.{hint}"
-
-
-def known_keys() -> list[str]:
-    """Every dotted name of the schema."""
-    return sorted(_dotted(RunConfig, ""))
-
-
-def _names(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
-
-
-def _dotted(cls: type, prefix: str) -> list[str]:
-    hints, names = get_type_hints(cls), []
-    for name in _names(cls):
-        names.append(prefix + name)
-        inner = [kind for kind in (hints[name], *get_args(hints[name])) if dataclasses.is_dataclass(kind)]
-        for kind in inner:
-            names += _dotted(kind, f"{prefix}{name}.")
-    return names
+def is_selected(config: DictConfig, stage: str) -> bool:
+    """Whether a run has a stage."""
+    return not OmegaConf.is_missing(config, stage) and config[stage] is not None and bool(config[stage].selected)
 
 
 def to_run(config: DictConfig) -> RunConfig:
     """The typed configuration of the selected stages, with an absolute output folder.
 
     Raises:
-        ValueError: a class refuses its values.
+        ValueError: a class refuses its values; the message begins with the dotted name of the setting.
         OmegaConfBaseException: a value is missing or of the wrong type.
     """
     config = config.copy()
     OmegaConf.set_readonly(config, False)
+    if not config.output_dir.strip():
+        raise ValueError("output_dir is empty; expected a folder, such as output_dir=outputs/NAME.")
     config.output_dir = str(Path(config.output_dir).expanduser().resolve())
     for stage in (*STAGES, *USES):
-        if not _is_selected(config, stage):
+        if not is_selected(config, stage):
             config[stage] = None
-    run = OmegaConf.to_object(config)
+    try:
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        raise ValueError(_placed(config, str(error))) from error
     assert isinstance(run, RunConfig)
+    if run.eval is not None and run.eval.model is None:
+        run.eval.model = f"{policy_folder(run)}/actor"
     return run
+
+
+def _placed(config: DictConfig, message: str) -> str:
+    """The message of a group that has refused its values, with the whole name of the setting that it begins with."""
+    group = _refused_group(config)
+    said = re.match(r"[\w.]+", message)
+    setting = said[0].rpartition(".")[2] if said else ""
+    if not group or (said and said[0].startswith(f"{group}.")):
+        return message
+    if said is None or setting not in OmegaConf.select(config, group):
+        return f"{group}: {message}"
+    return _given_as(config, f"{group}.{setting}") + message[len(said[0]) :]
+
+
+def _given_as(config: DictConfig, name: str) -> str:
+    """The setting whose value another one takes over, `seed` for `sft.seed`, or itself."""
+    group, _, last = name.rpartition(".")
+    node = (OmegaConf.select(config, group) if group else config)._get_node(last)
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", str(node._value()))
+    return _given_as(config, reference[1]) if reference else name
+
+
+def _refused_group(config: DictConfig, path: str = "") -> str | None:
+    """Dotted name of the innermost group that refuses its values, if one does."""
+    for name in config:
+        inner = config._get_node(name)
+        if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
+            found = _refused_group(inner, f"{path}.{name}".lstrip("."))
+            if found is not None:
+                return found
+    try:
+        OmegaConf.to_object(config)
+    except OmegaConfBaseException:
+        return None
+    except ValueError:
+        return path
+    return None
+
+
+def policy_folder(run: RunConfig) -> str:
+    """Where the policy is that this run makes, or the newest that was made in its folder."""
+    if run.ppo is not None:
+        return run.folder("ppo")
+    found = [folder for name in POLICIES if (folder := Path(run.output_dir) / name) and (folder / "actor").exists()]
+    return str(max(found, key=lambda folder: (folder / "actor").stat().st_mtime, default=run.folder("ppo")))
 
 
 def load_run(path: Path) -> RunConfig:
     """The configuration that `save_run` wrote."""
-    return _from_yaml(path.read_text())
+    return from_yaml(path.read_text())
 
 
 def save_run(run: RunConfig) -> Path:
@@ -157,20 +148,17 @@ def save_run(run: RunConfig) -> Path:
     An evaluation by itself leaves that of the stages alone.
     """
     path = Path(run.output_dir) / ("config.yaml" if run.stages else "eval/config.yaml")
-    write_text(path, _to_yaml(run))
+    write_text(path, to_yaml(run))
     return path
 
 
-def from_first_rank(run: RunConfig) -> RunConfig:
-    """The configuration that the first rank has, on every rank."""
-    return _from_yaml(broadcast_object(_to_yaml(run)))
-
-
-def _to_yaml(run: RunConfig) -> str:
+def to_yaml(run: RunConfig) -> str:
+    """The whole configuration, resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(run))
 
 
-def _from_yaml(text: str) -> RunConfig:
+def from_yaml(text: str) -> RunConfig:
+    """The configuration that `to_yaml` wrote."""
     run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Schema), OmegaConf.create(text)))
     assert isinstance(run, RunConfig)
     return run

@@ -97,7 +97,10 @@ def _role(config: Any, stage: str, *, role: Role, context: _Context) -> dict[str
     """The stage's settings that one model's configuration decides."""
     engine: EngineConfig = getattr(config, role.engine)
     optimizer: OptimizerConfig | None = getattr(config, role.optimizer) if role.optimizer else None
-    place, setting = f"{stage} {role.name}".strip(), _given_as(config, stage, role=role, context=context)
+    place, setting = (
+        f"{getattr(config, 'title', stage)} {role.name}".strip(),
+        _given_as(config, stage, role=role, context=context),
+    )
     document = read_deepspeed(engine.deepspeed, setting=setting)
     resolved = resolve(document, engine, optimizer=optimizer)
     names = (f"{stage}.{role.engine}", f"{stage}.engine", "engine")

@@ -4,7 +4,7 @@ Both answer the same prompts with the same random numbers. Results go to `eval/r
 or to `eval/NAME/`, and replace what was there, each file at once; what a person has judged is kept in
 `judgements.jsonl` and never asked again. Left out: a place in the memory plan (one frozen model is in memory at a
 time, which needs less than training it did), and going on in the middle after an interruption.
-Run: `python run_pipeline.py stage=eval`, or after the stages, `stage=[sft,reward,ppo,eval]`.
+Run: `python run_pipeline.py stage=eval`, or after the stages, `'stage=[sft,reward,ppo,eval]'`.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ def check_eval_judges(config: EvalConfig, *, ranks: int) -> None:
     if config.against is None and others:
         raise ValueError(
             f"eval.judges={config.judges} compare two models, but eval.against=null; expected a second model. Name "
-            f"one, as in eval.against=MODEL, or set eval.judges=[]."
+            f"one, as in eval.against=MODEL, or set 'eval.judges=[]'."
         )
     if REWARD in config.judges and config.reward is None and config.against is not None:
         raise ValueError(
@@ -101,6 +101,6 @@ def held_out_rows(run: RunConfig, config: EvalConfig, *, tokenizer: Tokenizer) -
     if not rows.prompts:
         raise ValueError(
             "data.ppo.eval is empty and data.ppo.eval_fraction holds no row out; expected held-out prompts, which "
-            "eval.model answers. Name some, as in data.ppo.eval=[FILE]."
+            "eval.model answers. Name some, as in 'data.ppo.eval=[FILE]'."
         )
     return rows

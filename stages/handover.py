@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import IO, Any
 
-from rlhf.config import STAGES, RunConfig
+from rlhf.config import FOLDERS, RunConfig
 from rlhf.dist import barrier, gather_objects
 from rlhf.engine.checkpoint.checkpoints import steps_in
 from rlhf.files import Seal, broken_seal, read_json, seal, write_text
@@ -139,7 +139,7 @@ def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
     flat = {name: value for name, value in _flat(parts, "").items() if not _is_free(name)}
     here = run.output_dir  # not part of the settings: a folder may be moved
     flat = {name: value.replace(here, "OUTPUT") if isinstance(value, str) else value for name, value in flat.items()}
-    makers = [maker for maker in STAGES if any(str(value).startswith(f"OUTPUT/{maker}/") for value in flat.values())]
+    makers = [maker for maker in FOLDERS if any(str(value).startswith(f"OUTPUT/{maker}/") for value in flat.values())]
     return flat | {f"{stage} is made from {maker}": _digest(Path(here) / maker / CONFIG) for maker in makers}
 
 
@@ -167,7 +167,7 @@ def check_folder(run: RunConfig, stage: str) -> None:
     Raises:
         ValueError: which settings differ or which file is damaged, and what to do.
     """
-    folder = Path(run.output_dir) / stage
+    folder = Path(run.folder(stage))
     if is_finished(run, stage):
         check_seal(folder)
     has_steps = Journal(folder / "metrics.jsonl").count() > 1
@@ -184,13 +184,13 @@ def check_folder(run: RunConfig, stage: str) -> None:
         more = f" and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise ValueError(
             f"{folder} holds a run of other settings ({changes}{more}). "
-            f"Choose another output_dir=, set the settings back, or remove the folder."
+            f"Choose another name={run.name}-2 or output_dir=, set the settings back, or remove the folder."
         )
 
 
 def claim_folder(run: RunConfig, stage: str) -> None:
     """Say in the stage's folder which settings it is made from."""
-    write_text(Path(run.output_dir) / stage / CONFIG, json.dumps(settings_of(run, stage), indent=2))
+    write_text(Path(run.folder(stage)) / CONFIG, json.dumps(settings_of(run, stage), indent=2))
 
 
 def lock_folder(run: RunConfig) -> IO[bytes]:
@@ -229,4 +229,4 @@ def check_shared(run: RunConfig) -> None:
 
 def is_finished(run: RunConfig, stage: str) -> bool:
     """True when the stage's folder is complete."""
-    return (Path(run.output_dir) / stage / RECORD).exists()
+    return (Path(run.folder(stage)) / RECORD).exists()

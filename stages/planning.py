@@ -67,7 +67,7 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     ]
     if not is_cuda:
         phases = [Phase(phase.name, on_one_memory(phase.items)) for phase in phases]
-    return Plan(stage, machine.local_ranks, is_cuda, tuple(phases))
+    return Plan(run.title(stage), machine.local_ranks, is_cuda, tuple(phases))
 
 
 def machine_of(run: RunConfig, *, ranks: int, runtime: tuple[Item, ...] = ()) -> Machine:

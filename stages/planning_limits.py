@@ -92,7 +92,7 @@ def full_disks(run: RunConfig, plan: Plan) -> list[str]:
         "output_dir": max(_on_disk(phase, saved=True) for phase in plan.phases),
         "engine.nvme_path": max(_on_disk(phase, saved=False) for phase in plan.phases),
     }
-    paths = {engine.nvme_path for engine in engines_of(run, plan.stage).values() if engine.nvme_path}
+    paths = {engine.nvme_path for engine in engines_of(run, str(run.stage_of(plan.stage))).values() if engine.nvme_path}
     if len(paths) > 1:  # the plan does not say which role is where
         return []
     needed: dict[Path, int] = defaultdict(int)

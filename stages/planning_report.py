@@ -96,8 +96,9 @@ def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> 
         full = [] if run.memory.disk_gb is not None else full_disks(run, plan)
         return f"{has}; it does not fit on its disks. {' '.join(full)}" if full else f"{has}; it fits."
     worst = short[0]
+    stage, ranks = str(run.stage_of(plan.stage)), machine.ranks
     change = cheapest_change(
-        run, plan.stage, plan=partial(plan_stage, stage=plan.stage, machine=machine), limits=limits, ranks=machine.ranks
+        run, stage, plan=partial(plan_stage, stage=stage, machine=machine), limits=limits, ranks=ranks
     )
     lacks = (
         f"{has}; it does not fit: {worst.phase} needs {_gb(worst.needed)} of {worst.place}, "
@@ -141,7 +142,10 @@ def short_text(plans: list[Plan], limits: Limits) -> str:
         for phase in plan.phases
     ]
     names = [str(place) if limits.device is not None or place is Place.disk else "memory" for place in _places(limits)]
-    return table("Memory plan: GB of each rank", ["stage", "phase", *names, "mostly"], rows=rows)
+    runtime = {item.place: item.bytes for phase in plans[0].phases for item in phase.items if item.part == RUNTIME}
+    own = " and ".join(f"{count / 1e9:.2g} GB of {place}" for place, count in runtime.items())
+    title = f"Memory plan: GB of each rank, of which the process takes {own} without a model"
+    return table(title, ["stage", "phase", *names, "mostly"], rows=rows)
 
 
 def numbers(plan: Plan) -> dict[str, dict[str, int]]:
@@ -162,8 +166,9 @@ def _places(limits: Limits) -> list[Place]:
 
 
 def _mostly(phase: Phase) -> str:
-    """The largest parts in memory."""
-    items = sorted((i for i in phase.items if i.place is not Place.disk), key=lambda item: item.bytes, reverse=True)
+    """The largest parts in memory that are not the same in every phase."""
+    items = [item for item in phase.items if item.place is not Place.disk and item.part != RUNTIME]
+    items.sort(key=lambda item: item.bytes, reverse=True)
     return ", ".join(f"{item.role}'s {item.part} {item.bytes / 1e9:.2g}" for item in items[:3])
 
 

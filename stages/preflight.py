@@ -56,8 +56,8 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     todo = [stage for stage in run.stages if not is_finished(run, stage)]
     check_descent(run, todo)
     for stage in [stage for stage in run.stages if stage not in todo]:
-        log.info("%s is finished (%s), skipping it", stage, Path(run.output_dir) / stage)
-        forget(Path(run.output_dir) / stage)
+        log.info("%s is finished (%s), skipping it", run.title(stage), run.folder(stage))
+        forget(Path(run.folder(stage)))
     for stage in todo:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
         check_device(run, stage)
@@ -88,10 +88,10 @@ def check_descent(run: RunConfig, todo: list[str]) -> None:
             continue
         makers = {maker_of(run, role.path) for role in roles_of(run, stage)} & set(todo)
         if makers:
-            folder = Path(run.output_dir) / stage
+            folder = Path(run.folder(stage))
             raise ValueError(
                 f"{folder} is finished, but it was made from the {'/'.join(sorted(map(str, makers)))} model that this "
-                f"run would make anew. Remove {folder} to make it anew too, or choose another output_dir=."
+                f"run would make anew. Remove {folder} to make it anew too, or choose another name= or output_dir=."
             )
 
 
@@ -108,7 +108,7 @@ def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
     micro = config.micro_batch_size
     steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name=f"{stage}.{setting}")
     what = "pairs" if stage == "reward" else "sequences"
-    text = f"{stage}: {setting} {size} = {ranks} ranks x {micro} {what} x {steps} accumulation"
+    text = f"{run.title(stage)}: {setting} {size} = {ranks} ranks x {micro} {what} x {steps} accumulation"
     return f"{text}; {_rollout_arithmetic(config, ranks)}" if isinstance(config, PPOConfig) else text
 
 
@@ -199,7 +199,7 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
         if splits.note:
             log.warning("%s", splits.note)
-        check_resume(Path(run.output_dir) / stage, data=splits.fingerprint)
+        check_resume(Path(run.folder(stage)), data=splits.fingerprint)
         check_warmup(config, stage, num_rows=len(splits.train))
         if stage != "ppo" and not splits.eval:
             raise ValueError(
@@ -210,4 +210,4 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
             log.warning("reward: only %s held-out pairs set the scale of all scores in PPO", len(splits.eval))
         if isinstance(config, PPOConfig):
             check_ppo(run, config, todo=stages)
-        log.info("%s: %s rows to train on, %s held out", stage, len(splits.train), len(splits.eval))
+        log.info("%s: %s rows to train on, %s held out", run.title(stage), len(splits.train), len(splits.eval))

@@ -11,11 +11,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf.config import STAGES, RunConfig
+from rlhf.config import FOLDERS, RunConfig
 from rlhf.tracking.metrics import metric
-from rlhf.tracking.report.reading import Reader
-from rlhf.tracking.report.record import can_report
+from rlhf.tracking.report.reading import Reader, can_report
 from rlhf.tracking.table import table
+from stages.composition import policy_folder
 from stages.handover import is_finished, read_record
 from stages.resume import newest_in
 
@@ -25,14 +25,18 @@ _NUM_SAMPLES = 6
 
 
 def show_results(run: RunConfig) -> None:
-    """Print held-out metrics before and after each finished stage, and a few samples of PPO."""
+    """Print held-out metrics before and after each finished stage, and a few samples of the policy."""
     folder = Path(run.output_dir)
-    rows = [row for stage in STAGES for row in _stage_rows(folder / stage)]
+    rows = [row for name in FOLDERS for row in _stage_rows(folder / name)]
     if rows:
         log.info("%s", table("Held-out results", ["stage", "metric", "before", "after", "unit"], rows=rows))
-    samples = _sample_pairs(folder / "ppo" / "samples.jsonl")
+    policy = Path(policy_folder(run))
+    samples = _sample_pairs(policy / "samples.jsonl")
     if samples:
-        log.info("%s", table("The same held-out prompts, before and after PPO", ["prompt", "SFT", "PPO"], rows=samples))
+        name = policy.name.upper()
+        log.info(
+            "%s", table(f"The same held-out prompts, before and after {name}", ["prompt", "SFT", name], rows=samples)
+        )
     write_report(run, folder)
     shown = f"; {folder / 'report.html'} shows it" if run.tracking.report else ""
     log.info("everything is in %s%s", folder, shown)
@@ -56,9 +60,9 @@ def write_report(run: RunConfig, folder: Path) -> None:
 def where_it_stands(run: RunConfig) -> str:
     """What is left of a run that has ended early, and how to go on."""
     for stage in run.stages:
-        newest = newest_in(Path(run.output_dir) / stage)
+        newest = newest_in(Path(run.folder(stage)))
         if newest is not None and not is_finished(run, stage):
-            return f"{stage} is saved in {newest}; the same command goes on from there"
+            return f"{run.title(stage)} is saved in {newest}; the same command goes on from there"
     return "finished stages are kept; the same command goes on after them"
 
 

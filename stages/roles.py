@@ -9,12 +9,22 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config import STAGES, AdvantageKind, ChatConfig, EvalConfig, PPOConfig, RewardConfig, RunConfig, SFTConfig
+from rlhf.config import (
+    POLICIES,
+    STAGES,
+    AdvantageKind,
+    ChatConfig,
+    EvalConfig,
+    PPOConfig,
+    RewardConfig,
+    RunConfig,
+    SFTConfig,
+)
 from rlhf.models.shapes import Head
+from stages.composition import policy_folder
 
-PRODUCTS = {"sft/model": "sft", "reward/model": "reward", "ppo/actor": "ppo", "ppo/critic": "ppo"}
+PRODUCTS = {"sft": ("model",), "reward": ("model",), **dict.fromkeys(POLICIES, ("actor", "critic"))}
 """What each stage leaves in its folder; the same of its best evaluation is in `best/` there."""
-_POLICIES = ("ppo/actor", "sft/model")
 
 
 @dataclass(frozen=True)
@@ -85,17 +95,18 @@ def _roles_of_eval(config: EvalConfig) -> list[Role]:
 
 def _last_policy(run: RunConfig) -> str:
     """The last policy that this run's folder will have, or has."""
-    folder = Path(run.output_dir)
-    made = [product for product in _POLICIES if PRODUCTS[product] in run.stages]
-    there = [product for product in _POLICIES if (folder / product).exists()]
-    return str(folder / [*made, *there, _POLICIES[0]][0])
+    actor, tuned = f"{policy_folder(run)}/actor", f"{run.output_dir}/sft/model"
+    made = [path for path, stage in {actor: "ppo", tuned: "sft"}.items() if stage in run.stages]
+    there = [path for path in (actor, tuned) if Path(path).exists()]
+    return [*made, *there, actor][0]
 
 
 def maker_of(run: RunConfig, path: str) -> str | None:
     """The stage of this run's folder that makes the model at `path`, if any does."""
     folder, root = Path(path).expanduser().absolute(), Path(run.output_dir)
     inside = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
-    return PRODUCTS.get("/".join(part for part in inside if part != "best"))
+    name, *product = [part for part in inside if part != "best"] or [""]
+    return run.stage_of(name) if [*product] in [[made] for made in PRODUCTS.get(name, ())] else None
 
 
 def origin_of(run: RunConfig, role: Role, *, todo: Collection[str]) -> str:

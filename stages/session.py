@@ -55,6 +55,11 @@ class Session:
     """For each folder of models that was written: how adapters were merged, by model."""
 
     @property
+    def title(self) -> str:
+        """What the stage is called in folders, tables and hints."""
+        return self.run.title(self.stage)
+
+    @property
     def pad_id(self) -> int:
         """What padding holds."""
         return int(self.tokenizer.pad_token_id)
@@ -171,11 +176,11 @@ class Session:
         broken = [name for name, value in record.after.items() if not math.isfinite(value)]
         if broken:
             raise RunError(
-                f"{self.stage} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
+                f"{self.title} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
                 f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
             )
         self._warn_of_no_steps()
-        self.tracker.summary(record.after | beside_plan(self.run, self.stage, world=self.world, watch=self.watch))
+        self.tracker.summary(record.after | beside_plan(self.run, self.title, world=self.world, watch=self.watch))
         if self.world.is_main:
             best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
             self._write_records(record, best)
@@ -218,7 +223,7 @@ class Session:
         """The record of this stage, with held-out metrics from before training and `after` it."""
         mean, deviation = score_units(after) if score_units else (None, None)
         return Record(
-            stage=self.stage,
+            stage=self.title,
             template=template_fingerprint(self.tokenizer),
             pad_id=self.pad_id,
             score_mean=mean,
@@ -252,13 +257,13 @@ def open_session(
         tokenizer: what the stage reads and writes with.
         total_steps: optimizer steps (PPO: iterations) of the stage.
     """
-    folder = Path(run.output_dir) / stage
-    log.info("%s: %s steps, into %s", stage, total_steps, folder)
+    folder = Path(run.folder(stage))
+    log.info("%s: %s steps, into %s", run.title(stage), total_steps, folder)
     if world.is_main:
         claim_folder(run, stage)
     with Tracker(
         folder,
-        stage=stage,
+        stage=run.title(stage),
         config=run.tracking,
         run_name=run.name,
         run_config=as_plain(run),

@@ -1,6 +1,7 @@
 """Judges see two responses and not whose they are; what they say is checked, balanced, and kept."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -171,3 +172,15 @@ def test_responses_cannot_steer_the_terminal_or_pass_for_the_other(tmp_path):
     assert "\x1b" not in shown
     assert "\u202e" not in shown
     assert [line for line in shown.split("\n") if line.startswith("---")] == ["--- 1 of 1: prompt", "--- A", "--- B"]
+
+
+def test_a_judge_is_found_where_the_run_was_started_and_stands_in_for_no_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "judge_of_mine.py").write_text("def prefer(prompts, a, b):\n    return ['a'] * len(prompts)\n")
+    (tmp_path / "broken_judge.py").write_text("def prefer(:\n")
+    (tmp_path / "data.py").write_text("def prefer(prompts, a, b):\n    return ['a'] * len(prompts)\n")
+    assert load_judges(["judge_of_mine:prefer"])["judge_of_mine:prefer"](["p"], ["x"], ["y"]) == ["a"]
+    for name in ("broken_judge:prefer", "data:prefer", "no_such_judge:prefer"):
+        with pytest.raises(ValueError, match=r"no such function"):
+            load_judges([name])

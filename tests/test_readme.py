@@ -1,8 +1,9 @@
-"""Every command of the README does what it says, at smoke size."""
+"""The README's commands do what it says, as they are printed and one after another in one checkout, at smoke size."""
 
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 INSTALLING = ("python3 -m venv", "pip install", "pytest", "make test")
 """What makes the environment that this very test runs in."""
-SMALL = ["experiment=smoke", "sft.max_steps=2", "reward.max_steps=2", "ppo.iterations=1", "tracking.report=false"]
+SMALL = {"sft": "sft.max_steps=2", "reward": "reward.max_steps=2", "ppo": "ppo.iterations=1"}
+GLOBS = set("[]*?(){}<>|&;#~^!$`\\")
 
 
 def commands():
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split("  #")[0].strip() for line in lines if line.strip()]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def test_the_readme_starts_with_two_commands():
@@ -30,44 +31,76 @@ def test_the_readme_is_a_page_and_not_a_book():
     assert len((ROOT / "README.md").read_text().splitlines()) < 250
 
 
-def different(lines):
-    """Those that are not the same at smoke size."""
-    return {line.replace(" experiment=smoke", ""): line for line in lines}.values()
+@pytest.mark.parametrize("command", [line for line in commands() if not line.startswith(INSTALLING)])
+def test_no_shell_reads_a_command_otherwise_than_it_is_meant(command):
+    unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+    assert GLOBS.isdisjoint(unquoted), "zsh, which takes no # for a comment and looks for files, would refuse it"
+    for shell in filter(shutil.which, ["bash", "zsh"]):
+        program = ["-f"] if shell == "zsh" else ["--norc"]
+        done = subprocess.run(
+            [shell, *program, "-c", f"printf '%s\\0' {command}"], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.split("\0")[:-1] == shlex.split(command)
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory):
-    """The run that is evaluated: its stages are made by the first command that needs them."""
-    return tmp_path_factory.mktemp("evaluated")
+def checkout(tmp_path_factory):
+    """What a fresh checkout looks like, with an environment that `make` finds installed."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for entry in ("run_pipeline.py", "Makefile", "pyproject.toml", "rlhf", "stages", "data", "conf", "examples"):
+        (folder / entry).symlink_to(ROOT / entry)
+    programs = folder / ".venv/bin"
+    programs.mkdir(parents=True)
+    for name, words in {"python": "", "torchrun": " -m torch.distributed.run"}.items():
+        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{words} "$@"\n')
+        (programs / name).chmod(0o755)
+    (folder / ".venv/installed").touch()
+    return folder
 
 
-@pytest.mark.parametrize("command", different(line for line in commands() if not line.startswith(INSTALLING)))
-def test_command_works(command, tmp_path, evaluated):
-    model, folder = tmp_path / "model", evaluated if ",eval]" in command else tmp_path
-    words = [word.replace("MODEL", str(model)) for word in shlex.split(command)]
-    if words[0] == "make":
-        words += [f"VENV={sys.prefix}", f"ARGS=stage=sft {' '.join(SMALL[:2])} output_dir={folder}"]
-    elif "experiment=custom" in words:
-        words += own_files(tmp_path, model)
-    elif any(word.endswith("run_pipeline.py") for word in words):
-        chosen = [word for word in words if word.startswith("stage=")]
-        selected = chosen[0] if chosen else "sft reward ppo"
-        small = [word for word in SMALL if word.split(".")[0] in f"{selected} tracking" or word == SMALL[0]]
-        words += [*small, f"output_dir={folder}", f"data.cache_dir={folder.parent / 'tokens'}"]
-    tools = Path(sys.executable).parent
-    program = {"python": sys.executable, "torchrun": str(tools / "torchrun")}.get(words[0], words[0])
+@pytest.mark.parametrize("command", [line for line in commands() if not line.startswith(INSTALLING)])
+def test_commands_work_one_after_another(command, checkout):
     done = subprocess.run(
-        [program, *words[1:]], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=1500, check=False
+        ["bash", "-c", smaller(command, checkout)],
+        cwd=checkout,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    named = re.search(r"name=(\w+)", command)
+    if named:
+        assert "skipping it" not in done.stderr, "an earlier command has made the folder"
+        folder = checkout / "outputs" / named[1]
+        runs = list(folder.glob("*/")) if " -m " in command else [folder]
+        assert all((run / "sft/model").is_dir() for run in runs)
+        assert len(runs) == 1 or (folder / "index.html").exists()
 
 
-def own_files(folder, model):
-    """A model and data of the user's, and sizes that suit them."""
+def smaller(command, checkout):
+    """The command as it is printed, with words behind it that make its stages small."""
+    if command.startswith("make"):
+        return f"{command} ARGS='experiment=smoke name=made stage=sft sft.max_steps=2'"
+    if "plan=true" in command:
+        return command
+    words = [] if "experiment=" in command else ["experiment=smoke", "name=default"]
+    words += ["tracking.report=false"] if "name=" in command else []  # the others show that there are reports
+    if "experiment=custom" in command:
+        command = command.replace("MODEL", str(own_files(checkout)))
+        words += ["ppo.rollout_size=8", "ppo.minibatch_size=8", "ppo.max_response_tokens=4", "ppo.eval_prompts=2"]
+    chosen = re.search(r"stage=\[?([\w,]+)", command)
+    stages = re.sub("grpo|ppo_lora", "ppo", chosen[1]).split(",") if chosen else list(SMALL)
+    return " ".join([command, *words, *(SMALL[stage] for stage in stages if stage in SMALL)])
+
+
+def own_files(folder):
+    """A model and data of the user's in the working directory."""
     from rlhf.config import Embedded
     from rlhf.models.embedded import prepare
 
-    prepare(Embedded.tiny, model)
+    prepare(Embedded.tiny, folder / "model")
     lines = {
         "demonstrations": '{"prompt": "a", "completion": " b"}\n',
         "preferences": '{"prompt": "a", "chosen": " b", "rejected": " c"}\n',
@@ -75,8 +108,4 @@ def own_files(folder, model):
     }
     for name, line in lines.items():
         (folder / f"{name}.jsonl").write_text(line * 40)
-    files = {"sft": "demonstrations", "reward": "preferences", "ppo": "prompts"}
-    overrides = [f"data.{stage}.train=[{folder / name}.jsonl]" for stage, name in files.items()]
-    sizes = ["ppo.rollout_size=8", "ppo.minibatch_size=8", "ppo.max_response_tokens=4", "ppo.eval_prompts=2"]
-    steps = ["sft.max_steps=1", "reward.max_steps=1", "ppo.iterations=1"]
-    return [*overrides, *sizes, *steps, f"output_dir={folder / 'out'}"]
+    return folder / "model"

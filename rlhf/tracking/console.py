@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 
 _OUR_LOGGERS = ("rlhf", "stages", "data", "run_pipeline", "__main__")
 _SECONDS_BETWEEN_LINES = 10.0
+_BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining} {rate_fmt}{postfix}"
+"""Short, so that 80 columns have room for what a stage is about."""
 
 
 def setup_logging(world: World, *, quiet: bool = False) -> None:
@@ -114,10 +116,19 @@ class StageProgress:
             self._bar.close()
 
     def _draw(self, step: int, shown: dict[str, str]) -> None:
-        self._headlines |= shown  # each stays until it has a new value
+        # Each stays until it has a new value. Those of training come first: what has no room is cut off at the end.
+        self._headlines |= shown
+        ordered = dict(sorted(self._headlines.items(), key=lambda item: item[0].startswith("eval/")))
         if self._bar is None:  # made late, because a resumed stage does not begin at step 0
-            self._bar = tqdm(desc=self._stage, total=self._total, initial=step, unit="step", dynamic_ncols=True)
-        self._bar.set_postfix(self._headlines, refresh=step == self._bar.n)
+            self._bar = tqdm(
+                desc=self._stage,
+                total=self._total,
+                initial=step,
+                unit="step",
+                dynamic_ncols=True,
+                bar_format=_BAR,
+            )
+        self._bar.set_postfix(ordered, refresh=step == self._bar.n)
         self._bar.update(step - self._bar.n)
 
     def _say(self, step: int, shown: dict[str, str]) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlhf.config import POLICIES
+
 STEP = "trainer/step"
 """Our own axis, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""
 
@@ -19,9 +21,9 @@ HISTOGRAMS = ("gradients", "weights")
 """Families of distributions, which go to W&B alone, where `tracking.histograms_every` asks for them."""
 
 SUPERVISED = ("sft", "reward")
-ALL = ("sft", "reward", "ppo")
 REWARD = ("reward",)
-PPO = ("ppo",)
+PPO = POLICIES
+ALL = (*SUPERVISED, *PPO)
 
 
 SEARCHED = "fp16: skipped steps that found the loss scale, at the start or after it grew: normal"

@@ -13,11 +13,12 @@ import sys
 import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from rlhf.tracking.journal import Journal
+
+if TYPE_CHECKING:
+    import torch  # by whoever has a device: a command line is remembered before torch is needed
 
 FILE = "origin.jsonl"
 _COMMAND = "RLHF_COMMAND"  # in the environment, which ranks inherit: their own command line is not what was typed
@@ -39,6 +40,8 @@ def note_start(folder: Path, *, ranks: int, device: torch.device) -> None:
 
 def origin(*, ranks: int, device: torch.device) -> dict[str, Any]:
     """What one would need to know to do the same again."""
+    import torch
+
     return {
         "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
         "command": os.environ.get(_COMMAND, ""),

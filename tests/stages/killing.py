@@ -23,8 +23,8 @@ from rlhf.dist import broadcast_object
 from rlhf.parent import end_with_parent
 from rlhf.rollout import Collector
 from rlhf.tracking.tracker import Tracker
-from run_pipeline import run_stages, start_rank
 from stages.composition import CONF_DIR, register_schema, to_run
+from stages.pipeline import run_stages, start_rank
 from stages.preflight import preflight
 from stages.stopping import Stopped
 from tests.ranks import forbid_unpickling, fork_until_death

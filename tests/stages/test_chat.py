@@ -24,7 +24,7 @@ from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.text import decode, load_tokenizer, stop_token_ids, tokenize_prompt
-from stages.chat import Chat, check_chat, new_conversation
+from stages.chat import Chat, _paths, check_chat, new_conversation
 from stages.speaker import labels, load_speaker, one_prompt
 from stages.terminal import Terminal, harmless
 from tests.test_configuration import composed
@@ -216,6 +216,8 @@ def test_own_models_of_plain_data_are_talked_to_plainly(model, tmp_path):
         (["sft/model", "ppo/actor"], "chat", "ppo/actor"),
         (["sft/model", "ppo/actor"], "[sft,chat]", "sft/model"),
         (["sft/model"], "[reward,ppo,chat]", "ppo/actor"),
+        (["sft/model", "grpo/actor"], "chat", "grpo/actor"),
+        (["sft/model"], "[reward,rloo,chat]", "rloo/actor"),
     ],
 )
 def test_who_answers_is_the_last_policy_of_the_folder(there, stages, expected, model, tmp_path):
@@ -224,6 +226,7 @@ def test_who_answers_is_the_last_policy_of_the_folder(there, stages, expected, m
     run = composed("experiment=smoke", f"stage={stages}", f"output_dir={tmp_path}")
     if there or stages != "chat":
         check_chat(run, ranks=1)
+        assert _paths(run) == {"chat.model": f"{tmp_path}/{expected}"}
         return
     with pytest.raises(ValueError, match=rf"chat\.model={tmp_path}/{expected}: there is no such model yet.*sft,reward"):
         check_chat(run, ranks=1)

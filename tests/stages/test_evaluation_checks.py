@@ -53,8 +53,8 @@ def test_a_good_evaluation_is_let_through(evaluation):
 @pytest.mark.parametrize(
     ("overrides", "sentence"),
     [
-        (["eval.model=${output_dir}/ppo/actor"], r"eval\.model=.*stage=\[sft,reward,ppo,eval\], or name another"),
-        (["eval.reference=${output_dir}/sft/model"], r"stage=\[sft,eval\], or name another, .*eval\.reference=null"),
+        (["eval.model=${output_dir}/ppo/actor"], r"eval\.model=.*stage=\[sft,reward,ppo,eval\]', or name another"),
+        (["eval.reference=${output_dir}/sft/model"], r"stage=\[sft,eval\]', or name another, .*eval\.reference=null"),
         (["eval.against=/no/such/place"], r"eval\.against=/no/such/place: there is no such model .*Name another"),
         (["eval.judges=[rewrd]"], r"eval\.judges: 'rewrd' is no judge; expected reward, human, or module:function"),
         (["eval.judges=['math:nothing']"], r"eval\.judges: 'math:nothing': no such function.*expected module:function"),

@@ -70,6 +70,15 @@ def test_with_adapters_the_reference_is_the_actor_and_without_a_critic_there_is_
     assert {item.role for item in free.phases[0].items} == {"actor", "critic", "reward", "process"}
 
 
+def test_what_a_process_takes_by_itself_is_said_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="stages.planning_report")
+    check_memory(run_of(tmp_path, "stage=[sft,reward,grpo]"), ["sft", "reward", "ppo"], ranks=1)
+    assert "process's runtime" not in caplog.text
+    assert caplog.text.count("of which the process takes") == 1
+    assert "grpo    generate" in caplog.text
+    assert set(json.loads((tmp_path / "plan.json").read_text())) == {"sft", "reward", "grpo"}
+
+
 def test_a_shallower_reward_model_is_planned_before_it_is_made(tmp_path):
     whole = plan_of(run_of(tmp_path), "ppo")
     cut = plan_of(run_of(tmp_path, "reward.num_layers=1"), "ppo")

@@ -1,6 +1,7 @@
 """What is wrong with a run is said before a model is loaded, with what to do about it."""
 
 import json
+import logging
 import shutil
 
 import pytest
@@ -185,6 +186,22 @@ def test_a_finished_stage_is_not_kept_when_what_it_was_made_from_changes(tmp_pat
     write_record(Record(stage="ppo", template="t", pad_id=0), tmp_path / "ppo")
     with pytest.raises(ValueError, match=r"ppo is finished, but it was made from the reward/sft model"):
         preflight(run, ranks=1)
+
+
+def test_a_stage_is_named_after_its_advantages_in_hints_and_folders(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="stages.preflight")
+    alone = composed("experiment=smoke", "stage=grpo", f"output_dir={tmp_path}")
+    with pytest.raises(ValueError, match=r"ppo\.actor=.*as in 'stage=\[sft,reward,grpo\]'"):
+        preflight(alone, ranks=1)
+    assert "grpo: minibatch_size" in caplog.text
+    claim_folder(alone, "ppo")
+    write_record(Record(stage="grpo", template="t", pad_id=0), tmp_path / "grpo")
+    assert preflight(alone, ranks=1) == []
+    assert f"grpo is finished ({tmp_path}/grpo), skipping it" in caplog.text
+    assert not (tmp_path / "ppo").exists()
+    other = composed("experiment=smoke", "stage=grpo", "ppo.gamma=0.5", "name=first", f"output_dir={tmp_path}")
+    with pytest.raises(ValueError, match=r"grpo holds a run of other settings .*ppo\.gamma.*another name=first-2 or"):
+        preflight(other, ranks=1)
 
 
 def test_one_stage_cannot_be_on_another_device(custom):

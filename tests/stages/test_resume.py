@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import run_pipeline
 from rlhf import dist
 from rlhf.config import CheckpointConfig, EngineConfig
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.tracking.timing import Stopwatch
+from stages import pipeline
 from stages.handover import _FREE_IN_ENGINES
 from stages.resume import AIMS, CHECKPOINTS, Keeper, Progress, check_resume
 from stages.session import Session
@@ -134,11 +134,11 @@ def test_rows_that_have_changed_are_noticed_before_anything_is_loaded(tmp_path):
 
 def test_a_rank_that_fails_ends_the_run_with_how_to_go_on(monkeypatch, tmp_path):
     run = composed("experiment=smoke", "stage=sft", f"output_dir={tmp_path}")
-    monkeypatch.setattr(run_pipeline.launch, "run_ranks", lambda *args, launch: "rank 1 was killed (SIGKILL)")
+    monkeypatch.setattr(pipeline.launch, "run_ranks", lambda *args, launch: "rank 1 was killed (SIGKILL)")
     there = tmp_path / "sft" / CHECKPOINTS
     Checkpoints(there, dist.World.alone(), keep=1, asynchronous=False).save(4, [], state={}, spare=set())
     with pytest.raises(SystemExit) as end:
-        run_pipeline.carry_out(run, ["sft"], world=dist.World.alone(), ranks=2)
+        pipeline.carry_out(run, ["sft"], world=dist.World.alone(), ranks=2, script=tmp_path)
     assert "rank 1 was killed (SIGKILL); sft is saved in" in end.value.code
     assert f"{there}/step-000004; the same command goes on from there" in end.value.code
 

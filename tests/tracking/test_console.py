@@ -127,12 +127,27 @@ def test_auto_is_a_bar_on_a_terminal(monkeypatch, caplog):
     progress.show(4, {"eval/loss": 0.75})
     progress.close()
     last = terminal.getvalue().split("\r")[-1]
-    assert last.startswith("sft: 100%")
-    assert "4/4" in last
+    assert last.startswith("sft 4/4 |")
     assert "loss=0.5" in last
     assert "eval/loss=0.75" in last
     assert "lr=" not in last
     assert caplog.records == []
+
+
+def test_eighty_columns_show_what_training_is_about(monkeypatch):
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    progress = StageProgress("reward", 1000, mode=Progress.bar)
+    progress.show(0, {"eval/loss": 0.6931, "eval/accuracy": 0.4781})
+    for step in range(1, 101):
+        progress.show(step, {"train/loss": 0.6512, "train/accuracy": 0.6312})
+    progress.close()
+    last = terminal.getvalue().split("\r")[-1].rstrip()
+    assert len(last) <= 80
+    assert "loss=0.6512" in last
+    assert "accuracy=0.63" in last
 
 
 def test_auto_is_plain_without_a_terminal_and_quiet_is_silent(caplog, capfd):

@@ -17,7 +17,7 @@ from pathlib import Path
 from rlhf.tracking.report.index import write_index
 from rlhf.tracking.report.live import serve
 from rlhf.tracking.report.page import write_report
-from rlhf.tracking.report.record import can_report
+from rlhf.tracking.report.reading import can_report
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
+from rlhf.config import POLICIES
 from rlhf.tracking.answers import by_step, is_number
 from rlhf.tracking.metrics import Metric, metric
 from rlhf.tracking.report import charts
@@ -15,7 +16,7 @@ from rlhf.tracking.report.charts import Frame
 from rlhf.tracking.report.reading import Row
 from rlhf.tracking.report.record import StageRecord
 
-_STEP = {"ppo": "iteration"}
+_STEP = dict.fromkeys(POLICIES, "iteration")
 _ELSEWHERE = ("Throughput", "Memory")  # sections that have charts of their own
 
 

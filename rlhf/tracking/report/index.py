@@ -14,12 +14,12 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import STAGES
+from rlhf.config import FOLDERS
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.figures import Figure, axis_of, known, smoothing
 from rlhf.tracking.report.page import REPORT, render
-from rlhf.tracking.report.reading import Reader
-from rlhf.tracking.report.record import StageRecord, holds_run, read_outcome, read_stage
+from rlhf.tracking.report.reading import Reader, holds_run
+from rlhf.tracking.report.record import StageRecord, read_outcome, read_stage
 from rlhf.tracking.table import number
 
 INDEX = "index.html"
@@ -69,7 +69,7 @@ def write_index(folder: Path) -> Path:
 
 
 def _line(run: Path, folder: Path) -> Line:
-    outcomes = {stage: read_outcome(run / stage) for stage in STAGES if (run / stage).is_dir()}
+    outcomes = {stage: read_outcome(run / stage) for stage in FOLDERS if (run / stage).is_dir()}
     finished = [stage for stage, outcome in outcomes.items() if outcome.after]
     name, reader = str(run.relative_to(folder)), Reader(run)
     settings = _settings(reader)
@@ -134,7 +134,7 @@ def _is_compared(key: str) -> bool:
 
 def _overlays(runs: Mapping[str, Path]) -> Iterator[Figure]:
     """A chart for each metric that two runs or more have a curve of, with the runs in the order of the table."""
-    for stage in STAGES:
+    for stage in FOLDERS:
         records = {name: read_stage(run, stage) for name, run in runs.items()}
         for key in dict.fromkeys(key for record in records.values() for key in record.logged() if _is_compared(key)):
             yield from _overlay(records, key, stage=stage)

@@ -10,9 +10,27 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlhf.config import FOLDERS
+from rlhf.tracking.evaluations import FOLDER
+
 Row = dict[str, Any]
 
 _LARGEST_STEP = 2**53  # above, a float skips steps
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a stage has begun in `folder`, or something was evaluated."""
+    return any((folder / stage).is_dir() for stage in (*FOLDERS, FOLDER))
+
+
+def can_report(folder: Path) -> bool:
+    """Whether there is something to report of `folder`: it is that of a run, or of a stage."""
+    return holds_run(folder) or is_stage(folder)
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether `folder` is that of a stage."""
+    return folder.name in FOLDERS and (folder / "metrics.jsonl").exists()
 
 
 class Reader:

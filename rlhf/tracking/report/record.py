@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import STAGES
+from rlhf.config import FOLDERS, POLICIES
 from rlhf.tracking import answers
 from rlhf.tracking.evaluations import FOLDER
 from rlhf.tracking.report.evaluation import Evaluation, read_evaluations
-from rlhf.tracking.report.reading import Reader, Row
+from rlhf.tracking.report.reading import Reader, Row, can_report, is_stage
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,12 @@ class RunRecord:
     @property
     def name(self) -> str:
         """What the run is called; of a stage by itself, with the stage."""
-        return f"{self.folder.parent.name}/{self.folder.name}" if _is_stage(self.folder) else self.folder.name
+        return f"{self.folder.parent.name}/{self.folder.name}" if is_stage(self.folder) else self.folder.name
 
     def stage(self, name: str) -> StageRecord | None:
-        """A stage, None where it has not begun."""
-        return next((stage for stage in self.stages if stage.name == name), None)
+        """A stage, None where it has not begun; for `ppo` the newest with that name or another of its kinds."""
+        names = POLICIES if name == "ppo" else (name,)
+        return next((stage for stage in reversed(self.stages) if stage.name in names), None)
 
 
 def read_run(folder: Path) -> RunRecord:
@@ -90,12 +91,13 @@ def read_run(folder: Path) -> RunRecord:
     folder = folder.resolve()
     if not can_report(folder):
         raise ValueError(
-            f"{folder}: no run is there. Expected a folder with sft/, reward/, ppo/ or eval/, such as outputs/RUN, or "
-            "one of these."
+            f"{folder}: no run is there. Expected a folder with sft/, reward/, ppo/ (grpo/, ...) or eval/, such as "
+            "outputs/RUN, or one of these."
         )
-    whole, names = (folder.parent, (folder.name,)) if _is_stage(folder) else (folder, STAGES)
+    whole, names = (folder.parent, (folder.name,)) if is_stage(folder) else (folder, FOLDERS)
     reader = Reader(whole)
     begun = [name for name in names if (whole / name).is_dir()]
+    begun.sort(key=lambda name: (whole / name).stat().st_mtime if name in POLICIES else 0.0)
     plans = reader.mapping("plan.json", required=bool(begun))
     return RunRecord(
         folder,
@@ -103,7 +105,7 @@ def read_run(folder: Path) -> RunRecord:
         config=reader.text("config.yaml", required=bool(begun)) or reader.text("eval/config.yaml", required=False),
         plan=reader.text("plan.txt", required=bool(begun)),
         starts=reader.objects("origin.jsonl"),
-        evaluations=[] if _is_stage(folder) else read_evaluations(reader),
+        evaluations=[] if is_stage(folder) else read_evaluations(reader),
         notes=reader.notes,
     )
 
@@ -116,20 +118,6 @@ class Outcome:
     """Held-out metrics after training; none while it runs."""
     note: str
     """What could not be read."""
-
-
-def holds_run(folder: Path) -> bool:
-    """Whether a stage has begun in `folder`, or something was evaluated."""
-    return any((folder / stage).is_dir() for stage in (*STAGES, FOLDER))
-
-
-def can_report(folder: Path) -> bool:
-    """Whether there is something to report of `folder`: it is that of a run, or of a stage."""
-    return holds_run(folder) or _is_stage(folder)
-
-
-def _is_stage(folder: Path) -> bool:
-    return folder.name in STAGES and (folder / "metrics.jsonl").exists()
 
 
 def read_outcome(folder: Path) -> Outcome:
@@ -151,7 +139,7 @@ def _stage(reader: Reader, name: str, *, planned: Any) -> StageRecord:
     return StageRecord(
         name,
         rows,
-        samples=reader.rows(f"{name}/samples.jsonl", required=name == "ppo"),
+        samples=reader.rows(f"{name}/samples.jsonl", required=name in POLICIES),
         before=before,
         after=_numbers(record.get("after")) or _evaluation(rows, first=False),
         summary=_numbers(reader.mapping(f"{name}/summary.json", required=bool(record))),

@@ -67,6 +67,16 @@ def run(tmp_path):
     return folder
 
 
+def test_a_policy_is_shown_by_the_name_of_what_trained_it(run):
+    (run / "ppo").rename(run / "grpo")
+    record = read_run(run)
+    assert [stage.name for stage in record.stages] == ["sft", "reward", "grpo"]
+    assert record.stage("ppo").name == "grpo"
+    assert record.notes == []
+    assert '<section id="grpo"><h2>grpo</h2>' in page(record)
+    assert write_report(run / "grpo").exists()
+
+
 class Tags(HTMLParser):
     """Every tag with its attributes, and the text."""
 
