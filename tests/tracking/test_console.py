@@ -137,8 +137,7 @@ def test_auto_is_a_bar_on_a_terminal(monkeypatch, caplog):
 def test_eighty_columns_show_what_training_is_about(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setenv("LINES", "24")
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (80, 24))
     progress = StageProgress("reward", 1000, mode=Progress.bar)
     progress.show(0, {"eval/loss": 0.6931, "eval/accuracy": 0.4781})
     for step in range(1, 101):
