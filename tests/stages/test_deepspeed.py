@@ -14,7 +14,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rlhf.config import Precision, Schedule, Tier
-from stages.composition import CONF_DIR, load_run, overridden_keys, register_schema, save_run, to_run
+from stages.command_line import overridden_keys
+from stages.composition import CONF_DIR, load_run, register_schema, save_run, to_run
 from stages.deepspeed import with_deepspeed
 from stages.handover import settings_of
 
