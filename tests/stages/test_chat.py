@@ -24,7 +24,8 @@ from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.text import decode, load_tokenizer, stop_token_ids, tokenize_prompt
-from stages.chat import Chat, _paths, check_chat, new_conversation
+from stages.chat import Chat, check_chat, new_conversation
+from stages.roles import roles_of
 from stages.speaker import labels, load_speaker, one_prompt
 from stages.terminal import Terminal, harmless
 from tests.test_configuration import composed
@@ -226,7 +227,7 @@ def test_who_answers_is_the_last_policy_of_the_folder(there, stages, expected, m
     run = composed("experiment=smoke", f"stage={stages}", f"output_dir={tmp_path}")
     if there or stages != "chat":
         check_chat(run, ranks=1)
-        assert _paths(run) == {"chat.model": f"{tmp_path}/{expected}"}
+        assert roles_of(run, "chat")[0].path == f"{tmp_path}/{expected}"
         return
     with pytest.raises(ValueError, match=rf"chat\.model={tmp_path}/{expected}: there is no such model yet.*sft,reward"):
         check_chat(run, ranks=1)

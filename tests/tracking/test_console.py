@@ -23,6 +23,7 @@ def _logging_as_before():
     names = [None, "rlhf", "stages", "data", "run_pipeline", "__main__"]
     levels = [logging.getLogger(name).level for name in names]
     handlers = list(logging.getLogger().handlers)
+    logging.getLogger().handlers[:] = [each for each in handlers if type(each) is not logging.StreamHandler]
     yield
     logging.captureWarnings(False)
     logging.getLogger().handlers[:] = handlers
