@@ -25,6 +25,7 @@ from rlhf.tracking.answers import (
     repeated_share,
     with_ends,
 )
+from rlhf.tracking.metrics import ALL, PPO, REWARD
 from rlhf.tracking.table import number
 
 KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
@@ -56,19 +57,19 @@ class Check:
 _TWICE = "it takes two evaluations of the same held-out prompts"
 _JUDGE = "the held-out results of the reward model are not known"
 CHECKS = {
-    "not_finite": Check(("sft", "reward", "ppo"), "all numbers are finite", "nothing was logged"),
-    "coin": Check(("reward", "ppo"), "the reward model is better than a coin on held-out pairs", _JUDGE),
-    "flat": Check(("reward", "ppo"), "the reward model's scores differ", _JUDGE),
-    "clamp": Check(("ppo",), "few scores are at the clamp", "no scores were logged"),
-    "kl": Check(("ppo",), "KL has not run away", "no KL was logged"),
-    "entropy": Check(("ppo",), "entropy has not collapsed", "it takes two rows with an entropy"),
-    "not_risen": Check(("ppo",), "the score has risen", "it takes held-out answers from before training and its end"),
-    "raw_fell": Check(("ppo",), "the raw score has not fallen while the score rose", _TWICE),
-    "parted": Check(("ppo",), "score and gold metric have not parted", _TWICE),
-    "length": Check(("ppo",), "longer answers are not scored higher", "no held-out prompts were answered"),
-    "repeats": Check(("ppo",), "answers have not become repetitive", _TWICE),
-    "degenerate": Check(("ppo",), "answers have not fallen apart", _TWICE),
-    "endless": Check(("ppo",), "answers have not become endless", _TWICE),
+    "not_finite": Check(ALL, "all numbers are finite", "nothing was logged"),
+    "coin": Check((*REWARD, *PPO), "the reward model is better than a coin on held-out pairs", _JUDGE),
+    "flat": Check((*REWARD, *PPO), "the reward model's scores differ", _JUDGE),
+    "clamp": Check(PPO, "few scores are at the clamp", "no scores were logged"),
+    "kl": Check(PPO, "KL has not run away", "no KL was logged"),
+    "entropy": Check(PPO, "entropy has not collapsed", "it takes two rows with an entropy"),
+    "not_risen": Check(PPO, "the score has risen", "it takes held-out answers from before training and its end"),
+    "raw_fell": Check(PPO, "the raw score has not fallen while the score rose", _TWICE),
+    "parted": Check(PPO, "score and gold metric have not parted", _TWICE),
+    "length": Check(PPO, "longer answers are not scored higher", "no held-out prompts were answered"),
+    "repeats": Check(PPO, "answers have not become repetitive", _TWICE),
+    "degenerate": Check(PPO, "answers have not fallen apart", _TWICE),
+    "endless": Check(PPO, "answers have not become endless", _TWICE),
 }
 _OF_ANSWERS = ("not_risen", "raw_fell", "parted", "length", "repeats", "degenerate", "endless")
 
@@ -109,7 +110,7 @@ def history(stage: str, rows: Sequence[Row], *, samples: Sequence[Row], total_st
     """What every check of `stage` says of all that it has logged.
 
     Args:
-        stage: sft, reward or ppo.
+        stage: sft, reward, ppo or another policy stage.
         rows: of `metrics.jsonl`, oldest first.
         samples: of `samples.jsonl`: the answers of every evaluation to the same prompts, in the same order.
         total_steps: of the stage, as far as they are known.

@@ -234,3 +234,10 @@ def test_answers_that_fall_apart_are_said():
 def test_answers_that_were_like_that_from_the_start_are_not_a_sign():
     stuck = ["so good"] * 10
     assert names(*evaluated(*(answers(step, scores=SCORES, texts=stuck) for step in (0, 5)))) == []
+
+
+@pytest.mark.parametrize("stage", ["grpo", "rloo", "dr_grpo"])
+def test_a_policy_without_a_critic_is_watched_like_one_of_ppo(stage):
+    rows = [{"step": 1, "objective/kl_per_token": 1.2}]
+    assert names(rows, stage=stage) == names(rows) == ["kl"]
+    assert verdicts(rows, stage=stage).keys() == verdicts(rows).keys()

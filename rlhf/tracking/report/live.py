@@ -16,7 +16,8 @@ from pathlib import Path
 from threading import Lock
 
 from rlhf.tracking.report.page import page
-from rlhf.tracking.report.record import RunRecord, can_report, read_run
+from rlhf.tracking.report.reading import can_report
+from rlhf.tracking.report.record import RunRecord, read_run
 
 logger = logging.getLogger(__name__)
 

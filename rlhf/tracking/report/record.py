@@ -12,7 +12,6 @@ from typing import Any
 
 from rlhf.config import FOLDERS, POLICIES
 from rlhf.tracking import answers
-from rlhf.tracking.evaluations import FOLDER
 from rlhf.tracking.report.evaluation import Evaluation, read_evaluations
 from rlhf.tracking.report.reading import Reader, Row, can_report, is_stage
 
