@@ -165,7 +165,7 @@ class OptimizerConfig(Settings):
     """Learning rate after the warm-up."""
     betas: list[ShareBelowOne] = field(default_factory=lambda: [0.9, 0.95])
     """Decay of the two moments."""
-    eps: Positive = 1e-8
+    eps: NonNegative = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NonNegative = 0.0
     """Decoupled weight decay; never on biases, norms and other vectors."""
