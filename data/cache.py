@@ -1,8 +1,8 @@
 """Tokenised rows on disk, found again by what they were made of: rows, tokenizer, settings.
 
-One file each, a checksum and an Arrow table, written under a temporary name and renamed, so that it is complete or
-absent and several ranks may write the same one. Nothing is pickled and nothing is ever out of date; old files can be
-deleted at any time.
+One Arrow file each, `KEY.CHECKSUM.arrow`, written under a temporary name and renamed, so that it is complete or absent
+and several ranks may write the same one. Nothing is pickled and nothing is ever out of date; old files can be deleted at
+any time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from rlhf.files import writing
 from rlhf.text import Row, Tokens
 
 LAYOUT = 3  # raise it when a row comes to be tokenised, or stored, differently
-_CHECKSUM_BYTES = 64
 
 
 def content_key(rows: Iterable[Row], settings: Iterable[str]) -> str:
@@ -42,13 +41,11 @@ def cached(folder: str | None, key: str, *, make: Callable[[], list[list[Tokens]
     """
     if folder is None:
         return make()
-    file = Path(folder) / f"{key}.arrow"
-    if not file.exists():
-        _write(file, make())
-    return _read(file)
+    stored = sorted(Path(folder).glob(f"{key}.*.arrow"))
+    return _read(stored[0] if stored else _write(Path(folder), key, rows=make()))
 
 
-def _write(file: Path, rows: list[list[Tokens]]) -> None:
+def _write(folder: Path, key: str, *, rows: list[list[Tokens]]) -> Path:
     tokens = [sequence for row in rows for sequence in row]
     ends = np.cumsum([0, *(len(sequence.input_ids) for sequence in tokens)])
     flat = {
@@ -63,24 +60,23 @@ def _write(file: Path, rows: list[list[Tokens]]) -> None:
     }
     arrow = pa.BufferOutputStream()
     feather.write_feather(pa.table(columns), arrow)
-    unfinished = file.with_suffix(f".{uuid.uuid4().hex}.unfinished")
+    content = arrow.getvalue()
+    file, unfinished = folder / f"{key}.{_checksum(content)}.arrow", folder / f"{key}.{uuid.uuid4().hex}.unfinished"
     with writing(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            with unfinished.open("wb") as opened:
-                opened.write(_checksum(arrow.getvalue()))
-                opened.write(arrow.getvalue())
+            unfinished.write_bytes(content)
             unfinished.replace(file)
         finally:
             unfinished.unlink(missing_ok=True)
+    return file
 
 
 def _read(file: Path) -> list[list[Tokens]]:
-    content = file.read_bytes()
-    arrow = pa.py_buffer(content)[_CHECKSUM_BYTES:]
-    if content[:_CHECKSUM_BYTES] != _checksum(arrow):
+    content = pa.py_buffer(file.read_bytes())
+    if file.name.split(".")[-2] != _checksum(content):
         raise ValueError(f"data.cache_dir: {file} is damaged (its checksum differs); delete it.")
-    table = feather.read_table(pa.BufferReader(arrow)).combine_chunks()
+    table = feather.read_table(pa.BufferReader(content)).combine_chunks()
     ids, masks = (_sequences(table.column(name)) for name in ("input_ids", "target_mask"))
     numbers, turns, owners = (table.column(name).to_pylist() for name in ("num_prompt", "rewritten", "row"))
     rows: list[list[Tokens]] = [[] for _ in range(owners[-1] + 1)]
@@ -89,8 +85,8 @@ def _read(file: Path) -> list[list[Tokens]]:
     return rows
 
 
-def _checksum(arrow: pa.Buffer) -> bytes:
-    return hashlib.sha256(arrow).hexdigest().encode()
+def _checksum(content: pa.Buffer) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]
 
 
 def _sequences(column: pa.ChunkedArray) -> list[np.ndarray]:

@@ -47,7 +47,7 @@ def test_random_numbers_can_be_sent():
     assert from_bytes(to_bytes(state)) == state
 
 
-@pytest.mark.parametrize("value", [LaunchConfig(), {1, 2}, b"bytes", np.float64(1), print, [object()]], ids=repr)
+@pytest.mark.parametrize("value", [LaunchConfig(), {1, 2}, b"bytes", np.float64(1), print, [object()]])
 def test_nothing_else_can_be_sent(value):
     with pytest.raises(TypeError, match="cannot be sent to other ranks"):
         to_bytes(value)

@@ -1,10 +1,12 @@
 """Tokenised rows are found again by content, and by nothing else."""
 
 import errno
+import hashlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+from pyarrow import feather
 
 from data.cache import cached, content_key
 from rlhf.failure import RunError
@@ -36,7 +38,9 @@ def test_what_was_stored_is_read_back(tmp_path):
 
 def test_nothing_unfinished_is_left_behind(tmp_path):
     cached(str(tmp_path), "key", make=lambda: TOKENS)
-    assert [file.name for file in tmp_path.iterdir()] == ["key.arrow"]
+    (file,) = tmp_path.iterdir()
+    assert file.name == f"key.{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.arrow"
+    assert feather.read_table(str(file)).column("input_ids").to_pylist()[0] == TOKENS[0][0].input_ids.tolist()
 
 
 def test_without_a_folder_nothing_is_stored(tmp_path, monkeypatch):
@@ -52,19 +56,19 @@ def test_a_failure_stores_nothing(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "key.arrow").write_bytes(b"not arrow")
-    with pytest.raises(ValueError, match=r"data.cache_dir: .*key.arrow is damaged .*; delete it"):
+    (tmp_path / "key.0123456789abcdef.arrow").write_bytes(b"not arrow")
+    with pytest.raises(ValueError, match=r"data.cache_dir: .*key.0123456789abcdef.arrow is damaged .*; delete it"):
         cached(str(tmp_path), "key", make=never)
 
 
 def test_a_flipped_bit_is_noticed(tmp_path):
     cached(str(tmp_path), "key", make=lambda: TOKENS)
-    file = tmp_path / "key.arrow"
+    (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     at = whole.index(np.int32(70_000).tobytes())
     for damaged in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:-1], whole[:40]):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"data.cache_dir: .*key.arrow is damaged .*; delete it"):
+        with pytest.raises(ValueError, match=r"data.cache_dir: .*arrow is damaged .*; delete it"):
             cached(str(tmp_path), "key", make=never)
 
 
@@ -73,7 +77,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(RunError, match=r"key\.arrow cannot be written: No space left on device"):
+    with pytest.raises(RunError, match=r"key\.\w+\.arrow cannot be written: No space left on device"):
         cached(str(tmp_path), "key", make=lambda: TOKENS)
     assert list(tmp_path.iterdir()) == []
 
