@@ -1,8 +1,8 @@
 """Tokenised rows on disk, found again by what they were made of: rows, tokenizer, settings.
 
 One Arrow file each, `KEY.CHECKSUM.arrow`, written under a temporary name and renamed, so that it is complete or absent
-and several ranks may write the same one. Nothing is pickled and nothing is ever out of date; old files can be deleted at
-any time.
+and several ranks may write the same one. Nothing is pickled and nothing is ever out of date; old files can be deleted
+at any time.
 """
 
 from __future__ import annotations
