@@ -64,8 +64,8 @@ def test_a_command_without_a_value_shows_and_keeps_it():
     [
         ("/temperature warm", "/temperature warm: expected a number."),
         ("/temperature nan", "expected a finite number"),
-        ("/temperature -1", "sampling.temperature=-1.0: expected 0 or more."),
-        ("/top_p 2", "sampling.top_p=2.0: expected above 0, at most 1."),
+        ("/temperature -1", "temperature=-1.0: expected 0 or more."),
+        ("/top_p 2", "top_p=2.0: expected above 0, at most 1."),
         ("/top_k 1.5", "/top_k 1.5: expected a whole number."),
         ("/max 0", "/max 0: expected 1 or more."),
         ("/seed x", "/seed x: expected a whole number."),

@@ -180,8 +180,8 @@ def test_a_policy_without_a_critic_learns_from_groups(one_rank, tmp_path):
     folder, _ = one_rank
     models = [f"ppo.actor={folder / 'sft/model'}", f"ppo.reward={folder / 'reward/model'}"]
     smoke(tmp_path, "stage=grpo", *models, "ppo.iterations=1", "ppo.samples_per_prompt=4")
-    assert (tmp_path / "ppo/actor").exists()
-    assert not (tmp_path / "ppo/critic").exists()
+    assert (tmp_path / "grpo/actor").exists()
+    assert not (tmp_path / "grpo/critic").exists()
 
 
 def test_a_missing_input_is_named_before_anything_is_loaded(tmp_path):
