@@ -128,9 +128,10 @@ def _collectives() -> int:
     """How many collectives this rank has begun; -1 while it joins."""
     if not dist.is_initialized():
         return -1
-    group = dist.distributed_c10d._get_default_group()
-    backends: list[Any] = [group._get_backend(device) for device in group._device_types]
-    return sum(backend._get_sequence_number_for_group() for backend in backends)
+    # A device mesh may have a group of its own beside the default one, and all of ours have every rank.
+    groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
+    backends = {id(found): found for group in groups for found in map(group._get_backend, group._device_types)}
+    return sum(backend._get_sequence_number_for_group() for backend in backends.values())
 
 
 def _backend(device: torch.device) -> str:

@@ -25,6 +25,7 @@ from rlhf.algorithms.scores import normalize_scores, penalize_unended
 from rlhf.config import PPOConfig
 from rlhf.dist import gather_objects, max_over_ranks
 from rlhf.engine.engine import Engine
+from rlhf.failure import RunError
 from rlhf.generation.generate import Decoding, Generated, generate
 from rlhf.models.lora import adapters_off
 from rlhf.models.positions import position_ids
@@ -327,7 +328,7 @@ def without_bad_rows(rollout: Rollout) -> Rollout:
     They are gone, not masked: they reach no forward, no gradient, no group and no statistics.
 
     Raises:
-        RuntimeError: more than half of the rows are bad: the models are broken, not a sample.
+        RunError: more than half of the rows are bad: the models are broken, not a sample.
     """
     numbers = [getattr(rollout, name) for name in _JUDGED]
     good = torch.stack([values.isfinite().view(len(rollout), -1).all(-1) for values in numbers if values is not None])
@@ -337,7 +338,7 @@ def without_bad_rows(rollout: Rollout) -> Rollout:
     bad = (~good).nonzero().flatten().tolist()
     examples = "; ".join(repr(rollout.prompts[row] + rollout.responses[row])[:200] for row in bad[:3])
     if 2 * len(bad) > len(rollout):
-        raise RuntimeError(
+        raise RunError(
             f"{len(bad)} of {len(rollout)} responses have log-probabilities, values or scores that are not finite, "
             f"such as {examples}. Look at the metrics before; lower the learning rates, or set engine.precision=fp32."
         )

@@ -32,7 +32,6 @@ from rlhf.generation.generate import Decoding
 from rlhf.heap import trim
 from rlhf.models.blueprint import Blueprint
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.checkpoint import local_folder
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Said, say, scores_of, statistics_of, texts_of
 from rlhf.text import Tokenizer, decode, stop_token_ids
@@ -124,7 +123,7 @@ class Room:
 
     def score(self, path: str, contestants: Sequence[Contestant]) -> PairScores:
         """Have the reward model at `path` score each response, and the held-out pairs."""
-        scale = stored_scale(str(local_folder(path)))
+        scale = stored_scale(path)
         groups = evaluation_batches(
             self.held_out.pairs, list, micro_batch_size=self._size, rank=self.world.rank, ranks=self.world.size
         )

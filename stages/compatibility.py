@@ -184,12 +184,16 @@ def _check_beside(member: _Member, together: list[_Member]) -> None:
     _check_vocabulary(member, first)
     for writer in together:
         if writer.role.writes and member.facts.rows < writer.facts.rows:
-            raise ValueError(
-                f"{member.role} has an embedding of {member.facts.rows} rows, {writer.role} one of "
-                f"{writer.facts.rows}: it could not read every token that the other can write. Choose a model of the "
-                f"same size of vocabulary, or give it rows once with "
-                f"`model.resize_token_embeddings({writer.facts.rows})`."
+            last = max(writer.tokenizer.get_vocab().values())
+            said = (
+                f"{member.role} has an embedding of {member.facts.rows} rows, {writer.role} one of {writer.facts.rows}"
             )
+            if member.facts.rows <= last:
+                raise ValueError(
+                    f"{said}: it could not read the token {last}. Choose a model of the same size of vocabulary, or "
+                    f"give it rows once with `model.resize_token_embeddings({writer.facts.rows})`."
+                )
+            log.warning("%s; those that it lacks are no tokens, and should never be written", said)
     if member.role.scores and member.template not in (None, template_fingerprint(first.tokenizer)):
         raise ValueError(
             f"{member.role} was trained with another chat template or other special tokens than those of {first.role}. "
@@ -236,7 +240,7 @@ def score_scale(config: PPOConfig) -> ScoreScale:
 
 def stored_scale(path: str) -> ScoreScale | None:
     """The scale in the record beside the model at `path`, None where there is none."""
-    record = read_record(Path(path))
+    record = read_record(local_folder(path))
     if record is None or record.score_mean is None or record.score_std is None:
         return None
     return ScoreScale(mean=record.score_mean, std=record.score_std)

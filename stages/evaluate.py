@@ -55,8 +55,7 @@ def run_eval(run: RunConfig, world: World) -> None:
     scores = None if config.reward is None else room.score(config.reward, list(contestants.values()))
     prompts = tuple(prompt.text for prompt in rows.prompts)
     answers = {side: room.answers(contestant) for side, contestant in contestants.items()}
-    if world.is_main:
-        answers = {side: with_gold(run, found, prompts=prompts) for side, found in answers.items()}
+    answers = {side: with_gold(run, found, prompts=prompts, world=world) for side, found in answers.items()}
     folder = folder_of(run, config)
     verdicts = judge(config, answers, prompts=prompts, folder=folder, world=world)
     if world.is_main:
@@ -74,19 +73,28 @@ def folder_of(run: RunConfig, config: EvalConfig) -> Path:
     return Path(run.output_dir) / FOLDER / (config.name or "")
 
 
-def with_gold(run: RunConfig, answers: Answers, *, prompts: Sequence[str]) -> Answers:
-    """The answers with the metrics of `data.gold`, which stand before what is only counted."""
-    found = {}
+def with_gold(run: RunConfig, answers: Answers, *, prompts: Sequence[str], world: World) -> Answers:
+    """On the main rank the answers with the metrics of `data.gold`, which stand before what is only counted.
+
+    All ranks must call it; the others wait for a few answers at a time, as with judges.
+    """
+    found: dict[str, list[float]] = {}
     for name, metric in load_gold(run.data.gold).items():
-        values = [float(value) for value in metric(prompts, answers.texts)]
-        if len(values) != len(prompts):
-            raise RunError(
-                f"data.gold.{name} gave {len(values)} numbers for {len(prompts)} responses; expected as many."
-            )
-        found[f"gold/{name}"] = values
+        values = found[f"gold/{name}"] = []
+        for start in range(0, len(prompts), judges.AT_ONCE):
+            some = slice(start, start + judges.AT_ONCE)
+            if world.is_main:
+                values += _judged(name, metric(prompts[some], answers.texts[some]), count=len(prompts[some]))
+            barrier()
     numbers = answers.numbers
     judged = {name: numbers[name] for name in ("normalized_score", "raw_score", "kl") if name in numbers}
     return replace(answers, numbers=judged | found | numbers)
+
+
+def _judged(name: str, values: Sequence[float], *, count: int) -> list[float]:
+    if len(values) != count:
+        raise RunError(f"data.gold.{name} gave {len(values)} numbers for {count} responses; expected as many.")
+    return [float(value) for value in values]
 
 
 def judge(

@@ -91,7 +91,7 @@ def read_record(folder: Path) -> Record | None:
     return Record(**content)
 
 
-def check_seal(folder: Path, *, made_in: Path | None = None) -> None:
+def check_seal(folder: Path, *, made_in: Path | None = None, is_needed: bool = True) -> None:
     """The files in `folder` are those that its record was written with, and so are those of the records among them.
 
     Every byte is read, about a gigabyte in a second on each core.
@@ -99,6 +99,7 @@ def check_seal(folder: Path, *, made_in: Path | None = None) -> None:
     Args:
         folder: that of a model, or of a finished stage.
         made_in: the folder of the stage, for a model whose record is one of its files.
+        is_needed: False only says which files are gone, as where somebody made room on the disk.
 
     Raises:
         ValueError: which file is missing or damaged, and what to do.
@@ -108,17 +109,23 @@ def check_seal(folder: Path, *, made_in: Path | None = None) -> None:
         return
     if not record.files:
         log.info("%s was written by an earlier version, without checksums: its files are used unchecked", folder)
-    nbytes = sum(entry["size"] for entry in record.files.values())
+    files = record.files
+    if not is_needed:
+        files = {name: entry for name, entry in files.items() if (folder / name).is_file()}
+        gone = [str(folder / name) for name in record.files if name not in files]
+        if gone:
+            log.warning("%s gone since the stage was finished; nothing that runs now reads it", ", ".join(gone))
+    nbytes = sum(entry["size"] for entry in files.values())
     if nbytes > _LONG:
         log.info("%s: comparing %.0f GB with their checksums", folder, nbytes / 1e9)
-    broken = broken_seal(folder, record.files)
-    models = [(folder / name).parent for name in record.files if Path(name).name == RECORD]
+    broken = broken_seal(folder, files)
+    models = [(folder / name).parent for name in files if Path(name).name == RECORD]
     if broken:
         stage = folder if models else made_in
         other = f"{stage} to make it again" if stage else f"{folder / RECORD} to use the model as it is now"
         raise ValueError(f"{broken}. Bring it back from a copy, or remove {other}.")
     for model in models:
-        check_seal(model, made_in=folder)
+        check_seal(model, made_in=folder, is_needed=is_needed)
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -169,7 +176,7 @@ def check_folder(run: RunConfig, stage: str) -> None:
     """
     folder = Path(run.folder(stage))
     if is_finished(run, stage):
-        check_seal(folder)
+        check_seal(folder, is_needed=False)
     has_steps = Journal(folder / "metrics.jsonl").count() > 1
     has_results = is_finished(run, stage) or has_steps or bool(steps_in(folder / CHECKPOINTS))
     if not has_results:

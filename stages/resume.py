@@ -12,6 +12,7 @@ evaluation it leaves the models, where that was not the last.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -126,7 +127,11 @@ class Progress:
         """Take note of an evaluation after `step`, if there was one; True when it is the best of all."""
         self.after = evaluation or self.after
         value = evaluation.get(aim.metric)
-        if value is None or (self.best and aim.sign * value <= aim.sign * self.best[aim.metric]):
+        if (
+            value is None
+            or not math.isfinite(value)
+            or (self.best and aim.sign * value <= aim.sign * self.best[aim.metric])
+        ):
             return False
         self.best_step, self.best = step, evaluation
         return True

@@ -181,9 +181,9 @@ class Session:
             )
         self._warn_of_no_steps()
         self.tracker.summary(record.after | beside_plan(self.run, self.title, world=self.world, watch=self.watch))
+        best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
+        self._write_records(record, best)
         if self.world.is_main:
-            best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
-            self._write_records(record, best)
             self.tracker.models({name: self.folder / name for name in self.keeper.parts.engines})
         dist.barrier()
         self.keeper.finish()
@@ -207,15 +207,21 @@ class Session:
         self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
 
     def _write_records(self, record: Record, best: Record) -> None:
-        """Beside each model, with what is said of that one, and last of all in the stage's folder."""
+        """Beside each model, with what is said of that one, and last of all in the stage's folder; all ranks must call.
+
+        Checksums of large models take minutes, so the others wait for each of them by itself.
+        """
         sealed = [self.folder / CONFIG]
         for folder, merges in self._merged.items():
             for name in self.keeper.parts.engines:
                 own = {model: merge for model, merge in merges.items() if model == name}
                 said = replace(record if folder == self.folder else best, merged=own)
-                write_record(said, folder / name, files=model_files(folder / name))
+                if self.world.is_main:
+                    write_record(said, folder / name, files=model_files(folder / name))
+                dist.barrier()
                 sealed.append(folder / name / RECORD)
-        write_record(replace(record, merged=self._merged[self.folder]), self.folder, files=sealed)
+        if self.world.is_main:
+            write_record(replace(record, merged=self._merged[self.folder]), self.folder, files=sealed)
 
     def _record(
         self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
+from rlhf.parent import end_with_parent
 from stages.command_line import check_overrides, choices_of
 
 _LONGEST_NAME = 120
@@ -119,7 +121,9 @@ def name_of(values: dict[str, str]) -> str:
 
 def _finish(command: list[str]) -> int:
     """Run a command to its end; what interrupts us interrupts it, once."""
-    with subprocess.Popen(command) as process:
+    # A killed sweep leaves no run behind, at which the next one would find its folder taken.
+    before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
+    with subprocess.Popen(command, preexec_fn=before) as process:
 
         def pass_on(number: int, frame: FrameType | None) -> None:
             process.send_signal(number)

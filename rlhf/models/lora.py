@@ -37,15 +37,20 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out], with the adapter unless it is switched off."""
-        if self.disable_adapters:
-            return self.base_layer(x)
         weight, bias = self.base_layer.weight, self.base_layer.bias
+        weight = weight if self.fan_in_fan_out else weight.T  # [in, out]
         rows = x.flatten(0, -2)  # [N, in]
+        if self.disable_adapters:  # not the layer's own forward, which may round the bias otherwise
+            found = rows @ weight
+            return self._with_bias(found, bias, like=x)
         change = self.lora_B[ADAPTER](self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](rows)))  # [N, out]
         # A matrix product adds to what is there in its accumulators, which are fp32, and rounds once. In place: the
         # backward of `lora_B` does not need what it gave.
-        found = change.addmm_(rows, weight if self.fan_in_fan_out else weight.T, beta=self.scaling[ADAPTER])
-        found = found.view(*x.shape[:-1], -1)
+        return self._with_bias(change.addmm_(rows, weight, beta=self.scaling[ADAPTER]), bias, like=x)
+
+    @staticmethod
+    def _with_bias(found: Tensor, bias: Tensor | None, *, like: Tensor) -> Tensor:
+        found = found.view(*like.shape[:-1], found.shape[-1])
         return found if bias is None else found + bias
 
 

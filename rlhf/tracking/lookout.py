@@ -21,7 +21,8 @@ class Lookout:
         self._watcher, self._said = Watcher(total_steps), set[str]()
         answers = by_step(samples.rows())
         for row in metrics.rows():
-            self._watcher.look(row, answers.get(row["step"], []))
+            found = self._watcher.look(row, answers.get(row["step"], []))
+            self._said |= {finding.name for finding in found if finding.state is State.wrong}
 
     def look(self, row: Row, answers: Sequence[Row], *, is_recorded: bool) -> list[Finding]:
         """The signs that are new with `row`, and with the answers of its evaluation if it is that of one.

@@ -40,7 +40,7 @@ class Tracker:
     """The stage's folder, directly under the run's output folder."""
     _: KW_ONLY
     stage: str
-    """sft, reward or ppo."""
+    """Its title: sft, reward, ppo, grpo, ..."""
     config: TrackingConfig
     """What is shown and recorded."""
     run_name: str

@@ -11,8 +11,9 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from statistics import NormalDist
 
-from rlhf.algorithms.intervals import wilson
+from rlhf.algorithms.intervals import Z, wilson
 from rlhf.tracking.answers import (
     SMALLEST_SAMPLE,
     Row,
@@ -145,6 +146,7 @@ class Watcher:
         self._bad, self._skipped = "", 0.0
         self._first: Sequence[Row] = ()
         self._best: dict[str, _Best] = {}
+        self._seen: dict[str, int] = {}  # evaluations with the metric
 
     def look(self, row: Row, answers: Sequence[Row] = ()) -> list[Finding]:
         """What can be said after one more row.
@@ -227,11 +229,12 @@ class Watcher:
 
     def _parted(self, row: Row, answers: Sequence[Row], *, key: str) -> Iterator[Finding]:
         """Proxy up and gold down since the best gold: the picture of Gao et al. 2023, figure 1."""
-        best = self._best.get(key)
+        best, seen = self._best.get(key), self._seen.get(key, 0) + 1
+        self._seen[key] = seen
         if best is None or row[key] > best.value:
             self._best[key] = _Best(row["step"], row[key], answers)
         if best is not None:
-            yield _parted(row, answers, key=key, best=best if row[key] <= best.value else None)
+            yield _parted(row, answers, key=key, best=best if row[key] <= best.value else None, seen=seen)
 
 
 def _finding(name: str, text: str) -> Finding:
@@ -245,8 +248,10 @@ def _is_right(row: Row, key: str) -> bool:
 
 
 def _total(row: Row, name: str) -> float:
-    """The sum of a count over models."""
-    return sum(value for key, value in row.items() if key.endswith(f"/{name}") and is_number(value))
+    """The sum of a count over models; those that share a loss scale count the same steps."""
+    counts = [value for key, value in row.items() if key.endswith(f"/{name}") and is_number(value)]
+    shared = {"actor/loss_scale", "critic/loss_scale"} <= row.keys()
+    return max(counts, default=0.0) if shared else sum(counts)
 
 
 def _clamp(row: Row) -> Iterator[Finding]:
@@ -272,14 +277,20 @@ def _kl(row: Row) -> Iterator[Finding]:
         yield _finding("kl", text if value > KL_PER_TOKEN else "")
 
 
-def _parted(row: Row, answers: Sequence[Row], *, key: str, best: _Best | None) -> Finding:
+def _parted(row: Row, answers: Sequence[Row], *, key: str, best: _Best | None, seen: int) -> Finding:
+    """Whether gold has fallen since the best of the `seen` evaluations, which is the luckiest of many.
+
+    So the 5 % of a false alarm are those of a whole stage: the k-th evaluation has 1 / (k (k - 1)) of them, which sum
+    to 1, and shares them between the k - 1 before it.
+    """
     name, step = f"parted:{key}", row["step"]
     if best is None:
         return Finding(name, State.fine)
     gold, proxy = (change(best.answers, answers, key=column) for column in (key, "score"))
     if gold is None or proxy is None:
         return Finding(name, State.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have a score and a {key}")
-    if proxy.mean <= 0 or gold.high >= 0:
+    wider = NormalDist().inv_cdf(1 - 0.025 / (seen * (seen - 1) ** 2)) / Z  # for a mean that is nearly normal
+    if proxy.mean <= 0 or gold.mean + wider * (gold.high - gold.mean) >= 0:
         return Finding(name, State.fine)
     kl = row.get("eval/kl")
     fall = with_ends(-gold.mean, -gold.high, high=-gold.low)

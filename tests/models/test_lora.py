@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.lora import Survival, adapted_layers, adapters_off, fold_adapters, folds
+from rlhf.models.lora import Survival, adapted_layers, adapters_off, fold_adapters, folds, inject
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import scalar_head_model
 from tests.models import tiny
@@ -266,3 +266,21 @@ def test_rank_zero_is_no_adapter(tmp_path):
     assert not adapted_layers(blueprint.module)
     assert blueprint.trainable == {name for name, _ in blueprint.module.named_parameters()}
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_a_bias_too_an_adapter_that_adds_nothing_changes_no_bit(dtype):
+    layer = nn.ModuleDict({"score": nn.Identity(), "linear": nn.Linear(64, 48, dtype=dtype)})
+    inject(layer, LoraConfig(rank=3), blocks=[layer["linear"]])
+    adapter = layer["linear"]
+    for name, parameter in adapter.named_parameters():
+        if ".lora_" in name or name.startswith("lora_"):
+            values = torch.zeros if "lora_B" in name else torch.randn
+            module, _, leaf = name.rpartition(".")
+            setattr(adapter.get_submodule(module), leaf, nn.Parameter(values(parameter.shape, dtype=dtype)))
+    x = torch.randn(5, 7, 64).to(dtype)
+    with torch.no_grad():
+        found = adapter(x)
+        with adapters_off(layer):
+            assert torch.equal(found, adapter(x))
+        assert adapter(x[:0]).shape == (0, 7, 48)

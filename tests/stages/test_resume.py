@@ -173,6 +173,8 @@ def test_the_first_of_the_best_evaluations_is_kept(stage, values, best):
         progress.note(step, {}, aim=aim)  # no evaluation
     assert progress.best_step == best
     assert progress.after == {aim.metric: values[-1]}
+    assert not progress.note(9, {aim.metric: float("nan")}, aim=aim)
+    assert progress.best_step == best
 
 
 def test_shares_and_steps_between_checkpoints():

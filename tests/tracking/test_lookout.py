@@ -62,6 +62,14 @@ def test_a_row_that_is_a_sign_is_recorded_so_that_the_report_can_say_it_too(tmp_
     assert said() == [f"ppo: {verdict.text}"]
 
 
+def test_a_resumed_stage_does_not_say_again_what_it_has_said(tmp_path, said):
+    for steps in ((1, 2), (3, 4)):
+        with tracker(tmp_path / "ppo") as track:
+            for step in steps:
+                track.log(step, {"objective/kl_per_token": 1.5})
+    assert len(said()) == 1
+
+
 def test_what_is_not_recorded_is_no_beginning_to_compare_with(tmp_path, said):
     entropies = {1: 100.0, 2: 3.0, 3: 2.0, 4: 1.0, 6: 0.25, 7: 0.1}  # of which 2, 4 and 6 are recorded
     with tracker(tmp_path / "ppo", log_every=2) as track:

@@ -1,6 +1,7 @@
 """Signs of trouble, each on numbers worked by hand, and silent on a run that goes well."""
 
 import math
+import random
 
 import pytest
 
@@ -170,6 +171,19 @@ def test_score_up_and_gold_down_is_said_with_the_step_where_gold_was_best():
     assert sign.state is State.wrong
     for text in ("From step 4 to step 8", "rose by 0.5", "fell by 0.2 [0.14, 0.26] over 10 prompts", "KL of 8"):
         assert text in sign.text, sign.text
+
+
+def test_a_policy_that_stays_what_it_is_is_rarely_called_hacking_however_often_it_is_evaluated():
+    generator, called = random.Random(0), 0
+    for _ in range(100):  # gold metrics of 64 answers that are drawn anew in each of ten evaluations; the score creeps
+        rows, samples = [], []
+        for step in range(10):
+            gold = [float(generator.random() < 0.5) for _ in range(64)]
+            rows.append(evaluation(step, sum(gold) / 64))
+            texts = [str(n) for n in range(64)]
+            samples += answers(step, scores=[step / 10] * 64, gold=gold, texts=texts, lengths=[5, 6] * 32)
+        called += "parted:gold/rating" in names(rows, samples)
+    assert called <= 12  # 5 in 100 are allowed, and 12 or more of them are one chance in 200; uncorrected, it is half
 
 
 def test_both_down_or_a_fall_within_the_noise_is_not_hacking():
