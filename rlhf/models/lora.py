@@ -30,9 +30,10 @@ _ALL_LINEAR = "all-linear"
 
 
 class AdaptedLinear(Linear):
-    """A linear layer of PEFT that rounds once: x W and what the adapter adds are summed before they are bf16.
+    """A linear layer of PEFT in which x W and what the adapter adds are summed before they are rounded to bf16.
 
-    PEFT rounds x W first, and then loses what is smaller than half the last bit of it, as merged weights do.
+    PEFT rounds x W first, and then loses what is smaller than half the last bit of it, as merged weights do. A bias is
+    added afterwards, with and without the adapter alike: then an adapter that adds nothing changes no bit.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,9 +41,8 @@ class AdaptedLinear(Linear):
         weight, bias = self.base_layer.weight, self.base_layer.bias
         weight = weight if self.fan_in_fan_out else weight.T  # [in, out]
         rows = x.flatten(0, -2)  # [N, in]
-        if self.disable_adapters:  # not the layer's own forward, which may round the bias otherwise
-            found = rows @ weight
-            return self._with_bias(found, bias, like=x)
+        if self.disable_adapters:  # not the layer's own forward, which may round once with the bias
+            return self._with_bias(rows @ weight, bias, like=x)
         change = self.lora_B[ADAPTER](self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](rows)))  # [N, out]
         # A matrix product adds to what is there in its accumulators, which are fp32, and rounds once. In place: the
         # backward of `lora_B` does not need what it gave.
@@ -50,6 +50,7 @@ class AdaptedLinear(Linear):
 
     @staticmethod
     def _with_bias(found: Tensor, bias: Tensor | None, *, like: Tensor) -> Tensor:
+        """`found` [N, out] in the shape of `like` [..., in], as [..., out]."""
         found = found.view(*like.shape[:-1], found.shape[-1])
         return found if bias is None else found + bias
 
