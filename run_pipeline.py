@@ -2,7 +2,7 @@
 
 What then happens is told in `stages/pipeline.py`: the chosen stages run in order, those that are finished are skipped,
 and a table says what was learnt. With `launch.ranks=N` each stage runs on N processes; under torchrun on those it
-started. With `-m` in front, a setting with several values becomes several runs (`stages/sweep.py`).
+started. With `-m` in front, a setting with several values becomes several runs (`stages/setup/sweep.py`).
 
     python run_pipeline.py                       the whole pipeline on the embedded model and data
     python run_pipeline.py stage=sft             one stage
@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-from rlhf.parent import end_with_launcher
+from rlhf.runtime.parent import end_with_launcher
 
 end_with_launcher()  # before the imports, which take seconds
 
@@ -31,10 +31,10 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from rlhf.tracking.origin import remember_command
-from stages.command_line import check_overrides, one_sentence, overridden_keys, prepared
-from stages.composition import CONF_DIR, register_schema, to_run
-from stages.sweep import run_sweep
+from rlhf.tracking.provenance import remember_command
+from stages.setup.command_line import check_overrides, one_sentence, overridden_keys, prepared
+from stages.setup.compose import CONF_DIR, register_schema, to_run
+from stages.setup.sweep import run_sweep
 
 _MULTIRUN = ("-m", "--multirun")
 _SCRIPT = Path(__file__).resolve()

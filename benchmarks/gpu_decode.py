@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, OPTConfig, PreT
 from benchmarks.gpu_bench import Bench, failures
 from benchmarks.gpu_machine import device_rate
 from benchmarks.zero_report import table
-from rlhf.config import SamplingConfig
+from rlhf.config.stage_configs import SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.types import PromptBatch
 

@@ -19,8 +19,8 @@ from benchmarks import zero_disk
 from benchmarks.gpu_bench import ROOT, Bench, failures, seconds
 from benchmarks.reviews import hardware
 from benchmarks.zero_report import table
-from rlhf.engine.tiers.buffers import Buffers
-from stages.planning_limits import free_host
+from rlhf.engine.offload.buffer_pool import Buffers
+from rlhf.memory_plan.limits import free_host
 
 _PACKAGES = ("transformers", "peft", "accelerate", "datasets", "numpy", "pytest")
 

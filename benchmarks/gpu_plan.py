@@ -11,9 +11,9 @@ from typing import Any
 from benchmarks import plan as cases
 from benchmarks.gpu_bench import Bench, failures
 from benchmarks.zero_report import table
-from rlhf.engine.memory.plan import ALLOCATOR, Phase, Place
-from stages.composition import save_run
-from stages.planning import machine_of, plan_stage
+from rlhf.memory_plan.plan import ALLOCATOR, Phase, Place
+from rlhf.memory_plan.planner import machine_of, plan_stage
+from stages.setup.compose import save_run
 
 _SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}
 _LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "num_attention_heads": 16}

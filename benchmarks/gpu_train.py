@@ -16,7 +16,7 @@ from benchmarks import zero_run
 from benchmarks.gpu_bench import Bench, Tried, failures
 from benchmarks.zero_case import Case
 from benchmarks.zero_report import table
-from rlhf.config import STAGES
+from rlhf.config.run_config import STAGES
 
 TIERS = {  # of conf/engine: ZeRO stage, tier of the optimizer, tier of the parameters
     "zero0": (0, "device", "device"),

@@ -23,21 +23,22 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from rlhf import launch
-from rlhf.config import PPOConfig, RunConfig
-from rlhf.dist import World, start, stop
+from rlhf.config.run_config import RunConfig
+from rlhf.config.stage_configs import PPOConfig
 from rlhf.engine.engine import Engine, build_engine
-from rlhf.engine.memory.plan import ALLOCATOR, Place
+from rlhf.memory_plan.plan import ALLOCATOR, Place
+from rlhf.memory_plan.planner import machine_of, plan_stage
+from rlhf.memory_plan.workloads import Answers, Scalars, Statistics, Work, of_ppo, of_supervised, ppo_batch
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Models, ScoreScale
-from rlhf.tracking.memory import METER, resident
-from stages.composition import CONF_DIR, load_run, register_schema, save_run, to_run
-from stages.improve import policy_gradient, value_gradient
-from stages.planning import machine_of, plan_stage
-from stages.planning_work import Answers, Scalars, Statistics, Work, of_ppo, of_supervised, ppo_batch
+from rlhf.runtime import launch
+from rlhf.runtime.dist import World, start, stop
+from rlhf.tracking.peak_memory import METER, resident
+from rlhf.training.ppo_update import policy_gradient, value_gradient
 from stages.ppo import load_models
+from stages.setup.compose import CONF_DIR, load_run, register_schema, save_run, to_run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "plan.md"

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import torch
 
-from rlhf.config import STAGES
+from rlhf.config.run_config import STAGES
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks/results/reviews.md"

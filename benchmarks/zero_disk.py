@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.zero_report import spread, table
-from rlhf.engine.tiers.buffers import Buffers
-from rlhf.engine.tiers.disk import DiskFile, run_folder
+from rlhf.engine.offload.buffer_pool import Buffers
+from rlhf.engine.offload.direct_io import DiskFile, run_folder
 
 _REQUEST = 8 << 20
 

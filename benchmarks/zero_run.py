@@ -76,11 +76,12 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 
 def ours(case: Case, folder: Path) -> Step:
     """Our engine."""
-    from rlhf.config import EngineConfig, OptimizerConfig
-    from rlhf.dist import start
+    from rlhf.config.engine_config import EngineConfig
+    from rlhf.config.optimizer_config import OptimizerConfig
     from rlhf.engine.engine import build_engine
-    from rlhf.models.blueprint import assemble
     from rlhf.models.causal_lm import causal_lm_module
+    from rlhf.models.model_spec import assemble
+    from rlhf.runtime.dist import start
 
     world, config = start(case["device"]), llama(case["size"])
     module = causal_lm_module(config)

@@ -20,8 +20,8 @@ from data.rows import COLUMNS, SHOWN_PROBLEMS, BrokenRow, each_row, require_colu
 from data.sources import load_rows
 from data.split import Indices, hold_out, stage_rows
 from data.table import Rows
-from rlhf.config import BadRows, DataConfig, SourceConfig, StageDataConfig
-from rlhf.text import Row, Tokens
+from rlhf.config.data_config import BadRows, DataConfig, SourceConfig, StageDataConfig
+from rlhf.text.tokenizer import Row, Tokens
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ class _Pile(Generic[Sample]):
     samples: list[Sample] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     rewritten: Counter[str] = field(default_factory=Counter)
-    """Answers that are not learnt, see `rlhf.text_template.Turns`: `turns`, and the `rows` that have some."""
+    """Answers that are not learnt, see `rlhf.text.chat_template.Turns`: `turns`, and the `rows` that have some."""
     digest: str = ""
 
     def require_some(self) -> None:

@@ -17,8 +17,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import feather
 
-from rlhf.files import writing
-from rlhf.text import Row, Tokens
+from rlhf.runtime.atomic_files import writing
+from rlhf.text.tokenizer import Row, Tokens
 
 LAYOUT = 3  # raise it when a row comes to be tokenised, or stored, differently
 

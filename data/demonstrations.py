@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import DEMONSTRATION, check_row
-from rlhf.config import DataConfig, EvalConfig, RewrittenTurns, SFTConfig
-from rlhf.text import (
+from rlhf.config.data_config import DataConfig, RewrittenTurns
+from rlhf.config.eval_config import EvalConfig
+from rlhf.config.stage_configs import SFTConfig
+from rlhf.text.tokenizer import (
     Row,
     Tokenizer,
     Tokens,

@@ -24,7 +24,7 @@ from pyarrow import parquet
 
 from data.rows import BrokenRow
 from data.table import Columns, Part, Rows
-from rlhf.text import Row
+from rlhf.text.tokenizer import Row
 
 READABLE = (".json", ".jsonl", ".csv", ".parquet")
 MAX_NESTING = 100

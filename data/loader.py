@@ -16,7 +16,7 @@ import numpy as np
 
 from data.collate import collate_prompts
 from data.prompts import Prompt
-from rlhf.config import accumulation, divisible
+from rlhf.config.bounds import accumulation, divisible
 from rlhf.types import PromptBatch
 
 Sample = TypeVar("Sample", bound=Sized)

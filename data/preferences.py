@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import PREFERENCE, check_row, margin_of
-from rlhf.config import DataConfig, EvalConfig, RewardConfig
-from rlhf.text import Row, Tokenizer, Tokens, tokenize_preference, tokenizer_fingerprint
+from rlhf.config.data_config import DataConfig
+from rlhf.config.eval_config import EvalConfig
+from rlhf.config.stage_configs import RewardConfig
+from rlhf.text.tokenizer import Row, Tokenizer, Tokens, tokenize_preference, tokenizer_fingerprint
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,8 +9,10 @@ from numpy.typing import NDArray
 
 from data.assemble import Limits, Recipe, Splits, assemble
 from data.rows import PROMPT, check_row
-from rlhf.config import DataConfig, EvalConfig, PPOConfig
-from rlhf.text import Row, Tokenizer, Tokens, readable_prompt, tokenize_prompt, tokenizer_fingerprint
+from rlhf.config.data_config import DataConfig
+from rlhf.config.eval_config import EvalConfig
+from rlhf.config.stage_configs import PPOConfig
+from rlhf.text.tokenizer import Row, Tokenizer, Tokens, readable_prompt, tokenize_prompt, tokenizer_fingerprint
 
 
 @dataclass(frozen=True, eq=False)

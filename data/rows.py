@@ -1,7 +1,7 @@
 """What a row must hold before it is tokenised: columns, types, text, messages.
 
 Every problem of a data set is collected, so that one error names them all. Which roles a conversation may have is the
-business of `rlhf/text.py`.
+business of `rlhf/text/tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
-from rlhf.text import Row
+from rlhf.text.tokenizer import Row
 
 COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "rejected", "text", "margin"),

@@ -14,7 +14,7 @@ import pyarrow as pa
 from data.folders import files_of_split
 from data.formats import READABLE, kind, read_file
 from data.table import Columns, Part, Rows, joined
-from rlhf.config import SourceConfig
+from rlhf.config.data_config import SourceConfig
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from data.rows import BrokenRow
 from data.split import Indices
-from rlhf.text import Row
+from rlhf.text.tokenizer import Row
 
 Block = list[Row] | pa.RecordBatch | datasets.Dataset
 

@@ -22,14 +22,14 @@ from torch.nn.functional import pad
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
 from rlhf.algorithms.scores import normalize_scores, penalize_unended
-from rlhf.config import PPOConfig
-from rlhf.dist import gather_objects, max_over_ranks
+from rlhf.config.stage_configs import PPOConfig
 from rlhf.engine.engine import Engine
-from rlhf.failure import RunError
 from rlhf.generation.generate import Decoding, Generated, generate
 from rlhf.models.lora import adapters_off
 from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores, response_values
+from rlhf.runtime.dist import gather_objects, max_over_ranks
+from rlhf.runtime.errors import RunError
 from rlhf.tracking.timing import Stopwatch
 from rlhf.types import PromptBatch, Responses, Rollout
 

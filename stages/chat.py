@@ -20,15 +20,20 @@ from typing import Any
 
 import torch
 
-from rlhf import dist, launch
-from rlhf.chat import Conversation
-from rlhf.config import ChatConfig, PromptStyle, RunConfig
-from rlhf.dist import World
-from stages.compatibility import check_models
-from stages.handover import is_finished
-from stages.roles import roles_of
-from stages.speaker import Answer, Speaker, labels, load_speaker
-from stages.terminal import Terminal
+from rlhf.chat.chat_model import Answer, Speaker, labels, speaker_tokenizer
+from rlhf.chat.conversation import Conversation
+from rlhf.chat.terminal import Terminal
+from rlhf.config.eval_config import ChatConfig, PromptStyle
+from rlhf.config.roles import roles_of
+from rlhf.config.run_config import RunConfig
+from rlhf.models.causal_lm import causal_lm
+from rlhf.models.meta_init import decoder_config, max_positions
+from rlhf.models.model_folder import local_folder
+from rlhf.runtime import dist, launch
+from rlhf.runtime.dist import World
+from stages.lifecycle.stage_models import open_engine
+from stages.lifecycle.stage_record import is_finished
+from stages.setup.compatibility import check_models
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +95,16 @@ def _load(run: RunConfig, world: World, *, stack: ExitStack) -> list[Speaker]:
         log.info("%s: %s on %s, %s", label, role.path, world.device, str(speaker.engine.dtype).removeprefix("torch."))
         speakers.append(speaker)
     return speakers
+
+
+def load_speaker(run: RunConfig, path: str, *, label: str, world: World) -> Speaker:
+    """The model at `path`, ready to answer; `engine.close()` ends it."""
+    config = run.chat
+    assert config is not None
+    folder = local_folder(path)
+    tokenizer = speaker_tokenizer(run, str(folder))
+    engine = open_engine(causal_lm(folder), config=config.engine, world=world)
+    return Speaker(label, engine, tokenizer, positions=max_positions(decoder_config(folder)))
 
 
 def new_conversation(run: RunConfig, speakers: list[Speaker]) -> Conversation:

@@ -9,26 +9,27 @@ import contextlib
 import sys
 from pathlib import Path
 
-from rlhf import launch
-from rlhf.config import Progress, RunConfig
-from rlhf.dist import World, broadcast_object, start, stop
-from rlhf.failure import RunError
+from rlhf.config.run_config import RunConfig
+from rlhf.config.tracking_config import Progress
+from rlhf.memory_plan.plan_text import check_memory, show_plan
+from rlhf.runtime import launch
+from rlhf.runtime.dist import World, broadcast_object, start, stop
+from rlhf.runtime.errors import RunError
 from rlhf.tracking.console import setup_logging
-from rlhf.tracking.origin import note_start
+from rlhf.tracking.provenance import note_start
 from stages.chat import check_chat, run_chat
-from stages.command_line import one_sentence
-from stages.compatibility import check_made
-from stages.composition import from_yaml, load_run, save_run, to_yaml
-from stages.deepspeed import with_deepspeed
-from stages.evaluate import run_eval
-from stages.handover import check_shared, is_finished, lock_folder
-from stages.planning_report import check_memory, show_plan
+from stages.eval import run_eval
+from stages.lifecycle.signals import Stopped
+from stages.lifecycle.stage_record import check_shared, is_finished, lock_folder
+from stages.lifecycle.summary import show_results, where_it_stands, write_report
 from stages.ppo import run_ppo
-from stages.preflight import preflight
-from stages.results import show_results, where_it_stands, write_report
 from stages.reward import run_reward
+from stages.setup.command_line import one_sentence
+from stages.setup.compatibility import check_made
+from stages.setup.compose import from_yaml, load_run, save_run, to_yaml
+from stages.setup.deepspeed_settings import with_deepspeed
+from stages.setup.preflight import preflight
 from stages.sft import run_sft
-from stages.stopping import Stopped
 
 STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "eval": run_eval}
 WORKER = "--worker"

@@ -18,24 +18,25 @@ from data.loader import PromptLoader, evaluation_prompts
 from data.prompts import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
-from rlhf.config import AdvantageKind, KLConfig, PPOConfig, Precision, RunConfig
-from rlhf.dist import World
+from rlhf.config.engine_config import Precision
+from rlhf.config.run_config import RunConfig
+from rlhf.config.stage_configs import AdvantageKind, KLConfig, PPOConfig
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
-from rlhf.evaluation import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
-from rlhf.failure import RunError
+from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Collector, Models, ScoreScale, without_bad_rows
-from rlhf.text import decode, stop_token_ids
+from rlhf.runtime.dist import World
+from rlhf.runtime.errors import RunError
+from rlhf.text.tokenizer import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
+from rlhf.training.ppo_update import advantages_of, improve
 from rlhf.types import PPOBatch, PromptBatch
-from stages.compatibility import known_quality, score_scale, stored_scale
-from stages.handover import Record
-from stages.improve import advantages_of, improve
-from stages.model_folders import open_engine
-from stages.resume import Parts
-from stages.session import Session, open_session, stage_tokenizer
+from stages.lifecycle.checkpointing import Parts
+from stages.lifecycle.session import Session, open_session, stage_tokenizer
+from stages.lifecycle.stage_models import known_quality, open_engine, score_scale, stored_scale
+from stages.lifecycle.stage_record import Record
 
 _EVALUATION_SEED = 7_919
 """Held-out prompts are answered with the same random numbers before and after."""

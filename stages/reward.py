@@ -8,47 +8,17 @@ from __future__ import annotations
 from contextlib import closing
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from data.collate import collate_preferences
 from data.preferences import preferences
-from rlhf.algorithms.preference import pairwise_loss
-from rlhf.config import RewardConfig, RunConfig
-from rlhf.dist import World
-from rlhf.engine.engine import Engine
-from rlhf.evaluation import PreferenceResult, evaluate_preferences
-from rlhf.models.positions import position_ids
-from rlhf.models.scalar_head import last_token_scores, scalar_head_model
-from rlhf.types import PreferenceBatch
-from stages.handover import Record
-from stages.model_folders import open_engine
-from stages.session import open_session, stage_tokenizer
-from stages.supervised import Outcome, held_out_batches, supervise, train_loader
-
-
-class Pairwise:
-    """Score the chosen response above the rejected one (Bradley and Terry 1952)."""
-
-    def __init__(self, config: RewardConfig) -> None:
-        self._config = config
-
-    def count(self, batch: PreferenceBatch) -> Tensor:
-        """Pairs of a micro-batch."""
-        return torch.tensor(len(batch.margin), device=batch.margin.device)
-
-    def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> Outcome:
-        """Loss of the pairs, both responses in one forward."""
-        per_position = engine(batch.input_ids, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
-        chosen, rejected = last_token_scores(per_position, batch.attention_mask).chunk(2)
-        result = pairwise_loss(
-            chosen,
-            rejected,
-            margin=batch.margin if self._config.use_margin else None,
-            center_coef=self._config.center_coef,
-            denominator=denominator,
-        )
-        return Outcome(result.loss, {"train/accuracy": result.accuracy, "train/margin": result.margin})
+from rlhf.config.run_config import RunConfig
+from rlhf.evaluation.metrics import PreferenceResult, evaluate_preferences
+from rlhf.models.scalar_head import scalar_head_model
+from rlhf.runtime.dist import World
+from rlhf.training.supervised_step import Pairwise
+from stages.lifecycle.session import open_session, stage_tokenizer
+from stages.lifecycle.stage_models import open_engine
+from stages.lifecycle.stage_record import Record
+from stages.supervised import held_out_batches, supervise, train_loader
 
 
 def run_reward(run: RunConfig, world: World) -> Record:

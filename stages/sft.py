@@ -9,35 +9,17 @@ from __future__ import annotations
 from contextlib import closing
 from functools import partial
 
-from torch import Tensor
-
 from data.collate import collate_demonstrations
 from data.demonstrations import demonstrations
-from rlhf.algorithms.sft import count_targets, sft_loss
-from rlhf.config import RunConfig
-from rlhf.dist import World
-from rlhf.engine.engine import Engine
-from rlhf.evaluation import LanguageResult, evaluate_language, logits_of
+from rlhf.config.run_config import RunConfig
+from rlhf.evaluation.metrics import LanguageResult, evaluate_language
 from rlhf.models.causal_lm import causal_lm
-from rlhf.types import SFTBatch
-from stages.handover import Record
-from stages.model_folders import open_engine
-from stages.session import open_session, stage_tokenizer
-from stages.supervised import Outcome, held_out_batches, supervise, train_loader
-
-
-class NextToken:
-    """Learn the target tokens of demonstrations."""
-
-    def count(self, batch: SFTBatch) -> Tensor:
-        """Target tokens of a micro-batch."""
-        return count_targets(batch.target_mask)
-
-    def outcome(self, engine: Engine, batch: SFTBatch, *, denominator: Tensor) -> Outcome:
-        """Cross-entropy of the target tokens."""
-        logits = logits_of(engine, batch)
-        result = sft_loss(logits, batch.input_ids, batch.target_mask, denominator=denominator)
-        return Outcome(result.loss, {"train/accuracy": result.accuracy})
+from rlhf.runtime.dist import World
+from rlhf.training.supervised_step import NextToken
+from stages.lifecycle.session import open_session, stage_tokenizer
+from stages.lifecycle.stage_models import open_engine
+from stages.lifecycle.stage_record import Record
+from stages.supervised import held_out_batches, supervise, train_loader
 
 
 def run_sft(run: RunConfig, world: World) -> Record:

@@ -6,39 +6,15 @@ Losses are divided by counts over the whole step, so micro-batches and ranks cha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
-
-import torch
-from torch import Tensor
+from typing import Any
 
 from data.loader import EvalBatch, TrainLoader, evaluation_batches, steps_of
-from rlhf.config import SupervisedConfig
-from rlhf.dist import World, sum_over_ranks
+from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
-from rlhf.types import PreferenceBatch, SFTBatch
-from stages.resume import Parts
-from stages.session import Session
-
-Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
-
-
-class Outcome(NamedTuple):
-    """What a micro-batch adds to its step; everything adds up over micro-batches and ranks."""
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-
-
-class Objective(Protocol, Generic[Batch]):
-    """What is learnt, and from how many of what."""
-
-    def count(self, batch: Batch) -> Tensor:
-        """What the loss of a whole step is divided by: target tokens, or pairs."""
-        ...
-
-    def outcome(self, engine: Engine, batch: Batch, *, denominator: Tensor) -> Outcome:
-        """Loss and diagnostics of a micro-batch, divided by the step's denominator."""
-        ...
+from rlhf.runtime.dist import World
+from rlhf.training.supervised_step import Batch, Objective, take_step
+from stages.lifecycle.checkpointing import Parts
+from stages.lifecycle.session import Session
 
 
 def train_loader(
@@ -99,23 +75,3 @@ def supervise(
             with session.watch("evaluate"):
                 evaluation = evaluate()
         session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
-
-
-def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:
-    """One optimizer step from this rank's micro-batches; metrics are those of the step over all ranks."""
-    batches = [batch.to(engine.world.device) for batch in micro_batches]
-    denominator = sum_over_ranks(torch.stack([objective.count(batch) for batch in batches]).sum())
-    outcomes = []
-    for index, batch in enumerate(batches, start=1):
-        outcome = objective.outcome(engine, batch, denominator=denominator)
-        engine.backward(outcome.loss, last=index == len(batches))
-        tokens = {"train/loss": outcome.loss.detach(), "train/tokens": batch.attention_mask.sum()}
-        outcomes.append(outcome.metrics | tokens)
-    return summed(outcomes) | engine.step().metrics("train")
-
-
-def summed(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
-    """Every metric added up over micro-batches and ranks."""
-    names = list(outcomes[0])
-    totals = torch.stack([torch.stack([outcome[name].float() for name in names]) for outcome in outcomes]).sum(0)
-    return dict(zip(names, sum_over_ranks(totals).tolist(), strict=True))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from rlhf import dist
-from rlhf.parent import end_with_parent
+from rlhf.runtime import dist
+from rlhf.runtime.parent import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 

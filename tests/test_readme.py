@@ -97,7 +97,7 @@ def smaller(command, checkout):
 
 def own_files(folder):
     """A model and data of the user's in the working directory."""
-    from rlhf.config import Embedded
+    from rlhf.config.model_config import Embedded
     from rlhf.models.embedded import prepare
 
     prepare(Embedded.tiny, folder / "model")

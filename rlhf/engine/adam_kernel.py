@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.config import OptimizerConfig
+from rlhf.config.optimizer_config import OptimizerConfig
 
 if TYPE_CHECKING:
     from rlhf.engine.census import Census

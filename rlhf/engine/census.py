@@ -1,6 +1,6 @@
 """How gradients and weights are distributed, counted as the update passes over them, wherever they rest.
 
-Left out: when to count (`stages/session.py`), where the counts go, and a loss scale that changes while a delayed update
+Left out: when to count (`session.py`), where the counts go, and a loss scale that changes while a delayed update
 is on its way.
 """
 
@@ -10,9 +10,9 @@ from collections.abc import Collection, Sequence
 
 import torch
 
-from rlhf.dist import sum_over_ranks
 from rlhf.engine.adam_kernel import Piece
 from rlhf.engine.loss_scale import LossScale
+from rlhf.runtime.dist import sum_over_ranks
 from rlhf.tracking.histogram import BINS, Histogram, count, histogram
 
 

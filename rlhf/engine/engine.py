@@ -14,25 +14,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config import EngineConfig, OptimizerConfig, Tier
-from rlhf.dist import World, sum_over_ranks
+from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine import hybrid
+from rlhf.engine.adamw import AdamW
 from rlhf.engine.census import Census
-from rlhf.engine.checkpoint.stored import Stored, states_of
+from rlhf.engine.checkpoint.stored_state import Stored, states_of
 from rlhf.engine.gradients import Gradients
-from rlhf.engine.learner import Learner, StepResult
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill
-from rlhf.engine.optimizers import AdamW
-from rlhf.engine.precision import working_dtype
+from rlhf.engine.offload.weights import resting_tier
 from rlhf.engine.sharding import Sharding, shard
-from rlhf.engine.tiers.residency import resting_tier
-from rlhf.heap import return_freed_memory, trim
-from rlhf.models.surgery import enable_activation_checkpointing
+from rlhf.engine.updater import Learner, StepResult
+from rlhf.engine.working_dtype import working_dtype
+from rlhf.models.transforms import enable_activation_checkpointing
+from rlhf.runtime.dist import World, sum_over_ranks
+from rlhf.runtime.malloc import return_freed_memory, trim
 from rlhf.tracking.histogram import Histogram
 
 if TYPE_CHECKING:
-    from rlhf.models.blueprint import Blueprint
+    from rlhf.models.model_spec import Blueprint
 
 
 class Engine:

@@ -13,7 +13,7 @@ FSDP2 copies those of a unit together, in fp32, twice.
 Replicas (every parameter at stage 0, small ones at stage 3) are summed over ranks here, where FSDP2 does not.
 A parameter that no rank's loss reached has no gradient and is left alone, as in `torch.optim`. Replicas may reach
 different ones; where parameters are sharded (stages 1 to 3), every rank must reach the same.
-Left out: where sums rest (`tiers/homes.py`) and what is done with them (`optimizers.py`).
+Left out: where sums rest (`tiers/homes.py`) and what is done with them (`adamw.py`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.dist import World, sum_over_ranks
-from rlhf.engine.optimizers import AdamW, raise_failure
+from rlhf.engine.adamw import AdamW, raise_failure
+from rlhf.engine.fsdp_units import Unit
+from rlhf.engine.offload.grad_accumulation import ResidentSums
 from rlhf.engine.sharding import ParameterGroup, Sharding, local
-from rlhf.engine.tiers.sums import ResidentSums
-from rlhf.engine.units import Unit
+from rlhf.runtime.dist import World, sum_over_ranks
 
 
 class GradientReport(NamedTuple):

@@ -2,7 +2,7 @@
 
 Models that are trained together (actor and critic) share one, so that they skip the same steps. With other precisions
 the factor is 1 and stays. The rules are those of DeepSpeed's dynamic loss scaler.
-Left out: noticing an overflow (`learner.py`).
+Left out: noticing an overflow (`updater.py`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from rlhf.config import EngineConfig, Precision
+from rlhf.config.engine_config import EngineConfig, Precision
 
 logger = logging.getLogger(__name__)
 

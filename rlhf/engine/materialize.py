@@ -16,18 +16,18 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.engine.offload.buffer_pool import Buffers
+from rlhf.engine.offload.direct_io import DiskFile, run_folder
+from rlhf.engine.offload.weights import Home, Residency, lay_out, unit_bytes
+from rlhf.engine.offload.weights_host import HostHome
+from rlhf.engine.offload.weights_nvme import DiskHome, file_bytes
+from rlhf.engine.offload.working_rows import ResidentRows
 from rlhf.engine.sharding import Sharding, like, local
-from rlhf.engine.tiers.buffers import Buffers
-from rlhf.engine.tiers.disk import DiskFile, run_folder
-from rlhf.engine.tiers.residency import Home, Residency, lay_out, unit_bytes
-from rlhf.engine.tiers.resting_disk import DiskHome, file_bytes
-from rlhf.engine.tiers.resting_host import HostHome
-from rlhf.engine.tiers.working_rows import ResidentRows
 
 if TYPE_CHECKING:
-    from rlhf.dist import World
-    from rlhf.models.blueprint import Blueprint
+    from rlhf.models.model_spec import Blueprint
+    from rlhf.runtime.dist import World
 
 
 def allocate(

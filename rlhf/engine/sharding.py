@@ -12,7 +12,7 @@ over a mesh of one shard, but it would keep two copies of the parameters and cop
 off the device are the exception: then one rank is wrapped too, because FSDP2 knows when a unit is needed.
 A frozen model has no backward that ends a step: at stages 1 and 2 it stays gathered until `evaluating` or `generating`
 is left, at stage 3 it is freed unit by unit.
-Left out: what is a unit (`units.py`), and where weights rest (`tiers/residency.py`).
+Left out: what is a unit (`fsdp_units.py`), and where weights rest (`tiers/residency.py`).
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf.config import EngineConfig, Tier
-from rlhf.dist import World, device_mesh
-from rlhf.engine.fsdp_state import end_forwards, gather_when_used, hook_keys
-from rlhf.engine.tiers.residency import Residency, resting_tier
-from rlhf.engine.units import ParameterGroup, Unit, find_units, gathered_ahead, persistent_parameters
+from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.engine.fsdp_private import end_forwards, gather_when_used, hook_keys
+from rlhf.engine.fsdp_units import ParameterGroup, Unit, find_units, gathered_ahead, persistent_parameters
+from rlhf.engine.offload.weights import Residency, resting_tier
+from rlhf.runtime.dist import World, device_mesh
 
 if TYPE_CHECKING:
-    from rlhf.models.blueprint import Blueprint
+    from rlhf.models.model_spec import Blueprint
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from rlhf.config import SamplingConfig
+from rlhf.config.stage_configs import SamplingConfig
 from rlhf.generation.kv_cache import cache_argument, kv_cache
 from rlhf.generation.sampling import Drawn, sample, uniforms
 from rlhf.types import PromptBatch

@@ -7,13 +7,13 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from rlhf.config import LoraConfig
-from rlhf.models.blueprint import Blueprint, assemble
-from rlhf.models.checkpoint import Checkpoint, local_folder
-from rlhf.models.skeleton import decoder_config, skeleton
-from rlhf.models.surgery import with_dropout
+from rlhf.config.model_config import LoraConfig
+from rlhf.models.meta_init import decoder_config, skeleton
+from rlhf.models.model_folder import Checkpoint, local_folder
+from rlhf.models.model_spec import Blueprint, assemble
+from rlhf.models.transforms import with_dropout
 from rlhf.models.weights import open_weights
-from rlhf.pretrained import reading
+from rlhf.runtime.pretrained import reading
 
 
 def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> Blueprint:

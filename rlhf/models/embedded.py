@@ -31,8 +31,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.config import Embedded
-from rlhf.pretrained import load_auto
+from rlhf.config.model_config import Embedded
+from rlhf.runtime.pretrained import load_auto
 
 logger = logging.getLogger(__name__)
 

@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.files import writing
 from rlhf.models import lora
-from rlhf.models.streaming import Entry, ShardedFiles
+from rlhf.models.safetensors_writer import Entry, ShardedFiles
 from rlhf.models.weights import persistent_buffers
+from rlhf.runtime.atomic_files import writing
 
 _METADATA = {"format": "pt"}
 

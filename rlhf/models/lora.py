@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from rlhf.config import LoraConfig
+from rlhf.config.model_config import LoraConfig
 from rlhf.models.weights import NewParameter
 
 ADAPTER = "default"  # PEFT's name for the only adapter; it is part of parameter names

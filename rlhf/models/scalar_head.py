@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from rlhf.config import LoraConfig
-from rlhf.models.blueprint import Blueprint, assemble
-from rlhf.models.checkpoint import Checkpoint, local_folder
-from rlhf.models.skeleton import decoder_config, skeleton
-from rlhf.models.surgery import first_layers, with_dropout
+from rlhf.config.model_config import LoraConfig
+from rlhf.models.meta_init import decoder_config, skeleton
+from rlhf.models.model_folder import Checkpoint, local_folder
+from rlhf.models.model_spec import Blueprint, assemble
+from rlhf.models.transforms import first_layers, with_dropout
 from rlhf.models.weights import LoadedWeights, NewParameter, SafetensorsWeights, open_weights
 
 logger = logging.getLogger(__name__)

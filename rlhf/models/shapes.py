@@ -6,28 +6,21 @@ Modules, adapters and what learns are those of `causal_lm.py` and `scalar_head.p
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
 
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig
 
-from rlhf.config import Embedded, LoraConfig
-from rlhf.models.blueprint import Blueprint, assemble
+from rlhf.config.model_config import Embedded, LoraConfig
+from rlhf.config.roles import ModelKind
 from rlhf.models.causal_lm import causal_lm_module
-from rlhf.models.checkpoint import local_folder
 from rlhf.models.embedded import embedded_config
+from rlhf.models.meta_init import decoder_config, skeleton
+from rlhf.models.model_folder import local_folder
+from rlhf.models.model_spec import Blueprint, assemble
 from rlhf.models.scalar_head import ScalarHeadModel
-from rlhf.models.skeleton import decoder_config, skeleton
-from rlhf.models.surgery import first_layers, with_dropout
-
-
-class Head(StrEnum):
-    """What a decoder ends with."""
-
-    language = "language"
-    scalar = "scalar"
+from rlhf.models.transforms import first_layers, with_dropout
 
 
 @dataclass(frozen=True)
@@ -50,7 +43,7 @@ class Shape:
 
     source: Path | str | Embedded
     """A folder with a `config.json`, a hub id, of which nothing else is fetched, or an embedded model."""
-    head: Head
+    head: ModelKind
     num_layers: int = 0
     """The first layers of it; 0 means all."""
     adapters: Adapters | None = None
@@ -82,7 +75,7 @@ class Shape:
     def with_runs(self, lower: int, upper: int) -> Blueprint:
         """A model of its own whose runs have so many blocks."""
         config = first_layers(with_dropout(_config(self.source), self.dropout), lower + upper)
-        if self.head is Head.language:
+        if self.head is ModelKind.causal_lm:
             module = causal_lm_module(config)
         else:
             config.num_labels = 1

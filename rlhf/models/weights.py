@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from rlhf.models.checkpoint import Checkpoint
+from rlhf.models.model_folder import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -14,10 +14,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.config import Progress
-from rlhf.dist import World
-from rlhf.tracking.metrics import metric
-from rlhf.tracking.table import number, printable
+from rlhf.config.tracking_config import Progress
+from rlhf.runtime.dist import World
+from rlhf.tracking.metric_registry import metric
+from rlhf.tracking.text_table import number, printable
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.tracking.metrics import ITERATION, METRICS, PPO, STEP, Metric
+from rlhf.tracking.metric_registry import ITERATION, METRICS, PPO, STEP, Metric
 
 PROJECT = "rlhf-pipeline"
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 
-from rlhf.tracking.answers import Row, by_step
-from rlhf.tracking.journal import Journal
+from rlhf.tracking.answer_statistics import Row, by_step
+from rlhf.tracking.jsonl_log import Journal
 from rlhf.tracking.watch import Finding, State, Watcher
 
 

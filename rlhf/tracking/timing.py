@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.tracking.memory import METER, Peak, peak_metrics
+from rlhf.tracking.peak_memory import METER, Peak, peak_metrics
 
 _STATM = Path("/proc/self/statm")
 

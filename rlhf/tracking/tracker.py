@@ -16,15 +16,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from rlhf.config import TrackingConfig, WandbMode
-from rlhf.dist import World
-from rlhf.files import read_json, write_text
-from rlhf.tracking.answers import by_step
+from rlhf.config.tracking_config import TrackingConfig, WandbMode
+from rlhf.runtime.atomic_files import read_json, write_text
+from rlhf.runtime.dist import World
+from rlhf.tracking.answer_statistics import by_step
 from rlhf.tracking.console import StageProgress
 from rlhf.tracking.histogram import Histogram
-from rlhf.tracking.journal import Journal, valid_json
+from rlhf.tracking.jsonl_log import Journal, valid_json
 from rlhf.tracking.lookout import Lookout
-from rlhf.tracking.metrics import check, metric
+from rlhf.tracking.metric_registry import check, metric
 
 if TYPE_CHECKING:
     from rlhf.tracking.wandb import WandbRun

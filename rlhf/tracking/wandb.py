@@ -23,11 +23,11 @@ from urllib.request import getproxies, proxy_bypass
 import numpy as np
 import wandb
 
-from rlhf.config import TrackingConfig, WandbMode
-from rlhf.files import write_text
+from rlhf.config.tracking_config import TrackingConfig, WandbMode
+from rlhf.runtime.atomic_files import write_text
 from rlhf.tracking.histogram import Histogram
-from rlhf.tracking.journal import valid_json
-from rlhf.tracking.metrics import HISTOGRAMS, STEP, axes_of, metrics_of
+from rlhf.tracking.jsonl_log import valid_json
+from rlhf.tracking.metric_registry import HISTOGRAMS, STEP, axes_of, metrics_of
 from rlhf.tracking.offline_log import cut_torn_record
 
 logger = logging.getLogger(__name__)

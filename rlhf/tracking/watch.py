@@ -14,7 +14,7 @@ from enum import StrEnum
 from statistics import NormalDist
 
 from rlhf.algorithms.intervals import Z, wilson
-from rlhf.tracking.answers import (
+from rlhf.tracking.answer_statistics import (
     SMALLEST_SAMPLE,
     Row,
     by_step,
@@ -26,8 +26,8 @@ from rlhf.tracking.answers import (
     repeated_share,
     with_ends,
 )
-from rlhf.tracking.metrics import ALL, PPO, REWARD
-from rlhf.tracking.table import number
+from rlhf.tracking.metric_registry import ALL, PPO, REWARD
+from rlhf.tracking.text_table import number
 
 KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
 ENTROPY_SHARE = 0.1  # of what it was at the start

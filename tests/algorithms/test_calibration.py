@@ -5,12 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf.algorithms.calibration import (
-    expected_calibration_error,
-    fitted_temperature,
-    preference_nll,
-    reliability,
-)
+from rlhf.algorithms.calibration import expected_calibration_error, fitted_temperature, preference_nll, reliability
 
 
 def pairs(size, *, right, wrong):

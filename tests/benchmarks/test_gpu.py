@@ -12,7 +12,7 @@ from benchmarks.gpu import SECTIONS, Report, Section, run
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_decode import cache_bytes, read_bytes
 from benchmarks.gpu_train import difference, verdict
-from rlhf import dist
+from rlhf.runtime import dist
 
 
 def bench(folder, *, seconds=3600.0, **fields):

@@ -9,8 +9,8 @@ import pytest
 from pyarrow import feather
 
 from data.cache import cached, content_key
-from rlhf.failure import RunError
-from rlhf.text import Tokens
+from rlhf.runtime.errors import RunError
+from rlhf.text.tokenizer import Tokens
 
 TOKENS = [
     [

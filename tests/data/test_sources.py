@@ -10,7 +10,7 @@ import pytest
 from pyarrow import parquet
 
 from data.sources import find, load_rows
-from rlhf.config import SourceConfig
+from rlhf.config.data_config import SourceConfig
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d\ne"}]
 

@@ -9,20 +9,13 @@ from data.assemble import Limits
 from data.demonstrations import demonstrations
 from data.preferences import preferences
 from data.prompts import prompts
-from rlhf.config import (
-    BadRows,
-    DataConfig,
-    EngineConfig,
-    EvalConfig,
-    LoraConfig,
-    OptimizerConfig,
-    PPOConfig,
-    RewardConfig,
-    RewrittenTurns,
-    SFTConfig,
-    StageDataConfig,
-)
-from rlhf.text import decode, load_tokenizer
+from rlhf.config.data_config import BadRows, DataConfig, RewrittenTurns, StageDataConfig
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.eval_config import EvalConfig
+from rlhf.config.model_config import LoraConfig
+from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf.text.tokenizer import decode, load_tokenizer
 from tests import fakes
 
 SHARED = {

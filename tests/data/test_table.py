@@ -11,7 +11,7 @@ from pyarrow import parquet
 from data.rows import BrokenRow
 from data.sources import load_rows
 from data.table import Part, Rows, as_written, joined
-from rlhf.config import SourceConfig
+from rlhf.config.data_config import SourceConfig
 
 TOOLS = [
     [{"function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}, {"function": {"name": "now"}}],

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from rlhf import dist
-from rlhf.engine.checkpoint.checkpoints import Checkpoints
-from rlhf.engine.checkpoint.stored import Part, Stored
+from rlhf.engine.checkpoint.manager import Checkpoints
+from rlhf.engine.checkpoint.stored_state import Part, Stored
+from rlhf.runtime import dist
 from tests.engine import scenarios, tiny
 from tests.ranks import fork_ranks
 

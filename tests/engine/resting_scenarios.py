@@ -6,11 +6,12 @@ import tempfile
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from rlhf import dist
-from rlhf.config import EngineConfig, LoraConfig
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.model_config import LoraConfig
 from rlhf.engine.engine import build_engine
-from rlhf.engine.tiers.resting import RestingShard
+from rlhf.engine.offload.placeholder import RestingShard
 from rlhf.models.causal_lm import causal_lm
+from rlhf.runtime import dist
 from tests.engine import scenarios, tiny
 
 EVERYTHING = 10**9

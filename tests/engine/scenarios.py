@@ -8,11 +8,12 @@ import tempfile
 import torch
 from torch.distributed.tensor import DTensor
 
-from rlhf import dist
-from rlhf.config import EngineConfig, LoraConfig
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.model_config import LoraConfig
 from rlhf.engine.engine import build_engine
-from rlhf.engine.learner import StepResult
+from rlhf.engine.updater import StepResult
 from rlhf.models.causal_lm import causal_lm
+from rlhf.runtime import dist
 from tests.engine import tiny
 from tests.engine.resting_scenarios import resting  # noqa: F401 - found by name
 from tests.engine.tier_runs import failing_disks, observed, tiers  # noqa: F401 - found by name

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf import dist
-from rlhf.engine.checkpoint.checkpoints import Checkpoints
-from rlhf.engine.tiers.buffers import Buffers
-from rlhf.engine.tiers.courier import Courier
-from rlhf.engine.tiers.resting_host import HostHome
-from rlhf.engine.tiers.working_rows import StagedRows
+from rlhf.engine.checkpoint.manager import Checkpoints
+from rlhf.engine.offload.buffer_pool import Buffers
+from rlhf.engine.offload.copy_stream import Courier
+from rlhf.engine.offload.weights_host import HostHome
+from rlhf.engine.offload.working_rows import StagedRows
+from rlhf.runtime import dist
 from tests.engine import plain, scenarios, tiny
-from tests.engine.test_tiers import late_reference
+from tests.engine.offload.test_offload import late_reference
 
 pytestmark = [
     pytest.mark.gpu,

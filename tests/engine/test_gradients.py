@@ -5,7 +5,7 @@ from unittest.mock import Mock
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as group
 
-from rlhf.dist import World
+from rlhf.runtime.dist import World
 from tests.engine import tiny
 from tests.engine.scenarios import first_gradient
 

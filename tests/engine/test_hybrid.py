@@ -3,12 +3,14 @@
 import pytest
 import torch
 
-from rlhf.config import EngineConfig, LoraConfig, SamplingConfig
-from rlhf.dist import World
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.generation.generate import Decoding
 from rlhf.models.causal_lm import causal_lm
 from rlhf.rollout import say, statistics_of
+from rlhf.runtime.dist import World
 from rlhf.types import PromptBatch
 from tests.engine import scenarios, tiny
 

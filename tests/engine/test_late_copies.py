@@ -6,18 +6,18 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.config import OptimizerConfig
+from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
-from rlhf.engine.tiers.buffers import Buffers
-from rlhf.engine.tiers.courier import Courier
-from rlhf.engine.tiers.disk import DiskFile
-from rlhf.engine.tiers.home_nvme import DiskRoom, NvmeHome
-from rlhf.engine.tiers.homes import Shape, Update
-from rlhf.engine.tiers.records import lay_out
-from rlhf.engine.tiers.resting_disk import DiskHome, file_bytes
-from rlhf.engine.tiers.resting_host import HostHome
-from rlhf.engine.tiers.sums import HostSums, Staging
-from rlhf.engine.tiers.working_rows import StagedRows
+from rlhf.engine.offload.buffer_pool import Buffers
+from rlhf.engine.offload.copy_stream import Courier
+from rlhf.engine.offload.direct_io import DiskFile
+from rlhf.engine.offload.grad_accumulation import HostSums, Staging
+from rlhf.engine.offload.nvme_layout import lay_out
+from rlhf.engine.offload.optimizer_state import Shape, Update
+from rlhf.engine.offload.optimizer_state_nvme import DiskRoom, NvmeHome
+from rlhf.engine.offload.weights_host import HostHome
+from rlhf.engine.offload.weights_nvme import DiskHome, file_bytes
+from rlhf.engine.offload.working_rows import StagedRows
 from tests.engine.late_device import DEVICE, LateDevice
 
 CPU = torch.device("cpu")
@@ -46,7 +46,7 @@ def gradients(count, step, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sides", [1, 2])
 def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, sides, dtype):
-    monkeypatch.setattr("rlhf.engine.tiers.sums._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._SLOT", 64)
     sums = HostSums(Staging(DEVICE, pin=False), sides=sides)
     for step, count in enumerate((1, 2, 5, 1, 3)):
         for name in ("v", "w"):
@@ -65,7 +65,7 @@ def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, si
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
-    monkeypatch.setattr("rlhf.engine.tiers.working_rows._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.offload.working_rows._SLOT", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
     rows = StagedRows([{"w": parameter}], DEVICE, pin=False)
     for step in range(3):

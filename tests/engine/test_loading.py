@@ -45,7 +45,7 @@ def test_a_tied_parameter_is_exported_once_under_its_first_name(on_ranks):
 
 
 def test_what_was_read_is_copied_so_that_training_never_changes_the_source(on_ranks):
-    from rlhf import dist
+    from rlhf.runtime import dist
 
     world = dist.start("cpu")
     plan = tiny.blueprint()

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config import EngineConfig
-from rlhf.dist import World
+from rlhf.config.engine_config import EngineConfig
 from rlhf.engine.engine import build_engine, step_together
 from rlhf.engine.loss_scale import LossScale
-from rlhf.tracking.metrics import METRICS
+from rlhf.runtime.dist import World
+from rlhf.tracking.metric_registry import METRICS
 from tests.engine import tiny
 
 CASES = json.loads((Path(__file__).parents[1] / "golden/deepspeed_loss_scale.json").read_text())["cases"]

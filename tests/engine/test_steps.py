@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from rlhf import dist
-from rlhf.algorithms.schedules import betas_of_step, learning_rate
-from rlhf.dist import World
+from rlhf.engine.lr_schedule import betas_of_step, learning_rate
+from rlhf.runtime import dist
+from rlhf.runtime.dist import World
 from tests.engine import plain, scenarios, tiny
 
 BOTH = [(ranks, stage) for ranks in (1, 2) for stage in scenarios.STAGES]

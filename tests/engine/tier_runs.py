@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from rlhf import dist
-from rlhf.engine.tiers import choice
+from rlhf.engine.offload import placement as choice
+from rlhf.runtime import dist
 from tests.engine import tiny
 
 STEPS = 20

@@ -5,9 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.config import EngineConfig, OptimizerConfig
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.engine import build_engine
-from rlhf.models.blueprint import Blueprint
+from rlhf.models.model_spec import Blueprint
 
 VOCAB, LENGTH, SEQUENCES = 101, 10, 8
 

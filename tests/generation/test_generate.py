@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.config import SamplingConfig
+from rlhf.config.stage_configs import SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.generation.sampling import uniforms
 from rlhf.types import PromptBatch

@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.config import LoraConfig
-from rlhf.failure import RunError
+from rlhf.config.model_config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.export import export
 from rlhf.models.positions import position_ids
+from rlhf.models.safetensors_writer import Entry, SafetensorsFile
 from rlhf.models.scalar_head import last_token_scores, scalar_head_model
-from rlhf.models.streaming import Entry, SafetensorsFile
+from rlhf.runtime.errors import RunError
 from tests.models import tiny
 
 IDS, MASK = tiny.padded([5, 9, 7], side="left")

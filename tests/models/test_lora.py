@@ -9,7 +9,7 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.config import LoraConfig
+from rlhf.config.model_config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.lora import Survival, adapted_layers, adapters_off, fold_adapters, folds, inject
 from rlhf.models.positions import position_ids

@@ -3,10 +3,10 @@
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from rlhf import dist
-from rlhf.config import LoraConfig
+from rlhf.config.model_config import LoraConfig
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.surgery import find_blocks
+from rlhf.models.transforms import find_blocks
+from rlhf.runtime import dist
 from tests.models import tiny
 from tests.ranks import run_on_ranks
 

@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from hydra import compose, initialize_config_dir
 
-from rlhf.dist import broadcast_object
-from rlhf.parent import end_with_parent
 from rlhf.rollout import Collector
+from rlhf.runtime.dist import broadcast_object
+from rlhf.runtime.parent import end_with_parent
 from rlhf.tracking.tracker import Tracker
-from stages.composition import CONF_DIR, register_schema, to_run
+from stages.lifecycle.signals import Stopped
 from stages.pipeline import run_stages, start_rank
-from stages.preflight import preflight
-from stages.stopping import Stopped
+from stages.setup.compose import CONF_DIR, register_schema, to_run
+from stages.setup.preflight import preflight
 from tests.ranks import forbid_unpickling, fork_until_death
 
 SETTINGS = [

@@ -17,18 +17,19 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf.config import Embedded, SamplingConfig
-from rlhf.dist import World, stop
+from rlhf.chat.chat_model import labels, one_prompt
+from rlhf.chat.terminal import Terminal, harmless
+from rlhf.config.model_config import Embedded
+from rlhf.config.roles import roles_of
+from rlhf.config.stage_configs import SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.text import decode, load_tokenizer, stop_token_ids, tokenize_prompt
-from stages.chat import Chat, check_chat, new_conversation
-from stages.roles import roles_of
-from stages.speaker import labels, load_speaker, one_prompt
-from stages.terminal import Terminal, harmless
-from tests.test_configuration import composed
+from rlhf.runtime.dist import World, stop
+from rlhf.text.tokenizer import decode, load_tokenizer, stop_token_ids, tokenize_prompt
+from stages.chat import Chat, check_chat, load_speaker, new_conversation
+from tests.config.test_configuration import composed
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TERM": "dumb"}

@@ -10,21 +10,23 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms.ppo import token_rewards
-from rlhf.config import AdvantageKind, Embedded, EngineConfig, KLConfig, LoraConfig, Precision, ScoreConfig
-from rlhf.dist import World
+from rlhf.config.engine_config import EngineConfig, Precision
+from rlhf.config.model_config import Embedded, LoraConfig
+from rlhf.config.stage_configs import AdvantageKind, KLConfig, ScoreConfig
 from rlhf.engine.engine import build_engine
-from rlhf.evaluation import policy_metrics, rollout_metrics, sample_rows
+from rlhf.evaluation.metrics import policy_metrics, rollout_metrics, sample_rows
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import prepare
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Collector, Models, ScoreScale, critic_values, scores_of, without_bad_rows
-from rlhf.text import decode, load_tokenizer
+from rlhf.runtime.dist import World
+from rlhf.text.tokenizer import decode, load_tokenizer
 from rlhf.tracking.timing import Stopwatch
+from rlhf.training.ppo_update import advantages_of, improve
 from rlhf.types import PPOBatch, PromptBatch, Responses
-from stages.handover import Record, write_record
-from stages.improve import advantages_of, improve
+from stages.lifecycle.stage_record import Record, write_record
 from stages.ppo import load_models
-from tests.stages.test_improve import config
+from tests.training.test_ppo_update import config
 
 
 @pytest.fixture(scope="module")

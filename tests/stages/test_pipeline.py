@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.tracking.metrics import metrics_of
+from rlhf.tracking.metric_registry import metrics_of
 from tests.tracking.test_wandb import records
 
 ROOT = Path(__file__).parents[2]

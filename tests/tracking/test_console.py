@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.config import Progress
-from rlhf.dist import World
+from rlhf.config.tracking_config import Progress
+from rlhf.runtime.dist import World
 from rlhf.tracking.console import StageProgress, setup_logging
 
 

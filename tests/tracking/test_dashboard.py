@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.tracking import dashboard
-from rlhf.tracking.metrics import METRICS
+from rlhf.tracking.metric_registry import METRICS
 from tests.tracking.test_wandb import HANGS, KEY, environment, port
 from tests.tracking.wandb_server import serving
 

@@ -4,9 +4,9 @@ import logging
 
 import pytest
 
-from rlhf.tracking.journal import Journal
+from rlhf.tracking.jsonl_log import Journal
 from rlhf.tracking.report.reading import Reader
-from rlhf.tracking.report.record import read_stage
+from rlhf.tracking.report.run_folder import read_stage
 from rlhf.tracking.report.verdicts import look_at
 from rlhf.tracking.watch import State, history
 from tests.tracking.test_tracker import tracker

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.tracking.metrics import check
+from rlhf.tracking.metric_registry import check
 from rlhf.tracking.timing import Stopwatch, memory_metrics
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config import Progress, TrackingConfig, WandbMode
-from rlhf.dist import World
-from rlhf.tracking.journal import Journal
+from rlhf.config.tracking_config import Progress, TrackingConfig, WandbMode
+from rlhf.runtime.dist import World
+from rlhf.tracking.jsonl_log import Journal
 from rlhf.tracking.tracker import Tracker, requested_mode
 
 ROOT = Path(__file__).parents[2]

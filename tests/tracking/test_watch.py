@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from rlhf.tracking.answers import degenerate_share, length_correlation, repeated_share
+from rlhf.tracking.answer_statistics import degenerate_share, length_correlation, repeated_share
 from rlhf.tracking.watch import CHECKS, State, history
 
 TEXTS = [f"answer number {number}" for number in range(10)]

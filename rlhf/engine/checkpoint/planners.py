@@ -32,8 +32,8 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from rlhf.dist import gather_objects
-from rlhf.engine.checkpoint.stored import Part, Shape, Stored
+from rlhf.engine.checkpoint.stored_state import Part, Shape, Stored
+from rlhf.runtime.dist import gather_objects
 
 
 def chunk_of(part: Part) -> ChunkStorageMetadata:

@@ -28,8 +28,8 @@ from torch.distributed.checkpoint.planner import (
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from rlhf.engine.checkpoint.files import Chunk, Writing, file_of, read_bytes
-from rlhf.engine.checkpoint.stored import Stored
+from rlhf.engine.checkpoint.stored_state import Stored
+from rlhf.engine.checkpoint.writer import Chunk, Writing, file_of, read_bytes
 
 
 class Writer(StorageWriter):

@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from rlhf.tracking.table import printable, printable_lines
+from rlhf.tracking.text_table import printable, printable_lines
 
 Points = Sequence[tuple[float, float]]
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections import defaultdict
 from dataclasses import dataclass
 
-from rlhf.config import POLICIES
-from rlhf.tracking.answers import by_step, is_number
-from rlhf.tracking.metrics import Metric, metric
+from rlhf.config.stage_configs import POLICIES
+from rlhf.tracking.answer_statistics import by_step, is_number
+from rlhf.tracking.metric_registry import Metric, metric
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.charts import Frame
 from rlhf.tracking.report.reading import Row
-from rlhf.tracking.report.record import StageRecord
+from rlhf.tracking.report.run_folder import StageRecord
 
 _STEP = dict.fromkeys(POLICIES, "iteration")
 _ELSEWHERE = ("Throughput", "Memory")  # sections that have charts of their own

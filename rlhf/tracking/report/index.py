@@ -14,13 +14,13 @@ from typing import Any
 
 import yaml
 
-from rlhf.config import FOLDERS
+from rlhf.config.run_config import FOLDERS
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.figures import Figure, axis_of, known, smoothing
 from rlhf.tracking.report.page import REPORT, render
 from rlhf.tracking.report.reading import Reader, holds_run
-from rlhf.tracking.report.record import StageRecord, read_outcome, read_stage
-from rlhf.tracking.table import number
+from rlhf.tracking.report.run_folder import StageRecord, read_outcome, read_stage
+from rlhf.tracking.text_table import number
 
 INDEX = "index.html"
 _OF_THE_RUN = ("name", "output_dir", "hydra")  # settings in which runs always differ

@@ -17,7 +17,7 @@ from threading import Lock
 
 from rlhf.tracking.report.page import page
 from rlhf.tracking.report.reading import can_report
-from rlhf.tracking.report.record import RunRecord, read_run
+from rlhf.tracking.report.run_folder import RunRecord, read_run
 
 logger = logging.getLogger(__name__)
 

@@ -1,7 +1,7 @@
 """One HTML file that shows a run: it needs no network and no server, and nothing in it but its own script can run.
 
 Whatever a model or a data set says is escaped by the template, and control characters are made visible. Left out: what
-the numbers mean (`rlhf/tracking/metrics.py`), and what is worrying in them (`rlhf/tracking/watch.py`).
+the numbers mean (`rlhf/tracking/metric_registry.py`), and what is worrying in them (`rlhf/tracking/watch.py`).
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlhf.tracking.answers import by_step, is_number
+from rlhf.tracking.answer_statistics import by_step, is_number
 from rlhf.tracking.report import figures
 from rlhf.tracking.report.reading import Row
-from rlhf.tracking.report.record import RunRecord, StageRecord, read_run
 from rlhf.tracking.report.results import headlines
+from rlhf.tracking.report.run_folder import RunRecord, StageRecord, read_run
 from rlhf.tracking.report.verdicts import look_at, when
-from rlhf.tracking.table import number, printable_lines
+from rlhf.tracking.text_table import number, printable_lines
 
 REPORT = "report.html"
 MOST_SAMPLES = 200  # in the page; all are in samples.jsonl

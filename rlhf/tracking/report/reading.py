@@ -1,6 +1,6 @@
 """Files of a run, read as far as they can be: what is missing or broken is said, the rest is used.
 
-Left out: what the files mean (`record.py`, `evaluation.py`).
+Left out: what the files mean (`run_folder.py`, `evaluation.py`).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlhf.config import FOLDERS
-from rlhf.tracking.evaluations import FOLDER
+from rlhf.config.run_config import FOLDERS
+from rlhf.tracking.evaluation_tables import FOLDER
 
 Row = dict[str, Any]
 

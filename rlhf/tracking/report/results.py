@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from rlhf.algorithms.intervals import Interval, share_change, wilson
-from rlhf.tracking.answers import COLUMNS, by_step, change, with_ends
+from rlhf.tracking.answer_statistics import COLUMNS, by_step, change, with_ends
 from rlhf.tracking.report.figures import known
-from rlhf.tracking.report.record import StageRecord
-from rlhf.tracking.table import number
+from rlhf.tracking.report.run_folder import StageRecord
+from rlhf.tracking.text_table import number
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf.tracking.report.record import StageRecord
+from rlhf.tracking.report.run_folder import StageRecord
 from rlhf.tracking.watch import CHECKS, State, Verdict, history
 
 

@@ -5,12 +5,12 @@ import re
 
 import pytest
 
-from rlhf.tracking.report.evaluation import MOST_SAMPLES, read_evaluations
+from rlhf.tracking.report.evaluation_section import MOST_SAMPLES, read_evaluations
 from rlhf.tracking.report.page import page, write_report
 from rlhf.tracking.report.reading import Reader
-from rlhf.tracking.report.record import read_run
+from rlhf.tracking.report.run_folder import read_run
 from tests.tracking.report.test_report import EVIL, Tags
-from tests.tracking.test_evaluations import RESULTS
+from tests.tracking.test_evaluation_tables import RESULTS
 
 
 def leave(folder, name="", *, results=RESULTS, samples=None):

@@ -16,7 +16,7 @@ import pytest
 from rlhf.tracking.report.index import write_index
 from rlhf.tracking.report.live import server_of
 from rlhf.tracking.report.page import difference, page, visible, write_report
-from rlhf.tracking.report.record import read_run
+from rlhf.tracking.report.run_folder import read_run
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202etxt\ud800"
 PROMPTS = [f"prompt {number}" for number in range(9)] + [EVIL]

@@ -1,0 +1,105 @@
+"""The settings of the data: which files each stage learns from, and what is done with rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from rlhf.config.bounds import NonNegative, Seed, Settings, ShareBelowOne, require
+
+
+class BadRows(StrEnum):
+    """What a row that cannot be used does to a run."""
+
+    stop = "stop"
+    drop = "drop"
+
+
+class RewrittenTurns(StrEnum):
+    """What becomes of an answer that the chat template writes differently once the conversation goes on."""
+
+    skip = "skip"
+    as_generated = "as_generated"
+
+
+@dataclass(kw_only=True)
+class StageDataConfig(Settings):
+    """The data sets of one stage."""
+
+    train: list[Any] = field(default_factory=list)
+    """Paths or hub ids, or mappings with the keys of `SourceConfig`; several are blended."""
+    eval: list[Any] = field(default_factory=list)
+    """Held-out data; empty takes `eval_fraction` of the training rows away."""
+    eval_fraction: ShareBelowOne = 0.05
+    """Share of the training rows held out when `eval` is empty."""
+    bad_rows: BadRows = BadRows.stop
+    """What a row that cannot be used (empty, chosen equal to rejected, ...) does: stop the run, or be dropped."""
+    rewritten_turns: RewrittenTurns = RewrittenTurns.skip
+    """Earlier answers of demonstrations that the template rewrites, as Qwen3 leaves out their reasoning. They are not
+    learnt, or (as_generated) each gives a sequence more, which ends with it: nothing is lost, at their tokens' cost."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.train = [SourceConfig.parse(source) for source in self.train]
+        self.eval = [SourceConfig.parse(source) for source in self.eval]
+
+
+@dataclass(kw_only=True)
+class SourceConfig(Settings):
+    """One data set: a JSON, JSONL, CSV or Parquet file, a `save_to_disk` folder, or a hub id."""
+
+    path: str
+    """File, folder or hub id."""
+    name: str | None = None
+    """Configuration of a hub data set, or of a clone of one."""
+    split: str = "train"
+    """Split of a folder or hub data set, in full: `train_sft` where that is what it is called."""
+    weight: NonNegative = 1.0
+    """Share of its rows that are used: 0.5 takes half of them, 2 takes each twice."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column name -> the data set's, where they differ."""
+
+    @classmethod
+    def parse(cls, source: Any) -> SourceConfig:
+        """A source written as a path or as a mapping."""
+        if isinstance(source, SourceConfig):
+            return source
+        if isinstance(source, str):
+            return cls(path=source)
+        require(isinstance(source, dict), f"data source {source}: expected a path, or a mapping with `path`.")
+        unknown = set(source) - set(cls.__dataclass_fields__)
+        require(
+            not unknown, f"data source {source}: unknown {sorted(unknown)}; expected {[*cls.__dataclass_fields__]}."
+        )
+        require("path" in source, f"data source {source}: `path` is missing.")
+        return cls(**source)
+
+
+@dataclass(kw_only=True)
+class DataConfig(Settings):
+    """What the stages learn from."""
+
+    sft: StageDataConfig = field(default_factory=StageDataConfig)
+    """Demonstrations: `messages`, or `prompt` and `completion`, or `text`."""
+    reward: StageDataConfig = field(default_factory=StageDataConfig)
+    """Preferences: `chosen`, `rejected`, perhaps `prompt` and `margin`."""
+    ppo: StageDataConfig = field(default_factory=StageDataConfig)
+    """Prompts: `prompt`."""
+    stage_split: list[NonNegative] = field(default_factory=list)
+    """DeepSpeed-Chat's split of the same rows between the three stages, such as [2, 4, 4]; empty: all rows for each."""
+    split_seed: Seed = 1234
+    """Seed of `stage_split`, of held-out rows and of fractional weights."""
+    cache_dir: str | None = None
+    """Folder for tokenised data, found again by content; null tokenises every time."""
+    gold: dict[str, str] = field(default_factory=dict)
+    """Metrics that no model was trained on: name -> `module:function`, called with prompts and responses."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for stage, sources in (("reward", self.reward), ("ppo", self.ppo)):
+            unused = sources.rewritten_turns is RewrittenTurns.skip
+            require(unused, f"data.{stage}.rewritten_turns: only demonstrations have it; set data.sft.rewritten_turns.")
+        shares = self.stage_split
+        require(len(shares) in (0, 3), f"data.stage_split={shares}: expected three numbers (sft, reward, ppo) or none.")
+        require(not shares or sum(shares) > 0, f"data.stage_split={shares}: expected a positive sum.")

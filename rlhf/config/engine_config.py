@@ -1,0 +1,135 @@
+"""The settings of the ZeRO engine: what is split over ranks, where it rests, in which type, and how it travels.
+
+Names follow DeepSpeed's where it has one; `engine.deepspeed` reads its files. Imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+from rlhf.config.bounds import Bounds, Count, Natural, NonNegative, Positive, Settings, Share, require
+
+
+class Precision(StrEnum):
+    """Type of the working weights. Masters and reductions are fp32 in every case."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Device(StrEnum):
+    """Where the models compute."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Tier(StrEnum):
+    """Where a part of a model rests while nothing computes with it."""
+
+    device = "device"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class Moments(StrEnum):
+    """Type of AdamW's two moments at rest; updates are computed in fp32."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+@dataclass(kw_only=True)
+class EngineConfig(Settings):
+    """The ZeRO engine. Sizes are in elements unless they say bytes."""
+
+    zero_stage: Annotated[int, Bounds(0, 3)]
+    """What is split over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    precision: Precision = Precision.auto
+    """Working weights; auto is bf16 where the device multiplies it natively, else fp32. fp16 scales the loss."""
+    device: Device = Device.auto
+    """auto takes CUDA when there is one."""
+    optimizer_tier: Tier = Tier.device
+    """Where master weights and moments rest, and gradients after they are reduced; needs ZeRO 1 or more."""
+    parameter_tier: Tier = Tier.device
+    """Where working weights rest; needs ZeRO 3."""
+    nvme_path: str | None = None
+    """Folder on a local disk for what rests on nvme; its files are removed at the end."""
+    buffer_count: Count = 4
+    """Buffers between disk and memory, of each engine and rank; 3 or more overlap reading, computing and writing."""
+    buffer_size: Count = 8_000_000
+    """Elements of four bytes in one of them: buffer_count x buffer_size x 4 bytes are all the memory they take."""
+    pipeline_read: bool = True
+    """Read the next tile of optimizer state from disk while this one is computed."""
+    pipeline_write: bool = True
+    """Write a tile of optimizer state back while the next one is computed."""
+    pin_memory: bool = True
+    """Page-locked host memory for what travels to and from a CUDA device; faster, cannot be swapped."""
+    optimizer_share: Share = 1.0
+    """Share of the elements whose states follow `optimizer_tier`; the rest stays on the device (DeepSpeed: ratio)."""
+    parameters_in_cpu: Natural = 0
+    """With parameter_tier=nvme: elements that stay in host memory instead of on disk (DeepSpeed: max_in_cpu)."""
+    delayed_update: bool = False
+    """Take the optimizer step while the next batch computes: gradients are one step stale, and the step costs less."""
+    moments: Moments = Moments.fp32
+    """bf16 halves their memory; with a second decay above about 0.99 its small changes are rounded away."""
+    sub_group_size: Count = 100_000_000
+    """Largest tile of optimizer state that is loaded, updated and stored at once, off the device."""
+    reduce_bucket_size: Natural = 0
+    """At ZeRO 0 to 2, consecutive blocks are gathered and reduced together up to this size; 0 takes each on its own."""
+    prefetch_bucket_size: Natural = 1_000_000
+    """At ZeRO 3, what follows is gathered ahead: one unit, and more until they have this size; 0 gathers none."""
+    max_live_parameters: Count = 1_000_000_000
+    """At ZeRO 3, the limit for what is gathered at once, the computing block and those ahead of it."""
+    persistence_threshold: Natural = 0
+    """At ZeRO 3, parameters smaller than this are kept whole on every rank and never gathered."""
+    overlap_comm: bool = True
+    """Communicate while computing; false gathers and reduces one after the other, with less memory."""
+    activation_checkpointing: bool = False
+    """Recompute each block in backward: less memory, about a third more compute."""
+    activation_offload: bool = False
+    """Keep the inputs of recomputed blocks in host memory (CUDA; needs activation_checkpointing)."""
+    stream_generation: bool = False
+    """Generate block by block, as training does, instead of gathering the whole model: slow, for an actor that does not
+    fit into the device."""
+    max_skipped_steps: Count = 3
+    """Steps in a row with a non-finite gradient before the run stops; in fp16, counted at the lowest loss scale."""
+    loss_scale: NonNegative = 0.0
+    """fp16: fixed factor on the loss; 0 adapts it."""
+    initial_scale_power: Annotated[int, Bounds(0, 126)] = 16
+    """fp16: an adaptive factor starts at two to this power."""
+    loss_scale_window: Count = 1000
+    """fp16: steps without overflow after which an adaptive factor doubles."""
+    hysteresis: Count = 2
+    """fp16: overflows before an adaptive factor is halved."""
+    consecutive_hysteresis: bool = False
+    """fp16: forget earlier overflows after every good step, not only when the factor doubles."""
+    min_loss_scale: Positive = 1.0
+    """fp16: an adaptive factor does not fall below this."""
+    deepspeed: Any = None
+    """A DeepSpeed JSON file (or YAML, or one of Hugging Face Accelerate), or its content as a mapping; what it sets
+    explicitly replaces the settings here."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            self.optimizer_tier == Tier.device or self.zero_stage >= 1,
+            f"engine.optimizer_tier={self.optimizer_tier}: expected engine.zero_stage 1, 2 or 3, found 0.",
+        )
+        require(
+            self.parameter_tier == Tier.device or self.zero_stage == 3,
+            f"engine.parameter_tier={self.parameter_tier}: expected engine.zero_stage=3, found {self.zero_stage}.",
+        )
+        require(
+            Tier.nvme not in (self.optimizer_tier, self.parameter_tier) or bool(self.nvme_path),
+            "engine.nvme_path is missing: name a folder on a local disk for what rests on nvme.",
+        )
+        require(
+            not self.activation_offload or self.activation_checkpointing,
+            "engine.activation_offload=true needs engine.activation_checkpointing=true.",
+        )

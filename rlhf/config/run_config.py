@@ -1,0 +1,163 @@
+"""Every setting of a run: one dataclass per group of `conf/`, closed, typed and validated.
+
+`conf/` holds the numbers; the text under a field says its unit and consequence. This is the root and the door: the
+groups that stages share are in `groups.py`, the engine in `engine_config.py`, the stages in `stage_configs.py`,
+what is done with their models in `eval_config.py`, and all are imported from here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rlhf.config.bounds import (
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Seed,
+    Settings,
+    require,
+    require_steps,
+    steps_of_setting,
+)
+from rlhf.config.data_config import DataConfig
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.eval_config import ChatConfig, EvalConfig
+from rlhf.config.model_config import ModelConfig
+from rlhf.config.stage_configs import POLICIES, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.tracking_config import TrackingConfig
+
+STAGES = ("sft", "reward", "ppo")
+"""The stages, in the order in which they run."""
+FOLDERS = ("sft", "reward", *POLICIES)
+"""Their folders: that of the third is called after its advantages."""
+USES = ("eval", "chat")
+"""What can be done with the models afterwards, in the order in which it is done; selected as stages are."""
+
+
+@dataclass(kw_only=True)
+class LaunchConfig(Settings):
+    """How a run is started."""
+
+    ranks: Count = 1
+    """Processes on this machine; above 1 they are started from this one. Ignored when torchrun started us."""
+    threads: Natural = 0
+    """CPU threads of each rank; 0 shares the cores between the ranks."""
+    warn_after_s: Positive = 60.0
+    """Seconds for which the others wait for a rank before it is named. It may be at work: nothing else happens."""
+    timeout_s: Positive = 1800.0
+    """Seconds for which they wait before the run ends; raise it where one rank alone does something for longer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        limits = f"timeout_s={self.timeout_s}: expected a number of seconds from launch.warn_after_s"
+        require(self.warn_after_s <= self.timeout_s, f"{limits}={self.warn_after_s} on.")
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig(Settings):
+    """When a stage saves itself, and what is kept. A killed run goes on from its last checkpoint.
+
+    They are for runs that do not end: a finished stage removes them. There is never less than the newest one on the
+    disk, so there must be room for one more than are kept.
+    """
+
+    every: NonNegative = 0.2
+    """Steps (PPO: iterations) between two checkpoints; below 1, that share of the stage's, rounded up; 0: none."""
+    keep: Count = 1
+    """Newest checkpoints that are kept."""
+    best: bool = True
+    """Keep the one with the best evaluation too; the stage ends with the models of it in `best/`, beside the last."""
+    asynchronous: bool = True
+    """Write while training goes on; training waits for a copy in host memory only."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_steps(self.every, "every")
+
+    def interval_of(self, total_steps: int) -> int:
+        """Steps between two checkpoints of a stage of `total_steps`; 0 means none in between."""
+        return steps_of_setting(self.every, total_steps)
+
+
+@dataclass(kw_only=True)
+class MemoryConfig(Settings):
+    """What a run may use, for the plan; null takes what the machine has free."""
+
+    device_gb: Positive | None = None
+    """GB (1e9 bytes) of each device."""
+    host_gb: Positive | None = None
+    """GB of this machine's memory, for all its ranks together."""
+    disk_gb: Positive | None = None
+    """GB below `engine.nvme_path` and `output_dir`."""
+    enforce: bool = True
+    """Refuse a run that does not fit; false starts it all the same."""
+
+
+@dataclass(kw_only=True)
+class RunConfig(Settings):
+    """A whole run."""
+
+    name: str
+    """Name of the run: its output folder and its W&B group."""
+    output_dir: str
+    """Where everything goes (the README shows the tree)."""
+    seed: Seed = 0
+    """Seed of every stage that does not set its own."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """How the run is started."""
+    model: ModelConfig
+    """The pretrained model."""
+    engine: EngineConfig
+    """The engine of every stage."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What the stages learn from."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """What is shown and recorded."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When a stage saves itself, and what is kept."""
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    """What the plan may use."""
+    plan: bool = False
+    """Print the memory plan and stop; no weights are loaded."""
+    sft: SFTConfig | None = None
+    """First stage, or null."""
+    reward: RewardConfig | None = None
+    """Second stage, or null."""
+    ppo: PPOConfig | None = None
+    """Third stage, or null."""
+    eval: EvalConfig | None = None
+    """Evaluation, or null."""
+    chat: ChatConfig | None = None
+    """Chat, or null."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(
+            bool(self.name.strip()) and ".." not in self.name.split("/"),
+            f"name={self.name!r}: expected a name for the run, of which its folder is made, without '..'.",
+        )
+
+    def title(self, stage: str) -> str:
+        """What a stage is called in folders, tables and hints: the third after its advantages."""
+        return self.ppo.title if stage == "ppo" and self.ppo is not None else stage
+
+    def folder(self, stage: str) -> str:
+        """Where a stage writes."""
+        return f"{self.output_dir}/{self.title(stage)}"
+
+    def stage_of(self, folder: str) -> str | None:
+        """The stage of this run that writes a folder of this name; a run without a third one leaves its name open."""
+        if folder in POLICIES:
+            return "ppo" if self.ppo is None or self.ppo.title == folder else None
+        return folder if folder in STAGES else None
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the selected stages, in the order in which they run."""
+        return [stage for stage in STAGES if getattr(self, stage) is not None]
+
+    @property
+    def uses(self) -> list[str]:
+        """Names of what is done with the models afterwards, in that order."""
+        return [use for use in USES if getattr(self, use) is not None]

@@ -1,0 +1,136 @@
+"""What makes a model learn: gradients, clipping, optimizer, schedule, and the decision to skip a step."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.deepspeed.deepspeed_schedules import Betas
+from rlhf.engine.adamw import AdamW
+from rlhf.engine.gradients import GradientReport, Gradients
+from rlhf.engine.loss_scale import LossScale
+from rlhf.engine.lr_schedule import betas_of_step, learning_rate
+from rlhf.runtime.errors import RunError
+
+logger = logging.getLogger(__name__)
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step did; the same on every rank."""
+
+    grad_norm: float  # before clipping; not finite on a skipped step
+    lr: float
+    skipped: bool
+    loss_scale: float | None = None  # with fp16 only
+    is_search: bool = False  # skipped, because fp16's loss scale was still being found
+
+    def metrics(self, name: str) -> dict[str, float]:
+        """What is logged of a step of the model `name`."""
+        found = {f"{name}/grad_norm": self.grad_norm, f"{name}/lr": self.lr, f"{name}/skipped_steps": self.skipped}
+        if self.loss_scale is not None:
+            found |= {f"{name}/loss_scale": self.loss_scale, f"{name}/scale_search_steps": self.is_search}
+        return {key: float(value) for key, value in found.items()}
+
+
+class Learner:
+    """Turns collected gradients into steps."""
+
+    def __init__(
+        self,
+        optimizer: AdamW,
+        gradients: Gradients,
+        *,
+        config: OptimizerConfig,
+        total_steps: int,
+        max_skipped_steps: int,
+        loss_scale: LossScale,
+    ) -> None:
+        self.optimizer = optimizer
+        self.gradients = gradients
+        self.loss_scale = loss_scale
+        self.steps_taken = 0  # without skipped ones, as in DeepSpeed: a warm-up is not used up by them
+        self._skipped_in_a_row = 0
+        self._config = config
+        self._total_steps = total_steps
+        self._max_skipped_steps = max_skipped_steps
+
+    def examine(self) -> GradientReport:
+        """What all ranks agree on before a step; the norm is that of the loss as it was before it was scaled."""
+        report = self.gradients.report()
+        return report._replace(norm=report.norm / self.loss_scale.value)
+
+    def finish(self, report: GradientReport, *, skip: bool) -> StepResult:
+        """Clip, update and forget the gradients; with `skip`, only forget them. The caller updates the loss scale.
+
+        Raises:
+            RunError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
+        """
+        norm, reached = report
+        scale = self.loss_scale
+        result = StepResult(
+            norm, self.lr, skip, scale.value if scale.is_used else None, is_search=skip and scale.is_searching
+        )
+        self.optimizer.flush()
+        if not skip:
+            factor = self._clip(norm) / scale.value
+            self.optimizer.step(reached, lr=result.lr, scale=factor, betas=self.betas)
+            self.steps_taken += 1
+        self.gradients.clear()
+        self._count(skipped=skip, norm=norm)
+        return result
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of the step that comes."""
+        return learning_rate(
+            self.steps_taken,
+            lr=self._config.lr,
+            kind=self._config.schedule,
+            total_steps=self._total_steps,
+            warmup_steps=self._config.warmup_of(self._total_steps),
+            min_ratio=self._config.min_ratio,
+            options=self._config.schedule_options,
+        )
+
+    @property
+    def betas(self) -> Betas:
+        """AdamW's decay rates of the step that comes."""
+        config = self._config
+        return betas_of_step(
+            self.steps_taken, betas=config.betas, kind=config.schedule, options=config.schedule_options
+        )
+
+    def counters(self) -> dict[str, Any]:
+        """Everything but tensors that a resumed run needs."""
+        return {
+            "steps_taken": self.steps_taken,
+            "skipped_in_a_row": self._skipped_in_a_row,
+            "loss_scale": self.loss_scale.state_dict(),
+        }
+
+    def load_counters(self, counters: dict[str, Any]) -> None:
+        """Continue from `counters()`; the learning rate follows from them."""
+        self.steps_taken = counters["steps_taken"]
+        self._skipped_in_a_row = counters["skipped_in_a_row"]
+        self.loss_scale.load_state_dict(counters["loss_scale"])
+
+    def _clip(self, norm: float) -> float:
+        """The factor that brings the gradients down to `optimizer.max_grad_norm`, as `clip_grad_norm_` has it."""
+        limit = self._config.max_grad_norm
+        return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
+
+    def _count(self, *, skipped: bool, norm: float) -> None:
+        if not skipped:
+            self._skipped_in_a_row = 0
+            return
+        if self.loss_scale.can_fall:
+            return  # the loss scale says what it does about it
+        logger.warning("a step was skipped, after %d taken: the gradient norm is %s", self.steps_taken, norm)
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row >= self._max_skipped_steps:
+            raise RunError(
+                f"The gradient was not finite in {self._skipped_in_a_row} steps in a row (engine.max_skipped_steps="
+                f"{self._max_skipped_steps}){self.loss_scale.limit}. Lower the learning rate, set engine.precision="
+                "fp32, or look at the data of these steps; the weights are those before the first of them."
+            )

@@ -1,0 +1,134 @@
+"""A model on disk: find its folder, list its tensors, read some rows of one.
+
+Only safetensors are read; nothing is unpickled. Left out: what the tensors mean to a module (see `weights.py`).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rlhf.runtime.atomic_files import read_json
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_HUB_SKIPPED = ["*/*", "consolidated*"]
+
+
+def local_folder(path: str | Path, *, weights: bool = True) -> Path:
+    """The folder that holds the model `path` names.
+
+    Args:
+        path: A folder, or a hub id, which is downloaded into the hub's cache.
+        weights: False leaves them where they are, for whoever only asks how large they are.
+
+    Raises:
+        ValueError: There is no such folder and no such model on the hub, or the hub cannot be reached.
+    """
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if not _HUB_ID.fullmatch(str(path)):
+        raise ValueError(
+            f"Model {str(path)!r}: there is no such folder, and it is no hub id such as `Qwen/Qwen3-0.6B`."
+        )
+    try:
+        wanted = _HUB_FILES if weights else ["*.json"]
+        return Path(snapshot_download(str(path), allow_patterns=wanted, ignore_patterns=_HUB_SKIPPED))
+    except (HfHubHTTPError, OSError) as error:
+        raise ValueError(
+            f"Model {str(path)!r}: there is no such folder here, and the hub gave none either "
+            f"({type(error).__name__}). Give a folder, or check the hub id, its licence gate and the network."
+        ) from error
+
+
+class Checkpoint:
+    """The tensors of a folder with `model.safetensors`, or with an index and several shards, memory mapped."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open every file, which compares what its header says with its size, and read the names of the tensors.
+
+        Raises:
+            ValueError: `folder` holds no safetensors, or not all of them, or one is damaged.
+        """
+        self.folder = folder
+        expected = _indexed(folder)
+        files = sorted(set(expected.values())) if expected else [_SINGLE]
+        self._open = {file: _opened(folder / file) for file in files}
+        found = {key: file for file, handle in self._open.items() for key in handle.keys()}  # noqa: SIM118
+        self._file_of = expected or found
+        astray = [key for key, file in expected.items() if found.get(key) != file]
+        if astray:
+            raise ValueError(
+                f"Model folder {folder}: {_INDEX} looks for {len(astray)} tensors in files that lack them, such as "
+                f"{astray[0]!r}. The files are not of one model: copy them again."
+            )
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._file_of
+
+    def keys(self) -> list[str]:
+        """Names of all tensors."""
+        return list(self._file_of)
+
+    def shape(self, key: str) -> torch.Size:
+        """Shape of the tensor `key`, without reading it."""
+        return torch.Size(self._handle(key).get_slice(key).get_shape())
+
+    def read(self, key: str, rows: slice) -> Tensor:
+        """Rows of the tensor `key` on the CPU in its stored type; only these rows are read from disk."""
+        handle = self._handle(key)
+        if not self.shape(key):
+            return handle.get_tensor(key)
+        return handle.get_slice(key)[rows]
+
+    def _handle(self, key: str) -> safe_open:
+        return self._open[self._file_of[key]]
+
+
+def _indexed(folder: Path) -> dict[str, str]:
+    """The file of each tensor by the index; empty where there is one file without an index."""
+    if (folder / _INDEX).is_file():
+        files = read_json(folder / _INDEX, mend="Copy it again.").get("weight_map")
+        if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
+            raise ValueError(f"Model folder {folder}: {_INDEX} has no `weight_map` of files. Copy it again.")
+        _require_shards(folder, set(files.values()))
+        return files
+    if (folder / _SINGLE).is_file():
+        return {}
+    raise ValueError(_no_weights(folder))
+
+
+def _opened(file: Path) -> safe_open:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is damaged, or cannot be read: {error}. Copy it again.") from error
+
+
+def _require_shards(folder: Path, files: set[str]) -> None:
+    absent = sorted(file for file in files if not (folder / file).is_file())
+    if absent:
+        raise ValueError(f"Model folder {folder}: {_INDEX} names {absent}, which are not there. Copy them again.")
+
+
+def _no_weights(folder: Path) -> str:
+    if (folder / "adapter_config.json").is_file():
+        return (
+            f"Model folder {folder} holds a PEFT adapter, not a model. Merge it first: "
+            "`AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload().save_pretrained(new)`."
+        )
+    if any(folder.glob("pytorch_model*.bin")):
+        return (
+            f"Model folder {folder} has its weights in `.bin` files only, which are pickles and are never opened here. "
+            "Convert it once where you trust it: `AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new)`."
+        )
+    return f"Model folder {folder} holds no weights: expected `{_SINGLE}`, or `{_INDEX}` and its shards."

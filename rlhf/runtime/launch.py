@@ -1,0 +1,129 @@
+"""Start the ranks of a run on this machine, watch them, and say which one failed and how.
+
+The configuration is composed once and written to a file; the workers are handed that file, so that no rank can compute
+a different one. Left out: several machines (start torchrun on each; `rlhf/runtime/dist.py` joins them).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from rlhf.config.run_config import LaunchConfig
+from rlhf.runtime.dist import host_store
+from rlhf.runtime.errors import RunError
+from rlhf.runtime.heartbeat import RankMonitor, interval
+from rlhf.runtime.parent import LAUNCHER, end_with_parent
+
+Worker = subprocess.Popen[bytes]
+
+_GRACE_S = 30.0  # for the other ranks to say what they have to say, once one has failed
+_SECONDS_BETWEEN_LOOKS = 0.1
+_CAUSES: dict[int, str] = {
+    signal.SIGKILL: "often out of memory",
+    signal.SIGBUS: "often a full /dev/shm or disk",
+    signal.SIGSEGV: "a crash in compiled code",
+    signal.SIGABRT: "given up by compiled code, which says above why",
+    signal.SIGILL: "an instruction that this processor does not have",
+}
+
+
+def under_torchrun() -> bool:
+    """True when a launcher has said which rank this process is."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def local_ranks(ranks: int) -> int:
+    """How many of a run's `ranks` are on this machine: all of them, unless torchrun says otherwise."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+
+
+def use_threads(threads: int, *, ranks: int) -> int:
+    """Set the CPU threads of this process; 0 shares the cores between the `ranks` of this machine."""
+    chosen = threads or max(1, (os.cpu_count() or 1) // ranks)
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
+    """Run `script` on `launch.ranks` processes of this machine; returns what went wrong, or nothing.
+
+    An interrupt is passed on as SIGTERM to each rank, and raised again when all have ended.
+
+    Args:
+        script: Python file that each rank runs.
+        *arguments: its command line.
+        launch: how many processes, and how long they wait for each other.
+    """
+    store, place = host_store()
+    size = str(launch.ranks)
+    shared = {"OMP_NUM_THREADS": "1", **os.environ, **place, LAUNCHER: str(os.getpid())}
+    shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    workers: list[Worker] = []
+    watch = partial(_watch, workers, RankMonitor(store, range(launch.ranks), launch=launch), every_s=interval(launch))
+    try:
+        for rank in map(str, range(launch.ranks)):
+            environment = shared | {"RANK": rank, "LOCAL_RANK": rank}
+            workers.append(_start([sys.executable, str(script), *arguments], environment))
+        return watch()
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.terminate()
+        watch()
+        raise
+    finally:  # also after another interrupt
+        _end(workers)
+
+
+def _start(command: list[str], environment: dict[str, str]) -> Worker:
+    """One rank, in a session of its own, so that Ctrl-C reaches it once, through us."""
+    before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None  # a thread would not survive
+    return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=before)
+
+
+def _watch(workers: list[Worker], monitor: RankMonitor, *, every_s: float) -> str:
+    """Wait until all ranks have ended, which they are made to do once one has failed or is missing for too long."""
+    problem, deadline, next_look = "", math.inf, time.monotonic()
+    while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        if problem:
+            continue
+        problem = _failure([worker.poll() for worker in workers])
+        if problem:
+            deadline = time.monotonic() + _GRACE_S
+        elif time.monotonic() >= next_look:
+            next_look = time.monotonic() + every_s
+            try:
+                monitor.poll()
+            except RunError as error:
+                return str(error)
+    return problem or _failure([worker.poll() for worker in workers])
+
+
+def _failure(statuses: list[int | None]) -> str:
+    """What the exit statuses of the ranks say; a rank that a signal has ended is the cause of the others' failures."""
+    failed = {rank: status for rank, status in enumerate(statuses) if status}
+    if not failed:
+        return ""
+    rank = min(failed, key=lambda rank: failed[rank])
+    if failed[rank] > 0:
+        return f"rank {rank} has failed, and says above why"
+    number = -failed[rank]
+    name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
+    return f"rank {rank} was killed ({', '.join(filter(None, (name, _CAUSES.get(number))))})"
+
+
+def _end(workers: list[Worker]) -> None:
+    """Kill the ranks that have not ended."""
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.wait()

@@ -1,0 +1,101 @@
+"""One optimizer step of SFT or reward modelling: the two objectives, and micro-batches that add up to a step.
+
+Losses are divided by counts over the whole step, so micro-batches and ranks change nothing but memory and time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.preference import pairwise_loss
+from rlhf.algorithms.sft import count_targets, sft_loss
+from rlhf.config.stage_configs import RewardConfig
+from rlhf.engine.engine import Engine
+from rlhf.evaluation.metrics import logits_of
+from rlhf.models.positions import position_ids
+from rlhf.models.scalar_head import last_token_scores
+from rlhf.runtime.dist import sum_over_ranks
+from rlhf.types import PreferenceBatch, SFTBatch
+
+Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
+
+
+class Outcome(NamedTuple):
+    """What a micro-batch adds to its step; everything adds up over micro-batches and ranks."""
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+class Objective(Protocol, Generic[Batch]):
+    """What is learnt, and from how many of what."""
+
+    def count(self, batch: Batch) -> Tensor:
+        """What the loss of a whole step is divided by: target tokens, or pairs."""
+        ...
+
+    def outcome(self, engine: Engine, batch: Batch, *, denominator: Tensor) -> Outcome:
+        """Loss and diagnostics of a micro-batch, divided by the step's denominator."""
+        ...
+
+
+class NextToken:
+    """Learn the target tokens of demonstrations."""
+
+    def count(self, batch: SFTBatch) -> Tensor:
+        """Target tokens of a micro-batch."""
+        return count_targets(batch.target_mask)
+
+    def outcome(self, engine: Engine, batch: SFTBatch, *, denominator: Tensor) -> Outcome:
+        """Cross-entropy of the target tokens."""
+        logits = logits_of(engine, batch)
+        result = sft_loss(logits, batch.input_ids, batch.target_mask, denominator=denominator)
+        return Outcome(result.loss, {"train/accuracy": result.accuracy})
+
+
+class Pairwise:
+    """Score the chosen response above the rejected one (Bradley and Terry 1952)."""
+
+    def __init__(self, config: RewardConfig) -> None:
+        self._config = config
+
+    def count(self, batch: PreferenceBatch) -> Tensor:
+        """Pairs of a micro-batch."""
+        return torch.tensor(len(batch.margin), device=batch.margin.device)
+
+    def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> Outcome:
+        """Loss of the pairs, both responses in one forward."""
+        per_position = engine(batch.input_ids, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
+        chosen, rejected = last_token_scores(per_position, batch.attention_mask).chunk(2)
+        result = pairwise_loss(
+            chosen,
+            rejected,
+            margin=batch.margin if self._config.use_margin else None,
+            center_coef=self._config.center_coef,
+            denominator=denominator,
+        )
+        return Outcome(result.loss, {"train/accuracy": result.accuracy, "train/margin": result.margin})
+
+
+def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:
+    """One optimizer step from this rank's micro-batches; metrics are those of the step over all ranks."""
+    batches = [batch.to(engine.world.device) for batch in micro_batches]
+    denominator = sum_over_ranks(torch.stack([objective.count(batch) for batch in batches]).sum())
+    outcomes = []
+    for index, batch in enumerate(batches, start=1):
+        outcome = objective.outcome(engine, batch, denominator=denominator)
+        engine.backward(outcome.loss, last=index == len(batches))
+        tokens = {"train/loss": outcome.loss.detach(), "train/tokens": batch.attention_mask.sum()}
+        outcomes.append(outcome.metrics | tokens)
+    return summed(outcomes) | engine.step().metrics("train")
+
+
+def summed(outcomes: Sequence[dict[str, Tensor]]) -> dict[str, float]:
+    """Every metric added up over micro-batches and ranks."""
+    names = list(outcomes[0])
+    totals = torch.stack([torch.stack([outcome[name].float() for name in names]) for outcome in outcomes]).sum(0)
+    return dict(zip(names, sum_over_ranks(totals).tolist(), strict=True))

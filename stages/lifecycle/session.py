@@ -1,0 +1,284 @@
+"""What every stage has: a folder, a tokenizer, a tracker, a clock, and one way to start, step and finish."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from rlhf.config.bounds import as_plain
+from rlhf.config.run_config import RunConfig
+from rlhf.engine.checkpoint.rng_state import seed_random_numbers
+from rlhf.memory_plan.measured import beside_plan
+from rlhf.runtime import dist
+from rlhf.runtime.dist import World
+from rlhf.runtime.errors import RunError
+from rlhf.text.tokenizer import Tokenizer, load_tokenizer, template_fingerprint
+from rlhf.tracking.timing import Stopwatch, memory_metrics
+from rlhf.tracking.tracker import Tracker
+from stages.lifecycle.checkpointing import Keeper, Parts, Progress
+from stages.lifecycle.signals import StopSignals
+from stages.lifecycle.stage_models import export_model
+from stages.lifecycle.stage_record import CONFIG, RECORD, Record, claim_folder, model_files, write_record
+
+log = logging.getLogger(__name__)
+
+Batch = TypeVar("Batch")
+
+BEST = "best"
+"""Folder of the models that had the best evaluation."""
+
+
+@dataclass
+class Session:
+    """One stage of a run, on one rank."""
+
+    run: RunConfig
+    stage: str
+    world: World
+    folder: Path
+    tokenizer: Tokenizer
+    tracker: Tracker
+    watch: Stopwatch
+    stop: StopSignals
+    step_started: float = field(default_factory=time.perf_counter)
+    """When the last step was finished."""
+    _keeper: Keeper | None = None
+    _merged: dict[Path, dict[str, Any]] = field(default_factory=dict)
+    """For each folder of models that was written: how adapters were merged, by model."""
+
+    @property
+    def title(self) -> str:
+        """What the stage is called in folders, tables and hints."""
+        return self.run.title(self.stage)
+
+    @property
+    def pad_id(self) -> int:
+        """What padding holds."""
+        return int(self.tokenizer.pad_token_id)
+
+    @property
+    def keeper(self) -> Keeper:
+        """What saves the stage."""
+        assert self._keeper is not None, "a stage begins before it takes steps"
+        return self._keeper
+
+    @property
+    def progress(self) -> Progress:
+        """How far the stage is."""
+        return self.keeper.progress
+
+    def begin(
+        self, parts: Parts, *, evaluate: Callable[[], dict[str, float]], known: Mapping[str, float] | None = None
+    ) -> None:
+        """Go on from the newest checkpoint, or evaluate for the first time and log that, and what is `known`."""
+        total_steps = self.tracker.total_steps
+        self._keeper = Keeper.of(
+            self.folder,
+            self.run.checkpoint,
+            stage=self.stage,
+            total_steps=total_steps,
+            parts=parts,
+            tracker=self.tracker,
+        )
+        if self.keeper.resume():
+            self.tracker.rewind(self.progress.step)
+        else:
+            self.tracker.rewind(-1)
+            seed_random_numbers(getattr(self.run, self.stage).seed, rank=self.world.rank)
+            self.progress.before = self.progress.after = evaluate()
+            self._log(0, {**self.progress.before, **(known or {})})
+        if self.progress.step < total_steps:
+            self.stop.listen()
+
+    def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+        """The batches that are left, each with the number of its step, counted from 1."""
+        return enumerate(loader, start=self.progress.step + 1)
+
+    def finish_step(
+        self, step: int, metrics: dict[str, float], *, evaluation: dict[str, float], num_tokens: float
+    ) -> None:
+        """Log what a step did, and save the stage if it is time to.
+
+        Args:
+            step: steps taken.
+            metrics: what the step did.
+            evaluation: held-out metrics, empty where there was no evaluation.
+            num_tokens: of the step, over all ranks.
+
+        Raises:
+            Stopped: the run was interrupted; it has saved itself.
+        """
+        self._log(step, metrics | evaluation, num_tokens=num_tokens)
+        with self.watch("save"):
+            self.keeper.after_step(step, evaluation, stop=self.stop.asked)
+        if step == self.tracker.total_steps:
+            self.stop.release()
+            late = torch.tensor(int(self.stop.asked), device=self.world.device)
+            if dist.max_over_ranks(late).item():  # after the ranks had agreed to go on
+                raise KeyboardInterrupt
+
+    def _log(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:
+        """Where the time of the step went, too, and how many of `num_tokens` it did in a second."""
+        now = time.perf_counter()
+        seconds, self.step_started = now - self.step_started, now
+        timing = self.watch.take() | {"timing_s/step": seconds}
+        if num_tokens:
+            busy = seconds - timing.get("timing_s/evaluate", 0.0) - timing.get("timing_s/save", 0.0)
+            metrics = metrics | {"perf/tokens_per_second": num_tokens / busy}
+        self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
+
+    @contextmanager
+    def observing(self, step: int) -> Iterator[None]:
+        """Send how gradients and weights are distributed in the updates inside, where it is time to."""
+        every = self.run.tracking.histograms_every
+        if not every or step % every:
+            yield
+            return
+        engines = self.keeper.parts.engines
+        for engine in engines.values():
+            engine.observe()
+        yield
+        found = {name: engine.observed() for name, engine in engines.items()}
+        named = {
+            key.replace("/", f"/{name}/", 1): shape for name, shapes in found.items() for key, shape in shapes.items()
+        }
+        self.tracker.histograms(step, named)
+
+    def evaluates_at(self, step: int, every: int) -> bool:
+        """True after every `every` steps (0: never in between) and after the last one."""
+        return step == self.tracker.total_steps or (every > 0 and step % every == 0)
+
+    def export(self) -> None:
+        """Write the models, loadable without this project; all ranks must call it.
+
+        Those of the best evaluation go to `best/`, where it was not the last; the engines then hold them.
+        """
+        self._export_to(self.folder)
+        if self.keeper.return_to_best():
+            self._export_to(self.folder / BEST)
+
+    def finish(self, *, score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None) -> Record:
+        """Leave a record beside each model and, last of all, in the stage's folder: the stage is finished.
+
+        Args:
+            score_units: mean and standard deviation of what the model with a scalar head says, if there is one, from
+                its held-out metrics.
+        """
+        record = self._record(self.progress.after, score_units)
+        broken = [name for name, value in record.after.items() if not math.isfinite(value)]
+        if broken:
+            raise RunError(
+                f"{self.title} ended with {', '.join(broken)} not finite, so it does not count as finished. Look at "
+                f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
+            )
+        self._warn_of_no_steps()
+        self.tracker.summary(record.after | beside_plan(self.run, self.title, world=self.world, watch=self.watch))
+        best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
+        self._write_records(record, best)
+        if self.world.is_main:
+            self.tracker.models({name: self.folder / name for name in self.keeper.parts.engines})
+        dist.barrier()
+        self.keeper.finish()
+        return record
+
+    def _warn_of_no_steps(self) -> None:
+        for name, engine in self.keeper.parts.engines.items():
+            if engine.loss_scale.is_searching and not engine.steps_taken:
+                log.warning(
+                    "%s: %s has learnt nothing: every step was skipped to find fp16's loss scale. Lower "
+                    "engine.initial_scale_power, or train for more steps.",
+                    self.stage,
+                    name,
+                )
+
+    def _export_to(self, folder: Path) -> None:
+        found = {}
+        for name, engine in self.keeper.parts.engines.items():
+            with self.watch("save"):
+                found[name] = export_model(engine, folder / name, tokenizer=self.tokenizer)
+        self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
+
+    def _write_records(self, record: Record, best: Record) -> None:
+        """Beside each model, with what is said of that one, and last of all in the stage's folder; all ranks must call.
+
+        Checksums of large models take minutes, so the others wait for each of them by itself.
+        """
+        sealed = [self.folder / CONFIG]
+        for folder, merges in self._merged.items():
+            for name in self.keeper.parts.engines:
+                own = {model: merge for model, merge in merges.items() if model == name}
+                said = replace(record if folder == self.folder else best, merged=own)
+                if self.world.is_main:
+                    write_record(said, folder / name, files=model_files(folder / name))
+                dist.barrier()
+                sealed.append(folder / name / RECORD)
+        if self.world.is_main:
+            write_record(replace(record, merged=self._merged[self.folder]), self.folder, files=sealed)
+
+    def _record(
+        self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None
+    ) -> Record:
+        """The record of this stage, with held-out metrics from before training and `after` it."""
+        mean, deviation = score_units(after) if score_units else (None, None)
+        return Record(
+            stage=self.title,
+            template=template_fingerprint(self.tokenizer),
+            pad_id=self.pad_id,
+            score_mean=mean,
+            score_std=deviation,
+            before=self.progress.before,
+            after=after,
+        )
+
+    def close(self) -> None:
+        """Signals do what they did before, and nothing is written any more."""
+        self.stop.release()
+        if self._keeper is not None:
+            self._keeper.checkpoints.close()
+
+
+def stage_tokenizer(run: RunConfig, path: str) -> Tokenizer:
+    """The tokenizer at `path`, with the run's template and pad token."""
+    return load_tokenizer(path, chat_template=run.model.chat_template, pad_token=run.model.pad_token)
+
+
+@contextmanager
+def open_session(
+    run: RunConfig, stage: str, *, world: World, tokenizer: Tokenizer, total_steps: int
+) -> Iterator[Session]:
+    """Claim the stage's folder and open its tracker; both are closed whatever happens.
+
+    Args:
+        run: the whole configuration.
+        stage: `sft`, `reward` or `ppo`.
+        world: this process among its peers.
+        tokenizer: what the stage reads and writes with.
+        total_steps: optimizer steps (PPO: iterations) of the stage.
+    """
+    folder = Path(run.folder(stage))
+    log.info("%s: %s steps, into %s", run.title(stage), total_steps, folder)
+    if world.is_main:
+        claim_folder(run, stage)
+    with Tracker(
+        folder,
+        stage=run.title(stage),
+        config=run.tracking,
+        run_name=run.name,
+        run_config=as_plain(run),
+        total_steps=total_steps,
+        world=world,
+    ) as tracker:
+        stop = StopSignals(speaks=world.is_main)
+        session = Session(run, stage, world, folder, tokenizer, tracker, Stopwatch(world.device), stop)
+        try:
+            yield session
+        finally:
+            session.close()

@@ -1,0 +1,153 @@
+"""Model folders between stages: what was learnt is in them, and it is said where opening one rounds it away.
+
+Left out: the format (`rlhf/models/export.py`), and when a stage writes (`stages/lifecycle/session.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlhf.config.stage_configs import PPOConfig
+from rlhf.engine.engine import Engine, build_engine
+from rlhf.models.export import export
+from rlhf.models.model_folder import local_folder
+from rlhf.models.model_spec import Blueprint
+from rlhf.rollout import ScoreScale
+from rlhf.runtime.dist import broadcast_object
+from rlhf.text.tokenizer import Tokenizer
+from stages.lifecycle.stage_record import read_record
+
+log = logging.getLogger(__name__)
+
+_ENOUGH = 0.99
+"""Share of the adapters' change that merged weights must keep. Of a Llama of width 576, with alpha / rank = 2 and a
+normal B, bf16 keeps 25 % at a deviation of 1e-4, 84 % at 5e-4 and 99.9 % at 2e-3."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """How the adapters of a model were merged into the weights of its folder."""
+
+    summed_in: str
+    """Type of the sum of weight and adapter."""
+    stored_in: str
+    """Type that the sum was rounded to, which is that of the files."""
+    kept: float
+    """Share of the adapters' change that is in the files."""
+    working_type: str
+    """Type of the weights that were trained on."""
+    kept_in_working_type: float
+    """Share that would be left in that type."""
+
+
+def export_model(engine: Engine, folder: Path, *, tokenizer: Tokenizer) -> dict[str, Any] | None:
+    """Write the model of `engine` to `folder`, loadable without this project; all ranks must call it.
+
+    Merged adapters are stored in the type of the working weights, or in fp32 where that would lose more than 1 % of
+    what they change.
+
+    Returns:
+        The fields of `Merge`, for the record; None without adapters.
+    """
+    kept = _write(engine, folder, tokenizer=tokenizer)
+    if kept is None:
+        return None
+    stored, kept_in_working = engine.dtype, kept
+    if kept < _ENOUGH and engine.dtype is not torch.float32:
+        if engine.world.is_main:
+            shutil.rmtree(folder)  # never more than one on the disk, as the plan says
+        stored = torch.float32
+        kept = _write(engine, folder, tokenizer=tokenizer, dtype=stored)
+        assert kept is not None
+    merge = Merge(_name(torch.float32), _name(stored), kept, _name(engine.dtype), kept_in_working)
+    log.info("%s: %s", folder, _sentence(merge))
+    return asdict(merge)
+
+
+def open_engine(blueprint: Blueprint, **settings: Any) -> Engine:
+    """`build_engine`, with a warning where its working weights lose what an earlier stage learnt.
+
+    Args:
+        blueprint: of a model in a folder.
+        settings: those of `build_engine`.
+    """
+    engine = build_engine(blueprint, **settings)
+    folder = Path(blueprint.module.config.name_or_path)
+    record = read_record(folder)
+    for found in record.merged.values() if record else ():
+        merge = Merge(**found)
+        if merge.kept_in_working_type < _ENOUGH and engine.dtype is not torch.float32 and engine.world.is_main:
+            log.warning(
+                "%s: %s. Working weights in %s round it away again where they compute (what trains keeps it in its "
+                "fp32 masters); precision=fp32 of this engine computes with all of it.",
+                folder,
+                _sentence(merge),
+                _name(engine.dtype),
+            )
+    return engine
+
+
+def _write(engine: Engine, folder: Path, *, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> float | None:
+    tensors, write = engine.full_tensors(), engine.world.is_main
+    kept = export(engine.module, tensors, folder=folder, tokenizer=tokenizer, write=write, dtype=dtype)
+    return broadcast_object(kept)
+
+
+def _sentence(merge: Merge) -> str:
+    if merge.stored_in == merge.working_type:
+        return (
+            f"adapters merged in {merge.summed_in} and stored in {merge.stored_in}, which keeps {merge.kept:.2%} of "
+            "what they change; adapter/ has all of it"
+        )
+    return (
+        f"merged adapters are stored in {merge.stored_in}, because {merge.working_type} would keep only "
+        f"{merge.kept_in_working_type:.1%} of what they change"
+    )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def score_scale(config: PPOConfig) -> ScoreScale:
+    """The held-out mean and deviation that the reward stage stored, or 0 and 1 where scores are not normalised.
+
+    Raises:
+        ValueError: scores are to be normalised and their scale is unknown, or 0.
+    """
+    if not config.score.normalize:
+        return ScoreScale()
+    scale = stored_scale(config.reward)
+    if scale is None:
+        raise ValueError(
+            f"ppo.score.normalize needs the held-out mean and deviation of ppo.reward={config.reward}, which has no "
+            f"stage.json with score_mean and score_std. Train it with stage=reward, or set ppo.score.normalize=false."
+        )
+    if not scale.std > 0:
+        raise ValueError(
+            f"ppo.reward={config.reward} scores all held-out responses alike, so its scores cannot be normalised, and "
+            f"there is nothing that PPO could learn from them. Train it again, for longer or from another model."
+        )
+    return scale
+
+
+def stored_scale(path: str) -> ScoreScale | None:
+    """The scale in the record beside the model at `path`, None where there is none."""
+    record = read_record(local_folder(path))
+    if record is None or record.score_mean is None or record.score_std is None:
+        return None
+    return ScoreScale(mean=record.score_mean, std=record.score_std)
+
+
+def known_quality(path: str) -> dict[str, float]:
+    """What the record beside the reward model at `path` says of its quality, by the names under which PPO logs it."""
+    record = read_record(local_folder(path))
+    after = {} if record is None else record.after
+    names = ("accuracy", "pairs", "score_std")
+    return {f"reward_model/{name}": after[f"eval/{name}"] for name in names if f"eval/{name}" in after}

@@ -1,0 +1,88 @@
+"""The end of a run: one table of what was learnt, what the policy says now beside what it said before, and the report.
+
+Or one sentence, where it ended early.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from rlhf.config.roles import policy_folder
+from rlhf.config.run_config import FOLDERS, RunConfig
+from rlhf.tracking.metric_registry import metric
+from rlhf.tracking.report.reading import Reader, can_report
+from rlhf.tracking.text_table import table
+from stages.lifecycle.checkpointing import newest_in
+from stages.lifecycle.stage_record import is_finished, read_record
+
+log = logging.getLogger(__name__)
+
+_NUM_SAMPLES = 6
+
+
+def show_results(run: RunConfig) -> None:
+    """Print held-out metrics before and after each finished stage, and a few samples of the policy."""
+    folder = Path(run.output_dir)
+    rows = [row for name in FOLDERS for row in _stage_rows(folder / name)]
+    if rows:
+        log.info("%s", table("Held-out results", ["stage", "metric", "before", "after", "unit"], rows=rows))
+    policy = Path(policy_folder(run))
+    samples = _sample_pairs(policy / "samples.jsonl")
+    if samples:
+        name = policy.name.upper()
+        log.info(
+            "%s", table(f"The same held-out prompts, before and after {name}", ["prompt", "SFT", name], rows=samples)
+        )
+    write_report(run, folder)
+    shown = f"; {folder / 'report.html'} shows it" if run.tracking.report else ""
+    log.info("everything is in %s%s", folder, shown)
+
+
+def write_report(run: RunConfig, folder: Path) -> None:
+    """Write `report.html` of the run's folder, or of a stage's, as far as there is something to report.
+
+    In a process of its own, which gives its memory back: the plan of the next stage does not know of it.
+    """
+    if not run.tracking.report or not can_report(folder):
+        return
+    words = [sys.executable, "-m", "rlhf.tracking.report", str(folder)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        why = (done.stderr.strip() or "it was killed").splitlines()[-1]
+        log.warning("there is no report of %s (%s); `%s` writes it", folder, why, shlex.join(words))
+
+
+def where_it_stands(run: RunConfig) -> str:
+    """What is left of a run that has ended early, and how to go on."""
+    for stage in run.stages:
+        newest = newest_in(Path(run.folder(stage)))
+        if newest is not None and not is_finished(run, stage):
+            return f"{run.title(stage)} is saved in {newest}; the same command goes on from there"
+    return "finished stages are kept; the same command goes on after them"
+
+
+def _stage_rows(folder: Path) -> list[list[object]]:
+    record = read_record(folder)
+    if record is None:
+        return []
+    names = sorted({*record.before, *record.after})
+    return [[record.stage, name, record.before.get(name), record.after.get(name), metric(name).unit] for name in names]
+
+
+def _sample_pairs(path: Path) -> list[list[object]]:
+    reader = Reader(path.parent)
+    rows = reader.rows(path.name, required=False)
+    for note in reader.notes:
+        log.warning("%s/%s", path.parent, note)
+    if not rows:
+        return []
+    first = [row for row in rows if row["step"] == rows[0]["step"]]
+    last = [row for row in rows if row["step"] == rows[-1]["step"]]
+    every = max(1, len(first) // _NUM_SAMPLES)
+    pairs = list(zip(first, last, strict=False))[::every][:_NUM_SAMPLES]
+    return [[before["prompt"], before["response"], after["response"]] for before, after in pairs]

@@ -1,0 +1,246 @@
+"""The words of a command line, `NAME=VALUE`: checked before anything else is done, each mistake answered in a sentence.
+
+Hydra reads them (https://hydra.cc/docs/advanced/override_grammar/basic). What it would refuse without saying how to
+write it, and what it would accept without a use for it, ends here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import os
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
+
+from rlhf.config.run_config import STAGES, USES, RunConfig
+from rlhf.config.stage_configs import POLICIES
+from rlhf.runtime.errors import keep_traceback, sentence_of
+from rlhf.tracking.text_table import printable
+from stages.setup.compose import CONF_DIR, composed, is_selected, to_run
+
+_CHOSEN_BY_ENGINE = ("zero_stage", "optimizer_tier", "parameter_tier")
+_NAME = re.compile(r"(\+\+?|~)?[A-Za-z_][\w/-]*(\.\w[\w-]*)*", re.ASCII)
+_INSTEAD = {
+    "model": "A folder or hub id is given as model=path model.path={}.",
+    "data": "Files are given as data=files data.sft.train=[{}], and so for reward and ppo.",
+    "engine": "A DeepSpeed file is given as engine.deepspeed={}.",
+}
+"""What is probably meant by something that looks like a path."""
+
+
+@contextmanager
+def one_sentence(kind: type[Exception] = ValueError, *, folder: str | None = None) -> Iterator[None]:
+    """End the program with what an error has to say to the user; a mistake in the program keeps its traceback.
+
+    Args:
+        kind: errors that are always for the user, beside those that `sentence_of` knows.
+        folder: where the traceback goes; HYDRA_FULL_ERROR=1 shows it instead.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = str(error) if isinstance(error, kind) else sentence_of(error)
+        if said is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        note = keep_traceback(error, Path(folder)) if folder and Path(folder).is_dir() else ""
+        sys.exit("\n".join(map(printable, f"error: {said}{note}".split("\n"))))
+
+
+def prepared(words: list[str]) -> list[str]:
+    """The words as hydra wants them: it adds to a mapping (data.gold.NAME=...) only with a `++` in front."""
+    return [f"++{word}" if _is_open(word.partition("=")[0]) else word for word in words]
+
+
+def check_overrides(words: list[str]) -> RunConfig:
+    """Compose once for the sake of its errors; the run that would be.
+
+    Args:
+        words: the command line, such as `["stage=sft", "sft.epochs=2"]`.
+
+    Raises:
+        ValueError: a word that cannot be read, an unknown key, a value of the wrong type, a choice that does not exist,
+            a setting of a stage that is not selected, or anything that `RunConfig` itself refuses.
+    """
+    words = prepared(words)
+    for override in map(_parsed, words):
+        _check_kind(override)
+    try:
+        _check_stages(words)
+        return to_run(composed(words))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(_explain(error, words)) from error
+
+
+def _parsed(word: str) -> Override:
+    name, equals, value = word.partition("=")
+    if not equals and not word.startswith("~"):
+        raise ValueError(f"{word}: expected NAME=VALUE, such as seed=1.")
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"{word}: {name!r} is no name of a setting; expected one such as sft.optimizer.lr.")
+    override = _read(word)
+    if override is None:
+        raise ValueError(f"{word}: {_how_to_write(name.lstrip('+'), value)}")
+    return override
+
+
+def _read(word: str) -> Override | None:
+    """None for what is not in hydra's grammar."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def _how_to_write(name: str, value: str) -> str:
+    """A sentence about a value that is not in hydra's grammar."""
+    at_home = re.sub(r"(?<![\w/])~(?=[/\],]|$)", str(Path.home()), value)
+    if at_home != value and _read(f"{name}={at_home}"):
+        return f"~ is not replaced by your home folder here; write {shlex.quote(f'{name}={at_home}')}."
+    if _is_open_ended(value):
+        return "a bracket or a quotation mark is not closed, or not opened."
+    quoted = _quoted(name, value)
+    if _read(f"{name}={quoted}"):
+        return f"the value needs quotation marks; write {shlex.quote(f'{name}={quoted}')}."
+    return "this value cannot be read; https://hydra.cc/docs/advanced/override_grammar/basic says how to write one."
+
+
+def _is_open_ended(value: str) -> bool:
+    return any(value.count(left) != value.count(right) for left, right in ("[]", "{}")) or any(
+        value.count(mark) % 2 for mark in "'\""
+    )
+
+
+def _quoted(name: str, value: str) -> str:
+    """The value in quotation marks, of a list each part that needs them."""
+    if value.startswith("[") and value.endswith("]"):
+        return "[" + ",".join(_quoted(name, part.strip()) for part in value[1:-1].split(",")) + "]"
+    return value if _read(f"{name}={value}") else '"' + value.replace('"', '\\"') + '"'
+
+
+def _check_kind(override: Override) -> None:
+    """A choice is one that there is; a list is written as one; nothing but mappings grow or shrink."""
+    name, line = override.key_or_group, override.input_line
+    if override.is_delete() or override.is_add() or override.is_force_add():
+        if not _is_open(name) or (override.is_delete() and name in _kinds()):
+            raise ValueError(f"{line}: nothing but data.gold.NAME=module:function can be added or taken away.")
+        return
+    text, value = str(line).partition("=")[2], override.value()
+    if override.is_sweep_override():
+        as_list, as_text = shlex.quote(f"{name}=[{text}]"), shlex.quote(f'{name}="{text}"')
+        raise ValueError(
+            f"{line}: found several values. A list is written {as_list}, a text with commas {as_text}; -m in front of "
+            "all words starts a run with each of the values."
+        )
+    if choices_of(name):
+        _check_choice(name, value if isinstance(value, list) else [value], line=str(line))
+        return
+    kind, is_reference = _kinds().get(name), isinstance(value, str) and value.startswith("${")
+    if get_origin(kind) is list and not isinstance(value, list) and not is_reference:
+        entry = "" if value is None else text
+        raise ValueError(f"{line}: expected a list; write {shlex.quote(f'{name}=[{entry}]')}.")
+    if dataclasses.is_dataclass(kind) and not isinstance(value, dict) and not (value is None and name in STAGES + USES):
+        raise ValueError(f"{line}: these are many settings; expected one of them, such as {name}.{_first(kind)}=VALUE.")
+
+
+def _check_choice(group: str, chosen: list[Any], *, line: str) -> None:
+    for choice in chosen:
+        if choice not in choices_of(group):
+            hint = _INSTEAD.get(group, "").format(choice) if re.search(r"[/.\\~]", str(choice)) else ""
+            raise ValueError(f"{line}: expected one of {', '.join(choices_of(group))}. {hint}".rstrip())
+
+
+def _check_stages(words: list[str]) -> None:
+    selection = composed([word for word in words if word.startswith("stage=")])
+    selected = {stage: stage for stage in (*STAGES, *USES) if is_selected(selection, stage)}
+    if "ppo" in selected and (kind := str(selection.ppo.advantage)) in POLICIES:
+        selected["ppo"] = kind
+    for word in words:
+        name = word.partition("=")[0].lstrip("+~")
+        stage = name.split(".")[0]
+        if stage in POLICIES[1:]:
+            raise ValueError(f"{word}: the settings of {stage} are those of ppo; write ppo{word[len(stage) :]}.")
+        if stage in (*STAGES, *USES) and stage not in selected:
+            raise ValueError(
+                f"{word}: the stage {stage!r} is not part of this run (selected: {', '.join(selected.values())}). "
+                f"Add it, as in 'stage=[{','.join([*selected.values(), stage])}]', or drop the setting."
+            )
+
+
+def overridden_keys(words: list[str]) -> set[str]:
+    """Dotted names of the settings that a command line gives, `engine=zero3` being those that tell it from others."""
+    names = set()
+    for override in OverridesParser.create().parse_overrides(words):
+        names.add(override.key_or_group)
+        if override.key_or_group == "engine":
+            chosen = OmegaConf.load(Path(CONF_DIR) / "engine" / f"{override.value()}.yaml")
+            names |= {f"engine.{name}" for name in chosen if str(name) in _CHOSEN_BY_ENGINE}
+    return names
+
+
+def _explain(error: Exception, words: list[str]) -> str:
+    cause = error.__cause__ or error
+    key = str(getattr(cause, "full_key", None) or "")
+    text = " ".join(re.split("full_key:|Config search path:", str(cause))[0].split())
+    if isinstance(cause, MissingMandatoryValue):
+        return f"{key}: has no value in this combination; give one, as in {key}=VALUE."
+    if isinstance(cause, InterpolationResolutionError):
+        said = next((word for word in words if "${" in word), key)
+        return f"{said}: {text}. ${{NAME}} stands for the value of another setting, such as ${{name}}."
+    if "is not Optional" in text:
+        return f"{key}: expected a value, found null."
+    if "not in" not in text:
+        return f"{key}: {text}" if key else text
+    same_end = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]]
+    same_end.sort(key=lambda known: known.split(".")[0] != key.split(".")[0])
+    near = same_end[:3] or difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    hint = f" Did you mean {' or '.join(near)}?" if near else f" The top level has: {', '.join(names)}."
+    return f"{key}: there is no such setting.{hint}"
+
+
+def known_keys() -> list[str]:
+    """Every dotted name of the schema."""
+    return sorted(_kinds())
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    """The type of every setting by its dotted name; of one that may be null, the type that it has otherwise."""
+    return dict(_dotted(RunConfig, ""))
+
+
+def _dotted(cls: type, prefix: str) -> list[tuple[str, Any]]:
+    found = []
+    for name, hint in get_type_hints(cls).items():
+        kind = next((inner for inner in get_args(hint) if dataclasses.is_dataclass(inner)), hint)
+        found += [(prefix + name, kind)] + (_dotted(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [])
+    return found
+
+
+def _first(kind: Any) -> str:
+    names = [field.name for field in dataclasses.fields(kind) if field.name != "selected"]
+    return names[0]
+
+
+def _is_open(name: str) -> bool:
+    """Whether the setting is a mapping whose keys are the user's, or in one."""
+    parts = name.split(".")
+    outer = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
+    return any(get_origin(_kinds().get(prefix)) is dict for prefix in outer)
+
+
+def choices_of(group: str) -> list[str]:
+    """The choices of a group of `conf/`, empty where it is none."""
+    return sorted(file.stem for file in (Path(CONF_DIR) / group).glob("*.yaml"))

@@ -1,0 +1,216 @@
+"""Whether the models of a run can be used, each by itself and all together, found out without giving them memory.
+
+For every role of every stage: its files are whole and readable, its weights fit its configuration, it has a row for
+every token of its tokenizer and a position for every token of the longest row, and the models of a stage read the same
+tokens. A model that an earlier stage will make is examined through the one that it will be made from, and once more
+when it is there. Left out: whether they fit into memory (`planner.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+from rlhf.chat.chat_model import speaker_tokenizer
+from rlhf.config.eval_config import ChatConfig, EvalConfig
+from rlhf.config.roles import Role, maker_of, origin_of, roles_of
+from rlhf.config.run_config import STAGES, RunConfig
+from rlhf.models.embedded import prepare
+from rlhf.models.model_folder import local_folder
+from rlhf.models.validate import Facts, examine
+from rlhf.runtime.dist import World, broadcast_object
+from rlhf.text.tokenizer import Tokenizer, load_tokenizer, stop_token_ids, template_fingerprint
+from stages.lifecycle.session import stage_tokenizer
+from stages.lifecycle.stage_record import check_seal, is_finished, read_record
+
+log = logging.getLogger(__name__)
+
+
+class _Reader:
+    """Examines models and loads tokenizers for a run, each once: its roles often share a folder."""
+
+    def __init__(self, run: RunConfig) -> None:
+        self.run = run
+        self.facts, self.check_seal = cache(examine), cache(check_seal)
+        self._plain, self._own = cache(load_tokenizer), cache(partial(stage_tokenizer, run))
+
+    def tokenizer(self, role: Role, folder: Path, *, is_made: bool) -> Tokenizer:
+        """As the stage will load it: with the run's template and pad token where the stage uses or makes the model."""
+        if role.stage == "chat":
+            return speaker_tokenizer(self.run, str(folder))
+        is_first = role == roles_of(self.run, role.stage)[0]
+        return self._own(str(folder)) if is_made or is_first else self._plain(str(folder))
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A model of a stage that was examined."""
+
+    role: Role
+    facts: Facts
+    tokenizer: Tokenizer
+    template: str | None
+    """Fingerprint of the template it was trained with by a stage of ours, or will be; None for other models."""
+
+
+def check_models(run: RunConfig, stages: Iterable[str], *, todo: Collection[str] = ()) -> None:
+    """Examine the models of `stages`; those that the stages `todo` will make, through what they are made from.
+
+    Raises:
+        ValueError: which setting names a model that cannot be used, why, and what to do.
+    """
+    origins = {role: origin_of(run, role, todo=todo) for stage in stages for role in roles_of(run, stage)}
+    folders = {path: _folder(run, role, path=path) for role, path in origins.items()}
+    if run.model.embedded is not None and run.model.path in folders:
+        prepare(run.model.embedded, folders[run.model.path])
+    reader, members = _Reader(run), dict[str, list[_Member]]()
+    for role, path in origins.items():
+        try:
+            member = _examined(reader, role, folder=folders[path], is_made=path != role.path)
+        except ValueError as error:
+            raise ValueError(f"{role}: {error}") from error
+        members.setdefault(role.stage, []).append(member)
+    for stage, together in members.items():
+        if stage != "chat":
+            for member in together:
+                _check_beside(member, together)
+
+
+def check_made(run: RunConfig, stage: str, *, made: Collection[str], world: World) -> None:
+    """Examine the models of `stage` once more, where stages of `made` have made one of them; all ranks must call.
+
+    Raises:
+        ValueError: on the first rank; the others end without a word.
+    """
+    if not any(maker_of(run, role.path) in made for role in roles_of(run, stage)):
+        return
+    error: Exception | None = None
+    if world.is_main:
+        try:
+            check_models(run, [stage])
+        except (ValueError, OSError) as found:
+            error = found
+    if broadcast_object(error is not None):
+        raise error or SystemExit(1)
+
+
+def _folder(run: RunConfig, role: Role, *, path: str) -> Path:
+    """Where the model at `path` is, or will be, which `role` is or will be made from."""
+    if run.model.embedded is not None and path == run.model.path:
+        return Path(path).expanduser()
+    try:
+        return local_folder(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{role}: there is no such model yet ({error}) {_advice(run, role)} another, as in {role.setting}=MODEL"
+            f"{f', or do without, as in {role.setting}=null' if role.optional else ''}."
+        ) from error
+
+
+def _advice(run: RunConfig, role: Role) -> str:
+    """What to do about a missing model, up to the word before `another`."""
+    maker = maker_of(run, role.path)
+    if maker is None:
+        return "Name"
+    last = role.stage if role.stage in STAGES else maker
+    needed = {stage for stage in STAGES[: STAGES.index(last) + 1] if not is_finished(run, stage)} | set(run.stages)
+    chosen = [stage for stage in STAGES if stage in needed] + [use for use in run.uses if use == role.stage]
+    return f"Run the stages that make it first, as in 'stage=[{','.join(map(run.title, chosen))}]', or name"
+
+
+def _examined(reader: _Reader, role: Role, *, folder: Path, is_made: bool) -> _Member:
+    record = None if is_made else read_record(folder)
+    if record is not None:
+        reader.check_seal(folder)
+    facts = reader.facts(folder, role.head, num_layers=role.num_layers)
+    if role.scores and not facts.has_scores and not is_made:
+        without = f", or set {role.setting}=null" if role.optional else ""
+        raise ValueError(
+            "it is a language model without a scalar head; expected a reward model, an "
+            f"AutoModelForSequenceClassification with one label. Train one with stage=reward{without}."
+        )
+    tokenizer = reader.tokenizer(role, folder, is_made=is_made)
+    _check_tokens(tokenizer, facts)
+    _check_positions(reader.run, role, facts=facts)
+    trained_with = record.template if record else template_fingerprint(tokenizer) if is_made else None
+    return _Member(role, facts, tokenizer, trained_with)
+
+
+def _check_tokens(tokenizer: Tokenizer, facts: Facts) -> None:
+    """Every token that can occur has a row; tokens that the template never writes may lack one (as in Gemma 3 1B)."""
+    beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= facts.rows}
+    if not beyond:
+        return
+    rare = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    rare -= {tokenizer.bos_token_id, tokenizer.pad_token_id, *stop_token_ids(tokenizer)}
+    template = str(tokenizer.chat_template or "")
+    used = [token for token, index in beyond.items() if index not in rare or token in template]
+    token = min(used or beyond, key=lambda name: beyond[name])
+    said = (
+        f"its tokenizer has {len(beyond)} tokens that the model has no row for, such as {token!r} with the id "
+        f"{beyond[token]}: its embedding has {facts.rows} rows"
+    )
+    if used:
+        raise ValueError(
+            f"{said}. Take the tokenizer that belongs to the model, or give it rows once with "
+            f"`model.resize_token_embeddings({max(beyond.values()) + 1})`."
+        )
+    log.warning("%s: %s; a text that has one of them could not be read", facts.folder, said)
+
+
+def _check_positions(run: RunConfig, role: Role, *, facts: Facts) -> None:
+    """The longest prompt and the longest response fit into the model together."""
+    config, longest = getattr(run, role.stage), "max_response_tokens"
+    if isinstance(config, ChatConfig):
+        return
+    if isinstance(config, EvalConfig):
+        longest = max((longest, "max_row_tokens"), key=lambda setting: getattr(config, setting))
+    prompt, response = config.max_prompt_tokens, getattr(config, longest)
+    if prompt + response > facts.positions:
+        raise ValueError(
+            f"it has {facts.positions} positions, but {role.stage}.max_prompt_tokens + {role.stage}.{longest} = "
+            f"{prompt} + {response}; expected at most that many together."
+        )
+
+
+def _check_beside(member: _Member, together: list[_Member]) -> None:
+    """A model reads what the others of its stage write, as they mean it."""
+    first = together[0]
+    if member is first:
+        return
+    _check_vocabulary(member, first)
+    for writer in together:
+        if writer.role.writes and member.facts.rows < writer.facts.rows:
+            last = max(writer.tokenizer.get_vocab().values())
+            said = (
+                f"{member.role} has an embedding of {member.facts.rows} rows, {writer.role} one of {writer.facts.rows}"
+            )
+            if member.facts.rows <= last:
+                raise ValueError(
+                    f"{said}: it could not read the token {last}. Choose a model of the same size of vocabulary, or "
+                    f"give it rows once with `model.resize_token_embeddings({writer.facts.rows})`."
+                )
+            log.warning("%s; those that it lacks are no tokens, and should never be written", said)
+    if member.role.scores and member.template not in (None, template_fingerprint(first.tokenizer)):
+        raise ValueError(
+            f"{member.role} was trained with another chat template or other special tokens than those of {first.role}. "
+            f"Train both from the same model, or set model.chat_template for both."
+        )
+    if member.role.writes and template_fingerprint(member.tokenizer) != template_fingerprint(first.tokenizer):
+        log.warning("%s has another chat template than %s, and is asked with that one", member.role, first.role)
+
+
+def _check_vocabulary(member: _Member, first: _Member) -> None:
+    theirs, ours = member.tokenizer.get_vocab(), first.tokenizer.get_vocab()
+    added = first.tokenizer.added_tokens_decoder  # models of one family may call a reserved token by another name
+    differing = [token for token, index in theirs.items() if ours.get(token, index) != index]
+    differing += [token for token, index in ours.items() if token not in theirs and index not in added]
+    if differing or len(theirs) < len(ours):
+        raise ValueError(
+            f"{member.role} has another vocabulary than {first.role} ({len(theirs)} tokens against {len(ours)}, "
+            f"{len(differing)} of them with other ids): it would read other text than the other writes. "
+            f"Choose a model of the same family."
+        )

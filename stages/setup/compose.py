@@ -1,0 +1,148 @@
+"""From YAML and the words of a command line to a `RunConfig`. After `to_run` no `DictConfig` is left.
+
+Left out: which words are refused, and why (`command_line.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import conf
+from rlhf.config.eval_config import ChatConfig, EvalConfig
+from rlhf.config.roles import policy_folder
+from rlhf.config.run_config import STAGES, USES, RunConfig
+from rlhf.config.stage_configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf.runtime.atomic_files import write_text
+
+CONF_DIR = str(Path(conf.__file__).parent.resolve())
+
+
+@dataclasses.dataclass(kw_only=True)
+class Schema(RunConfig):
+    """`RunConfig` while it is composed: every stage is there, `selected` or not."""
+
+    sft: SFTConfig | None = MISSING
+    reward: RewardConfig | None = MISSING
+    ppo: PPOConfig | None = MISSING
+    eval: EvalConfig | None = MISSING
+    chat: ChatConfig | None = MISSING
+
+
+def register_schema() -> None:
+    """Make known to hydra the typed schema, as `schema`, and `${by_rank:RANK,WHOLE,LORA}`.
+
+    The latter is a number that depends on whether a stage trains the whole model (rank 0) or adapters.
+    """
+    ConfigStore.instance().store(name="schema", node=Schema)
+    OmegaConf.register_new_resolver("by_rank", lambda rank, whole, lora: lora if rank else whole, replace=True)
+
+
+def composed(words: Sequence[str]) -> DictConfig:
+    """What YAML and the words of a command line say together."""
+    register_schema()
+    with initialize_config_dir(CONF_DIR, version_base=None):
+        return compose("config", overrides=list(words))
+
+
+def is_selected(config: DictConfig, stage: str) -> bool:
+    """Whether a run has a stage."""
+    return not OmegaConf.is_missing(config, stage) and config[stage] is not None and bool(config[stage].selected)
+
+
+def to_run(config: DictConfig) -> RunConfig:
+    """The typed configuration of the selected stages, with an absolute output folder.
+
+    Raises:
+        ValueError: a class refuses its values; the message begins with the dotted name of the setting.
+        OmegaConfBaseException: a value is missing or of the wrong type.
+    """
+    config = config.copy()
+    OmegaConf.set_readonly(config, False)
+    if not config.output_dir.strip():
+        raise ValueError("output_dir is empty; expected a folder, such as output_dir=outputs/NAME.")
+    config.output_dir = str(Path(config.output_dir).expanduser().resolve())
+    for stage in (*STAGES, *USES):
+        if not is_selected(config, stage):
+            config[stage] = None
+    try:
+        run = OmegaConf.to_object(config)
+    except OmegaConfBaseException:
+        raise
+    except ValueError as error:
+        raise ValueError(_placed(config, str(error))) from error
+    assert isinstance(run, RunConfig)
+    if run.eval is not None and run.eval.model is None:
+        run.eval.model = f"{policy_folder(run)}/actor"
+    return run
+
+
+def _placed(config: DictConfig, message: str) -> str:
+    """The message of a group that has refused its values, with the whole name of the setting that it begins with."""
+    group = _refused_group(config)
+    said = re.match(r"[\w.]+", message)
+    setting = said[0].rpartition(".")[2] if said else ""
+    if not group or (said and said[0].startswith(f"{group}.")):
+        return message
+    if said is None or setting not in OmegaConf.select(config, group):
+        return f"{group}: {message}"
+    return _given_as(config, f"{group}.{setting}") + message[len(said[0]) :]
+
+
+def _given_as(config: DictConfig, name: str) -> str:
+    """The setting whose value another one takes over, `seed` for `sft.seed`, or itself."""
+    group, _, last = name.rpartition(".")
+    node = (OmegaConf.select(config, group) if group else config)._get_node(last)
+    reference = re.fullmatch(r"\$\{([\w.]+)\}", str(node._value()))
+    return _given_as(config, reference[1]) if reference else name
+
+
+def _refused_group(config: DictConfig, path: str = "") -> str | None:
+    """Dotted name of the innermost group that refuses its values, if one does."""
+    for name in config:
+        inner = config._get_node(name)
+        if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
+            found = _refused_group(inner, f"{path}.{name}".lstrip("."))
+            if found is not None:
+                return found
+    try:
+        OmegaConf.to_object(config)
+    except OmegaConfBaseException:
+        return None
+    except ValueError:
+        return path
+    return None
+
+
+def load_run(path: Path) -> RunConfig:
+    """The configuration that `save_run` wrote."""
+    return from_yaml(path.read_text())
+
+
+def save_run(run: RunConfig) -> Path:
+    """Write the resolved configuration to the output folder, for people and for workers.
+
+    An evaluation by itself leaves that of the stages alone.
+    """
+    path = Path(run.output_dir) / ("config.yaml" if run.stages else "eval/config.yaml")
+    write_text(path, to_yaml(run))
+    return path
+
+
+def to_yaml(run: RunConfig) -> str:
+    """The whole configuration, resolved."""
+    return OmegaConf.to_yaml(OmegaConf.structured(run))
+
+
+def from_yaml(text: str) -> RunConfig:
+    """The configuration that `to_yaml` wrote."""
+    run = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Schema), OmegaConf.create(text)))
+    assert isinstance(run, RunConfig)
+    return run

@@ -1,0 +1,202 @@
+"""Everything that can be wrong with a run, found before a model is loaded.
+
+In this order: folders of other settings, batch arithmetic, models, and, once the tokenizer is there, rows, templates
+and lengths. Left out: whether the run fits into memory.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from data.demonstrations import demonstrations
+from data.loader import steps_of
+from data.preferences import preferences
+from data.prompts import prompts
+from rlhf.config.bounds import accumulation, divisible
+from rlhf.config.engine_config import Tier
+from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
+from rlhf.config.run_config import STAGES, RunConfig
+from rlhf.config.stage_configs import PPOConfig, SupervisedConfig
+from rlhf.config.tracking_config import WandbMode
+from rlhf.engine.offload import direct_io as disk
+from rlhf.evaluation.metrics import load_gold
+from rlhf.runtime.dist import check_devices
+from rlhf.runtime.launch import local_ranks
+from rlhf.tracking.tracker import requested_mode
+from stages.lifecycle.checkpointing import check_resume, forget
+from stages.lifecycle.session import stage_tokenizer
+from stages.lifecycle.stage_models import score_scale
+from stages.lifecycle.stage_record import check_folder, is_finished
+from stages.setup.compatibility import check_models
+from stages.setup.eval_checks import check_evaluation
+
+log = logging.getLogger(__name__)
+
+_READERS = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
+_FEW_PAIRS = 30
+
+
+def preflight(run: RunConfig, *, ranks: int) -> list[str]:
+    """Check the whole run and return the stages that are left to do, in order.
+
+    Raises:
+        ValueError: what was found, what was expected, and what to do.
+    """
+    if not run.stages and not run.uses:
+        raise ValueError("stage=[]: nothing is selected; expected some of sft, reward, ppo, eval, chat.")
+    check_devices(run.engine.device, ranks=local_ranks(ranks))
+    for stage in run.stages:
+        check_folder(run, stage)
+    todo = [stage for stage in run.stages if not is_finished(run, stage)]
+    check_descent(run, todo)
+    for stage in [stage for stage in run.stages if stage not in todo]:
+        log.info("%s is finished (%s), skipping it", run.title(stage), run.folder(stage))
+        forget(Path(run.folder(stage)))
+    for stage in todo:
+        log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
+        check_device(run, stage)
+        check_disks(run, stage)
+    check_models(run, [*todo, *(use for use in run.uses if use == "eval")], todo=todo)
+    load_gold(run.data.gold)
+    if requested_mode(run.tracking.wandb) is WandbMode.disabled and run.tracking.histograms_every:
+        log.warning(
+            "tracking.histograms_every=%s: W&B is disabled, and nothing else shows them", run.tracking.histograms_every
+        )
+    if todo:
+        check_data(run, todo)
+    if run.eval is not None:
+        check_device(run, "eval")
+        check_disks(run, "eval")
+        check_evaluation(run, todo, ranks=ranks)
+    return todo
+
+
+def check_descent(run: RunConfig, todo: list[str]) -> None:
+    """No finished stage was made from a model that this run is about to make anew.
+
+    Raises:
+        ValueError: which, and what to do.
+    """
+    for stage in STAGES:
+        if stage in todo or not is_finished(run, stage) or getattr(run, stage) is None:
+            continue
+        makers = {maker_of(run, role.path) for role in roles_of(run, stage)} & set(todo)
+        if makers:
+            folder = Path(run.folder(stage))
+            raise ValueError(
+                f"{folder} is finished, but it was made from the {'/'.join(sorted(map(str, makers)))} model that this "
+                f"run would make anew. Remove {folder} to make it anew too, or choose another name= or output_dir=."
+            )
+
+
+def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
+    """The batch sizes of a stage as a sum that adds up.
+
+    Raises:
+        ValueError: sizes do not divide.
+    """
+    config = getattr(run, stage)
+    assert isinstance(config, PPOConfig | SupervisedConfig)
+    setting = "minibatch_size" if isinstance(config, PPOConfig) else "global_batch_size"
+    size = config.minibatch_size if isinstance(config, PPOConfig) else config.global_batch_size
+    micro = config.micro_batch_size
+    steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name=f"{stage}.{setting}")
+    what = "pairs" if stage == "reward" else "sequences"
+    text = f"{run.title(stage)}: {setting} {size} = {ranks} ranks x {micro} {what} x {steps} accumulation"
+    return f"{text}; {_rollout_arithmetic(config, ranks)}" if isinstance(config, PPOConfig) else text
+
+
+def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
+    group = ranks * config.samples_per_prompt
+    prompts_each = divisible(config.rollout_size, by=group, names="ppo.rollout_size by ranks x samples_per_prompt")
+    cuts = config.rollout_size // config.minibatch_size
+    return (
+        f"rollout_size {config.rollout_size} = {ranks} ranks x {prompts_each} prompts x {config.samples_per_prompt} "
+        f"samples; {cuts * config.epochs} steps per iteration = {cuts} minibatches x {config.epochs} epochs"
+    )
+
+
+def check_device(run: RunConfig, stage: str) -> None:
+    """A process is on one device for the whole run.
+
+    Raises:
+        ValueError: a stage asks for another one.
+    """
+    for name, engine in engines_of(run, stage).items():
+        if engine.device != run.engine.device:
+            raise ValueError(
+                f"{stage}.{name}.device={engine.device} differs from engine.device={run.engine.device}: ranks stay on "
+                f"one device. Set engine.device, or run the stage on its own."
+            )
+
+
+def check_disks(run: RunConfig, stage: str) -> None:
+    """Files can be made wherever something is to rest on nvme; how many is the memory plan's question.
+
+    Raises:
+        ValueError: a folder that is not there and cannot be made, or that cannot be written.
+    """
+    for engine in engines_of(run, stage).values():
+        if Tier.nvme in (engine.optimizer_tier, engine.parameter_tier):
+            assert engine.nvme_path is not None, "EngineConfig has checked it"
+            disk.check_folder(engine.nvme_path, nbytes=0)
+
+
+def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: int) -> None:
+    """The warm-up ends before the stage does.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if isinstance(config, PPOConfig):
+        steps = min(config.actor_steps, config.critic_steps)
+        warmups = {"actor_optimizer": config.actor_optimizer, "critic_optimizer": config.critic_optimizer}
+    else:
+        size, warmups = config.global_batch_size, {"optimizer": config.optimizer}
+        steps = steps_of(num_rows, config.epochs, max_steps=config.max_steps, global_batch_size=size)
+    for name, optimizer in warmups.items():
+        if optimizer.warmup_of(steps) > steps:
+            raise ValueError(
+                f"{stage}.{name}.warmup_steps={optimizer.warmup_steps}: the stage has only {steps} steps; "
+                f"expected at most that many."
+            )
+
+
+def check_ppo(run: RunConfig, config: PPOConfig, *, todo: list[str]) -> None:
+    """The scale of scores is known, where the reward model is there already; a warning where KL would mean little."""
+    if maker_of(run, config.reward) not in todo:
+        score_scale(config)
+    if config.sampling.top_k or config.sampling.top_p < 1:
+        log.warning(
+            "ppo.sampling.top_k=%s, top_p=%s: responses are drawn from a cut distribution, while log-probabilities and "
+            "KL are those of the whole one; KL is then too low and can be negative",
+            config.sampling.top_k,
+            config.sampling.top_p,
+        )
+
+
+def check_data(run: RunConfig, stages: list[str]) -> None:
+    """Read, check and tokenise the data of every stage that is left to do.
+
+    Raises:
+        ValueError: a data set, a row, or a template that cannot be used.
+    """
+    for stage in stages:
+        config, first = getattr(run, stage), roles_of(run, stage)[0]
+        tokenizer = stage_tokenizer(run, origin_of(run, first, todo=stages))
+        splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
+        if splits.note:
+            log.warning("%s", splits.note)
+        check_resume(Path(run.folder(stage)), data=splits.fingerprint)
+        check_warmup(config, stage, num_rows=len(splits.train))
+        if stage != "ppo" and not splits.eval:
+            raise ValueError(
+                f"data.{stage}.eval is empty and data.{stage}.eval_fraction holds no row "
+                f"out; expected held-out rows, from which the stage says what it has learnt."
+            )
+        if stage == "reward" and len(splits.eval) < _FEW_PAIRS:
+            log.warning("reward: only %s held-out pairs set the scale of all scores in PPO", len(splits.eval))
+        if isinstance(config, PPOConfig):
+            check_ppo(run, config, todo=stages)
+        log.info("%s: %s rows to train on, %s held out", run.title(stage), len(splits.train), len(splits.eval))

@@ -1,0 +1,85 @@
+"""Checkpoints of several ranks: bit for bit on as many, up to rounding on more or fewer and from stage to stage."""
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.engine import checkpointing
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """By number of ranks, then by rank: what `checkpointing.py` found."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    command = [sys.executable, "-m", "tests.engine.checkpointing", str(root)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    return pickle.loads((root / "found").read_bytes())
+
+
+@pytest.fixture
+def plain(runs):
+    """Losses, norms and weights of a run on one rank without any checkpoint."""
+    return runs[1][0]["plain"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_on_the_same_ranks_the_rest_is_the_same_bit_for_bit(runs, ranks):
+    for rank in runs[ranks]:
+        for name, (whole, rest) in rank["same"].items():
+            assert rest[0] == whole[0][checkpointing.SAVED_AFTER :], name
+            assert all(torch.equal(rest[1][key], tensor) for key, tensor in whole[1].items()), name
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_on_other_ranks_and_stages_the_rest_is_the_same_up_to_rounding(runs, plain, ranks):
+    points, weights = plain
+    for rank in runs[ranks]:
+        for (source, name), (rest, found) in rank["other"].items():
+            expected = torch.tensor(points[checkpointing.SAVED_AFTER :])
+            torch.testing.assert_close(torch.tensor(rest), expected, rtol=1e-5, atol=1e-6, msg=f"{source} {name}")
+            for key, tensor in weights.items():
+                torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)
+        assert len(rank["other"]) >= 3
+
+
+def test_saving_does_not_change_the_run(runs, plain):
+    points, weights = plain
+    whole, _ = runs[1][0]["same"]["zero0"]
+    assert whole[0] == points
+    assert all(torch.equal(whole[1][key], tensor) for key, tensor in weights.items())
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_parts_of_any_shape_find_each_other_and_copies_are_written_once(runs, ranks):
+    whole = torch.arange(20.0).reshape(4, 5)
+    for number, rank in enumerate(runs[ranks]):
+        loaded, sizes = rank["uneven"]
+        assert torch.equal(loaded["rows"], whole[1:3, number : number + 1])
+        if number < 2:
+            assert torch.equal(loaded["all"], whole[:3] if number == 0 else whole[3:])
+        assert sum(sizes) == 2 * 20 * 4
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_cannot_write_stops_all_of_them_and_the_older_one_stays(runs, ranks):
+    for rank in runs[ranks]:
+        message, newest, names = rank["failing"]
+        assert "the checkpoint of step 2 could not be written" in message
+        assert "rank-00001.bin: Is a directory" in message
+        assert "step-000001 is as it was" in message
+        assert (newest, names) == (1, ["step-000001"])
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_all_ranks_hear_of_the_damaged_file_of_one(runs, ranks):
+    for rank in runs[ranks]:
+        assert f"rank-{ranks - 1:05d}.bin is damaged" in rank["damaged"]

@@ -1,0 +1,147 @@
+"""Wherever gradients and optimizer states rest, training gives the same bits, and the numbers of plain torch."""
+
+import threading
+
+import pytest
+import torch
+
+from rlhf.runtime import dist
+from tests.engine import plain, tier_runs, tiny
+
+RANKS = (1, 2, 4)
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+def test_every_tier_gives_the_bits_of_the_device(on_ranks, ranks):
+    for rank in on_ranks(ranks):
+        found, _ = rank["tiers"]
+        assert len(found) == sum(len(setting.tiers) for setting in tier_runs.SETTINGS[ranks])
+        assert not any(found.values()), found
+
+
+def plain_curve(model, steps):
+    return plain.train(model, steps, rate=lambda step: 3e-3, batch=lambda step: tiny.batch(step % 10))
+
+
+@pytest.mark.parametrize(("ranks", "kind"), [(1, "plain"), (2, "plain"), (2, "replicas")])
+def test_twenty_steps_are_those_of_plain_torch(on_ranks, ranks, kind):
+    model = tiny.reference()
+    expected = plain_curve(model, tier_runs.STEPS)
+    for rank in on_ranks(ranks):
+        ((points, weights),) = [
+            curve for setting, curve in rank["tiers"][1].items() if (setting.kind, setting.precision) == (kind, "fp32")
+        ]
+        assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
+        assert [norm for _, norm in points] == pytest.approx([norm for _, norm in expected], rel=1e-4)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("moment", ["micro-batch", "step"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_failing_disk_of_one_rank_stops_all_with_a_sentence(on_ranks, ranks, moment):
+    *others, broken = [rank["failing_disks"][moment] for rank in on_ranks(ranks)]
+    assert "optimizer" in broken
+    assert "cut short by somebody else" in broken
+    assert all("1 other rank" in message for message in others)
+
+
+def run(**options):
+    torch.set_num_threads(1)
+    with tier_runs.memory(own="optimizer_tier" in options):
+        return tier_runs.train(dist.start("cpu"), steps=6, zero_stage=1, **options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_one_micro_batch_needs_no_sum_and_gives_the_same_everywhere(precision):
+    expected = run(precision=precision, accumulation=1)
+    for tier in tier_runs.TIERS.values():
+        assert tier_runs.differences(run(precision=precision, accumulation=1, **tier), expected) == []
+
+
+def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
+    expected, exact = run(moments="bf16"), run()
+    for tier in tier_runs.TIERS.values():
+        assert tier_runs.differences(run(moments="bf16", **tier), expected) == []
+    losses, exact_losses = ([loss for loss, _ in points] for points in (expected[0], exact[0]))
+    assert losses != exact_losses
+    assert losses == pytest.approx(exact_losses, rel=1e-2)
+    moments = [rows for (_, part), rows in expected[1].items() if part != "weight"]
+    assert all(torch.equal(rows, rows.bfloat16().float()) for rows in moments)
+
+
+def test_a_share_of_the_elements_stays_on_the_device():
+    engine = tiny.engine(dist.start("cpu"), 1, optimizer_tier="nvme", nvme_path="/dev/shm", optimizer_share=0.4)
+    groups, homes = engine._learner.optimizer.groups, engine._learner.optimizer.homes
+    away = [shape.name for home in homes if not home.in_memory for shape in home.shapes]
+    sizes = [sum(parameter.numel() for parameter in group.values()) for group in groups]
+    count = next(k for k in range(len(groups) + 1) if [name for group in groups[:k] for name in group] == away)
+    assert 0 < count < len(groups), "the first groups leave, the last stay"
+    assert sum(sizes[: count - 1]) < 0.4 * sum(sizes) <= sum(sizes[:count])
+    engine._learner.optimizer.close()
+
+
+def late_reference(steps, *, flushes=()):
+    """Plain torch that applies each step's clipped gradient when the next one is there, or at a flush."""
+    model = tiny.reference()
+    optimizer = plain.adamw(model)
+    late, losses = None, []
+
+    def apply():
+        for parameter, gradient in zip(model.parameters(), late or [], strict=late is not None):
+            parameter.grad = gradient
+        if late is not None:
+            optimizer.step()
+
+    for step in range(steps):
+        ids, counts = tiny.batch(step % 10)
+        loss = tiny.token_loss(model(ids), ids, counts, counts.sum())
+        gradients = list(torch.autograd.grad(loss, list(model.parameters())))
+        norm = torch.nn.utils.get_total_norm(gradients)
+        apply()
+        late = [gradient * min(1.0, 0.5 / (norm.item() + 1e-6)) for gradient in gradients]
+        losses.append(loss.item())
+        if step in flushes:
+            apply()
+            late = None
+    apply()
+    return losses, model
+
+
+@pytest.mark.parametrize("flushes", [(), (2, 3)])
+@pytest.mark.parametrize("away", [False, True])
+def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(flushes, away):
+    losses, model = late_reference(8, flushes=flushes)
+    steps = iter(range(8))
+
+    def between(engine):
+        if next(steps) in flushes:
+            engine._learner.optimizer.flush()
+
+    check_late(model, losses, between=between, away=away)
+
+
+def test_a_checkpoint_does_not_change_a_delayed_run():
+    losses, model = late_reference(8)
+    check_late(model, losses, between=lambda engine: [stored.read() for stored in engine.stored()])
+
+
+def check_late(model, losses, *, between, away=False):
+    settings = {"optimizer_tier": "cpu", "delayed_update": True, "precision": "fp32"}
+    with tier_runs.memory(own=away):
+        points, _, weights = tier_runs.train(dist.start("cpu"), steps=8, between=between, zero_stage=1, **settings)
+    assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-5)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=2e-5)
+
+
+def test_a_closed_engine_leaves_no_thread_behind():
+    before = set(threading.enumerate())
+    with tier_runs.memory(own=True):
+        engine = tiny.engine(dist.start("cpu"), 1, optimizer_tier="cpu", delayed_update=True)
+        tiny.train_step(engine, 0)
+        started = " ".join(thread.name for thread in set(threading.enumerate()) - before)
+        assert "gradient sums" in started
+        assert "delayed update" in started
+        engine.close()
+    assert set(threading.enumerate()) <= before

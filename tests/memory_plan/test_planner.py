@@ -1,0 +1,181 @@
+"""The plan of a run: its phases and roles, what it says when something does not fit, and the table of the docs."""
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from benchmarks.memory_examples import EXAMPLES, _row
+from rlhf.config.run_config import MemoryConfig
+from rlhf.engine.working_dtype import working_dtype
+from rlhf.memory_plan.advice import cheapest_change
+from rlhf.memory_plan.measured import beside_plan
+from rlhf.memory_plan.plan import Limits, Place
+from rlhf.memory_plan.plan_text import check_memory, numbers, plan_text, runtime_items
+from rlhf.memory_plan.planner import Machine, machine_of, plan_stage
+from rlhf.runtime.dist import World
+from rlhf.tracking.peak_memory import Peak, resident
+from rlhf.tracking.timing import Stopwatch
+from stages.setup.compose import CONF_DIR, register_schema, to_run
+
+DOCS = Path(__file__).parents[2] / "docs" / "memory.md"
+
+
+def run_of(folder, *overrides):
+    register_schema()
+    with initialize_config_dir(CONF_DIR, version_base=None):
+        return to_run(compose("config", overrides=["experiment=smoke", f"output_dir={folder}", *overrides]))
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory):
+    return run_of(tmp_path_factory.mktemp("run"))
+
+
+def plan_of(run, stage, ranks=1):
+    return plan_stage(run, stage, machine=machine_of(run, ranks=ranks))
+
+
+def test_ppo_has_four_models_in_four_phases(smoke):
+    plan = plan_of(smoke, "ppo")
+    assert [phase.name for phase in plan.phases] == ["generate", "score", "train", "save"]
+    for phase in plan.phases:
+        roles = {item.role for item in phase.items if item.part == "working parameters"}
+        assert roles == {"actor", "critic", "reference", "reward"}
+    parts = {item.part for item in plan.phases[0].items if item.role == "actor"}
+    assert "KV cache" in parts
+    assert {item.part for item in plan.phases[2].items} >= {"gradients", "activations"}
+
+
+def test_the_cache_is_keys_and_values_of_every_token(smoke):
+    config = smoke.ppo
+    tokens = config.rollout_micro_batch_size * (config.max_prompt_tokens + config.max_response_tokens)
+    each = 2 * 2 * 16  # keys and values of two heads of 16
+    size = working_dtype(smoke.engine.precision, World.alone().device).itemsize
+    found = next(item.bytes for item in plan_of(smoke, "ppo").phases[0].items if item.part == "KV cache")
+    exact = 2 * tokens * each * size  # of two layers
+    assert exact <= found <= 1.3 * exact + config.rollout_micro_batch_size * (259 * 8 + 4096)
+
+
+def test_with_adapters_the_reference_is_the_actor_and_without_a_critic_there_is_none(tmp_path):
+    lora = plan_of(run_of(tmp_path, "stage=[sft,reward,ppo_lora]"), "ppo")
+    assert {item.role for item in lora.phases[0].items} == {"actor", "critic", "reward", "process"}
+    grouped = plan_of(run_of(tmp_path, "stage=[sft,reward,grpo]", "ppo.samples_per_prompt=4"), "ppo")
+    assert "critic" not in {item.role for item in grouped.phases[2].items}
+    free = plan_of(run_of(tmp_path, "ppo.kl.coef=0"), "ppo")
+    assert {item.role for item in free.phases[0].items} == {"actor", "critic", "reward", "process"}
+
+
+def test_what_a_process_takes_by_itself_is_said_once(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="rlhf.memory_plan.plan_text")
+    check_memory(run_of(tmp_path, "stage=[sft,reward,grpo]"), ["sft", "reward", "ppo"], ranks=1)
+    assert "process's runtime" not in caplog.text
+    assert caplog.text.count("of which the process takes") == 1
+    assert "grpo    generate" in caplog.text
+    assert set(json.loads((tmp_path / "plan.json").read_text())) == {"sft", "reward", "grpo"}
+
+
+def test_a_shallower_reward_model_is_planned_before_it_is_made(tmp_path):
+    whole = plan_of(run_of(tmp_path), "ppo")
+    cut = plan_of(run_of(tmp_path, "reward.num_layers=1"), "ppo")
+    weights = [
+        next(i.bytes for i in plan.phases[0].items if (i.role, i.part) == ("reward", "working parameters"))
+        for plan in (whole, cut)
+    ]
+    assert weights[1] < 0.8 * weights[0]
+
+
+def test_fewer_bytes_for_smaller_batches_more_ranks_and_recomputation(tmp_path):
+    def peak(*overrides, ranks=1):
+        run = run_of(tmp_path, "stage=sft", "checkpoint.every=0", "engine.precision=bf16", *overrides)
+        phases = {phase.name: phase for phase in plan_of(run, "sft", ranks).phases}
+        return phases["train"].total(Place.host)
+
+    assert peak("sft.micro_batch_size=2") < 0.7 * peak()
+    assert peak("engine.activation_checkpointing=true") < peak()
+    assert peak("engine=zero3", ranks=2) < peak(ranks=2)
+
+
+def test_dropout_is_that_of_the_stage_and_not_of_the_checkpoint(tmp_path):
+    shape = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "n_positions": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"architectures": ["GPT2LMHeadModel"]}))
+    overrides = ["stage=sft", "model=path", f"model.path={tmp_path}"]
+    none, some = (
+        plan_of(run_of(tmp_path / "out", *overrides, f"sft.dropout={dropout}"), "sft").largest.total(Place.host)
+        for dropout in (0.0, 0.1)
+    )
+    assert none < some
+
+
+def test_what_does_not_fit_is_refused_with_the_cheapest_change(tmp_path, caplog):
+    run = run_of(tmp_path, "stage=sft", "sft.micro_batch_size=8")
+    needed = plan_of(run, "sft").largest.total(Place.host)
+    run = replace(run, memory=MemoryConfig(host_gb=(resident()["RssAnon"] + 0.7 * needed) / 1e9))
+    with pytest.raises(ValueError, match=r"(?s)does not fit.*sft\.micro_batch_size=4.*memory\.enforce=false"):
+        check_memory(run, ["sft"], ranks=1)
+    assert "sft.micro_batch_size=4" in (tmp_path / "plan.txt").read_text()
+    allowed = replace(run, memory=replace(run.memory, enforce=False))
+    check_memory(allowed, ["sft"], ranks=1)
+    assert "does not fit" in caplog.text
+
+
+def test_a_change_that_is_named_makes_it_fit(smoke):
+    def plan(run):
+        return plan_of(run, "sft")
+
+    full = plan(smoke).largest.total(Place.host)
+    for share in (0.8, 0.5, 0.3):
+        limits = Limits(None, host=int(share * full), disk=10**12)
+        change = cheapest_change(smoke, "sft", plan=plan, limits=limits, ranks=1)
+        assert change is not None
+        assert plan(change.run).shortages(limits) == []
+    assert cheapest_change(smoke, "sft", plan=plan, limits=Limits(None, host=1000, disk=10**12), ranks=1) is None
+
+
+def test_a_folder_with_nothing_but_a_configuration_can_be_planned(tmp_path):
+    shape = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "n_positions": 2048}
+    (tmp_path / "config.json").write_text(json.dumps(shape | {"architectures": ["GPT2LMHeadModel"]}))
+    overrides = ["stage=[sft,reward,ppo]", "model=path", f"model.path={tmp_path}"]
+    text = plan_text(run_of(tmp_path / "out", *overrides), ranks=2)
+    assert "KV cache" in text
+    assert "it fits" in text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_device_that_is_not_here_must_be_described(tmp_path):
+    run = run_of(tmp_path, "stage=sft", "engine.device=cuda")
+    with pytest.raises(ValueError, match=r"memory\.device_gb"):
+        plan_text(run, ranks=1)
+    described = replace(run, memory=MemoryConfig(device_gb=80, host_gb=256))
+    assert "device, 80.00 GB to be had" in plan_text(described, ranks=1)
+
+
+def test_measured_peaks_stand_beside_the_plan(tmp_path, smoke, caplog):
+    run = replace(smoke, output_dir=str(tmp_path))
+    (tmp_path / "plan.json").write_text(json.dumps({"sft": {"train": {"device": 0, "host": 2_000, "disk": 5}}}))
+    watch = Stopwatch(World.alone().device)
+    watch.highest["train"] = Peak(host=1_000)
+    with caplog.at_level(logging.INFO):
+        found = beside_plan(run, "sft", world=World.alone(), watch=watch)
+    assert found == {"memory/train_host_bytes": 1_000, "memory/train_host_plan_bytes": 2_000}
+    assert "+100 %" in caplog.text
+
+
+def test_the_plan_of_a_device_stands_beside_tensors_without_the_context_around_them(smoke):
+    run = replace(smoke, engine=replace(smoke.engine, device="cuda"), memory=MemoryConfig(device_gb=80, host_gb=256))
+    items = runtime_items(torch.device("cuda"))
+    bare, whole = (plan_stage(run, "sft", machine=Machine(torch.device("cuda"), 1, 1, kept)) for kept in ((), items))
+    assert numbers(whole)["train"]["device"] == bare.phases[1].total(Place.device)
+    assert numbers(whole)["train"]["host"] == whole.phases[1].total(Place.host)
+    assert whole.phases[1].total(Place.device) > bare.phases[1].total(Place.device)
+
+
+def test_the_table_of_the_documentation_is_current(tmp_path):
+    """One row of it, and that no row is missing: all take minutes."""
+    text = DOCS.read_text()
+    assert _row(EXAMPLES[2], tmp_path) in text
+    assert [f"| {example.shape} | `{example.overrides}` |" in text for example in EXAMPLES] == [True] * len(EXAMPLES)

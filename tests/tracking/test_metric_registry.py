@@ -1,0 +1,70 @@
+"""The registry knows what the stages log, and refuses the rest."""
+
+import pytest
+
+from rlhf.config.run_config import FOLDERS, STAGES
+from rlhf.tracking.console import headlines
+from rlhf.tracking.metric_registry import METRICS, axes_of, check, metric, metrics_of
+
+SUPERVISED = """train/loss train/accuracy train/grad_norm train/lr train/tokens eval/loss eval/accuracy
+perf/tokens_per_second memory/rss_bytes memory/device_bytes timing_s/train timing_s/step"""
+PPO = """objective/kl objective/kl_per_token objective/entropy objective/scores objective/raw_scores
+objective/non_score_reward objective/rlhf_reward objective/kl_coef policy/loss policy/approxkl_avg policy/clipfrac_avg
+policy/ratio_mean policy/ratio_max policy/entropy val/loss val/clipfrac_avg val/explained_variance actor/grad_norm
+actor/lr critic/grad_norm critic/lr rollout/response_length rollout/eos_rate rollout/logprob_gap_max
+rollout/logprob_gap_mean eval/score eval/kl eval/response_length eval/eos_rate eval/distinct_2 gold/vader
+timing_s/generate timing_s/score perf/tokens_per_second memory/rss_bytes memory/device_bytes"""
+NAMES = {
+    "sft": f"{SUPERVISED} eval/perplexity",
+    "reward": f"{SUPERVISED} eval/margin eval/score_mean eval/score_std",
+    "ppo": PPO,
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_names_of_the_field_are_registered_for_their_stage(stage):
+    check(stage, NAMES[stage].split())
+
+
+@pytest.mark.parametrize("key", ["objective/KL", "loss", "train", "gold", "gold/", "gold/*", "eval/*", "", "/"])
+def test_an_unknown_metric_is_refused_and_the_registry_is_named(key):
+    with pytest.raises(ValueError, match=r"not registered; add it to METRICS in metric_registry\.py"):
+        metric(key)
+
+
+def test_a_metric_of_another_stage_is_refused():
+    with pytest.raises(ValueError, match="stage 'sft' logged 'objective/kl'.*registers for ppo"):
+        check("sft", ["train/loss", "objective/kl"])
+
+
+def test_every_entry_can_be_shown_to_a_newcomer():
+    for key, entry in METRICS.items():
+        assert entry.meaning, key
+        assert entry.section, key
+        assert entry.stages, key
+        assert set(entry.stages) <= set(FOLDERS), key
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_each_family_of_a_stage_has_one_axis_which_is_no_metric_of_a_family(stage):
+    pairs = {(key.partition("/")[0], entry.step) for key, entry in metrics_of(stage).items()}
+    families = [family for family, _ in pairs]
+    assert len(families) == len(set(families))  # W&B is told of families, not of single metrics
+    assert {step for _, step in pairs} <= set(axes_of(stage))
+    assert not {axis.partition("/")[0] for axis in axes_of(stage)} & set(families)
+
+
+def test_ppo_counts_iterations_where_the_others_count_steps():
+    assert {stage: axes_of(stage) for stage in (*STAGES, "eval")} == {
+        "sft": ["trainer/step"],
+        "reward": ["trainer/step"],
+        "ppo": ["trainer/step", "ppo/iteration"],
+        "eval": ["trainer/step"],
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_headlines_of_a_stage_have_different_short_names(stage):
+    keys = [key for key, entry in metrics_of(stage).items() if entry.headline]
+    assert 2 <= len(keys) <= 6
+    assert len(headlines(dict.fromkeys(keys, 1.0))) == len(keys)
