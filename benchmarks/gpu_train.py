@@ -19,8 +19,8 @@ from benchmarks.zero_report import table
 from rlhf.config.run_config import STAGES
 
 TIERS = {  # of conf/engine: ZeRO stage, tier of the optimizer, tier of the parameters
-    "zero0": (0, "device", "device"),
-    "zero2_cpu": (2, "cpu", "device"),
+    "zero0": (0, "none", "none"),
+    "zero2_cpu": (2, "cpu", "none"),
     "zero3_cpu": (3, "cpu", "cpu"),
     "zero3_nvme": (3, "nvme", "nvme"),
 }
@@ -113,8 +113,8 @@ def train(case: dict[str, Any], folder: str) -> dict[str, Any]:
 
 
 def _on_tier(template: Case, name: str) -> Case:
-    stage, optimizer_tier, parameter_tier = TIERS[name]
-    return replace(template, stage=stage, optimizer_tier=optimizer_tier, parameter_tier=parameter_tier)
+    stage, offload_optimizer, offload_param = TIERS[name]
+    return replace(template, stage=stage, offload_optimizer=offload_optimizer, offload_param=offload_param)
 
 
 SECONDS_OF_A_ROW = {"zero3_nvme": 75.0}

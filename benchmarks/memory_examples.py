@@ -25,9 +25,9 @@ SHAPES = {
     "65B": {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 80, "num_attention_heads": 64},
     "13B": {"hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40},
 }
-_CPU = "engine=zero3 engine.optimizer_tier=cpu engine.activation_checkpointing=true"
-_WEIGHTS_CPU = "engine=zero3 engine.parameter_tier=cpu engine.activation_checkpointing=true"
-_NVME = f"{_CPU.replace('=cpu', '=nvme')} engine.parameter_tier=nvme engine.nvme_path=/disk"
+_CPU = "engine=zero3 engine.offload_optimizer=cpu engine.activation_checkpointing=true"
+_WEIGHTS_CPU = "engine=zero3 engine.offload_param=cpu engine.activation_checkpointing=true"
+_NVME = f"{_CPU.replace('=cpu', '=nvme')} engine.offload_param=nvme engine.nvme_path=/disk"
 _ALONE = "checkpoint.every=0"
 
 

@@ -53,7 +53,7 @@ _PPO = (
     "ppo.max_prompt_tokens=64 ppo.max_response_tokens=64 ppo.micro_batch_size=4 ppo.minibatch_size=8 "
     "ppo.rollout_size=16 ppo.rollout_micro_batch_size=16"
 )
-_NVME = "engine=zero3 engine.optimizer_tier=nvme engine.buffer_size=1000000"
+_NVME = "engine=zero3 engine.offload_optimizer=nvme engine.buffer_size=1000000"
 
 
 def _supervised(stage: str, batch: int, *, precision: str = "fp32", length: int = 64) -> str:
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[dict[str, int], str]] = {
     "sft_zero2_2_ranks": (SMALL, f"engine=zero2 {_supervised('sft', 16)}"),
     "sft_zero3_2_ranks": (SMALL, f"engine=zero3 {_supervised('sft', 16)}"),
     "sft_nvme_optimizer": (LARGE, f"{_NVME} {_supervised('sft', 8, precision='bf16', length=32)}"),
-    "sft_nvme_all": (LARGE, f"{_NVME} engine.parameter_tier=nvme {_supervised('sft', 8, precision='bf16', length=32)}"),
+    "sft_nvme_all": (LARGE, f"{_NVME} engine.offload_param=nvme {_supervised('sft', 8, precision='bf16', length=32)}"),
 }
 
 
@@ -143,8 +143,8 @@ def _peak_of(function: Callable[[], None], world: World) -> dict[str, int]:
 def _supervised_peaks(run: RunConfig, stage: str, world: World) -> Peaks:
     config = getattr(run, stage)
     make = scalar_head_model if stage == "reward" else causal_lm
-    blueprint = make(config.init_from, lora=config.lora, seed=0)
-    engine = build_engine(blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=100)
+    spec = make(config.init_from, lora=config.lora, seed=0)
+    engine = build_engine(spec, config=config.engine, world=world, optimizer=config.optimizer, total_steps=100)
     work, steps = of_supervised(config), config.global_batch_size // (world.size * config.micro_batch_size)
 
     def evaluate() -> None:

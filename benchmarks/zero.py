@@ -76,9 +76,9 @@ def growth(arguments: argparse.Namespace) -> str:
 
 def capped(arguments: argparse.Namespace) -> str:
     """Training with model states far larger than the memory."""
-    stage, optimizer_tier, parameter_tier = zero_step.ROWS["3-nvme-nvme"]
+    stage, offload_optimizer, offload_param = zero_step.ROWS["3-nvme-nvme"]
     template = _template(arguments, size=arguments.size, ranks=arguments.ranks, precision=arguments.precision)
-    fields = {**vars(template), "stage": stage, "optimizer_tier": optimizer_tier, "parameter_tier": parameter_tier}
+    fields = {**vars(template), "stage": stage, "offload_optimizer": offload_optimizer, "offload_param": offload_param}
     return zero_growth.train_capped(Case(**fields), folder=arguments.folder, limit=int(arguments.limit_mb * 1e6))
 
 

@@ -32,8 +32,8 @@ class Case:
     ranks: int = 1
     precision: str = "fp32"
     stage: int = 0
-    optimizer_tier: str = "device"
-    parameter_tier: str = "device"
+    offload_optimizer: str = "none"
+    offload_param: str = "none"
     tuned: bool = False
     """DeepSpeed with buffers and buckets cut to the model's size."""
     steps: int = 6

@@ -25,11 +25,11 @@ def grow(records: Records, template: Case, *, sizes: Sequence[str], rows: Sequen
     """Milliseconds of a step for each million parameters, and peak memory, by size and tier."""
     times, memory = [], []
     for name in rows:
-        stage, optimizer_tier, parameter_tier = ROWS[name]
+        stage, offload_optimizer, offload_param = ROWS[name]
         time_cells, memory_cells = [name], [name]
         for size in sizes:
             case = replace(
-                template, size=size, stage=stage, optimizer_tier=optimizer_tier, parameter_tier=parameter_tier
+                template, size=size, stage=stage, offload_optimizer=offload_optimizer, offload_param=offload_param
             )
             outcomes = [records.measure(case, number) for number in range(rounds)]
             millions = parameters(size) / 1e6
@@ -64,7 +64,7 @@ def train_capped(case: Case, *, folder: Path, limit: int) -> str:
     used = "" if highest is None else f" (highest use with the page cache: {highest / 1e6:.0f} MB)"
     what = (
         f"{count / 1e6:.0f} M parameters, {case.precision}, {case.ranks} rank(s), ZeRO-{case.stage}, optimizer on "
-        f"{case.optimizer_tier}, parameters on {case.parameter_tier}, {case.sequences} x {case.length} tokens. Model "
+        f"{case.offload_optimizer}, parameters on {case.offload_param}, {case.sequences} x {case.length} tokens. Model "
         f"states of {STATE_BYTES} bytes a parameter: {states / 1e6:.0f} MB, {states / limit:.1f} times the limit of "
         f"{limit / 1e6:.0f} MB ({kind}){used}."
     )

@@ -19,10 +19,10 @@ from benchmarks.zero_report import spread, table
 AIM = 0.6  # of the speed without offloading, with the optimizer on the host
 ROWS = {
     "device": {},
-    "cpu": {"optimizer_tier": "cpu"},
-    "cpu, delayed": {"optimizer_tier": "cpu", "settings": {"delayed_update": True}},
-    "cpu, weights too": {"optimizer_tier": "cpu", "parameter_tier": "cpu"},
-    "nvme": {"optimizer_tier": "nvme"},
+    "cpu": {"offload_optimizer": "cpu"},
+    "cpu, delayed": {"offload_optimizer": "cpu", "settings": {"delayed_update": True}},
+    "cpu, weights too": {"offload_optimizer": "cpu", "offload_param": "cpu"},
+    "nvme": {"offload_optimizer": "nvme"},
 }
 
 

@@ -85,14 +85,14 @@ def ours(case: Case, folder: Path) -> Step:
 
     world, config = start(case["device"]), llama(case["size"])
     module = causal_lm_module(config)
-    blueprint = assemble(module, RandomWeights(module, device=case["device"]), config=config, new={}, lora=None, seed=0)
+    spec = assemble(module, RandomWeights(module, device=case["device"]), config=config, new={}, lora=None, seed=0)
     engine = build_engine(
-        blueprint,
+        spec,
         config=EngineConfig(
             zero_stage=case["stage"],
             precision=case["precision"],
-            optimizer_tier=case["optimizer_tier"],
-            parameter_tier=case["parameter_tier"],
+            offload_optimizer=case["offload_optimizer"],
+            offload_param=case["offload_param"],
             nvme_path=str(folder / "disk"),
             **case["settings"],
         ),
@@ -141,8 +141,8 @@ def deepspeed(case: Case, folder: Path) -> Step:
 def deepspeed_config(case: Case, disk: Path, *, largest: int) -> dict[str, Any]:
     """Its defaults; or, tuned, buckets, tiles and buffers of the model's size and the disk in large requests."""
     zero: dict[str, Any] = {"stage": case["stage"]}
-    for part, tier in (("offload_optimizer", case["optimizer_tier"]), ("offload_param", case["parameter_tier"])):
-        if tier != "device":
+    for part, tier in (("offload_optimizer", case["offload_optimizer"]), ("offload_param", case["offload_param"])):
+        if tier != "none":
             zero[part] = {"device": tier} | ({"nvme_path": str(disk)} if tier == "nvme" else {})
     config = {
         "train_micro_batch_size_per_gpu": case["sequences"],

@@ -14,14 +14,14 @@ from benchmarks.zero_records import Records
 from benchmarks.zero_report import spread, table
 
 ROWS = {  # name: ZeRO stage, tier of the optimizer, tier of the parameters
-    "0": (0, "device", "device"),
-    "1": (1, "device", "device"),
-    "2": (2, "device", "device"),
-    "3": (3, "device", "device"),
-    "2-cpu": (2, "cpu", "device"),
-    "3-cpu": (3, "cpu", "device"),
+    "0": (0, "none", "none"),
+    "1": (1, "none", "none"),
+    "2": (2, "none", "none"),
+    "3": (3, "none", "none"),
+    "2-cpu": (2, "cpu", "none"),
+    "3-cpu": (3, "cpu", "none"),
     "3-cpu-cpu": (3, "cpu", "cpu"),
-    "3-nvme": (3, "nvme", "device"),
+    "3-nvme": (3, "nvme", "none"),
     "3-nvme-nvme": (3, "nvme", "nvme"),
 }
 Rounds = list[Outcome | None]
@@ -67,10 +67,10 @@ def compare(records: Records, template: Case, *, rows: Sequence[str], rounds: in
 
 def _contenders(template: Case, name: str, *, peer: bool) -> list[Case]:
     """Ours, DeepSpeed, and DeepSpeed tuned where something rests off the device."""
-    stage, optimizer_tier, parameter_tier = ROWS[name]
-    ours = replace(template, stage=stage, optimizer_tier=optimizer_tier, parameter_tier=parameter_tier)
+    stage, offload_optimizer, offload_param = ROWS[name]
+    ours = replace(template, stage=stage, offload_optimizer=offload_optimizer, offload_param=offload_param)
     default = replace(ours, contender="deepspeed", settings={})
-    tuned = [replace(default, tuned=True)] if optimizer_tier != "device" else []
+    tuned = [replace(default, tuned=True)] if offload_optimizer != "none" else []
     return [ours, default, *tuned] if peer else [ours]
 
 

@@ -86,7 +86,7 @@ class Collector:
     pad_id: int
     stop_token_ids: tuple[int, ...]
     scale: ScoreScale
-    watch: Stopwatch
+    timer: Stopwatch
 
     def collect(self, prompts: PromptBatch, *, seed: int, with_values: bool = True) -> Rollout:
         """Answer and judge this rank's prompts `[B, P]`; every rank must call it with equally many.
@@ -99,9 +99,9 @@ class Collector:
         Returns:
             The rollout of all ranks, on the actor's device.
         """
-        with self.watch("generate"):
+        with self.timer("generate"):
             said = self._say(prompts, seed=seed)
-        with self.watch("score"), torch.no_grad():
+        with self.timer("score"), torch.no_grad():
             rollout = self._judge(said, with_values=with_values)
         return gathered(rollout, pad_id=self.pad_id)
 
@@ -167,7 +167,7 @@ class Collector:
 
     def _scores(self, raw_scores: Tensor, ended: Tensor) -> Tensor:
         rules, scores = self.config.score, self._normalized(raw_scores)
-        return penalize_unended(scores, ended, penalty=rules.no_end_penalty, kind=rules.no_end_kind)
+        return penalize_unended(scores, ended, penalty=rules.missing_eos_penalty, kind=rules.missing_eos_mode)
 
 
 def say(actor: Engine, prompts: PromptBatch, *, decoding: Decoding, size: int, seed: int) -> Said:

@@ -75,8 +75,10 @@ def check_chat(run: RunConfig, *, ranks: int) -> None:
             f"stage=chat: found {ranks} ranks of torchrun; expected one process, which talks. Start it with python; "
             "launch.ranks may be what it is, for the stages before it."
         )
-    if config.beside is not None and _place(config.beside) == _place(roles_of(run, "chat")[0].path):
-        raise ValueError(f"chat.beside={config.beside} is chat.model itself; expected another model, or null.")
+    if config.compare_with is not None and _place(config.compare_with) == _place(roles_of(run, "chat")[0].path):
+        raise ValueError(
+            f"chat.compare_with={config.compare_with} is chat.model itself; expected another model, or null."
+        )
     check_models(run, ["chat"], todo=[stage for stage in run.stages if not is_finished(run, stage)])
 
 

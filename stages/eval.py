@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 
 
 def run_eval(run: RunConfig, world: World) -> None:
-    """Evaluate `eval.model`, and compare it with `eval.against`."""
+    """Evaluate `eval.model`, and compare it with `eval.baseline`."""
     config = run.eval
     assert config is not None
     tokenizer = stage_tokenizer(run, config.model)
@@ -102,16 +102,16 @@ def judge(
     config: EvalConfig, answers: Mapping[str, Answers], *, prompts: tuple[str, ...], folder: Path, world: World
 ) -> dict[str, list[Verdict]]:
     """What every judge says of every pair, by judge, on the main rank; all ranks must call it."""
-    if "against" not in answers:
+    if "baseline" not in answers:
         return {}
-    pairs = Pairs(prompts, answers["model"].texts, answers["against"].texts)
+    pairs = Pairs(prompts, answers["model"].texts, answers["baseline"].texts)
     coin = judges.balanced_coin(len(pairs), seed=config.seed)
     functions = judges.load_judges(config.judges)
     verdicts: dict[str, list[Verdict]] = {}
     for name in config.judges:
         log.info("eval: %s judges", name)
         if name == REWARD:
-            scores = (answers[side].numbers["raw_score"] for side in ("model", "against"))
+            scores = (answers[side].numbers["raw_score"] for side in ("model", "baseline"))
             verdicts[name] = judges.judged_by_scores(*scores, pairs=pairs)
         elif name == HUMAN:
             verdicts[name] = person(folder).judge(pairs, coin=coin, seed=config.seed)
@@ -154,10 +154,10 @@ def results_of(
     verdicts: Mapping[str, Sequence[Verdict]],
 ) -> dict[str, Any]:
     """What goes into `results.json`."""
-    model, against = answers["model"], answers.get("against")
-    lengths = [] if against is None else list(zip(model.numbers["length"], against.numbers["length"], strict=True))
+    model, baseline = answers["model"], answers.get("baseline")
+    lengths = [] if baseline is None else list(zip(model.numbers["length"], baseline.numbers["length"], strict=True))
     plain = as_plain(config)
-    settings = ("name", "model", "against", "reference", "reward", "max_response_tokens", "sampling", "seed")
+    settings = ("name", "model", "baseline", "reference", "reward", "max_response_tokens", "sampling", "seed")
     quality = None
     if scores is not None and scores.chosen:
         quality = reward_model_quality(scores.chosen, scores.rejected, subsets=scores.subsets, seed=config.seed)
@@ -165,7 +165,7 @@ def results_of(
         **{name: plain[name] for name in settings},
         "prompts": len(model.texts),
         "intervals": "95%: Wilson's for shares, else the percentiles of a bootstrap over rows",
-        "measures": measures(model, against, seed=config.seed),
+        "measures": measures(model, baseline, seed=config.seed),
         "judges": {name: win_rate(found, lengths=lengths) for name, found in verdicts.items()},
         "reward_model": quality,
     }
@@ -203,7 +203,7 @@ def send(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mappin
     if to is None:
         return
     to.summary(summary_of(results))
-    sides = ((row, side) for row in samples for side in ("model", "against") if side in row)
+    sides = ((row, side) for row in samples for side in ("model", "baseline") if side in row)
     to.samples(0, [{"side": side, "prompt": row["prompt"], **row[side]} for row, side in sides])
     to.finish(failed=False)
 

@@ -30,7 +30,7 @@ from rlhf.evaluation.compare import Answers
 from rlhf.evaluation.metrics import pair_scores, row_losses
 from rlhf.generation.generate import Decoding
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.model_spec import Blueprint
+from rlhf.models.model_spec import ModelSpec
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Said, say, scores_of, statistics_of, texts_of
 from rlhf.runtime.dist import World, gather_objects
@@ -183,10 +183,10 @@ class Room:
             return statistics_of(model, said, size=self._size, temperature=temperature)[0]
 
     @contextmanager
-    def _open(self, blueprint: Blueprint) -> Iterator[Engine]:
+    def _open(self, spec: ModelSpec) -> Iterator[Engine]:
         gc.collect()  # the model before, which holds itself in cycles
         trim()
-        engine = open_engine(blueprint, config=self.config.engine, world=self.world)
+        engine = open_engine(spec, config=self.config.engine, world=self.world)
         try:
             with torch.no_grad():
                 yield engine

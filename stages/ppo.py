@@ -31,18 +31,18 @@ from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
-from rlhf.training.ppo_update import advantages_of, improve
+from rlhf.training.ppo_update import advantages_of, update_policy
 from rlhf.types import PPOBatch, PromptBatch
-from stages.lifecycle.checkpointing import Parts
+from stages.lifecycle.checkpointing import TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer
 from stages.lifecycle.stage_models import known_quality, open_engine, score_scale, stored_scale
-from stages.lifecycle.stage_record import Record
+from stages.lifecycle.stage_record import StageRecord
 
 _EVALUATION_SEED = 7_919
 """Held-out prompts are answered with the same random numbers before and after."""
 
 
-def run_ppo(run: RunConfig, world: World) -> Record:
+def run_ppo(run: RunConfig, world: World) -> StageRecord:
     """Train `ppo/actor` and `ppo/critic` and leave their record."""
     config = run.ppo
     assert config is not None
@@ -56,19 +56,19 @@ def run_ppo(run: RunConfig, world: World) -> Record:
         open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,
         closing(load_models(config, world, scale=scale)) as models,
     ):
-        examiner = Examiner.of(session, splits.eval)
+        evaluator = HeldOutEvaluator.of(session, splits.eval)
         collector = new_collector(session, models, scale=scale)
         kl = kl_controller(config.kl)
         loader = prompt_loader(session, splits.train)
-        parts = Parts(learners(models), {"kl": kl, "loader": loader}, splits.fingerprint)
-        session.begin(parts, evaluate=lambda: examiner.examine(collector, step=0), known=known_quality(config.reward))
+        state = TrainingState(learners(models), {"kl": kl, "loader": loader}, splits.fingerprint)
+        session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known_quality(config.reward))
         for step, batch in session.steps(loader):
             rollout = without_bad_rows(collector.collect(batch, seed=config.seed))
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
             advantages, returns = advantages_of(rollout, rewards, config=config)
             learnt = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
-            with session.watch("train"), session.observing(step):
-                metrics = improve(models, learnt, config=config, iteration=step, kl_coef=kl.value)
+            with session.timer("train"), session.observing(step):
+                metrics = update_policy(models, learnt, config=config, iteration=step, kl_coef=kl.value)
             metrics |= rollout_metrics(rollout, kl_coef=kl.value, kl_kind=config.kl.kind)
             metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}
             metrics |= {"objective/clamped": collector.clamped_share(rollout.raw_scores)}
@@ -77,7 +77,7 @@ def run_ppo(run: RunConfig, world: World) -> Record:
             if step > config.critic_warmup and config.measures_kl:
                 kl.update(metrics["objective/kl"], len(rollout))
             evaluates = session.evaluates_at(step, config.eval_every)
-            evaluation = examiner.examine(collector, step=step) if evaluates else {}
+            evaluation = evaluator.evaluate(collector, step=step) if evaluates else {}
             tokens = float(rollout.attention_mask.sum())
             session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
         session.export()
@@ -107,11 +107,11 @@ def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models
         units = scale
         if config.critic and config.score.normalize:
             units = stored_scale(config.critic) or ScoreScale()
-        blueprint = scalar_head_model(
+        spec = scalar_head_model(
             config.critic or config.reward, lora=config.lora, seed=config.seed, head_scale=1 / units.std
         )
         critic = build(
-            blueprint,
+            spec,
             config=config.critic_engine,
             optimizer=config.critic_optimizer,
             total_steps=config.critic_steps,
@@ -165,7 +165,7 @@ def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Col
         pad_id=session.pad_id,
         stop_token_ids=stop_token_ids(session.tokenizer, models.actor.module.generation_config),
         scale=scale,
-        watch=session.watch,
+        timer=session.timer,
     )
 
 
@@ -177,7 +177,7 @@ def kl_controller(config: KLConfig) -> KLController:
 
 
 @dataclass(frozen=True)
-class Examiner:
+class HeldOutEvaluator:
     """Puts the same held-out prompts to the actor, with the same random numbers, and keeps what it says."""
 
     session: Session
@@ -188,7 +188,7 @@ class Examiner:
     gold: dict[str, GoldMetric]
 
     @classmethod
-    def of(cls, session: Session, samples: Sequence[Prompt]) -> Examiner:
+    def of(cls, session: Session, samples: Sequence[Prompt]) -> HeldOutEvaluator:
         """Take the first `ppo.eval_prompts` held-out prompts."""
         config, world = session.run.ppo, session.world
         assert config is not None
@@ -199,12 +199,12 @@ class Examiner:
         batch = evaluation_prompts(samples[:count], rank=world.rank, ranks=world.size, pad_id=session.pad_id)
         return cls(session, batch, count=count, gold=gold)
 
-    def examine(self, collector: Collector, *, step: int) -> dict[str, float]:
+    def evaluate(self, collector: Collector, *, step: int) -> dict[str, float]:
         """Answer, record the samples, and return the means."""
         if self.prompts is None:
             return {}
-        with self.session.watch("evaluate"):
-            apart = replace(collector, watch=Stopwatch(self.session.world.device))  # not the iteration's phases
+        with self.session.timer("evaluate"):
+            apart = replace(collector, timer=Stopwatch(self.session.world.device))  # not the iteration's phases
             rollout = apart.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
             rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
         self.session.tracker.samples(step, rows)

@@ -17,11 +17,11 @@ from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Pairwise
 from stages.lifecycle.session import open_session, stage_tokenizer
 from stages.lifecycle.stage_models import open_engine
-from stages.lifecycle.stage_record import Record
+from stages.lifecycle.stage_record import StageRecord
 from stages.supervised import held_out_batches, supervise, train_loader
 
 
-def run_reward(run: RunConfig, world: World) -> Record:
+def run_reward(run: RunConfig, world: World) -> StageRecord:
     """Train `reward/model` and leave its record, with the held-out mean and deviation that PPO normalises by."""
     config = run.reward
     assert config is not None
@@ -31,7 +31,7 @@ def run_reward(run: RunConfig, world: World) -> Record:
     loader = train_loader(splits.train, collate, config=config, world=world)
     held_out = held_out_batches(splits.eval, collate, config=config, world=world)
     with open_session(run, "reward", world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
-        blueprint = scalar_head_model(
+        spec = scalar_head_model(
             config.init_from,
             num_layers=config.num_layers,
             dropout=config.dropout,
@@ -39,7 +39,7 @@ def run_reward(run: RunConfig, world: World) -> Record:
             seed=config.seed,
         )
         engine = open_engine(
-            blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
+            spec, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
         with closing(engine):
             supervise(

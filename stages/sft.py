@@ -18,11 +18,11 @@ from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import NextToken
 from stages.lifecycle.session import open_session, stage_tokenizer
 from stages.lifecycle.stage_models import open_engine
-from stages.lifecycle.stage_record import Record
+from stages.lifecycle.stage_record import StageRecord
 from stages.supervised import held_out_batches, supervise, train_loader
 
 
-def run_sft(run: RunConfig, world: World) -> Record:
+def run_sft(run: RunConfig, world: World) -> StageRecord:
     """Train `sft/model` and leave its record."""
     config = run.sft
     assert config is not None
@@ -32,9 +32,9 @@ def run_sft(run: RunConfig, world: World) -> Record:
     loader = train_loader(splits.train, collate, config=config, world=world)
     held_out = held_out_batches(splits.eval, collate, config=config, world=world)
     with open_session(run, "sft", world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
-        blueprint = causal_lm(config.init_from, dropout=config.dropout, lora=config.lora, seed=config.seed)
+        spec = causal_lm(config.init_from, dropout=config.dropout, lora=config.lora, seed=config.seed)
         engine = open_engine(
-            blueprint, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
+            spec, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
         )
         with closing(engine):
             supervise(

@@ -13,7 +13,7 @@ from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Batch, Objective, take_step
-from stages.lifecycle.checkpointing import Parts
+from stages.lifecycle.checkpointing import TrainingState
 from stages.lifecycle.session import Session
 
 
@@ -66,12 +66,12 @@ def supervise(
         eval_every: steps between evaluations.
         data: fingerprint of the rows.
     """
-    session.begin(Parts({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
+    session.begin(TrainingState({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
     for step, micro_batches in session.steps(loader):
-        with session.watch("train"), session.observing(step):
+        with session.timer("train"), session.observing(step):
             metrics = take_step(engine, micro_batches, objective=objective)
         evaluation: dict[str, float] = {}
         if session.evaluates_at(step, eval_every):
-            with session.watch("evaluate"):
+            with session.timer("evaluate"):
                 evaluation = evaluate()
         session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])

@@ -41,10 +41,12 @@ def penalize_unended(scores: Tensor, ended: Tensor, *, penalty: float, kind: str
         kind: "set" or "subtract".
     """
     if not penalty >= 0:
-        raise ValueError(f"found ppo.score.no_end_penalty={penalty}, expected at least 0: it is taken away, not added")
+        raise ValueError(
+            f"found ppo.score.missing_eos_penalty={penalty}, expected at least 0: it is taken away, not added"
+        )
     scores = at_least_fp32(scores)
     if kind == "set":
         return torch.where(ended.bool(), scores, -float(penalty))
     if kind == "subtract":
         return torch.where(ended.bool(), scores, scores - penalty)
-    raise ValueError(f'found ppo.score.no_end_kind="{kind}", expected "set" or "subtract"')
+    raise ValueError(f'found ppo.score.missing_eos_mode="{kind}", expected "set" or "subtract"')

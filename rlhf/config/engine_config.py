@@ -29,10 +29,10 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
-class Tier(StrEnum):
-    """Where a part of a model rests while nothing computes with it."""
+class OffloadDevice(StrEnum):
+    """Where a part of a model is kept while nothing computes with it; none is the device that computes."""
 
-    device = "device"
+    none = "none"
     cpu = "cpu"
     nvme = "nvme"
 
@@ -54,9 +54,9 @@ class EngineConfig(Settings):
     """Working weights; auto is bf16 where the device multiplies it natively, else fp32. fp16 scales the loss."""
     device: Device = Device.auto
     """auto takes CUDA when there is one."""
-    optimizer_tier: Tier = Tier.device
+    offload_optimizer: OffloadDevice = OffloadDevice.none
     """Where master weights and moments rest, and gradients after they are reduced; needs ZeRO 1 or more."""
-    parameter_tier: Tier = Tier.device
+    offload_param: OffloadDevice = OffloadDevice.none
     """Where working weights rest; needs ZeRO 3."""
     nvme_path: str | None = None
     """Folder on a local disk for what rests on nvme; its files are removed at the end."""
@@ -71,9 +71,9 @@ class EngineConfig(Settings):
     pin_memory: bool = True
     """Page-locked host memory for what travels to and from a CUDA device; faster, cannot be swapped."""
     optimizer_share: Share = 1.0
-    """Share of the elements whose states follow `optimizer_tier`; the rest stays on the device (DeepSpeed: ratio)."""
+    """Share of the elements whose states go to `offload_optimizer`; the rest stays on the device (DeepSpeed: ratio)."""
     parameters_in_cpu: Natural = 0
-    """With parameter_tier=nvme: elements that stay in host memory instead of on disk (DeepSpeed: max_in_cpu)."""
+    """With offload_param=nvme: elements that stay in host memory instead of on disk (DeepSpeed: max_in_cpu)."""
     delayed_update: bool = False
     """Take the optimizer step while the next batch computes: gradients are one step stale, and the step costs less."""
     moments: Moments = Moments.fp32
@@ -118,15 +118,15 @@ class EngineConfig(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
-            self.optimizer_tier == Tier.device or self.zero_stage >= 1,
-            f"engine.optimizer_tier={self.optimizer_tier}: expected engine.zero_stage 1, 2 or 3, found 0.",
+            self.offload_optimizer == OffloadDevice.none or self.zero_stage >= 1,
+            f"engine.offload_optimizer={self.offload_optimizer}: expected engine.zero_stage 1, 2 or 3, found 0.",
         )
         require(
-            self.parameter_tier == Tier.device or self.zero_stage == 3,
-            f"engine.parameter_tier={self.parameter_tier}: expected engine.zero_stage=3, found {self.zero_stage}.",
+            self.offload_param == OffloadDevice.none or self.zero_stage == 3,
+            f"engine.offload_param={self.offload_param}: expected engine.zero_stage=3, found {self.zero_stage}.",
         )
         require(
-            Tier.nvme not in (self.optimizer_tier, self.parameter_tier) or bool(self.nvme_path),
+            OffloadDevice.nvme not in (self.offload_optimizer, self.offload_param) or bool(self.nvme_path),
             "engine.nvme_path is missing: name a folder on a local disk for what rests on nvme.",
         )
         require(

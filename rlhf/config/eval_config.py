@@ -22,7 +22,7 @@ class EvalConfig(Settings):
     """Keeps comparisons apart: results go to `eval/NAME`; with null they replace the last ones in `eval`."""
     model: str | None = None
     """What is evaluated: a folder or a hub id; null becomes the policy of this run, or the newest of its folder."""
-    against: str | None = "${output_dir}/sft/model"
+    baseline: str | None = "${output_dir}/sft/model"
     """What it is compared with; null compares with nothing."""
     reference: str | None = "${output_dir}/sft/model"
     """What KL is measured from; null measures none."""
@@ -79,7 +79,7 @@ class ChatConfig(Settings):
     """The run's engine, unless overridden here."""
     model: str | None = None
     """Who answers: a folder or a hub id; null is the policy of this run, the newest of its folder, or sft/model."""
-    beside: str | None = None
+    compare_with: str | None = None
     """A second model that answers the same; null is nobody."""
     prompts: PromptStyle = PromptStyle.template
     """plain_if_own: plain for a model of this output folder, whose data are plain text, and for the one beside it."""

@@ -68,7 +68,7 @@ def roles_of(run: RunConfig, stage: str) -> list[Role]:
     if isinstance(config, EvalConfig):
         return _roles_of_eval(config)
     assert isinstance(config, ChatConfig), stage
-    named = {"model": config.model or _last_policy(run), "beside": config.beside}
+    named = {"model": config.model or _last_policy(run), "compare_with": config.compare_with}
     return [Role("chat", name, path, ModelKind.causal_lm) for name, path in named.items() if path is not None]
 
 
@@ -85,8 +85,8 @@ def _roles_of_ppo(config: PPOConfig) -> list[Role]:
 def _roles_of_eval(config: EvalConfig) -> list[Role]:
     assert config.model is not None, "composition fills it"
     roles = [Role("eval", "model", config.model, ModelKind.causal_lm, writes=True)]
-    if config.against is not None:
-        roles.append(Role("eval", "against", config.against, ModelKind.causal_lm, writes=True, optional=True))
+    if config.baseline is not None:
+        roles.append(Role("eval", "baseline", config.baseline, ModelKind.causal_lm, writes=True, optional=True))
     if config.reference is not None:
         roles.append(Role("eval", "reference", config.reference, ModelKind.causal_lm, optional=True))
     if config.reward is not None:

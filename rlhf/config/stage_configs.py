@@ -33,7 +33,7 @@ class KLKind(StrEnum):
     k3 = "k3"
 
 
-class NoEndKind(StrEnum):
+class MissingEosMode(StrEnum):
     """What the penalty does to the score of a response that never ends."""
 
     set = "set"
@@ -164,9 +164,9 @@ class ScoreConfig(Settings):
     """Subtract the held-out mean and divide by the standard deviation that the reward stage stored."""
     clamp: NonNegative = 5.0
     """Limit of a normalised score, both ways; 0 leaves it alone. Scores that are not normalised are never clamped."""
-    no_end_kind: NoEndKind = NoEndKind.subtract
+    missing_eos_mode: MissingEosMode = MissingEosMode.subtract
     """Whether the penalty replaces the score or is subtracted from it."""
-    no_end_penalty: NonNegative = 1.0
+    missing_eos_penalty: NonNegative = 1.0
     """Penalty for a response that never ends: `set` scores it minus this."""
 
 

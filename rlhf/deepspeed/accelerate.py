@@ -68,8 +68,8 @@ _SWITCHES = {
 _NUMBERS = {"num_processes", "num_machines", "machine_rank", "main_process_port"}
 _PRECISIONS = ("no", "fp16", "bf16")
 _INSTEAD = {
-    "FSDP": "engine=zero3 shards as FSDP's FULL_SHARD does, engine=zero2 as SHARD_GRAD_OP; engine.optimizer_tier=cpu "
-    "offloads",
+    "FSDP": "engine=zero3 shards as FSDP's FULL_SHARD does, engine=zero2 as SHARD_GRAD_OP; "
+    "engine.offload_optimizer=cpu offloads",
     "NO": "engine=zero0 is one process, or several with launch.ranks",
     "MULTI_GPU": "engine=zero0 with launch.ranks=N keeps a whole copy on each GPU",
 }

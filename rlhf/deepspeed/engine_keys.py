@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from rlhf.config.engine_config import EngineConfig, Moments, Precision, Tier
+from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice, Precision
 from rlhf.deepspeed.key_table import TABLE
 from rlhf.deepspeed.reading import Origin, Reading
 from rlhf.deepspeed.values import AUTO, choice, integer, switch
 
-_DEVICES = {"none": Tier.device, "cpu": Tier.cpu, "nvme": Tier.nvme}
-_BLOCKS = {"offload_optimizer": "engine.optimizer_tier", "offload_param": "engine.parameter_tier"}
+_DEVICES = {"none": OffloadDevice.none, "cpu": OffloadDevice.cpu, "nvme": OffloadDevice.nvme}
+_BLOCKS = {"offload_optimizer": "engine.offload_optimizer", "offload_param": "engine.offload_param"}
 _HALVES = {
     "bf16": Precision.bf16,
     "bfloat16": Precision.bf16,

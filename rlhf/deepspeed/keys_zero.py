@@ -10,7 +10,7 @@ _ONE_FOLDER = "one folder for both blocks; where they differ, the optimizer's"
 _OPTIMIZER = (
     mapped(
         "zero_optimization.offload_optimizer.device",
-        "none, cpu or nvme: engine.optimizer_tier=device, cpu or nvme, at ZeRO 1, 2 and 3 alike",
+        "none, cpu or nvme: engine.offload_optimizer=none, cpu or nvme, at ZeRO 1, 2 and 3 alike",
         default="none",
     ),
     mapped("zero_optimization.offload_optimizer.nvme_path", f"engine.nvme_path; {_ONE_FOLDER}", kind=Kind.text),
@@ -67,7 +67,7 @@ _OPTIMIZER = (
 _PARAM = (
     mapped(
         "zero_optimization.offload_param.device",
-        "none, cpu or nvme: engine.parameter_tier=device, cpu or nvme at ZeRO 3; no effect below, as in DeepSpeed",
+        "none, cpu or nvme: engine.offload_param=none, cpu or nvme at ZeRO 3; no effect below, as in DeepSpeed",
         default="none",
     ),
     mapped("zero_optimization.offload_param.nvme_path", f"engine.nvme_path; {_ONE_FOLDER}", kind=Kind.text),
@@ -243,7 +243,7 @@ _BEYOND = (
     ),
     ignored(
         "zero_optimization.zero_quantized_nontrainable_weights",
-        "frozen weights stay in the working precision: exact, with more memory; engine.parameter_tier=cpu spares it",
+        "frozen weights stay in the working precision: exact, with more memory; engine.offload_param=cpu spares it",
         default=False,
     ),
     refused(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
@@ -25,7 +25,7 @@ from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill
 from rlhf.engine.offload.weights import resting_tier
 from rlhf.engine.sharding import Sharding, shard
-from rlhf.engine.updater import Learner, StepResult
+from rlhf.engine.updater import StepResult, Updater
 from rlhf.engine.working_dtype import working_dtype
 from rlhf.models.transforms import enable_activation_checkpointing
 from rlhf.runtime.dist import World, sum_over_ranks
@@ -33,7 +33,7 @@ from rlhf.runtime.malloc import return_freed_memory, trim
 from rlhf.tracking.histogram import Histogram
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import Blueprint
+    from rlhf.models.model_spec import ModelSpec
 
 
 class Engine:
@@ -49,7 +49,7 @@ class Engine:
         *,
         world: World,
         dtype: torch.dtype,
-        learner: Learner | None,
+        updater: Updater | None,
         streams: bool = False,
     ) -> None:
         self.module = module
@@ -57,7 +57,7 @@ class Engine:
         self.world = world
         self.dtype = dtype
         self._sharding = sharding
-        self._learner = learner
+        self._learner = updater
         self._census: Census | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -172,7 +172,7 @@ class Engine:
         return self._learning.loss_scale
 
     @property
-    def _learning(self) -> Learner:
+    def _learning(self) -> Updater:
         assert self._learner is not None, "a frozen engine has no gradients and takes no steps"
         return self._learner
 
@@ -193,7 +193,7 @@ def step_together(*engines: Engine) -> list[StepResult]:
 
 
 def build_engine(
-    blueprint: Blueprint,
+    spec: ModelSpec,
     *,
     config: EngineConfig,
     world: World,
@@ -201,10 +201,10 @@ def build_engine(
     total_steps: int = 0,
     loss_scale: LossScale | None = None,
 ) -> Engine:
-    """Give a blueprint memory on this rank's device, each rank reading only its share of the weights.
+    """Give a spec memory on this rank's device, each rank reading only its share of the weights.
 
     Args:
-        blueprint: the model on meta; it is used up.
+        spec: the model on meta; it is used up.
         config: ZeRO stage, precision and what goes with them.
         world: this rank among the others; all must call.
         optimizer: how the trainable parameters learn; None for a frozen model.
@@ -212,24 +212,24 @@ def build_engine(
         loss_scale: of another engine whose steps are taken together with this one's (see `step_together`).
     """
     frozen = optimizer is None
-    module, dtype = blueprint.module, working_dtype(config.precision, world.device)
+    module, dtype = spec.module, working_dtype(config.precision, world.device)
     if frozen:
         module.requires_grad_(False)
     elif config.activation_checkpointing:
         moves = config.activation_offload and world.device.type == "cuda"
         enable_activation_checkpointing(module, offload=moves)
-    if resting_tier(config, world.device) == Tier.nvme:
+    if resting_tier(config, world.device) == OffloadDevice.nvme:
         return_freed_memory(tight=True)
-    sharding = shard(blueprint, config=config, world=world, frozen=frozen)
-    allocate(blueprint, sharding, config=config, dtype=dtype, world=world)
+    sharding = shard(spec, config=config, world=world, frozen=frozen)
+    allocate(spec, sharding, config=config, dtype=dtype, world=world)
     module.train(not frozen)
-    learner = adam = None
+    updater = adam = None
     if optimizer is not None:
         assert total_steps > 0, "the schedule needs to know its length"
         groups = sharding.groups()
         adam = AdamW(groups, None, config=optimizer, engine=config, rows=sharding.rows, world=world)
         gradients = Gradients(groups, sharding, world=world, optimizer=adam, replicas=sharding.replicas)
-        learner = Learner(
+        updater = Updater(
             adam,
             gradients,
             config=optimizer,
@@ -237,7 +237,7 @@ def build_engine(
             max_skipped_steps=config.max_skipped_steps,
             loss_scale=loss_scale or LossScale.of(config),
         )
-    fill(blueprint, sharding, world=world, set_master=adam.set_master if adam else None)
+    fill(spec, sharding, world=world, set_master=adam.set_master if adam else None)
     trim()
     streams = config.stream_generation and config.zero_stage == 3
-    return Engine(module, sharding, world=world, dtype=dtype, learner=learner, streams=streams)
+    return Engine(module, sharding, world=world, dtype=dtype, updater=updater, streams=streams)

@@ -23,7 +23,7 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.models.lora import adapted_layers
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import Blueprint
+    from rlhf.models.model_spec import ModelSpec
 
 ParameterGroup = dict[str, nn.Parameter]
 """Parameters that travel together, by name."""
@@ -48,14 +48,14 @@ class Unit:
         return {name: parameter for name, parameter in found if parameter.requires_grad}
 
 
-def find_units(blueprint: Blueprint, *, config: EngineConfig) -> list[Unit]:
+def find_units(spec: ModelSpec, *, config: EngineConfig) -> list[Unit]:
     """The units of a model that is not sharded yet, in the order of the forward pass."""
-    persistent = persistent_parameters(blueprint.module, config)
-    before, after = _outer_matrices(blueprint)
-    units = [Unit([blueprint.module]), *before, *_buckets(blueprint.blocks, config), *after]
+    persistent = persistent_parameters(spec.module, config)
+    before, after = _outer_matrices(spec)
+    units = [Unit([spec.module]), *before, *_buckets(spec.blocks, config), *after]
     unit_of = {id(parameter): unit for unit in units for part in unit.modules for parameter in part.parameters()}
     unit_of |= {id(p): unit for unit in units[1:] for part in unit.modules for p in part.parameters()}
-    for name, parameter in blueprint.module.named_parameters():
+    for name, parameter in spec.module.named_parameters():
         unit = unit_of[id(parameter)]
         unit.names.append(name)
         unit.numel += 0 if name in persistent else parameter.numel()
@@ -121,9 +121,9 @@ def _buckets(blocks: list[nn.Module], config: EngineConfig) -> Iterator[Unit]:
     yield bucket
 
 
-def _outer_matrices(blueprint: Blueprint) -> tuple[list[Unit], list[Unit]]:
+def _outer_matrices(spec: ModelSpec) -> tuple[list[Unit], list[Unit]]:
     """Modules outside the blocks with an untied matrix: those before the blocks, and those after them."""
-    root, blocks = blueprint.module, blueprint.blocks
+    root, blocks = spec.module, spec.blocks
     uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
     taken = {id(part) for block in blocks for part in block.modules()}
     around = {id(part) for part in root.modules() if any(child is blocks[0] for child in part.modules())}

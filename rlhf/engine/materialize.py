@@ -3,7 +3,7 @@
 The model is sharded first, then every parameter gets its place (`allocate`), then one parameter after the other is read
 and put there (`fill`). So no rank ever holds more than its share and one parameter's rows on top, and where weights and
 masters rest on disk, not even its share.
-Left out: where the rows come from (`Blueprint.weights`).
+Left out: where the rows come from (`ModelSpec.weights`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.offload.buffer_pool import Buffers
 from rlhf.engine.offload.direct_io import DiskFile, run_folder
 from rlhf.engine.offload.weights import Home, Residency, lay_out, unit_bytes
@@ -26,19 +26,17 @@ from rlhf.engine.offload.working_rows import ResidentRows
 from rlhf.engine.sharding import Sharding, like, local
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import Blueprint
+    from rlhf.models.model_spec import ModelSpec
     from rlhf.runtime.dist import World
 
 
-def allocate(
-    blueprint: Blueprint, sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World
-) -> None:
+def allocate(spec: ModelSpec, sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World) -> None:
     """Give every parameter its place in `dtype`, on `world.device` or where working weights rest; buffers move too.
 
     Raises:
         RunError: the disk has no room.
     """
-    module = blueprint.module
+    module = spec.module
     _move_buffers(module, world.device)
     owners = _owners(module)
 
@@ -49,7 +47,7 @@ def allocate(
 
     resting = {}
     for name, parameter in list(module.named_parameters()):
-        if sharding.tier != Tier.device and isinstance(parameter, DTensor):
+        if sharding.tier != OffloadDevice.none and isinstance(parameter, DTensor):
             resting[name] = parameter
         else:
             place(parameter, torch.empty(local(parameter).shape, dtype=dtype, device=world.device))
@@ -61,7 +59,7 @@ def allocate(
 
 @torch.no_grad()
 def fill(
-    blueprint: Blueprint,
+    spec: ModelSpec,
     sharding: Sharding,
     *,
     world: World,
@@ -70,13 +68,13 @@ def fill(
     """Read the weights, one parameter at a time, into their places.
 
     Args:
-        blueprint: with every parameter allocated.
+        spec: with every parameter allocated.
         sharding: of it.
         world: this rank among the others.
         set_master: takes the name and fp32 rows of each parameter that learns, as precise as the checkpoint is.
     """
-    for name, parameter in blueprint.module.named_parameters():
-        rows = blueprint.weights.read(name, _rows(parameter, world))
+    for name, parameter in spec.module.named_parameters():
+        rows = spec.weights.read(name, _rows(parameter, world))
         assert rows.shape == local(parameter).shape, f"{name}: {tuple(rows.shape)} for {tuple(local(parameter).shape)}"
         if sharding.rows is not None and name in sharding.rows:
             sharding.rows.write(name, 0, values=rows.flatten())
@@ -108,7 +106,7 @@ def _residency(sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, 
 
 def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
     """The units that rest in host memory: all, or with nvme the first ones up to `parameters_in_cpu` elements."""
-    if config.parameter_tier == Tier.cpu:
+    if config.offload_param == OffloadDevice.cpu:
         return set(range(len(sizes)))
     chosen, left = set(), config.parameters_in_cpu * dtype.itemsize
     for index, size in enumerate(sizes):
@@ -123,7 +121,7 @@ def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> DiskH
     file = DiskFile(
         run_folder(config.nvme_path, rank=world.rank) / "parameters",
         nbytes=file_bytes(sizes),
-        label="working weights (engine.parameter_tier=nvme)",
+        label="working weights (engine.offload_param=nvme)",
     )
     buffers = Buffers(
         config.buffer_count, nbytes=4 * config.buffer_size, pin=config.pin_memory and world.device.type == "cuda"

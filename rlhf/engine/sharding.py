@@ -28,14 +28,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.fsdp_private import end_forwards, gather_when_used, hook_keys
 from rlhf.engine.fsdp_units import ParameterGroup, Unit, find_units, gathered_ahead, persistent_parameters
 from rlhf.engine.offload.weights import Residency, resting_tier
 from rlhf.runtime.dist import World, device_mesh
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import Blueprint
+    from rlhf.models.model_spec import ModelSpec
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Sharding:
     units: list[Unit]
     stage: int
     frozen: bool
-    tier: Tier = Tier.device
+    tier: OffloadDevice = OffloadDevice.none
     modules: list[FSDPModule] = field(default_factory=list)
     """One of each unit that is gathered, the root first; none where every rank holds the whole model."""
     wrapped: list[nn.Module] = field(default_factory=list)
@@ -124,16 +124,16 @@ class Sharding:
         return OrderedDict((key, hook) for key, hook in hooks.items() if key not in self.hooks)
 
 
-def shard(blueprint: Blueprint, *, config: EngineConfig, world: World, frozen: bool) -> Sharding:
+def shard(spec: ModelSpec, *, config: EngineConfig, world: World, frozen: bool) -> Sharding:
     """Shard a model that is still on meta over all ranks, unit by unit."""
     tier = resting_tier(config, world.device)
-    units = find_units(blueprint, config=config)
-    sharding = Sharding(blueprint.module, units, config.zero_stage, frozen, tier)
-    names = [name for name, _ in blueprint.module.named_parameters()]
-    if config.zero_stage == 0 or (world.size == 1 and tier == Tier.device):
+    units = find_units(spec, config=config)
+    sharding = Sharding(spec.module, units, config.zero_stage, frozen, tier)
+    names = [name for name, _ in spec.module.named_parameters()]
+    if config.zero_stage == 0 or (world.size == 1 and tier == OffloadDevice.none):
         sharding.replicas = set(names) if world.size > 1 else set()
         return sharding
-    persistent = persistent_parameters(blueprint.module, config)
+    persistent = persistent_parameters(spec.module, config)
     sharding.replicas = set(persistent) if world.size > 1 else set()
     _wrap(sharding, persistent, world=world)
     if config.zero_stage == 3:

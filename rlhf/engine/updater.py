@@ -33,7 +33,7 @@ class StepResult(NamedTuple):
         return {key: float(value) for key, value in found.items()}
 
 
-class Learner:
+class Updater:
     """Turns collected gradients into steps."""
 
     def __init__(

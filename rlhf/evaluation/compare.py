@@ -69,39 +69,39 @@ _OF_ALL: dict[str, tuple[str, Callable[[Sequence[str]], float | None]]] = {
 """Of all responses together: no means, so without an interval."""
 
 
-def measures(model: Answers, against: Answers | None, *, seed: int) -> list[dict[str, Any]]:
+def measures(model: Answers, baseline: Answers | None, *, seed: int) -> list[dict[str, Any]]:
     """One row for each measure: what it is, and its value for each model and for their difference."""
-    rows = [_mean_row(name, model, against=against, seed=seed) for name in model.numbers]
+    rows = [_mean_row(name, model, baseline=baseline, seed=seed) for name in model.numbers]
     rows += [
-        _row(name, "fraction", meaning=about[0], values=_both(about[1], model, against=against))
+        _row(name, "fraction", meaning=about[0], values=_both(about[1], model, baseline=baseline))
         for name, about in _OF_ALL.items()
     ]
     if any(tokens for _, tokens in model.losses):
-        values = {side: _perplexity(found.losses, seed=seed) for side, found in _sides(model, against).items()}
+        values = {side: _perplexity(found.losses, seed=seed) for side, found in _sides(model, baseline).items()}
         rows.append(_row("perplexity", "", meaning="of held-out demonstrations, per token", values=values))
     return rows
 
 
-def _sides(model: Answers, against: Answers | None) -> dict[str, Answers]:
-    return {"model": model} | ({} if against is None else {"against": against})
+def _sides(model: Answers, baseline: Answers | None) -> dict[str, Answers]:
+    return {"model": model} | ({} if baseline is None else {"baseline": baseline})
 
 
 def _both(
-    function: Callable[[Sequence[str]], float | None], model: Answers, *, against: Answers | None
+    function: Callable[[Sequence[str]], float | None], model: Answers, *, baseline: Answers | None
 ) -> dict[str, Any]:
-    found = {side: function(said.texts) for side, said in _sides(model, against).items()}
+    found = {side: function(said.texts) for side, said in _sides(model, baseline).items()}
     return {side: {} if value is None else {"mean": value} for side, value in found.items()}
 
 
-def _mean_row(name: str, model: Answers, *, against: Answers | None, seed: int) -> dict[str, Any]:
+def _mean_row(name: str, model: Answers, *, baseline: Answers | None, seed: int) -> dict[str, Any]:
     measure = MEASURES[name if name in MEASURES else f"{name.split('/')[0]}/*"]
-    columns = {side: torch.tensor(found.numbers[name]) for side, found in _sides(model, against).items()}
+    columns = {side: torch.tensor(found.numbers[name]) for side, found in _sides(model, baseline).items()}
     for side, column in columns.items():
         if not bool(column.isfinite().all()):
             count = int((~column.isfinite()).sum())
             log.warning("%s: left out %d of %d responses whose %s is not finite", side, count, len(column), name)
-    if against is not None:
-        columns["difference"] = columns["model"] - columns["against"]  # not finite where either is not
+    if baseline is not None:
+        columns["difference"] = columns["model"] - columns["baseline"]  # not finite where either is not
     values = {
         side: wilson(float(column.sum()), len(column))
         if measure.is_share and side != "difference"

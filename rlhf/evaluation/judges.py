@@ -43,18 +43,18 @@ class Pairs:
 
     prompts: tuple[str, ...]
     model: tuple[str, ...]
-    against: tuple[str, ...]
+    baseline: tuple[str, ...]
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def shown(self, row: int, *, model_is_a: bool) -> tuple[str, str]:
         """The responses A and B."""
-        return (self.model[row], self.against[row]) if model_is_a else (self.against[row], self.model[row])
+        return (self.model[row], self.baseline[row]) if model_is_a else (self.baseline[row], self.model[row])
 
     def digest(self, row: int) -> str:
         """What a pair is known by: judged once, it need not be judged again, whatever run it turns up in."""
-        parts = (self.prompts[row], self.model[row], self.against[row])
+        parts = (self.prompts[row], self.model[row], self.baseline[row])
         text = "".join(f"{len(part)}:{part}" for part in parts)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
@@ -94,14 +94,14 @@ def balanced_coin(count: int, *, seed: int) -> list[bool]:
     return coin
 
 
-def judged_by_scores(model: Sequence[float], against: Sequence[float], *, pairs: Pairs) -> list[Verdict]:
+def judged_by_scores(model: Sequence[float], baseline: Sequence[float], *, pairs: Pairs) -> list[Verdict]:
     """The higher score is better; a pair with a score that is not finite is not judged.
 
     Equal responses tie, whatever their scores: in 16 bits these depend on what else stood in the batch.
     """
-    scores = enumerate(zip(model, against, strict=True))
+    scores = enumerate(zip(model, baseline, strict=True))
     return [
-        Verdict(row, 0.0 if pairs.model[row] == pairs.against[row] else float((ours > theirs) - (ours < theirs)))
+        Verdict(row, 0.0 if pairs.model[row] == pairs.baseline[row] else float((ours > theirs) - (ours < theirs)))
         for row, (ours, theirs) in scores
         if math.isfinite(ours) and math.isfinite(theirs)
     ]
@@ -200,7 +200,7 @@ class Person:
         were judged are a fair sample of all, however early the person stops.
         """
         known = self._known(pairs)
-        equal = [row for row in range(len(pairs)) if pairs.model[row] == pairs.against[row]]
+        equal = [row for row in range(len(pairs)) if pairs.model[row] == pairs.baseline[row]]
         known |= {row: Verdict(row, 0.0) for row in equal}
         left = [row for row in range(len(pairs)) if row not in known]
         random.Random(seed).shuffle(left)
@@ -243,7 +243,7 @@ class Person:
                 "model_is_a": verdict.model_is_a,
                 "prompt": pairs.prompts[row],
                 "model": pairs.model[row],
-                "against": pairs.against[row],
+                "baseline": pairs.baseline[row],
             }
         )
 

@@ -177,7 +177,7 @@ def _kl_metrics(rollout: Rollout, *, kind: str) -> dict[str, float]:
 def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
     """How well the critic foresaw the returns `[B, R]` of the whole rollout."""
     explained = explained_variance(rollout.values, returns, rollout.response_mask)
-    return {"val/explained_variance": float(explained)}
+    return {"critic/explained_variance": float(explained)}
 
 
 def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric]) -> list[dict[str, str | float | bool]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.model_config import LoraConfig
 from rlhf.config.run_config import RunConfig
 from rlhf.config.stage_configs import PPOConfig, StageConfig
@@ -108,20 +108,20 @@ def _steps(config: StageConfig, stage: str, *, run: RunConfig, ranks: int, is_cu
             config,
             cost="the step runs on the CPU",
             zero_stage=max(1, engine.zero_stage),
-            optimizer_tier=Tier.cpu,
+            offload_optimizer=OffloadDevice.cpu,
         )
-        yield _engines(stage, config, cost="weights travel to every use", zero_stage=3, parameter_tier=Tier.cpu)
+        yield _engines(stage, config, cost="weights travel to every use", zero_stage=3, offload_param=OffloadDevice.cpu)
     nvme = {"nvme_path": engine.nvme_path or "FOLDER"}
     yield _engines(
         stage,
         config,
         cost="the step reads and writes a disk",
         zero_stage=max(1, engine.zero_stage),
-        optimizer_tier=Tier.nvme,
+        offload_optimizer=OffloadDevice.nvme,
         **nvme,
     )
     yield _engines(
-        stage, config, cost="every use of weights reads a disk", zero_stage=3, parameter_tier=Tier.nvme, **nvme
+        stage, config, cost="every use of weights reads a disk", zero_stage=3, offload_param=OffloadDevice.nvme, **nvme
     )
     if config.lora.rank == 0:
         lora = LoraConfig(**{**vars(config.lora), "rank": _LORA_RANK})

@@ -17,13 +17,13 @@ log = logging.getLogger(__name__)
 NUMBERS = "plan.json"
 
 
-def beside_plan(run: RunConfig, stage: str, *, world: World, watch: Stopwatch) -> dict[str, float]:
+def beside_plan(run: RunConfig, stage: str, *, world: World, timer: Stopwatch) -> dict[str, float]:
     """Show the highest memory of each phase beside its plan, of this rank; returns both as metrics.
 
     On a CPU the measured peaks include what the allocator has kept from earlier phases.
     """
     planned = read_json(Path(run.output_dir) / NUMBERS).get(stage, {})
-    measured = {name: peak for phase, peak in watch.highest.items() for name, peak in peak_metrics(phase, peak).items()}
+    measured = {name: peak for phase, peak in timer.highest.items() for name, peak in peak_metrics(phase, peak).items()}
     rows, expected = [], {}
     for phase, places in planned.items():
         for place in ("device", "host"):

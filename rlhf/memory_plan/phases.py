@@ -14,7 +14,7 @@ from torch import nn
 from rlhf.memory_plan.plan import Item, Place
 from rlhf.memory_plan.states import GATHERED, GRADIENTS, Setting, States
 from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, Family, Prepare, Stretch, Work, trace
-from rlhf.models.model_spec import Blueprint
+from rlhf.models.model_spec import ModelSpec
 from rlhf.models.transforms import enable_activation_checkpointing
 
 DECODING_CALLS = 2  # the prompt, and one token after it: later ones take no more
@@ -25,7 +25,7 @@ class Model:
     """A model whose memory is asked for."""
 
     setting: Setting
-    whole: Blueprint
+    whole: ModelSpec
     """On meta, not sharded."""
     family: Family
     """Makes shorter ones."""
@@ -99,7 +99,7 @@ class Model:
         """ZeRO 1 keeps whole fp32 sums until the last micro-batch is reduced."""
         setting = self.setting
         waits = setting.engine.zero_stage == 1 and setting.ranks > 1 and setting.micro_batches > 1
-        return 4 * sum(p.numel() for p in self.states.blueprint.module.parameters() if p.requires_grad) * waits
+        return 4 * sum(p.numel() for p in self.states.spec.module.parameters() if p.requires_grad) * waits
 
     def _share_of_sums(self, stretch: Stretch) -> float:
         """How much of the sums is there; in a later micro-batch all of it."""

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from rlhf.config.engine_config import EngineConfig, Moments, Tier
+from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice
 from rlhf.engine.fsdp_units import Unit, find_units, gathered_ahead, num_leaving, persistent_parameters
 from rlhf.engine.materialize import _in_memory
 from rlhf.engine.offload.buffer_pool import HUGE_PAGE
@@ -25,7 +25,7 @@ from rlhf.engine.offload.weights import lay_out as lay_out_rows
 from rlhf.engine.offload.weights import resting_tier, unit_bytes
 from rlhf.engine.offload.weights_nvme import file_bytes
 from rlhf.memory_plan.plan import Item, Place
-from rlhf.models.model_spec import Blueprint
+from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 GATHERED, BUFFERS = "gathered weights", "buffers"
@@ -56,7 +56,7 @@ class Setting:
 class States:
     """The bytes of a model on the first rank, which holds the most rows."""
 
-    blueprint: Blueprint
+    spec: ModelSpec
     """On meta, not sharded; `requires_grad` says what learns."""
     setting: Setting
 
@@ -70,7 +70,7 @@ class States:
         on_device, away = self._split
         bytes_each = self._sum_bytes
         items = [self._item(GRADIENTS, Place.device, count=int(share * bytes_each * on_device * self._sides))]
-        if self.optimizer_tier == Tier.cpu:  # page-locked, and kept from step to step
+        if self.offload_optimizer == OffloadDevice.cpu:  # page-locked, and kept from step to step
             kept = self.setting.dtype.itemsize + (4 if self.setting.micro_batches > 1 else 0)
             items.append(self._item(GRADIENTS, Place.host, count=kept * away * self._sides))
         return [item for item in items if item.bytes]
@@ -110,7 +110,7 @@ class States:
 
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; what rests on disk is not copied."""
-        learning = sum(self._split) if self.optimizer_tier != Tier.nvme else self._split[0]
+        learning = sum(self._split) if self.offload_optimizer != OffloadDevice.nvme else self._split[0]
         return learning * self._saved
 
     def in_a_checkpoint(self) -> int:
@@ -134,33 +134,33 @@ class States:
     @cached_property
     def units(self) -> list[Unit]:
         """What travels together."""
-        return find_units(self.blueprint, config=self.setting.engine)
+        return find_units(self.spec, config=self.setting.engine)
 
     @cached_property
-    def parameter_tier(self) -> Tier:
+    def offload_param(self) -> OffloadDevice:
         """Where working weights rest."""
         return resting_tier(self.setting.engine, self.setting.device)
 
     @cached_property
-    def optimizer_tier(self) -> Tier:
+    def offload_optimizer(self) -> OffloadDevice:
         """Where states rest that leave the device."""
-        tier = self.setting.engine.optimizer_tier
-        return Tier.device if tier == Tier.cpu and self.setting.device.type == "cpu" else tier
+        tier = self.setting.engine.offload_optimizer
+        return OffloadDevice.none if tier == OffloadDevice.cpu and self.setting.device.type == "cpu" else tier
 
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 holds the model."""
         stage, alone = self.setting.engine.zero_stage, self.setting.ranks == 1
-        return stage > 0 and not (alone and self.parameter_tier == Tier.device)
+        return stage > 0 and not (alone and self.offload_param == OffloadDevice.none)
 
     def outside_blocks(self) -> int:
         """Elements of this rank's rows of what learns outside the blocks."""
-        blocks = {id(p) for block in self.blueprint.blocks for p in block.parameters()}
+        blocks = {id(p) for block in self.spec.blocks for p in block.parameters()}
         return sum(self._local(name, p) for name, p in self._learning if id(p) not in blocks)
 
     def finished_before_blocks(self) -> int:
         """Of these, the elements whose gradients are complete when backward reaches the blocks."""
-        blocks = {id(p) for block in self.blueprint.blocks for p in block.parameters()}
+        blocks = {id(p) for block in self.spec.blocks for p in block.parameters()}
         return sum(self._local(name, p) for name, p in self._learning if id(p) not in blocks and self._is_after(name))
 
     def elements(self) -> int:
@@ -169,7 +169,7 @@ class States:
 
     @cached_property
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.blueprint.module.named_parameters())
+        return list(self.spec.module.named_parameters())
 
     @property
     def _learning(self) -> list[tuple[str, nn.Parameter]]:
@@ -177,7 +177,7 @@ class States:
 
     @cached_property
     def _persistent(self) -> set[str]:
-        return set(persistent_parameters(self.blueprint.module, self.setting.engine))
+        return set(persistent_parameters(self.spec.module, self.setting.engine))
 
     def _local(self, name: str, parameter: nn.Parameter) -> int:
         """Elements of the first rank's rows."""
@@ -187,16 +187,16 @@ class States:
 
     def _is_after(self, name: str) -> bool:
         """Whether a parameter outside the blocks belongs to what follows them."""
-        owner = self.blueprint.module.get_submodule(name.rpartition(".")[0])
-        tied = sum(p is self.blueprint.module.get_parameter(name) for p in self._with_copies)
+        owner = self.spec.module.get_submodule(name.rpartition(".")[0])
+        tied = sum(p is self.spec.module.get_parameter(name) for p in self._with_copies)
         return tied == 1 and not isinstance(owner, nn.Embedding)
 
     @cached_property
     def _with_copies(self) -> list[nn.Parameter]:
-        return [p for _, p in self.blueprint.module.named_parameters(remove_duplicate=False)]
+        return [p for _, p in self.spec.module.named_parameters(remove_duplicate=False)]
 
     def _trainable_numel(self, unit: Unit) -> int:
-        return 0 if self.setting.frozen else sum(p.numel() for p in unit.group(self.blueprint.module).values())
+        return 0 if self.setting.frozen else sum(p.numel() for p in unit.group(self.spec.module).values())
 
     @cached_property
     def _groups(self) -> list[list[Shape]]:
@@ -206,7 +206,7 @@ class States:
         found = [
             [
                 Shape(name, torch.Size([self._local(name, p)]), decays=True)
-                for name, p in unit.group(self.blueprint.module).items()
+                for name, p in unit.group(self.spec.module).items()
             ]
             for unit in self.units
         ]
@@ -221,7 +221,7 @@ class States:
 
     @cached_property
     def _num_away(self) -> int:
-        if self.optimizer_tier == Tier.device:
+        if self.offload_optimizer == OffloadDevice.none:
             return 0
         sizes = [self._trainable_numel(unit) for unit in self.units]
         return num_leaving([size for size in sizes if size], self.setting.engine.optimizer_share)
@@ -241,8 +241,8 @@ class States:
 
     def _working(self) -> Iterator[Item]:
         size = self.setting.dtype.itemsize
-        buffers = sum(buffer.nbytes for buffer in self.blueprint.module.buffers())
-        if self.parameter_tier == Tier.device:
+        buffers = sum(buffer.nbytes for buffer in self.spec.module.buffers())
+        if self.offload_param == OffloadDevice.none:
             elements = sum(self._local(name, p) for name, p in self._parameters)
             yield self._item(WORKING, Place.device, count=elements * size + buffers)
             return
@@ -266,9 +266,9 @@ class States:
     @property
     def _brought(self) -> int:
         """Elements of rows on their way from where they rest to a gather: a unit's, and the next one's."""
-        if self.parameter_tier == Tier.device:
+        if self.offload_param == OffloadDevice.none:
             return 0
-        copies = 2 if self.parameter_tier == Tier.cpu else 1
+        copies = 2 if self.offload_param == OffloadDevice.cpu else 1
         return copies * max(self._resting_units) // self.setting.dtype.itemsize
 
     @property
@@ -278,13 +278,13 @@ class States:
     def _optimizer(self) -> Iterator[Item]:
         here, away = self._split
         narrow = self.setting.dtype is not torch.float32
-        apart = narrow or self.parameter_tier != Tier.device or self.setting.engine.delayed_update
+        apart = narrow or self.offload_param != OffloadDevice.none or self.setting.engine.delayed_update
         yield self._item(MASTERS, Place.device, count=4 * here if apart else 0)
         yield self._item(MOMENTS, Place.device, count=2 * self._moment_bytes * here)
-        if self.optimizer_tier == Tier.cpu:
+        if self.offload_optimizer == OffloadDevice.cpu:
             yield self._item(MASTERS, Place.host, count=4 * away)
             yield self._item(MOMENTS, Place.host, count=2 * self._moment_bytes * away)
-        if self.optimizer_tier == Tier.nvme and away:
+        if self.offload_optimizer == OffloadDevice.nvme and away:
             yield from self._on_disk()
 
     def _on_disk(self) -> Iterator[Item]:

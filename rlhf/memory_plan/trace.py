@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rlhf.algorithms import logprobs
-from rlhf.models.model_spec import Blueprint
+from rlhf.models.model_spec import ModelSpec
 
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits and loss", "KV cache"
 SHORT, SUM = (1, 3), 3  # blocks of two runs, or of one, that stand for longer ones, together with one more
@@ -98,7 +98,7 @@ class Family(Protocol):
     def is_regular(self) -> bool:
         """Whether the blocks of a run are alike."""
 
-    def with_runs(self, lower: int, upper: int) -> Blueprint:
+    def with_runs(self, lower: int, upper: int) -> ModelSpec:
         """One with so many blocks in its runs."""
 
 
@@ -137,15 +137,15 @@ def _deeper(found: Stretch, *, short: Stretch, longer: Stretch, more: int) -> St
     return Stretch(found.where, total, per_block)
 
 
-def _traced(blueprint: Blueprint, work: Work, *, prepare: Prepare) -> list[Stretch]:
-    module = blueprint.module
+def _traced(spec: ModelSpec, work: Work, *, prepare: Prepare) -> list[Stretch]:
+    module = spec.module
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, _chunks_of_a_gpu(prepare.cuda):
         _make_fake(module, fake, dtype=prepare.dtype)
         module.train(prepare.training)
         if prepare.on_module is not None:
             prepare.on_module(module)
         counter = _Counter([*module.parameters(), *module.buffers()], answer=prepare.answer)
-        _Signposts(blueprint, counter, max_calls=prepare.max_calls)
+        _Signposts(spec, counter, max_calls=prepare.max_calls)
         with counter, torch.set_grad_enabled(prepare.training), suppress(EnoughError):
             loss = work(module)
             if loss is not None and prepare.training:
@@ -248,15 +248,15 @@ def _in_backward() -> bool:
 class _Signposts:
     """Hooks on a model that tell the counter where the computation is."""
 
-    def __init__(self, blueprint: Blueprint, counter: _Counter, *, max_calls: int) -> None:
+    def __init__(self, spec: ModelSpec, counter: _Counter, *, max_calls: int) -> None:
         self._counter = counter
         self._max_calls = max_calls
-        self._last = len(blueprint.blocks) - 1
-        blueprint.module.register_forward_pre_hook(self._begin)
-        for index, block in enumerate(blueprint.blocks):
+        self._last = len(spec.blocks) - 1
+        spec.module.register_forward_pre_hook(self._begin)
+        for index, block in enumerate(spec.blocks):
             block.register_forward_pre_hook(partial(self._enter, index=index))
             block.register_forward_hook(partial(self._leave, index=index))
-        for parameter in blueprint.module.parameters():
+        for parameter in spec.module.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(_forget)
 

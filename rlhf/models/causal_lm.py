@@ -10,13 +10,13 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfi
 from rlhf.config.model_config import LoraConfig
 from rlhf.models.meta_init import decoder_config, skeleton
 from rlhf.models.model_folder import Checkpoint, local_folder
-from rlhf.models.model_spec import Blueprint, assemble
+from rlhf.models.model_spec import ModelSpec, assemble
 from rlhf.models.transforms import with_dropout
 from rlhf.models.weights import open_weights
 from rlhf.runtime.pretrained import reading
 
 
-def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> Blueprint:
+def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> ModelSpec:
     """The language model at `path`, any decoder that transformers knows.
 
     Args:
@@ -26,7 +26,7 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
         seed: Of the adapters' first values.
 
     Returns:
-        A blueprint whose module is the plain `AutoModelForCausalLM`.
+        A spec whose module is the plain `AutoModelForCausalLM`.
 
     Raises:
         ValueError: `path` is no decoder with safetensors weights.

@@ -41,7 +41,7 @@ def export(
     With adapters, `folder` holds the merged model and `folder/adapter` the adapters in PEFT's format.
 
     Args:
-        module: A blueprint's module; its parameters are not read, their names and `module.config` are.
+        module: A spec's module; its parameters are not read, their names and `module.config` are.
         tensors: Each name of `module.named_parameters()` with its whole tensor on the CPU, in any order.
         folder: Appears when it is complete.
         tokenizer: Saved with its chat template; its pad token goes into the configuration.

@@ -1,6 +1,6 @@
 """A model before it has memory: modules, where their values come from, and which of them learn.
 
-`causal_lm.py` and `scalar_head.py` make blueprints; the engine gives them memory, sharded or not. Left out: devices,
+`causal_lm.py` and `scalar_head.py` make specs; the engine gives them memory, sharded or not. Left out: devices,
 types and ranks.
 """
 
@@ -19,7 +19,7 @@ from rlhf.models.weights import NewParameter, SeededWeights, Weights
 
 
 @dataclass
-class Blueprint:
+class ModelSpec:
     """A model that needs only `weights` to be run."""
 
     module: nn.Module
@@ -42,7 +42,7 @@ def assemble(
     new: Mapping[str, NewParameter],
     lora: LoraConfig | None,
     seed: int,
-) -> Blueprint:
+) -> ModelSpec:
     """Join a skeleton and its weights, with adapters if `lora` asks for them.
 
     Args:
@@ -61,7 +61,7 @@ def assemble(
         trainable = set(adapters) | {name for name in trainable if name.startswith("score.")}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
-    return Blueprint(
+    return ModelSpec(
         module=module,
         weights=SeededWeights(weights, new, seed=seed),
         blocks=blocks,

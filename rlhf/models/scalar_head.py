@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedConfig, P
 from rlhf.config.model_config import LoraConfig
 from rlhf.models.meta_init import decoder_config, skeleton
 from rlhf.models.model_folder import Checkpoint, local_folder
-from rlhf.models.model_spec import Blueprint, assemble
+from rlhf.models.model_spec import ModelSpec, assemble
 from rlhf.models.transforms import first_layers, with_dropout
 from rlhf.models.weights import LoadedWeights, NewParameter, SafetensorsWeights, open_weights
 
@@ -78,7 +78,7 @@ def scalar_head_model(
     lora: LoraConfig | None = None,
     seed: int = 0,
     head_scale: float = 1.0,
-) -> Blueprint:
+) -> ModelSpec:
     """The trunk of the model at `path` with a scalar head.
 
     Args:
@@ -91,7 +91,7 @@ def scalar_head_model(
         head_scale: Factor on a loaded head: a critic predicts normalised scores, a reward model does not.
 
     Returns:
-        A blueprint whose module is a `ScalarHeadModel`.
+        A spec whose module is a `ScalarHeadModel`.
 
     Raises:
         ValueError: `path` is no decoder with safetensors weights, or its head gives several numbers.

@@ -1,4 +1,4 @@
-"""Blueprints from a configuration alone, for whoever asks how large a model is and never runs it.
+"""Specs from a configuration alone, for whoever asks how large a model is and never runs it.
 
 Modules, adapters and what learns are those of `causal_lm.py` and `scalar_head.py`; there are no weights.
 """
@@ -18,7 +18,7 @@ from rlhf.models.causal_lm import causal_lm_module
 from rlhf.models.embedded import embedded_config
 from rlhf.models.meta_init import decoder_config, skeleton
 from rlhf.models.model_folder import local_folder
-from rlhf.models.model_spec import Blueprint, assemble
+from rlhf.models.model_spec import ModelSpec, assemble
 from rlhf.models.scalar_head import ScalarHeadModel
 from rlhf.models.transforms import first_layers, with_dropout
 
@@ -39,7 +39,7 @@ class Adapters:
 
 @dataclass(frozen=True)
 class Shape:
-    """A model as far as a configuration says; its blueprints have no weights to read."""
+    """A model as far as a configuration says; its specs have no weights to read."""
 
     source: Path | str | Embedded
     """A folder with a `config.json`, a hub id, of which nothing else is fetched, or an embedded model."""
@@ -68,11 +68,11 @@ class Shape:
         return _is_regular(self)
 
     @property
-    def whole(self) -> Blueprint:
+    def whole(self) -> ModelSpec:
         """All of it; made once, so not to be changed."""
         return _whole(self)
 
-    def with_runs(self, lower: int, upper: int) -> Blueprint:
+    def with_runs(self, lower: int, upper: int) -> ModelSpec:
         """A model of its own whose runs have so many blocks."""
         config = first_layers(with_dropout(_config(self.source), self.dropout), lower + upper)
         if self.head is ModelKind.causal_lm:
@@ -88,23 +88,21 @@ class Shape:
 
 
 @lru_cache(maxsize=16)
-def _whole(shape: Shape) -> Blueprint:
+def _whole(shape: Shape) -> ModelSpec:
     return shape.with_runs(*shape.runs)
 
 
 @lru_cache(maxsize=16)
 def _is_regular(shape: Shape) -> bool:
-    blueprint, lower = shape.whole, shape.runs[0]
-    kinds = [
-        tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()) for block in blueprint.blocks
-    ]
-    settings = blueprint.config.to_dict().values()
+    spec, lower = shape.whole, shape.runs[0]
+    kinds = [tuple((name, p.shape, p.requires_grad) for name, p in block.named_parameters()) for block in spec.blocks]
+    settings = spec.config.to_dict().values()
     lists = [value for value in settings if isinstance(value, list) and len(value) == len(kinds)]
     return all(len(set(map(repr, part))) <= 1 for run in (kinds, *lists) for part in (run[:lower], run[lower:]))
 
 
 class _NoWeights:
-    """Stands where a blueprint has its weights."""
+    """Stands where a spec has its weights."""
 
     def read(self, name: str, rows: slice) -> Tensor:
         raise AssertionError(f"{name}[{rows}] of a model that has a shape only")

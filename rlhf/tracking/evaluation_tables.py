@@ -46,7 +46,7 @@ def tables(results: Mapping[str, Any], *, meanings: bool) -> list[Table]:
 
 
 def _measures(results: Mapping[str, Any], *, meanings: bool) -> Table:
-    sides = [side for side in ("model", "against") if results.get(side)]
+    sides = [side for side in ("model", "baseline") if results.get(side)]
     columns = [*sides, *(["difference"] if len(sides) > 1 else [])]
     rows = [
         [str(row.get("name", _NOTHING)), *(interval(row.get(side)) for side in columns), str(row.get("unit", ""))]
@@ -172,7 +172,7 @@ def summary_of(results: Mapping[str, Any]) -> dict[str, float]:
     found = {
         f"{side}/{row.get('name')}": _mean(row.get(side))
         for row in _listed(results, "measures")
-        for side in ("model", "against", "difference")
+        for side in ("model", "baseline", "difference")
     }
     found |= {f"win_rate/{name}": _mean(judge.get("win_rate")) for name, judge in _named(results, "judges")}
     quality = _mapping(results, "reward_model")

@@ -19,7 +19,7 @@ _STATM = Path("/proc/self/statm")
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases, and notes their highest memory: `with watch("generate"): ...`."""
+    """Adds up the seconds of named phases, and notes their highest memory: `with timer("generate"): ...`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

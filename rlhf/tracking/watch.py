@@ -375,6 +375,6 @@ _SHARES = (
         "endless",
         of=endless_share,
         what="responses do not end by themselves",
-        why="a longer response may be paid better than an end; see ppo.score.no_end_kind",
+        why="a longer response may be paid better than an end; see ppo.score.missing_eos_mode",
     ),
 )

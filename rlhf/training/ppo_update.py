@@ -70,7 +70,7 @@ def _filler(minibatch: PPOBatch) -> PPOBatch:
     return replace(row, response_mask=torch.zeros_like(row.response_mask)).trimmed()
 
 
-def improve(
+def update_policy(
     models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: int, kl_coef: float = 0.0
 ) -> dict[str, float]:
     """Epochs of minibatches over one rollout; diagnostics are means over all updates.
@@ -92,7 +92,7 @@ def improve(
             history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef))
     for engine in learning.values():  # epochs that target_kl has spared count for the schedules all the same
         engine.advance(config.updates_per_iteration - len(history))
-    return _over_updates(history) | ({} if actor is None else {"policy/epochs": float(epochs)})
+    return _over_updates(history) | ({} if actor is None else {"actor/epochs": float(epochs)})
 
 
 def update(
@@ -118,11 +118,11 @@ def update(
 
 
 def _has_gone_far(history: list[dict[str, float]], target_kl: float | None) -> bool:
-    return bool(history) and target_kl is not None and history[-1].get("policy/approxkl_avg", 0.0) > target_kl
+    return bool(history) and target_kl is not None and history[-1].get("actor/approxkl_avg", 0.0) > target_kl
 
 
 _COMBINED: dict[str, Callable[[list[float]], float]] = {
-    "policy/ratio_max": max,
+    "actor/ratio_max": max,
     **{f"{name}/{steps}": sum for name in ("actor", "critic") for steps in ("skipped_steps", "scale_search_steps")},
     **{f"{name}/loss_scale": min for name in ("actor", "critic")},
 }
@@ -172,20 +172,20 @@ def policy_gradient(
             kl = kl_estimate(statistics.logprobs, batch.reference_logprobs, kind="k3")
             loss = loss + kl_coef * masked_mean(kl, batch.response_mask, denominator=denominator)
             cut = masked_mean(clamped(kl, kind="k3"), batch.response_mask, denominator=denominator)
-            penalty = {"policy/kl_clamped": cut}
+            penalty = {"actor/kl_clamped": cut}
         actor.backward(loss, last=index == len(micro_batches))
         largest = torch.maximum(largest, result.ratio_max)
         outcomes.append(
             {
-                "policy/loss": result.loss.detach(),
-                "policy/clipfrac_avg": result.clip_fraction,
-                "policy/approxkl_avg": result.approx_kl,
-                "policy/ratio_mean": result.ratio_mean,
-                "policy/entropy": entropy.detach(),
+                "actor/loss": result.loss.detach(),
+                "actor/clipfrac_avg": result.clip_fraction,
+                "actor/approxkl_avg": result.approx_kl,
+                "actor/ratio_mean": result.ratio_mean,
+                "actor/entropy": entropy.detach(),
                 **penalty,
             }
         )
-    return summed(outcomes) | {"policy/ratio_max": float(max_over_ranks(largest))}
+    return summed(outcomes) | {"actor/ratio_max": float(max_over_ranks(largest))}
 
 
 def value_gradient(
@@ -204,5 +204,5 @@ def value_gradient(
             denominator=denominator,
         )
         critic.backward(result.loss, last=index == len(micro_batches))
-        outcomes.append({"val/loss": result.loss.detach(), "val/clipfrac_avg": result.clip_fraction})
+        outcomes.append({"critic/loss": result.loss.detach(), "critic/clipfrac_avg": result.clip_fraction})
     return summed(outcomes)

@@ -34,14 +34,18 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-class Aim(NamedTuple):
+class BestMetric(NamedTuple):
     """What makes one evaluation better than another."""
 
     metric: str
     sign: int  # 1 where more is better, -1 where less is
 
 
-AIMS = {"sft": Aim("eval/loss", -1), "reward": Aim("eval/accuracy", 1), "ppo": Aim("eval/score", 1)}
+AIMS = {
+    "sft": BestMetric("eval/loss", -1),
+    "reward": BestMetric("eval/accuracy", 1),
+    "ppo": BestMetric("eval/score", 1),
+}
 
 
 class Stateful(Protocol):
@@ -55,7 +59,7 @@ class Stateful(Protocol):
 
 
 @dataclass(frozen=True)
-class Parts:
+class TrainingState:
     """What a checkpoint of a stage is made of."""
 
     engines: Mapping[str, Engine]
@@ -123,7 +127,7 @@ class Progress:
     best: dict[str, float] = field(default_factory=dict)
     """Those of the best evaluation of the stage's aim, if there was one after a step."""
 
-    def note(self, step: int, evaluation: dict[str, float], *, aim: Aim) -> bool:
+    def note(self, step: int, evaluation: dict[str, float], *, aim: BestMetric) -> bool:
         """Take note of an evaluation after `step`, if there was one; True when it is the best of all."""
         self.after = evaluation or self.after
         value = evaluation.get(aim.metric)
@@ -138,15 +142,15 @@ class Progress:
 
 
 @dataclass
-class Keeper:
+class CheckpointManager:
     """Saves a stage at the right steps, and takes it back to where it was."""
 
     checkpoints: Checkpoints
     config: CheckpointConfig
-    aim: Aim
+    aim: BestMetric
     total_steps: int
     world: World
-    parts: Parts
+    parts: TrainingState
     progress: Progress = field(default_factory=Progress)
     saved_step: int = -1
     """Of the newest checkpoint that is on the disk or on its way."""
@@ -159,10 +163,10 @@ class Keeper:
         *,
         stage: str,
         total_steps: int,
-        parts: Parts,
+        parts: TrainingState,
         tracker: Stateful,
-    ) -> Keeper:
-        """The keeper of the stage in `folder`, which also has a checkpoint say how many rows `tracker` has written."""
+    ) -> CheckpointManager:
+        """The manager of the stage in `folder`, which also has a checkpoint say how many rows `tracker` has written."""
         world = next(iter(parts.engines.values())).world
         checkpoints = Checkpoints(folder / CHECKPOINTS, world, keep=config.keep, asynchronous=config.asynchronous)
         counted = replace(parts, others={**parts.others, "tracker": tracker})

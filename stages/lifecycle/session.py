@@ -23,10 +23,10 @@ from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
-from stages.lifecycle.checkpointing import Keeper, Parts, Progress
-from stages.lifecycle.signals import StopSignals
+from stages.lifecycle.checkpointing import CheckpointManager, Progress, TrainingState
+from stages.lifecycle.signals import GracefulStop
 from stages.lifecycle.stage_models import export_model
-from stages.lifecycle.stage_record import CONFIG, RECORD, Record, claim_folder, model_files, write_record
+from stages.lifecycle.stage_record import CONFIG, RECORD, StageRecord, claim_folder, model_files, write_record
 
 log = logging.getLogger(__name__)
 
@@ -46,11 +46,11 @@ class Session:
     folder: Path
     tokenizer: Tokenizer
     tracker: Tracker
-    watch: Stopwatch
-    stop: StopSignals
+    timer: Stopwatch
+    stop: GracefulStop
     step_started: float = field(default_factory=time.perf_counter)
     """When the last step was finished."""
-    _keeper: Keeper | None = None
+    _checkpoints: CheckpointManager | None = None
     _merged: dict[Path, dict[str, Any]] = field(default_factory=dict)
     """For each folder of models that was written: how adapters were merged, by model."""
 
@@ -65,22 +65,26 @@ class Session:
         return int(self.tokenizer.pad_token_id)
 
     @property
-    def keeper(self) -> Keeper:
-        """What saves the stage."""
-        assert self._keeper is not None, "a stage begins before it takes steps"
-        return self._keeper
+    def checkpoints(self) -> CheckpointManager:
+        """The manager of the stage's checkpoints."""
+        assert self._checkpoints is not None, "a stage begins before it takes steps"
+        return self._checkpoints
 
     @property
     def progress(self) -> Progress:
         """How far the stage is."""
-        return self.keeper.progress
+        return self.checkpoints.progress
 
     def begin(
-        self, parts: Parts, *, evaluate: Callable[[], dict[str, float]], known: Mapping[str, float] | None = None
+        self,
+        parts: TrainingState,
+        *,
+        evaluate: Callable[[], dict[str, float]],
+        known: Mapping[str, float] | None = None,
     ) -> None:
         """Go on from the newest checkpoint, or evaluate for the first time and log that, and what is `known`."""
         total_steps = self.tracker.total_steps
-        self._keeper = Keeper.of(
+        self._checkpoints = CheckpointManager.of(
             self.folder,
             self.run.checkpoint,
             stage=self.stage,
@@ -88,7 +92,7 @@ class Session:
             parts=parts,
             tracker=self.tracker,
         )
-        if self.keeper.resume():
+        if self.checkpoints.resume():
             self.tracker.rewind(self.progress.step)
         else:
             self.tracker.rewind(-1)
@@ -117,8 +121,8 @@ class Session:
             Stopped: the run was interrupted; it has saved itself.
         """
         self._log(step, metrics | evaluation, num_tokens=num_tokens)
-        with self.watch("save"):
-            self.keeper.after_step(step, evaluation, stop=self.stop.asked)
+        with self.timer("save"):
+            self.checkpoints.after_step(step, evaluation, stop=self.stop.asked)
         if step == self.tracker.total_steps:
             self.stop.release()
             late = torch.tensor(int(self.stop.asked), device=self.world.device)
@@ -129,7 +133,7 @@ class Session:
         """Where the time of the step went, too, and how many of `num_tokens` it did in a second."""
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
-        timing = self.watch.take() | {"timing_s/step": seconds}
+        timing = self.timer.take() | {"timing_s/step": seconds}
         if num_tokens:
             busy = seconds - timing.get("timing_s/evaluate", 0.0) - timing.get("timing_s/save", 0.0)
             metrics = metrics | {"perf/tokens_per_second": num_tokens / busy}
@@ -142,7 +146,7 @@ class Session:
         if not every or step % every:
             yield
             return
-        engines = self.keeper.parts.engines
+        engines = self.checkpoints.parts.engines
         for engine in engines.values():
             engine.observe()
         yield
@@ -162,10 +166,10 @@ class Session:
         Those of the best evaluation go to `best/`, where it was not the last; the engines then hold them.
         """
         self._export_to(self.folder)
-        if self.keeper.return_to_best():
+        if self.checkpoints.return_to_best():
             self._export_to(self.folder / BEST)
 
-    def finish(self, *, score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None) -> Record:
+    def finish(self, *, score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None) -> StageRecord:
         """Leave a record beside each model and, last of all, in the stage's folder: the stage is finished.
 
         Args:
@@ -180,17 +184,17 @@ class Session:
                 f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
             )
         self._warn_of_no_steps()
-        self.tracker.summary(record.after | beside_plan(self.run, self.title, world=self.world, watch=self.watch))
+        self.tracker.summary(record.after | beside_plan(self.run, self.title, world=self.world, timer=self.timer))
         best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
         self._write_records(record, best)
         if self.world.is_main:
-            self.tracker.models({name: self.folder / name for name in self.keeper.parts.engines})
+            self.tracker.models({name: self.folder / name for name in self.checkpoints.parts.engines})
         dist.barrier()
-        self.keeper.finish()
+        self.checkpoints.finish()
         return record
 
     def _warn_of_no_steps(self) -> None:
-        for name, engine in self.keeper.parts.engines.items():
+        for name, engine in self.checkpoints.parts.engines.items():
             if engine.loss_scale.is_searching and not engine.steps_taken:
                 log.warning(
                     "%s: %s has learnt nothing: every step was skipped to find fp16's loss scale. Lower "
@@ -201,19 +205,19 @@ class Session:
 
     def _export_to(self, folder: Path) -> None:
         found = {}
-        for name, engine in self.keeper.parts.engines.items():
-            with self.watch("save"):
+        for name, engine in self.checkpoints.parts.engines.items():
+            with self.timer("save"):
                 found[name] = export_model(engine, folder / name, tokenizer=self.tokenizer)
         self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
 
-    def _write_records(self, record: Record, best: Record) -> None:
+    def _write_records(self, record: StageRecord, best: StageRecord) -> None:
         """Beside each model, with what is said of that one, and last of all in the stage's folder; all ranks must call.
 
         Checksums of large models take minutes, so the others wait for each of them by itself.
         """
         sealed = [self.folder / CONFIG]
         for folder, merges in self._merged.items():
-            for name in self.keeper.parts.engines:
+            for name in self.checkpoints.parts.engines:
                 own = {model: merge for model, merge in merges.items() if model == name}
                 said = replace(record if folder == self.folder else best, merged=own)
                 if self.world.is_main:
@@ -225,10 +229,10 @@ class Session:
 
     def _record(
         self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None
-    ) -> Record:
+    ) -> StageRecord:
         """The record of this stage, with held-out metrics from before training and `after` it."""
         mean, deviation = score_units(after) if score_units else (None, None)
-        return Record(
+        return StageRecord(
             stage=self.title,
             template=template_fingerprint(self.tokenizer),
             pad_id=self.pad_id,
@@ -241,8 +245,8 @@ class Session:
     def close(self) -> None:
         """Signals do what they did before, and nothing is written any more."""
         self.stop.release()
-        if self._keeper is not None:
-            self._keeper.checkpoints.close()
+        if self._checkpoints is not None:
+            self._checkpoints.checkpoints.close()
 
 
 def stage_tokenizer(run: RunConfig, path: str) -> Tokenizer:
@@ -276,7 +280,7 @@ def open_session(
         total_steps=total_steps,
         world=world,
     ) as tracker:
-        stop = StopSignals(speaks=world.is_main)
+        stop = GracefulStop(speaks=world.is_main)
         session = Session(run, stage, world, folder, tokenizer, tracker, Stopwatch(world.device), stop)
         try:
             yield session

@@ -19,7 +19,7 @@ class Stopped(KeyboardInterrupt):
     """The run was interrupted and has saved itself; on all ranks alike."""
 
 
-class StopSignals:
+class GracefulStop:
     """While listened to, a signal asks for a stop instead of causing one."""
 
     def __init__(self, *, speaks: bool) -> None:

@@ -17,7 +17,7 @@ from rlhf.config.stage_configs import PPOConfig
 from rlhf.engine.engine import Engine, build_engine
 from rlhf.models.export import export
 from rlhf.models.model_folder import local_folder
-from rlhf.models.model_spec import Blueprint
+from rlhf.models.model_spec import ModelSpec
 from rlhf.rollout import ScoreScale
 from rlhf.runtime.dist import broadcast_object
 from rlhf.text.tokenizer import Tokenizer
@@ -70,15 +70,15 @@ def export_model(engine: Engine, folder: Path, *, tokenizer: Tokenizer) -> dict[
     return asdict(merge)
 
 
-def open_engine(blueprint: Blueprint, **settings: Any) -> Engine:
+def open_engine(spec: ModelSpec, **settings: Any) -> Engine:
     """`build_engine`, with a warning where its working weights lose what an earlier stage learnt.
 
     Args:
-        blueprint: of a model in a folder.
+        spec: of a model in a folder.
         settings: those of `build_engine`.
     """
-    engine = build_engine(blueprint, **settings)
-    folder = Path(blueprint.module.config.name_or_path)
+    engine = build_engine(spec, **settings)
+    folder = Path(spec.module.config.name_or_path)
     record = read_record(folder)
     for found in record.merged.values() if record else ():
         merge = Merge(**found)

@@ -35,7 +35,7 @@ _LONG = 4e9
 _FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size")
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
-    *("zero_stage", "device", "optimizer_tier", "parameter_tier", "nvme_path", "buffer_count", "buffer_size"),
+    *("zero_stage", "device", "offload_optimizer", "offload_param", "nvme_path", "buffer_count", "buffer_size"),
     *("pipeline_read", "pipeline_write", "pin_memory", "optimizer_share", "parameters_in_cpu", "sub_group_size"),
     *("reduce_bucket_size", "prefetch_bucket_size", "max_live_parameters", "persistence_threshold", "overlap_comm"),
     *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps"),
@@ -44,7 +44,7 @@ _FREE_IN_ENGINES = (
 
 
 @dataclass(frozen=True)
-class Record:
+class StageRecord:
     """What a stage tells the next one, and the final table."""
 
     stage: str
@@ -65,13 +65,13 @@ class Record:
     """Sizes and checksums of the files that belong to it, which `check_seal` compares."""
 
 
-def write_record(record: Record, folder: Path, *, files: Iterable[Path] = ()) -> None:
+def write_record(record: StageRecord, folder: Path, *, files: Iterable[Path] = ()) -> None:
     """Write `stage.json`, with checksums of itself and of `files` in `folder`, whole or not at all."""
     content = asdict(replace(record, files=seal(files, root=folder)))
     write_text(folder / RECORD, json.dumps({**content, _CHECKSUM: _digest_of(content)}, indent=2))
 
 
-def read_record(folder: Path) -> Record | None:
+def read_record(folder: Path) -> StageRecord | None:
     """The record in `folder`, or None where there is none.
 
     Raises:
@@ -83,12 +83,12 @@ def read_record(folder: Path) -> Record | None:
     mend = f"Bring it back from a copy, or remove {folder} to make it again."
     content = read_json(path, mend=mend)
     checksum = content.pop(_CHECKSUM, None)
-    names = {entry.name for entry in fields(Record)}
+    names = {entry.name for entry in fields(StageRecord)}
     if not {"stage", "template", "pad_id"} <= content.keys() <= names:
         raise ValueError(f"{path} is no record of a stage: found {sorted(content)}, expected {sorted(names)}. {mend}")
     if checksum is not None and checksum != _digest_of(content):
         raise ValueError(f"{path} is damaged: its content is not what was written. {mend}")
-    return Record(**content)
+    return StageRecord(**content)
 
 
 def check_seal(folder: Path, *, made_in: Path | None = None, is_needed: bool = True) -> None:

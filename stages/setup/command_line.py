@@ -30,7 +30,7 @@ from rlhf.runtime.errors import keep_traceback, sentence_of
 from rlhf.tracking.text_table import printable
 from stages.setup.compose import CONF_DIR, composed, is_selected, to_run
 
-_CHOSEN_BY_ENGINE = ("zero_stage", "optimizer_tier", "parameter_tier")
+_CHOSEN_BY_ENGINE = ("zero_stage", "offload_optimizer", "offload_param")
 _NAME = re.compile(r"(\+\+?|~)?[A-Za-z_][\w/-]*(\.\w[\w-]*)*", re.ASCII)
 _INSTEAD = {
     "model": "A folder or hub id is given as model=path model.path={}.",

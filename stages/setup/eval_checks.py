@@ -60,12 +60,12 @@ def check_eval_judges(config: EvalConfig, *, ranks: int) -> None:
     """
     load_judges(config.judges)
     others = [judge for judge in config.judges if judge != REWARD]
-    if config.against is None and others:
+    if config.baseline is None and others:
         raise ValueError(
-            f"eval.judges={config.judges} compare two models, but eval.against=null; expected a second model. Name "
-            f"one, as in eval.against=MODEL, or set 'eval.judges=[]'."
+            f"eval.judges={config.judges} compare two models, but eval.baseline=null; expected a second model. Name "
+            f"one, as in eval.baseline=MODEL, or set 'eval.judges=[]'."
         )
-    if REWARD in config.judges and config.reward is None and config.against is not None:
+    if REWARD in config.judges and config.reward is None and config.baseline is not None:
         raise ValueError(
             f"eval.judges={config.judges} has {REWARD}, but eval.reward=null; expected a reward model. Name one, as in "
             f"eval.reward=MODEL, or leave {REWARD} out."

@@ -14,7 +14,7 @@ from data.loader import steps_of
 from data.preferences import preferences
 from data.prompts import prompts
 from rlhf.config.bounds import accumulation, divisible
-from rlhf.config.engine_config import Tier
+from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.config.stage_configs import PPOConfig, SupervisedConfig
@@ -138,7 +138,7 @@ def check_disks(run: RunConfig, stage: str) -> None:
         ValueError: a folder that is not there and cannot be made, or that cannot be written.
     """
     for engine in engines_of(run, stage).values():
-        if Tier.nvme in (engine.optimizer_tier, engine.parameter_tier):
+        if OffloadDevice.nvme in (engine.offload_optimizer, engine.offload_param):
             assert engine.nvme_path is not None, "EngineConfig has checked it"
             disk.check_folder(engine.nvme_path, nbytes=0)
 

@@ -49,7 +49,7 @@ def test_settings_that_make_no_sense_are_refused():
         normalize_scores(SCORES, mean=0.0, std=0.0, clamp=None)
     with pytest.raises(ValueError, match="ppo.score.clamp=-1"):
         normalize_scores(SCORES, mean=0.0, std=1.0, clamp=-1)
-    with pytest.raises(ValueError, match="ppo.score.no_end_penalty=-1"):
+    with pytest.raises(ValueError, match="ppo.score.missing_eos_penalty=-1"):
         penalize_unended(SCORES, ENDED, penalty=-1, kind="set")
-    with pytest.raises(ValueError, match='ppo.score.no_end_kind="add"'):
+    with pytest.raises(ValueError, match='ppo.score.missing_eos_mode="add"'):
         penalize_unended(SCORES, ENDED, penalty=1, kind="add")

@@ -73,7 +73,7 @@ def test_the_offload_table_takes_fractions_within_a_round(tmp_path):
 
     def runner(case):
         cases.append(case)
-        return outcome(walls[case.optimizer_tier].pop(0))
+        return outcome(walls[case.offload_optimizer].pop(0))
 
     records = Records(tmp_path / "records.jsonl", runner=runner)
     text = zero_offload.compare(records, Case("ours", "1M", sequences=8, length=100), rows=["cpu"], rounds=2)

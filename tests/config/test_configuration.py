@@ -116,8 +116,8 @@ def test_paths_of_a_run_do_not_depend_on_where_it_is_started():
         (["seed=-1"], r"^seed=-1: expected 0 to 4294967295"),
         (["ppo.critic_engine.buffer_count=0"], r"^ppo\.critic_engine\.buffer_count=0: expected 1 or more"),
         (["ppo.kl.target=nan"], r"^ppo\.kl\.target=nan: expected 0 or more, and finite"),
-        (["engine.optimizer_tier=cpu"], r"^engine\.optimizer_tier=cpu: expected engine\.zero_stage 1, 2 or 3"),
-        (["sft.engine.optimizer_tier=cpu"], r"^sft\.engine\.optimizer_tier=cpu: expected"),
+        (["engine.offload_optimizer=cpu"], r"^engine\.offload_optimizer=cpu: expected engine\.zero_stage 1, 2 or 3"),
+        (["sft.engine.offload_optimizer=cpu"], r"^sft\.engine\.offload_optimizer=cpu: expected"),
         (["data.sft.train=[{path: x, weight: nan}]"], r"^data\.sft: weight=nan"),
         (["data.sft.train=[{path: x, weight: abc}]"], r"^data\.sft: weight=abc: expected 0 or more\."),
         (

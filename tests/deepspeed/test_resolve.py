@@ -4,7 +4,8 @@ import re
 
 import pytest
 
-from rlhf.config.engine_config import EngineConfig, Moments, Precision, Tier
+from rlhf.config.engine_config import EngineConfig, Moments, Precision
+from rlhf.config.engine_config import OffloadDevice as Offload
 from rlhf.config.optimizer_config import OptimizerConfig, Schedule
 from rlhf.deepspeed.key_table import TABLE
 from rlhf.deepspeed.resolve import resolve
@@ -53,8 +54,8 @@ def test_the_trainer_configuration_that_everybody_has():
     own = own_engine()
     assert values(content) == {
         "zero_stage": 3,
-        "optimizer_tier": Tier.cpu,
-        "parameter_tier": Tier.cpu,
+        "offload_optimizer": Offload.cpu,
+        "offload_param": Offload.cpu,
         "pin_memory": True,
         "overlap_comm": True,
         "sub_group_size": 1_000_000_000,
@@ -90,20 +91,20 @@ def test_to_a_frozen_model_optimizer_and_scheduler_mean_nothing():
         **zero(stage=3, offload_param={"device": "cpu"}),
     }
     found = values(content, trains=False)
-    assert found == {"zero_stage": 3, "optimizer_tier": Tier.device, "parameter_tier": Tier.cpu}
+    assert found == {"zero_stage": 3, "offload_optimizer": Offload.none, "offload_param": Offload.cpu}
 
 
 @pytest.mark.parametrize(
     ("content", "expected"),
     [
-        (zero(), {"zero_stage": 0, "optimizer_tier": Tier.device, "parameter_tier": Tier.device}),
+        (zero(), {"zero_stage": 0, "offload_optimizer": Offload.none, "offload_param": Offload.none}),
         (zero(stage="2"), {"zero_stage": 2}),
         (zero(stage="auto"), {"zero_stage": None}),
-        (zero(stage=2, cpu_offload=True), {"optimizer_tier": Tier.cpu}),
-        (zero(stage=1, offload_optimizer={"device": "nvme", "nvme_path": "/d"}), {"optimizer_tier": Tier.nvme}),
-        (zero(stage=2, offload_optimizer=None, offload_param={"device": "none"}), {"optimizer_tier": Tier.device}),
-        (zero(stage=2, offload_param={"device": "cpu"}), {"parameter_tier": Tier.device}),
-        (zero(stage=0, offload_optimizer={"device": "cpu"}), {"optimizer_tier": Tier.device}),
+        (zero(stage=2, cpu_offload=True), {"offload_optimizer": Offload.cpu}),
+        (zero(stage=1, offload_optimizer={"device": "nvme", "nvme_path": "/d"}), {"offload_optimizer": Offload.nvme}),
+        (zero(stage=2, offload_optimizer=None, offload_param={"device": "none"}), {"offload_optimizer": Offload.none}),
+        (zero(stage=2, offload_param={"device": "cpu"}), {"offload_param": Offload.none}),
+        (zero(stage=0, offload_optimizer={"device": "cpu"}), {"offload_optimizer": Offload.none}),
         (
             zero(
                 stage=3,
@@ -130,8 +131,8 @@ def test_to_a_frozen_model_optimizer_and_scheduler_mean_nothing():
         (zero(stage=3, stage3_model_persistence_threshold="0"), {"persistence_threshold": 0}),
         (zero(stage=3, stage3_param_persistence_threshold=9223372036854775807),
          {"persistence_threshold": 9223372036854775807}),
-        (zero(stage=3, cpu_offload=True, offload_optimizer="auto"), {"optimizer_tier": Tier.cpu}),
-        (zero(stage=3, offload_optimizer="auto"), {"optimizer_tier": None}),
+        (zero(stage=3, cpu_offload=True, offload_optimizer="auto"), {"offload_optimizer": Offload.cpu}),
+        (zero(stage=3, offload_optimizer="auto"), {"offload_optimizer": None}),
         (zero(stage=3, stage3_model_persistence_threshold=1e6), {"persistence_threshold": None}),
     ],
 )  # fmt: skip

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.engine_config import EngineConfig, Precision, Tier
+from rlhf.config.engine_config import EngineConfig, Precision
+from rlhf.config.engine_config import OffloadDevice as Offload
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.deepspeed.resolve import resolve
 from rlhf.deepspeed.source import read_deepspeed
@@ -65,21 +66,21 @@ def accelerate(part, *, top="mixed_precision: bf16\n"):
 @pytest.mark.parametrize(
     ("part", "expected"),
     [
-        ({"zero_stage": 1}, {"zero_stage": 1, "optimizer_tier": Tier.device}),
+        ({"zero_stage": 1}, {"zero_stage": 1, "offload_optimizer": Offload.none}),
         ({"zero3_init_flag": "true"}, {"zero_stage": 2}),  # the default of DeepSpeedPlugin
         (
             {"zero_stage": 3, "offload_optimizer_device": "cpu", "offload_param_device": "cpu",
              "offload_optimizer_nvme_path": "none", "zero3_save_16bit_model": "true", "zero3_init_flag": "true",
              "deepspeed_multinode_launcher": "standard", "gradient_clipping": 0.5, "gradient_accumulation_steps": 1},
-            {"zero_stage": 3, "optimizer_tier": Tier.cpu, "parameter_tier": Tier.cpu, "max_grad_norm": 0.5,
+            {"zero_stage": 3, "offload_optimizer": Offload.cpu, "offload_param": Offload.cpu, "max_grad_norm": 0.5,
              "nvme_path": None},
         ),
         (
             {"zero_stage": 3, "offload_optimizer_device": "nvme", "offload_param_device": "nvme",
              "offload_optimizer_nvme_path": "/fast", "offload_param_nvme_path": "/fast"},
-            {"optimizer_tier": Tier.nvme, "parameter_tier": Tier.nvme, "nvme_path": "/fast"},
+            {"offload_optimizer": Offload.nvme, "offload_param": Offload.nvme, "nvme_path": "/fast"},
         ),
-        ({"zero_stage": 2, "offload_param_device": "cpu"}, {"parameter_tier": Tier.device}),
+        ({"zero_stage": 2, "offload_param_device": "cpu"}, {"offload_param": Offload.none}),
     ],
 )  # fmt: skip
 def test_what_accelerate_says_of_deepspeed_is_read(file, part, expected):
@@ -113,7 +114,7 @@ def test_every_value_of_accelerate_has_its_line_and_every_setting_its_place(file
     document, found = read_deepspeed(source, setting="engine.deepspeed"), resolved(source)
     assert places(source)["zero_stage"] == "config.yaml:20: deepspeed_config.zero_stage"
     assert places(source)["precision"] == "config.yaml:16: mixed_precision"
-    assert places(source)["parameter_tier"] == "config.yaml:23: deepspeed_config.offload_param_device"
+    assert places(source)["offload_param"] == "config.yaml:23: deepspeed_config.offload_param_device"
     assert document.written.keys() - found.fates.keys() == {
         ("mixed_precision",),
         ("deepspeed_config", "zero_stage"),
@@ -132,7 +133,7 @@ def test_the_file_that_accelerate_names_is_followed_beside_it_or_from_here(file,
     source = file(accelerate({"deepspeed_config_file": name, "gradient_clipping": 2.0, "offload_param_device": "cpu"}))
     found, document = resolved(source), read_deepspeed(source, setting="engine.deepspeed")
     assert {setting.name: setting.value for setting in found.settings} | {
-        "zero_stage": 3, "parameter_tier": Tier.cpu, "precision": Precision.bf16, "max_grad_norm": 2.0,
+        "zero_stage": 3, "offload_param": Offload.cpu, "precision": Precision.bf16, "max_grad_norm": 2.0,
     } == {setting.name: setting.value for setting in found.settings}  # fmt: skip
     assert places(source)["zero_stage"] == "ds.json:1: zero_optimization.stage"
     assert places(source)["max_grad_norm"].startswith("config.yaml:")
@@ -227,9 +228,13 @@ optimizer:
 train_micro_batch_size_per_gpu: 2
 """
     found = values(file(text))
-    assert (found["zero_stage"], found["optimizer_tier"], found["parameter_tier"]) == (3, Tier.cpu, Tier.device)
+    assert (found["zero_stage"], found["offload_optimizer"], found["offload_param"]) == (
+        3,
+        Offload.cpu,
+        Offload.none,
+    )
     assert (found["lr"], found["betas"], found["weight_decay"]) == (1e-5, [0.9, 0.95], 0.0)
-    assert places(file(text))["optimizer_tier"] == "config.yaml:5: zero_optimization.offload_optimizer.device"
+    assert places(file(text))["offload_optimizer"] == "config.yaml:5: zero_optimization.offload_optimizer.device"
     flow = "{zero_optimization: {stage: 2,}, // as in Hjson\n bf16: {enabled: true}}"
     assert values(file(flow))["zero_stage"] == values(file(flow, "ds.yml"))["zero_stage"] == 2
 
@@ -253,4 +258,4 @@ def test_a_file_of_accelerate_that_accelerate_itself_writes_is_read(tmp_path):
     ).to_yaml_file(path)
     found = resolved(str(path))
     assert found.warnings == []
-    assert {"zero_stage": 3, "optimizer_tier": Tier.cpu}.items() <= values(str(path)).items()
+    assert {"zero_stage": 3, "offload_optimizer": Offload.cpu}.items() <= values(str(path)).items()

@@ -22,10 +22,10 @@ KINDS = {
     "zero3": {"stage": 3},
     "zero3 adapters": {"stage": 3, "learns": scenarios.is_adapter},
     "zero2 bf16 odd": {"stage": 2, "precision": "bf16", "kind": {"odd": True}},
-    "zero1 cpu delayed": {"stage": 1, "optimizer_tier": "cpu", "delayed_update": True},
+    "zero1 cpu delayed": {"stage": 1, "offload_optimizer": "cpu", "delayed_update": True},
     "zero0 bf16 moments": {"stage": 0, "moments": "bf16", "precision": "bf16"},
-    "zero1 nvme": {"stage": 1, "optimizer_tier": "nvme"},
-    "zero3 all on nvme": {"stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "precision": "bf16"},
+    "zero1 nvme": {"stage": 1, "offload_optimizer": "nvme"},
+    "zero3 all on nvme": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "precision": "bf16"},
 }
 ON_FOUR = {name: KINDS[name] for name in ("zero3", "zero1 nvme")}
 FULL = ("zero0", "zero1", "zero3", "zero1 nvme")
@@ -92,7 +92,7 @@ def other_ranks(world, root, kinds, *, sources):
 
 
 def uneven(world, folder):
-    """Parts in both dimensions, ranks that hold nothing, and what all hold: what each rank has loaded again."""
+    """TrainingState in both dimensions, ranks that hold nothing, and what all hold: what each rank has loaded again."""
     whole = torch.arange(20.0).reshape(4, 5)
     rows = {0: (0, 3), 1: (3, 1)}.get(world.rank, (4, 0))
     part = Part((rows[0], 0), (rows[1], 5))

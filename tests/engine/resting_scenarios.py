@@ -18,9 +18,9 @@ EVERYTHING = 10**9
 BUFFERS = {"buffer_count": 3, "buffer_size": 2048}  # of 8,192 bytes: a block comes in several
 TIERS = {
     "device": {},
-    "disk": {"parameter_tier": "nvme", **BUFFERS},
-    "host": {"parameter_tier": "nvme", "parameters_in_cpu": EVERYTHING},
-    "both": {"parameter_tier": "nvme", "parameters_in_cpu": 12_000, **BUFFERS},
+    "disk": {"offload_param": "nvme", **BUFFERS},
+    "host": {"offload_param": "nvme", "parameters_in_cpu": EVERYTHING},
+    "both": {"offload_param": "nvme", "parameters_in_cpu": 12_000, **BUFFERS},
 }
 KINDS = {
     "tied": {"kind": {"tied": True}},
@@ -130,7 +130,7 @@ def frozen(world, folder):
     """Of a frozen engine: logits, exported weights, and what FSDP2 remembers of forwards that had no backward."""
     ids = tiny.batch(50)[0]
     config = EngineConfig(zero_stage=3, precision="fp32", nvme_path=folder, **TIERS["disk"])
-    engine = build_engine(tiny.blueprint(), config=config, world=world)
+    engine = build_engine(tiny.spec(), config=config, world=world)
     with engine.evaluating() as model:
         logits = [model(ids) for _ in range(3)]
     state = engine.module._get_fsdp_state()

@@ -160,7 +160,7 @@ def loading(world):
     """What each rank read, and what an engine exports before it learns, by stage."""
     found = {}
     for stage in STAGES:
-        plan = tiny.blueprint()
+        plan = tiny.spec()
         engine = build_engine(plan, config=EngineConfig(zero_stage=stage, precision="fp32"), world=world)
         found[stage] = plan.weights.reads, weights(engine)
     return found
@@ -240,7 +240,7 @@ def frozen(world):
     ids = tiny.batch(50)[0]
     for stage in STAGES:
         config = EngineConfig(zero_stage=stage, precision="fp32")
-        engine = build_engine(tiny.blueprint(), config=config, world=world)
+        engine = build_engine(tiny.spec(), config=config, world=world)
         with engine.evaluating() as model:
             logits = [model(ids), model(ids)]
         direct = engine(ids)

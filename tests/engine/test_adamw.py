@@ -10,14 +10,14 @@ from rlhf.engine.adamw import AdamW
 
 # Adam's first step moves every weight by lr against the sign of its gradient; decay takes lr * 0.1 of the weight first.
 CONFIG = OptimizerConfig(lr=1.0, weight_decay=0.1, eps=0.0, betas=[0.9, 0.99])
-TIERS = ("device", "cpu", "nvme")
+TIERS = ("none", "cpu", "nvme")
 
 
 @pytest.fixture(params=TIERS)
 def optimizer(request, tmp_path, monkeypatch):
     """`optimizer(group, masters)` with its state on each tier; on the host, copies are forced."""
     monkeypatch.setattr("rlhf.engine.offload.placement.has_own_memory", lambda device: True)
-    engine = EngineConfig(zero_stage=1, optimizer_tier=request.param, nvme_path=str(tmp_path), buffer_size=8192)
+    engine = EngineConfig(zero_stage=1, offload_optimizer=request.param, nvme_path=str(tmp_path), buffer_size=8192)
     made = []
 
     def make(group, masters=(), **changes):
@@ -51,7 +51,7 @@ def test_the_first_step_by_hand_decays_matrices_only(optimizer):
 @pytest.mark.parametrize(("limit", "tiles"), [(64, [64, 64, 64]), (128, [128, 64]), (1000, [192])])
 def test_sub_groups_bound_what_the_host_updates_at_once(monkeypatch, limit, tiles):
     monkeypatch.setattr("rlhf.engine.offload.placement.has_own_memory", lambda device: True)
-    engine = EngineConfig(zero_stage=1, optimizer_tier="cpu", sub_group_size=limit)
+    engine = EngineConfig(zero_stage=1, offload_optimizer="cpu", sub_group_size=limit)
     seen, kernel = [], torch._fused_adamw_
 
     def recorded(weights, *args, **options):
@@ -151,7 +151,7 @@ def test_buffers_too_small_for_a_tile_are_refused_with_the_least_that_works(tmp_
     group = {"weight": nn.Parameter(torch.ones(1))}
     for size in (least - 1024, least):
         engine = EngineConfig(
-            zero_stage=1, optimizer_tier="nvme", nvme_path=str(tmp_path), buffer_size=size, moments=moments
+            zero_stage=1, offload_optimizer="nvme", nvme_path=str(tmp_path), buffer_size=size, moments=moments
         )
         if size == least:
             AdamW([group], {}, config=CONFIG, engine=engine).close()
@@ -163,9 +163,9 @@ def test_buffers_too_small_for_a_tile_are_refused_with_the_least_that_works(tmp_
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"optimizer_tier": "device"}, "expected engine.optimizer_tier=cpu, found device"),
-        ({"optimizer_tier": "nvme", "nvme_path": "here"}, "expected engine.optimizer_tier=cpu, found nvme"),
-        ({"optimizer_tier": "cpu", "optimizer_share": 0.5}, "expected engine.optimizer_share=1, found 0.5"),
+        ({"offload_optimizer": "none"}, "expected engine.offload_optimizer=cpu, found none"),
+        ({"offload_optimizer": "nvme", "nvme_path": "here"}, "expected engine.offload_optimizer=cpu, found nvme"),
+        ({"offload_optimizer": "cpu", "optimizer_share": 0.5}, "expected engine.optimizer_share=1, found 0.5"),
     ],
 )
 def test_delayed_updates_are_refused_where_they_make_no_sense(settings, message):

@@ -32,20 +32,20 @@ STATES = {"buffer_size": 8192}  # tiles of 2048 elements
 WEIGHTS = {"buffer_size": 8192, "buffer_count": 3}
 WHOLE = {  # working weights on the device, nothing wrapped
     "device": {},
-    "cpu": {"optimizer_tier": "cpu"},
-    "pageable": {"optimizer_tier": "cpu", "pin_memory": False},
-    "nvme": {"optimizer_tier": "nvme", **STATES},
-    "one buffer": {"optimizer_tier": "nvme", **STATES, "buffer_count": 1},
-    "half": {"optimizer_tier": "cpu", "optimizer_share": 0.5},
+    "cpu": {"offload_optimizer": "cpu"},
+    "pageable": {"offload_optimizer": "cpu", "pin_memory": False},
+    "nvme": {"offload_optimizer": "nvme", **STATES},
+    "one buffer": {"offload_optimizer": "nvme", **STATES, "buffer_count": 1},
+    "half": {"offload_optimizer": "cpu", "optimizer_share": 0.5},
 }
 RESTING = {  # working weights elsewhere: FSDP2, on its own streams, brings each unit
-    "weights": {"parameter_tier": "cpu"},
-    "cpu cpu": {"parameter_tier": "cpu", "optimizer_tier": "cpu"},
-    "pageable cpu cpu": {"parameter_tier": "cpu", "optimizer_tier": "cpu", "pin_memory": False},
-    "nvme nvme": {"parameter_tier": "nvme", "optimizer_tier": "nvme", **WEIGHTS},
-    "both": {"parameter_tier": "nvme", "parameters_in_cpu": 12_000, "optimizer_tier": "cpu", **WEIGHTS},
+    "weights": {"offload_param": "cpu"},
+    "cpu cpu": {"offload_param": "cpu", "offload_optimizer": "cpu"},
+    "pageable cpu cpu": {"offload_param": "cpu", "offload_optimizer": "cpu", "pin_memory": False},
+    "nvme nvme": {"offload_param": "nvme", "offload_optimizer": "nvme", **WEIGHTS},
+    "both": {"offload_param": "nvme", "parameters_in_cpu": 12_000, "offload_optimizer": "cpu", **WEIGHTS},
 }
-SMALL = {"small kept": {"parameter_tier": "cpu", "optimizer_tier": "cpu", "persistence_threshold": 100}}
+SMALL = {"small kept": {"offload_param": "cpu", "offload_optimizer": "cpu", "persistence_threshold": 100}}
 SAME_BITS = {
     "whole": [WHOLE[name] for name in ("cpu", "pageable", "nvme", "one buffer")],
     "resting": [RESTING[name] for name in ("cpu cpu", "pageable cpu cpu", "nvme nvme", "both")],
@@ -130,21 +130,21 @@ def test_the_host_and_the_device_are_close_and_so_are_fp32_and_less(world, preci
 
 def test_a_model_that_keeps_the_device_busy_trains_the_same_on_every_tier(world):
     options = {"kind": {"scale": 32}, "precision": "bf16", "steps": 3, "buffer_size": 500_000}
-    device, host, disk = (train(world, optimizer_tier=tier, **options) for tier in ("device", "cpu", "nvme"))
+    device, host, disk = (train(world, offload_optimizer=tier, **options) for tier in ("none", "cpu", "nvme"))
     same(disk, host)
     assert [loss for loss, _ in host[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
     brought, read = (
-        train(world, optimizer_tier=tier, parameter_tier=tier, **options, buffer_count=3) for tier in ("cpu", "nvme")
+        train(world, offload_optimizer=tier, offload_param=tier, **options, buffer_count=3) for tier in ("cpu", "nvme")
     )
     same(read, brought)
     assert [loss for loss, _ in brought[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
 
 
-@pytest.mark.parametrize("parameter_tier", ["device", "cpu"])
-def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(world, tmp_path, parameter_tier):
+@pytest.mark.parametrize("offload_param", ["none", "cpu"])
+def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(world, tmp_path, offload_param):
     losses, model = late_reference(STEPS)
     trained = engine(
-        world, tmp_path, precision="fp32", optimizer_tier="cpu", parameter_tier=parameter_tier, delayed_update=True
+        world, tmp_path, precision="fp32", offload_optimizer="cpu", offload_param=offload_param, delayed_update=True
     )
     points = scenarios.curve(trained, STEPS)
     assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-4)
@@ -231,7 +231,7 @@ def test_backward_never_waits_for_the_device(world, tmp_path, tier):
 
 
 def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(world, tmp_path):
-    trained = engine(world, tmp_path, precision="bf16", optimizer_tier="cpu")
+    trained = engine(world, tmp_path, precision="bf16", offload_optimizer="cpu")
     tiny.train_step(trained, 0)
     homes = trained._learner.optimizer.homes
     memory = [rows for home in homes for rows in home._sums._memory[0].arrived.values()]

@@ -14,7 +14,7 @@ BLOCK = sum(p.numel() for p in tiny.reference().llama.model.layers[0].parameters
 
 
 def units(config=None, **kind):
-    return find_units(tiny.blueprint(**kind), config=config or EngineConfig(zero_stage=3))
+    return find_units(tiny.spec(**kind), config=config or EngineConfig(zero_stage=3))
 
 
 def owners(found):
@@ -45,7 +45,7 @@ def test_a_tied_matrix_stays_with_the_root_whose_forward_uses_it_twice():
 def test_parameters_of_the_model_itself_and_heads_of_one_row_stay_with_the_root():
     found = units(odd=True)
     assert owners(found)[0] == ["gain", "spare", "model.norm.weight"]
-    plan = tiny.blueprint()
+    plan = tiny.spec()
     plan.module.score = nn.Linear(32, 1, bias=False, device="meta")
     assert "score.weight" in find_units(plan, config=EngineConfig(zero_stage=3))[0].names
 
@@ -87,7 +87,7 @@ def test_without_overlap_nothing_is_gathered_ahead():
 
 
 def groups(learns=lambda name: True, **kind):
-    plan = tiny.blueprint(learns, **kind)
+    plan = tiny.spec(learns, **kind)
     return shard(plan, config=EngineConfig(zero_stage=3), world=World.alone(), frozen=False).groups()
 
 

@@ -15,7 +15,7 @@ def test_parameters_that_fsdp_leaves_alone_have_gradients_of_their_own_also_in_b
     found = {}
     for name, settings in {
         "device": {},
-        "disk": {"parameter_tier": "nvme", "nvme_path": str(tmp_path), "persistence_threshold": 100},
+        "disk": {"offload_param": "nvme", "nvme_path": str(tmp_path), "persistence_threshold": 100},
     }.items():
         engine = tiny.engine(World.alone(), 3, precision="bf16", **settings)
         tiny.train_step(engine, 0)
@@ -29,7 +29,7 @@ def test_a_rank_by_itself_reduces_nothing_and_sums_as_without_fsdp(tmp_path, mon
     reduce = Mock(wraps=group.foreach_reduce)
     monkeypatch.setattr(group, "foreach_reduce", reduce)
     found = {}
-    for name, settings in {"device": {}, "disk": {"parameter_tier": "nvme", "nvme_path": str(tmp_path)}}.items():
+    for name, settings in {"device": {}, "disk": {"offload_param": "nvme", "nvme_path": str(tmp_path)}}.items():
         engine = tiny.engine(World.alone(), 3, precision="bf16", **settings)
         for _ in range(2):
             tiny.train_step(engine, 0)

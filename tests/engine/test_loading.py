@@ -48,7 +48,7 @@ def test_what_was_read_is_copied_so_that_training_never_changes_the_source(on_ra
     from rlhf.runtime import dist
 
     world = dist.start("cpu")
-    plan = tiny.blueprint()
+    plan = tiny.spec()
     before = {name: tensor.clone() for name, tensor in plan.weights.tensors.items()}
     engine = tiny.build_engine(
         plan,

@@ -172,7 +172,7 @@ def test_engines_that_share_a_scale_step_or_skip_together():
 
 def shared(scale):
     return build_engine(
-        tiny.blueprint(),
+        tiny.spec(),
         config=EngineConfig(zero_stage=0, precision="fp16"),
         world=World.alone(),
         optimizer=tiny.optimizer_config(),

@@ -59,7 +59,7 @@ def test_a_frozen_engine_at_stage_three_keeps_nothing_gathered(on_ranks):
 
 def test_a_frozen_engine_takes_no_steps():
     config = tiny.EngineConfig(zero_stage=0, precision="fp32")
-    engine = tiny.build_engine(tiny.blueprint(), config=config, world=dist.start("cpu"))
+    engine = tiny.build_engine(tiny.spec(), config=config, world=dist.start("cpu"))
     with pytest.raises(AssertionError, match="frozen"):
         engine.step()
 

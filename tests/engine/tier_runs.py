@@ -16,10 +16,10 @@ STEPS = 20
 STEADY = {"schedule": "constant", "warmup_steps": 0}
 SMALL = {"buffer_size": 8192}  # tiles of 2048 elements: the larger matrices are cut, the smaller ones share a tile
 TIERS = {
-    "cpu": {"optimizer_tier": "cpu"},
-    "nvme": {"optimizer_tier": "nvme", **SMALL},
-    "one buffer": {"optimizer_tier": "nvme", **SMALL, "buffer_count": 1},
-    "half": {"optimizer_tier": "nvme", "optimizer_share": 0.5, "sub_group_size": 5000, "pipeline_write": False},
+    "cpu": {"offload_optimizer": "cpu"},
+    "nvme": {"offload_optimizer": "nvme", **SMALL},
+    "one buffer": {"offload_optimizer": "nvme", **SMALL, "buffer_count": 1},
+    "half": {"offload_optimizer": "nvme", "optimizer_share": 0.5, "sub_group_size": 5000, "pipeline_write": False},
 }
 
 
@@ -94,7 +94,7 @@ def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **c
         whole = {name: tensor.clone() for name, tensor in engine.full_tensors()}
         files = len(list(Path(folder).rglob("optimizer")))
         adam.close()
-        assert files == (options.get("optimizer_tier") == "nvme"), "the state was where it was asked to be"
+        assert files == (options.get("offload_optimizer") == "nvme"), "the state was where it was asked to be"
         assert not list(Path(folder).iterdir()), "files are removed"
     return points, state, whole
 
@@ -127,7 +127,7 @@ def failing_disks(world):
     found = {}
     for moment in ("micro-batch", "step"):
         with tempfile.TemporaryDirectory() as folder:
-            engine = tiny.engine(world, 3, optimizer_tier="nvme", nvme_path=folder, **SMALL)
+            engine = tiny.engine(world, 3, offload_optimizer="nvme", nvme_path=folder, **SMALL)
             ids, counts = tiny.batch(0)
             try:
                 for last in (False, True):
@@ -147,7 +147,7 @@ def cut_short(folder):
     os.truncate(file, 0)
 
 
-OBSERVED = {"device": {}, "cpu": {"optimizer_tier": "cpu"}, "nvme": {"optimizer_tier": "nvme", **SMALL}}
+OBSERVED = {"device": {}, "cpu": {"offload_optimizer": "cpu"}, "nvme": {"offload_optimizer": "nvme", **SMALL}}
 
 
 def observed(world):

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.engine import build_engine
-from rlhf.models.model_spec import Blueprint
+from rlhf.models.model_spec import ModelSpec
 
 VOCAB, LENGTH, SEQUENCES = 101, 10, 8
 
@@ -67,7 +67,7 @@ def reference(tied=False, odd=False, layers=3, scale=1):
     return (WithOddParameters if odd else Plain)(LlamaForCausalLM(config))
 
 
-def blueprint(learns=lambda name: True, **kind):
+def spec(learns=lambda name: True, **kind):
     """The same model on meta, and its weights."""
     model = reference(**kind)
     weights = Recorded({name: parameter.detach().clone() for name, parameter in model.named_parameters()})
@@ -80,7 +80,7 @@ def blueprint(learns=lambda name: True, **kind):
         model.llama.tie_weights()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(learns(name))
-    return Blueprint(
+    return ModelSpec(
         module=model,
         weights=weights,
         blocks=list(model.llama.model.layers),
@@ -97,7 +97,7 @@ def optimizer_config(**changes):
 def engine(world, stage, *, learns=lambda name: True, optimizer=None, precision="fp32", kind=None, **config):
     """A trainable engine on the tiny model."""
     return build_engine(
-        blueprint(learns, **(kind or {})),
+        spec(learns, **(kind or {})),
         config=EngineConfig(zero_stage=stage, precision=precision, **config),
         world=world,
         optimizer=optimizer or optimizer_config(),

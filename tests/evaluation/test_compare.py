@@ -26,7 +26,7 @@ def named(rows):
 
 def test_means_shares_and_differences():
     found = named(measures(MODEL, AGAINST, seed=0))
-    assert (found["normalized_score"]["model"]["mean"], found["normalized_score"]["against"]["mean"]) == (5.0, 4.0)
+    assert (found["normalized_score"]["model"]["mean"], found["normalized_score"]["baseline"]["mean"]) == (5.0, 4.0)
     # the same prompts: the answers differ by 1 in every one of them, so there is nothing to doubt
     assert found["normalized_score"]["difference"] == {"mean": 1.0, "low": 1.0, "high": 1.0, "count": 4}
     assert found["normalized_score"]["model"]["low"] < 5 < found["normalized_score"]["model"]["high"]
@@ -41,9 +41,9 @@ def test_a_score_that_is_not_finite_is_left_out_of_means_and_of_differences_and_
     )
     found = named(measures(MODEL, broken, seed=0))["normalized_score"]
     assert (found["model"]["mean"], found["model"]["count"]) == (5.0, 4)
-    assert (found["against"]["mean"], found["against"]["count"]) == (5.0, 2)  # 1 and 9
+    assert (found["baseline"]["mean"], found["baseline"]["count"]) == (5.0, 2)  # 1 and 9
     assert (found["difference"]["mean"], found["difference"]["count"]) == (0.0, 2)  # 2 - 1 and 8 - 9
-    assert "against: left out 2 of 4 responses whose normalized_score is not finite" in caplog.text
+    assert "baseline: left out 2 of 4 responses whose normalized_score is not finite" in caplog.text
 
 
 def test_diversity_is_counted_over_all_responses():
@@ -52,13 +52,13 @@ def test_diversity_is_counted_over_all_responses():
     assert found["distinct_2"]["model"] == {"mean": 3 / 4}  # a b twice, c d, d e
     assert found["repeated"]["model"] == {"mean": 2 / 4}
     assert "difference" not in found["normalized_score"]
-    assert "against" not in found["distinct_1"]
+    assert "baseline" not in found["distinct_1"]
 
 
 def test_perplexity_is_per_token_and_not_per_demonstration():
     found = named(measures(MODEL, AGAINST, seed=0))["perplexity"]
     assert found["model"]["mean"] == pytest.approx((8 * 8 * 2) ** (1 / 3))
-    assert found["against"]["mean"] == pytest.approx(4.0)
+    assert found["baseline"]["mean"] == pytest.approx(4.0)
     assert (found["model"]["low"], found["model"]["high"]) == (pytest.approx(2), pytest.approx(8))
     assert found["model"]["count"] == 2  # a demonstration without a target says nothing
 

@@ -140,7 +140,7 @@ def test_a_person_may_stop_and_go_on_later(tmp_path):
 def test_what_was_judged_of_other_responses_does_not_count(tmp_path):
     somebody, _ = person(tmp_path, "a\na\na\n")
     somebody.judge(PAIRS, coin=COIN, seed=0)
-    others = Pairs(PAIRS.prompts, PAIRS.against, PAIRS.model)
+    others = Pairs(PAIRS.prompts, PAIRS.baseline, PAIRS.model)
     nobody, screen = person(tmp_path, "")
     assert [v.row for v in nobody.judge(others, coin=COIN, seed=0)] == [2]
     assert "3 pairs to judge" in screen.getvalue()

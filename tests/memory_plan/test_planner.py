@@ -157,10 +157,10 @@ def test_a_device_that_is_not_here_must_be_described(tmp_path):
 def test_measured_peaks_stand_beside_the_plan(tmp_path, smoke, caplog):
     run = replace(smoke, output_dir=str(tmp_path))
     (tmp_path / "plan.json").write_text(json.dumps({"sft": {"train": {"device": 0, "host": 2_000, "disk": 5}}}))
-    watch = Stopwatch(World.alone().device)
-    watch.highest["train"] = Peak(host=1_000)
+    timer = Stopwatch(World.alone().device)
+    timer.highest["train"] = Peak(host=1_000)
     with caplog.at_level(logging.INFO):
-        found = beside_plan(run, "sft", world=World.alone(), watch=watch)
+        found = beside_plan(run, "sft", world=World.alone(), timer=timer)
     assert found == {"memory/train_host_bytes": 1_000, "memory/train_host_plan_bytes": 2_000}
     assert "+100 %" in caplog.text
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.roles import ModelKind
 from rlhf.engine.engine import build_engine
@@ -49,7 +49,7 @@ def at_rest(found):
 
 
 def buffers(found):
-    return sum(buffer.nbytes for buffer in found.blueprint.module.buffers())
+    return sum(buffer.nbytes for buffer in found.spec.module.buffers())
 
 
 def test_sixteen_bytes_an_element_without_zero(folder):
@@ -106,25 +106,25 @@ def test_bf16_moments_fp32_weights_and_frozen_models(folder):
 
 
 def test_a_checkpoint_of_a_delayed_update_has_the_working_weights_too(folder):
-    found = states(folder, zero_stage=1, optimizer_tier="cpu", delayed_update=True)
+    found = states(folder, zero_stage=1, offload_optimizer="cpu", delayed_update=True)
     assert found.in_a_checkpoint() == found.copied_for_a_checkpoint() == 16 * NUMEL
-    assert states(folder, zero_stage=1, optimizer_tier="cpu").in_a_checkpoint() == 12 * NUMEL
+    assert states(folder, zero_stage=1, offload_optimizer="cpu").in_a_checkpoint() == 12 * NUMEL
 
 
 def test_a_cuda_optimizer_on_the_host(folder):
-    found = states(folder, device=CUDA, micro=2, zero_stage=1, optimizer_tier="cpu")
+    found = states(folder, device=CUDA, micro=2, zero_stage=1, offload_optimizer="cpu")
     parts = at_rest(found)
     assert parts["master weights", Place.host] == 4 * NUMEL
     assert parts["moments", Place.host] == 8 * NUMEL
     assert ("moments", Place.device) not in parts
     assert {(i.place, i.bytes) for i in found.gradients()} == {(Place.host, (2 + 4) * NUMEL)}
-    half = at_rest(states(folder, device=CUDA, zero_stage=1, optimizer_tier="cpu", optimizer_share=0.5))
+    half = at_rest(states(folder, device=CUDA, zero_stage=1, offload_optimizer="cpu", optimizer_share=0.5))
     assert half["moments", Place.host] + half["moments", Place.device] == 8 * NUMEL
     assert half["moments", Place.host] >= 4 * NUMEL
 
 
 def test_buffers_are_all_the_host_memory_of_a_tier_on_disk(folder):
-    tiers = {"zero_stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "nvme_path": "/disk"}
+    tiers = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/disk"}
     parts = at_rest(states(folder, device=CUDA, buffer_count=3, buffer_size=1_000_000, **tiers))
     assert parts["working parameters", Place.disk] >= 2 * NUMEL
     assert parts["moments", Place.disk] >= 8 * NUMEL
@@ -134,7 +134,7 @@ def test_buffers_are_all_the_host_memory_of_a_tier_on_disk(folder):
 
 def test_buffers_are_resident_as_far_as_they_are_filled(folder):
     """Weights and states of 6 MB and less pass through buffers of 400 MB; page-locked ones are resident whole."""
-    tiers = {"zero_stage": 3, "optimizer_tier": "nvme", "parameter_tier": "nvme", "nvme_path": "/disk"}
+    tiers = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/disk"}
     found = {
         device: at_rest(states(folder, device=device, buffer_count=3, buffer_size=100_000_000, **tiers))
         for device in (CPU, CUDA)
@@ -148,8 +148,8 @@ def test_buffers_are_resident_as_far_as_they_are_filled(folder):
 @pytest.mark.parametrize("share", [0.07, 0.5, 0.93])
 def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
     """Rows are padded more where there are fewer: shares of local rows are not shares of the model."""
-    found = states(folder, ranks=100, device=CUDA, zero_stage=2, optimizer_tier="cpu", optimizer_share=share)
-    groups = [group for unit in found.units if (group := unit.group(found.blueprint.module))]
+    found = states(folder, ranks=100, device=CUDA, zero_stage=2, offload_optimizer="cpu", optimizer_share=share)
+    groups = [group for unit in found.units if (group := unit.group(found.spec.module))]
     config = found.setting.engine
     world = World(0, 100, 0, CUDA)
     homes = Tiers(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, rows=None)._split()
@@ -186,7 +186,11 @@ def test_files_of_a_real_engine_are_as_large_as_planned(tmp_path):
 
     LlamaForCausalLM(LlamaConfig(**settings())).save_pretrained(tmp_path / "model")
     config = EngineConfig(
-        zero_stage=1, precision="bf16", optimizer_tier=Tier.nvme, nvme_path=str(tmp_path / "disk"), buffer_size=100_000
+        zero_stage=1,
+        precision="bf16",
+        offload_optimizer=OffloadDevice.nvme,
+        nvme_path=str(tmp_path / "disk"),
+        buffer_size=100_000,
     )
     (tmp_path / "disk").mkdir()
     engine = build_engine(
@@ -197,7 +201,7 @@ def test_files_of_a_real_engine_are_as_large_as_planned(tmp_path):
         total_steps=10,
     )
     found = sum(file.stat().st_size for file in (tmp_path / "disk").rglob("*") if file.is_file())
-    tiers = {"zero_stage": 1, "optimizer_tier": "nvme", "nvme_path": str(tmp_path / "disk"), "buffer_size": 100_000}
+    tiers = {"zero_stage": 1, "offload_optimizer": "nvme", "nvme_path": str(tmp_path / "disk"), "buffer_size": 100_000}
     planned = sum(item.bytes for item in states(tmp_path / "model", **tiers).at_rest() if item.place is Place.disk)
     assert found == pytest.approx(planned, abs=4096)
     del engine

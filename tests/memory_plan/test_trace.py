@@ -77,7 +77,7 @@ class Square(nn.Module):
 
 
 class Plain:
-    """As a blueprint, for the tracer."""
+    """As a spec, for the tracer."""
 
     def __init__(self, module):
         self.module, self.blocks = module, list(module.blocks)

@@ -48,14 +48,14 @@ def logits(module, seed=0):
 
 @pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
 def test_all_linear_means_every_linear_layer_but_the_head(family, tmp_path):
-    blueprint = causal_lm(tiny.save(family, tmp_path), lora=LoraConfig(rank=3))
-    layers = adapted_layers(blueprint.module)
+    spec = causal_lm(tiny.save(family, tmp_path), lora=LoraConfig(rank=3))
+    layers = adapted_layers(spec.module)
     assert len(layers) == 3 * LINEAR_PER_BLOCK[family]
     assert not any("head" in name for name in layers)
-    assert len(blueprint.trainable) == 2 * len(layers)
-    learning = {name for name, parameter in blueprint.module.named_parameters() if parameter.requires_grad}
-    assert learning == blueprint.trainable
-    assert all(parameter.is_meta for parameter in blueprint.module.parameters())
+    assert len(spec.trainable) == 2 * len(layers)
+    learning = {name for name, parameter in spec.module.named_parameters() if parameter.requires_grad}
+    assert learning == spec.trainable
+    assert all(parameter.is_meta for parameter in spec.module.parameters())
 
 
 @pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
@@ -75,13 +75,13 @@ def test_an_adapter_adds_alpha_over_rank_times_its_product(tmp_path):
 
 
 def test_first_values_are_uniform_within_one_over_the_root_of_the_inputs(tmp_path):
-    blueprint = causal_lm(tiny.save("llama", tmp_path), lora=LoraConfig(rank=8))
-    a = blueprint.weights.read("model.layers.0.mlp.down_proj.lora_A.default.weight", slice(None))
+    spec = causal_lm(tiny.save("llama", tmp_path), lora=LoraConfig(rank=8))
+    a = spec.weights.read("model.layers.0.mlp.down_proj.lora_A.default.weight", slice(None))
     bound = 1 / math.sqrt(48)
     assert a.shape == (8, 48)
     assert 0.9 * bound < a.abs().max() <= bound
     assert a.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.1)
-    assert not blueprint.weights.read("model.layers.0.mlp.down_proj.lora_B.default.weight", slice(None)).any()
+    assert not spec.weights.read("model.layers.0.mlp.down_proj.lora_B.default.weight", slice(None)).any()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -110,10 +110,10 @@ def test_a_target_that_names_nothing_lists_what_there_is(tmp_path):
 
 
 def test_a_scalar_head_is_not_adapted_but_learns(tmp_path):
-    blueprint = scalar_head_model(tiny.save("gpt2", tmp_path), lora=LoraConfig(rank=3))
-    assert not any("score" in name for name in adapted_layers(blueprint.module))
-    assert "score.weight" in blueprint.trainable
-    assert len(blueprint.trainable) == 3 * 4 * 2 + 1
+    spec = scalar_head_model(tiny.save("gpt2", tmp_path), lora=LoraConfig(rank=3))
+    assert not any("score" in name for name in adapted_layers(spec.module))
+    assert "score.weight" in spec.trainable
+    assert len(spec.trainable) == 3 * 4 * 2 + 1
 
 
 @pytest.mark.parametrize("family", LINEAR_PER_BLOCK)
@@ -262,9 +262,9 @@ def test_adapters_hold_the_only_gradients(tmp_path):
 
 
 def test_rank_zero_is_no_adapter(tmp_path):
-    blueprint = causal_lm(tiny.save("llama", tmp_path), lora=LoraConfig(rank=0))
-    assert not adapted_layers(blueprint.module)
-    assert blueprint.trainable == {name for name, _ in blueprint.module.named_parameters()}
+    spec = causal_lm(tiny.save("llama", tmp_path), lora=LoraConfig(rank=0))
+    assert not adapted_layers(spec.module)
+    assert spec.trainable == {name for name, _ in spec.module.named_parameters()}
     assert AutoConfig.from_pretrained(tmp_path).model_type == "llama"
 
 

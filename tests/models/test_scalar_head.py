@@ -83,10 +83,10 @@ def test_a_new_head_has_variance_one_over_width_plus_one_and_always_learns(tmp_p
     assert drawn.shape == (30, 32)
     assert drawn.std().item() == pytest.approx(33**-0.5, rel=0.08)
     assert abs(drawn.mean().item()) < 3 * 33**-0.5 / 960**0.5
-    blueprint = scalar_head_model(tmp_path, lora=LoraConfig(rank=2))
-    assert blueprint.module.score.weight.requires_grad
-    assert "score.weight" in blueprint.trainable
-    assert not blueprint.module.model.embed_tokens.weight.requires_grad
+    spec = scalar_head_model(tmp_path, lora=LoraConfig(rank=2))
+    assert spec.module.score.weight.requires_grad
+    assert "score.weight" in spec.trainable
+    assert not spec.module.model.embed_tokens.weight.requires_grad
 
 
 def test_the_head_computes_in_fp32_over_a_bf16_trunk(tmp_path):

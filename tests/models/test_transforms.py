@@ -51,15 +51,15 @@ def test_gpt2_has_four_dropouts():
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_a_shorter_trunk_gives_the_hidden_states_of_its_last_layer(family, tmp_path):
     tiny.save(family, tmp_path)
-    blueprint = scalar_head_model(tmp_path, num_layers=2)
-    assert len(blueprint.blocks) == 2
-    assert blueprint.config.num_hidden_layers == 2
+    spec = scalar_head_model(tmp_path, num_layers=2)
+    assert len(spec.blocks) == 2
+    assert spec.config.num_hidden_layers == 2
     whole = AutoModel.from_pretrained(tmp_path).eval()
     *_, block = find_blocks(whole, 3)[:2]
     seen = []
     hook = block.register_forward_hook(lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out))
-    trunk = tiny.materialized(blueprint).get_submodule(blueprint.module._trunk_name)
-    hook_short = blueprint.blocks[-1].register_forward_hook(
+    trunk = tiny.materialized(spec).get_submodule(spec.module._trunk_name)
+    hook_short = spec.blocks[-1].register_forward_hook(
         lambda _, __, out: seen.append(out[0] if isinstance(out, tuple) else out)
     )
     with torch.no_grad():
@@ -116,10 +116,10 @@ def test_recomputed_activations_give_the_same_gradients_from_more_forwards(famil
 
 def test_frozen_layers_below_the_adapters_are_not_recomputed(tmp_path):
     tiny.save("llama", tmp_path)
-    blueprint = causal_lm(tmp_path, lora=LoraConfig(rank=2, top_layers=1))
-    module = tiny.materialized(blueprint).train()
+    spec = causal_lm(tmp_path, lora=LoraConfig(rank=2, top_layers=1))
+    module = tiny.materialized(spec).train()
     enable_activation_checkpointing(module)
-    below, above = (count_forwards(block) for block in blueprint.blocks[1:])
+    below, above = (count_forwards(block) for block in spec.blocks[1:])
     module(**ids_and_mask()).logits.square().sum().backward()
     assert (len(below), len(above)) == (1, 2)
     assert module.get_submodule("model.layers.2.mlp.up_proj.lora_B.default").weight.grad.abs().sum() > 0

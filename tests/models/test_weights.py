@@ -15,23 +15,23 @@ from rlhf.models.weights import LoadedWeights
 from tests.models import tiny
 
 
-def in_parts(blueprint, name, ranks):
+def in_parts(spec, name, ranks):
     """The parameter as `ranks` ranks read it, joined."""
-    rows = dict(blueprint.module.named_parameters())[name].shape[0]
+    rows = dict(spec.module.named_parameters())[name].shape[0]
     share = -(-rows // ranks)
     cuts = [slice(min(rank * share, rows), min((rank + 1) * share, rows)) for rank in range(ranks)]
-    return torch.cat([blueprint.weights.read(name, cut) for cut in cuts])
+    return torch.cat([spec.weights.read(name, cut) for cut in cuts])
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_the_rows_of_three_ranks_are_the_model_that_transformers_loads(family, tmp_path):
     tiny.model(family).save_pretrained(tmp_path, max_shard_size="20KB")
     expected = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
-    blueprint = causal_lm(tmp_path)
-    names = [name for name, _ in blueprint.module.named_parameters()]
+    spec = causal_lm(tmp_path)
+    names = [name for name, _ in spec.module.named_parameters()]
     assert names == list(expected)
     for name in names:
-        assert torch.equal(in_parts(blueprint, name, 3), expected[name]), name
+        assert torch.equal(in_parts(spec, name, 3), expected[name]), name
 
 
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "opt"])
@@ -39,10 +39,10 @@ def test_a_checkpoint_of_the_bare_trunk_fills_a_tied_language_model(family, tmp_
     whole = tiny.model(family)
     whole.base_model.save_pretrained(tmp_path)
     assert not any(key.startswith(f"{whole.base_model_prefix}.") for key in Checkpoint(tmp_path).keys())  # noqa: SIM118
-    blueprint = causal_lm(tmp_path)
-    assert not isinstance(blueprint.weights._loaded, LoadedWeights)
+    spec = causal_lm(tmp_path)
+    assert not isinstance(spec.weights._loaded, LoadedWeights)
     for name, expected in whole.named_parameters():
-        assert torch.equal(blueprint.weights.read(name, slice(None)), expected), name
+        assert torch.equal(spec.weights.read(name, slice(None)), expected), name
 
 
 def test_an_embedding_that_is_stored_under_the_heads_name_is_found(tmp_path):
@@ -57,27 +57,27 @@ def test_an_embedding_that_is_stored_under_the_heads_name_is_found(tmp_path):
 def test_a_mixture_of_experts_is_loaded_whole_and_says_so(tmp_path, caplog):
     tiny.moe(tmp_path)
     with caplog.at_level(logging.WARNING, logger="rlhf"):
-        blueprint = causal_lm(tmp_path)
+        spec = causal_lm(tmp_path)
     assert "every process reads the whole model" in caplog.text
     reference = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.arange(8)[None]
     with torch.no_grad():
-        assert torch.equal(tiny.materialized(blueprint)(ids).logits, reference(ids).logits)
+        assert torch.equal(tiny.materialized(spec)(ids).logits, reference(ids).logits)
 
 
 def test_other_models_are_not_loaded_whole(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="rlhf"):
-        blueprint = causal_lm(tiny.save("qwen3", tmp_path))
+        spec = causal_lm(tiny.save("qwen3", tmp_path))
     assert not caplog.text
-    assert not isinstance(blueprint.weights._loaded, LoadedWeights)
+    assert not isinstance(spec.weights._loaded, LoadedWeights)
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 5])
 def test_new_parameters_are_the_same_for_every_number_of_ranks(ranks, tmp_path):
-    blueprint = scalar_head_model(tiny.save("llama", tmp_path), lora=LoraConfig(rank=3), seed=5)
-    assert len(blueprint.trainable) == 3 * 7 * 2 + 1
-    for name in blueprint.trainable:
-        assert torch.equal(in_parts(blueprint, name, ranks), in_parts(blueprint, name, 1))
+    spec = scalar_head_model(tiny.save("llama", tmp_path), lora=LoraConfig(rank=3), seed=5)
+    assert len(spec.trainable) == 3 * 7 * 2 + 1
+    for name in spec.trainable:
+        assert torch.equal(in_parts(spec, name, ranks), in_parts(spec, name, 1))
 
 
 def test_new_parameters_depend_on_the_seed_and_the_name_and_nothing_else(tmp_path):
@@ -85,8 +85,8 @@ def test_new_parameters_depend_on_the_seed_and_the_name_and_nothing_else(tmp_pat
     path = "model.layers.{}.self_attn.q_proj.lora_A.default.weight"
 
     def read(number, *, seed, rank=3, targets="all-linear"):
-        blueprint = causal_lm(tmp_path, lora=LoraConfig(rank=rank, targets=[targets]), seed=seed)
-        return blueprint.weights.read(path.format(number), slice(None))
+        spec = causal_lm(tmp_path, lora=LoraConfig(rank=rank, targets=[targets]), seed=seed)
+        return spec.weights.read(path.format(number), slice(None))
 
     torch.manual_seed(1)
     first = read(0, seed=5)

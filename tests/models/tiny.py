@@ -77,19 +77,19 @@ def moe(folder):
     return folder
 
 
-def materialized(blueprint, dtype=torch.float32):
-    """The blueprint's module with its weights, as an engine on one rank makes it."""
-    names = {id(parameter): name for name, parameter in blueprint.module.named_parameters()}
+def materialized(spec, dtype=torch.float32):
+    """The spec's module with its weights, as an engine on one rank makes it."""
+    names = {id(parameter): name for name, parameter in spec.module.named_parameters()}
     filled = {
         name: torch.nn.Parameter(
-            blueprint.weights.read(name, slice(None)).clone().to(dtype), requires_grad=name in blueprint.trainable
+            spec.weights.read(name, slice(None)).clone().to(dtype), requires_grad=name in spec.trainable
         )
         for name in names.values()
     }
-    for child in blueprint.module.modules():
+    for child in spec.module.modules():
         for key, parameter in list(child.named_parameters(recurse=False, remove_duplicate=False)):
             child.register_parameter(key, filled[names[id(parameter)]])
-    return blueprint.module.eval()
+    return spec.module.eval()
 
 
 def named_tensors(module):

@@ -131,7 +131,7 @@ def test_an_answer_appears_while_it_is_drawn(endless, monkeypatch):
 
 
 def test_each_of_two_models_has_its_own_history(model, endless, capsys):
-    run = run_of(model, f"chat.beside={endless}", "chat.sampling.temperature=0", "chat.max_response_tokens=3")
+    run = run_of(model, f"chat.compare_with={endless}", "chat.sampling.temperature=0", "chat.max_response_tokens=3")
     with chat_with(run, model, endless) as chat:
         for line in ("Hello", "Again", "/undo"):
             chat._follow(line)
@@ -239,17 +239,17 @@ def test_what_cannot_be_talked_to_is_refused_with_the_name_of_the_setting(model,
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
     scores = tmp_path / "scores"
-    blueprint = scalar_head_model(model)
-    names = dict(blueprint.module.named_parameters())
-    tensors = ((name, blueprint.weights.read(name, slice(None))) for name in names)
-    export(blueprint.module, tensors, folder=scores, tokenizer=load_tokenizer(str(model)))
+    spec = scalar_head_model(model)
+    names = dict(spec.module.named_parameters())
+    tensors = ((name, spec.weights.read(name, slice(None))) for name in names)
+    export(spec.module, tensors, folder=scores, tokenizer=load_tokenizer(str(model)))
     cases = [
         (run_of(tmp_path / "missing"), rf"chat\.model={tmp_path}/missing: .*there is no such folder"),
-        (run_of(model, "chat.beside=/not/there"), r"chat\.beside=/not/there: .*there is no such folder"),
+        (run_of(model, "chat.compare_with=/not/there"), r"chat\.compare_with=/not/there: .*there is no such folder"),
         (run_of(adapter), r"chat\.model=.*PEFT adapter, not a model\. Merge it first"),
         (run_of(scores), r"chat\.model=.*reward model or critic"),
-        (run_of(model, f"chat.beside={model}/"), r"chat\.beside=.* is chat\.model itself"),
-        (run_of(model, f"chat.beside={tmp_path}/sft/model", output_dir=tmp_path), r"stage=\[sft,chat\]"),
+        (run_of(model, f"chat.compare_with={model}/"), r"chat\.compare_with=.* is chat\.model itself"),
+        (run_of(model, f"chat.compare_with={tmp_path}/sft/model", output_dir=tmp_path), r"stage=\[sft,chat\]"),
     ]
     for run, sentence in cases:
         with pytest.raises(ValueError, match=sentence):

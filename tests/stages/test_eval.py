@@ -20,7 +20,7 @@ from rlhf.text.tokenizer import load_tokenizer, template_fingerprint
 from stages import eval as evaluate
 from stages.eval import run_eval
 from stages.eval_models import HeldOut, Room
-from stages.lifecycle.stage_record import Record, write_record
+from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.setup.eval_checks import check_evaluation
 from tests.config.test_configuration import composed
 from tests.models import tiny
@@ -43,9 +43,9 @@ def models(tmp_path_factory):
     tokenizer.save_pretrained(folder / "other")
     module = tiny.materialized(scalar_head_model(base))
     export(module, tiny.named_tensors(module), folder=folder / "reward", tokenizer=tokenizer)
-    record = Record("reward", template_fingerprint(tokenizer), pad_id=0, score_mean=0.5, score_std=2.0)
+    record = StageRecord("reward", template_fingerprint(tokenizer), pad_id=0, score_mean=0.5, score_std=2.0)
     write_record(record, folder / "reward")
-    return {"model": folder / "other", "against": base, "reference": base, "reward": folder / "reward"}
+    return {"model": folder / "other", "baseline": base, "reference": base, "reward": folder / "reward"}
 
 
 @pytest.fixture
@@ -99,12 +99,12 @@ def test_an_evaluation_says_everything(small, tmp_path):
     assert results["judges"]["reward"]["judged"] == len(samples) == results["prompts"] == 5
     assert set(results["reward_model"]["subsets"]) == {"k0", "k1"}
     for row in samples:
-        for side in ("model", "against"):
+        for side in ("model", "baseline"):
             assert row[side]["normalized_score"] == pytest.approx((row[side]["raw_score"] - 0.5) / 2, abs=1e-6)
             assert 1 <= row[side]["length"] <= 6
-        assert row["against"]["kl"] == pytest.approx(0, abs=1e-4)  # it is the reference
+        assert row["baseline"]["kl"] == pytest.approx(0, abs=1e-4)  # it is the reference
     assert value(results, "raw_score") == pytest.approx(sum(row["model"]["raw_score"] for row in samples) / 5)
-    wins = [row["model"]["raw_score"] > row["against"]["raw_score"] for row in samples]
+    wins = [row["model"]["raw_score"] > row["baseline"]["raw_score"] for row in samples]
     assert results["judges"]["reward"]["wins"] == sum(wins)
     assert not list((tmp_path / "out/eval").glob("*.tmp"))
 
@@ -159,8 +159,8 @@ def test_two_ranks_and_sharded_models_say_the_same(small, tmp_path):
     run_eval(small(judges, "eval.name=one"), World.alone())
     run_on_ranks(on_ranks, 2, small(judges, "eval.name=two", "engine=zero3"))
     (one, said), (two, also) = read(tmp_path / "out/eval/one"), read(tmp_path / "out/eval/two")
-    assert [[row[s]["response"] for s in ("model", "against")] for row in said] == [
-        [row[s]["response"] for s in ("model", "against")] for row in also
+    assert [[row[s]["response"] for s in ("model", "baseline")] for row in said] == [
+        [row[s]["response"] for s in ("model", "baseline")] for row in also
     ]
     for ours, theirs in zip(one["measures"], two["measures"], strict=True):
         assert ours["name"] == theirs["name"]
@@ -174,9 +174,9 @@ def test_two_ranks_and_sharded_models_say_the_same(small, tmp_path):
 
 
 def test_the_same_model_twice_is_no_better_than_itself(small, models, tmp_path):
-    run_eval(small(f"eval.against={models['model']}", "eval.reference=null"), World.alone())
+    run_eval(small(f"eval.baseline={models['model']}", "eval.reference=null"), World.alone())
     results, samples = read(tmp_path / "out/eval")
-    assert all(row["model"] == row["against"] for row in samples)
+    assert all(row["model"] == row["baseline"] for row in samples)
     assert results["judges"]["reward"]["ties"] == 5
     assert results["judges"]["reward"]["win_rate"]["mean"] == 0.5
     assert "kl" not in {row["name"] for row in results["measures"]}
@@ -184,10 +184,10 @@ def test_the_same_model_twice_is_no_better_than_itself(small, models, tmp_path):
 
 def test_one_model_without_judges_or_reward_model_replaces_what_was_there(small, tmp_path):
     run_eval(small(), World.alone())
-    run_eval(small("eval.against=null", "eval.reward=null", "eval.reference=null", "eval.judges=[]"), World.alone())
+    run_eval(small("eval.baseline=null", "eval.reward=null", "eval.reference=null", "eval.judges=[]"), World.alone())
     results, samples = read(tmp_path / "out/eval")
-    assert (results["judges"], results["reward_model"], results["against"]) == ({}, None, None)
-    assert all("against" not in row for row in samples)
+    assert (results["judges"], results["reward_model"], results["baseline"]) == ({}, None, None)
+    assert all("baseline" not in row for row in samples)
     assert math.isfinite(value(results, "perplexity"))
 
 

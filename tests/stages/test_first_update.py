@@ -22,9 +22,9 @@ from rlhf.rollout import Collector, Models, ScoreScale, critic_values, scores_of
 from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import decode, load_tokenizer
 from rlhf.tracking.timing import Stopwatch
-from rlhf.training.ppo_update import advantages_of, improve
+from rlhf.training.ppo_update import advantages_of, update_policy
 from rlhf.types import PPOBatch, PromptBatch, Responses
-from stages.lifecycle.stage_record import Record, write_record
+from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.ppo import load_models
 from tests.training.test_ppo_update import config
 
@@ -61,7 +61,7 @@ def rollout_of(folder, models, ppo, ids=None):
         pad_id=int(tokenizer.pad_token_id),
         stop_token_ids=(int(tokenizer.eos_token_id), 7, 8, 9, 10, 11, 12, 13),  # so that lengths differ
         scale=ScoreScale(),
-        watch=Stopwatch(torch.device("cpu")),
+        timer=Stopwatch(torch.device("cpu")),
     )
     ids = torch.randint(20, 60, (8, 5)) if ids is None else ids
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -80,7 +80,7 @@ def rollout_of(folder, models, ppo, ids=None):
 def test_the_share_of_scores_at_the_clamp(score, share):
     ppo = settings(score=ScoreConfig(**score))
     scale = ScoreScale(mean=1.0, std=0.5)
-    collector = Collector(None, ppo, decode=str, pad_id=0, stop_token_ids=(), scale=scale, watch=None)
+    collector = Collector(None, ppo, decode=str, pad_id=0, stop_token_ids=(), scale=scale, timer=None)
     assert collector.clamped_share(torch.tensor([0.0, 1.0, 1.5, 3.0])) == share
 
 
@@ -93,21 +93,21 @@ def test_the_first_minibatch_has_ratio_1_and_clips_nothing(folder, rank):
     rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
     estimate = advantages_of(rollout, rewards, config=ppo)
     batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
-    measured = improve(models, batch, config=ppo, iteration=1)
-    assert measured["policy/ratio_mean"] == pytest.approx(1, abs=1e-5)
-    assert measured["policy/ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert measured["policy/approxkl_avg"] == pytest.approx(0, abs=1e-8)
-    assert measured["policy/clipfrac_avg"] == 0
-    assert measured["val/clipfrac_avg"] == 0
+    measured = update_policy(models, batch, config=ppo, iteration=1)
+    assert measured["actor/ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert measured["actor/ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert measured["actor/approxkl_avg"] == pytest.approx(0, abs=1e-8)
+    assert measured["actor/clipfrac_avg"] == 0
+    assert measured["critic/clipfrac_avg"] == 0
     # With ratio 1 the loss is minus the mean advantage, which whitening made 0; the values have not moved either.
-    assert measured["policy/loss"] == pytest.approx(0, abs=1e-5)
+    assert measured["actor/loss"] == pytest.approx(0, abs=1e-5)
     squares = ((rollout.values - estimate.returns) ** 2)[rollout.response_mask]
-    assert measured["val/loss"] == pytest.approx(0.5 * float(squares.mean()), rel=1e-4)
+    assert measured["critic/loss"] == pytest.approx(0.5 * float(squares.mean()), rel=1e-4)
     assert measured["actor/grad_norm"] > 0
 
-    again = improve(models, batch, config=ppo, iteration=2)
-    assert again["policy/ratio_max"] > 1.001
-    assert again["policy/approxkl_avg"] > 1e-8
+    again = update_policy(models, batch, config=ppo, iteration=2)
+    assert again["actor/ratio_max"] > 1.001
+    assert again["actor/approxkl_avg"] > 1e-8
 
 
 def test_before_training_kl_is_0_and_both_paths_agree(folder):
@@ -131,7 +131,7 @@ def test_micro_batches_do_not_change_an_update(folder):
         rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
         estimate = advantages_of(rollout, rewards, config=ppo)
         batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
-        return improve(models, batch, config=ppo, iteration=1), dict(models.actor.full_tensors())
+        return update_policy(models, batch, config=ppo, iteration=1), dict(models.actor.full_tensors())
 
     whole, cut = after(8), after(2)
     assert cut[0] == pytest.approx(whole[0], rel=1e-3, abs=1e-5)
@@ -167,7 +167,7 @@ def test_a_response_that_breaks_a_model_reaches_neither_gradients_nor_metrics(fo
     rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
     estimate = advantages_of(rollout, rewards, config=ppo)
     batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
-    measured = improve(models, batch, config=ppo, iteration=1)
+    measured = update_policy(models, batch, config=ppo, iteration=1)
     measured |= rollout_metrics(rollout, kl_coef=0.1, kl_kind="k1")
     assert all(map(math.isfinite, measured.values())), measured
     assert measured["actor/skipped_steps"] == measured["critic/skipped_steps"] == 0
@@ -204,7 +204,7 @@ def test_a_kl_that_costs_nothing_needs_no_reference(folder, kind):
     rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.0)
     estimate = advantages_of(rollout, rewards, config=ppo)
     batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
-    assert improve(models, batch, config=ppo, iteration=1)["actor/grad_norm"] > 0
+    assert update_policy(models, batch, config=ppo, iteration=1)["actor/grad_norm"] > 0
     assert not [name for name in rollout_metrics(rollout, kl_coef=0.0, kl_kind="k1") if name.startswith("objective/kl")]
     rows = sample_rows(rollout, {})
     assert "kl" not in rows[0]
@@ -216,7 +216,7 @@ def test_a_kl_that_costs_nothing_needs_no_reference(folder, kind):
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_critic_that_is_named_starts_in_the_units_of_the_scores(folder, tmp_path, normalize):
     AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(tmp_path / "critic")
-    write_record(Record("reward", "template", 0, score_mean=3.0, score_std=2.0), tmp_path / "critic")
+    write_record(StageRecord("reward", "template", 0, score_mean=3.0, score_std=2.0), tmp_path / "critic")
     paths = {"actor": str(folder), "reward": str(folder), "critic": str(tmp_path / "critic")}
     ppo = settings(**paths, score=ScoreConfig(normalize=normalize))
     ppo = replace(ppo, critic_engine=ppo.engine, reference_engine=ppo.engine, reward_engine=ppo.engine)

@@ -88,7 +88,7 @@ def test_every_iteration_is_logged_whole(one_rank):
     assert [row["step"] for row in logged] == [0, 1, 2]
     for row in logged[1:]:
         assert all(math.isfinite(value) for value in row.values())
-        assert {"objective/kl", "policy/clipfrac_avg", "val/explained_variance", "rollout/eos_rate"} <= set(row)
+        assert {"objective/kl", "actor/clipfrac_avg", "critic/explained_variance", "rollout/eos_rate"} <= set(row)
         assert row["rollout/logprob_gap_max"] < 1e-4  # the generation path and the training path agree
 
 
@@ -96,7 +96,7 @@ def test_every_iteration_is_logged_whole(one_rank):
 def test_a_stage_logs_what_the_registry_says_and_nothing_else(one_rank, stage):
     folder, _ = one_rank
     logged = {name for row in rows(folder / stage / "metrics.jsonl") for name in row} - {"step", "time"}
-    elsewhere = {"memory/device_bytes", "policy/kl_clamped"}  # on a GPU, in grpo; the others in fp16
+    elsewhere = {"memory/device_bytes", "actor/kl_clamped"}  # on a GPU, in grpo; the others in fp16
     elsewhere |= {name for name in metrics_of(stage) if name.endswith(("/loss_scale", "/scale_search_steps"))}
     registered = set(metrics_of(stage)) - elsewhere
     families = {name for name in registered if name.endswith("/*")}

@@ -100,7 +100,7 @@ def plain_lines(caplog, shows, total):
 
 
 def test_plain_lines_come_for_the_first_the_last_and_the_evaluated_step(caplog, capfd):
-    shows = [(step, {"objective/kl": step / 4, "policy/loss": 1.0}) for step in range(5, 9)]
+    shows = [(step, {"objective/kl": step / 4, "actor/loss": 1.0}) for step in range(5, 9)]
     shows.insert(2, (6, {"eval/score": 0.5}))
     lines = plain_lines(caplog, shows, total=8)
     assert lines[0] == "ppo 5/8  kl 1.25"

@@ -7,7 +7,7 @@ from rlhf.tracking.evaluation_tables import interval, tables
 SHARE = {"mean": 0.625, "low": 0.25, "high": 0.875, "count": 8}
 RESULTS = {
     "model": "ppo/actor",
-    "against": "sft/model",
+    "baseline": "sft/model",
     "prompts": 8,
     "measures": [
         {
@@ -15,7 +15,7 @@ RESULTS = {
             "unit": "nats",
             "meaning": "far away",
             "model": SHARE,
-            "against": {"mean": 0.5},
+            "baseline": {"mean": 0.5},
             "difference": None,
         }
     ],
@@ -43,9 +43,9 @@ def by_title(results, **more):
 
 def test_every_part_is_a_table():
     answers, judges, places, quality, calibration = tables(RESULTS, meanings=False)
-    assert answers.columns == ["measure", "model", "against", "difference", "unit"]
+    assert answers.columns == ["measure", "model", "baseline", "difference", "unit"]
     assert answers.rows == [["kl", "0.625 [0.25, 0.875]", "0.5", "–", "nats"]]
-    assert "model is ppo/actor; against is sft/model" in answers.note
+    assert "model is ppo/actor; baseline is sft/model" in answers.note
     assert judges.rows[0][:6] == ["reward", "0.625 [0.25, 0.875]", "5", "0", "3", "8 of 8"]
     assert judges.rows[1][0] == "longest"
     assert places.rows == [["longest", "0.625 [0.25, 0.875]", "0.625 [0.25, 0.875]"]]
@@ -68,7 +68,7 @@ def test_every_row_has_as_many_cells_as_there_are_headings():
 
 def test_what_is_not_there_has_no_table():
     assert tables({}, meanings=True) == []
-    alone = RESULTS | {"against": None, "judges": {}, "reward_model": None}
+    alone = RESULTS | {"baseline": None, "judges": {}, "reward_model": None}
     (only,) = tables(alone, meanings=False)
     assert only.columns == ["measure", "model", "unit"]
 

@@ -96,5 +96,5 @@ def test_what_is_looked_for_at_the_end_is_said_then_also_by_the_report_of_a_stag
 def test_a_number_that_is_none_is_said_in_every_stage_and_on_the_main_rank_alone(tmp_path, said):
     for rank in (0, 1):
         with tracker(tmp_path / "ppo", rank=rank) as track:
-            track.log(1, {"policy/loss": float("nan")})
+            track.log(1, {"actor/loss": float("nan")})
     assert [text[:46] for text in said()] == ["ppo: policy/loss was not finite at step 1. Low"]

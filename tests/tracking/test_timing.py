@@ -14,16 +14,16 @@ CPU = torch.device("cpu")
 
 
 def test_a_phase_adds_up_and_is_taken_once():
-    watch = Stopwatch(CPU)
+    timer = Stopwatch(CPU)
     started = time.perf_counter()
-    with watch("step"):
+    with timer("step"):
         for _ in range(2):
-            with watch("generate"):
+            with timer("generate"):
                 time.sleep(0.02)
-        with watch("train"):
+        with timer("train"):
             time.sleep(0.01)
     elapsed = time.perf_counter() - started
-    taken = watch.take()
+    taken = timer.take()
     check("ppo", list(taken))
     assert {name for name in taken if name.startswith("timing_s/")} == {
         "timing_s/step",
@@ -33,20 +33,20 @@ def test_a_phase_adds_up_and_is_taken_once():
     assert taken["timing_s/generate"] >= 0.04
     assert taken["timing_s/train"] >= 0.01
     assert taken["timing_s/generate"] + taken["timing_s/train"] <= taken["timing_s/step"] <= elapsed
-    assert watch.take() == {}
+    assert timer.take() == {}
 
 
 def test_a_phase_that_fails_is_timed_too():
-    watch = Stopwatch(CPU)
+    timer = Stopwatch(CPU)
 
     def failing_phase():
-        with watch("score"):
+        with timer("score"):
             time.sleep(0.01)
             raise RuntimeError("no score")
 
     with pytest.raises(RuntimeError, match="no score"):
         failing_phase()
-    assert watch.take()["timing_s/score"] >= 0.01
+    assert timer.take()["timing_s/score"] >= 0.01
 
 
 def test_resident_memory_is_what_the_kernel_says_and_grows_with_a_tensor():
@@ -67,13 +67,13 @@ def test_a_phase_on_the_gpu_includes_the_work_it_started():
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     x = torch.randn(4096, 4096, device=device)
     torch.cuda.synchronize()
-    watch = Stopwatch(device)
-    with watch("train"):
+    timer = Stopwatch(device)
+    with timer("train"):
         begin.record()
         for _ in range(50):
             x = torch.tanh(x @ x)
         end.record()
-    assert watch.take()["timing_s/train"] >= begin.elapsed_time(end) / 1000
+    assert timer.take()["timing_s/train"] >= begin.elapsed_time(end) / 1000
     assert memory_metrics(device)["memory/device_bytes"] >= x.numel() * 4
 
 

@@ -48,7 +48,7 @@ def test_a_step_is_a_row_with_its_time_and_exact_numbers(tmp_path):
 def test_log_every_thins_the_rows_but_keeps_evaluations_and_the_last_step(tmp_path):
     with tracker(tmp_path, log_every=3, total_steps=10) as track:
         for step in range(11):
-            track.log(step, {"policy/loss": float(step)})
+            track.log(step, {"actor/loss": float(step)})
             if step == 4:
                 track.log(step, {"eval/score": 1.0})
                 track.log(step, {"gold/vader": 1.0})
@@ -58,8 +58,8 @@ def test_log_every_thins_the_rows_but_keeps_evaluations_and_the_last_step(tmp_pa
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_refuses_an_unknown_metric(tmp_path, rank):
     track = tracker(tmp_path, rank=rank)
-    with pytest.raises(ValueError, match="'policy/looss' is not registered"):
-        track.log(1, {"objective/kl": 1.0, "policy/looss": 2.0})
+    with pytest.raises(ValueError, match="'actor/looss' is not registered"):
+        track.log(1, {"objective/kl": 1.0, "actor/looss": 2.0})
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

@@ -199,8 +199,8 @@ def test_both_down_or_a_fall_within_the_noise_is_not_hacking():
     [
         ([{"step": 1, "objective/kl_per_token": 1.2}], "kl"),
         ([{"step": 1, "objective/entropy": 3.0}, {"step": 2, "objective/entropy": 0.2}], "entropy"),
-        ([{"step": 1, "policy/loss": None}], "not_finite"),
-        ([{"step": 1, "policy/loss": math.nan}], "not_finite"),
+        ([{"step": 1, "actor/loss": None}], "not_finite"),
+        ([{"step": 1, "actor/loss": math.nan}], "not_finite"),
         ([{"step": 1, "critic/skipped_steps": 2.0}], "not_finite"),
     ],
 )
@@ -217,9 +217,9 @@ def test_steps_that_find_the_loss_scale_of_fp16_are_no_sign():
 
 
 def test_the_first_number_that_was_none_and_all_skipped_steps_are_said():
-    rows = [{"step": 1, "policy/loss": None}, {"step": 2, "actor/skipped_steps": 2.0}, {"step": 3, "val/loss": 1.0}]
-    found = verdicts([*rows, {"step": 4, "actor/skipped_steps": 1.0, "val/loss": math.nan}, rows[2]])["not_finite"]
-    assert found.text.startswith("policy/loss was not finite at step 1; 3 optimizer steps were skipped")
+    rows = [{"step": 1, "actor/loss": None}, {"step": 2, "actor/skipped_steps": 2.0}, {"step": 3, "critic/loss": 1.0}]
+    found = verdicts([*rows, {"step": 4, "actor/skipped_steps": 1.0, "critic/loss": math.nan}, rows[2]])["not_finite"]
+    assert found.text.startswith("actor/loss was not finite at step 1; 3 optimizer steps were skipped")
     assert (found.first, found.last, found.holds) == (1, 4, False)
 
 

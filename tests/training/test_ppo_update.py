@@ -208,7 +208,7 @@ def test_a_step_of_actor_and_critic_logs_their_loss_scale_and_what_the_search_fo
     engines = {}
     for name in ("actor", "critic"):
         engine = build_engine(
-            tiny.blueprint(),
+            tiny.spec(),
             config=EngineConfig(zero_stage=0, precision="fp16"),
             world=World.alone(),
             optimizer=tiny.optimizer_config(),

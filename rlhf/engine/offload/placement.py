@@ -1,6 +1,6 @@
 """Which home each group gets: its place in memory or on disk, as the engine's settings say.
 
-| optimizer_tier | on a CPU machine | with CUDA |
+| offload_optimizer | on a CPU machine | with CUDA |
 |---|---|---|
 | device | memory | the device's memory; the step runs there |
 | cpu | the same | host memory; gradients and weights travel, the step runs on the CPU |
@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 
-from rlhf.config.engine_config import EngineConfig, Moments, Tier
+from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.fsdp_units import num_leaving
@@ -48,10 +48,10 @@ class Tiers:
     """Of working weights that do not rest on the device."""
 
     @property
-    def tier(self) -> Tier:
+    def tier(self) -> OffloadDevice:
         """Of the groups that leave the device; `device` where none needs to."""
-        is_here = self.engine.optimizer_tier == Tier.cpu and not has_own_memory(self.world.device)
-        return Tier.device if is_here else self.engine.optimizer_tier
+        is_here = self.engine.offload_optimizer == OffloadDevice.cpu and not has_own_memory(self.world.device)
+        return OffloadDevice.none if is_here else self.engine.offload_optimizer
 
     def homes(self) -> list[StateHome]:
         """A home for each group, or one for all on disk, in the order of the forward pass.
@@ -62,7 +62,7 @@ class Tiers:
         self._check()
         away, here = self._split()
         homes: list[StateHome] = []
-        if away and self.tier == Tier.nvme:
+        if away and self.tier == OffloadDevice.nvme:
             homes.append(self.on_disk(away))
         elif away:
             homes += [self.on_host(group) for group in away]
@@ -102,7 +102,7 @@ class Tiers:
         if capacity == 0:
             least = -(-ATOM * (8 + 2 * moments.itemsize) // 4)
             raise ValueError(
-                f"engine.buffer_size={engine.buffer_size}: expected {least} or more with optimizer_tier=nvme; "
+                f"engine.buffer_size={engine.buffer_size}: expected {least} or more with offload_optimizer=nvme; "
                 "millions are fast."
             )
         records = lay_out(shapes, capacity, moments=moments)
@@ -112,7 +112,7 @@ class Tiers:
             file=DiskFile(
                 folder / "optimizer",
                 nbytes=max(sum(record.nbytes for record in records), 1),
-                label="optimizer state (engine.optimizer_tier=nvme)",
+                label="optimizer state (engine.offload_optimizer=nvme)",
             ),
             records=records,
             buffers=Buffers(engine.buffer_count, nbytes=nbytes, pin=self._pins),
@@ -157,7 +157,7 @@ class Tiers:
 
     def _split(self) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
         """Groups that leave the device, and the last ones, which stay."""
-        if self.tier == Tier.device:
+        if self.tier == OffloadDevice.none:
             return [], list(self.groups)
         sizes = [sum(p.numel() for p in group.values()) for group in self.groups]
         away = num_leaving(sizes, self.engine.optimizer_share)
@@ -167,9 +167,9 @@ class Tiers:
         engine = self.engine
         if not engine.delayed_update:
             return
-        if engine.optimizer_tier != Tier.cpu:
+        if engine.offload_optimizer != OffloadDevice.cpu:
             raise ValueError(
-                f"engine.delayed_update=true: expected engine.optimizer_tier=cpu, found {engine.optimizer_tier}; "
+                f"engine.delayed_update=true: expected engine.offload_optimizer=cpu, found {engine.offload_optimizer}; "
                 "on the device a step has nothing to overlap with, and on disk the next gradients would replace those "
                 "that it reads."
             )

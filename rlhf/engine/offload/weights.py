@@ -17,17 +17,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.offload.placeholder import RestingShard
 
 _LINE = 64  # bytes: every parameter begins at a multiple, as tensors of their own do
 
 
-def resting_tier(config: EngineConfig, device: torch.device) -> Tier:
+def resting_tier(config: EngineConfig, device: torch.device) -> OffloadDevice:
     """Where working weights rest; on a CPU machine the memory of the host is that of the device."""
-    if config.parameter_tier == Tier.cpu and device.type == "cpu":
-        return Tier.device
-    return config.parameter_tier
+    if config.offload_param == OffloadDevice.cpu and device.type == "cpu":
+        return OffloadDevice.none
+    return config.offload_param
 
 
 class WorkingRows(Protocol):

@@ -83,7 +83,7 @@ def _diagram(content: Mapping[str, Any], name: str) -> str:
 
 
 def _sample(row: Row) -> Sample:
-    sides = {side: row[side] for side in ("model", "against") if isinstance(row.get(side), Mapping)}
+    sides = {side: row[side] for side in ("model", "baseline") if isinstance(row.get(side), Mapping)}
     judged = row.get("preferences")
     return Sample(
         prompt=str(row.get("prompt", "")),

@@ -14,7 +14,7 @@ from rlhf.tracking.metric_registry import Metric, metric
 from rlhf.tracking.report import charts
 from rlhf.tracking.report.charts import Frame
 from rlhf.tracking.report.reading import Row
-from rlhf.tracking.report.run_folder import StageRecord
+from rlhf.tracking.report.run_folder import StageFolder
 
 _STEP = dict.fromkeys(POLICIES, "iteration")
 _ELSEWHERE = ("Throughput", "Memory")  # sections that have charts of their own
@@ -32,7 +32,7 @@ class Figure:
     svg: str
 
 
-def overview(stage: StageRecord) -> list[Figure]:
+def overview(stage: StageFolder) -> list[Figure]:
     """PPO at a glance: reward against KL, and the answers before and after."""
     found = []
     judges = [key for key in stage.logged() if key == "eval/score" or key.startswith("gold/")]
@@ -67,7 +67,7 @@ class Section:
     is_open: bool
 
 
-def sections(stage: StageRecord) -> list[Section]:
+def sections(stage: StageFolder) -> list[Section]:
     """A curve for each metric, by section; two points, which the table of results has too, open no section."""
     found: dict[str, list[Figure]] = defaultdict(list)
     longest: dict[str, int] = defaultdict(int)
@@ -94,12 +94,12 @@ def smoothing(points: charts.Points) -> str:
     return f". Smoothed over about {width} points; what was logged is faint" if width else ""
 
 
-def _remarks(stage: StageRecord, key: str) -> str:
+def _remarks(stage: StageFolder, key: str) -> str:
     gaps, remark = stage.gaps(key), smoothing(stage.series(key))
     return remark + (f". Not finite at {axis_of(stage.name)} {', '.join(map(str, gaps[:5]))}." if gaps else "")
 
 
-def cost(stage: StageRecord) -> list[Figure]:
+def cost(stage: StageFolder) -> list[Figure]:
     """Where time and memory went."""
     axis, found = axis_of(stage.name), []
     phases = {key.split("/")[1]: stage.series(key) for key in stage.logged() if key.startswith("timing_s/")}
@@ -129,7 +129,7 @@ def known(key: str) -> Metric:
         return Metric("Other", "", (), f"{key}: not a metric of this version")
 
 
-def _memory(stage: StageRecord) -> dict[str, dict[str, float]]:
+def _memory(stage: StageFolder) -> dict[str, dict[str, float]]:
     """GB planned and measured, by phase and place."""
     found: dict[str, dict[str, float]] = {}
     for phase, places in stage.planned.items():

@@ -19,7 +19,7 @@ from rlhf.tracking.report import charts
 from rlhf.tracking.report.figures import Figure, axis_of, known, smoothing
 from rlhf.tracking.report.page import REPORT, render
 from rlhf.tracking.report.reading import Reader, holds_run
-from rlhf.tracking.report.run_folder import StageRecord, read_outcome, read_stage
+from rlhf.tracking.report.run_folder import StageFolder, read_outcome, read_stage
 from rlhf.tracking.text_table import number
 
 INDEX = "index.html"
@@ -140,7 +140,7 @@ def _overlays(runs: Mapping[str, Path]) -> Iterator[Figure]:
             yield from _overlay(records, key, stage=stage)
 
 
-def _overlay(records: Mapping[str, StageRecord], key: str, *, stage: str) -> Iterator[Figure]:
+def _overlay(records: Mapping[str, StageFolder], key: str, *, stage: str) -> Iterator[Figure]:
     curves = {name: record.series(key) for name, record in records.items()}
     if sum(len(points) > 1 for points in curves.values()) < 2:
         return

@@ -17,7 +17,7 @@ from threading import Lock
 
 from rlhf.tracking.report.page import page
 from rlhf.tracking.report.reading import can_report
-from rlhf.tracking.report.run_folder import RunRecord, read_run
+from rlhf.tracking.report.run_folder import RunFolder, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ class _Live:
                 yield str(path), path.stat().st_mtime_ns
 
 
-def _is_over(run: RunRecord) -> bool:
+def _is_over(run: RunFolder) -> bool:
     return all(stage.is_finished for stage in run.stages) and run.stage("ppo") is not None
 
 

@@ -22,7 +22,7 @@ from rlhf.tracking.answer_statistics import by_step, is_number
 from rlhf.tracking.report import figures
 from rlhf.tracking.report.reading import Row
 from rlhf.tracking.report.results import headlines
-from rlhf.tracking.report.run_folder import RunRecord, StageRecord, read_run
+from rlhf.tracking.report.run_folder import RunFolder, StageFolder, read_run
 from rlhf.tracking.report.verdicts import look_at, when
 from rlhf.tracking.text_table import number, printable_lines
 
@@ -64,7 +64,7 @@ def write_report(folder: Path) -> Path:
     return path
 
 
-def page(run: RunRecord, *, refresh: int = 0) -> str:
+def page(run: RunFolder, *, refresh: int = 0) -> str:
     """The report as HTML.
 
     Args:
@@ -120,7 +120,7 @@ def difference(before: str, after: str) -> Markup:
     return Markup(" ").join(parts)
 
 
-def _pairs(stage: StageRecord) -> list[Pair]:
+def _pairs(stage: StageFolder) -> list[Pair]:
     """The first and the last answers to each prompt."""
     answers = by_step(stage.samples)
     if len(answers) < 2:

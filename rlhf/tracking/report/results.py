@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rlhf.algorithms.intervals import Interval, share_change, wilson
 from rlhf.tracking.answer_statistics import COLUMNS, by_step, change, with_ends
 from rlhf.tracking.report.figures import known
-from rlhf.tracking.report.run_folder import StageRecord
+from rlhf.tracking.report.run_folder import StageFolder
 from rlhf.tracking.text_table import number
 
 
@@ -28,7 +28,7 @@ class Headline:
     meaning: str
 
 
-def headlines(stage: StageRecord) -> Iterator[Headline]:
+def headlines(stage: StageFolder) -> Iterator[Headline]:
     """Every held-out metric of a stage."""
     for key in dict.fromkeys([*stage.before, *stage.after]):
         entry, before, after = known(key), stage.before.get(key), stage.after.get(key)
@@ -56,7 +56,7 @@ def _mark(low: float, high: float, *, better: int) -> str:
     return "better" if low * better > 0 else "worse"
 
 
-def _change(stage: StageRecord, key: str) -> Interval | None:
+def _change(stage: StageFolder, key: str) -> Interval | None:
     """By prompt in PPO; of the reward model's accuracy, as of a share of its pairs."""
     answers = by_step(stage.samples)
     if len(answers) > 1:

@@ -18,7 +18,7 @@ from rlhf.tracking.report.reading import Reader, Row, can_report, is_stage
 
 
 @dataclass(frozen=True)
-class StageRecord:
+class StageFolder:
     """What one stage has left."""
 
     name: str
@@ -55,11 +55,11 @@ class StageRecord:
 
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunFolder:
     """What a run has left."""
 
     folder: Path
-    stages: list[StageRecord]
+    stages: list[StageFolder]
     config: str
     """The resolved configuration, YAML."""
     plan: str
@@ -76,13 +76,13 @@ class RunRecord:
         """What the run is called; of a stage by itself, with the stage."""
         return f"{self.folder.parent.name}/{self.folder.name}" if is_stage(self.folder) else self.folder.name
 
-    def stage(self, name: str) -> StageRecord | None:
+    def stage(self, name: str) -> StageFolder | None:
         """A stage, None where it has not begun; for `ppo` the newest with that name or another of its kinds."""
         names = POLICIES if name == "ppo" else (name,)
         return next((stage for stage in reversed(self.stages) if stage.name in names), None)
 
 
-def read_run(folder: Path) -> RunRecord:
+def read_run(folder: Path) -> RunFolder:
     """Everything that a report shows of the run in `folder`, or of one stage where `folder` is that stage's.
 
     Raises:
@@ -99,7 +99,7 @@ def read_run(folder: Path) -> RunRecord:
     begun = [name for name in names if (whole / name).is_dir()]
     begun.sort(key=lambda name: (whole / name).stat().st_mtime if name in POLICIES else 0.0)
     plans = reader.mapping("plan.json", required=bool(begun))
-    return RunRecord(
+    return RunFolder(
         folder,
         [_stage(reader, name, planned=plans.get(name)) for name in begun],
         config=reader.text("config.yaml", required=bool(begun)) or reader.text("eval/config.yaml", required=False),
@@ -127,16 +127,16 @@ def read_outcome(folder: Path) -> Outcome:
     return Outcome(_numbers(record.get("after")), "; ".join(f"{folder.name}/{note}" for note in reader.notes))
 
 
-def read_stage(folder: Path, name: str) -> StageRecord:
+def read_stage(folder: Path, name: str) -> StageFolder:
     """One stage of the run in `folder`, whatever is missing or broken of it left out."""
     return _stage(Reader(folder), name, planned=None)
 
 
-def _stage(reader: Reader, name: str, *, planned: Any) -> StageRecord:
+def _stage(reader: Reader, name: str, *, planned: Any) -> StageFolder:
     record = reader.mapping(f"{name}/stage.json", required=False)
     rows = reader.rows(f"{name}/metrics.jsonl")
     before = _numbers(record.get("before")) or _evaluation(rows, first=True)
-    return StageRecord(
+    return StageFolder(
         name,
         rows,
         samples=reader.rows(f"{name}/samples.jsonl", required=name in POLICIES),

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf.tracking.report.run_folder import StageRecord
+from rlhf.tracking.report.run_folder import StageFolder
 from rlhf.tracking.watch import CHECKS, State, Verdict, history
 
 
@@ -25,7 +25,7 @@ class Look:
     """What may not, by the reason."""
 
 
-def look_at(stage: StageRecord) -> Look:
+def look_at(stage: StageFolder) -> Look:
     """Every check of `stage`, over all that it has logged."""
     verdicts = history(stage.name, stage.rows, samples=stage.samples, total_steps=stage.total_steps)
     unchecked: dict[str, list[str]] = defaultdict(list)

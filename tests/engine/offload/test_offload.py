@@ -48,7 +48,7 @@ def test_a_failing_disk_of_one_rank_stops_all_with_a_sentence(on_ranks, ranks, m
 
 def run(**options):
     torch.set_num_threads(1)
-    with tier_runs.memory(own="optimizer_tier" in options):
+    with tier_runs.memory(own="offload_optimizer" in options):
         return tier_runs.train(dist.start("cpu"), steps=6, zero_stage=1, **options)
 
 
@@ -71,7 +71,7 @@ def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
 
 
 def test_a_share_of_the_elements_stays_on_the_device():
-    engine = tiny.engine(dist.start("cpu"), 1, optimizer_tier="nvme", nvme_path="/dev/shm", optimizer_share=0.4)
+    engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="nvme", nvme_path="/dev/shm", optimizer_share=0.4)
     groups, homes = engine._learner.optimizer.groups, engine._learner.optimizer.homes
     away = [shape.name for home in homes if not home.in_memory for shape in home.shapes]
     sizes = [sum(parameter.numel() for parameter in group.values()) for group in groups]
@@ -127,7 +127,7 @@ def test_a_checkpoint_does_not_change_a_delayed_run():
 
 
 def check_late(model, losses, *, between, away=False):
-    settings = {"optimizer_tier": "cpu", "delayed_update": True, "precision": "fp32"}
+    settings = {"offload_optimizer": "cpu", "delayed_update": True, "precision": "fp32"}
     with tier_runs.memory(own=away):
         points, _, weights = tier_runs.train(dist.start("cpu"), steps=8, between=between, zero_stage=1, **settings)
     assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-5)
@@ -138,7 +138,7 @@ def check_late(model, losses, *, between, away=False):
 def test_a_closed_engine_leaves_no_thread_behind():
     before = set(threading.enumerate())
     with tier_runs.memory(own=True):
-        engine = tiny.engine(dist.start("cpu"), 1, optimizer_tier="cpu", delayed_update=True)
+        engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="cpu", delayed_update=True)
         tiny.train_step(engine, 0)
         started = " ".join(thread.name for thread in set(threading.enumerate()) - before)
         assert "gradient sums" in started

@@ -24,7 +24,7 @@ def optimizer(tmp_path):
 
     def make(count, dtype=torch.float32, **changes):
         settings = {"buffer_size": 4 * TILE, "buffer_count": 3} | changes
-        engine = EngineConfig(zero_stage=1, optimizer_tier="nvme", nvme_path=str(tmp_path), **settings)
+        engine = EngineConfig(zero_stage=1, offload_optimizer="nvme", nvme_path=str(tmp_path), **settings)
         made.append(AdamW([{"w": nn.Parameter(torch.ones(count, dtype=dtype))}], {}, config=CONFIG, engine=engine))
         return made[-1]
 

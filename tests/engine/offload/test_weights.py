@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from rlhf.config.engine_config import EngineConfig, Tier
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.offload.buffer_pool import Buffers
 from rlhf.engine.offload.direct_io import DiskFile
 from rlhf.engine.offload.placeholder import RestingShard
@@ -169,6 +169,6 @@ def test_weights_that_are_elsewhere_have_a_shape_and_say_where_to_read_their_val
 
 
 def test_the_memory_of_a_cpu_machine_is_that_of_its_device():
-    config = EngineConfig(zero_stage=3, parameter_tier=Tier.cpu)
-    assert resting_tier(config, CPU) == Tier.device
-    assert resting_tier(config, torch.device("cuda")) == Tier.cpu
+    config = EngineConfig(zero_stage=3, offload_param=OffloadDevice.cpu)
+    assert resting_tier(config, CPU) == OffloadDevice.none
+    assert resting_tier(config, torch.device("cuda")) == OffloadDevice.cpu

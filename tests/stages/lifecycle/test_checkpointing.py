@@ -20,9 +20,9 @@ from rlhf.engine.checkpoint.manager import Checkpoints
 from rlhf.runtime import dist
 from rlhf.tracking.timing import Stopwatch
 from stages import pipeline
-from stages.lifecycle.checkpointing import AIMS, CHECKPOINTS, Keeper, Progress, check_resume
+from stages.lifecycle.checkpointing import AIMS, CHECKPOINTS, CheckpointManager, Progress, check_resume
 from stages.lifecycle.session import Session
-from stages.lifecycle.signals import StopSignals
+from stages.lifecycle.signals import GracefulStop
 from stages.lifecycle.stage_record import _FREE_IN_ENGINES
 from tests.config.test_configuration import composed
 from tests.stages import killing
@@ -147,12 +147,12 @@ def test_a_rank_that_fails_ends_the_run_with_how_to_go_on(monkeypatch, tmp_path)
 def first_numbers(monkeypatch, *, seed, rank=0):
     """What a stage that starts anew draws first."""
     monkeypatch.setattr(
-        Keeper, "of", lambda *args, **options: SimpleNamespace(resume=lambda: False, progress=Progress())
+        CheckpointManager, "of", lambda *args, **options: SimpleNamespace(resume=lambda: False, progress=Progress())
     )
     tracker = SimpleNamespace(total_steps=0, rewind=lambda step: None, log=lambda *args: None)
     run = SimpleNamespace(sft=SimpleNamespace(seed=seed), checkpoint=None)
     world = dataclasses.replace(dist.World.alone(), rank=rank)
-    session = Session(run, "sft", world, None, None, tracker, Stopwatch(world.device), StopSignals(speaks=False))
+    session = Session(run, "sft", world, None, None, tracker, Stopwatch(world.device), GracefulStop(speaks=False))
     session.begin(None, evaluate=lambda: {"eval/loss": torch.rand(()).item()})
     return session.progress.before["eval/loss"]
 

@@ -17,7 +17,7 @@ from rlhf.models.lora import adapted_layers
 from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import load_tokenizer
 from stages.lifecycle.stage_models import export_model, open_engine
-from stages.lifecycle.stage_record import Record, write_record
+from stages.lifecycle.stage_record import StageRecord, write_record
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def test_adapters_that_bf16_would_lose_are_stored_in_fp32_and_what_opens_them_in
     assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
     assert (folder / "adapter/adapter_model.safetensors").exists()
 
-    write_record(Record("sft", "t", pad_id=0, merged={"model": merge}), folder)
+    write_record(StageRecord("sft", "t", pad_id=0, merged={"model": merge}), folder)
     for precision, lines in {Precision.fp32: 0, Precision.bf16: 1}.items():
         caplog.clear()
         open_engine(causal_lm(folder), config=config(precision), world=World.alone())

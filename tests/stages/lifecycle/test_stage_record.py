@@ -8,7 +8,7 @@ import pytest
 from stages.lifecycle.stage_record import (
     CONFIG,
     RECORD,
-    Record,
+    StageRecord,
     check_folder,
     check_seal,
     claim_folder,
@@ -18,7 +18,7 @@ from stages.lifecycle.stage_record import (
 )
 from tests.config.test_configuration import composed
 
-RECORDED = Record(
+RECORDED = StageRecord(
     stage="sft", template="t", pad_id=0, score_mean=0.5, before={"a": float("nan")}, after={"a": 0.1 + 0.2}
 )
 

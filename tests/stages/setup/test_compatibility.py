@@ -15,7 +15,7 @@ from rlhf.config.roles import maker_of
 from rlhf.models.embedded import prepare
 from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import load_tokenizer, template_fingerprint
-from stages.lifecycle.stage_record import Record, model_files, write_record
+from stages.lifecycle.stage_record import StageRecord, model_files, write_record
 from stages.setup.compatibility import check_made, check_models
 from tests import fakes
 from tests.config.test_configuration import composed
@@ -121,7 +121,7 @@ def test_a_reference_that_cannot_be_used_is_named_before_sft(base, tmp_path, fau
         check_models(run, TODO, todo=TODO)
 
 
-@pytest.mark.parametrize("role", ["sft.init_from", "reward.init_from", "ppo.actor", "ppo.critic", "eval.against"])
+@pytest.mark.parametrize("role", ["sft.init_from", "reward.init_from", "ppo.actor", "ppo.critic", "eval.baseline"])
 def test_every_role_is_examined(base, tmp_path, role):
     bad = copy(base, tmp_path / "bad")
     cut(bad / "model.safetensors", 300)
@@ -174,7 +174,7 @@ def test_rows_that_are_no_tokens_may_be_missing_and_tokens_may_not(base, reward,
 
 @pytest.mark.parametrize("setting", ["ppo.actor", "eval.model"])
 def test_a_reward_model_does_not_speak(base, reward, tmp_path, setting):
-    words = {f"eval.{name}": base for name in ("model", "against", "reference")}
+    words = {f"eval.{name}": base for name in ("model", "baseline", "reference")}
     words |= {"ppo.reward": reward, "eval.reward": reward}
     words = [f"{name}={path}" for name, path in (words | {setting: reward}).items()]
     run = pipeline(base, tmp_path, "stage=[ppo,eval]", *words)
@@ -210,7 +210,7 @@ def test_code_of_a_tokenizer_is_never_run_nor_asked_about(base, tmp_path, monkey
 def made(run, stage, base):
     """What a finished stage leaves, in its folder."""
     folder = copy(base, Path(run.output_dir) / stage / "model")
-    record = Record(stage, template_fingerprint(load_tokenizer(str(base))), pad_id=0)
+    record = StageRecord(stage, template_fingerprint(load_tokenizer(str(base))), pad_id=0)
     write_record(record, folder, files=model_files(folder))
     return folder
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from rlhf.config.engine_config import Precision, Tier
+from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.optimizer_config import Schedule
 from stages.lifecycle.stage_record import settings_of
 from stages.setup.command_line import overridden_keys
@@ -57,8 +57,8 @@ def test_one_file_reaches_every_stage_and_model(file):
     engines = [run.engine, run.sft.engine, run.reward.engine, run.ppo.engine, run.ppo.critic_engine]
     engines += [run.ppo.reference_engine, run.ppo.reward_engine]
     for engine in engines:
-        found = (engine.zero_stage, engine.optimizer_tier, engine.precision, engine.deepspeed)
-        assert found == (3, Tier.cpu, Precision.bf16, None)
+        found = (engine.zero_stage, engine.offload_optimizer, engine.precision, engine.deepspeed)
+        assert found == (3, OffloadDevice.cpu, Precision.bf16, None)
 
 
 def test_one_file_reaches_what_is_done_with_the_models(file):
@@ -82,7 +82,7 @@ def test_each_model_can_have_its_own(file):
 
 def test_a_mapping_does_as_well_as_a_file():
     run = run_of("stage=sft", "engine.deepspeed={zero_optimization: {stage: 2, cpu_offload: true}}")
-    assert (run.sft.engine.zero_stage, run.sft.engine.optimizer_tier) == (2, Tier.cpu)
+    assert (run.sft.engine.zero_stage, run.sft.engine.offload_optimizer) == (2, OffloadDevice.cpu)
 
 
 def test_a_mapping_is_called_what_it_was_given_as_and_said_once(caplog):
@@ -105,7 +105,7 @@ def test_base64_stands_on_the_command_line_without_its_end():
     source = base64.urlsafe_b64encode(f"{text}{' ' * (1 - len(text) % 3)}".encode()).decode()
     run = run_of("stage=sft", f"engine.deepspeed={source.rstrip('=')}")
     assert source.endswith("=")
-    assert (run.sft.engine.optimizer_tier, run.sft.global_batch_size) == (Tier.cpu, 32)
+    assert (run.sft.engine.offload_optimizer, run.sft.global_batch_size) == (OffloadDevice.cpu, 32)
 
 
 def test_optimizer_and_batch_go_to_the_stages(file):
@@ -128,7 +128,7 @@ def test_optimizer_and_batch_go_to_the_stages(file):
 def test_the_settings_are_those_of_the_same_yaml(file):
     """A run started from a file and one started from settings resume each other."""
     from_file = run_of("stage=sft", f"engine.deepspeed={file(OFFLOAD)}")
-    yaml = ["engine.zero_stage=3", "engine.optimizer_tier=cpu", "engine.precision=bf16"]
+    yaml = ["engine.zero_stage=3", "engine.offload_optimizer=cpu", "engine.precision=bf16"]
     assert settings_of(from_file, "sft") == settings_of(run_of("stage=sft", *yaml), "sft")
 
 
@@ -165,9 +165,9 @@ def test_a_contradiction_of_the_command_line_ends_the_run(file, content, overrid
 
 def test_the_command_line_stands_where_the_file_is_silent_or_agrees(file):
     source = f"engine.deepspeed={file(OFFLOAD | {'optimizer': {'type': 'AdamW', 'params': {}}})}"
-    run = run_of("stage=sft", source, "engine=zero3", "engine.parameter_tier=cpu", "sft.optimizer.lr=1e-6")
-    assert (run.sft.engine.parameter_tier, run.sft.optimizer.lr) == (Tier.cpu, 1e-6)  # not device and 1e-3
-    assert (run.sft.engine.optimizer_tier, run.sft.optimizer.weight_decay) == (Tier.cpu, 0.0)
+    run = run_of("stage=sft", source, "engine=zero3", "engine.offload_param=cpu", "sft.optimizer.lr=1e-6")
+    assert (run.sft.engine.offload_param, run.sft.optimizer.lr) == (OffloadDevice.cpu, 1e-6)  # not device and 1e-3
+    assert (run.sft.engine.offload_optimizer, run.sft.optimizer.weight_decay) == (OffloadDevice.cpu, 0.0)
 
 
 def test_a_batch_size_of_the_command_line_stands_where_the_file_gives_the_other(file):
@@ -209,7 +209,7 @@ def test_the_start_says_every_setting_with_its_origin(file, caplog):
     for line in (
         "engine.zero_stage = 2  <- ds.json:3: zero_optimization.stage  [sft, ppo actor, ppo critic, ppo reference,",
         "engine.reduce_bucket_size = 0  <- ds.json:5: zero_optimization.reduce_bucket_size is auto: the run's own",
-        "engine.optimizer_tier = device  <- DeepSpeed's default of ds.json: zero_optimization.offload_optimizer.device",
+        "engine.offload_optimizer = none  <- DeepSpeed's default of ds.json: zero_optimization.offload_optimizer",
         "global_batch_size = 32  <- the batch sizes of ds.json  [sft]",
         "minibatch_size = 32  <- the batch sizes of ds.json  [ppo]",
         "ignored: zero_optimization.contiguous_gradients (gradients of a block are contiguous in any case)",
@@ -227,9 +227,11 @@ def test_the_examples_are_read_without_a_warning(example, file, caplog):
 
 def test_the_ready_made_engines_say_where_states_rest():
     engines = [run_of("stage=sft", f"engine={name}").sft.engine for name in ("zero1_cpu", "zero2_cpu", "zero3_cpu")]
-    assert [(engine.zero_stage, engine.optimizer_tier) for engine in engines] == [(n, Tier.cpu) for n in (1, 2, 3)]
+    assert [(engine.zero_stage, engine.offload_optimizer) for engine in engines] == [
+        (n, OffloadDevice.cpu) for n in (1, 2, 3)
+    ]
     nvme = run_of("stage=sft", "engine=zero3_nvme").sft.engine
-    assert (nvme.parameter_tier, nvme.nvme_path) == (Tier.nvme, "/nowhere/nvme")
+    assert (nvme.offload_param, nvme.nvme_path) == (OffloadDevice.nvme, "/nowhere/nvme")
 
 
 def test_a_run_starts_from_a_file_and_says_so(tmp_path):
@@ -239,9 +241,13 @@ def test_a_run_starts_from_a_file_and_says_so(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "engine.optimizer_tier = cpu  <- zero2_offload.json:4" in done.stdout + done.stderr
+    assert "engine.offload_optimizer = cpu  <- zero2_offload.json:4" in done.stdout + done.stderr
     run = load_run(tmp_path / "config.yaml")
-    assert (run.sft.engine.zero_stage, run.sft.engine.optimizer_tier, run.sft.engine.deepspeed) == (2, Tier.cpu, None)
+    assert (run.sft.engine.zero_stage, run.sft.engine.offload_optimizer, run.sft.engine.deepspeed) == (
+        2,
+        OffloadDevice.cpu,
+        None,
+    )
     rows = [json.loads(line) for line in (tmp_path / "sft/metrics.jsonl").read_text().splitlines()]
     rates = [row["train/lr"] for row in rows if "train/lr" in row]
     assert rates == pytest.approx([0, 0, 1e-3 * 0.6309297535714574])  # log_3 of 1, 1, 2, as DeepSpeed's WarmupLR has it

@@ -12,7 +12,7 @@ from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.text.tokenizer import load_tokenizer
-from stages.lifecycle.stage_record import Record, write_record
+from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.setup.preflight import preflight
 from tests import fakes
 from tests.config.test_configuration import composed
@@ -38,7 +38,7 @@ def evaluation(model, reward, tmp_path):
     file.write_text("".join(json.dumps({"prompt": f"a{n}"}) + "\n" for n in range(9)))
 
     def make(*overrides):
-        named = {"model": model, "against": model, "reference": model, "reward": reward}
+        named = {"model": model, "baseline": model, "reference": model, "reward": reward}
         settings = ["experiment=custom", "stage=eval", f"model.path={model}", f"output_dir={tmp_path / 'out'}"]
         paths = [f"eval.{name}={path}" for name, path in named.items()]
         return composed(*settings, f"data.ppo.eval=[{file}]", *paths, *overrides)
@@ -55,11 +55,11 @@ def test_a_good_evaluation_is_let_through(evaluation):
     [
         (["eval.model=${output_dir}/ppo/actor"], r"eval\.model=.*stage=\[sft,reward,ppo,eval\]', or name another"),
         (["eval.reference=${output_dir}/sft/model"], r"stage=\[sft,eval\]', or name another, .*eval\.reference=null"),
-        (["eval.against=/no/such/place"], r"eval\.against=/no/such/place: there is no such model .*Name another"),
+        (["eval.baseline=/no/such/place"], r"eval\.baseline=/no/such/place: there is no such model .*Name another"),
         (["eval.judges=[rewrd]"], r"eval\.judges: 'rewrd' is no judge; expected reward, human, or module:function"),
         (["eval.judges=['math:nothing']"], r"eval\.judges: 'math:nothing': no such function.*expected module:function"),
         (["eval.reward=null"], r"has reward, but eval\.reward=null; expected a reward model"),
-        (["eval.against=null", "eval.judges=[human]"], r"compare two models, but eval\.against=null"),
+        (["eval.baseline=null", "eval.judges=[human]"], r"compare two models, but eval\.baseline=null"),
         (["eval.reward=${eval.model}"], r"eval\.reward=.* without a scalar head; .*eval\.reward=null"),
         (["data.ppo.eval=[]"], r"data\.ppo\.eval is empty and data\.ppo\.eval_fraction holds no row out"),
         (["eval.max_prompt_tokens=1"], r"longer than eval\.max_prompt_tokens=1"),
@@ -84,12 +84,12 @@ def test_another_vocabulary_is_refused(evaluation, tmp_path):
     other = tmp_path / "other"
     LlamaForCausalLM(LlamaConfig(vocab_size=400, hidden_size=8, num_attention_heads=2)).save_pretrained(other)
     fakes.chat_tokenizer(other)
-    with pytest.raises(ValueError, match=r"eval\.against=.* has another vocabulary than eval\.model="):
-        preflight(evaluation(f"eval.against={other}"), ranks=1)
+    with pytest.raises(ValueError, match=r"eval\.baseline=.* has another vocabulary than eval\.model="):
+        preflight(evaluation(f"eval.baseline={other}"), ranks=1)
 
 
 def test_a_reward_model_of_another_template_is_refused(evaluation, reward, tmp_path, model):
-    write_record(Record("reward", template="another", pad_id=0), reward)
+    write_record(StageRecord("reward", template="another", pad_id=0), reward)
     try:
         with pytest.raises(ValueError, match=r"eval\.reward=.* was trained with another chat template"):
             preflight(evaluation(), ranks=1)

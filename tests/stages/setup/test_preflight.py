@@ -14,7 +14,14 @@ from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.runtime.launch import local_ranks
 from rlhf.text.tokenizer import load_tokenizer, template_fingerprint
-from stages.lifecycle.stage_record import Record, check_folder, check_shared, claim_folder, lock_folder, write_record
+from stages.lifecycle.stage_record import (
+    StageRecord,
+    check_folder,
+    check_shared,
+    claim_folder,
+    lock_folder,
+    write_record,
+)
 from stages.setup.preflight import batch_arithmetic, preflight
 from tests.config.test_configuration import composed
 from tests.ranks import run_on_ranks
@@ -112,7 +119,7 @@ def test_a_folder_of_other_settings_is_refused_and_memory_settings_may_change(cu
 def test_a_finished_stage_is_not_done_again(custom, tmp_path):
     run = custom("sft", [{"prompt": "a", "completion": " b"}] * 80, "sft.max_steps=30")
     claim_folder(run, "sft")
-    write_record(Record(stage="sft", template="t", pad_id=0), tmp_path / "out/sft")
+    write_record(StageRecord(stage="sft", template="t", pad_id=0), tmp_path / "out/sft")
     (tmp_path / "out/sft/checkpoints/step-000025").mkdir(parents=True)  # it was killed before these were removed
     assert preflight(run, ranks=1) == []
     assert not (tmp_path / "out/sft/checkpoints").exists()
@@ -158,7 +165,7 @@ def test_a_reward_model_of_another_vocabulary_is_refused(custom, model, tmp_path
         preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides), ranks=1)
     assert preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides, "ppo.score.normalize=false"), ranks=1) == ["ppo"]
     template = template_fingerprint(load_tokenizer(str(model)))
-    write_record(Record("reward", template, pad_id=0, score_mean=1.0, score_std=0.0), reward)
+    write_record(StageRecord("reward", template, pad_id=0, score_mean=1.0, score_std=0.0), reward)
     with pytest.raises(ValueError, match="scores all held-out responses alike"):
         preflight(custom("ppo", [{"prompt": "a"}] * 20, *overrides), ranks=1)
     shutil.rmtree(reward)
@@ -183,7 +190,7 @@ def test_a_stage_without_held_out_rows_is_refused(custom):
 def test_a_finished_stage_is_not_kept_when_what_it_was_made_from_changes(tmp_path):
     run = composed("experiment=smoke", f"output_dir={tmp_path}")
     claim_folder(run, "ppo")
-    write_record(Record(stage="ppo", template="t", pad_id=0), tmp_path / "ppo")
+    write_record(StageRecord(stage="ppo", template="t", pad_id=0), tmp_path / "ppo")
     with pytest.raises(ValueError, match=r"ppo is finished, but it was made from the reward/sft model"):
         preflight(run, ranks=1)
 
@@ -195,7 +202,7 @@ def test_a_stage_is_named_after_its_advantages_in_hints_and_folders(tmp_path, ca
         preflight(alone, ranks=1)
     assert "grpo: minibatch_size" in caplog.text
     claim_folder(alone, "ppo")
-    write_record(Record(stage="grpo", template="t", pad_id=0), tmp_path / "grpo")
+    write_record(StageRecord(stage="grpo", template="t", pad_id=0), tmp_path / "grpo")
     assert preflight(alone, ranks=1) == []
     assert f"grpo is finished ({tmp_path}/grpo), skipping it" in caplog.text
     assert not (tmp_path / "ppo").exists()
@@ -255,7 +262,7 @@ def test_the_cores_of_a_machine_are_shared_by_its_own_ranks_only(monkeypatch):
 def test_a_run_may_be_moved(tmp_path):
     run = composed("experiment=smoke", f"output_dir={tmp_path / 'here'}")
     claim_folder(run, "ppo")
-    write_record(Record(stage="ppo", template="t", pad_id=0), tmp_path / "here/ppo")
+    write_record(StageRecord(stage="ppo", template="t", pad_id=0), tmp_path / "here/ppo")
     (tmp_path / "here").rename(tmp_path / "there")
     check_folder(composed("experiment=smoke", f"output_dir={tmp_path / 'there'}"), "ppo")
 
@@ -264,7 +271,7 @@ def test_a_stage_remembers_what_it_was_made_from(tmp_path):
     run = composed("experiment=smoke", f"output_dir={tmp_path}")
     for stage in ("sft", "reward"):
         claim_folder(run, stage)
-        write_record(Record(stage=stage, template="t", pad_id=0), tmp_path / stage)
+        write_record(StageRecord(stage=stage, template="t", pad_id=0), tmp_path / stage)
     check_folder(run, "reward")
     claim_folder(composed("experiment=smoke", f"output_dir={tmp_path}", "sft.max_steps=3"), "sft")
     with pytest.raises(ValueError, match="reward is made from sft: there '[0-9a-f]{12}', now '[0-9a-f]{12}'"):

@@ -18,7 +18,7 @@ def leave(folder, name="", *, results=RESULTS, samples=None):
     place.mkdir(parents=True, exist_ok=True)
     place.joinpath("results.json").write_text(results if isinstance(results, str) else json.dumps(results))
     said = {"response": "fine", "score": 1.5, "length": 3.0}
-    rows = samples or [{"prompt": "p", "model": said, "against": said, "preferences": {"reward": 0.0, "human": None}}]
+    rows = samples or [{"prompt": "p", "model": said, "baseline": said, "preferences": {"reward": 0.0, "human": None}}]
     place.joinpath("samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -53,7 +53,7 @@ def test_nothing_that_is_said_can_run(tmp_path):
     quality = RESULTS["reward_model"] | {"subsets": {EVIL: RESULTS["reward_model"]["subsets"]["hard"]}}
     measures = [dict.fromkeys(("name", "unit", "meaning"), EVIL)]
     results = {**RESULTS, "model": EVIL, "measures": measures, "judges": judges, "reward_model": quality}
-    samples = [{"prompt": EVIL, "model": said, "against": said, "preferences": {EVIL: 1.0}}]
+    samples = [{"prompt": EVIL, "model": said, "baseline": said, "preferences": {EVIL: 1.0}}]
     leave(tmp_path, results=results, samples=samples)
     html = page(read_run(tmp_path))
     tags = Tags(html)

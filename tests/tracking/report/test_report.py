@@ -34,7 +34,7 @@ def run(tmp_path):
     folder = tmp_path / "a run"
     evaluation = {"eval/score": 0.25, "eval/kl": 0.0, "gold/rating": 1.5}
     later = {"eval/score": 0.75, "eval/kl": 4.0, "gold/rating": 1.25}
-    steps = [{"step": step, "objective/kl": step / 2, "timing_s/train": 1.0, "policy/loss": None} for step in (1, 2)]
+    steps = [{"step": step, "objective/kl": step / 2, "timing_s/train": 1.0, "actor/loss": None} for step in (1, 2)]
     write(folder, "ppo/metrics.jsonl", [{"step": 0, **evaluation}, *steps, {"step": 3, **later}])
     answers = [("first", str.lower, 0.0), ("then", str.upper, 4.0)]
     rows = [
@@ -133,7 +133,7 @@ def test_a_report_shows_headlines_samples_curves_memory_and_signs(run):
     assert html.count("<article") == len(PROMPTS)
     for title in ("Reward against KL", "objective/kl", "Time of ppo", "Memory of ppo", "train/loss"):
         assert f'aria-label="{title}"' in html, title
-    assert "policy/loss was not finite at step 1" in html
+    assert "actor/loss was not finite at step 1" in html
     assert "Missing from this report" not in html
 
 
