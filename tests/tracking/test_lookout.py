@@ -97,4 +97,4 @@ def test_a_number_that_is_none_is_said_in_every_stage_and_on_the_main_rank_alone
     for rank in (0, 1):
         with tracker(tmp_path / "ppo", rank=rank) as track:
             track.log(1, {"actor/loss": float("nan")})
-    assert [text[:46] for text in said()] == ["ppo: policy/loss was not finite at step 1. Low"]
+    assert [text[:45] for text in said()] == ["ppo: actor/loss was not finite at step 1. Low"]

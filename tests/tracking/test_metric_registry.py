@@ -9,8 +9,8 @@ from rlhf.tracking.metric_registry import METRICS, axes_of, check, metric, metri
 SUPERVISED = """train/loss train/accuracy train/grad_norm train/lr train/tokens eval/loss eval/accuracy
 perf/tokens_per_second memory/rss_bytes memory/device_bytes timing_s/train timing_s/step"""
 PPO = """objective/kl objective/kl_per_token objective/entropy objective/scores objective/raw_scores
-objective/non_score_reward objective/rlhf_reward objective/kl_coef policy/loss policy/approxkl_avg policy/clipfrac_avg
-policy/ratio_mean policy/ratio_max policy/entropy val/loss val/clipfrac_avg val/explained_variance actor/grad_norm
+objective/non_score_reward objective/rlhf_reward objective/kl_coef actor/loss actor/approxkl_avg actor/clipfrac_avg
+actor/ratio_mean actor/ratio_max actor/entropy critic/loss critic/clipfrac_avg critic/explained_variance actor/grad_norm
 actor/lr critic/grad_norm critic/lr rollout/response_length rollout/eos_rate rollout/logprob_gap_max
 rollout/logprob_gap_mean eval/score eval/kl eval/response_length eval/eos_rate eval/distinct_2 gold/vader
 timing_s/generate timing_s/score perf/tokens_per_second memory/rss_bytes memory/device_bytes"""
