@@ -9,7 +9,7 @@ import re
 import traceback
 from pathlib import Path
 
-_SOURCES = Path(__file__).parents[1]
+_SOURCES = Path(__file__).parents[2]
 _OURS = tuple(str(_SOURCES / name) for name in ("rlhf/", "stages/", "data/", "run_pipeline.py"))
 _RUST = re.compile(r"(.+) \(os error (\d+)\)")  # how tokenizers and safetensors report the operating system's errors
 _ROOM = "Make room there and start the same command again."

@@ -50,7 +50,7 @@ def write_report(run: RunConfig, folder: Path) -> None:
     if not run.tracking.report or not can_report(folder):
         return
     words = [sys.executable, "-m", "rlhf.tracking.report", str(folder)]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         why = (done.stderr.strip() or "it was killed").splitlines()[-1]
