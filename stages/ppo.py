@@ -67,7 +67,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
             advantages, returns = advantages_of(rollout, rewards, config=config)
             learnt = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
-            with session.timer("train"), session.observing(step):
+            with session.timer("train"):
                 metrics = update_policy(models, learnt, config=config, iteration=step, kl_coef=kl.value)
             metrics |= rollout_metrics(rollout, kl_coef=kl.value, kl_kind=config.kl.kind)
             metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}

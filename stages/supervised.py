@@ -68,7 +68,7 @@ def supervise(
     """
     session.begin(TrainingState({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
     for step, micro_batches in session.steps(loader):
-        with session.timer("train"), session.observing(step):
+        with session.timer("train"):
             metrics = take_step(engine, micro_batches, objective=objective)
         evaluation: dict[str, float] = {}
         if session.evaluates_at(step, eval_every):

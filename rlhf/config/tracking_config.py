@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from rlhf.config.bounds import Count, Natural, Settings
+from rlhf.config.bounds import Count, Settings
 
 
 class WandbMode(StrEnum):
@@ -42,6 +42,3 @@ class TrackingConfig(Settings):
     """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""
     report: bool = True
     """Write `report.html` after each stage and of the whole run: some seconds each."""
-    histograms_every: Natural = 0
-    """Steps (in PPO: iterations, over all their updates) between histograms of gradients, before clipping, and weights
-    in W&B; 0 sends none."""

@@ -14,15 +14,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.config.optimizer_config import OptimizerConfig
-
-if TYPE_CHECKING:
-    from rlhf.engine.census import Census
 
 ATOM = 64  # elements; see [Note: bits]
 _CPU_TILE = 1 << 19  # elements for each thread: casts and update share the cache, calls cost little beside them
@@ -64,8 +61,6 @@ class AdamKernel:
         self._device = device
         self._limit = max(limit // ATOM * ATOM, ATOM)
         self._scratch: dict[str, Tensor] = {}
-        self.census: Census | None = None
-        """Shown every piece before its update."""
 
     @torch.no_grad()
     def update(
@@ -84,8 +79,6 @@ class AdamKernel:
         """
         betas = betas or self._config.betas
         for tile in _tiles(pieces, self._tile(pieces, scale=scale)):
-            for piece in tile if self.census is not None else ():
-                self.census.note(piece)
             for decays, decay in ((True, self._config.weight_decay), (False, 0.0)):
                 same_decay = [piece for piece in tile if piece.decays == decays]
                 self._call(same_decay, lr=lr, decay=decay, scale=scale, betas=betas)

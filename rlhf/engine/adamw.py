@@ -14,7 +14,6 @@ from torch import Tensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.engine.census import Census
 from rlhf.engine.delayed_update import Background
 from rlhf.engine.offload.optimizer_state import PARTS, StateHome, Update
 from rlhf.engine.offload.placement import Tiers
@@ -107,12 +106,6 @@ class AdamW:
         for home in self.homes:
             home.begin()
         self._background.start(partial(self._update, update))
-
-    def observe(self, census: Census | None) -> None:
-        """Show every gradient and weight of the updates to come to `census`, or to nobody any more."""
-        self._finish()
-        for home in self.homes:
-            home.kernel.census = census
 
     def flush(self) -> None:
         """Finish and publish a delayed update, so that the working weights are those of all steps so far."""

@@ -18,7 +18,6 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
-from rlhf.engine.census import Census
 from rlhf.engine.checkpoint.stored_state import Stored, states_of
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
@@ -30,7 +29,6 @@ from rlhf.engine.working_dtype import working_dtype
 from rlhf.models.transforms import enable_activation_checkpointing
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.malloc import return_freed_memory, trim
-from rlhf.tracking.histogram import Histogram
 
 if TYPE_CHECKING:
     from rlhf.models.model_spec import ModelSpec
@@ -58,7 +56,6 @@ class Engine:
         self.dtype = dtype
         self._sharding = sharding
         self._learner = updater
-        self._census: Census | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward; all ranks must call it equally often, except inside `generating`."""
@@ -91,19 +88,6 @@ class Engine:
     def advance(self, steps: int) -> None:
         """Count steps that were never due, so that the schedule still ends with the stage."""
         self._learning.steps_taken += steps
-
-    def observe(self) -> None:
-        """Count how gradients and weights are distributed, in the steps from here to `observed`."""
-        optimizer = self._learning.optimizer
-        elsewhere = () if self.world.is_main else self._sharding.replicas
-        self._census = Census(optimizer.names(), loss_scale=self.loss_scale, left_out=elsewhere)
-        optimizer.observe(self._census)
-
-    def observed(self) -> dict[str, Histogram]:
-        """The distributions since `observe`, by `gradients/PARAMETER` and `weights/PARAMETER`; all ranks must call."""
-        self._learning.optimizer.observe(None)
-        assert self._census is not None, "who asks what was observed has begun to observe"
-        return self._census.over_ranks()
 
     def generating(self) -> AbstractContextManager[nn.Module]:
         """Context for decoding: gathered once, eval mode, no gradients, no other rank needed."""

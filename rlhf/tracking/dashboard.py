@@ -5,7 +5,7 @@
     python -m rlhf.tracking.dashboard --print                       writes its JSON; needs neither key nor network
 
 Needs `pip install wandb-workspaces`. A saved view is never changed by another call, which saves another one. Left out:
-W&B reports (ours is `python -m rlhf.tracking.report`), and distributions, which W&B draws by itself.
+W&B reports (ours is `python -m rlhf.tracking.report`).
 """
 
 from __future__ import annotations

@@ -17,9 +17,6 @@ STEP = "trainer/step"
 ITERATION = "ppo/iteration"
 """The axis of what PPO alone logs: the same number there, under a name that says what it counts."""
 
-HISTOGRAMS = ("gradients", "weights")
-"""Families of distributions, which go to W&B alone, where `tracking.histograms_every` asks for them."""
-
 SUPERVISED = ("sft", "reward")
 REWARD = ("reward",)
 PPO = POLICIES

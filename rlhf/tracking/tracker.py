@@ -21,7 +21,6 @@ from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World
 from rlhf.tracking.answer_statistics import by_step
 from rlhf.tracking.console import StageProgress
-from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.jsonl_log import Journal, valid_json
 from rlhf.tracking.lookout import Lookout
 from rlhf.tracking.metric_registry import check, metric
@@ -135,11 +134,6 @@ class Tracker:
         write_text(self._summary_file, json.dumps(valid_json(self._summary), indent=2) + "\n")
         if self._run is not None:
             self._run.summary(values)
-
-    def histograms(self, step: int, counts: Mapping[str, Histogram]) -> None:
-        """Send how the numbers of some tensors are distributed, by a name such as `gradients/layers.0.weight`."""
-        if self.world.is_main and self._run is not None:
-            self._run.histograms(step, counts)
 
     def models(self, folders: Mapping[str, Path]) -> None:
         """Tell W&B where the stage's models are, by name; nothing is copied."""

@@ -20,14 +20,12 @@ from typing import Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import numpy as np
 import wandb
 
 from rlhf.config.tracking_config import TrackingConfig, WandbMode
 from rlhf.runtime.atomic_files import write_text
-from rlhf.tracking.histogram import Histogram
 from rlhf.tracking.jsonl_log import valid_json
-from rlhf.tracking.metric_registry import HISTOGRAMS, STEP, axes_of, metrics_of
+from rlhf.tracking.metric_registry import STEP, axes_of, metrics_of
 from rlhf.tracking.offline_log import cut_torn_record
 
 logger = logging.getLogger(__name__)
@@ -174,8 +172,6 @@ class WandbRun:
             self._run.define_metric(axis, hidden=True)
         for family, step in {key.partition("/")[0]: entry.step for key, entry in metrics_of(stage).items()}.items():
             self._run.define_metric(f"{family}/*", step_metric=step)
-        for family in HISTOGRAMS:
-            self._run.define_metric(f"{family}/*", step_metric=STEP)
         self._run.define_metric("samples", step_metric=STEP)
         self._table: wandb.Table | None = None
 
@@ -199,11 +195,6 @@ class WandbRun:
             self._run.log({STEP: step, "samples": self._table})
         except wandb.Error as error:  # online, a table needs the server at once, where plain numbers can wait
             logger.warning("W&B did not take the samples of step %d (%s); samples.jsonl has them.", step, error)
-
-    def histograms(self, step: int, counts: Mapping[str, Histogram]) -> None:
-        """Send distributions, drawn over the same axis as the metrics."""
-        pairs = {name: (np.array(found.counts), np.array(found.edges)) for name, found in counts.items()}
-        self._run.log({STEP: step, **{name: wandb.Histogram(np_histogram=pair) for name, pair in pairs.items()}})
 
     def alert(self, title: str, text: str) -> None:
         """Have W&B tell whoever has asked it to; offline, with the next sync."""

@@ -139,23 +139,6 @@ class Session:
             metrics = metrics | {"perf/tokens_per_second": num_tokens / busy}
         self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
 
-    @contextmanager
-    def observing(self, step: int) -> Iterator[None]:
-        """Send how gradients and weights are distributed in the updates inside, where it is time to."""
-        every = self.run.tracking.histograms_every
-        if not every or step % every:
-            yield
-            return
-        engines = self.checkpoints.parts.engines
-        for engine in engines.values():
-            engine.observe()
-        yield
-        found = {name: engine.observed() for name, engine in engines.items()}
-        named = {
-            key.replace("/", f"/{name}/", 1): shape for name, shapes in found.items() for key, shape in shapes.items()
-        }
-        self.tracker.histograms(step, named)
-
     def evaluates_at(self, step: int, every: int) -> bool:
         """True after every `every` steps (0: never in between) and after the last one."""
         return step == self.tracker.total_steps or (every > 0 and step % every == 0)

@@ -18,7 +18,6 @@ from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.config.stage_configs import PPOConfig, SupervisedConfig
-from rlhf.config.tracking_config import WandbMode
 from rlhf.engine.offload import direct_io as disk
 from rlhf.evaluation.metrics import load_gold
 from rlhf.runtime.dist import check_devices
@@ -59,10 +58,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
         check_disks(run, stage)
     check_models(run, [*todo, *(use for use in run.uses if use == "eval")], todo=todo)
     load_gold(run.data.gold)
-    if requested_mode(run.tracking.wandb) is WandbMode.disabled and run.tracking.histograms_every:
-        log.warning(
-            "tracking.histograms_every=%s: W&B is disabled, and nothing else shows them", run.tracking.histograms_every
-        )
+    requested_mode(run.tracking.wandb)  # refuses an unknown WANDB_MODE
     if todo:
         check_data(run, todo)
     if run.eval is not None:

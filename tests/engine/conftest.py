@@ -11,7 +11,7 @@ from tests.ranks import run_on_ranks
 
 BOTH = (
     "parity peeked tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank frozen "
-    "tiers observed failing_disks resting"
+    "tiers failing_disks resting"
 )
 PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading tiers resting"}
 

@@ -145,23 +145,3 @@ def failing_disks(world):
 def cut_short(folder):
     (file,) = Path(folder).rglob("optimizer")
     os.truncate(file, 0)
-
-
-OBSERVED = {"device": {}, "cpu": {"offload_optimizer": "cpu"}, "nvme": {"offload_optimizer": "nvme", **SMALL}}
-
-
-def observed(world):
-    """Histograms of the second step, by stage and tier, and of nothing where a step is skipped."""
-    found = {}
-    for stage, tier in ((0, "device"), (1, "cpu"), (3, "device"), (3, "nvme")):
-        with tempfile.TemporaryDirectory() as folder:
-            engine = tiny.engine(world, stage, **OBSERVED[tier], nvme_path=folder)
-            tiny.train_step(engine, 0)
-            engine.observe()
-            tiny.train_step(engine, 1)
-            histograms = engine.observed()
-            engine.observe()
-            tiny.train_step(engine, 2, spoil=True)
-            found[stage, tier] = histograms, engine.observed()
-            engine.close()
-    return found

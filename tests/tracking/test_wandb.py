@@ -56,9 +56,7 @@ run.samples(first + 1, [{"prompt": "q", "response": "", "score": float("nan")}])
 run.summary({"eval/score": 2.5})
 """
 MORE = """
-from rlhf.tracking.histogram import Histogram
 run.alert("exp/ppo: kl", "the policy has run away")
-run.histograms(first, {"gradients/actor/w": Histogram([1, 2], [-1.0, 0.0, 1.0])})
 (folder / "actor").mkdir()
 (folder / "actor/model.safetensors").write_bytes(b"a model" * 1000)
 run.models({"actor": folder / "actor"})
@@ -215,14 +213,10 @@ def test_each_table_file_holds_only_the_new_samples(offline):
     assert [table["data"] for table in tables] == [[[1, "p", "\x1b[2J \ud800 日", 1]], [[2, "q", "", None]]]
 
 
-def test_alerts_and_histograms_are_recorded(offline):
+def test_alerts_are_recorded(offline):
     found = records(offline.folders[0])
     (alert,) = found["alert"]
     assert (alert["title"], alert["text"]) == ("exp/ppo: kl", "the policy has run away")
-    (drawn,) = [row["item"] for row in found["history"] if any("gradients" in key for key in row["item"])]
-    assert drawn["trainer/step"] == 1
-    assert drawn["gradients/actor/w.values"] == [1, 2]
-    assert drawn["gradients/actor/w.bins"] == [-1, 0, 1]
 
 
 def test_a_model_is_referred_to_and_not_copied(offline):
