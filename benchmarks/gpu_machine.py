@@ -19,7 +19,7 @@ from benchmarks import zero_disk
 from benchmarks.gpu_bench import ROOT, Bench, failures, seconds
 from benchmarks.reviews import hardware
 from benchmarks.zero_report import table
-from rlhf.engine.offload.buffer_pool import Buffers
+from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.memory_plan.limits import free_host
 
 _PACKAGES = ("transformers", "peft", "accelerate", "datasets", "numpy", "pytest")
@@ -108,7 +108,7 @@ def copy_rates(device: str, megabytes: int, width: int) -> dict[str, str]:
     nbytes = megabytes << 20
     rates = {"within the device, read and written": f"{device_rate(device, nbytes=nbytes) / 1e9:.0f} GB/s"}
     if device == "cuda":
-        locked = Buffers(2, nbytes=nbytes, pin=True)
+        locked = BufferPool(2, nbytes=nbytes, pin=True)
         copies = _copies(*(locked.take()[:nbytes].fill_(1) for _ in range(2)))
         rates |= {name: f"{nbytes / seconds(copy, device=device) / 1e9:.1f} GB/s" for name, copy in copies.items()}
         locked.close()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.engine.adam_kernel import AdamKernel, Piece
+from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 
 _TENSORS = 4
 _CONFIG = {"lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1}
@@ -93,7 +93,7 @@ def ours(elements: int) -> dict[str, Update]:
 
     def update(gradients: list[Tensor], narrow: list[Tensor] | None) -> None:
         pieces = [
-            Piece(str(index), 0, True, step, weight, gradient, mean, square)
+            ParameterSlice(str(index), 0, True, step, weight, gradient, mean, square)
             for index, (weight, gradient, mean, square) in enumerate(
                 zip(values.weights, gradients, values.means, values.squares, strict=True)
             )

@@ -1,4 +1,4 @@
-"""Reading and writing through `DiskFile` and `Buffers` against bare system calls on the same file system.
+"""Reading and writing through `DirectFile` and `BufferPool` against bare system calls on the same file system.
 
 Bare: one thread, `O_DIRECT`, 8 MiB at a time, one buffer on huge pages. Left out: the medium behind the file system; a
 virtual disk with a host's cache says nothing about an NVMe.
@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.zero_report import spread, table
-from rlhf.engine.offload.buffer_pool import Buffers
-from rlhf.engine.offload.direct_io import DiskFile, run_folder
+from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.direct_io import DirectFile, run_folder
 
 _REQUEST = 8 << 20
 
@@ -54,7 +54,7 @@ Transfers = tuple[Callable[[], None], Callable[[], None]]
 
 def bare(path: Path, *, nbytes: int) -> Transfers:
     """System calls one after the other."""
-    keep = Buffers(1, nbytes=_REQUEST)
+    keep = BufferPool(1, nbytes=_REQUEST)
     view = memoryview(keep.take().fill_(1).numpy())
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_DIRECT)
     path.unlink()
@@ -70,7 +70,7 @@ def bare(path: Path, *, nbytes: int) -> Transfers:
 
 def ours(path: Path, nbytes: int, tile: int, count: int) -> Transfers:
     """Tile after tile, as the optimizer travels: written behind, read ahead."""
-    file, buffers = DiskFile(path, nbytes=nbytes, label="benchmark"), Buffers(count, nbytes=tile)
+    file, buffers = DirectFile(path, nbytes=nbytes, label="benchmark"), BufferPool(count, nbytes=tile)
 
     def write() -> None:
         for offset in range(0, nbytes, tile):

@@ -21,16 +21,16 @@ from torch import Tensor
 
 from rlhf.config.optimizer_config import OptimizerConfig
 
-ATOM = 64  # elements; see [Note: bits]
+VECTOR_ELEMENTS = 64  # elements; see [Note: bits]
 _CPU_TILE = 1 << 19  # elements for each thread: casts and update share the cache, calls cost little beside them
 _CUDA_TILE = 1 << 24  # elements: 64 MB of scratch for each cast
 
 
-class Piece(NamedTuple):
+class ParameterSlice(NamedTuple):
     """Elements of one parameter's rows on this rank, flat, with all that their update needs."""
 
     name: str
-    start: int  # of the first element, a multiple of `ATOM`
+    start: int  # of the first element, a multiple of `VECTOR_ELEMENTS`
     decays: bool
     step: Tensor  # [] fp32, updates of the parameter so far, this one included
     weight: Tensor  # [n] fp32
@@ -38,12 +38,12 @@ class Piece(NamedTuple):
     exp_avg: Tensor  # [n] fp32 or bf16
     exp_avg_sq: Tensor  # [n] as `exp_avg`
 
-    def cut(self, start: int, stop: int) -> Piece:
+    def cut(self, start: int, stop: int) -> ParameterSlice:
         """Elements [start, stop) of it."""
         if stop - start == self.weight.numel():
             return self
         tensors = (tensor[start:stop] for tensor in self[4:])
-        return Piece(self.name, self.start + start, self.decays, self.step, *tensors)
+        return ParameterSlice(self.name, self.start + start, self.decays, self.step, *tensors)
 
 
 class AdamKernel:
@@ -59,13 +59,13 @@ class AdamKernel:
         """
         self._config = config
         self._device = device
-        self._limit = max(limit // ATOM * ATOM, ATOM)
+        self._limit = max(limit // VECTOR_ELEMENTS * VECTOR_ELEMENTS, VECTOR_ELEMENTS)
         self._scratch: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def update(
-        self, pieces: Sequence[Piece], *, lr: float, scale: float, betas: Sequence[float] | None = None
-    ) -> Iterator[list[Piece]]:
+        self, pieces: Sequence[ParameterSlice], *, lr: float, scale: float, betas: Sequence[float] | None = None
+    ) -> Iterator[list[ParameterSlice]]:
         """Update in place, a tile at a time.
 
         Args:
@@ -84,14 +84,16 @@ class AdamKernel:
                 self._call(same_decay, lr=lr, decay=decay, scale=scale, betas=betas)
             yield tile
 
-    def _tile(self, pieces: Sequence[Piece], *, scale: float) -> int:
+    def _tile(self, pieces: Sequence[ParameterSlice], *, scale: float) -> int:
         on_cpu = self._device.type == "cpu"
         casts = any(_is_cast(tensor) for piece in pieces for tensor in piece[5:])
         if not casts and (scale == 1 or not on_cpu):  # nothing to keep in cache: one multi-tensor call
             return self._limit
         return min(_CPU_TILE * torch.get_num_threads() if on_cpu else _CUDA_TILE, self._limit)
 
-    def _call(self, pieces: list[Piece], *, lr: float, decay: float, scale: float, betas: Sequence[float]) -> None:
+    def _call(
+        self, pieces: list[ParameterSlice], *, lr: float, decay: float, scale: float, betas: Sequence[float]
+    ) -> None:
         if not pieces:
             return
         # On the CPU the kernel writes scaled gradients back: a pass over memory, unless it is over scratch.
@@ -137,9 +139,9 @@ class AdamKernel:
         return casts
 
 
-def _tiles(pieces: Sequence[Piece], size: int) -> Iterator[list[Piece]]:
+def _tiles(pieces: Sequence[ParameterSlice], size: int) -> Iterator[list[ParameterSlice]]:
     """The pieces in order, cut so that none of the lists has more than `size` elements."""
-    tile: list[Piece] = []
+    tile: list[ParameterSlice] = []
     room = size
     for piece in pieces:
         start, count = 0, piece.weight.numel()
@@ -160,4 +162,4 @@ def _is_cast(tensor: Tensor) -> bool:
 
 
 def _padded(count: int) -> int:
-    return -(-count // ATOM) * ATOM
+    return -(-count // VECTOR_ELEMENTS) * VECTOR_ELEMENTS

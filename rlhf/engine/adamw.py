@@ -1,7 +1,7 @@
 """AdamW on the rows that a rank holds, with fp32 master weights, wherever gradients and state rest.
 
-Each group of parameters has a home; a step visits them in the order of the forward pass. Left out: the homes
-themselves (`tiers/homes.py`, `tiers/home_nvme.py`), gradient norms, and the learning rate's schedule.
+Each group of parameters has a home; a step visits them in the order of the forward pass. Left out: the stores
+themselves (`tiers/stores.py`, `tiers/home_nvme.py`), gradient norms, and the learning rate's schedule.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.delayed_update import Background
-from rlhf.engine.offload.optimizer_state import PARTS, StateHome, Update
-from rlhf.engine.offload.placement import Tiers
-from rlhf.engine.offload.weights import WorkingRows
-from rlhf.engine.offload.working_rows import ResidentRows
+from rlhf.engine.offload.optimizer_state import PARTS, OptimizerStateStore, Update
+from rlhf.engine.offload.placement import Placement
+from rlhf.engine.offload.weights import ShardedWeights
+from rlhf.engine.offload.working_rows import DeviceWeights
 from rlhf.engine.sharding import ParameterGroup, local
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.errors import RunError
@@ -39,7 +39,7 @@ class AdamW:
         *,
         config: OptimizerConfig,
         engine: EngineConfig | None = None,
-        rows: WorkingRows | None = None,
+        rows: ShardedWeights | None = None,
         world: World | None = None,
     ) -> None:
         """Start at zero moments.
@@ -60,15 +60,15 @@ class AdamW:
         self.groups = groups
         self._world = world or World.alone()
         engine = engine or EngineConfig(zero_stage=0)
-        self._rows: WorkingRows = ResidentRows(groups) if rows is None else rows
-        self.homes: list[StateHome] = Tiers(groups, config, engine, self._world, rows).homes()
-        self._home_of = {shape.name: home for home in self.homes for shape in home.shapes}
+        self._rows: ShardedWeights = DeviceWeights(groups) if rows is None else rows
+        self.stores: list[OptimizerStateStore] = Placement(groups, config, engine, self._world, rows).stores()
+        self._home_of = {shape.name: home for home in self.stores for shape in home.shapes}
         self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
         self._background = Background() if engine.delayed_update else None
         self._is_behind = False  # the working weights do not know the last update yet
         self._fill(masters)
 
-    def home_of(self, name: str) -> StateHome:
+    def store_of(self, name: str) -> OptimizerStateStore:
         """Where the state and gradient of a parameter rest."""
         return self._home_of[name]
 
@@ -81,7 +81,7 @@ class AdamW:
     def step(
         self, reached: Collection[str], *, lr: float, scale: float = 1.0, betas: Sequence[float] | None = None
     ) -> None:
-        """Update the parameters that have a gradient, from the sums in their homes; working weights follow masters.
+        """Update the parameters that have a gradient, from the sums in their stores; working weights follow masters.
 
         With delayed updates, what the last step computed is published, and this one is computed in the background.
 
@@ -97,13 +97,13 @@ class AdamW:
         self.flush()
         update = Update(reached, lr, scale, betas)
         if self._background is None:
-            for home in self.homes:
+            for home in self.stores:
                 home.begin()
                 home.step(update)
             self._publish(())
             self._agree()
             return
-        for home in self.homes:
+        for home in self.stores:
             home.begin()
         self._background.start(partial(self._update, update))
 
@@ -111,14 +111,14 @@ class AdamW:
         """Finish and publish a delayed update, so that the working weights are those of all steps so far."""
         self._finish()
         if self._is_behind:
-            self._publish(self.homes)
+            self._publish(self.stores)
             self._is_behind = False
 
     def close(self) -> None:
         """Finish, and let go of files, threads and page-locked memory."""
         if self._background is not None:
             self._background.close()
-        for home in self.homes:
+        for home in self.stores:
             home.close()
 
     def names(self) -> list[str]:
@@ -134,10 +134,10 @@ class AdamW:
         return ((name, part) for name in self._home_of for part in parts)
 
     def in_memory(self, name: str) -> bool:
-        """False where `read_rows` reads from a disk."""
+        """False where `read_shard` reads from a disk."""
         return self._home_of[name].in_memory
 
-    def read_rows(self, name: str, part: str) -> Tensor:
+    def read_shard(self, name: str, part: str) -> Tensor:
         """This rank's rows of one part: fp32, a copy or the memory itself; "weight" is the fp32 master."""
         self._finish()
         if part != WORKING:
@@ -146,7 +146,7 @@ class AdamW:
         return self._rows.read(name, 0, count=rows.numel()).view(rows.shape)
 
     @torch.no_grad()
-    def write_rows(self, name: str, rows: Tensor, *, part: str) -> None:
+    def write_shard(self, name: str, rows: Tensor, *, part: str) -> None:
         """Set this rank's rows of one part; working weights follow "weight", delayed ones with the next update."""
         self._finish()
         if part != WORKING:
@@ -184,20 +184,20 @@ class AdamW:
             self.set_master(name, self._rows.read(name, 0, count=local(self._parameters[name]).numel()))
 
     def _update(self, update: Update) -> None:
-        for home in self.homes:
+        for home in self.stores:
             home.step(update)
 
-    def _publish(self, homes: Collection[StateHome]) -> None:
-        for home in homes:
-            home.publish()
-        for rows in {id(home.rows): home.rows for home in self.homes}.values():
+    def _publish(self, stores: Collection[OptimizerStateStore]) -> None:
+        for home in stores:
+            home.write_back()
+        for rows in {id(home.rows): home.rows for home in self.stores}.values():
             rows.flush()
 
     def _agree(self) -> None:
         """Raise on all ranks what failed on one."""
-        if all(home.in_memory for home in self.homes):
+        if all(home.in_memory for home in self.stores):
             return
-        failures = [home.failure for home in self.homes if home.failure is not None]
+        failures = [home.failure for home in self.stores if home.failure is not None]
         failed = sum_over_ranks(torch.tensor(float(bool(failures)), device=self._world.device))
         raise_failure(failures[0] if failures else None, ranks=int(failed.item()))
 

@@ -22,7 +22,7 @@ from rlhf.engine.checkpoint.stored_state import Stored, states_of
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill
-from rlhf.engine.offload.weights import resting_tier
+from rlhf.engine.offload.weights import param_offload_device
 from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.updater import StepResult, Updater
 from rlhf.engine.working_dtype import working_dtype
@@ -118,7 +118,7 @@ class Engine:
         """
         self.flush()
         optimizer = self._learning.optimizer if masters else None
-        return self._sharding.full_tensors(partial(optimizer.read_rows, part="weight") if optimizer else None)
+        return self._sharding.full_tensors(partial(optimizer.read_shard, part="weight") if optimizer else None)
 
     def flush(self) -> None:
         """Finish an update that is delayed: the working weights are then those of all steps taken."""
@@ -202,7 +202,7 @@ def build_engine(
     elif config.activation_checkpointing:
         moves = config.activation_offload and world.device.type == "cuda"
         enable_activation_checkpointing(module, offload=moves)
-    if resting_tier(config, world.device) == OffloadDevice.nvme:
+    if param_offload_device(config, world.device) == OffloadDevice.nvme:
         return_freed_memory(tight=True)
     sharding = shard(spec, config=config, world=world, frozen=frozen)
     allocate(spec, sharding, config=config, dtype=dtype, world=world)

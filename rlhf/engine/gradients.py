@@ -13,7 +13,7 @@ FSDP2 copies those of a unit together, in fp32, twice.
 Replicas (every parameter at stage 0, small ones at stage 3) are summed over ranks here, where FSDP2 does not.
 A parameter that no rank's loss reached has no gradient and is left alone, as in `torch.optim`. Replicas may reach
 different ones; where parameters are sharded (stages 1 to 3), every rank must reach the same.
-Left out: where sums rest (`tiers/homes.py`) and what is done with them (`adamw.py`).
+Left out: where sums rest (`tiers/stores.py`) and what is done with them (`adamw.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.engine.adamw import AdamW, raise_failure
 from rlhf.engine.fsdp_units import Unit
-from rlhf.engine.offload.grad_accumulation import ResidentSums
+from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator
 from rlhf.engine.sharding import ParameterGroup, Sharding, local
 from rlhf.runtime.dist import World, sum_over_ranks
 
@@ -97,9 +97,9 @@ class Gradients:
         Raises:
             RunError: a disk failed, on this rank or another.
         """
-        homes, device = self._optimizer.homes, self._world.device
-        squares = {name: square for home in homes for name, square in home.squares().items()}
-        failures = [home.failure for home in homes if home.failure is not None]
+        stores, device = self._optimizer.stores, self._world.device
+        squares = {name: square for home in stores for name, square in home.squares().items()}
+        failures = [home.failure for home in stores if home.failure is not None]
         total = _sum([squares[name] / self._copies[name] for name in self._parameters if name in squares], device)
         flags = [bool(failures), *(name in self._reached for name in self._parameters)]
         squared, failed, *counts = sum_over_ranks(torch.cat([total.reshape(1), total.new_tensor(flags)])).tolist()
@@ -111,13 +111,13 @@ class Gradients:
     def clear(self) -> None:
         """Forget the step."""
         self._reached = set()
-        for home in self._optimizer.homes:
+        for home in self._optimizer.stores:
             home.clear()
 
     def elements(self) -> int:
         """How many numbers of gradients this rank keeps on the device."""
         local_sums = self._replicas.elements() if self._replicas else 0
-        return local_sums + sum(home.elements() for home in self._optimizer.homes)
+        return local_sums + sum(home.elements() for home in self._optimizer.stores)
 
     def _collect_unreduced(self, unit: Unit, root: nn.Module) -> None:
         """Take the gradients of a unit's gathered parameters, which FSDP2 makes when a forward first needs them."""
@@ -157,7 +157,7 @@ class Gradients:
         self._keep(name, gradient)
 
     def _keep(self, name: str, gradient: Tensor) -> None:
-        self._optimizer.home_of(name).add(name, gradient.reshape(-1))
+        self._optimizer.store_of(name).add(name, gradient.reshape(-1))
 
 
 class _ReplicaSum:
@@ -180,7 +180,7 @@ class _ReplicaSum:
         self._groups = [group for group in mine if group]
         self._group_of = {name: index for index, group in enumerate(self._groups) for name in group}
         self._keep = keep
-        self._sums = ResidentSums()
+        self._sums = DeviceGradAccumulator()
         self._awaited: list[int] = []
         self._sent: list[tuple[dist.Work, Tensor]] = []
 

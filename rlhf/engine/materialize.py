@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.engine.offload.buffer_pool import Buffers
-from rlhf.engine.offload.direct_io import DiskFile, run_folder
-from rlhf.engine.offload.weights import Home, Residency, lay_out, unit_bytes
-from rlhf.engine.offload.weights_host import HostHome
-from rlhf.engine.offload.weights_nvme import DiskHome, file_bytes
-from rlhf.engine.offload.working_rows import ResidentRows
+from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.direct_io import DirectFile, run_folder
+from rlhf.engine.offload.weights import OffloadedWeights, WeightStore, lay_out, unit_bytes
+from rlhf.engine.offload.weights_host import HostWeights
+from rlhf.engine.offload.weights_nvme import NvmeWeights, file_bytes
+from rlhf.engine.offload.working_rows import DeviceWeights
 from rlhf.engine.sharding import Sharding, like, local
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def fill(
         sharding.rows.flush()
 
 
-def _residency(sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World) -> Residency:
+def _residency(sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World) -> OffloadedWeights:
     module = sharding.module
     sharded = {name: p.shape for name, p in module.named_parameters() if isinstance(p, DTensor)}
     shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in sharding.units]
@@ -96,12 +96,12 @@ def _residency(sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, 
     pin = config.pin_memory and world.device.type == "cuda"
     on_host = [size if index in in_memory else 0 for index, size in enumerate(sizes)]
     on_disk = [size if index not in in_memory else 0 for index, size in enumerate(sizes)]
-    host = HostHome(on_host, device=world.device, pin=pin)
-    homes: list[Home] = [host] * len(sizes)
+    host = HostWeights(on_host, device=world.device, pin=pin)
+    stores: list[WeightStore] = [host] * len(sizes)
     if any(on_disk):
         disk = _disk_home(on_disk, config=config, world=world)
-        homes = [host if size == 0 else disk for size in on_disk]
-    return Residency(slots, homes, dtype=dtype, others=ResidentRows([dict(module.named_parameters())]))
+        stores = [host if size == 0 else disk for size in on_disk]
+    return OffloadedWeights(slots, stores, dtype=dtype, others=DeviceWeights([dict(module.named_parameters())]))
 
 
 def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
@@ -116,17 +116,17 @@ def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) ->
     return chosen
 
 
-def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> DiskHome:
+def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> NvmeWeights:
     assert config.nvme_path is not None, "the settings were checked"
-    file = DiskFile(
+    file = DirectFile(
         run_folder(config.nvme_path, rank=world.rank) / "parameters",
         nbytes=file_bytes(sizes),
         label="working weights (engine.offload_param=nvme)",
     )
-    buffers = Buffers(
+    buffers = BufferPool(
         config.buffer_count, nbytes=4 * config.buffer_size, pin=config.pin_memory and world.device.type == "cuda"
     )
-    return DiskHome(sizes, file=file, buffers=buffers, device=world.device)
+    return NvmeWeights(sizes, file=file, buffers=buffers, device=world.device)
 
 
 def _rows(parameter: Tensor, world: World) -> slice:

@@ -31,7 +31,7 @@ from torch.distributed.tensor import DTensor
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.fsdp_private import end_forwards, gather_when_used, hook_keys
 from rlhf.engine.fsdp_units import ParameterGroup, Unit, find_units, gathered_ahead, persistent_parameters
-from rlhf.engine.offload.weights import Residency, resting_tier
+from rlhf.engine.offload.weights import OffloadedWeights, param_offload_device
 from rlhf.runtime.dist import World, device_mesh
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Sharding:
     """Keys of these hooks."""
     replicas: set[str] = field(default_factory=set)
     """Parameters that every one of several ranks holds whole, though each computes a gradient of its own."""
-    rows: Residency | None = None
+    rows: OffloadedWeights | None = None
     """Of working weights that do not rest on the device; `materialize.py` makes it."""
 
     def before_backward(self, *, last: bool) -> None:
@@ -126,7 +126,7 @@ class Sharding:
 
 def shard(spec: ModelSpec, *, config: EngineConfig, world: World, frozen: bool) -> Sharding:
     """Shard a model that is still on meta over all ranks, unit by unit."""
-    tier = resting_tier(config, world.device)
+    tier = param_offload_device(config, world.device)
     units = find_units(spec, config=config)
     sharding = Sharding(spec.module, units, config.zero_stage, frozen, tier)
     names = [name for name, _ in spec.module.named_parameters()]

@@ -20,9 +20,9 @@ from rlhf.engine.fsdp_units import Unit, find_units, gathered_ahead, num_leaving
 from rlhf.engine.materialize import _in_memory
 from rlhf.engine.offload.buffer_pool import HUGE_PAGE
 from rlhf.engine.offload.nvme_layout import capacity_of, lay_out
-from rlhf.engine.offload.optimizer_state import Shape
+from rlhf.engine.offload.optimizer_state import ParameterShard
 from rlhf.engine.offload.weights import lay_out as lay_out_rows
-from rlhf.engine.offload.weights import resting_tier, unit_bytes
+from rlhf.engine.offload.weights import param_offload_device, unit_bytes
 from rlhf.engine.offload.weights_nvme import file_bytes
 from rlhf.memory_plan.plan import Item, Place
 from rlhf.models.model_spec import ModelSpec
@@ -139,7 +139,7 @@ class States:
     @cached_property
     def offload_param(self) -> OffloadDevice:
         """Where working weights rest."""
-        return resting_tier(self.setting.engine, self.setting.device)
+        return param_offload_device(self.setting.engine, self.setting.device)
 
     @cached_property
     def offload_optimizer(self) -> OffloadDevice:
@@ -199,13 +199,13 @@ class States:
         return 0 if self.setting.frozen else sum(p.numel() for p in unit.group(self.spec.module).values())
 
     @cached_property
-    def _groups(self) -> list[list[Shape]]:
+    def _groups(self) -> list[list[ParameterShard]]:
         """This rank's rows of what learns, unit by unit."""
         if self.setting.frozen:
             return []
         found = [
             [
-                Shape(name, torch.Size([self._local(name, p)]), decays=True)
+                ParameterShard(name, torch.Size([self._local(name, p)]), decays=True)
                 for name, p in unit.group(self.spec.module).items()
             ]
             for unit in self.units
@@ -214,7 +214,7 @@ class States:
 
     @cached_property
     def _split(self) -> tuple[int, int]:
-        """Elements whose states stay on the device, and those that leave it; as `Tiers` cuts the groups."""
+        """Elements whose states stay on the device, and those that leave it; as `Placement` cuts the groups."""
         sizes = [sum(shape.count for shape in group) for group in self._groups]
         leaving = sum(sizes[: self._num_away])
         return sum(sizes) - leaving, leaving

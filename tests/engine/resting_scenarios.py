@@ -9,7 +9,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
 from rlhf.engine.engine import build_engine
-from rlhf.engine.offload.placeholder import RestingShard
+from rlhf.engine.offload.placeholder import OffloadedShard
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime import dist
 from tests.engine import scenarios, tiny
@@ -165,7 +165,7 @@ def live_bytes(engine):
     for module in engine._sharding.modules:
         for parameter in module._get_fsdp_state()._fsdp_param_group.fsdp_params:
             local = parameter.sharded_param._local_tensor
-            own = [] if isinstance(local, RestingShard) else [local]
+            own = [] if isinstance(local, OffloadedShard) else [local]
             for tensor in [*own, *parameter.all_gather_outputs]:
                 held[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
     return sum(held.values())

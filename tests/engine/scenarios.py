@@ -45,7 +45,7 @@ def weights(engine, **options):
 def first_gradient(engine):
     """The gradient that the first step saw: at step one AdamW's first moment is a tenth of it."""
     optimizer = engine._learner.optimizer
-    moments = engine._sharding.full_tensors(lambda name: optimizer.read_rows(name, "exp_avg"))
+    moments = engine._sharding.full_tensors(lambda name: optimizer.read_shard(name, "exp_avg"))
     return {name: moment / 0.1 for name, moment in moments if name in optimizer.names()}
 
 

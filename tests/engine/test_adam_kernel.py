@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.engine.adam_kernel import ATOM, AdamKernel, Piece
+from rlhf.engine.adam_kernel import VECTOR_ELEMENTS, AdamKernel, ParameterSlice
 
 CONFIG = OptimizerConfig(lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95])
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ def pieces(*, gradients=torch.float32, moments=torch.float32):
         return (torch.randn(n, generator=generator) * scale).to(dtype)
 
     return [
-        Piece(
+        ParameterSlice(
             str(n),
             0,
             n % 2 == 1,
@@ -37,7 +37,7 @@ def updated(made, *, limit, scale=1.0):
     kernel = AdamKernel(CONFIG, CPU, limit=limit)
     tiles = list(kernel.update(made, lr=0.01, scale=scale))
     assert all(sum(piece.weight.numel() for piece in tile) <= limit for tile in tiles)
-    assert all(piece.start % ATOM == 0 for tile in tiles for piece in tile)
+    assert all(piece.start % VECTOR_ELEMENTS == 0 for tile in tiles for piece in tile)
     assert sum(piece.weight.numel() for tile in tiles for piece in tile) == sum(SIZES)
     return made
 

@@ -32,7 +32,7 @@ def optimizer(request, tmp_path, monkeypatch):
 
 def step(adam, gradients, **options):
     for name, gradient in gradients.items():
-        adam.home_of(name).add(name, gradient.flatten())
+        adam.store_of(name).add(name, gradient.flatten())
     adam.step(set(gradients), **options)
 
 
@@ -69,8 +69,8 @@ def test_moments_and_bias_correction_by_hand_over_two_steps(optimizer):
     step(adam, {"vector": torch.tensor([1.0])}, lr=0.1)
     step(adam, {"vector": torch.tensor([3.0])}, lr=0.1)
     assert adam.steps() == {"vector": 2}
-    assert adam.read_rows("vector", "exp_avg").item() == pytest.approx(0.9 * 0.1 + 0.1 * 3)  # 0.39
-    assert adam.read_rows("vector", "exp_avg_sq").item() == pytest.approx(0.99 * 0.01 + 0.01 * 9)  # 0.0999
+    assert adam.read_shard("vector", "exp_avg").item() == pytest.approx(0.9 * 0.1 + 0.1 * 3)  # 0.39
+    assert adam.read_shard("vector", "exp_avg_sq").item() == pytest.approx(0.99 * 0.01 + 0.01 * 9)  # 0.0999
     second = (0.39 / 0.19) / (0.0999 / 0.0199) ** 0.5
     assert group["vector"].item() == pytest.approx(1 - 0.1 - 0.1 * second)
 
@@ -78,26 +78,26 @@ def test_moments_and_bias_correction_by_hand_over_two_steps(optimizer):
 def test_the_scale_multiplies_the_gradient(optimizer):
     adam = optimizer({"vector": nn.Parameter(torch.tensor([1.0]))})
     step(adam, {"vector": torch.tensor([8.0])}, lr=0.1, scale=0.25)
-    assert adam.read_rows("vector", "exp_avg").item() == pytest.approx(0.2)
+    assert adam.read_shard("vector", "exp_avg").item() == pytest.approx(0.2)
 
 
 def test_micro_batches_add_up_in_fp32_and_the_norm_is_that_of_their_sum(optimizer):
     adam = optimizer({"vector": nn.Parameter(torch.zeros(3, dtype=torch.bfloat16))}, {"vector": torch.zeros(3)})
     parts = torch.tensor([[256.0, 3.0, 0.0], [1.0, 4.0, 0.0], [1.0, 5.0, 2.0]])  # in bf16, 256 + 1 is 256
     for part in parts:
-        adam.home_of("vector").add("vector", part.bfloat16())
-    assert adam.home_of("vector").squares()["vector"].item() == pytest.approx(258**2 + 12**2 + 2**2, rel=1e-6)
+        adam.store_of("vector").add("vector", part.bfloat16())
+    assert adam.store_of("vector").squares()["vector"].item() == pytest.approx(258**2 + 12**2 + 2**2, rel=1e-6)
     adam.step({"vector"}, lr=0.1)
-    assert adam.read_rows("vector", "exp_avg").tolist() == pytest.approx([25.8, 1.2, 0.2])
+    assert adam.read_shard("vector", "exp_avg").tolist() == pytest.approx([25.8, 1.2, 0.2])
 
 
 def test_what_is_cleared_is_in_no_step(optimizer):
     adam = optimizer({"vector": nn.Parameter(torch.zeros(2))})
-    adam.home_of("vector").add("vector", torch.full((2,), torch.nan))
-    adam.home_of("vector").clear()
-    assert adam.home_of("vector").squares() == {}
+    adam.store_of("vector").add("vector", torch.full((2,), torch.nan))
+    adam.store_of("vector").clear()
+    assert adam.store_of("vector").squares() == {}
     step(adam, {"vector": torch.ones(2)}, lr=0.1)
-    assert adam.read_rows("vector", "exp_avg").tolist() == pytest.approx([0.1, 0.1])
+    assert adam.read_shard("vector", "exp_avg").tolist() == pytest.approx([0.1, 0.1])
 
 
 def test_a_parameter_without_gradient_is_left_alone_and_keeps_its_count(optimizer):
@@ -116,7 +116,7 @@ def test_small_updates_add_up_in_the_masters_and_only_then_reach_bf16(optimizer)
         step(adam, {"weight": torch.ones(1)}, lr=0.001)
         seen.append(weight.item())
     assert seen == [1.0, 1 - 2**-8, 1 - 2**-8, 1 - 2**-8]
-    assert adam.read_rows("weight", "weight").item() == pytest.approx(0.996, abs=1e-6)
+    assert adam.read_shard("weight", "weight").item() == pytest.approx(0.996, abs=1e-6)
 
 
 def test_a_state_goes_from_one_optimizer_to_another_tensor_by_tensor(optimizer):
@@ -128,21 +128,21 @@ def test_a_state_goes_from_one_optimizer_to_another_tensor_by_tensor(optimizer):
     for gradient in gradients[:2]:
         step(first, gradient, lr=0.1)
     for name, part in first.entries():
-        second.write_rows(name, first.read_rows(name, part).clone(), part=part)
+        second.write_shard(name, first.read_shard(name, part).clone(), part=part)
     second.load_steps(first.steps())
     assert all(torch.equal(groups[0][name], groups[1][name]) for name in start), "working weights follow"
     for gradient in gradients[2:]:
         step(first, gradient, lr=0.1)
         step(second, gradient, lr=0.1)
     for name, part in first.entries():
-        assert first.read_rows(name, part).shape == start[name].shape
-        assert torch.equal(first.read_rows(name, part), second.read_rows(name, part))
+        assert first.read_shard(name, part).shape == start[name].shape
+        assert torch.equal(first.read_shard(name, part), second.read_shard(name, part))
     assert second.steps() == {"big": 4, "one": 4, "none": 4}
 
 
 def test_masters_that_nobody_gives_are_the_working_weights(optimizer):
     group = {"weight": nn.Parameter(torch.tensor([1.0, 0.5], dtype=torch.bfloat16))}
-    assert optimizer(group, {}).read_rows("weight", "weight").tolist() == [1.0, 0.5]
+    assert optimizer(group, {}).read_shard("weight", "weight").tolist() == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("moments", ["fp32", "bf16"])

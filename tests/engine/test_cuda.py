@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from rlhf.engine.checkpoint.manager import Checkpoints
-from rlhf.engine.offload.buffer_pool import Buffers
-from rlhf.engine.offload.copy_stream import Courier
-from rlhf.engine.offload.weights_host import HostHome
-from rlhf.engine.offload.working_rows import StagedRows
+from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.copy_stream import CopyStream
+from rlhf.engine.offload.weights_host import HostWeights
+from rlhf.engine.offload.working_rows import StagedWeights
 from rlhf.runtime import dist
 from tests.engine import plain, scenarios, tiny
 from tests.engine.offload.test_offload import late_reference
@@ -233,8 +233,8 @@ def test_backward_never_waits_for_the_device(world, tmp_path, tier):
 def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(world, tmp_path):
     trained = engine(world, tmp_path, precision="bf16", offload_optimizer="cpu")
     tiny.train_step(trained, 0)
-    homes = trained._learner.optimizer.homes
-    memory = [rows for home in homes for rows in home._sums._memory[0].arrived.values()]
+    stores = trained._learner.optimizer.stores
+    memory = [rows for home in stores for rows in home._sums._memory[0].arrived.values()]
     assert len(memory) == len(list(trained.module.parameters()))
     assert all(rows.is_pinned() for rows in memory)
     ids, counts = (x.to(world.device) for x in tiny.batch(1))
@@ -246,8 +246,8 @@ def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(
 
 
 def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(world):
-    courier, count = Courier(world.device), 1 << 22
-    buffers = Buffers(1, nbytes=4 * count, pin=True)  # locked as long as this is held
+    courier, count = CopyStream(world.device), 1 << 22
+    buffers = BufferPool(1, nbytes=4 * count, pin=True)  # locked as long as this is held
     into = buffers.take().view(torch.float32)[:count]
     assert into.is_pinned()
     torch.cuda._sleep(CYCLES)
@@ -263,7 +263,7 @@ def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(wor
 
 def test_updated_weights_arrive_after_what_still_reads_the_old_ones_and_before_what_follows(world):
     parameter = nn.Parameter(torch.zeros(1 << 23, device=world.device, dtype=torch.bfloat16))
-    rows = StagedRows([{"w": parameter}], world.device, pin=True)
+    rows = StagedWeights([{"w": parameter}], world.device, pin=True)
     for step in range(4):
         torch.cuda._sleep(CYCLES)
         before = parameter.detach().clone()
@@ -278,18 +278,18 @@ def test_updated_weights_arrive_after_what_still_reads_the_old_ones_and_before_w
 @pytest.mark.parametrize("own_stream", [False, True])
 def test_units_are_brought_before_they_are_used_and_not_replaced_while_they_are(world, own_stream):
     nbytes, units = 1 << 24, 4
-    home = HostHome([nbytes] * units, device=world.device, pin=True)
+    home = HostWeights([nbytes] * units, device=world.device, pin=True)
     for unit in range(units):
         home.write(unit, 0, values=torch.full((nbytes,), unit + 1, dtype=torch.uint8))
     user = torch.cuda.Stream(world.device) if own_stream else torch.cuda.current_stream(world.device)
     seen = []
     for unit in [*range(units)] * 3:
         with torch.cuda.stream(user):
-            rows = home.bring(unit, [(unit + 1) % units])
+            rows = home.fetch(unit, [(unit + 1) % units])
             torch.cuda._sleep(CYCLES // 4)
             seen.append(rows.clone())
             del rows
-            home.let_go()
+            home.release()
     torch.cuda.synchronize()
     for unit, found in zip([*range(units)] * 3, seen, strict=True):
         assert (found == unit + 1).all()

@@ -8,16 +8,16 @@ from torch import nn
 
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
-from rlhf.engine.offload.buffer_pool import Buffers
-from rlhf.engine.offload.copy_stream import Courier
-from rlhf.engine.offload.direct_io import DiskFile
-from rlhf.engine.offload.grad_accumulation import HostSums, Staging
+from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.copy_stream import CopyStream
+from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedStaging
 from rlhf.engine.offload.nvme_layout import lay_out
-from rlhf.engine.offload.optimizer_state import Shape, Update
-from rlhf.engine.offload.optimizer_state_nvme import DiskRoom, NvmeHome
-from rlhf.engine.offload.weights_host import HostHome
-from rlhf.engine.offload.weights_nvme import DiskHome, file_bytes
-from rlhf.engine.offload.working_rows import StagedRows
+from rlhf.engine.offload.optimizer_state import ParameterShard, Update
+from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
+from rlhf.engine.offload.weights_host import HostWeights
+from rlhf.engine.offload.weights_nvme import NvmeWeights, file_bytes
+from rlhf.engine.offload.working_rows import StagedWeights
 from tests.engine.late_device import DEVICE, LateDevice
 
 CPU = torch.device("cpu")
@@ -31,7 +31,7 @@ def late(monkeypatch):
 
 
 def test_the_device_is_late(late):
-    courier, into = Courier(DEVICE), torch.zeros(3)
+    courier, into = CopyStream(DEVICE), torch.zeros(3)
     receipt = courier.copy(into, torch.ones(3))
     assert not into.any()
     receipt.wait()
@@ -47,7 +47,7 @@ def gradients(count, step, dtype):
 @pytest.mark.parametrize("sides", [1, 2])
 def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, sides, dtype):
     monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._SLOT", 64)
-    sums = HostSums(Staging(DEVICE, pin=False), sides=sides)
+    sums = HostGradAccumulator(PinnedStaging(DEVICE, pin=False), sides=sides)
     for step, count in enumerate((1, 2, 5, 1, 3)):
         for name in ("v", "w"):
             for gradient in gradients(count, step, dtype):
@@ -67,7 +67,7 @@ def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, si
 def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
     monkeypatch.setattr("rlhf.engine.offload.working_rows._SLOT", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
-    rows = StagedRows([{"w": parameter}], DEVICE, pin=False)
+    rows = StagedWeights([{"w": parameter}], DEVICE, pin=False)
     for step in range(3):
         (values,) = gradients(1, step, torch.float32)
         rows.write("w", 128, values=values)
@@ -79,10 +79,10 @@ def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
 @pytest.fixture(params=["host", 1, 3])
 def home(request, late, tmp_path):
     if request.param == "host":
-        made = HostHome(SIZES, device=DEVICE, pin=False)
+        made = HostWeights(SIZES, device=DEVICE, pin=False)
     else:
-        file = DiskFile(tmp_path / "weights", nbytes=file_bytes(SIZES), label="weights")
-        made = DiskHome(SIZES, file=file, buffers=Buffers(request.param, nbytes=8192), device=DEVICE)
+        file = DirectFile(tmp_path / "weights", nbytes=file_bytes(SIZES), label="weights")
+        made = NvmeWeights(SIZES, file=file, buffers=BufferPool(request.param, nbytes=8192), device=DEVICE)
     yield made
     made.close()
 
@@ -100,32 +100,32 @@ def test_units_that_are_brought_have_arrived_and_are_those_written_last(home):
             expected[unit][:] = values
             continue
         following = [other for other in draw.sample([0, 1, 3, 4], 3) if other != unit]
-        brought = home.bring(unit, following)
+        brought = home.fetch(unit, following)
         assert torch.equal(brought[: SIZES[unit]], torch.frombuffer(expected[unit], dtype=torch.uint8))
-        home.let_go()
+        home.release()
 
 
 def nvme_home(folder, rows, buffers):
-    shapes = [Shape("v", torch.Size((5000,)), False), Shape("w", torch.Size((70, 100)), True)]
+    shapes = [ParameterShard("v", torch.Size((5000,)), False), ParameterShard("w", torch.Size((70, 100)), True)]
     records = lay_out(shapes, 2048, moments=torch.float32)
-    room = DiskRoom(
-        file=DiskFile(folder / "states", nbytes=sum(record.nbytes for record in records), label="states"),
+    room = NvmeResources(
+        file=DirectFile(folder / "states", nbytes=sum(record.nbytes for record in records), label="states"),
         records=records,
         buffers=buffers,
-        courier=Courier(DEVICE),
+        courier=CopyStream(DEVICE),
         reads_ahead=True,
         writes_behind=True,
     )
     kernel = AdamKernel(OptimizerConfig(lr=1e-2, weight_decay=0.1), CPU)
-    return NvmeHome(shapes, room, kernel=kernel, rows=rows), shapes
+    return NvmeStateStore(shapes, room, kernel=kernel, rows=rows), shapes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_gradients_reach_the_disk_whole_and_update_weights_as_in_plain_torch(late, tmp_path, count, dtype):
     parameters = {"v": nn.Parameter(torch.ones(5000)), "w": nn.Parameter(torch.ones(70, 100))}
-    rows = StagedRows([parameters], DEVICE, pin=False)
-    home, shapes = nvme_home(tmp_path, rows, Buffers(count, nbytes=2048 * 16))
+    rows = StagedWeights([parameters], DEVICE, pin=False)
+    home, shapes = nvme_home(tmp_path, rows, BufferPool(count, nbytes=2048 * 16))
     plain = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
     groups = [{"params": [plain["v"]], "weight_decay": 0.0}, {"params": [plain["w"]], "weight_decay": 0.1}]
     adam = torch.optim.AdamW(
@@ -150,7 +150,7 @@ def test_gradients_reach_the_disk_whole_and_update_weights_as_in_plain_torch(lat
 
 
 def test_closing_waits_for_gradients_on_their_way_to_page_locked_memory(late, tmp_path):
-    buffers = Buffers(3, nbytes=2048 * 16)
+    buffers = BufferPool(3, nbytes=2048 * 16)
     home, _ = nvme_home(tmp_path, None, buffers)
     home.add("v", torch.ones(5000))
     on_their_way = [(letter.buffer[letter.place], letter.record) for letter in home._outbox]
@@ -159,7 +159,7 @@ def test_closing_waits_for_gradients_on_their_way_to_page_locked_memory(late, tm
     home.close()
     assert all(room.view(torch.float32)[0] == 1 for room, _ in on_their_way)
 
-    sums = HostSums(Staging(DEVICE, pin=False))
+    sums = HostGradAccumulator(PinnedStaging(DEVICE, pin=False))
     sums.add("w", torch.ones(1000))
     arrived = sums._sums["w"].arrived.zero_()
     sums.close()

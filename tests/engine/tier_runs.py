@@ -90,7 +90,7 @@ def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **c
                 between(engine)
         adam = engine._learner.optimizer
         adam.flush()
-        state = {(name, part): adam.read_rows(name, part).clone() for name, part in adam.entries()}
+        state = {(name, part): adam.read_shard(name, part).clone() for name, part in adam.entries()}
         whole = {name: tensor.clone() for name, tensor in engine.full_tensors()}
         files = len(list(Path(folder).rglob("optimizer")))
         adam.close()

@@ -9,7 +9,7 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.roles import ModelKind
 from rlhf.engine.engine import build_engine
-from rlhf.engine.offload.placement import Tiers
+from rlhf.engine.offload.placement import Placement
 from rlhf.memory_plan.plan import Place
 from rlhf.memory_plan.states import Setting, States
 from rlhf.models.causal_lm import causal_lm
@@ -152,8 +152,8 @@ def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
     groups = [group for unit in found.units if (group := unit.group(found.spec.module))]
     config = found.setting.engine
     world = World(0, 100, 0, CUDA)
-    homes = Tiers(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, rows=None)._split()
-    local = [sum(-(-p.shape[0] // 100) * p[0].numel() for group in part for p in group.values()) for part in homes]
+    stores = Placement(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, rows=None)._split()
+    local = [sum(-(-p.shape[0] // 100) * p[0].numel() for group in part for p in group.values()) for part in stores]
     parts = at_rest(found)
     masters = [parts.get(("master weights", place), 0) for place in (Place.host, Place.device)]
     assert masters == [4 * count for count in local]

@@ -75,8 +75,8 @@ def states_of(optimizer: AdamW) -> list[Stored]:
             part=part_of(parameters[name]),
             dtype=torch.float32,
             in_memory=optimizer.in_memory(name),
-            read=partial(optimizer.read_rows, name, part),
-            write=partial(optimizer.write_rows, name, part=part),
+            read=partial(optimizer.read_shard, name, part),
+            write=partial(optimizer.write_shard, name, part=part),
         )
         for name, part in optimizer.entries()
     ]

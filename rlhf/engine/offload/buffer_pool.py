@@ -24,7 +24,7 @@ ALIGNMENT = 4096  # bytes: O_DIRECT wants memory, offsets and lengths in multipl
 HUGE_PAGE = 2 << 20  # bytes; a request over ordinary pages is cut up by the block layer, to half the speed or less
 
 
-class Pending:
+class Transfer:
     """A transfer under way."""
 
     def __init__(self, parts: list[futures.Future[None]]) -> None:
@@ -51,7 +51,7 @@ class Pending:
             part.result()
 
 
-class Buffers:
+class BufferPool:
     """A fixed set of page-aligned buffers on huge pages, page-locked where CUDA copies from and to them.
 
     A buffer may be given back while a transfer still uses it: it is handed out again only after that ends.
@@ -67,7 +67,7 @@ class Buffers:
         """
         self.count, self.nbytes = count, round_up(nbytes)
         memory = _huge_pages(count * self.nbytes)
-        self._unlock: weakref.finalize[[Tensor], Buffers] | None = None
+        self._unlock: weakref.finalize[[Tensor], BufferPool] | None = None
         if pin and torch.cuda.is_available():
             _page_lock(memory)
             # Holds the memory: it must never be unmapped while the driver believes it locked.
@@ -75,7 +75,7 @@ class Buffers:
             self._unlock.atexit = False
         self._buffers = [_own_storage(part) for part in memory.split(self.nbytes)]
         self._free = deque(range(count))
-        self._transfers: list[list[Pending]] = [[] for _ in range(count)]
+        self._transfers: list[list[Transfer]] = [[] for _ in range(count)]
         self._lock = Lock()
         for buffer in self._buffers:
             _OWNERS[buffer.data_ptr()] = self
@@ -107,11 +107,11 @@ class Buffers:
             self._free.append(index)
 
     @staticmethod
-    def of(buffer: Tensor) -> Buffers | None:
+    def of(buffer: Tensor) -> BufferPool | None:
         """The set that a buffer, or any view of it, belongs to; None for other memory."""
         return _OWNERS.get(_address(buffer))
 
-    def hold(self, buffer: Tensor, transfer: Pending) -> None:
+    def hold(self, buffer: Tensor, transfer: Transfer) -> None:
         """Note that `transfer` uses `buffer` (any view of it) until it ends."""
         index = self._index(buffer)
         with self._lock:
@@ -170,4 +170,4 @@ def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-_OWNERS: WeakValueDictionary[int, Buffers] = WeakValueDictionary()  # by the address of each buffer's storage
+_OWNERS: WeakValueDictionary[int, BufferPool] = WeakValueDictionary()  # by the address of each buffer's storage

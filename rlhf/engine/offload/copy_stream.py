@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-class Receipt:
+class CopyEvent:
     """A copy that may still be under way."""
 
     def __init__(self, event: torch.cuda.Event | None = None) -> None:
@@ -23,7 +23,7 @@ class Receipt:
             self._event.synchronize()
 
 
-class Courier:
+class CopyStream:
     """One stream of copies, each after what the current stream was told to do before it."""
 
     def __init__(self, device: torch.device) -> None:
@@ -33,18 +33,18 @@ class Courier:
         """Whether `copy` returns before the copy is made."""
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def copy(self, into: Tensor, from_: Tensor) -> Receipt:
+    def copy(self, into: Tensor, from_: Tensor) -> CopyEvent:
         """Start copying; neither end may be changed on the host before the receipt was waited for."""
         if self._stream is None:
             into.copy_(from_)
-            return Receipt()
+            return CopyEvent()
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             into.copy_(from_, non_blocking=True)
         for tensor in (into, from_):
             if tensor.is_cuda:  # else the caching allocator could hand its memory on before the copy
                 tensor.record_stream(self._stream)
-        return Receipt(self._stream.record_event())
+        return CopyEvent(self._stream.record_event())
 
     def join(self) -> None:
         """Let the current stream wait for all copies so far; the host does not."""

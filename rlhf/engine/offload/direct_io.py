@@ -28,7 +28,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-from rlhf.engine.offload.buffer_pool import ALIGNMENT, Buffers, Pending, round_up
+from rlhf.engine.offload.buffer_pool import ALIGNMENT, BufferPool, Transfer, round_up
 from rlhf.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -47,16 +47,16 @@ _Call = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
 
 @dataclass(frozen=True)
-class _Flight:
+class InFlight:
     """A transfer and the bytes of the file that it touches."""
 
     start: int
     stop: int
     writes: bool
-    pending: Pending
+    pending: Transfer
 
 
-class DiskFile:
+class DirectFile:
     """One flat file of fixed size, all zeros at first, that goes when it is closed or the process exits.
 
     A write that failed and was not waited for is raised by the next transfer, and by `flush`.
@@ -76,7 +76,7 @@ class DiskFile:
         assert nbytes > 0, f"{label}: a file of {nbytes} bytes"
         self.path, self.nbytes = path, round_up(nbytes)
         self._label, self._process = label, os.getpid()
-        self._flights: list[_Flight] = []
+        self._flights: list[InFlight] = []
         self._lock = Lock()
         try:
             self._file = _claim(path)
@@ -93,11 +93,11 @@ class DiskFile:
         if not _bypass_page_cache(self._file):
             logger.warning("%s: %s cannot be read past the page cache (O_DIRECT): slower.", label, path.parent)
 
-    def read(self, offset: int, into: Tensor) -> Pending:
+    def read(self, offset: int, into: Tensor) -> Transfer:
         """Start reading; `into` (uint8 [n], page-aligned) is not to be touched until the result is waited for."""
         return self._start(os.preadv, into, offset=offset)
 
-    def write(self, offset: int, from_: Tensor) -> Pending:
+    def write(self, offset: int, from_: Tensor) -> Transfer:
         """Start writing `from_` (uint8 [n], page-aligned), which is not to be changed until the result is waited for.
 
         Both `offset` and n are multiples of `ALIGNMENT`, here and in `read`.
@@ -124,7 +124,7 @@ class DiskFile:
         os.close(self._file)
         _remove_if_empty(self.path.parent)
 
-    def _start(self, call: _Call, buffer: Tensor, *, offset: int) -> Pending:
+    def _start(self, call: _Call, buffer: Tensor, *, offset: int) -> Transfer:
         view, stop = memoryview(buffer.numpy()), offset + buffer.numel()
         assert buffer.dtype == torch.uint8, f"{self._label}: transfers are of bytes, found {buffer.dtype}"
         assert offset % ALIGNMENT == 0 == len(view) % ALIGNMENT, f"{self._label}: {len(view)} bytes at {offset}"
@@ -135,9 +135,9 @@ class DiskFile:
             self._settle(offset, stop, writes=writes)
             cuts = range(0, len(view), _PIECE)
             parts = [pool.submit(self._move, call, view[cut : cut + _PIECE], offset=offset + cut) for cut in cuts]
-            pending = Pending(parts)
-            self._flights.append(_Flight(offset, stop, writes, pending))
-        owner = Buffers.of(buffer)
+            pending = Transfer(parts)
+            self._flights.append(InFlight(offset, stop, writes, pending))
+        owner = BufferPool.of(buffer)
         if owner is not None:
             owner.hold(buffer, pending)
         return pending
@@ -271,7 +271,7 @@ def _remove_if_empty(folder: Path) -> None:
             folder.rmdir()
 
 
-_FILES: set[DiskFile] = set()  # open ones; forgotten ones too, so that none outlives the process
+_FILES: set[DirectFile] = set()  # open ones; forgotten ones too, so that none outlives the process
 
 
 @atexit.register

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.norms import squared_norm
-from rlhf.engine.offload.buffer_pool import Buffers
-from rlhf.engine.offload.copy_stream import Courier, Receipt
+from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
 
 _SLOT = 1 << 23  # elements of a staging buffer
 
 
-class Sums(Protocol):
+class GradAccumulator(Protocol):
     """Gradients of some parameters, by name, as flat rows."""
 
     def add(self, name: str, gradient: Tensor) -> None:
@@ -43,7 +43,7 @@ class Sums(Protocol):
         """Let memory and threads go."""
 
 
-class ResidentSums:
+class DeviceGradAccumulator:
     """Sums where the gradients are made."""
 
     def __init__(self) -> None:
@@ -86,28 +86,30 @@ class ResidentSums:
         self.clear()
 
 
-class Staging:
+class PinnedStaging:
     """What all host sums of a device share: streams, a thread that adds, and two page-locked buffers for it."""
 
     def __init__(self, device: torch.device, *, pin: bool) -> None:
         """Serve gradients made on `device`; `pin` page-locks what they are copied to."""
-        self.courier = Courier(device)
+        self.courier = CopyStream(device)
         self._pin = pin and device.type == "cuda"
         # A thread of its own begins on the first device, where merely waiting would open a context.
         on_device = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
         self._thread = ThreadPoolExecutor(1, "gradient sums", **on_device)
-        self._pinned: list[Buffers] = []
+        self._pinned: list[BufferPool] = []
         self._slots: list[tuple[Tensor, Future[None]]] = []
 
     def empty(self, count: int, dtype: torch.dtype) -> Tensor:
         """Host memory that copies from the device reach without detour: [count]."""
         if not self._pin:
             return torch.empty(count, dtype=dtype)
-        buffers = Buffers(1, nbytes=max(count * dtype.itemsize, 1), pin=True)  # PyTorch's own rounds up to powers of 2
+        buffers = BufferPool(
+            1, nbytes=max(count * dtype.itemsize, 1), pin=True
+        )  # PyTorch's own rounds up to powers of 2
         self._pinned.append(buffers)
         return buffers.take()[: count * dtype.itemsize].view(dtype)
 
-    def widen(self, total: Tensor, arrived: Tensor, *, receipt: Receipt) -> Future[None]:
+    def widen(self, total: Tensor, arrived: Tensor, *, receipt: CopyEvent) -> Future[None]:
         """Make `total` a copy of `arrived`; the caller goes on before it is done."""
         return self._thread.submit(_widen, total, arrived, receipt=receipt)
 
@@ -137,12 +139,12 @@ class Staging:
         return slot
 
 
-def _widen(total: Tensor, arrived: Tensor, *, receipt: Receipt) -> None:
+def _widen(total: Tensor, arrived: Tensor, *, receipt: CopyEvent) -> None:
     receipt.wait()
     total.copy_(arrived)
 
 
-def _add(total: Tensor, staged: Tensor, *, receipt: Receipt) -> None:
+def _add(total: Tensor, staged: Tensor, *, receipt: CopyEvent) -> None:
     receipt.wait()
     total += staged
 
@@ -152,7 +154,7 @@ class _HostSum:
     """One parameter's sum on the host."""
 
     arrived: Tensor  # the first micro-batch's gradient, in its own type
-    receipt: Receipt
+    receipt: CopyEvent
     square: Tensor | None  # of `arrived`, computed where it was made; None when it is outdated
     total: Tensor | None = None  # fp32, once there is a second
     adding: Future[None] | None = None  # the last addition
@@ -172,10 +174,10 @@ class _Memory:
     totals: dict[str, Tensor] = field(default_factory=dict)
 
 
-class HostSums:
+class HostGradAccumulator:
     """Sums on the host of gradients that a device makes and forgets, copied and added while backward goes on."""
 
-    def __init__(self, staging: Staging, *, sides: int = 1) -> None:
+    def __init__(self, staging: PinnedStaging, *, sides: int = 1) -> None:
         """Start without any; with two `sides`, sums that were taken stay as they are while others are added."""
         self._staging = staging
         self._memory = [_Memory() for _ in range(sides)]

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.norms import BLOCK
-from rlhf.engine.offload.optimizer_state import PARTS, Shape
+from rlhf.engine.offload.optimizer_state import PARTS, ParameterShard
 
-ATOM = BLOCK  # elements: a page of what has two bytes each; nothing starts between
+PAGE_ELEMENTS = BLOCK  # elements: a page of what has two bytes each; nothing starts between
 
 
-class Span(NamedTuple):
+class TileSlice(NamedTuple):
     """Elements [start, stop) of a parameter's rows in a record."""
 
     name: str
@@ -41,16 +41,16 @@ class Span(NamedTuple):
     @property
     def room(self) -> int:
         """Elements that it takes up."""
-        return -(-self.count // ATOM) * ATOM
+        return -(-self.count // PAGE_ELEMENTS) * PAGE_ELEMENTS
 
 
 @dataclass(frozen=True)
-class Record:
+class Tile:
     """One tile: where its bytes are in the file, and what is where in them."""
 
     offset: int
     size: int  # elements with their gaps
-    spans: tuple[Span, ...]
+    spans: tuple[TileSlice, ...]
     moments: torch.dtype
 
     @property
@@ -63,34 +63,34 @@ class Record:
         """Byte where the gradients end and the state begins."""
         return 4 * self.size
 
-    def place(self, part: str, span: Span) -> slice:
+    def place(self, part: str, span: TileSlice) -> slice:
         """Bytes of a part of a span's state in the record."""
         size = 4 if part == "weight" else self.moments.itemsize
         before = PARTS.index(part)
         at = self.weight_at + (4 * self.size if before else 0) + max(before - 1, 0) * size * self.size
         return slice(at + size * span.at, at + size * (span.at + span.room))
 
-    def gradient_place(self, span: Span, itemsize: int) -> slice:
+    def gradient_place(self, span: TileSlice, itemsize: int) -> slice:
         """Bytes of its gradient; see [Note: narrow gradients]."""
         end = 4 * (span.at + span.room)
         return slice(end - itemsize * span.room, end)
 
-    def part(self, buffer: Tensor, part: str, *, span: Span) -> Tensor:
+    def part(self, buffer: Tensor, part: str, *, span: TileSlice) -> Tensor:
         """The elements of a part of a span, [n], in a buffer that holds the record."""
         dtype = torch.float32 if part == "weight" else self.moments
         return buffer[self.place(part, span)].view(dtype)[: span.count]
 
 
-def lay_out(shapes: Sequence[Shape], capacity: int, *, moments: torch.dtype) -> list[Record]:
-    """Records of at most `capacity` elements (a multiple of `ATOM`) for all parameters, in order."""
-    records: list[Record] = []
-    spans: list[Span] = []
+def lay_out(shapes: Sequence[ParameterShard], capacity: int, *, moments: torch.dtype) -> list[Tile]:
+    """Records of at most `capacity` elements (a multiple of `PAGE_ELEMENTS`) for all parameters, in order."""
+    records: list[Tile] = []
+    spans: list[TileSlice] = []
     offset = used = 0
 
     def close() -> None:
         nonlocal offset, used
         if spans:
-            records.append(Record(offset, used, tuple(spans), moments))
+            records.append(Tile(offset, used, tuple(spans), moments))
             offset += records[-1].nbytes
         spans.clear()
         used = 0
@@ -100,7 +100,7 @@ def lay_out(shapes: Sequence[Shape], capacity: int, *, moments: torch.dtype) -> 
         while start < shape.count:
             if used == capacity:
                 close()
-            span = Span(shape.name, start, min(start + capacity - used, shape.count), used)
+            span = TileSlice(shape.name, start, min(start + capacity - used, shape.count), used)
             spans.append(span)
             used += span.room
             start = span.stop
@@ -110,7 +110,7 @@ def lay_out(shapes: Sequence[Shape], capacity: int, *, moments: torch.dtype) -> 
 
 def capacity_of(nbytes: int, limit: int, *, moments: torch.dtype) -> int:
     """Elements of a record that fits into `nbytes` and has at most `limit`; 0 when none does."""
-    return min(nbytes // _bytes_each(moments), max(limit, ATOM)) // ATOM * ATOM
+    return min(nbytes // _bytes_each(moments), max(limit, PAGE_ELEMENTS)) // PAGE_ELEMENTS * PAGE_ELEMENTS
 
 
 def _bytes_each(moments: torch.dtype) -> int:

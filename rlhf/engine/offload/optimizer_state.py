@@ -13,16 +13,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from rlhf.engine.adam_kernel import AdamKernel, Piece
-from rlhf.engine.offload.grad_accumulation import Sums
-from rlhf.engine.offload.weights import WorkingRows
-from rlhf.engine.offload.working_rows import ResidentRows, publish
+from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
+from rlhf.engine.offload.grad_accumulation import GradAccumulator
+from rlhf.engine.offload.weights import ShardedWeights
+from rlhf.engine.offload.working_rows import DeviceWeights, write_back
 from rlhf.engine.sharding import ParameterGroup, local
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 
 
-class Shape(NamedTuple):
+class ParameterShard(NamedTuple):
     """What a home knows of a parameter: nothing that needs its memory."""
 
     name: str
@@ -35,9 +35,9 @@ class Shape(NamedTuple):
         return self.sizes.numel()
 
 
-def shapes_of(group: ParameterGroup) -> list[Shape]:
+def shapes_of(group: ParameterGroup) -> list[ParameterShard]:
     """This rank's rows of each parameter; matrices decay, biases and norms do not."""
-    return [Shape(name, local(parameter).shape, parameter.ndim >= 2) for name, parameter in group.items()]
+    return [ParameterShard(name, local(parameter).shape, parameter.ndim >= 2) for name, parameter in group.items()]
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ class Update:
     betas: Sequence[float] | None = None  # where a schedule cycles them
 
 
-class StateHome(Protocol):
+class OptimizerStateStore(Protocol):
     """State and gradient sums of some parameters."""
 
-    shapes: Sequence[Shape]
+    shapes: Sequence[ParameterShard]
     steps: dict[str, Tensor]  # [] fp32 each: updates so far, for the bias correction
     in_memory: bool  # False where `read` brings rows from a disk
     has_masters: bool  # False where the weights that learn are the working weights
-    rows: WorkingRows
+    rows: ShardedWeights
     kernel: AdamKernel
     failure: RuntimeError | None  # of a disk, until all ranks were told
 
@@ -79,7 +79,7 @@ class StateHome(Protocol):
     def step(self, update: Update) -> None:
         """Update the state, and, unless updates are delayed, the working weights."""
 
-    def publish(self) -> None:
+    def write_back(self) -> None:
         """Bring the working weights up to date with the state."""
 
     def read(self, name: str, part: str) -> Tensor:
@@ -101,7 +101,7 @@ class States:
     masters: bool  # False where the working weights are fp32 and at hand
 
 
-class MemoryHome:
+class InMemoryStateStore:
     """A home in the memory of one device: that of the model, or the host."""
 
     in_memory = True
@@ -109,11 +109,11 @@ class MemoryHome:
 
     def __init__(
         self,
-        shapes: Sequence[Shape],
-        sums: Sums,
+        shapes: Sequence[ParameterShard],
+        sums: GradAccumulator,
         *,
         kernel: AdamKernel,
-        rows: WorkingRows,
+        rows: ShardedWeights,
         states: States,
         delays: bool = False,
     ) -> None:
@@ -171,9 +171,9 @@ class MemoryHome:
         pieces = [self._piece(shape, taken[shape.name]) for shape in shapes]
         for tile in self.kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
             if self._publishes and self.has_masters:
-                publish(self.rows, tile)
+                write_back(self.rows, tile)
 
-    def publish(self) -> None:
+    def write_back(self) -> None:
         """Round the masters into the working weights."""
         for shape in self.shapes:
             self.rows.write(shape.name, 0, values=self._weight(shape.name))
@@ -192,14 +192,14 @@ class MemoryHome:
         """Let the sums go."""
         self._sums.close()
 
-    def _piece(self, shape: Shape, gradient: Tensor) -> Piece:
+    def _piece(self, shape: ParameterShard, gradient: Tensor) -> ParameterSlice:
         name = shape.name
         weight, moments = self._weight(name), (self._parts["exp_avg"][name], self._parts["exp_avg_sq"][name])
-        return Piece(name, 0, shape.decays, self.steps[name], weight, gradient, *moments)
+        return ParameterSlice(name, 0, shape.decays, self.steps[name], weight, gradient, *moments)
 
     def _weight(self, name: str) -> Tensor:
         """The fp32 rows that learn: the master's, or the parameter's own."""
         if self.has_masters:
             return self._parts["weight"][name]
-        assert isinstance(self.rows, ResidentRows), "weights elsewhere need masters"
+        assert isinstance(self.rows, DeviceWeights), "weights elsewhere need masters"
         return self.rows.flat(name)

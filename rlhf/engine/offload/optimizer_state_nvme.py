@@ -18,25 +18,25 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine.adam_kernel import AdamKernel, Piece
+from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 from rlhf.engine.norms import squared_norm
-from rlhf.engine.offload.buffer_pool import Buffers, Pending
-from rlhf.engine.offload.copy_stream import Courier, Receipt
-from rlhf.engine.offload.direct_io import DiskFile
-from rlhf.engine.offload.nvme_layout import Record, Span
-from rlhf.engine.offload.optimizer_state import PARTS, Shape, Update
-from rlhf.engine.offload.weights import WorkingRows
-from rlhf.engine.offload.working_rows import publish
+from rlhf.engine.offload.buffer_pool import BufferPool, Transfer
+from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
+from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.nvme_layout import Tile, TileSlice
+from rlhf.engine.offload.optimizer_state import PARTS, ParameterShard, Update
+from rlhf.engine.offload.weights import ShardedWeights
+from rlhf.engine.offload.working_rows import write_back
 
 
 @dataclass(frozen=True)
-class DiskRoom:
+class NvmeResources:
     """What a home on disk works with."""
 
-    file: DiskFile
-    records: list[Record]
-    buffers: Buffers  # each at least as large as any record
-    courier: Courier  # between the device and the buffers
+    file: DirectFile
+    records: list[Tile]
+    buffers: BufferPool  # each at least as large as any record
+    courier: CopyStream  # between the device and the buffers
     reads_ahead: bool
     writes_behind: bool
 
@@ -52,28 +52,30 @@ class _Letter(NamedTuple):
     """A gradient on its way from the device to its place on disk."""
 
     buffer: Tensor
-    receipt: Receipt
-    record: Record
+    receipt: CopyEvent
+    record: Tile
     place: slice
 
 
 class _Load(NamedTuple):
     """A buffer that is being filled from disk."""
 
-    record: Record
-    span: Span | None  # None for a whole record
+    record: Tile
+    span: TileSlice | None  # None for a whole record
     buffer: Tensor
-    pending: Pending
-    receipt: Receipt | None = None  # of what else is copied into it
+    pending: Transfer
+    receipt: CopyEvent | None = None  # of what else is copied into it
 
 
-class NvmeHome:
+class NvmeStateStore:
     """A home in a file."""
 
     in_memory = False
     has_masters = True
 
-    def __init__(self, shapes: Sequence[Shape], room: DiskRoom, *, kernel: AdamKernel, rows: WorkingRows) -> None:
+    def __init__(
+        self, shapes: Sequence[ParameterShard], room: NvmeResources, *, kernel: AdamKernel, rows: ShardedWeights
+    ) -> None:
         """Start at zero moments, which is what a new file holds.
 
         Args:
@@ -88,7 +90,7 @@ class NvmeHome:
         self.failure: RuntimeError | None = None
         self._sums: dict[str, _Sum] = {}
         self._outbox: deque[_Letter] = deque()
-        self._places: dict[str, list[tuple[Record, Span]]] = defaultdict(list)
+        self._places: dict[str, list[tuple[Tile, TileSlice]]] = defaultdict(list)
         for record in room.records:
             for span in record.spans:
                 self._places[span.name].append((record, span))
@@ -126,7 +128,7 @@ class NvmeHome:
             self._pass(names, update)
         self._sums = {}
 
-    def publish(self) -> None:
+    def write_back(self) -> None:
         """Read the weights and hand them to the working weights."""
         for shape in self.shapes:
             self.rows.write(shape.name, 0, values=self.read(shape.name, "weight").view(-1))
@@ -196,7 +198,7 @@ class NvmeHome:
             self._store(record, buffer, place=place)
         return _Sum(torch.float32, square)
 
-    def _load_sum(self, record: Record, span: Span, *, known: torch.dtype, gradient: Tensor) -> _Load:
+    def _load_sum(self, record: Tile, span: TileSlice, *, known: torch.dtype, gradient: Tensor) -> _Load:
         """Bring what is known of a span's sum, and what is to be added, into one buffer, side by side."""
         buffer, place = self._room.buffers.take(), record.gradient_place(span, known.itemsize)
         into = buffer[place] if known == torch.float32 else _narrow(record, buffer, span=span)
@@ -211,33 +213,33 @@ class NvmeHome:
             record, buffer = load.record, load.buffer
             pieces = [self._piece(record, span, buffer=buffer) for span in record.spans if span.name in names]
             for tile in self.kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
-                publish(self.rows, tile)
+                write_back(self.rows, tile)
             self._store(record, buffer, place=slice(record.weight_at, record.nbytes))
 
-    def _load_record(self, record: Record, names: Set[str]) -> _Load:
+    def _load_record(self, record: Tile, names: Set[str]) -> _Load:
         """Bring a record, from its first gradient on."""
         gradients = [self._gradient_place(record, span) for span in record.spans if span.name in names]
         place = slice(min(gradient.start for gradient in gradients), record.nbytes)
         buffer = self._room.buffers.take()
         return _Load(record, None, buffer, self._room.file.read(record.offset + place.start, buffer[place]))
 
-    def _load(self, record: Record, span: Span, *, part: str) -> _Load:
+    def _load(self, record: Tile, span: TileSlice, *, part: str) -> _Load:
         buffer, place = self._room.buffers.take(), record.place(part, span)
         return _Load(record, span, buffer, self._room.file.read(record.offset + place.start, buffer[place]))
 
-    def _store(self, record: Record, buffer: Tensor, *, place: slice) -> None:
+    def _store(self, record: Tile, buffer: Tensor, *, place: slice) -> None:
         pending = self._room.file.write(record.offset + place.start, buffer[place])
         self._room.buffers.give_back(buffer)
         if not self._room.writes_behind:
             pending.wait()
 
-    def _piece(self, record: Record, span: Span, *, buffer: Tensor) -> Piece:
+    def _piece(self, record: Tile, span: TileSlice, *, buffer: Tensor) -> ParameterSlice:
         gradient = buffer[self._gradient_place(record, span)].view(self._sums[span.name].dtype)[: span.count]
         weight, *moments = (record.part(buffer, part, span=span) for part in PARTS)
         shape = self._shapes[span.name]
-        return Piece(span.name, span.start, shape.decays, self.steps[span.name], weight, gradient, *moments)
+        return ParameterSlice(span.name, span.start, shape.decays, self.steps[span.name], weight, gradient, *moments)
 
-    def _gradient_place(self, record: Record, span: Span) -> slice:
+    def _gradient_place(self, record: Tile, span: TileSlice) -> slice:
         return record.gradient_place(span, self._sums[span.name].dtype.itemsize)
 
     def _ahead(self, starts: Sequence[Callable[[], _Load]]) -> Iterator[_Load]:
@@ -254,12 +256,12 @@ class NvmeHome:
             yield load
 
 
-def _narrow(record: Record, buffer: Tensor, *, span: Span) -> Tensor:
+def _narrow(record: Tile, buffer: Tensor, *, span: TileSlice) -> Tensor:
     """Room in a buffer for a span of two bytes an element, beside its gradient and its weights."""
     at = record.place("exp_avg", span).start
     return buffer[at : at + 2 * span.room]
 
 
-def _incoming(record: Record, buffer: Tensor, *, span: Span) -> Tensor:
+def _incoming(record: Tile, buffer: Tensor, *, span: TileSlice) -> Tensor:
     """Room for four bytes an element."""
     return buffer[record.place("weight", span)]

@@ -23,14 +23,14 @@ _SHAPES_ONLY = {
 }
 
 
-class RestingShard(Tensor):
+class OffloadedShard(Tensor):
     """This rank's rows of a parameter while they rest elsewhere."""
 
     source: Callable[[], Tensor]
 
     @staticmethod
     def __new__(
-        cls: type[RestingShard],
+        cls: type[OffloadedShard],
         shape: torch.Size,
         *,
         dtype: torch.dtype,
@@ -65,7 +65,7 @@ class RestingShard(Tensor):
 
     def __repr__(self, *, tensor_contents: object = None) -> str:
         """Without values."""
-        return f"RestingShard({tuple(self.shape)}, {self.dtype}, {self.device})"
+        return f"OffloadedShard({tuple(self.shape)}, {self.dtype}, {self.device})"
 
 
 def _options(kwargs: dict[str, Any] | None) -> dict[str, Any]:

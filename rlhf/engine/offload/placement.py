@@ -6,7 +6,7 @@
 | cpu | the same | host memory; gradients and weights travel, the step runs on the CPU |
 | nvme | a file | a file; gradients and weights travel, the step runs on the CPU |
 
-Left out: homes of working weights (`weights.py`).
+Left out: stores of working weights (`weights.py`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.fsdp_units import num_leaving
-from rlhf.engine.offload.buffer_pool import Buffers
-from rlhf.engine.offload.copy_stream import Courier
-from rlhf.engine.offload.direct_io import DiskFile, run_folder
-from rlhf.engine.offload.grad_accumulation import HostSums, ResidentSums, Staging
-from rlhf.engine.offload.nvme_layout import ATOM, capacity_of, lay_out
-from rlhf.engine.offload.optimizer_state import MemoryHome, StateHome, States, shapes_of
-from rlhf.engine.offload.optimizer_state_nvme import DiskRoom, NvmeHome
-from rlhf.engine.offload.weights import WorkingRows
-from rlhf.engine.offload.working_rows import ResidentRows, StagedRows
+from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.copy_stream import CopyStream
+from rlhf.engine.offload.direct_io import DirectFile, run_folder
+from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
+from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, capacity_of, lay_out
+from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerStateStore, States, shapes_of
+from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
+from rlhf.engine.offload.weights import ShardedWeights
+from rlhf.engine.offload.working_rows import DeviceWeights, StagedWeights
 from rlhf.engine.sharding import ParameterGroup
 from rlhf.runtime.dist import World
 
@@ -37,14 +37,14 @@ _CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Tiers:
-    """Makes homes for groups of parameters that learn."""
+class Placement:
+    """Makes stores for groups of parameters that learn."""
 
     groups: Sequence[ParameterGroup]
     config: OptimizerConfig
     engine: EngineConfig
     world: World
-    rows: WorkingRows | None
+    rows: ShardedWeights | None
     """Of working weights that do not rest on the device."""
 
     @property
@@ -53,7 +53,7 @@ class Tiers:
         is_here = self.engine.offload_optimizer == OffloadDevice.cpu and not has_own_memory(self.world.device)
         return OffloadDevice.none if is_here else self.engine.offload_optimizer
 
-    def homes(self) -> list[StateHome]:
+    def stores(self) -> list[OptimizerStateStore]:
         """A home for each group, or one for all on disk, in the order of the forward pass.
 
         Raises:
@@ -61,46 +61,46 @@ class Tiers:
         """
         self._check()
         away, here = self._split()
-        homes: list[StateHome] = []
+        stores: list[OptimizerStateStore] = []
         if away and self.tier == OffloadDevice.nvme:
-            homes.append(self.on_disk(away))
+            stores.append(self.on_disk(away))
         elif away:
-            homes += [self.on_host(group) for group in away]
-        return homes + [self.on_device(group) for group in here]
+            stores += [self.on_host(group) for group in away]
+        return stores + [self.on_device(group) for group in here]
 
-    def on_device(self, group: ParameterGroup) -> StateHome:
+    def on_device(self, group: ParameterGroup) -> OptimizerStateStore:
         """Memory of the model's device."""
         delays = self.engine.delayed_update
         masters = delays or self.rows is not None or _is_narrow(group)
-        return MemoryHome(
+        return InMemoryStateStore(
             shapes_of(group),
-            ResidentSums(),
+            DeviceGradAccumulator(),
             kernel=self._device_kernel,
             rows=self.rows or self._device_rows,
             states=States(self.world.device, self._moments, masters),
             delays=delays,
         )
 
-    def on_host(self, group: ParameterGroup) -> StateHome:
+    def on_host(self, group: ParameterGroup) -> OptimizerStateStore:
         """Host memory of a CUDA device's model."""
         delays = self.engine.delayed_update
-        return MemoryHome(
+        return InMemoryStateStore(
             shapes_of(group),
-            HostSums(self._staging, sides=2 if delays else 1),
+            HostGradAccumulator(self._staging, sides=2 if delays else 1),
             kernel=self._host_kernel,
             rows=self._host_rows,
             states=States(_CPU, self._moments, masters=True),
             delays=delays,
         )
 
-    def on_disk(self, groups: Sequence[ParameterGroup]) -> StateHome:
+    def on_disk(self, groups: Sequence[ParameterGroup]) -> OptimizerStateStore:
         """One file for all, so that reading ahead does not end with a group."""
         shapes = [shape for group in groups for shape in shapes_of(group)]
         engine, moments = self.engine, self._moments
         nbytes = 4 * engine.buffer_size
         capacity = capacity_of(nbytes, engine.sub_group_size, moments=moments)
         if capacity == 0:
-            least = -(-ATOM * (8 + 2 * moments.itemsize) // 4)
+            least = -(-PAGE_ELEMENTS * (8 + 2 * moments.itemsize) // 4)
             raise ValueError(
                 f"engine.buffer_size={engine.buffer_size}: expected {least} or more with offload_optimizer=nvme; "
                 "millions are fast."
@@ -108,19 +108,19 @@ class Tiers:
         records = lay_out(shapes, capacity, moments=moments)
         assert engine.nvme_path is not None, "the settings were checked"
         folder = run_folder(engine.nvme_path, rank=self.world.rank)
-        room = DiskRoom(
-            file=DiskFile(
+        room = NvmeResources(
+            file=DirectFile(
                 folder / "optimizer",
                 nbytes=max(sum(record.nbytes for record in records), 1),
                 label="optimizer state (engine.offload_optimizer=nvme)",
             ),
             records=records,
-            buffers=Buffers(engine.buffer_count, nbytes=nbytes, pin=self._pins),
-            courier=Courier(self.world.device),
+            buffers=BufferPool(engine.buffer_count, nbytes=nbytes, pin=self._pins),
+            courier=CopyStream(self.world.device),
             reads_ahead=engine.pipeline_read,
             writes_behind=engine.pipeline_write,
         )
-        return NvmeHome(shapes, room, kernel=self._host_kernel, rows=self._host_rows)
+        return NvmeStateStore(shapes, room, kernel=self._host_kernel, rows=self._host_rows)
 
     @property
     def _pins(self) -> bool:
@@ -139,20 +139,20 @@ class Tiers:
         return AdamKernel(self.config, _CPU, limit=self.engine.sub_group_size)
 
     @cached_property
-    def _staging(self) -> Staging:
-        return Staging(self.world.device, pin=self._pins)
+    def _staging(self) -> PinnedStaging:
+        return PinnedStaging(self.world.device, pin=self._pins)
 
     @cached_property
-    def _device_rows(self) -> WorkingRows:
-        return ResidentRows(self.groups)
+    def _device_rows(self) -> ShardedWeights:
+        return DeviceWeights(self.groups)
 
     @cached_property
-    def _host_rows(self) -> WorkingRows:
+    def _host_rows(self) -> ShardedWeights:
         """Working weights as seen from the host."""
         if self.rows is not None:
             return self.rows
         if has_own_memory(self.world.device):
-            return StagedRows(self.groups, self.world.device, pin=self._pins)
+            return StagedWeights(self.groups, self.world.device, pin=self._pins)
         return self._device_rows
 
     def _split(self) -> tuple[list[ParameterGroup], list[ParameterGroup]]:

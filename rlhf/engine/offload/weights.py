@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.engine.offload.placeholder import RestingShard
+from rlhf.engine.offload.placeholder import OffloadedShard
 
 _LINE = 64  # bytes: every parameter begins at a multiple, as tensors of their own do
 
 
-def resting_tier(config: EngineConfig, device: torch.device) -> OffloadDevice:
+def param_offload_device(config: EngineConfig, device: torch.device) -> OffloadDevice:
     """Where working weights rest; on a CPU machine the memory of the host is that of the device."""
     if config.offload_param == OffloadDevice.cpu and device.type == "cpu":
         return OffloadDevice.none
     return config.offload_param
 
 
-class WorkingRows(Protocol):
+class ShardedWeights(Protocol):
     """This rank's rows of the working weights, wherever they rest."""
 
     def write(self, name: str, start: int, *, values: Tensor) -> None:
@@ -46,16 +46,16 @@ class WorkingRows(Protocol):
         """Let go of memory and files."""
 
 
-class Home(Protocol):
+class WeightStore(Protocol):
     """Where units rest; a unit is a number, and bytes."""
 
-    def bring(self, unit: int, following: Sequence[int]) -> Tensor:
+    def fetch(self, unit: int, following: Sequence[int]) -> Tensor:
         """A unit's bytes on the device, uint8, ready for the current stream, and a start on the units that follow."""
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """What was brought last has been used by all that is queued by now."""
 
-    def forget(self) -> None:
+    def drop_prefetched(self) -> None:
         """Drop what was brought ahead of use."""
 
     def write(self, unit: int, start: int, *, values: Tensor) -> None:
@@ -72,7 +72,7 @@ class Home(Protocol):
 
 
 @dataclass(frozen=True)
-class Slot:
+class ShardSlot:
     """Where a parameter's rows lie."""
 
     unit: int
@@ -82,7 +82,7 @@ class Slot:
     padded: torch.Size  # the first rank's
 
 
-class Route:
+class PrefetchOrder:
     """Which unit comes after which: as it was last time, and before that in the order of the forward pass and back."""
 
     def __init__(self, units: int) -> None:
@@ -112,34 +112,39 @@ class Route:
                 yield here[0]
 
 
-class Residency:
-    """The working weights of a model that rest off the device; a `WorkingRows`."""
+class OffloadedWeights:
+    """The working weights of a model that rest off the device; a `ShardedWeights`."""
 
     def __init__(
-        self, slots: Mapping[str, Slot], homes: Sequence[Home], *, dtype: torch.dtype, others: WorkingRows
+        self,
+        slots: Mapping[str, ShardSlot],
+        stores: Sequence[WeightStore],
+        *,
+        dtype: torch.dtype,
+        others: ShardedWeights,
     ) -> None:
         """Bring units and cut parameters out of them.
 
         Args:
             slots: where each parameter lies.
-            homes: of each unit; units may share one.
+            stores: of each unit; units may share one.
             dtype: of the working weights.
             others: of the parameters that have no slot.
         """
         self.dtype = dtype
-        self._slots, self._homes, self._others = slots, homes, others
-        self._route = Route(len(homes))
+        self._slots, self._homes, self._others = slots, stores, others
+        self._route = PrefetchOrder(len(stores))
         self._open: Tensor | None = None  # the unit that is being handed out
-        self._waiting: dict[str, Slot] = {}  # what has not been handed out of it
-        self._brought: Home | None = None
+        self._waiting: dict[str, ShardSlot] = {}  # what has not been handed out of it
+        self._brought: WeightStore | None = None
 
     def __contains__(self, name: object) -> bool:
         return name in self._slots
 
-    def stand_in(self, name: str, device: torch.device) -> RestingShard:
+    def stand_in(self, name: str, device: torch.device) -> OffloadedShard:
         """What stands for the rows of `name` in the model."""
         shape = self._slots[name].shape
-        return RestingShard(shape, dtype=self.dtype, device=device, source=partial(self.take, name))
+        return OffloadedShard(shape, dtype=self.dtype, device=device, source=partial(self.take, name))
 
     def take(self, name: str) -> Tensor:
         """This rank's padded rows of `name` on the device, for a gather that is queued before the next call."""
@@ -154,14 +159,14 @@ class Residency:
             self._open = None
         return rows
 
-    def forget(self) -> None:
+    def drop_prefetched(self) -> None:
         """Drop what was brought ahead of use: nothing is computed for a while, or weights change."""
         self._retire()
         for home in self._distinct:
-            home.forget()
+            home.drop_prefetched()
 
     def write(self, name: str, start: int, *, values: Tensor) -> None:
-        """See `WorkingRows.write`; not while a forward or backward runs."""
+        """See `ShardedWeights.write`; not while a forward or backward runs."""
         if name not in self._slots:
             self._others.write(name, start, values=values)
             return
@@ -174,7 +179,7 @@ class Residency:
         self._homes[slot.unit].write(slot.unit, first, values=raw)
 
     def read(self, name: str, start: int, *, count: int) -> Tensor:
-        """See `WorkingRows.read`."""
+        """See `ShardedWeights.read`."""
         if name not in self._slots:
             return self._others.read(name, start, count=count)
         slot, size = self._slots[name], self.dtype.itemsize
@@ -187,14 +192,14 @@ class Residency:
         return self.read(name, 0, count=shape.numel()).to(self.dtype).view(shape)
 
     def flush(self) -> None:
-        """See `WorkingRows.flush`."""
+        """See `ShardedWeights.flush`."""
         self._others.flush()
         for home in self._distinct:
             home.flush()
 
     def close(self) -> None:
-        """See `WorkingRows.close`."""
-        self.forget()
+        """See `ShardedWeights.close`."""
+        self.drop_prefetched()
         for home in self._distinct:
             home.close()
 
@@ -203,22 +208,24 @@ class Residency:
         self._route.arrive(unit, backward=torch._C._current_graph_task_id() != -1)
         home = self._homes[unit]
         following = [other for other in self._route.ahead() if self._homes[other] is home]
-        self._open, self._brought = home.bring(unit, following), home
+        self._open, self._brought = home.fetch(unit, following), home
         self._waiting = {name: slot for name, slot in self._slots.items() if slot.unit == unit}
 
     def _retire(self) -> None:
         """By now the gather of what was handed out is queued."""
         self._open, self._waiting = None, {}
         if self._brought is not None:
-            self._brought.let_go()
+            self._brought.release()
             self._brought = None
 
     @property
-    def _distinct(self) -> list[Home]:
+    def _distinct(self) -> list[WeightStore]:
         return list({id(home): home for home in self._homes}.values())
 
 
-def lay_out(units: Sequence[Mapping[str, torch.Size]], *, ranks: int, rank: int, dtype: torch.dtype) -> dict[str, Slot]:
+def lay_out(
+    units: Sequence[Mapping[str, torch.Size]], *, ranks: int, rank: int, dtype: torch.dtype
+) -> dict[str, ShardSlot]:
     """Where the rows that `rank` holds of each parameter go.
 
     Args:
@@ -227,7 +234,7 @@ def lay_out(units: Sequence[Mapping[str, torch.Size]], *, ranks: int, rank: int,
         rank: whose rows.
         dtype: of the working weights.
     """
-    slots: dict[str, Slot] = {}
+    slots: dict[str, ShardSlot] = {}
     for unit, shapes in enumerate(units):
         start = 0
         for name, shape in shapes.items():
@@ -235,12 +242,12 @@ def lay_out(units: Sequence[Mapping[str, torch.Size]], *, ranks: int, rank: int,
             own = max(0, min(share, shape[0] - rank * share))
             padded = torch.Size((share, *shape[1:]))
             stop = start + -(-padded.numel() * dtype.itemsize // _LINE) * _LINE
-            slots[name] = Slot(unit, start, stop, torch.Size((own, *shape[1:])), padded)
+            slots[name] = ShardSlot(unit, start, stop, torch.Size((own, *shape[1:])), padded)
             start = stop
     return slots
 
 
-def unit_bytes(slots: Mapping[str, Slot], units: int) -> list[int]:
+def unit_bytes(slots: Mapping[str, ShardSlot], units: int) -> list[int]:
     """The bytes of each of so many units."""
     sizes = [0] * units
     for slot in slots.values():

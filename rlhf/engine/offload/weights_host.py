@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine.offload.buffer_pool import Buffers
+from rlhf.engine.offload.buffer_pool import BufferPool
 
 
 class _Arrival(NamedTuple):
@@ -27,7 +27,7 @@ class Lane:
     """Copies from host memory to a CUDA device, beside what computes there.
 
     Memory comes from this stream's own pool. It is safe to free when whoever used it has queued the use and said so
-    (`let_go`): later copies here wait for that.
+    (`release`): later copies here wait for that.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -52,7 +52,7 @@ class Lane:
         self._user = torch.cuda.current_stream(self._device)
         self._user.wait_event(copied)
 
-    def let_go(self) -> None:
+    def release(self) -> None:
         """What was handed over is not used by anything that is not queued yet."""
         self._stream.wait_event(self._user.record_event())
 
@@ -61,8 +61,8 @@ class Lane:
         self._stream.synchronize()
 
 
-class HostHome:
-    """Units in host memory; see `Home` in `weights.py`."""
+class HostWeights:
+    """Units in host memory; see `WeightStore` in `weights.py`."""
 
     def __init__(self, sizes: Sequence[int], *, device: torch.device, pin: bool) -> None:
         """Reserve memory.
@@ -72,13 +72,13 @@ class HostHome:
             device: where they are used.
             pin: page-lock it.
         """
-        self._memory = Buffers(1, nbytes=max(1, sum(sizes)), pin=pin)
+        self._memory = BufferPool(1, nbytes=max(1, sum(sizes)), pin=pin)
         self._rows = self._memory.take()[: sum(sizes)].split(list(sizes))
         self._lane = Lane(device) if device.type == "cuda" else None
         self._ahead: dict[int, _Arrival] = {}
 
-    def bring(self, unit: int, following: Sequence[int]) -> Tensor:
-        """See `Home.bring`."""
+    def fetch(self, unit: int, following: Sequence[int]) -> Tensor:
+        """See `WeightStore.fetch`."""
         if self._lane is None:
             return self._rows[unit]
         arrival = self._ahead.pop(unit, None) or self._start(unit, self._lane)
@@ -86,32 +86,32 @@ class HostHome:
         self._lane.hand_over(arrival.copied)
         return arrival.rows
 
-    def let_go(self) -> None:
-        """See `Home.let_go`."""
+    def release(self) -> None:
+        """See `WeightStore.release`."""
         if self._lane is not None:
-            self._lane.let_go()
+            self._lane.release()
 
-    def forget(self) -> None:
-        """See `Home.forget`."""
+    def drop_prefetched(self) -> None:
+        """See `WeightStore.drop_prefetched`."""
         if self._lane is not None:
             self._lane.synchronize()
         self._ahead.clear()
 
     def write(self, unit: int, start: int, *, values: Tensor) -> None:
-        """See `Home.write`."""
-        self.forget()  # no copy may read what changes
+        """See `WeightStore.write`."""
+        self.drop_prefetched()  # no copy may read what changes
         self._rows[unit][start : start + values.numel()].copy_(values)
 
     def read(self, unit: int, start: int, *, count: int) -> Tensor:
-        """See `Home.read`."""
+        """See `WeightStore.read`."""
         return self._rows[unit][start : start + count].clone()
 
     def flush(self) -> None:
-        """See `Home.flush`: writes have ended when they return."""
+        """See `WeightStore.flush`: writes have ended when they return."""
 
     def close(self) -> None:
-        """See `Home.close`."""
-        self.forget()
+        """See `WeightStore.close`."""
+        self.drop_prefetched()
         self._rows = ()
         self._memory.close()
 

@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine.offload.buffer_pool import ALIGNMENT, Buffers, Pending, round_up
-from rlhf.engine.offload.direct_io import DiskFile
+from rlhf.engine.offload.buffer_pool import ALIGNMENT, BufferPool, Transfer, round_up
+from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.weights_host import Lane
 
 
@@ -33,13 +33,13 @@ class _Flight(NamedTuple):
 
     piece: _Piece
     buffer: Tensor
-    pending: Pending
+    pending: Transfer
 
 
 class _ReadAhead:
     """Reads pieces in the order they are planned, as many at once as there are buffers."""
 
-    def __init__(self, file: DiskFile, buffers: Buffers) -> None:
+    def __init__(self, file: DirectFile, buffers: BufferPool) -> None:
         self._file, self._buffers = file, buffers
         self._planned: deque[_Piece] = deque()
         self._flying: deque[_Flight] = deque()
@@ -86,7 +86,7 @@ class _ReadAhead:
 class _WriteBehind:
     """Collects bytes that follow each other in a buffer, and writes it when it is full or others come."""
 
-    def __init__(self, file: DiskFile, buffers: Buffers) -> None:
+    def __init__(self, file: DirectFile, buffers: BufferPool) -> None:
         self._file, self._buffers = file, buffers
         self._buffer: Tensor | None = None
         self._base = self._end = 0  # in the file: where the buffer begins, and where the next byte goes
@@ -126,10 +126,10 @@ class _WriteBehind:
         return self._buffer
 
 
-class DiskHome:
-    """Units in a file; see `Home` in `weights.py`."""
+class NvmeWeights:
+    """Units in a file; see `WeightStore` in `weights.py`."""
 
-    def __init__(self, sizes: Sequence[int], *, file: DiskFile, buffers: Buffers, device: torch.device) -> None:
+    def __init__(self, sizes: Sequence[int], *, file: DirectFile, buffers: BufferPool, device: torch.device) -> None:
         """Use a file that has room for them, and buffers that nobody else uses.
 
         Args:
@@ -146,8 +146,8 @@ class DiskHome:
         # On the CPU a gather has copied a unit before the next one comes, so that one piece of memory serves all.
         self._room = torch.empty(0 if self._lane else round_up(max(sizes)), dtype=torch.uint8)
 
-    def bring(self, unit: int, following: Sequence[int]) -> Tensor:
-        """See `Home.bring`."""
+    def fetch(self, unit: int, following: Sequence[int]) -> Tensor:
+        """See `WeightStore.fetch`."""
         self._behind.finish()
         expected = [other for other in (unit, *following) if self._sizes[other]]
         known = self._ahead.units
@@ -164,22 +164,22 @@ class DiskHome:
             self._copy(rows[start : start + piece.count], buffer)
         return rows
 
-    def let_go(self) -> None:
-        """See `Home.let_go`."""
+    def release(self) -> None:
+        """See `WeightStore.release`."""
         if self._lane is not None:
-            self._lane.let_go()
+            self._lane.release()
 
-    def forget(self) -> None:
-        """See `Home.forget`."""
+    def drop_prefetched(self) -> None:
+        """See `WeightStore.drop_prefetched`."""
         self._ahead.cancel()
 
     def write(self, unit: int, start: int, *, values: Tensor) -> None:
-        """See `Home.write`."""
+        """See `WeightStore.write`."""
         self._ahead.cancel()
         self._behind.write(self._offsets[unit] + start, values)
 
     def read(self, unit: int, start: int, *, count: int) -> Tensor:
-        """See `Home.read`."""
+        """See `WeightStore.read`."""
         self._behind.finish()
         self._ahead.cancel()
         pieces = self._pieces(unit, start, count=count)
@@ -193,12 +193,12 @@ class DiskHome:
         return values
 
     def flush(self) -> None:
-        """See `Home.flush`."""
+        """See `WeightStore.flush`."""
         self._behind.finish()
         self._file.flush()
 
     def close(self) -> None:
-        """See `Home.close`."""
+        """See `WeightStore.close`."""
         self._ahead.cancel()
         self._room = torch.empty(0)
         self._file.close()

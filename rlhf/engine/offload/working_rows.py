@@ -12,16 +12,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rlhf.engine.adam_kernel import Piece
-from rlhf.engine.offload.copy_stream import Courier, Receipt
-from rlhf.engine.offload.weights import WorkingRows
+from rlhf.engine.adam_kernel import ParameterSlice
+from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
+from rlhf.engine.offload.weights import ShardedWeights
 from rlhf.engine.sharding import ParameterGroup, local
 
 _SLOTS = 4
 _SLOT = 1 << 22  # elements of a page-locked buffer
 
 
-class ResidentRows:
+class DeviceWeights:
     """Weights on the device where the optimizer computes too."""
 
     def __init__(self, groups: Sequence[ParameterGroup]) -> None:
@@ -36,7 +36,7 @@ class ResidentRows:
         """Round `values` into the weights."""
         self.flat(name)[start : start + values.numel()].copy_(values)
 
-    def publish(self, pieces: Sequence[Piece]) -> None:
+    def write_back(self, pieces: Sequence[ParameterSlice]) -> None:
         """`write` for many, in one call to the device."""
         flats = {name: self.flat(name) for name in {piece.name for piece in pieces}}
         into = [flats[piece.name][piece.start : piece.start + piece.weight.numel()] for piece in pieces]
@@ -53,14 +53,14 @@ class ResidentRows:
         """Nothing to let go."""
 
 
-class StagedRows:
+class StagedWeights:
     """Weights on a device, set from the host through page-locked buffers on a stream of their own."""
 
     def __init__(self, groups: Sequence[ParameterGroup], device: torch.device, *, pin: bool) -> None:
         """Serve the parameters of `groups`, on `device`; `pin` page-locks the buffers."""
-        self._rows = ResidentRows(groups)
-        self._courier = Courier(device)
-        self._slots: deque[tuple[Tensor, Receipt]] = deque()
+        self._rows = DeviceWeights(groups)
+        self._courier = CopyStream(device)
+        self._slots: deque[tuple[Tensor, CopyEvent]] = deque()
         self._pin = pin and device.type == "cuda"
 
     def write(self, name: str, start: int, *, values: Tensor) -> None:
@@ -94,10 +94,10 @@ class StagedRows:
         return slot
 
 
-def publish(rows: WorkingRows, pieces: Sequence[Piece]) -> None:
+def write_back(rows: ShardedWeights, pieces: Sequence[ParameterSlice]) -> None:
     """Write the updated weights of `pieces`."""
-    if isinstance(rows, ResidentRows):
-        rows.publish(pieces)
+    if isinstance(rows, DeviceWeights):
+        rows.write_back(pieces)
         return
     for piece in pieces:
         rows.write(piece.name, piece.start, values=piece.weight)

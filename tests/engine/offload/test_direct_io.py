@@ -13,14 +13,14 @@ import torch
 
 from rlhf.engine.offload import buffer_pool as buffers
 from rlhf.engine.offload import direct_io as disk
-from rlhf.engine.offload.direct_io import ALIGNMENT, Buffers, DiskFile, check_folder, run_folder
+from rlhf.engine.offload.direct_io import ALIGNMENT, BufferPool, DirectFile, check_folder, run_folder
 
 MIB = 1 << 20
 
 
 @pytest.fixture
 def file(tmp_path):
-    file = DiskFile(tmp_path / "states", nbytes=40 * MIB, label="optimizer states")
+    file = DirectFile(tmp_path / "states", nbytes=40 * MIB, label="optimizer states")
     yield file
     file.close()
 
@@ -66,7 +66,7 @@ def refuse(*_):
 
 
 def test_bytes_come_back_from_where_they_were_written(file):
-    buffers = Buffers(2, nbytes=20 * MIB)  # three pieces each
+    buffers = BufferPool(2, nbytes=20 * MIB)  # three pieces each
     written, read = buffers.take(), buffers.take()
     first = torch.randint(256, (20 * MIB,), dtype=torch.uint8)
     for offset, values in ((20 * MIB, first), (ALIGNMENT, first.flip(0))):
@@ -81,7 +81,7 @@ def test_bytes_come_back_from_where_they_were_written(file):
 
 def test_a_new_file_is_zeros_even_over_an_older_one(tmp_path):
     (tmp_path / "states").write_bytes(b"x" * 3 * ALIGNMENT)
-    file, buffer = DiskFile(tmp_path / "states", nbytes=5000, label="states"), Buffers(1, nbytes=1).take()
+    file, buffer = DirectFile(tmp_path / "states", nbytes=5000, label="states"), BufferPool(1, nbytes=1).take()
     assert file.nbytes == 2 * ALIGNMENT == file.path.stat().st_size
     buffer.fill_(7)
     file.read(0, buffer).wait()
@@ -90,7 +90,7 @@ def test_a_new_file_is_zeros_even_over_an_older_one(tmp_path):
 
 
 def test_a_transfer_waits_for_an_earlier_one_of_the_same_bytes(file, slow_writes):
-    buffers = Buffers(3, nbytes=ALIGNMENT)
+    buffers = BufferPool(3, nbytes=ALIGNMENT)
     for value in range(1, 6):
         source, target = buffers.take(), buffers.take()
         file.write(0, source.fill_(value))
@@ -101,7 +101,7 @@ def test_a_transfer_waits_for_an_earlier_one_of_the_same_bytes(file, slow_writes
 
 
 def test_a_buffer_given_back_early_is_handed_out_only_after_its_write(file, slow_writes):
-    buffers = Buffers(2, nbytes=MIB)
+    buffers = BufferPool(2, nbytes=MIB)
     for tile in range(32):
         buffer = buffers.take()
         file.write(tile * MIB, buffer.fill_(tile))
@@ -115,7 +115,7 @@ def _content(file):
 
 
 def test_buffers_are_aligned_fixed_in_number_and_given_back_once():
-    buffers = Buffers(3, nbytes=ALIGNMENT + 1)
+    buffers = BufferPool(3, nbytes=ALIGNMENT + 1)
     taken = [buffers.take() for _ in range(3)]
     assert buffers.nbytes == 2 * ALIGNMENT
     assert [b.data_ptr() % ALIGNMENT for b in taken] == [0, 0, 0]
@@ -131,7 +131,7 @@ def test_buffers_are_aligned_fixed_in_number_and_given_back_once():
 
 
 def test_a_view_outlives_its_closed_buffers():
-    buffers = Buffers(1, nbytes=4 * MIB)
+    buffers = BufferPool(1, nbytes=4 * MIB)
     view = buffers.take().fill_(3)[MIB:]
     buffers.close()
     del buffers
@@ -141,9 +141,9 @@ def test_a_view_outlives_its_closed_buffers():
 def test_resident_memory_of_a_stream_is_that_of_its_buffers(tmp_path):
     """300 MiB through 3 x 4 MiB."""
     tiles, nbytes, count = 75, 4 * MIB, 3
-    file = DiskFile(tmp_path / "stream", nbytes=tiles * nbytes, label="stream")
+    file = DirectFile(tmp_path / "stream", nbytes=tiles * nbytes, label="stream")
     before, peak = _resident(), 0
-    buffers = Buffers(count, nbytes=nbytes)
+    buffers = BufferPool(count, nbytes=nbytes)
     for step in (1, 2):
         for tile in range(tiles):
             buffer = buffers.take()
@@ -166,7 +166,7 @@ def test_a_full_disk_is_found_when_the_file_is_made(mounted):
     with pytest.raises(
         RuntimeError, match=r"optimizer states: reserving 8388608 bytes failed: No space left.*nvme_path"
     ):
-        DiskFile(path, nbytes=8 * MIB, label="optimizer states")
+        DirectFile(path, nbytes=8 * MIB, label="optimizer states")
     assert list(folder.iterdir()) == []
     with pytest.raises(ValueError, match=r"engine\.nvme_path=.*found 0\.00 GB free, expected 0\.01 GB"):
         check_folder(str(folder), nbytes=8 * MIB)
@@ -175,10 +175,10 @@ def test_a_full_disk_is_found_when_the_file_is_made(mounted):
 def test_a_disk_that_fills_up_while_writing(mounted):
     """Space was there when the file was made; somebody else took it."""
     folder = mounted("tmpfs", "size=4m")
-    file = DiskFile(folder / "states", nbytes=3 * MIB, label="optimizer states")
+    file = DirectFile(folder / "states", nbytes=3 * MIB, label="optimizer states")
     os.truncate(file.path, 0)
     (folder / "other").write_bytes(bytes(3 * MIB))
-    buffers = Buffers(1, nbytes=3 * MIB)
+    buffers = BufferPool(1, nbytes=3 * MIB)
     lost = "optimizer states: writing 3145728 bytes at 0 .*No space left on device.*free space"
     with pytest.raises(RuntimeError, match=lost):
         file.write(0, buffers.take().fill_(1)).wait()
@@ -192,7 +192,7 @@ def test_a_file_larger_than_the_limit(tmp_path):
     source = (
         "import resource; from pathlib import Path\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "DiskFile(Path(sys.argv[1]), nbytes=2 << 20, label='states')"
+        "DirectFile(Path(sys.argv[1]), nbytes=2 << 20, label='states')"
     )
     assert "states: reserving 2097152 bytes failed: File too large" in python(source, tmp_path / "states").stderr
     assert list(tmp_path.iterdir()) == []
@@ -201,13 +201,13 @@ def test_a_file_larger_than_the_limit(tmp_path):
 @pytest.mark.parametrize("left", [0, MIB, MIB + 100])
 def test_a_truncated_file(file, left):
     os.truncate(file.path, left)
-    buffer = Buffers(1, nbytes=2 * MIB).take()
+    buffer = BufferPool(1, nbytes=2 * MIB).take()
     with pytest.raises(RuntimeError, match=rf"optimizer states: reading .* at 0: found {left} bytes, expected 2097152"):
         file.read(0, buffer).wait()
 
 
 def test_an_error_of_the_disk(file, monkeypatch):
-    buffers = Buffers(1, nbytes=MIB)
+    buffers = BufferPool(1, nbytes=MIB)
     buffer = buffers.take()
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(RuntimeError, match=r"reading 1048576 bytes at 4096 \(after 0\) failed: Input/output.*dmesg"):
@@ -216,7 +216,7 @@ def test_an_error_of_the_disk(file, monkeypatch):
 
 @pytest.mark.parametrize("then", ["take", "read", "write", "flush"])
 def test_a_failed_write_behind_is_not_lost(file, monkeypatch, then):
-    buffers = Buffers(2, nbytes=ALIGNMENT)
+    buffers = BufferPool(2, nbytes=ALIGNMENT)
     first, second = buffers.take(), buffers.take()
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", refuse)
@@ -237,7 +237,7 @@ def test_a_folder_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"engine\.nvme_path=.*plain/x: cannot make files there \(Not a directory\)"):
         check_folder(str(tmp_path / "plain/x"), nbytes=1)
     with pytest.raises(RuntimeError, match=r"states: creating the file failed: Not a directory.*nvme_path"):
-        DiskFile(tmp_path / "plain/x/states", nbytes=1, label="states")
+        DirectFile(tmp_path / "plain/x/states", nbytes=1, label="states")
     check_folder(str(tmp_path / "new/deep"), nbytes=1)
     assert list((tmp_path / "new/deep").iterdir()) == []
 
@@ -247,7 +247,7 @@ def test_a_folder_that_cannot_be_written(mounted):
     with pytest.raises(ValueError, match=r"cannot make files there \(Read-only file system\)"):
         check_folder(str(folder), nbytes=1)
     with pytest.raises(RuntimeError, match="creating the file failed: Read-only file system"):
-        DiskFile(folder / "states", nbytes=1, label="states")
+        DirectFile(folder / "states", nbytes=1, label="states")
 
 
 def test_too_little_space(tmp_path):
@@ -275,7 +275,7 @@ def test_with_direct_access_refused_a_file_works_through_the_page_cache(tmp_path
 
 
 def _round_trip(folder):
-    file, buffers = DiskFile(folder / "states", nbytes=MIB, label="states"), Buffers(2, nbytes=MIB)
+    file, buffers = DirectFile(folder / "states", nbytes=MIB, label="states"), BufferPool(2, nbytes=MIB)
     written, read = buffers.take().random_(), buffers.take()
     file.write(0, written)
     file.read(0, read).wait()
@@ -286,12 +286,12 @@ def _round_trip(folder):
 
 def test_one_file_has_one_owner(file):
     with pytest.raises(RuntimeError, match="creating the file failed: another process uses this file"):
-        DiskFile(file.path, nbytes=1, label="states")
+        DirectFile(file.path, nbytes=1, label="states")
 
 
 def test_closing_removes_the_file_and_its_folder(tmp_path):
     folder = run_folder(str(tmp_path), rank=1)
-    files = [DiskFile(folder / name, nbytes=1, label=name) for name in "ab"]
+    files = [DirectFile(folder / name, nbytes=1, label=name) for name in "ab"]
     assert sorted(p.name for p in folder.iterdir()) == ["a", "b"]
     for file in files:
         file.close()
@@ -299,7 +299,7 @@ def test_closing_removes_the_file_and_its_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-START = "from pathlib import Path\nfile = DiskFile(run_folder(sys.argv[1], rank=0) / 'x', nbytes=1, label='x')\n"
+START = "from pathlib import Path\nfile = DirectFile(run_folder(sys.argv[1], rank=0) / 'x', nbytes=1, label='x')\n"
 
 
 def test_files_go_at_exit_and_a_fork_leaves_them(tmp_path):
@@ -317,7 +317,7 @@ def test_what_a_killed_run_left_goes_and_what_a_living_one_has_stays(tmp_path):
     python(START + "os.kill(os.getpid(), 9)", tmp_path)
     assert len(list(tmp_path.glob("*/x"))) == 1
     (tmp_path / "mine").mkdir()
-    living = DiskFile(run_folder(str(tmp_path), rank=1) / "x", nbytes=1, label="x")
+    living = DirectFile(run_folder(str(tmp_path), rank=1) / "x", nbytes=1, label="x")
     check_folder(str(tmp_path), nbytes=1)
     run_folder(str(tmp_path), rank=2)
     assert list(tmp_path.glob("*/x")) == [living.path]
@@ -328,7 +328,7 @@ def test_what_a_killed_run_left_goes_and_what_a_living_one_has_stays(tmp_path):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_pinned_buffers_are_page_locked():
-    buffers = Buffers(2, nbytes=MIB, pin=True)
+    buffers = BufferPool(2, nbytes=MIB, pin=True)
     buffer = buffers.take()
     assert buffer.is_pinned()
     assert buffer.random_().to("cuda", non_blocking=True).cpu().equal(buffer)
@@ -341,7 +341,7 @@ def test_page_locked_memory_is_unlocked_before_it_is_let_go_also_when_nobody_clo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(buffers, "_page_lock", lambda memory: locked.append(memory.data_ptr()))
     monkeypatch.setattr(buffers, "_page_unlock", lambda memory: unlocked.append(memory.data_ptr()))
-    forgotten, closed = (Buffers(2, nbytes=4096, pin=True) for _ in range(2))
+    forgotten, closed = (BufferPool(2, nbytes=4096, pin=True) for _ in range(2))
     closed.close()
     closed.close()
     assert unlocked == locked[1:]

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.engine.offload.grad_accumulation import HostSums, ResidentSums, Staging
-from rlhf.engine.offload.working_rows import StagedRows
+from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
+from rlhf.engine.offload.working_rows import StagedWeights
 
 CPU = torch.device("cpu")
 
@@ -14,8 +14,8 @@ CPU = torch.device("cpu")
 def host(monkeypatch):
     """`host(sides)`: sums that are staged 64 elements at a time."""
     monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._SLOT", 64)
-    staging = Staging(CPU, pin=False)
-    return lambda sides=1: HostSums(staging, sides=sides)
+    staging = PinnedStaging(CPU, pin=False)
+    return lambda sides=1: HostGradAccumulator(staging, sides=sides)
 
 
 def gradients(count, dtype, seed=0):
@@ -26,7 +26,7 @@ def gradients(count, dtype, seed=0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_host_and_resident_sums_are_the_same(host, dtype, count):
-    there, here = host(), ResidentSums()
+    there, here = host(), DeviceGradAccumulator()
     expected = torch.zeros(1000)
     for gradient in gradients(count, dtype):
         expected += gradient
@@ -64,7 +64,7 @@ def test_with_two_sides_sums_that_were_taken_stay_while_others_come(host):
 def test_staged_rows_arrive_rounded_where_they_belong(monkeypatch, dtype):
     monkeypatch.setattr("rlhf.engine.offload.working_rows._SLOT", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
-    rows = StagedRows([{"w": parameter}], CPU, pin=False)
+    rows = StagedWeights([{"w": parameter}], CPU, pin=False)
     (values,) = gradients(1, torch.float32)
     rows.write("w", 128, values=values)
     values_before = values.clone()

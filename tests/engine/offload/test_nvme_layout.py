@@ -3,24 +3,24 @@
 import pytest
 import torch
 
-from rlhf.engine.offload.nvme_layout import ATOM, capacity_of, lay_out
-from rlhf.engine.offload.optimizer_state import PARTS, Shape
+from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, capacity_of, lay_out
+from rlhf.engine.offload.optimizer_state import PARTS, ParameterShard
 
-SIZES = {"big": (7, 1500), "row": (1,), "none": (0, 8), "even": (2, ATOM), "last": (ATOM + 1,)}
+SIZES = {"big": (7, 1500), "row": (1,), "none": (0, 8), "even": (2, PAGE_ELEMENTS), "last": (PAGE_ELEMENTS + 1,)}
 
 
 def shapes():
-    return [Shape(name, torch.Size(sizes), len(sizes) > 1) for name, sizes in SIZES.items()]
+    return [ParameterShard(name, torch.Size(sizes), len(sizes) > 1) for name, sizes in SIZES.items()]
 
 
 @pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tiles", [1, 2, 5, 100])
 def test_every_element_has_a_place_of_its_own_on_pages(moments, tiles):
-    records = lay_out(shapes(), tiles * ATOM, moments=moments)
+    records = lay_out(shapes(), tiles * PAGE_ELEMENTS, moments=moments)
     used = torch.zeros(sum(record.nbytes for record in records), dtype=torch.uint8)
     covered = {name: 0 for name in SIZES}
     for record in records:
-        assert record.size <= tiles * ATOM
+        assert record.size <= tiles * PAGE_ELEMENTS
         for span in record.spans:
             assert span.start == covered[span.name], "in order, without gaps"
             covered[span.name] = span.stop
@@ -35,7 +35,7 @@ def test_every_element_has_a_place_of_its_own_on_pages(moments, tiles):
 
 
 def test_a_state_is_one_stretch_behind_its_gradients():
-    for record in lay_out(shapes(), 3 * ATOM, moments=torch.float32):
+    for record in lay_out(shapes(), 3 * PAGE_ELEMENTS, moments=torch.float32):
         assert record.weight_at == 4 * record.size
         assert record.nbytes == 16 * record.size
 
@@ -43,12 +43,12 @@ def test_a_state_is_one_stretch_behind_its_gradients():
 @pytest.mark.parametrize(
     ("nbytes", "limit", "moments", "expected"),
     [
-        (16 * ATOM, 1 << 30, torch.float32, ATOM),
-        (16 * ATOM - 1, 1 << 30, torch.float32, 0),
-        (32_000_000, 1 << 30, torch.float32, 32_000_000 // 16 // ATOM * ATOM),
-        (32_000_000, 1 << 30, torch.bfloat16, 32_000_000 // 12 // ATOM * ATOM),
-        (32_000_000, 10_000, torch.float32, 4 * ATOM),
-        (32_000_000, 5, torch.float32, ATOM),
+        (16 * PAGE_ELEMENTS, 1 << 30, torch.float32, PAGE_ELEMENTS),
+        (16 * PAGE_ELEMENTS - 1, 1 << 30, torch.float32, 0),
+        (32_000_000, 1 << 30, torch.float32, 32_000_000 // 16 // PAGE_ELEMENTS * PAGE_ELEMENTS),
+        (32_000_000, 1 << 30, torch.bfloat16, 32_000_000 // 12 // PAGE_ELEMENTS * PAGE_ELEMENTS),
+        (32_000_000, 10_000, torch.float32, 4 * PAGE_ELEMENTS),
+        (32_000_000, 5, torch.float32, PAGE_ELEMENTS),
     ],
 )
 def test_a_tile_is_bounded_by_its_buffer_and_by_the_sub_group(nbytes, limit, moments, expected):

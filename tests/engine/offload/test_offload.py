@@ -72,8 +72,8 @@ def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
 
 def test_a_share_of_the_elements_stays_on_the_device():
     engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="nvme", nvme_path="/dev/shm", optimizer_share=0.4)
-    groups, homes = engine._learner.optimizer.groups, engine._learner.optimizer.homes
-    away = [shape.name for home in homes if not home.in_memory for shape in home.shapes]
+    groups, stores = engine._learner.optimizer.groups, engine._learner.optimizer.stores
+    away = [shape.name for home in stores if not home.in_memory for shape in home.shapes]
     sizes = [sum(parameter.numel() for parameter in group.values()) for group in groups]
     count = next(k for k in range(len(groups) + 1) if [name for group in groups[:k] for name in group] == away)
     assert 0 < count < len(groups), "the first groups leave, the last stay"

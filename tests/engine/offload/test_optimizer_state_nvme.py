@@ -11,7 +11,7 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.norms import squared_norm
-from rlhf.engine.offload.direct_io import DiskFile
+from rlhf.engine.offload.direct_io import DirectFile
 
 TILE = 2048
 CONFIG = OptimizerConfig(lr=0.1)
@@ -37,18 +37,18 @@ def optimizer(tmp_path):
 def transfers(monkeypatch):
     """What was read and written, in order: (verb, offset, bytes)."""
     seen = []
-    for verb, real in (("read", DiskFile.read), ("write", DiskFile.write)):
+    for verb, real in (("read", DirectFile.read), ("write", DirectFile.write)):
 
         def call(self, offset, buffer, verb=verb, real=real):
             seen.append((verb, offset, buffer.numel()))
             return real(self, offset, buffer)
 
-        monkeypatch.setattr(DiskFile, verb, call)
+        monkeypatch.setattr(DirectFile, verb, call)
     return seen
 
 
 def step(adam, gradient):
-    adam.home_of("w").add("w", gradient)
+    adam.store_of("w").add("w", gradient)
     adam.step({"w"}, lr=0.1)
 
 
@@ -79,7 +79,7 @@ def test_memory_is_that_of_the_buffers_whatever_the_size(optimizer):
 @pytest.mark.parametrize("behind", [True, False])
 def test_the_next_tile_is_read_before_this_one_is_written_if_asked(optimizer, transfers, ahead, behind):
     adam = optimizer(3 * TILE, pipeline_read=ahead, pipeline_write=behind)
-    adam.home_of("w").add("w", torch.ones(3 * TILE))
+    adam.store_of("w").add("w", torch.ones(3 * TILE))
     transfers.clear()
     adam.step({"w"}, lr=0.1)
     verbs = "".join(verb[0] for verb, *_ in transfers)
@@ -88,15 +88,15 @@ def test_the_next_tile_is_read_before_this_one_is_written_if_asked(optimizer, tr
 
 @pytest.mark.parametrize(("behind", "order"), [(True, ["write"] * 3), (False, ["write", "wait"] * 3)])
 def test_the_end_of_a_write_is_waited_for_at_once_unless_asked_not_to(optimizer, monkeypatch, behind, order):
-    adam, seen, real = optimizer(3 * TILE, pipeline_write=behind), [], DiskFile.write
-    adam.home_of("w").add("w", torch.ones(3 * TILE))
+    adam, seen, real = optimizer(3 * TILE, pipeline_write=behind), [], DirectFile.write
+    adam.store_of("w").add("w", torch.ones(3 * TILE))
 
     def write(self, offset, buffer):
         seen.append("write")
         pending = real(self, offset, buffer)
         return SimpleNamespace(wait=lambda: (seen.append("wait"), pending.wait()))
 
-    monkeypatch.setattr(DiskFile, "write", write)
+    monkeypatch.setattr(DirectFile, "write", write)
     adam.step({"w"}, lr=0.1)
     assert seen == order
 
@@ -120,7 +120,7 @@ def test_bf16_halves_what_moves_of_gradients_and_moments(optimizer, transfers):
 @pytest.mark.parametrize(("limit", "tiles"), [(TILE, 6), (3 * TILE - 1, 3), (3 * TILE, 2), (100 * TILE, 1)])
 def test_sub_groups_bound_what_is_loaded_at_once(optimizer, transfers, limit, tiles):
     adam = optimizer(6 * TILE, buffer_size=6 * 4 * TILE, sub_group_size=limit)
-    adam.home_of("w").add("w", torch.ones(6 * TILE))
+    adam.store_of("w").add("w", torch.ones(6 * TILE))
     transfers.clear()
     adam.step({"w"}, lr=0.1)
     assert sum(verb == "read" for verb, *_ in transfers) == tiles
@@ -132,8 +132,8 @@ def test_a_disk_that_fails_in_backward_is_reported_once_all_ranks_can_hear_it(op
     def fail(*_):
         raise RuntimeError("no space")
 
-    monkeypatch.setattr(DiskFile, "write", fail)
-    adam.home_of("w").add("w", torch.ones(TILE))
-    assert str(adam.home_of("w").failure) == "no space"
+    monkeypatch.setattr(DirectFile, "write", fail)
+    adam.store_of("w").add("w", torch.ones(TILE))
+    assert str(adam.store_of("w").failure) == "no space"
     with pytest.raises(RuntimeError, match="no space"):
         adam.step({"w"}, lr=0.1)

@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.engine.offload.buffer_pool import Buffers
-from rlhf.engine.offload.direct_io import DiskFile
-from rlhf.engine.offload.placeholder import RestingShard
-from rlhf.engine.offload.weights import Residency, Route, lay_out, resting_tier, unit_bytes
-from rlhf.engine.offload.weights_host import HostHome
-from rlhf.engine.offload.weights_nvme import DiskHome, file_bytes
+from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.placeholder import OffloadedShard
+from rlhf.engine.offload.weights import OffloadedWeights, PrefetchOrder, lay_out, param_offload_device, unit_bytes
+from rlhf.engine.offload.weights_host import HostWeights
+from rlhf.engine.offload.weights_nvme import NvmeWeights, file_bytes
 
 CPU = torch.device("cpu")
 SIZES = [64, 20_032, 0, 9_000, 4096]  # smaller and larger than a buffer, none at all, whole sectors
@@ -31,12 +31,12 @@ class Watched:
 
 
 def disk_home(folder, sizes=SIZES, count=3, nbytes=8192):
-    file = Watched(DiskFile(folder / "weights", nbytes=file_bytes(sizes), label="weights"))
-    return DiskHome(sizes, file=file, buffers=Buffers(count, nbytes=nbytes), device=CPU), file
+    file = Watched(DirectFile(folder / "weights", nbytes=file_bytes(sizes), label="weights"))
+    return NvmeWeights(sizes, file=file, buffers=BufferPool(count, nbytes=nbytes), device=CPU), file
 
 
 def host_home(sizes=SIZES):
-    return HostHome(sizes, device=CPU, pin=False)
+    return HostWeights(sizes, device=CPU, pin=False)
 
 
 @pytest.fixture(params=["host", 1, 2, 5])
@@ -63,7 +63,7 @@ def test_a_home_gives_back_what_was_written_last_wherever_it_was_written(home):
             assert home.read(unit, start, count=count).numpy().tobytes() == expected[unit][start : start + count]
         else:
             following = draw.sample([0, 1, 2, 3, 4], draw.randrange(4))
-            brought = home.bring(unit, [other for other in following if other != unit])
+            brought = home.fetch(unit, [other for other in following if other != unit])
             assert brought[: SIZES[unit]].numpy().tobytes() == expected[unit]
     home.flush()
 
@@ -81,11 +81,11 @@ def test_writes_that_follow_each_other_read_nothing_and_leave_in_whole_buffers(t
 
 def test_the_following_units_are_read_while_one_is_used_as_far_as_buffers_go(tmp_path):
     home, file = disk_home(tmp_path, sizes=[8192] * 6, count=3)
-    home.bring(0, [1, 2, 3, 4, 5])
+    home.fetch(0, [1, 2, 3, 4, 5])
     assert [offset // 8192 for offset, _ in file.reads] == [0, 1, 2, 3]
-    home.bring(1, [2, 3, 4, 5])
+    home.fetch(1, [2, 3, 4, 5])
     assert [offset // 8192 for offset, _ in file.reads] == [0, 1, 2, 3, 4]
-    home.bring(5, [4])  # unforeseen
+    home.fetch(5, [4])  # unforeseen
     assert [offset // 8192 for offset, _ in file.reads][5:] == [5, 4]
     home.close()
 
@@ -94,7 +94,7 @@ def test_a_unit_larger_than_all_buffers_comes_in_pieces(tmp_path):
     home, file = disk_home(tmp_path, sizes=[100_000], count=2, nbytes=8192)
     values = torch.randint(256, (100_000,), dtype=torch.uint8)
     home.write(0, 0, values=values)
-    assert torch.equal(home.bring(0, [])[:100_000], values)
+    assert torch.equal(home.fetch(0, [])[:100_000], values)
     assert len(file.reads) == 1 + 13  # the last sector before it is written, then 100,000 / 8,192 pieces
     home.close()
 
@@ -108,7 +108,7 @@ def walk(route, units, *, backward):
 
 
 def test_a_route_goes_forward_and_back_and_learns_where_it_turns():
-    route = Route(4)
+    route = PrefetchOrder(4)
     assert walk(route, [0, 1, 2, 3], backward=False) == [[1], [2], [3], []]
     assert walk(route, [2, 1], backward=True) == [[1], [0]]
     assert walk(route, [0, 1, 2, 3], backward=False) == [[1], [2], [3], [2]]
@@ -116,7 +116,7 @@ def test_a_route_goes_forward_and_back_and_learns_where_it_turns():
 
 
 def test_a_route_learns_another_order():
-    route = Route(3)
+    route = PrefetchOrder(3)
     walk(route, [2, 0, 1], backward=False)
     assert walk(route, [2, 0, 1], backward=False) == [[0], [1], [2]]
 
@@ -124,7 +124,7 @@ def test_a_route_learns_another_order():
 def weights(homes, ranks=1, rank=0):
     shapes = [{"a": torch.Size((5, 3)), "b": torch.Size((7,))}, {"c": torch.Size((1, 2))}]
     slots = lay_out(shapes, ranks=ranks, rank=rank, dtype=torch.bfloat16)
-    return Residency(slots, homes(unit_bytes(slots, 2)), dtype=torch.bfloat16, others=None)
+    return OffloadedWeights(slots, homes(unit_bytes(slots, 2)), dtype=torch.bfloat16, others=None)
 
 
 @pytest.mark.parametrize("rank", [0, 1, 2])
@@ -159,7 +159,7 @@ def test_the_first_units_may_stay_in_memory_while_the_rest_is_on_disk(tmp_path):
 
 
 def test_weights_that_are_elsewhere_have_a_shape_and_say_where_to_read_their_values():
-    shard = RestingShard((3, 2), dtype=torch.bfloat16, device=CPU, source=lambda: torch.ones(4, 2))
+    shard = OffloadedShard((3, 2), dtype=torch.bfloat16, device=CPU, source=lambda: torch.ones(4, 2))
     assert shard.detach().shape == (3, 2)
     assert shard[:2].view(-1).shape == (4,)
     assert torch.equal(torch.zeros_like(shard, dtype=torch.float32), torch.zeros(3, 2))
@@ -170,5 +170,5 @@ def test_weights_that_are_elsewhere_have_a_shape_and_say_where_to_read_their_val
 
 def test_the_memory_of_a_cpu_machine_is_that_of_its_device():
     config = EngineConfig(zero_stage=3, offload_param=OffloadDevice.cpu)
-    assert resting_tier(config, CPU) == OffloadDevice.none
-    assert resting_tier(config, torch.device("cuda")) == OffloadDevice.cpu
+    assert param_offload_device(config, CPU) == OffloadDevice.none
+    assert param_offload_device(config, torch.device("cuda")) == OffloadDevice.cpu
