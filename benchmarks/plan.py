@@ -122,7 +122,7 @@ def measure(config: Path | str, out: Path | str) -> None:
     torch.zeros(1, device=world.device)  # a CUDA context is no part of any model
     runtime = resident().get("RssAnon", 0)
     stage = run.stages[0]
-    peaks = _ppo_peaks(run.ppo, world) if run.ppo is not None else _supervised_peaks(run, stage, world)
+    peaks = _ppo_peaks(run, world) if run.ppo is not None else _supervised_peaks(run, stage, world)
     if world.is_main:
         Path(out).write_text(json.dumps({"bare": bare, "runtime": runtime, "peaks": peaks}))
     stop()
@@ -163,8 +163,10 @@ def _supervised_peaks(run: RunConfig, stage: str, world: World) -> Peaks:
     return {"evaluate": _peak_of(evaluate, world), "train": _peak_of(train, world)}
 
 
-def _ppo_peaks(config: PPOConfig, world: World) -> Peaks:
-    models = load_models(config, world, scale=ScoreScale())
+def _ppo_peaks(run: RunConfig, world: World) -> Peaks:
+    config = run.ppo
+    assert config is not None
+    models = load_models(run, world, scale=ScoreScale())
     rows = config.rollout_micro_batch_size
     micro = config.micro_batch_size
 

@@ -6,7 +6,6 @@ a micro-batch: so results do not depend on the machine, and resuming needs nothi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,11 +20,6 @@ from rlhf.types import PromptBatch
 
 Sample = TypeVar("Sample", bound=Sized)
 Batch = TypeVar("Batch")
-
-
-def steps_of(num_rows: int, epochs: float, *, max_steps: int, global_batch_size: int) -> int:
-    """Optimizer steps: `max_steps` where it is set, else as many as see every row `epochs` times."""
-    return max_steps or max(1, math.ceil(round(epochs * num_rows / global_batch_size, 6)))
 
 
 @lru_cache(maxsize=4)

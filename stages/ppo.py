@@ -19,13 +19,12 @@ from data.prompts import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import Precision
+from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import AdvantageKind, KLConfig, PPOConfig
+from rlhf.config.stage_configs import KLConfig, PPOConfig
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
-from rlhf.models.causal_lm import causal_lm
-from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Collector, Models, ScoreScale, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
@@ -35,7 +34,7 @@ from rlhf.training.ppo_update import advantages_of, update_policy
 from rlhf.types import PPOBatch, PromptBatch
 from stages.lifecycle.checkpointing import TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer
-from stages.lifecycle.stage_models import known_quality, open_engine, score_scale, stored_scale
+from stages.lifecycle.stage_models import known_quality, open_model, score_scale, stored_scale
 from stages.lifecycle.stage_record import StageRecord
 
 _EVALUATION_SEED = 7_919
@@ -54,7 +53,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
         raise RunError(str(error)) from error
     with (
         open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,
-        closing(load_models(config, world, scale=scale)) as models,
+        closing(load_models(run, world, scale=scale)) as models,
     ):
         evaluator = HeldOutEvaluator.of(session, splits.eval)
         collector = new_collector(session, models, scale=scale)
@@ -90,46 +89,41 @@ def learners(models: Models) -> dict[str, Engine]:
     return {"actor": models.actor} | ({} if models.critic is None else {"critic": models.critic})
 
 
-def load_models(config: PPOConfig, world: World, *, scale: ScoreScale) -> Models:
-    """The four models; with LoRA the reference is the actor without its adapters, unless one is named.
+def load_models(run: RunConfig, world: World, *, scale: ScoreScale) -> Models:
+    """The models of PPO; with LoRA the reference is the actor without its adapters, unless one is named.
 
     The critic starts as the reward model, brought to the units of the scores. Where they are normalised, its head is
     scaled, and what the head has no bias for is subtracted from its values.
     """
-    build = partial(open_engine, world=world)
-    loss_scale = shared_scale(config)
-    actor = causal_lm(config.actor, lora=config.lora, seed=config.seed)
-    reference = None
-    if config.reference_model is not None:
-        reference = build(causal_lm(config.reference_model), config=config.reference_engine)
-    critic, units = None, ScoreScale()
-    if config.advantage is AdvantageKind.gae:
-        units = scale
-        if config.critic and config.score.normalize:
-            units = stored_scale(config.critic) or ScoreScale()
-        spec = scalar_head_model(
-            config.critic or config.reward, lora=config.lora, seed=config.seed, head_scale=1 / units.std
+    config = run.ppo
+    assert config is not None
+    roles, loss_scale = roles_of(run, "ppo"), shared_scale(config)
+    units = critic_units(config, scale) if any(role.name == "critic" for role in roles) else ScoreScale()
+    engines = {
+        role.name: open_model(
+            run,
+            role,
+            world=world,
+            total_steps=config.optimizer_steps(role.optimizer, num_rows=0) if role.optimizer else 0,
+            loss_scale=loss_scale if role.optimizer else None,
+            head_scale=1 / units.std if role.name == "critic" else 1.0,
         )
-        critic = build(
-            spec,
-            config=config.critic_engine,
-            optimizer=config.critic_optimizer,
-            total_steps=config.critic_steps,
-            loss_scale=loss_scale,
-        )
+        for role in roles
+    }
     return Models(
-        actor=build(
-            actor,
-            config=config.engine,
-            optimizer=config.actor_optimizer,
-            total_steps=config.actor_steps,
-            loss_scale=loss_scale,
-        ),
-        reward=build(scalar_head_model(config.reward), config=config.reward_engine),
-        reference=reference,
-        critic=critic,
+        actor=engines["actor"],
+        reward=engines["reward"],
+        reference=engines.get("reference"),
+        critic=engines.get("critic"),
         value_shift=units.mean / units.std,
     )
+
+
+def critic_units(config: PPOConfig, scale: ScoreScale) -> ScoreScale:
+    """The scale of what the critic's starting point says: of the scores, unless another model is named."""
+    if config.critic and config.score.normalize:
+        return stored_scale(config.critic) or ScoreScale()
+    return scale
 
 
 def shared_scale(config: PPOConfig) -> LossScale | None:

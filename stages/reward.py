@@ -10,13 +10,13 @@ from functools import partial
 
 from data.collate import collate_preferences
 from data.preferences import preferences
+from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import PreferenceResult, evaluate_preferences
-from rlhf.models.scalar_head import scalar_head_model
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Pairwise
 from stages.lifecycle.session import open_session, stage_tokenizer
-from stages.lifecycle.stage_models import open_engine
+from stages.lifecycle.stage_models import open_model
 from stages.lifecycle.stage_record import StageRecord
 from stages.supervised import held_out_batches, supervise, train_loader
 
@@ -25,22 +25,14 @@ def run_reward(run: RunConfig, world: World) -> StageRecord:
     """Train `reward/model` and leave its record, with the held-out mean and deviation that PPO normalises by."""
     config = run.reward
     assert config is not None
-    tokenizer = stage_tokenizer(run, config.init_from)
+    (role,) = roles_of(run, "reward")
+    tokenizer = stage_tokenizer(run, role.path)
     splits = preferences(run.data, config, tokenizer=tokenizer)
     collate = partial(collate_preferences, pad_id=int(tokenizer.pad_token_id))
     loader = train_loader(splits.train, collate, config=config, world=world)
     held_out = held_out_batches(splits.eval, collate, config=config, world=world)
     with open_session(run, "reward", world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
-        spec = scalar_head_model(
-            config.init_from,
-            num_layers=config.num_layers,
-            dropout=config.dropout,
-            lora=config.lora,
-            seed=config.seed,
-        )
-        engine = open_engine(
-            spec, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
-        )
+        engine = open_model(run, role, world=world, total_steps=loader.steps)
         with closing(engine):
             supervise(
                 session,

@@ -11,13 +11,13 @@ from functools import partial
 
 from data.collate import collate_demonstrations
 from data.demonstrations import demonstrations
+from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import LanguageResult, evaluate_language
-from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import NextToken
 from stages.lifecycle.session import open_session, stage_tokenizer
-from stages.lifecycle.stage_models import open_engine
+from stages.lifecycle.stage_models import open_model
 from stages.lifecycle.stage_record import StageRecord
 from stages.supervised import held_out_batches, supervise, train_loader
 
@@ -26,16 +26,14 @@ def run_sft(run: RunConfig, world: World) -> StageRecord:
     """Train `sft/model` and leave its record."""
     config = run.sft
     assert config is not None
-    tokenizer = stage_tokenizer(run, config.init_from)
+    (role,) = roles_of(run, "sft")
+    tokenizer = stage_tokenizer(run, role.path)
     splits = demonstrations(run.data, config, tokenizer=tokenizer)
     collate = partial(collate_demonstrations, pad_id=int(tokenizer.pad_token_id))
     loader = train_loader(splits.train, collate, config=config, world=world)
     held_out = held_out_batches(splits.eval, collate, config=config, world=world)
     with open_session(run, "sft", world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
-        spec = causal_lm(config.init_from, dropout=config.dropout, lora=config.lora, seed=config.seed)
-        engine = open_engine(
-            spec, config=config.engine, world=world, optimizer=config.optimizer, total_steps=loader.steps
-        )
+        engine = open_model(run, role, world=world, total_steps=loader.steps)
         with closing(engine):
             supervise(
                 session,

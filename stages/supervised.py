@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data.loader import EvalBatch, TrainLoader, evaluation_batches, steps_of
+from data.loader import EvalBatch, TrainLoader, evaluation_batches
 from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World
@@ -21,9 +21,6 @@ def train_loader(
     samples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], *, config: SupervisedConfig, world: World
 ) -> TrainLoader[Any, Batch]:
     """This rank's micro-batches of every step of the stage."""
-    steps = steps_of(
-        len(samples), config.epochs, max_steps=config.max_steps, global_batch_size=config.global_batch_size
-    )
     return TrainLoader(
         samples,
         collate,
@@ -32,7 +29,7 @@ def train_loader(
         rank=world.rank,
         ranks=world.size,
         seed=config.seed,
-        steps=steps,
+        steps=config.steps(len(samples)),
     )
 
 

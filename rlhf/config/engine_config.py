@@ -117,6 +117,8 @@ class EngineConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if str(self.zero_stage).startswith("${"):  # refers to another engine's settings, which check themselves
+            return
         require(
             self.offload_optimizer == OffloadDevice.none or self.zero_stage >= 1,
             f"engine.offload_optimizer={self.offload_optimizer}: expected engine.zero_stage 1, 2 or 3, found 0.",

@@ -1,23 +1,18 @@
-"""The settings of what is done with models that stages have made: evaluation and chat."""
+"""The settings of the two stages that train nothing: evaluation and chat."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from rlhf.config.bounds import Count, Natural, Seed, Settings, require
-from rlhf.config.engine_config import EngineConfig
-from rlhf.config.stage_configs import SamplingConfig, inherited
+from rlhf.config.bounds import Count, Natural, require
+from rlhf.config.stage_configs import SamplingConfig, StageConfig
 
 
 @dataclass(kw_only=True)
-class EvalConfig(Settings):
+class EvalConfig(StageConfig):
     """What a model says to held-out prompts, judged, and compared with what another says."""
 
-    selected: bool = False
-    """Set by the YAML of this choice: whether this run evaluates."""
-    engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
-    """The run's engine, unless overridden here; for every model, one after the other."""
     name: str | None = None
     """Keeps comparisons apart: results go to `eval/NAME`; with null they replace the last ones in `eval`."""
     model: str | None = None
@@ -49,8 +44,11 @@ class EvalConfig(Settings):
     yours as `module:function`; see `rlhf/evaluation/judges.py`."""
     subset: str = "subset"
     """Column of the preference data that says which part of it a pair belongs to, where it has one."""
-    seed: Seed = "${seed}"  # type: ignore[assignment]
-    """Seed of sampling (the same random numbers for both models), of what judges see first, and of the intervals."""
+
+    def longest_sequence(self) -> tuple[str, ...]:
+        """The longest prompt with the longest response, which is one to score or one to read."""
+        responses = ("max_response_tokens", "max_row_tokens")
+        return ("max_prompt_tokens", max(responses, key=lambda setting: int(getattr(self, setting))))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -70,13 +68,9 @@ class PromptStyle(StrEnum):
 
 
 @dataclass(kw_only=True)
-class ChatConfig(Settings):
+class ChatConfig(StageConfig):
     """A conversation in the terminal."""
 
-    selected: bool = False
-    """Set by the YAML of this choice: whether this run talks."""
-    engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
-    """The run's engine, unless overridden here."""
     model: str | None = None
     """Who answers: a folder or a hub id; null is the policy of this run, the newest of its folder, or sft/model."""
     compare_with: str | None = None
@@ -89,5 +83,3 @@ class ChatConfig(Settings):
     """How answers are drawn; a temperature of 0 takes the likeliest token."""
     max_response_tokens: Count = 256
     """Where an answer is cut."""
-    seed: Seed = "${seed}"  # type: ignore[assignment]
-    """Seed of the sampling."""

@@ -1,19 +1,24 @@
-"""Which models a run names: the roles of each stage and use, and the stage that makes a model of this run's folder.
+"""Which models each stage has, in which role: the only place that knows.
 
-Left out: whether the models can be used (`compatibility.py`).
+Loading, the memory plan, DeepSpeed files and every check iterate over `roles_of`. See also: `compatibility.py`, which
+checks that the models can be used.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.eval_config import ChatConfig, EvalConfig
+from rlhf.config.model_config import LoraConfig
+from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.run_config import STAGES, RunConfig
-from rlhf.config.stage_configs import POLICIES, AdvantageKind, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.stage_configs import POLICIES, AdvantageKind, SupervisedConfig
+
+PRODUCTS = {"sft": ("model",), "reward": ("model",), **dict.fromkeys(POLICIES, ("actor", "critic"))}
+"""Names of the models that each stage leaves in its folder, and those of its best evaluation in `best/` there."""
 
 
 class ModelKind(StrEnum):
@@ -23,75 +28,186 @@ class ModelKind(StrEnum):
     scalar_head = "scalar_head"
 
 
-PRODUCTS = {"sft": ("model",), "reward": ("model",), **dict.fromkeys(POLICIES, ("actor", "critic"))}
-"""What each stage leaves in its folder; the same of its best evaluation is in `best/` there."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Role:
-    """A model that a stage, or a use, starts from."""
+    """One model of a stage: where it starts, what it is, and which settings are its own."""
 
     stage: str
     name: str
-    """Of the setting that names it."""
+    """What the stage calls it, such as "critic"; a model that is trained is exported under this name."""
     path: str
-    """A folder or a hub id."""
-    head: ModelKind
-    """What the stage has it end with."""
-    scores: bool = False
-    """It must have a scalar head that was trained: a reward model."""
-    writes: bool = False
-    """Its tokens are what the other models of the stage read."""
+    """Folder or hub id that it starts from; empty where this run needs no model of its own for the role."""
+    path_setting: str
+    """Last part of the setting that names it: for a critic that starts as the reward model, "reward"."""
+    kind: ModelKind
+    engine: str = "engine"
+    """Last part of the setting with its engine."""
+    optimizer: str | None = None
+    """Last part of the setting with its optimizer; None for a frozen model, which has no adapters either."""
     num_layers: int = 0
-    """How many of its layers are used; 0 all."""
+    """How many of its layers are used; 0 uses all."""
+    dropout: float = 0.0
+    """Every dropout probability of it."""
+    gives_scores: bool = False
+    """Its scalar head must have been trained: a reward model."""
+    generates: bool = False
+    """The other models of the stage read the tokens that it writes."""
     optional: bool = False
     """The setting may be null."""
 
     @property
     def setting(self) -> str:
-        """Dotted name of the setting."""
-        return f"{self.stage}.{self.name}"
+        """Dotted name of the setting that names the model."""
+        return f"{self.stage}.{self.path_setting}"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has an optimizer."""
+        return self.optimizer is not None
+
+    def engine_config(self, run: RunConfig) -> EngineConfig:
+        """Its engine."""
+        config: EngineConfig = getattr(run.stage_config(self.stage), self.engine)
+        return config
+
+    def optimizer_config(self, run: RunConfig) -> OptimizerConfig | None:
+        """Its optimizer, None where it is frozen."""
+        return getattr(run.stage_config(self.stage), self.optimizer) if self.optimizer else None
+
+    def lora_config(self, run: RunConfig) -> LoraConfig | None:
+        """Its adapters, None where it is frozen."""
+        return run.training_config(self.stage).lora if self.optimizer else None
 
     def __str__(self) -> str:
         return f"{self.setting}={self.path}"
 
 
 def roles_of(run: RunConfig, stage: str) -> list[Role]:
-    """The models that `stage` starts from; the first is the one whose tokenizer the stage uses."""
-    config = getattr(run, stage)
-    if isinstance(config, SFTConfig):
-        return [Role(stage, "init_from", config.init_from, ModelKind.causal_lm)]
-    if isinstance(config, RewardConfig):
-        return [Role(stage, "init_from", config.init_from, ModelKind.scalar_head, num_layers=config.num_layers)]
-    if isinstance(config, PPOConfig):
-        return _roles_of_ppo(config)
-    if isinstance(config, EvalConfig):
-        return _roles_of_eval(config)
-    assert isinstance(config, ChatConfig), stage
-    named = {"model": config.model or _last_policy(run), "compare_with": config.compare_with}
-    return [Role("chat", name, path, ModelKind.causal_lm) for name, path in named.items() if path is not None]
+    """The models that `stage` loads; the first one's tokenizer is the stage's."""
+    return [role for role in all_roles(run, stage) if role.path]
 
 
-def _roles_of_ppo(config: PPOConfig) -> list[Role]:
-    roles = [Role("ppo", "actor", config.actor, ModelKind.causal_lm, writes=True)]
-    if config.reference is not None:
-        roles.append(Role("ppo", "reference", config.reference, ModelKind.causal_lm))
-    roles.append(Role("ppo", "reward", config.reward, ModelKind.scalar_head, scores=True))
-    if config.critic is not None and config.advantage is AdvantageKind.gae:
-        roles.append(Role("ppo", "critic", config.critic, ModelKind.scalar_head))
-    return roles
+def all_roles(run: RunConfig, stage: str) -> list[Role]:
+    """The roles of `stage`, also those that need no model of their own in this run but have settings."""
+    return _ROLES[stage](run)
 
 
-def _roles_of_eval(config: EvalConfig) -> list[Role]:
-    assert config.model is not None, "composition fills it"
-    roles = [Role("eval", "model", config.model, ModelKind.causal_lm, writes=True)]
-    if config.baseline is not None:
-        roles.append(Role("eval", "baseline", config.baseline, ModelKind.causal_lm, writes=True, optional=True))
-    if config.reference is not None:
-        roles.append(Role("eval", "reference", config.reference, ModelKind.causal_lm, optional=True))
-    if config.reward is not None:
-        roles.append(Role("eval", "reward", config.reward, ModelKind.scalar_head, scores=True, optional=True))
-    return roles
+def _sft(run: RunConfig) -> list[Role]:
+    assert run.sft is not None
+    return [_supervised("sft", run.sft, start=run.sft.init_from, kind=ModelKind.causal_lm)]
+
+
+def _reward(run: RunConfig) -> list[Role]:
+    config = run.reward
+    assert config is not None
+    kind, layers = ModelKind.scalar_head, config.num_layers
+    return [_supervised("reward", config, start=config.init_from, kind=kind, num_layers=layers)]
+
+
+def _supervised(stage: str, config: SupervisedConfig, *, start: str, kind: ModelKind, num_layers: int = 0) -> Role:
+    return Role(
+        stage=stage,
+        name="model",
+        path=start,
+        path_setting="init_from",
+        kind=kind,
+        optimizer="optimizer",
+        num_layers=num_layers,
+        dropout=config.dropout,
+    )
+
+
+def _ppo(run: RunConfig) -> list[Role]:
+    config = run.ppo
+    assert config is not None
+    has_critic = config.advantage is AdvantageKind.gae
+    return [
+        Role(
+            stage="ppo",
+            name="actor",
+            path=config.actor,
+            path_setting="actor",
+            kind=ModelKind.causal_lm,
+            optimizer="actor_optimizer",
+            generates=True,
+        ),
+        Role(
+            stage="ppo",
+            name="reference",
+            path=config.reference_model or "",  # with LoRA, the actor without its adapters
+            path_setting="reference" if config.reference else "actor",
+            kind=ModelKind.causal_lm,
+            engine="reference_engine",
+        ),
+        Role(
+            stage="ppo",
+            name="reward",
+            path=config.reward,
+            path_setting="reward",
+            kind=ModelKind.scalar_head,
+            engine="reward_engine",
+            gives_scores=True,
+        ),
+        Role(
+            stage="ppo",
+            name="critic",
+            path=(config.critic or config.reward) if has_critic else "",
+            path_setting="critic" if config.critic else "reward",
+            kind=ModelKind.scalar_head,
+            engine="critic_engine",
+            optimizer="critic_optimizer",
+        ),
+    ]
+
+
+def _eval(run: RunConfig) -> list[Role]:
+    config = run.eval
+    assert config is not None
+    paths = {"model": config.model, "baseline": config.baseline, "reference": config.reference, "reward": config.reward}
+    return [
+        Role(
+            stage="eval",
+            name=name,
+            path=path or "",
+            path_setting=name,
+            kind=ModelKind.scalar_head if name == "reward" else ModelKind.causal_lm,
+            gives_scores=name == "reward",
+            generates=name in ("model", "baseline"),
+            optional=name != "model",
+        )
+        for name, path in paths.items()
+    ]
+
+
+def _chat(run: RunConfig) -> list[Role]:
+    assert run.chat is not None
+    paths = {"model": run.chat.model or _last_policy(run), "compare_with": run.chat.compare_with}
+    return [
+        Role(stage="chat", name=name, path=path or "", path_setting=name, kind=ModelKind.causal_lm)
+        for name, path in paths.items()
+    ]
+
+
+_ROLES: dict[str, Callable[[RunConfig], list[Role]]] = {
+    "sft": _sft,
+    "reward": _reward,
+    "ppo": _ppo,
+    "eval": _eval,
+    "chat": _chat,
+}
+
+
+def engines_of(run: RunConfig, stage: str) -> dict[str, EngineConfig]:
+    """The engines of a stage by the last part of their setting, also those of roles that this run does not load."""
+    return {role.engine: role.engine_config(run) for role in all_roles(run, stage)}
+
+
+def policy_folder(run: RunConfig) -> str:
+    """The folder of the policy that this run makes, or of the newest one that was made in its output folder."""
+    if run.ppo is not None:
+        return run.folder("ppo")
+    found = [folder for name in POLICIES if (folder := Path(run.output_dir) / name) and (folder / "actor").exists()]
+    return str(max(found, key=lambda folder: (folder / "actor").stat().st_mtime, default=run.folder("ppo")))
 
 
 def _last_policy(run: RunConfig) -> str:
@@ -102,22 +218,8 @@ def _last_policy(run: RunConfig) -> str:
     return [*made, *there, actor][0]
 
 
-def engines_of(run: RunConfig, stage: str) -> dict[str, EngineConfig]:
-    """The engines of a stage by the name of their setting: one, or in PPO one for each model."""
-    config = getattr(run, stage)
-    return {name: getattr(config, name) for name in vars(config) if name.endswith("engine")}
-
-
-def policy_folder(run: RunConfig) -> str:
-    """Where the policy is that this run makes, or the newest that was made in its folder."""
-    if run.ppo is not None:
-        return run.folder("ppo")
-    found = [folder for name in POLICIES if (folder := Path(run.output_dir) / name) and (folder / "actor").exists()]
-    return str(max(found, key=lambda folder: (folder / "actor").stat().st_mtime, default=run.folder("ppo")))
-
-
 def maker_of(run: RunConfig, path: str) -> str | None:
-    """The stage of this run's folder that makes the model at `path`, if any does."""
+    """The stage of this run's folder that makes the model at `path`, None where none does."""
     folder, root = Path(path).expanduser().absolute(), Path(run.output_dir)
     inside = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
     name, *product = [part for part in inside if part != "best"] or [""]
@@ -130,8 +232,5 @@ def origin_of(run: RunConfig, role: Role, *, todo: Collection[str]) -> str:
     maker = maker_of(run, role.path)
     if maker not in earlier or maker not in todo:
         return role.path
-    roles = {made_from.name: made_from for made_from in roles_of(run, maker)}
-    start = roles.get("init_from") or roles["actor"]
-    if maker == "ppo" and role.path.endswith("critic"):
-        start = roles.get("critic") or roles["reward"]
-    return origin_of(run, start, todo=todo)
+    start = {made.name: made for made in roles_of(run, maker)}.get(Path(role.path).name)
+    return role.path if start is None else origin_of(run, start, todo=todo)

@@ -1,8 +1,7 @@
-"""Every setting of a run: one dataclass per group of `conf/`, closed, typed and validated.
+"""The settings of a run: the root of the configuration, one dataclass per group of `conf/`, closed, typed, validated.
 
-`conf/` holds the numbers; the text under a field says its unit and consequence. This is the root and the door: the
-groups that stages share are in `groups.py`, the engine in `engine_config.py`, the stages in `stage_configs.py`,
-what is done with their models in `eval_config.py`, and all are imported from here.
+`conf/` holds the numbers; the text under a field says its unit and its consequence. See also: the other files of this
+folder, one per group.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from rlhf.config.data_config import DataConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import ChatConfig, EvalConfig
 from rlhf.config.model_config import ModelConfig
-from rlhf.config.stage_configs import POLICIES, PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.stage_configs import POLICIES, PPOConfig, RewardConfig, SFTConfig, StageConfig, TrainingConfig
 from rlhf.config.tracking_config import TrackingConfig
 
 STAGES = ("sft", "reward", "ppo")
@@ -151,6 +150,18 @@ class RunConfig(Settings):
         if folder in POLICIES:
             return "ppo" if self.ppo is None or self.ppo.title == folder else None
         return folder if folder in STAGES else None
+
+    def stage_config(self, stage: str) -> StageConfig:
+        """The settings of a selected stage."""
+        config = getattr(self, stage)
+        assert isinstance(config, StageConfig), f"{stage} is not selected"
+        return config
+
+    def training_config(self, stage: str) -> TrainingConfig:
+        """The settings of a selected stage that trains."""
+        config = getattr(self, stage)
+        assert isinstance(config, TrainingConfig), f"{stage} is not selected, or does not train"
+        return config
 
     @property
     def stages(self) -> list[str]:

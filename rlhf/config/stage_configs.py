@@ -1,10 +1,11 @@
-"""The settings of the three stages."""
+"""The settings of the training stages, and what all stages have in common."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated, TypeVar
+from typing import Annotated, ClassVar, NamedTuple, TypeVar
 
 from rlhf.config.bounds import (
     Bounds,
@@ -56,20 +57,46 @@ T = TypeVar("T")
 
 
 def inherited(cls: type[T], group: str) -> T:
-    """A `cls` whose every field is the run's until it is overridden (one interpolation for all would be shared)."""
-    node = object.__new__(cls)
-    vars(node).update({name: f"${{{group}.{name}}}" for name in vars(cls)["__dataclass_fields__"]})
-    return node
+    """A `cls` whose every field is the one of `group` until it is overridden (one reference for all could not be)."""
+    return cls(**{name: f"${{{group}.{name}}}" for name in vars(cls)["__dataclass_fields__"]})
+
+
+class BestMetric(NamedTuple):
+    """The held-out metric by which one evaluation is better than another."""
+
+    metric: str
+    sign: int  # 1 where more is better, -1 where less is
 
 
 @dataclass(kw_only=True)
 class StageConfig(Settings):
-    """What the three stages share."""
+    """The settings that every stage has, evaluation and chat included."""
 
     selected: bool = False
     """Set by the stage's own YAML: whether this run includes the stage."""
     engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "engine"))
     """The run's engine, unless overridden for this stage."""
+    seed: Seed = "${seed}"  # type: ignore[assignment]
+    """Seed of everything that the stage draws: data order, new weights, sampling."""
+
+    def longest_sequence(self) -> tuple[str, ...]:
+        """Names of the settings whose sum is the longest sequence, in tokens; empty where nothing bounds it."""
+        return ()
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(StageConfig):
+    """The settings that every training stage has."""
+
+    batch_setting: ClassVar[str]
+    """Name of the setting that holds the sequences of one optimizer step, over all ranks."""
+    micro_batch_settings: ClassVar[tuple[str, ...]] = ("micro_batch_size",)
+    """Names of the settings that trade memory for speed and leave results alone."""
+    row_unit: ClassVar[str] = "sequences"
+    """What batch sizes count."""
+    best_metric: ClassVar[BestMetric]
+    """Decides which evaluation is the best one."""
+
     lora: LoraConfig
     """Adapters; rank 0 trains the whole model."""
     micro_batch_size: Count
@@ -78,13 +105,27 @@ class StageConfig(Settings):
     """Longer prompts are dropped, and the run says how many."""
     max_response_tokens: Count
     """Longer responses are dropped in SFT and reward; in PPO, where generation stops."""
-    seed: Seed = "${seed}"  # type: ignore[assignment]
-    """Seed of data order, new weights and sampling."""
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences (reward: pairs) in one optimizer step, over all ranks."""
+        size: int = getattr(self, self.batch_setting)
+        return size
+
+    def longest_sequence(self) -> tuple[str, ...]:
+        """The longest prompt with the longest response."""
+        return ("max_prompt_tokens", "max_response_tokens")
+
+    def optimizer_steps(self, optimizer: str, *, num_rows: int) -> int:
+        """Steps that the optimizer of the setting `optimizer` takes in the whole stage, with `num_rows` to train on."""
+        raise NotImplementedError
 
 
 @dataclass(kw_only=True)
-class SupervisedConfig(StageConfig):
-    """What SFT and reward training share."""
+class SupervisedConfig(TrainingConfig):
+    """The settings that SFT and reward training share."""
+
+    batch_setting = "global_batch_size"
 
     optimizer: OptimizerConfig
     """AdamW and its schedule."""
@@ -105,10 +146,20 @@ class SupervisedConfig(StageConfig):
         super().__post_init__()
         require(self.max_steps > 0 or self.epochs > 0, f"epochs={self.epochs}: expected a number above 0.")
 
+    def steps(self, num_rows: int) -> int:
+        """Optimizer steps: `max_steps` where it is set, else as many as see every row `epochs` times."""
+        return self.max_steps or max(1, math.ceil(round(self.epochs * num_rows / self.global_batch_size, 6)))
+
+    def optimizer_steps(self, optimizer: str, *, num_rows: int) -> int:
+        """The one optimizer steps once a step."""
+        return self.steps(num_rows)
+
 
 @dataclass(kw_only=True)
 class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on demonstrations."""
+
+    best_metric = BestMetric("eval/loss", -1)
 
     init_from: str = "${model.path}"
     """Model that is fine-tuned."""
@@ -119,6 +170,9 @@ class SFTConfig(SupervisedConfig):
 @dataclass(kw_only=True)
 class RewardConfig(SupervisedConfig):
     """Reward modelling on preferences."""
+
+    row_unit = "pairs"
+    best_metric = BestMetric("eval/accuracy", 1)
 
     init_from: str = "${output_dir}/sft/model"
     """Causal language model whose trunk gets a scalar head."""
@@ -171,8 +225,12 @@ class ScoreConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class PPOConfig(StageConfig):
+class PPOConfig(TrainingConfig):
     """Proximal policy optimisation of the actor against the reward model."""
+
+    batch_setting = "minibatch_size"
+    micro_batch_settings = ("micro_batch_size", "rollout_micro_batch_size")
+    best_metric = BestMetric("eval/score", 1)
 
     actor: str = "${output_dir}/sft/model"
     """Where the policy starts."""
@@ -259,6 +317,10 @@ class PPOConfig(StageConfig):
     def updates_per_iteration(self) -> int:
         """Optimizer steps that follow a rollout batch."""
         return self.epochs * (self.rollout_size // self.minibatch_size)
+
+    def optimizer_steps(self, optimizer: str, *, num_rows: int) -> int:
+        """The actor waits while the critic warms up; how many prompts there are makes no difference."""
+        return self.actor_steps if optimizer == "actor_optimizer" else self.critic_steps
 
     @property
     def critic_steps(self) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.model_config import LoraConfig
 from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import PPOConfig, StageConfig
+from rlhf.config.stage_configs import TrainingConfig
 from rlhf.memory_plan.plan import Limits, Plan
 
 _LORA_RANK = 16
@@ -36,7 +36,7 @@ class Change:
 class _Step:
     settings: tuple[str, ...]
     cost: str
-    apply: Callable[[StageConfig], StageConfig]
+    apply: Callable[[TrainingConfig], TrainingConfig]
 
 
 def cheapest_change(run: RunConfig, stage: str, *, plan: Planner, limits: Limits, ranks: int) -> Change | None:
@@ -50,7 +50,7 @@ def cheapest_change(run: RunConfig, stage: str, *, plan: Planner, limits: Limits
         ranks: of the run.
     """
 
-    def excess(config: StageConfig) -> int:
+    def excess(config: TrainingConfig) -> int:
         found = plan(replace(run, **{stage: config})).shortages(limits)
         return sum(shortage.needed - shortage.available for shortage in found)
 
@@ -63,7 +63,7 @@ def cheapest_change(run: RunConfig, stage: str, *, plan: Planner, limits: Limits
     return _change(run, stage, steps=chosen) if chosen else None
 
 
-def _enough_of(steps: list[_Step], config: StageConfig, *, excess: Callable[[StageConfig], int]) -> list[_Step]:
+def _enough_of(steps: list[_Step], config: TrainingConfig, *, excess: Callable[[TrainingConfig], int]) -> list[_Step]:
     """The first steps that together are enough, without those that are not needed; empty if none are."""
     chosen: list[_Step] = []
     remaining = excess(config)
@@ -81,7 +81,7 @@ def _enough_of(steps: list[_Step], config: StageConfig, *, excess: Callable[[Sta
     return chosen
 
 
-def _applied(steps: list[_Step], config: StageConfig) -> StageConfig:
+def _applied(steps: list[_Step], config: TrainingConfig) -> TrainingConfig:
     for step in steps:
         config = step.apply(config)
     return config
@@ -93,7 +93,7 @@ def _change(run: RunConfig, stage: str, *, steps: list[_Step]) -> Change:
     return Change(tuple(latest.values()), "; ".join(dict.fromkeys(step.cost for step in steps)), changed)
 
 
-def _steps(config: StageConfig, stage: str, *, run: RunConfig, ranks: int, is_cuda: bool) -> Iterator[_Step]:
+def _steps(config: TrainingConfig, stage: str, *, run: RunConfig, ranks: int, is_cuda: bool) -> Iterator[_Step]:
     engine = config.engine
     if ranks > 1 and engine.zero_stage < 2:
         yield _engines(stage, config, cost="no slower", zero_stage=2)
@@ -129,25 +129,24 @@ def _steps(config: StageConfig, stage: str, *, run: RunConfig, ranks: int, is_cu
         yield _Step((setting,), "adapters learn less than the whole model", lambda c: replace(c, lora=lora))
 
 
-def _smaller_batches(stage: str, config: StageConfig) -> Iterator[_Step]:
+def _smaller_batches(stage: str, config: TrainingConfig) -> Iterator[_Step]:
     """Half the micro-batch, half of that, and so on: the same results, less to compute at once."""
-    names = ["micro_batch_size", *(["rollout_micro_batch_size"] if isinstance(config, PPOConfig) else [])]
-    sizes = {name: getattr(config, name) for name in names}
+    sizes = {name: getattr(config, name) for name in config.micro_batch_settings}
     while any(size % 2 == 0 for size in sizes.values()):
         sizes = {name: size // 2 if size % 2 == 0 else size for name, size in sizes.items()}
         settings = tuple(f"{stage}.{name}={size}" for name, size in sizes.items())
         yield _Step(settings, "smaller batches are slower on a GPU", _replacing(dict(sizes)))
 
 
-def _replacing(values: dict[str, Any]) -> Callable[[StageConfig], StageConfig]:
+def _replacing(values: dict[str, Any]) -> Callable[[TrainingConfig], TrainingConfig]:
     return lambda config: replace(config, **values)
 
 
-def _engines(stage: str, config: StageConfig, *, cost: str, **values: Any) -> _Step:
+def _engines(stage: str, config: TrainingConfig, *, cost: str, **values: Any) -> _Step:
     """The same settings for the engine of every role."""
     names = [name for name in vars(config) if isinstance(getattr(config, name), EngineConfig)]
 
-    def apply(before: StageConfig) -> StageConfig:
+    def apply(before: TrainingConfig) -> TrainingConfig:
         return replace(before, **{name: _raised(getattr(before, name), values) for name in names})
 
     return _Step(tuple(f"{stage}.engine.{name}={_text(value)}" for name, value in values.items()), cost, apply)

@@ -17,11 +17,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 
 from rlhf.config.run_config import CheckpointConfig
+from rlhf.config.stage_configs import BestMetric
 from rlhf.engine.checkpoint.manager import Checkpoints, Saved, folder_of, open_saved, steps_in
 from rlhf.engine.checkpoint.stored_state import Stored
 from rlhf.engine.engine import Engine
@@ -32,20 +33,6 @@ from stages.lifecycle.signals import Stopped
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
-
-
-class BestMetric(NamedTuple):
-    """What makes one evaluation better than another."""
-
-    metric: str
-    sign: int  # 1 where more is better, -1 where less is
-
-
-AIMS = {
-    "sft": BestMetric("eval/loss", -1),
-    "reward": BestMetric("eval/accuracy", 1),
-    "ppo": BestMetric("eval/score", 1),
-}
 
 
 class Stateful(Protocol):
@@ -73,7 +60,7 @@ class TrainingState:
         """Everything that learns."""
         return [stored.below(name) for name, engine in self.engines.items() for stored in engine.stored()]
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The rest, as JSON."""
         return {
             "data": self.data,
@@ -82,18 +69,17 @@ class TrainingState:
             "others": {name: part.state_dict() for name, part in self.others.items()},
         }
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Go on from `state()`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`."""
         for name, engine in self.engines.items():
             engine.load_counters(state["engines"][name])
         for name, part in self.others.items():
-            if name in state["others"]:  # earlier versions did not count the rows of the tracker
-                part.load_state_dict(state["others"][name])
+            part.load_state_dict(state["others"][name])
 
     def require_same(self, saved: Saved) -> None:
         """Raises ValueError where the checkpoint was made from other data, or in another precision."""
         check_data(saved, self.data)
-        found, expected = saved.state["dtypes"], self.state()["dtypes"]
+        found, expected = saved.state["dtypes"], self.state_dict()["dtypes"]
         if found != expected:
             raise ValueError(
                 f"the checkpoint {saved.folder} was trained with working weights in {found}, here they are in "
@@ -125,16 +111,16 @@ class Progress:
     """Those of the last evaluation."""
     best_step: int = 0
     best: dict[str, float] = field(default_factory=dict)
-    """Those of the best evaluation of the stage's aim, if there was one after a step."""
+    """Those of the best evaluation, if there was one after a step."""
 
-    def note(self, step: int, evaluation: dict[str, float], *, aim: BestMetric) -> bool:
+    def note(self, step: int, evaluation: dict[str, float], *, metric: BestMetric) -> bool:
         """Take note of an evaluation after `step`, if there was one; True when it is the best of all."""
         self.after = evaluation or self.after
-        value = evaluation.get(aim.metric)
+        value = evaluation.get(metric.metric)
         if (
             value is None
             or not math.isfinite(value)
-            or (self.best and aim.sign * value <= aim.sign * self.best[aim.metric])
+            or (self.best and metric.sign * value <= metric.sign * self.best[metric.metric])
         ):
             return False
         self.best_step, self.best = step, evaluation
@@ -147,10 +133,10 @@ class CheckpointManager:
 
     checkpoints: Checkpoints
     config: CheckpointConfig
-    aim: BestMetric
+    metric: BestMetric
     total_steps: int
     world: World
-    parts: TrainingState
+    state: TrainingState
     progress: Progress = field(default_factory=Progress)
     saved_step: int = -1
     """Of the newest checkpoint that is on the disk or on its way."""
@@ -161,16 +147,16 @@ class CheckpointManager:
         folder: Path,
         config: CheckpointConfig,
         *,
-        stage: str,
+        metric: BestMetric,
         total_steps: int,
-        parts: TrainingState,
+        state: TrainingState,
         tracker: Stateful,
     ) -> CheckpointManager:
         """The manager of the stage in `folder`, which also has a checkpoint say how many rows `tracker` has written."""
-        world = next(iter(parts.engines.values())).world
+        world = next(iter(state.engines.values())).world
         checkpoints = Checkpoints(folder / CHECKPOINTS, world, keep=config.keep, asynchronous=config.asynchronous)
-        counted = replace(parts, others={**parts.others, "tracker": tracker})
-        return cls(checkpoints, config, AIMS[stage], total_steps, world, counted)
+        counted = replace(state, others={**state.others, "tracker": tracker})
+        return cls(checkpoints, config, metric, total_steps, world, counted)
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint; False when there is none. Refuses to start where none would fit.
@@ -186,14 +172,14 @@ class CheckpointManager:
     def _resume(self) -> bool:
         self.checkpoints.tidy()
         if self.config.interval_of(self.total_steps):
-            size = sum(stored.nbytes for stored in self.parts.tensors())
+            size = sum(stored.nbytes for stored in self.state.tensors())
             self.checkpoints.check_space(size, count=self.config.keep + 1 + self.config.best)
         saved = self.checkpoints.newest()
         if saved is None:
             return False
-        self.parts.require_same(saved)
-        self.checkpoints.load(saved, self.parts.tensors())
-        self.parts.load_state(saved.state)
+        self.state.require_same(saved)
+        self.checkpoints.load(saved, self.state.tensors())
+        self.state.load_state_dict(saved.state)
         self.progress = Progress(**saved.state["progress"])
         self.saved_step = saved.step
         log.info("going on after step %s of %s (%s)", saved.step, self.total_steps, saved.folder)
@@ -212,7 +198,7 @@ class CheckpointManager:
             RunError: a checkpoint could not be written.
         """
         self.progress.step = step
-        is_best = self.progress.note(step, evaluation, aim=self.aim)
+        is_best = self.progress.note(step, evaluation, metric=self.metric)
         # In every step and on every rank, whether there is something to agree on or not.
         flags = torch.tensor([stop, self.checkpoints.is_busy, is_best], dtype=torch.int32)
         asked, busy, best = max_over_ranks(flags).tolist()
@@ -235,7 +221,7 @@ class CheckpointManager:
         step = self.progress.best_step
         if not self.config.best or step == self.total_steps or step not in there:
             return False
-        self.checkpoints.load(open_saved(self.checkpoints.folder, step), self.parts.tensors())
+        self.checkpoints.load(open_saved(self.checkpoints.folder, step), self.state.tensors())
         return True
 
     def finish(self) -> None:
@@ -256,8 +242,8 @@ class CheckpointManager:
     def _save(self, step: int) -> None:
         if step == self.saved_step:
             return
-        state = self.parts.state() | {"progress": asdict(self.progress)}
-        self.checkpoints.save(step, self.parts.tensors(), state=state, spare=self._spare())
+        state = self.state.state_dict() | {"progress": asdict(self.progress)}
+        self.checkpoints.save(step, self.state.tensors(), state=state, spare=self._spare())
         self.saved_step = step
 
 

@@ -77,26 +77,26 @@ class Session:
 
     def begin(
         self,
-        parts: TrainingState,
+        state: TrainingState,
         *,
         evaluate: Callable[[], dict[str, float]],
         known: Mapping[str, float] | None = None,
     ) -> None:
         """Go on from the newest checkpoint, or evaluate for the first time and log that, and what is `known`."""
-        total_steps = self.tracker.total_steps
+        total_steps, config = self.tracker.total_steps, self.run.training_config(self.stage)
         self._checkpoints = CheckpointManager.of(
             self.folder,
             self.run.checkpoint,
-            stage=self.stage,
+            metric=config.best_metric,
             total_steps=total_steps,
-            parts=parts,
+            state=state,
             tracker=self.tracker,
         )
         if self.checkpoints.resume():
             self.tracker.rewind(self.progress.step)
         else:
             self.tracker.rewind(-1)
-            seed_random_numbers(getattr(self.run, self.stage).seed, rank=self.world.rank)
+            seed_random_numbers(config.seed, rank=self.world.rank)
             self.progress.before = self.progress.after = evaluate()
             self._log(0, {**self.progress.before, **(known or {})})
         if self.progress.step < total_steps:
@@ -171,13 +171,13 @@ class Session:
         best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
         self._write_records(record, best)
         if self.world.is_main:
-            self.tracker.models({name: self.folder / name for name in self.checkpoints.parts.engines})
+            self.tracker.models({name: self.folder / name for name in self.checkpoints.state.engines})
         dist.barrier()
         self.checkpoints.finish()
         return record
 
     def _warn_of_no_steps(self) -> None:
-        for name, engine in self.checkpoints.parts.engines.items():
+        for name, engine in self.checkpoints.state.engines.items():
             if engine.loss_scale.is_searching and not engine.steps_taken:
                 log.warning(
                     "%s: %s has learnt nothing: every step was skipped to find fp16's loss scale. Lower "
@@ -188,7 +188,7 @@ class Session:
 
     def _export_to(self, folder: Path) -> None:
         found = {}
-        for name, engine in self.checkpoints.parts.engines.items():
+        for name, engine in self.checkpoints.state.engines.items():
             with self.timer("save"):
                 found[name] = export_model(engine, folder / name, tokenizer=self.tokenizer)
         self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
@@ -200,7 +200,7 @@ class Session:
         """
         sealed = [self.folder / CONFIG]
         for folder, merges in self._merged.items():
-            for name in self.checkpoints.parts.engines:
+            for name in self.checkpoints.state.engines:
                 own = {model: merge for model, merge in merges.items() if model == name}
                 said = replace(record if folder == self.folder else best, merged=own)
                 if self.world.is_main:

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 
+from rlhf.config.roles import ModelKind, Role
+from rlhf.config.run_config import RunConfig
 from rlhf.config.stage_configs import PPOConfig
 from rlhf.engine.engine import Engine, build_engine
+from rlhf.engine.loss_scale import LossScale
+from rlhf.models.causal_lm import causal_lm
 from rlhf.models.export import export
 from rlhf.models.model_folder import local_folder
 from rlhf.models.model_spec import ModelSpec
+from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import ScoreScale
-from rlhf.runtime.dist import broadcast_object
+from rlhf.runtime.dist import World, broadcast_object
 from rlhf.text.tokenizer import Tokenizer
 from stages.lifecycle.stage_record import read_record
 
@@ -91,6 +96,42 @@ def open_engine(spec: ModelSpec, **settings: Any) -> Engine:
                 _name(engine.dtype),
             )
     return engine
+
+
+def open_model(
+    run: RunConfig,
+    role: Role,
+    *,
+    world: World,
+    total_steps: int = 0,
+    loss_scale: LossScale | None = None,
+    head_scale: float = 1.0,
+) -> Engine:
+    """The engine of one role of a stage.
+
+    Args:
+        run: the whole configuration.
+        role: one of `roles_of(run, stage)`.
+        world: this process among its peers.
+        total_steps: of its optimizer, for the schedule; a frozen model takes none.
+        loss_scale: shared with another engine in fp16; None gives it one of its own.
+        head_scale: what a scalar head is multiplied by.
+    """
+    seed, lora = run.stage_config(role.stage).seed, role.lora_config(run)
+    if role.kind is ModelKind.causal_lm:
+        spec = causal_lm(role.path, dropout=role.dropout, lora=lora, seed=seed)
+    else:
+        spec = scalar_head_model(
+            role.path, num_layers=role.num_layers, dropout=role.dropout, lora=lora, seed=seed, head_scale=head_scale
+        )
+    return open_engine(
+        spec,
+        config=role.engine_config(run),
+        world=world,
+        optimizer=role.optimizer_config(run),
+        total_steps=total_steps,
+        loss_scale=loss_scale,
+    )
 
 
 def _write(engine: Engine, folder: Path, *, tokenizer: Tokenizer, dtype: torch.dtype | None = None) -> float | None:

@@ -15,7 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 
 from rlhf.chat.chat_model import speaker_tokenizer
-from rlhf.config.eval_config import ChatConfig, EvalConfig
 from rlhf.config.roles import Role, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.models.embedded import prepare
@@ -125,8 +124,8 @@ def _examined(reader: _Reader, role: Role, *, folder: Path, is_made: bool) -> _M
     record = None if is_made else read_record(folder)
     if record is not None:
         reader.check_seal(folder)
-    facts = reader.facts(folder, role.head, num_layers=role.num_layers)
-    if role.scores and not facts.has_scores and not is_made:
+    facts = reader.facts(folder, role.kind, num_layers=role.num_layers)
+    if role.gives_scores and not facts.has_scores and not is_made:
         without = f", or set {role.setting}=null" if role.optional else ""
         raise ValueError(
             "it is a language model without a scalar head; expected a reward model, an "
@@ -163,16 +162,14 @@ def _check_tokens(tokenizer: Tokenizer, facts: Facts) -> None:
 
 def _check_positions(run: RunConfig, role: Role, *, facts: Facts) -> None:
     """The longest prompt and the longest response fit into the model together."""
-    config, longest = getattr(run, role.stage), "max_response_tokens"
-    if isinstance(config, ChatConfig):
-        return
-    if isinstance(config, EvalConfig):
-        longest = max((longest, "max_row_tokens"), key=lambda setting: getattr(config, setting))
-    prompt, response = config.max_prompt_tokens, getattr(config, longest)
-    if prompt + response > facts.positions:
+    config = run.stage_config(role.stage)
+    names = config.longest_sequence()
+    sizes = [int(getattr(config, name)) for name in names]
+    if sum(sizes) > facts.positions:
+        settings = " + ".join(f"{role.stage}.{name}" for name in names)
         raise ValueError(
-            f"it has {facts.positions} positions, but {role.stage}.max_prompt_tokens + {role.stage}.{longest} = "
-            f"{prompt} + {response}; expected at most that many together."
+            f"it has {facts.positions} positions, but {settings} = {' + '.join(map(str, sizes))}; expected at most "
+            f"that many together."
         )
 
 
@@ -183,7 +180,7 @@ def _check_beside(member: _Member, together: list[_Member]) -> None:
         return
     _check_vocabulary(member, first)
     for writer in together:
-        if writer.role.writes and member.facts.rows < writer.facts.rows:
+        if writer.role.generates and member.facts.rows < writer.facts.rows:
             last = max(writer.tokenizer.get_vocab().values())
             said = (
                 f"{member.role} has an embedding of {member.facts.rows} rows, {writer.role} one of {writer.facts.rows}"
@@ -194,12 +191,12 @@ def _check_beside(member: _Member, together: list[_Member]) -> None:
                     f"give it rows once with `model.resize_token_embeddings({writer.facts.rows})`."
                 )
             log.warning("%s; those that it lacks are no tokens, and should never be written", said)
-    if member.role.scores and member.template not in (None, template_fingerprint(first.tokenizer)):
+    if member.role.gives_scores and member.template not in (None, template_fingerprint(first.tokenizer)):
         raise ValueError(
             f"{member.role} was trained with another chat template or other special tokens than those of {first.role}. "
             f"Train both from the same model, or set model.chat_template for both."
         )
-    if member.role.writes and template_fingerprint(member.tokenizer) != template_fingerprint(first.tokenizer):
+    if member.role.generates and template_fingerprint(member.tokenizer) != template_fingerprint(first.tokenizer):
         log.warning("%s has another chat template than %s, and is asked with that one", member.role, first.role)
 
 

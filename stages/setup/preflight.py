@@ -10,14 +10,13 @@ import logging
 from pathlib import Path
 
 from data.demonstrations import demonstrations
-from data.loader import steps_of
 from data.preferences import preferences
 from data.prompts import prompts
 from rlhf.config.bounds import accumulation, divisible
 from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
-from rlhf.config.stage_configs import PPOConfig, SupervisedConfig
+from rlhf.config.stage_configs import PPOConfig
 from rlhf.engine.offload import direct_io as disk
 from rlhf.evaluation.metrics import load_gold
 from rlhf.runtime.dist import check_devices
@@ -92,15 +91,12 @@ def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
     Raises:
         ValueError: sizes do not divide.
     """
-    config = getattr(run, stage)
-    assert isinstance(config, PPOConfig | SupervisedConfig)
-    setting = "minibatch_size" if isinstance(config, PPOConfig) else "global_batch_size"
-    size = config.minibatch_size if isinstance(config, PPOConfig) else config.global_batch_size
-    micro = config.micro_batch_size
+    config = run.training_config(stage)
+    setting, size, micro = config.batch_setting, config.batch_size, config.micro_batch_size
     steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name=f"{stage}.{setting}")
-    what = "pairs" if stage == "reward" else "sequences"
-    text = f"{run.title(stage)}: {setting} {size} = {ranks} ranks x {micro} {what} x {steps} accumulation"
-    return f"{text}; {_rollout_arithmetic(config, ranks)}" if isinstance(config, PPOConfig) else text
+    unit = config.row_unit
+    text = f"{run.title(stage)}: {setting} {size} = {ranks} ranks x {micro} {unit} x {steps} accumulation"
+    return f"{text}; {_rollout_arithmetic(run.ppo, ranks)}" if run.ppo is not None and stage == "ppo" else text
 
 
 def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
@@ -139,22 +135,20 @@ def check_disks(run: RunConfig, stage: str) -> None:
             disk.check_folder(engine.nvme_path, nbytes=0)
 
 
-def check_warmup(config: PPOConfig | SupervisedConfig, stage: str, *, num_rows: int) -> None:
+def check_warmup(run: RunConfig, stage: str, *, num_rows: int) -> None:
     """The warm-up ends before the stage does.
 
     Raises:
         ValueError: it does not.
     """
-    if isinstance(config, PPOConfig):
-        steps = min(config.actor_steps, config.critic_steps)
-        warmups = {"actor_optimizer": config.actor_optimizer, "critic_optimizer": config.critic_optimizer}
-    else:
-        size, warmups = config.global_batch_size, {"optimizer": config.optimizer}
-        steps = steps_of(num_rows, config.epochs, max_steps=config.max_steps, global_batch_size=size)
-    for name, optimizer in warmups.items():
+    for role in roles_of(run, stage):
+        optimizer = role.optimizer_config(run)
+        if role.optimizer is None or optimizer is None:
+            continue
+        steps = run.training_config(stage).optimizer_steps(role.optimizer, num_rows=num_rows)
         if optimizer.warmup_of(steps) > steps:
             raise ValueError(
-                f"{stage}.{name}.warmup_steps={optimizer.warmup_steps}: the stage has only {steps} steps; "
+                f"{stage}.{role.optimizer}.warmup_steps={optimizer.warmup_steps}: the stage has only {steps} steps; "
                 f"expected at most that many."
             )
 
@@ -179,13 +173,13 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         ValueError: a data set, a row, or a template that cannot be used.
     """
     for stage in stages:
-        config, first = getattr(run, stage), roles_of(run, stage)[0]
+        config, first = run.training_config(stage), roles_of(run, stage)[0]
         tokenizer = stage_tokenizer(run, origin_of(run, first, todo=stages))
         splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
         if splits.note:
             log.warning("%s", splits.note)
         check_resume(Path(run.folder(stage)), data=splits.fingerprint)
-        check_warmup(config, stage, num_rows=len(splits.train))
+        check_warmup(run, stage, num_rows=len(splits.train))
         if stage != "ppo" and not splits.eval:
             raise ValueError(
                 f"data.{stage}.eval is empty and data.{stage}.eval_fraction holds no row "
@@ -193,6 +187,6 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
             )
         if stage == "reward" and len(splits.eval) < _FEW_PAIRS:
             log.warning("reward: only %s held-out pairs set the scale of all scores in PPO", len(splits.eval))
-        if isinstance(config, PPOConfig):
-            check_ppo(run, config, todo=stages)
+        if run.ppo is not None and stage == "ppo":
+            check_ppo(run, run.ppo, todo=stages)
         log.info("%s: %s rows to train on, %s held out", run.title(stage), len(splits.train), len(splits.eval))

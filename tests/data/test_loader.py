@@ -5,8 +5,12 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from data.loader import PromptLoader, TrainLoader, evaluation_batches, evaluation_prompts, steps_of
+from data.loader import PromptLoader, TrainLoader, evaluation_batches, evaluation_prompts
 from data.prompts import Prompt
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.model_config import LoraConfig
+from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import SFTConfig
 
 WORDS = ["x" * (1 + index * 7 % 13) + f"-{index}" for index in range(23)]
 
@@ -104,7 +108,20 @@ def test_sizes_that_do_not_divide_are_refused():
     ],
 )
 def test_steps_see_every_row_as_often_as_there_are_epochs(num_rows, epochs, max_steps, steps):
-    assert steps_of(num_rows, epochs, max_steps=max_steps, global_batch_size=8) == steps
+    optimizer, lora = OptimizerConfig(lr=1e-3), LoraConfig(rank=0)
+    config = SFTConfig(
+        seed=0,
+        engine=EngineConfig(zero_stage=0),
+        optimizer=optimizer,
+        lora=lora,
+        epochs=epochs,
+        max_steps=max_steps,
+        global_batch_size=8,
+        micro_batch_size=8,
+        max_prompt_tokens=1,
+        max_response_tokens=1,
+    )
+    assert config.steps(num_rows) == steps
 
 
 # ---- evaluation

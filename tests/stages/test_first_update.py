@@ -26,6 +26,7 @@ from rlhf.training.ppo_update import advantages_of, update_policy
 from rlhf.types import PPOBatch, PromptBatch, Responses
 from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.ppo import load_models
+from tests.config.test_configuration import composed
 from tests.training.test_ppo_update import config
 
 
@@ -222,7 +223,8 @@ def test_a_critic_that_is_named_starts_in_the_units_of_the_scores(folder, tmp_pa
     ppo = replace(ppo, critic_engine=ppo.engine, reference_engine=ppo.engine, reward_engine=ppo.engine)
     ours, theirs = ScoreScale(mean=-7.0, std=5.0), ScoreScale(mean=3.0, std=2.0)
     scale = ours if normalize else ScoreScale()
-    with closing(load_models(ppo, World.alone(), scale=scale)) as models:
+    run = replace(composed("experiment=smoke", "stage=[sft,reward,ppo]"), ppo=ppo)
+    with closing(load_models(run, World.alone(), scale=scale)) as models:
         raw = build_engine(scalar_head_model(tmp_path / "critic", seed=0), config=ppo.engine, world=World.alone())
         tokens = torch.randint(20, 60, (2, 9))
         responses = Responses(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool))

@@ -16,17 +16,19 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.run_config import CheckpointConfig
+from rlhf.config.stage_configs import PPOConfig, RewardConfig, SFTConfig
 from rlhf.engine.checkpoint.manager import Checkpoints
 from rlhf.runtime import dist
 from rlhf.tracking.timing import Stopwatch
 from stages import pipeline
-from stages.lifecycle.checkpointing import AIMS, CHECKPOINTS, CheckpointManager, Progress, check_resume
+from stages.lifecycle.checkpointing import CHECKPOINTS, CheckpointManager, Progress, check_resume
 from stages.lifecycle.session import Session
 from stages.lifecycle.signals import GracefulStop
 from stages.lifecycle.stage_record import _FREE_IN_ENGINES
 from tests.config.test_configuration import composed
 from tests.stages import killing
 
+METRICS = {"sft": SFTConfig.best_metric, "reward": RewardConfig.best_metric, "ppo": PPOConfig.best_metric}
 ROOT = Path(__file__).parents[3]
 SEED = int(os.environ.get("KILL_SEED", "1"))
 
@@ -101,10 +103,10 @@ def test_a_finished_stage_keeps_no_checkpoint_but_the_models_of_a_better_one(run
     root, _ = runs
     found = []
     for name in ("whole", "killed", "whole2", "killed2"):
-        for stage in [path.name for path in (root / name).glob("*") if path.name in AIMS]:
-            folder, aim = root / name / stage, AIMS[stage]
-            rows = [row for row in logged(folder / "metrics.jsonl") if aim.metric in row and row["step"] > 0]
-            best = max(rows, key=lambda row: aim.sign * row[aim.metric])  # the first of equals
+        for stage in [path.name for path in (root / name).glob("*") if path.name in METRICS]:
+            folder, metric = root / name / stage, METRICS[stage]
+            rows = [row for row in logged(folder / "metrics.jsonl") if metric.metric in row and row["step"] > 0]
+            best = max(rows, key=lambda row: metric.sign * row[metric.metric])  # the first of equals
             assert not list(folder.glob("checkpoints"))
             models = [path.parent.name for path in folder.glob("*/config.json")]
             expected = [] if best is rows[-1] else models
@@ -150,7 +152,8 @@ def first_numbers(monkeypatch, *, seed, rank=0):
         CheckpointManager, "of", lambda *args, **options: SimpleNamespace(resume=lambda: False, progress=Progress())
     )
     tracker = SimpleNamespace(total_steps=0, rewind=lambda step: None, log=lambda *args: None)
-    run = SimpleNamespace(sft=SimpleNamespace(seed=seed), checkpoint=None)
+    config = SimpleNamespace(seed=seed, best_metric=METRICS["sft"])
+    run = SimpleNamespace(training_config=lambda stage: config, checkpoint=None)
     world = dataclasses.replace(dist.World.alone(), rank=rank)
     session = Session(run, "sft", world, None, None, tracker, Stopwatch(world.device), GracefulStop(speaks=False))
     session.begin(None, evaluate=lambda: {"eval/loss": torch.rand(()).item()})
@@ -168,13 +171,13 @@ def test_random_numbers_follow_from_seed_and_rank_not_from_what_the_process_did_
 @pytest.mark.parametrize(("stage", "values", "best"), [("sft", [3, 2, 2, 4], 2), ("reward", [0.5, 0.7, 0.6, 0.7], 2)])
 def test_the_first_of_the_best_evaluations_is_kept(stage, values, best):
     progress = Progress()
-    aim = AIMS[stage]
+    metric = METRICS[stage]
     for step, value in enumerate(values, start=1):
-        progress.note(step, {aim.metric: value}, aim=aim)
-        progress.note(step, {}, aim=aim)  # no evaluation
+        progress.note(step, {metric.metric: value}, metric=metric)
+        progress.note(step, {}, metric=metric)  # no evaluation
     assert progress.best_step == best
-    assert progress.after == {aim.metric: values[-1]}
-    assert not progress.note(9, {aim.metric: float("nan")}, aim=aim)
+    assert progress.after == {metric.metric: values[-1]}
+    assert not progress.note(9, {metric.metric: float("nan")}, metric=metric)
     assert progress.best_step == best
 
 
