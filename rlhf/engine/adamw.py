@@ -15,11 +15,12 @@ from torch import Tensor
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.delayed_update import Background
+from rlhf.engine.dtensors import local_shard
+from rlhf.engine.fsdp_units import ParameterGroup
 from rlhf.engine.offload.optimizer_state import PARTS, OptimizerStateStore, Update
 from rlhf.engine.offload.placement import Placement
 from rlhf.engine.offload.weights import ShardedWeights
 from rlhf.engine.offload.working_rows import DeviceWeights
-from rlhf.engine.sharding import ParameterGroup, local
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.errors import RunError
 
@@ -79,14 +80,14 @@ class AdamW:
             home.write(name, "weight", rows=rows)
 
     def step(
-        self, reached: Collection[str], *, lr: float, scale: float = 1.0, betas: Sequence[float] | None = None
+        self, touched: Collection[str], *, lr: float, scale: float = 1.0, betas: Sequence[float] | None = None
     ) -> None:
         """Update the parameters that have a gradient, from the sums in their stores; working weights follow masters.
 
         With delayed updates, what the last step computed is published, and this one is computed in the background.
 
         Args:
-            reached: names of the parameters that have a gradient on some rank.
+            touched: names of the parameters that have a gradient on some rank.
             lr: learning rate.
             scale: factor on every gradient, applied on the way.
             betas: of this step, where a schedule cycles them; else those of the settings.
@@ -95,7 +96,7 @@ class AdamW:
             RunError: a disk failed, on this or another rank; the weights are of no use any more.
         """
         self.flush()
-        update = Update(reached, lr, scale, betas)
+        update = Update(touched, lr, scale, betas)
         if self._background is None:
             for home in self.stores:
                 home.begin()
@@ -142,7 +143,7 @@ class AdamW:
         self._finish()
         if part != WORKING:
             return self._home_of[name].read(name, part)
-        rows = local(self._parameters[name])
+        rows = local_shard(self._parameters[name])
         return self._rows.read(name, 0, count=rows.numel()).view(rows.shape)
 
     @torch.no_grad()
@@ -181,7 +182,7 @@ class AdamW:
             self.set_master(name, rows)
             missing.discard(name)
         for name in missing:
-            self.set_master(name, self._rows.read(name, 0, count=local(self._parameters[name]).numel()))
+            self.set_master(name, self._rows.read(name, 0, count=local_shard(self._parameters[name]).numel()))
 
     def _update(self, update: Update) -> None:
         for home in self.stores:

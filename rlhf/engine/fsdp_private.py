@@ -1,4 +1,4 @@
-"""What we need of FSDP2 that it offers no public name for: all of its private attributes that we touch are here."""
+"""All private attributes of FSDP2 that this project touches, because there is no public name for what they do."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ def hook_keys(module: nn.Module) -> set[int]:
 
 
 def end_forwards(modules: list[FSDPModule]) -> None:
-    """Bring FSDP2 to where it is between steps, with everything freed, whatever was cut short.
+    """Return FSDP2 to its state between steps, with everything freed, whatever was cut short.
 
-    A gather that was started ahead of use would otherwise be used by a later forward, with outdated weights; a forward
-    that raised would be taken to go on; and forwards without a backward leave a few references each behind.
+    Otherwise a later forward would use a gather that was prefetched before the weights changed; a forward that raised
+    would count as still running; and forwards without a backward would each leave a few references behind.
 
     Args:
         modules: one of each unit, the root first.
@@ -27,18 +27,19 @@ def end_forwards(modules: list[FSDPModule]) -> None:
         state._modules_to_run_forward.clear()
         group = state._fsdp_param_group
         if group is not None:
+            # Consume a prefetched all-gather first: resharding alone would leave its result for the next forward.
             group.wait_for_unshard()
             group._training_state = TrainingState.IDLE
             group._post_forward_indices.clear()
-        module.reshard()
+        module.reshard()  # local: frees the gathered memory, talks to no other rank
     root = modules[0]._get_fsdp_state()
-    if root._is_root:  # set by the first forward
+    if root._is_root:  # set by the first forward; before it there is nothing to end
         root._state_ctx.iter_forward_root = None
         root._comm_ctx.post_forward_order.clear()
 
 
-def gather_when_used(module: FSDPModule) -> None:
-    """Queue a module's gathers behind what computes, not beside it."""
+def gather_on_compute_stream(module: FSDPModule) -> None:
+    """Queue a module's all-gathers on the stream that computes, so that the two never overlap."""
     state = module._get_fsdp_state()
     if state._fsdp_param_group is not None:
-        state._fsdp_param_group.unshard_async_op = True
+        state._fsdp_param_group.unshard_async_op = True  # FSDP2 then copies in and out on the current stream

@@ -1,13 +1,13 @@
-"""What travels together: the units in which a model is gathered, reduced, brought in and stepped, in forward order.
+"""FSDP units: the groups of parameters that are gathered, reduced, offloaded and updated together, in forward order.
 
 | unit | holds |
 |---|---|
-| the first | what is in no other: norms outside the blocks, small heads, tied embeddings |
+| the first | all that is in no other: norms outside the blocks, small heads, tied embeddings |
 | a module outside the blocks that owns an untied matrix | an embedding, a head |
 | a block, or several (`reduce_bucket_size`, ZeRO 0 to 2) | all of its parameters |
 
-So nothing larger than a block or one matrix need be live. Left out: who gathers them (`sharding.py`), and where they
-rest (`tiers/residency.py`).
+So at ZeRO 3, nothing larger than a block or one matrix has to be in memory at a time.
+See also: who gathers them (`sharding.py`), and where offloaded ones are kept (`offload/weights.py`).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.models.lora import adapted_layers
@@ -26,35 +27,42 @@ if TYPE_CHECKING:
     from rlhf.models.model_spec import ModelSpec
 
 ParameterGroup = dict[str, nn.Parameter]
-"""Parameters that travel together, by name."""
+"""Parameters by name."""
 
 
 @dataclass
-class Unit:
-    """Parameters that travel together."""
+class FSDPUnit:
+    """Parameters that are gathered together."""
 
     modules: list[nn.Module]
     """Modules whose forwards use them; the whole model for the first unit."""
     names: list[str] = field(default_factory=list)
-    """Of the parameters, in the model's order; one with two names under its first."""
+    """The parameters' names, in the model's order; one with two names under its first."""
     numel: int = 0
-    """Elements of those that are gathered: all but the persistent ones."""
+    """Elements that are gathered: all but those of persistent parameters."""
     needed_in_backward: bool = True
     """False for an embedding, whose gradient does not depend on its values."""
 
+    @property
+    def fsdp_module(self) -> FSDPModule:
+        """The module by which FSDP2 knows the unit, once it is sharded."""
+        module = self.modules[0]
+        assert isinstance(module, FSDPModule), "the unit is not sharded yet"
+        return module
+
     def group(self, module: nn.Module) -> ParameterGroup:
-        """Those of the unit's parameters that learn; `module` is the whole model."""
+        """The unit's trainable parameters; `module` is the whole model."""
         found = ((name, module.get_parameter(name)) for name in self.names)
         return {name: parameter for name, parameter in found if parameter.requires_grad}
 
 
-def find_units(spec: ModelSpec, *, config: EngineConfig) -> list[Unit]:
+def find_units(spec: ModelSpec, *, config: EngineConfig) -> list[FSDPUnit]:
     """The units of a model that is not sharded yet, in the order of the forward pass."""
     persistent = persistent_parameters(spec.module, config)
     before, after = _outer_matrices(spec)
-    units = [Unit([spec.module]), *before, *_buckets(spec.blocks, config), *after]
+    units = [FSDPUnit([spec.module]), *before, *_buckets(spec.blocks, config), *after]
+    # The root comes first, so that every other unit takes its own parameters from it.
     unit_of = {id(parameter): unit for unit in units for part in unit.modules for parameter in part.parameters()}
-    unit_of |= {id(p): unit for unit in units[1:] for part in unit.modules for p in part.parameters()}
     for name, parameter in spec.module.named_parameters():
         unit = unit_of[id(parameter)]
         unit.names.append(name)
@@ -62,18 +70,18 @@ def find_units(spec: ModelSpec, *, config: EngineConfig) -> list[Unit]:
     return units
 
 
-def persistent_parameters(module: nn.Module, config: EngineConfig) -> dict[str, nn.Parameter]:
+def persistent_parameters(module: nn.Module, config: EngineConfig) -> ParameterGroup:
     """The parameters that every rank keeps whole at ZeRO 3 because they are small, by name."""
     if config.zero_stage < 3:
         return {}
     return {name: p for name, p in module.named_parameters() if p.numel() < config.persistence_threshold}
 
 
-def num_leaving(sizes: Sequence[int], share: float) -> int:
-    """How many of the first groups leave the device so that `share` of all elements does: whole groups, or more.
+def num_offloaded(sizes: Sequence[int], share: float) -> int:
+    """How many of the first groups to offload so that `share` of all elements is: whole groups, rounded up.
 
     Args:
-        sizes: elements of each group, whole, so that all ranks cut alike.
+        sizes: elements of each whole group, not of a shard, so that all ranks cut at the same place.
         share: of them, 0 to 1.
     """
     wanted, before = share * sum(sizes), 0
@@ -84,58 +92,63 @@ def num_leaving(sizes: Sequence[int], share: float) -> int:
     return len(sizes)
 
 
-def gathered_ahead(units: list[Unit], *, config: EngineConfig) -> list[list[Unit]]:
+def prefetched_units(units: list[FSDPUnit], *, config: EngineConfig) -> list[list[FSDPUnit]]:
     """For each of `units`, those after it that are gathered while it computes.
 
-    At least one and then more, until they hold `prefetch_bucket_size` elements, but never so many that with the one
-    that computes there are more than `max_live_parameters`.
+    At least one and then more, until they hold `prefetch_bucket_size` elements, but never so many that together with
+    the computing unit there are more than `max_live_parameters`.
     """
     if not config.overlap_comm:
         return [[] for _ in units]
-    return [_ahead(units[index:], config) for index in range(len(units))]
+    return [_following(units[index:], config) for index in range(len(units))]
 
 
-def _ahead(units: list[Unit], config: EngineConfig) -> list[Unit]:
-    chosen: list[Unit] = []
-    waiting, live = 0, units[0].numel
+def _following(units: list[FSDPUnit], config: EngineConfig) -> list[FSDPUnit]:
+    chosen: list[FSDPUnit] = []
+    prefetched, live = 0, units[0].numel
     for unit in units[1:]:
         live += unit.numel
-        if waiting >= config.prefetch_bucket_size or live > config.max_live_parameters:
+        if prefetched >= config.prefetch_bucket_size or live > config.max_live_parameters:
             break
-        waiting += unit.numel
+        prefetched += unit.numel
         chosen.append(unit)
     return chosen
 
 
-def _buckets(blocks: list[nn.Module], config: EngineConfig) -> Iterator[Unit]:
+def _buckets(blocks: list[nn.Module], config: EngineConfig) -> Iterator[FSDPUnit]:
     """Consecutive blocks of up to `reduce_bucket_size` elements together; one at a time at ZeRO 3."""
+    # At ZeRO 3 a bucket would be gathered as a whole, which is what stage 3 is there to avoid.
     limit = config.reduce_bucket_size if config.zero_stage < 3 else 0
-    bucket, held = Unit([]), 0
+    bucket, held = FSDPUnit([]), 0
     for block in blocks:
         numel = sum(parameter.numel() for parameter in block.parameters())
         if bucket.modules and held + numel > limit:
             yield bucket
-            bucket, held = Unit([]), 0
+            bucket, held = FSDPUnit([]), 0
         bucket.modules.append(block)
         held += numel
     yield bucket
 
 
-def _outer_matrices(spec: ModelSpec) -> tuple[list[Unit], list[Unit]]:
-    """Modules outside the blocks with an untied matrix: those before the blocks, and those after them."""
+def _outer_matrices(spec: ModelSpec) -> tuple[list[FSDPUnit], list[FSDPUnit]]:
+    """Modules outside the blocks that own an untied matrix: those before the blocks, and those after them."""
     root, blocks = spec.module, spec.blocks
     uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
     taken = {id(part) for block in blocks for part in block.modules()}
-    around = {id(part) for part in root.modules() if any(child is blocks[0] for child in part.modules())}
+    # The blocks' ancestors, the root among them, are no units: their parameters belong to the first one.
+    ancestors = {id(part) for part in root.modules() if any(child is blocks[0] for child in part.modules())}
+    # An adapted layer is one unit with its adapters, although the matrix hangs one level below it.
     adapted = {id(layer) for layer in adapted_layers(root).values()}
-    before: list[Unit] = []
-    after: list[Unit] = []
+    before: list[FSDPUnit] = []
+    after: list[FSDPUnit] = []
     units = before
     for part in root.modules():
         units = after if part is blocks[-1] else units
+        # One row is not worth a gather of its own, which a head of one score would be.
         owns = id(part) in adapted or any(min(p.shape) > 1 for p in part.parameters(recurse=False) if p.ndim >= 2)
-        if id(part) in taken | around or not owns or any(uses[id(p)] > 1 for p in part.parameters()):
+        # Tied matrices stay in the first unit: two modules use them, and a unit is gathered for one module's forward.
+        if id(part) in taken | ancestors or not owns or any(uses[id(p)] > 1 for p in part.parameters()):
             continue
-        units.append(Unit([part], needed_in_backward=not isinstance(part, nn.Embedding)))
+        units.append(FSDPUnit([part], needed_in_backward=not isinstance(part, nn.Embedding)))
         taken |= {id(child) for child in part.modules()}
     return before, after

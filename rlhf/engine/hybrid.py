@@ -1,6 +1,6 @@
 """The hybrid engine: one set of weights, sharded for training and whole for generation.
 
-Left out: the decoding itself (`rlhf/generation/`).
+See also: the decoding itself (`rlhf/generation/`).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from rlhf.engine.sharding import Sharding
 
 @contextmanager
 def generating(module: nn.Module, sharding: Sharding, *, streamed: bool = False) -> Iterator[nn.Module]:
-    """The model gathered once, in eval mode and without gradients; adapters stay what they are where they learn.
+    """The model gathered once, in eval mode and without gradients; adapters are not merged where they are trained.
 
     No forward inside needs another rank, so ranks may decode different numbers of tokens. On the way out, whatever
-    happened inside, the gathered weights are dropped: those that training goes on with were never touched.
+    happened inside, the gathered weights are dropped; the shards that training continues with were never touched.
 
-    With `streamed` nothing is gathered before it is used: for a model that does not fit into the device. Then all ranks
-    must make the same number of forwards.
+    With `streamed` each unit is gathered only when it is used, for a model that does not fit into the device. Then all
+    ranks must make the same number of forwards.
     """
     with evaluating(module, sharding):
         if streamed and sharding.modules:
             yield module
             return
-        sharding.gather()
+        sharding.gather()  # the only collective; those in FSDP2's hooks are off below
         with sharding.without_hooks():
             yield module
 
@@ -45,6 +45,6 @@ def evaluating(module: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
         with torch.no_grad():
             yield module
     finally:
-        sharding.release()
+        sharding.release()  # gathered weights would be out of date after the next step
         for part, training in modes:
             part.training = training

@@ -1,8 +1,8 @@
 """The factor on the loss that keeps fp16 gradients from vanishing (Micikevicius et al. 2018), fixed or adaptive.
 
-Models that are trained together (actor and critic) share one, so that they skip the same steps. With other precisions
-the factor is 1 and stays. The rules are those of DeepSpeed's dynamic loss scaler.
-Left out: noticing an overflow (`updater.py`).
+Models that are trained together (actor and critic) share one, so that they skip the same steps. In other precisions
+the factor is always 1. The rules are those of DeepSpeed's dynamic loss scaler.
+See also: how an overflow is noticed (`engine.step_together`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from rlhf.config.engine_config import EngineConfig, Precision
 logger = logging.getLogger(__name__)
 
 _FACTOR = 2.0
-_SETTLED = 10  # good steps in a row: a factor on the verge fits some batches and not the next
+_SETTLED = 10  # good steps in a row; fewer may be luck: a factor on the verge fits some batches and not the next
 
 
 class LossScale:
@@ -35,11 +35,11 @@ class LossScale:
 
         Args:
             value: the factor.
-            adapts: False keeps it.
-            window: good steps after which the next good one doubles it.
-            hysteresis: the overflow, counted since it last doubled, from which on each halves it.
+            adapts: False keeps it fixed.
+            window: good steps after which the next good one doubles the factor.
+            hysteresis: overflows since the factor last doubled, the last of which halves it, as does each one after.
             consecutive: forget overflows after every good step, not only when the factor doubles.
-            minimum: it does not fall below this.
+            minimum: the factor does not fall below this.
         """
         self.value = value
         self._adapts = adapts
@@ -50,11 +50,11 @@ class LossScale:
         self._patience = hysteresis  # overflows left until one halves the factor
         self._steps = 0
         self._last_overflow = -1
-        self._has_settled = False  # it fitted for a while, since it was first chosen or last grew
+        self._has_settled = False  # no overflow for `_SETTLED` steps, since the start or since the factor last doubled
 
     @classmethod
     def of(cls, config: EngineConfig) -> LossScale:
-        """The factor that an engine's settings ask for."""
+        """The loss scale of an engine with these settings."""
         if config.precision != Precision.fp16:
             return cls()
         return cls(
@@ -68,27 +68,27 @@ class LossScale:
 
     @property
     def can_fall(self) -> bool:
-        """Whether an overflow has a remedy; where not, something else is wrong."""
+        """Whether an overflow can be remedied by a lower factor; if not, something else is wrong."""
         return self._adapts and self.value > self._minimum
 
     @property
     def is_searching(self) -> bool:
-        """Whether an overflow is how the factor is found, at the start and after it grew, and no sign of trouble."""
+        """Whether an overflow is normal, because the factor is still being found, at the start and after it doubled."""
         return self.can_fall and not self._has_settled
 
     @property
     def is_used(self) -> bool:
-        """Whether there is a factor at all, which only fp16 has."""
+        """Whether there is a factor at all, which there is in fp16 only."""
         return self._adapts or self.value != 1
 
     @property
     def limit(self) -> str:
-        """Why it does not fall any more, as the end of a sentence; empty where there is no factor."""
+        """Why the factor cannot fall, as the end of a sentence; empty where there is no factor."""
         why = "the lowest (engine.min_loss_scale)" if self._adapts else "which engine.loss_scale fixes (0 adapts it)"
         return f", at a loss scale of {self.value:.17g}, {why}" if self.is_used else ""
 
     def update(self, *, overflow: bool) -> None:
-        """Count a step, and change the factor for the next."""
+        """Count a step and set the factor of the next; on all ranks alike, since all agree on `overflow`."""
         tried, could_fall, was_searching = self.value, self.can_fall, self.is_searching
         if self._adapts:
             self._shrink() if overflow else self._grow()
@@ -107,12 +107,12 @@ class LossScale:
     def _shrink(self) -> None:
         self._last_overflow = self._steps
         if self._patience > 1:
-            self._patience -= 1
+            self._patience -= 1  # tolerate this one: one batch may be an outlier
         else:
             self.value = max(self.value / _FACTOR, self._minimum)
 
     def _grow(self) -> None:
-        good_before = self._steps - self._last_overflow - 1
+        good_before = self._steps - self._last_overflow - 1  # good steps in a row, this one not counted
         is_due = good_before > 0 and good_before % self._window == 0
         self._has_settled |= good_before % self._window >= _SETTLED
         if is_due or self._consecutive:
@@ -122,7 +122,7 @@ class LossScale:
             self._has_settled = False
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
+        """All that a resumed run needs, as JSON."""
         return {
             "value": self.value,
             "patience": self._patience,
@@ -137,4 +137,4 @@ class LossScale:
         self._patience = state["patience"]
         self._steps = state["steps"]
         self._last_overflow = state["last_overflow"]
-        self._has_settled = state.get("has_settled", True)
+        self._has_settled = state["has_settled"]

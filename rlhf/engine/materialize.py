@@ -1,9 +1,9 @@
-"""Gives a model that is on meta memory and weights, each rank reading the rows it keeps and no others.
+"""Gives memory and weights to a model that is on meta; each rank reads the rows it keeps and no others.
 
-The model is sharded first, then every parameter gets its place (`allocate`), then one parameter after the other is read
-and put there (`fill`). So no rank ever holds more than its share and one parameter's rows on top, and where weights and
-masters rest on disk, not even its share.
-Left out: where the rows come from (`ModelSpec.weights`).
+The model is sharded first, then every parameter gets its memory (`allocate`), then one parameter after the other is
+read into it (`fill`). So no rank ever holds more than its shard plus the rows of one parameter, and where weights and
+masters are on disk, not even its shard.
+See also: where the values come from (`ModelSpec.weights`).
 """
 
 from __future__ import annotations
@@ -16,96 +16,102 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.config.engine_config import EngineConfig, OffloadDevice
+from rlhf.config.engine_config import EngineConfig, OffloadDevice, Precision
+from rlhf.engine.dtensors import local_rows, local_shard, sharded_like
 from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.direct_io import DirectFile, run_folder
 from rlhf.engine.offload.weights import OffloadedWeights, WeightStore, lay_out, unit_bytes
 from rlhf.engine.offload.weights_host import HostWeights
 from rlhf.engine.offload.weights_nvme import NvmeWeights, file_bytes
 from rlhf.engine.offload.working_rows import DeviceWeights
-from rlhf.engine.sharding import Sharding, like, local
+from rlhf.engine.sharding import Sharding
 
 if TYPE_CHECKING:
     from rlhf.models.model_spec import ModelSpec
     from rlhf.runtime.dist import World
 
 
+def working_dtype(precision: Precision, device: torch.device) -> torch.dtype:
+    """The type of the weights that forward and backward use on `device`; masters and reductions are always fp32.
+
+    `auto` asks what the hardware multiplies natively and never measures, so that every run on a machine, and every
+    rank on machines of one kind, gets the same answer.
+    """
+    if precision == Precision.auto:
+        return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+    return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}[precision]
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """True when `device` has instructions for bf16 products and need not emulate them."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def allocate(spec: ModelSpec, sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World) -> None:
-    """Give every parameter its place in `dtype`, on `world.device` or where working weights rest; buffers move too.
+    """Give every parameter memory in `dtype`, on `world.device` or where it is offloaded to; buffers move too.
 
     Raises:
-        RunError: the disk has no room.
+        RunError: the disk is too small.
     """
     module = spec.module
     _move_buffers(module, world.device)
     owners = _owners(module)
 
-    def place(parameter: nn.Parameter, rows: Tensor) -> None:
-        placed = nn.Parameter(like(parameter, rows), requires_grad=parameter.requires_grad)
-        for owner, key in owners[id(parameter)]:
-            owner.register_parameter(key, placed)
+    def replace(parameter: nn.Parameter, shard: Tensor) -> None:
+        replacement = nn.Parameter(sharded_like(parameter, shard), requires_grad=parameter.requires_grad)
+        for owner, key in owners[id(parameter)]:  # every owner of a tied parameter gets the same one
+            owner.register_parameter(key, replacement)
 
-    resting = {}
+    offloaded = {}
     for name, parameter in list(module.named_parameters()):
-        if sharding.tier != OffloadDevice.none and isinstance(parameter, DTensor):
-            resting[name] = parameter
+        # Parameters that are not sharded (the small ones of `persistence_threshold`) stay on the device.
+        if sharding.offload_device != OffloadDevice.none and isinstance(parameter, DTensor):
+            offloaded[name] = parameter
         else:
-            place(parameter, torch.empty(local(parameter).shape, dtype=dtype, device=world.device))
-    if resting:
-        sharding.rows = _residency(sharding, config=config, dtype=dtype, world=world)
-        for name, parameter in resting.items():
-            place(parameter, sharding.rows.stand_in(name, world.device))
+            replace(parameter, torch.empty(local_shard(parameter).shape, dtype=dtype, device=world.device))
+    if offloaded:
+        sharding.offloaded = _offloaded_weights(sharding, config=config, dtype=dtype, world=world)
+        for name, parameter in offloaded.items():
+            # A placeholder without memory, which fetches the shard when FSDP2 gathers it.
+            replace(parameter, sharding.offloaded.stand_in(name, world.device))
 
 
 @torch.no_grad()
 def fill(
-    spec: ModelSpec,
-    sharding: Sharding,
-    *,
-    world: World,
-    set_master: Callable[[str, Tensor], None] | None = None,
+    spec: ModelSpec, sharding: Sharding, *, world: World, set_master: Callable[[str, Tensor], None] | None = None
 ) -> None:
-    """Read the weights, one parameter at a time, into their places.
+    """Read the weights, one parameter at a time, into their memory.
 
     Args:
-        spec: with every parameter allocated.
-        sharding: of it.
+        spec: the model, with every parameter allocated.
+        sharding: how it is sharded.
         world: this rank among the others.
-        set_master: takes the name and fp32 rows of each parameter that learns, as precise as the checkpoint is.
+        set_master: takes the name and fp32 shard of each trainable parameter, as precise as the model's files are.
     """
     for name, parameter in spec.module.named_parameters():
-        rows = spec.weights.read(name, _rows(parameter, world))
-        assert rows.shape == local(parameter).shape, f"{name}: {tuple(rows.shape)} for {tuple(local(parameter).shape)}"
-        if sharding.rows is not None and name in sharding.rows:
-            sharding.rows.write(name, 0, values=rows.flatten())
+        shard = spec.weights.read(name, local_rows(parameter))  # [rows of this rank, ...]
+        expected = local_shard(parameter).shape
+        assert shard.shape == expected, f"{name}: {tuple(shard.shape)} for {tuple(expected)}"
+        if sharding.offloaded is not None and name in sharding.offloaded:
+            sharding.offloaded.write(name, 0, values=shard.flatten())
         else:
-            local(parameter).copy_(rows)
+            local_shard(parameter).copy_(shard)  # rounds to the working type
         if set_master is not None and parameter.requires_grad:
-            set_master(name, rows.float())
-    if sharding.rows is not None:
-        sharding.rows.flush()
+            set_master(name, shard.float())  # not from the working weights, which are rounded
+    if sharding.offloaded is not None:
+        sharding.offloaded.flush()  # writes may still be on their way to the disk
 
 
-def _residency(sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World) -> OffloadedWeights:
-    module = sharding.module
-    sharded = {name: p.shape for name, p in module.named_parameters() if isinstance(p, DTensor)}
-    shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in sharding.units]
-    slots = lay_out(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
-    sizes = unit_bytes(slots, len(shapes))
-    in_memory = _in_memory(sizes, config=config, dtype=dtype)
-    pin = config.pin_memory and world.device.type == "cuda"
-    on_host = [size if index in in_memory else 0 for index, size in enumerate(sizes)]
-    on_disk = [size if index not in in_memory else 0 for index, size in enumerate(sizes)]
-    host = HostWeights(on_host, device=world.device, pin=pin)
-    stores: list[WeightStore] = [host] * len(sizes)
-    if any(on_disk):
-        disk = _disk_home(on_disk, config=config, world=world)
-        stores = [host if size == 0 else disk for size in on_disk]
-    return OffloadedWeights(slots, stores, dtype=dtype, others=DeviceWeights([dict(module.named_parameters())]))
+def units_in_host_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
+    """The offloaded units kept in host memory: all, or with nvme the first ones up to `parameters_in_cpu` elements.
 
-
-def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
-    """The units that rest in host memory: all, or with nvme the first ones up to `parameters_in_cpu` elements."""
+    Args:
+        sizes: bytes of each unit.
+        config: says where working weights are offloaded to.
+        dtype: type of the working weights.
+    """
     if config.offload_param == OffloadDevice.cpu:
         return set(range(len(sizes)))
     chosen, left = set(), config.parameters_in_cpu * dtype.itemsize
@@ -116,30 +122,42 @@ def _in_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) ->
     return chosen
 
 
-def _disk_home(sizes: list[int], *, config: EngineConfig, world: World) -> NvmeWeights:
+def _offloaded_weights(
+    sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World
+) -> OffloadedWeights:
+    """Memory and files for the sharded parameters, unit by unit, in host memory or on disk."""
+    module = sharding.module
+    sharded = {name: p.shape for name, p in module.named_parameters() if isinstance(p, DTensor)}
+    shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in sharding.units]
+    slots = lay_out(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
+    sizes = unit_bytes(slots, len(shapes))
+    in_memory = units_in_host_memory(sizes, config=config, dtype=dtype)
+    pin = config.pin_memory and world.device.type == "cuda"
+    # Both stores are asked by unit, so each is laid out for all units, with size 0 for those in the other.
+    on_host = [size if index in in_memory else 0 for index, size in enumerate(sizes)]
+    on_disk = [size if index not in in_memory else 0 for index, size in enumerate(sizes)]
+    host = HostWeights(on_host, device=world.device, pin=pin)
+    stores: list[WeightStore] = [host] * len(sizes)
+    if any(on_disk):
+        disk = _nvme_weights(on_disk, config=config, world=world)
+        stores = [host if size == 0 else disk for size in on_disk]
+    return OffloadedWeights(slots, stores, dtype=dtype, others=DeviceWeights([dict(module.named_parameters())]))
+
+
+def _nvme_weights(sizes: list[int], *, config: EngineConfig, world: World) -> NvmeWeights:
     assert config.nvme_path is not None, "the settings were checked"
     file = DirectFile(
         run_folder(config.nvme_path, rank=world.rank) / "parameters",
         nbytes=file_bytes(sizes),
         label="working weights (engine.offload_param=nvme)",
     )
-    buffers = BufferPool(
-        config.buffer_count, nbytes=4 * config.buffer_size, pin=config.pin_memory and world.device.type == "cuda"
-    )
+    pin = config.pin_memory and world.device.type == "cuda"
+    buffers = BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=pin)
     return NvmeWeights(sizes, file=file, buffers=buffers, device=world.device)
 
 
-def _rows(parameter: Tensor, world: World) -> slice:
-    """The rows that this rank keeps: `ceil(rows / ranks)` each, the last ranks fewer or none."""
-    total = parameter.shape[0] if parameter.ndim else 1
-    if not isinstance(parameter, DTensor):
-        return slice(0, total)
-    share = -(-total // world.size)
-    return slice(min(world.rank * share, total), min((world.rank + 1) * share, total))
-
-
 def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Where each parameter hangs, by `id`; a tied one hangs in several places."""
+    """The modules and keys under which each parameter is registered, by `id`; a tied one has several."""
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in root.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):

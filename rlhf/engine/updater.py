@@ -1,4 +1,4 @@
-"""What makes a model learn: gradients, clipping, optimizer, schedule, and the decision to skip a step."""
+"""An optimizer step: clip, update, advance the schedule, or skip the step because a gradient is not finite."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.deepspeed.deepspeed_schedules import Betas
 from rlhf.engine.adamw import AdamW
-from rlhf.engine.gradients import GradientReport, Gradients
+from rlhf.engine.gradients import GradientNorm, Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.lr_schedule import betas_of_step, learning_rate
 from rlhf.runtime.errors import RunError
@@ -23,10 +23,10 @@ class StepResult(NamedTuple):
     lr: float
     skipped: bool
     loss_scale: float | None = None  # with fp16 only
-    is_search: bool = False  # skipped, because fp16's loss scale was still being found
+    is_search: bool = False  # skipped because fp16's loss scale was still being found
 
     def metrics(self, name: str) -> dict[str, float]:
-        """What is logged of a step of the model `name`."""
+        """The metrics of a step of the model `name`."""
         found = {f"{name}/grad_norm": self.grad_norm, f"{name}/lr": self.lr, f"{name}/skipped_steps": self.skipped}
         if self.loss_scale is not None:
             found |= {f"{name}/loss_scale": self.loss_scale, f"{name}/scale_search_steps": self.is_search}
@@ -34,7 +34,7 @@ class StepResult(NamedTuple):
 
 
 class Updater:
-    """Turns collected gradients into steps."""
+    """Turns collected gradients into optimizer steps."""
 
     def __init__(
         self,
@@ -49,32 +49,34 @@ class Updater:
         self.optimizer = optimizer
         self.gradients = gradients
         self.loss_scale = loss_scale
-        self.steps_taken = 0  # without skipped ones, as in DeepSpeed: a warm-up is not used up by them
+        self.steps_taken = 0  # without skipped ones, as in DeepSpeed: they do not use up a warm-up
         self._skipped_in_a_row = 0
         self._config = config
         self._total_steps = total_steps
         self._max_skipped_steps = max_skipped_steps
 
-    def examine(self) -> GradientReport:
-        """What all ranks agree on before a step; the norm is that of the loss as it was before it was scaled."""
-        report = self.gradients.report()
-        return report._replace(norm=report.norm / self.loss_scale.value)
+    def reduce_norm(self) -> GradientNorm:
+        """The gradient norm that all ranks agree on, of the loss as it was before it was scaled."""
+        found = self.gradients.reduce_norm()  # a collective
+        return found._replace(norm=found.norm / self.loss_scale.value)
 
-    def finish(self, report: GradientReport, *, skip: bool) -> StepResult:
-        """Clip, update and forget the gradients; with `skip`, only forget them. The caller updates the loss scale.
+    def finish(self, gradients: GradientNorm, *, skip: bool) -> StepResult:
+        """Clip, update and clear the gradients; with `skip`, only clear them. The caller updates the loss scale.
 
         Raises:
             RunError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
         """
-        norm, reached = report
+        norm, touched = gradients
         scale = self.loss_scale
         result = StepResult(
             norm, self.lr, skip, scale.value if scale.is_used else None, is_search=skip and scale.is_searching
         )
+        # Also before a skipped step, so that a delayed update is never more than one step late.
         self.optimizer.flush()
         if not skip:
+            # The optimizer applies the factor as it reads each gradient: no pass over memory for clipping.
             factor = self._clip(norm) / scale.value
-            self.optimizer.step(reached, lr=result.lr, scale=factor, betas=self.betas)
+            self.optimizer.step(touched, lr=result.lr, scale=factor, betas=self.betas)
             self.steps_taken += 1
         self.gradients.clear()
         self._count(skipped=skip, norm=norm)
@@ -82,7 +84,7 @@ class Updater:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the step that comes."""
+        """Learning rate of the next step."""
         return learning_rate(
             self.steps_taken,
             lr=self._config.lr,
@@ -95,14 +97,14 @@ class Updater:
 
     @property
     def betas(self) -> Betas:
-        """AdamW's decay rates of the step that comes."""
+        """AdamW's decay rates in the next step."""
         config = self._config
         return betas_of_step(
             self.steps_taken, betas=config.betas, kind=config.schedule, options=config.schedule_options
         )
 
     def counters(self) -> dict[str, Any]:
-        """Everything but tensors that a resumed run needs."""
+        """All that a resumed run needs besides tensors."""
         return {
             "steps_taken": self.steps_taken,
             "skipped_in_a_row": self._skipped_in_a_row,
@@ -116,7 +118,7 @@ class Updater:
         self.loss_scale.load_state_dict(counters["loss_scale"])
 
     def _clip(self, norm: float) -> float:
-        """The factor that brings the gradients down to `optimizer.max_grad_norm`, as `clip_grad_norm_` has it."""
+        """The factor that brings the gradients down to `optimizer.max_grad_norm`, as in `clip_grad_norm_`."""
         limit = self._config.max_grad_norm
         return min(1.0, limit / (norm + 1e-6)) if limit else 1.0
 
@@ -125,7 +127,7 @@ class Updater:
             self._skipped_in_a_row = 0
             return
         if self.loss_scale.can_fall:
-            return  # the loss scale says what it does about it
+            return  # normal while fp16's scale is being found; `LossScale.update` logs it
         logger.warning("a step was skipped, after %d taken: the gradient norm is %s", self.steps_taken, norm)
         self._skipped_in_a_row += 1
         if self._skipped_in_a_row >= self._max_skipped_steps:

@@ -22,7 +22,7 @@ from rlhf.config.model_config import LoraConfig
 from rlhf.config.roles import ModelKind, maker_of
 from rlhf.config.run_config import RunConfig
 from rlhf.config.stage_configs import AdvantageKind, PPOConfig, RewardConfig, SupervisedConfig
-from rlhf.engine.working_dtype import working_dtype
+from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.phases import Model
 from rlhf.memory_plan.plan import Item, Phase, Place, Plan, on_one_memory, with_allowance
 from rlhf.memory_plan.states import GRADIENTS, Setting

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice
-from rlhf.engine.fsdp_units import Unit, find_units, gathered_ahead, num_leaving, persistent_parameters
-from rlhf.engine.materialize import _in_memory
+from rlhf.engine.fsdp_units import FSDPUnit, find_units, num_offloaded, persistent_parameters, prefetched_units
+from rlhf.engine.materialize import units_in_host_memory
 from rlhf.engine.offload.buffer_pool import HUGE_PAGE
 from rlhf.engine.offload.nvme_layout import capacity_of, lay_out
 from rlhf.engine.offload.optimizer_state import ParameterShard
@@ -88,11 +88,11 @@ class States:
         most = self.units[0].numel + max(forward, backward)
         return (most + self._brought) * self.setting.dtype.itemsize
 
-    def _moving(self, units: list[Unit]) -> int:
+    def _moving(self, units: list[FSDPUnit]) -> int:
         """Elements of a unit that computes and of those that are gathered meanwhile, or of its two copies before."""
         return max(
             unit.numel + max(unit.numel, sum(other.numel for other in following))
-            for unit, following in zip(units, gathered_ahead(units, config=self.setting.engine), strict=True)
+            for unit, following in zip(units, prefetched_units(units, config=self.setting.engine), strict=True)
         )
 
     def whole(self) -> int:
@@ -132,7 +132,7 @@ class States:
         return sum(p.numel() for p in plain) * (4 if merges else self.setting.dtype.itemsize)
 
     @cached_property
-    def units(self) -> list[Unit]:
+    def units(self) -> list[FSDPUnit]:
         """What travels together."""
         return find_units(self.spec, config=self.setting.engine)
 
@@ -195,7 +195,7 @@ class States:
     def _with_copies(self) -> list[nn.Parameter]:
         return [p for _, p in self.spec.module.named_parameters(remove_duplicate=False)]
 
-    def _trainable_numel(self, unit: Unit) -> int:
+    def _trainable_numel(self, unit: FSDPUnit) -> int:
         return 0 if self.setting.frozen else sum(p.numel() for p in unit.group(self.spec.module).values())
 
     @cached_property
@@ -224,7 +224,7 @@ class States:
         if self.offload_optimizer == OffloadDevice.none:
             return 0
         sizes = [self._trainable_numel(unit) for unit in self.units]
-        return num_leaving([size for size in sizes if size], self.setting.engine.optimizer_share)
+        return num_offloaded([size for size in sizes if size], self.setting.engine.optimizer_share)
 
     @property
     def _sides(self) -> int:
@@ -249,7 +249,7 @@ class States:
         resident = sum(p.numel() for name, p in self._parameters if name in self._persistent)
         yield self._item(WORKING, Place.device, count=resident * size + buffers)
         sizes = self._resting_units
-        kept = _in_memory(sizes, config=self.setting.engine, dtype=self.setting.dtype)
+        kept = units_in_host_memory(sizes, config=self.setting.engine, dtype=self.setting.dtype)
         yield self._item(WORKING, Place.host, count=sum(size for index, size in enumerate(sizes) if index in kept))
         on_disk = [0 if index in kept else size for index, size in enumerate(sizes)]
         yield self._item(WORKING, Place.disk, count=file_bytes(on_disk))

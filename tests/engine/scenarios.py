@@ -44,7 +44,7 @@ def weights(engine, **options):
 
 def first_gradient(engine):
     """The gradient that the first step saw: at step one AdamW's first moment is a tenth of it."""
-    optimizer = engine._learner.optimizer
+    optimizer = engine._updater.optimizer
     moments = engine._sharding.full_tensors(lambda name: optimizer.read_shard(name, "exp_avg"))
     return {name: moment / 0.1 for name, moment in moments if name in optimizer.names()}
 
@@ -96,7 +96,7 @@ def at_rest(world):
 
 def holdings(engine):
     sharded = [isinstance(parameter, DTensor) for parameter in engine.module.parameters()]
-    return all(sharded), not any(sharded), engine._learner.gradients.elements()
+    return all(sharded), not any(sharded), engine._updater.gradients.elements()
 
 
 def tied(world):
@@ -129,7 +129,7 @@ def adapters(world):
     found = {}
     for stage in STAGES:
         engine = tiny.engine(world, stage, learns=is_adapter)
-        found[stage] = curve(engine, 3), weights(engine), set(engine._learner.optimizer.names())
+        found[stage] = curve(engine, 3), weights(engine), set(engine._updater.optimizer.names())
     return found
 
 

@@ -233,13 +233,13 @@ def test_backward_never_waits_for_the_device(world, tmp_path, tier):
 def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(world, tmp_path):
     trained = engine(world, tmp_path, precision="bf16", offload_optimizer="cpu")
     tiny.train_step(trained, 0)
-    stores = trained._learner.optimizer.stores
+    stores = trained._updater.optimizer.stores
     memory = [rows for home in stores for rows in home._sums._memory[0].arrived.values()]
     assert len(memory) == len(list(trained.module.parameters()))
     assert all(rows.is_pinned() for rows in memory)
     ids, counts = (x.to(world.device) for x in tiny.batch(1))
     trained.backward(tiny.token_loss(trained(ids), ids, counts, counts.sum()), last=True)
-    assert trained._learner.gradients.elements() == 0
+    assert trained._updater.gradients.elements() == 0
     assert all(parameter.grad is None for parameter in trained.module.parameters())
     trained.close()
     assert not any(rows.is_pinned() for rows in memory)

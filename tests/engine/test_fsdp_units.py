@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.engine.fsdp_units import Unit, find_units, gathered_ahead
+from rlhf.engine.fsdp_units import FSDPUnit, find_units, prefetched_units
 from rlhf.engine.sharding import shard
 from rlhf.runtime.dist import World
 from tests.engine import tiny
@@ -66,8 +66,8 @@ def test_a_reduce_bucket_holds_as_many_consecutive_blocks_as_fit_below_zero_thre
 
 
 def ahead(sizes, **config):
-    found = [Unit([nn.Identity()], numel=size) for size in sizes]
-    lists = gathered_ahead(found, config=EngineConfig(zero_stage=3, **config))
+    found = [FSDPUnit([nn.Identity()], numel=size) for size in sizes]
+    lists = prefetched_units(found, config=EngineConfig(zero_stage=3, **config))
     return [[found.index(unit) for unit in following] for following in lists]
 
 

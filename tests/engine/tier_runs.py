@@ -88,7 +88,7 @@ def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **c
             points.append((total, result.grad_norm))
             if between is not None:
                 between(engine)
-        adam = engine._learner.optimizer
+        adam = engine._updater.optimizer
         adam.flush()
         state = {(name, part): adam.read_shard(name, part).clone() for name, part in adam.entries()}
         whole = {name: tensor.clone() for name, tensor in engine.full_tensors()}
@@ -138,7 +138,7 @@ def failing_disks(world):
                 found[moment] = ""
             except RuntimeError as error:
                 found[moment] = str(error)
-            engine._learner.optimizer.close()
+            engine._updater.optimizer.close()
     return found
 
 

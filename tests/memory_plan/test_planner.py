@@ -11,7 +11,7 @@ from hydra import compose, initialize_config_dir
 
 from benchmarks.memory_examples import EXAMPLES, _row
 from rlhf.config.run_config import MemoryConfig
-from rlhf.engine.working_dtype import working_dtype
+from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.advice import cheapest_change
 from rlhf.memory_plan.measured import beside_plan
 from rlhf.memory_plan.plan import Limits, Place

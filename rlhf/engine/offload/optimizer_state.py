@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
+from rlhf.engine.dtensors import local_shard
+from rlhf.engine.fsdp_units import ParameterGroup
 from rlhf.engine.offload.grad_accumulation import GradAccumulator
 from rlhf.engine.offload.weights import ShardedWeights
 from rlhf.engine.offload.working_rows import DeviceWeights, write_back
-from rlhf.engine.sharding import ParameterGroup, local
 
 PARTS = ("weight", "exp_avg", "exp_avg_sq")
 
@@ -37,14 +38,16 @@ class ParameterShard(NamedTuple):
 
 def shapes_of(group: ParameterGroup) -> list[ParameterShard]:
     """This rank's rows of each parameter; matrices decay, biases and norms do not."""
-    return [ParameterShard(name, local(parameter).shape, parameter.ndim >= 2) for name, parameter in group.items()]
+    return [
+        ParameterShard(name, local_shard(parameter).shape, parameter.ndim >= 2) for name, parameter in group.items()
+    ]
 
 
 @dataclass(frozen=True)
 class Update:
     """What a step does to all groups."""
 
-    reached: Collection[str]  # names of the parameters that have a gradient on some rank
+    touched: Collection[str]  # names of the parameters that have a gradient on some rank
     lr: float
     scale: float  # factor on every gradient
     betas: Sequence[float] | None = None  # where a schedule cycles them
@@ -164,7 +167,7 @@ class InMemoryStateStore:
     def step(self, update: Update) -> None:
         """One update of what was taken, which is then freed."""
         taken, self._taken = self._taken, {}
-        shapes = [shape for shape in self.shapes if shape.name in taken and shape.name in update.reached]
+        shapes = [shape for shape in self.shapes if shape.name in taken and shape.name in update.touched]
         if not shapes:
             return
         torch._foreach_add_([self.steps[shape.name] for shape in shapes], 1)

@@ -120,7 +120,7 @@ class NvmeStateStore:
 
     def step(self, update: Update) -> None:
         """One pass over the records that have a gradient."""
-        names = self._sums.keys() & update.reached
+        names = self._sums.keys() & update.touched
         for name in names:
             self.steps[name] += 1
         with self._remembering():

@@ -20,7 +20,7 @@ import torch
 from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
-from rlhf.engine.fsdp_units import num_leaving
+from rlhf.engine.fsdp_units import ParameterGroup, num_offloaded
 from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.copy_stream import CopyStream
 from rlhf.engine.offload.direct_io import DirectFile, run_folder
@@ -30,7 +30,6 @@ from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerSta
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
 from rlhf.engine.offload.weights import ShardedWeights
 from rlhf.engine.offload.working_rows import DeviceWeights, StagedWeights
-from rlhf.engine.sharding import ParameterGroup
 from rlhf.runtime.dist import World
 
 _CPU = torch.device("cpu")
@@ -160,7 +159,7 @@ class Placement:
         if self.tier == OffloadDevice.none:
             return [], list(self.groups)
         sizes = [sum(p.numel() for p in group.values()) for group in self.groups]
-        away = num_leaving(sizes, self.engine.optimizer_share)
+        away = num_offloaded(sizes, self.engine.optimizer_share)
         return list(self.groups[:away]), list(self.groups[away:])
 
     def _check(self) -> None:

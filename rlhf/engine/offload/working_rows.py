@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import ParameterSlice
+from rlhf.engine.dtensors import local_shard
+from rlhf.engine.fsdp_units import ParameterGroup
 from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
 from rlhf.engine.offload.weights import ShardedWeights
-from rlhf.engine.sharding import ParameterGroup, local
 
 _SLOTS = 4
 _SLOT = 1 << 22  # elements of a page-locked buffer
@@ -30,7 +31,7 @@ class DeviceWeights:
 
     def flat(self, name: str) -> Tensor:
         """The elements themselves, in the working type; FSDP2 may move them, so they are looked up each time."""
-        return local(self._parameters[name]).view(-1)
+        return local_shard(self._parameters[name]).view(-1)
 
     def write(self, name: str, start: int, *, values: Tensor) -> None:
         """Round `values` into the weights."""

@@ -72,13 +72,13 @@ def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
 
 def test_a_share_of_the_elements_stays_on_the_device():
     engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="nvme", nvme_path="/dev/shm", optimizer_share=0.4)
-    groups, stores = engine._learner.optimizer.groups, engine._learner.optimizer.stores
+    groups, stores = engine._updater.optimizer.groups, engine._updater.optimizer.stores
     away = [shape.name for home in stores if not home.in_memory for shape in home.shapes]
     sizes = [sum(parameter.numel() for parameter in group.values()) for group in groups]
     count = next(k for k in range(len(groups) + 1) if [name for group in groups[:k] for name in group] == away)
     assert 0 < count < len(groups), "the first groups leave, the last stay"
     assert sum(sizes[: count - 1]) < 0.4 * sum(sizes) <= sum(sizes[:count])
-    engine._learner.optimizer.close()
+    engine._updater.optimizer.close()
 
 
 def late_reference(steps, *, flushes=()):
@@ -116,7 +116,7 @@ def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(flushe
 
     def between(engine):
         if next(steps) in flushes:
-            engine._learner.optimizer.flush()
+            engine._updater.optimizer.flush()
 
     check_late(model, losses, between=between, away=away)
 

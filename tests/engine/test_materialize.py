@@ -1,12 +1,18 @@
-"""A rank reads its own rows and no others; an export gives back what was loaded."""
+"""A rank reads its own rows and no others; an export gives back what was loaded; which type the weights have."""
 
+import platform
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 
+from rlhf.config.engine_config import Precision
+from rlhf.engine.materialize import working_dtype
+from rlhf.runtime import dist
 from tests.engine import scenarios, tiny
 
+CPU = torch.device("cpu")
 EVERY = [(ranks, stage) for ranks in (1, 2, 4) for stage in scenarios.STAGES]
 
 
@@ -45,8 +51,6 @@ def test_a_tied_parameter_is_exported_once_under_its_first_name(on_ranks):
 
 
 def test_what_was_read_is_copied_so_that_training_never_changes_the_source(on_ranks):
-    from rlhf.runtime import dist
-
     world = dist.start("cpu")
     plan = tiny.spec()
     before = {name: tensor.clone() for name, tensor in plan.weights.tensors.items()}
@@ -59,3 +63,22 @@ def test_what_was_read_is_copied_so_that_training_never_changes_the_source(on_ra
     )
     tiny.train_step(engine, 0)
     assert all(torch.equal(tensor, before[name]) for name, tensor in plan.weights.tensors.items())
+
+
+def test_what_is_asked_for_is_used():
+    assert working_dtype(Precision.fp32, CPU) == torch.float32
+    assert working_dtype(Precision.bf16, CPU) == torch.bfloat16
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or platform.system() != "Linux", reason="reads /proc/cpuinfo")
+def test_auto_takes_bf16_where_the_processor_says_it_multiplies_it():
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    expected = torch.bfloat16 if flags & {"avx512_bf16", "amx_tile"} else torch.float32
+    assert working_dtype(Precision.auto, CPU) == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_auto_on_cuda_follows_the_compute_capability():
+    expected = torch.bfloat16 if torch.cuda.get_device_capability() >= (8, 0) else torch.float32
+    assert working_dtype(Precision.auto, torch.device("cuda")) == expected
