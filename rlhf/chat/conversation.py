@@ -1,8 +1,4 @@
-"""A conversation: what was said, how the next answer is drawn, and the commands that change either.
-
-Everything here is plain text and numbers. Left out: the models (`chat_model.py`), the terminal that the lines come
-from (`rlhf/chat/terminal.py`), and how messages become tokens (`rlhf/text/tokenizer.py`).
-"""
+"""The state of a chat and the slash commands that change it: plain text and numbers, no model and no terminal."""
 
 from __future__ import annotations
 
@@ -15,28 +11,20 @@ from typing import Any, NamedTuple
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.text.tokenizer import Message
 
-_SLASH = "/"
 
+@dataclass
+class Turn:
+    """A question with the answer of each model."""
 
-class Turn(NamedTuple):
-    """A question and its answer."""
-
-    number: int
-    """Of the question, the same for all who answer it."""
     question: str
-    answer: str
+    sample: int
+    """Number of the draw, the same for all models: with the seed it gives the random numbers of the answers."""
+    answers: dict[str, str] = field(default_factory=dict)
+    """By the label of the model; a model that could not answer, or was stopped at once, is not in it."""
 
 
-class Fitted(NamedTuple):
-    """A prompt that leaves room for an answer."""
-
-    ids: list[int]
-    forgotten: int
-    """Oldest turns that are not in it."""
-
-
-class Outcome(NamedTuple):
-    """What follows from a line: something to say, a question to answer, or the end."""
+class LineResult(NamedTuple):
+    """What follows from a line: a notice to show, a question to answer, or the end of the chat."""
 
     notice: str = ""
     question: str | None = None
@@ -45,178 +33,154 @@ class Outcome(NamedTuple):
 
 @dataclass
 class Conversation:
-    """The state that commands change. Each of those who answer has a history of its own, for their answers differ."""
+    """What the commands change: the settings of the next answer, and the turns so far."""
 
     sampling: SamplingConfig
     max_response_tokens: int
     seed: int
     system: str = ""
     plain: bool = False
-    """What is typed goes to the model as it is, each line a prompt of its own."""
-    histories: list[list[Turn]] = field(default_factory=lambda: [[]])
-    draws: int = 0
-    """Answers drawn with this seed: the next is the sample of this number, alike for all who answer."""
-    asked: int = 0
-    """Number of the last question."""
+    """Each line is a prompt of its own, without a chat template."""
+    turns: list[Turn] = field(default_factory=list)
+    next_sample: int = 0
     check_system: Callable[[str], None] = lambda text: None
-    """Raises ValueError for a system message that somebody's chat template refuses."""
+    """Raises ValueError for a system message that a model's chat template refuses."""
 
-    def heed(self, line: str) -> Outcome:
-        """What a line means: a command, or a question (`//` stands for a slash that begins one)."""
+    def handle_line(self, line: str) -> LineResult:
+        """Run a command, or return the question; `//` begins a question with a slash."""
         if not line.strip():
-            return Outcome()
-        if not line.startswith(_SLASH):
-            return Outcome(question=line)
-        if line.startswith(2 * _SLASH):
-            return Outcome(question=line[1:])
+            return LineResult()
+        if not line.startswith("/"):
+            return LineResult(question=line)
+        if line.startswith("//"):
+            return LineResult(question=line[1:])
         name, _, argument = line.strip().partition(" ")
-        command = COMMANDS.get(name)
-        if command is None:
-            return Outcome(_unknown(name))
+        if name not in COMMANDS:
+            near = difflib.get_close_matches(name, COMMANDS, n=1)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            help_text = "/help lists them; // begins a message with a slash."
+            return LineResult(f"{name}: there is no such command. {hint}{help_text}")
         try:
-            return command.act(self, argument.strip())
+            return COMMANDS[name].run(self, argument.strip())
         except ValueError as error:
-            return Outcome(f"{error} Nothing was changed.")
+            return LineResult(f"{error} Nothing was changed.")
 
-    def ask(self) -> int:
-        """Begin a turn: the number of the sample that answers it."""
-        self.asked += 1
-        self.draws += 1
-        return self.draws - 1
+    def begin_turn(self, question: str) -> Turn:
+        """Add a turn that no model has answered yet."""
+        self.turns.append(Turn(question, self.next_sample))
+        self.next_sample += 1
+        return self.turns[-1]
 
-    def record(self, history: list[Turn], question: str, *, answer: str) -> None:
-        """Remember what somebody answered to the last question."""
-        history.append(Turn(self.asked, question, answer))
-
-    def undo(self) -> str:
-        """Take the last question back, with every answer to it.
+    def take_back(self) -> str:
+        """Remove the last turn that a model has answered, and return its question.
 
         Raises:
-            ValueError: nothing was asked yet.
+            ValueError: there is none.
         """
-        last = max((history[-1] for history in self.histories if history), default=None)
-        if last is None:
-            raise ValueError("Nothing was said yet.")
-        for history in self.histories:
-            if history and history[-1].number == last.number:
-                history.pop()
-        return last.question
+        while self.turns:
+            turn = self.turns.pop()
+            if turn.answers:
+                return turn.question
+        raise ValueError("Nothing was said yet.")
 
-    def forget(self) -> None:
-        """Begin again: no turns, and the first random numbers of the seed."""
-        for history in self.histories:
-            history.clear()
-        self.draws = 0
+    def answered_by(self, label: str) -> list[Turn]:
+        """The turns that a model remembers, oldest first."""
+        return [turn for turn in self.turns if label in turn.answers]
 
 
-def messages(turns: Sequence[Turn], question: str, *, system: str = "") -> list[Message]:
-    """A conversation that ends with a question, as chat templates read it."""
-    said = [{"role": "system", "content": system}] if system else []
+def messages(turns: Sequence[Turn], question: str, *, label: str, system: str = "") -> list[Message]:
+    """Turns of one model and the next question as a chat template reads them."""
+    found = [{"role": "system", "content": system}] if system else []
     for turn in turns:
-        said += [{"role": "user", "content": turn.question}, {"role": "assistant", "content": turn.answer}]
-    return [*said, {"role": "user", "content": question}]
-
-
-def fit(turns: Sequence[Turn], tokenize: Callable[[Sequence[Turn]], list[int]], *, limit: int) -> Fitted:
-    """The tokens of as many of the last turns as `limit` allows; of none, they may still be more than that."""
-    for forgotten in range(len(turns) + 1):
-        ids = tokenize(turns[forgotten:])
-        if len(ids) <= limit:
-            break
-    return Fitted(ids, forgotten)
+        found.append({"role": "user", "content": turn.question})
+        found.append({"role": "assistant", "content": turn.answers[label]})
+    return [*found, {"role": "user", "content": question}]
 
 
 class Command(NamedTuple):
     """What a line that begins with a slash does."""
 
     usage: str
-    says: str
-    act: Callable[[Conversation, str], Outcome]
+    help: str
+    run: Callable[[Conversation, str], LineResult]
 
 
-def _unknown(name: str) -> str:
-    near = difflib.get_close_matches(name, COMMANDS, n=1)
-    hint = f"Did you mean {near[0]}? " if near else ""
-    return f"{name}: there is no such command. {hint}/help lists them; // begins a message with a slash."
+def _sampling(name: str, kind: type[int] | type[float]) -> Callable[[Conversation, str], LineResult]:
+    """Show or set one field of the sampling settings, which check its range themselves."""
 
-
-def _sampling(field_name: str, kind: Callable[[str], float]) -> Callable[[Conversation, str], Outcome]:
-    """A command for one setting of the sampling, which checks its own values."""
-
-    def act(conversation: Conversation, argument: str) -> Outcome:
+    def run(conversation: Conversation, argument: str) -> LineResult:
         if argument:
-            change: dict[str, Any] = {field_name: _number(argument, kind, name=field_name)}
+            change: dict[str, Any] = {name: _number(name, argument, kind=kind)}
             conversation.sampling = replace(conversation.sampling, **change)
-        return Outcome(f"{field_name} {getattr(conversation.sampling, field_name)}")
+        return LineResult(f"{name} {getattr(conversation.sampling, name)}")
 
-    return act
+    return run
 
 
-def _number(argument: str, kind: Callable[[str], float], *, name: str) -> float:
+def _number(name: str, argument: str, *, kind: type[int] | type[float]) -> float:
     try:
         value = kind(argument)
     except ValueError as error:
-        what = "a whole number" if kind is int else "a number"
-        raise ValueError(f"/{name} {argument}: expected {what}.") from error
-    if not math.isfinite(value):
+        expected = "a whole number" if kind is int else "a number"
+        raise ValueError(f"/{name} {argument}: expected {expected}.") from error
+    if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"/{name} {argument}: expected a finite number.")
     return value
 
 
-def _max(conversation: Conversation, argument: str) -> Outcome:
+def _max(conversation: Conversation, argument: str) -> LineResult:
     if argument:
-        value = int(_number(argument, int, name="max"))
+        value = int(_number("max", argument, kind=int))
         if value < 1:
             raise ValueError(f"/max {value}: expected 1 or more.")
         conversation.max_response_tokens = value
-    return Outcome(f"answers are cut at {conversation.max_response_tokens} tokens")
+    return LineResult(f"answers are cut at {conversation.max_response_tokens} tokens")
 
 
-def _seed(conversation: Conversation, argument: str) -> Outcome:
+def _seed(conversation: Conversation, argument: str) -> LineResult:
     if argument:
-        conversation.seed = int(_number(argument, int, name="seed"))
-        conversation.draws = 0
-    return Outcome(f"seed {conversation.seed}, sample {conversation.draws} comes next")
+        conversation.seed, conversation.next_sample = int(_number("seed", argument, kind=int)), 0
+    return LineResult(f"seed {conversation.seed}, sample {conversation.next_sample} comes next")
 
 
-def _system(conversation: Conversation, argument: str) -> Outcome:
+def _system(conversation: Conversation, argument: str) -> LineResult:
     if argument:
         conversation.check_system(argument)
-    removed = "no system message" if not argument else ""
     conversation.system = argument
-    return Outcome(removed or "the system message is set; it stands before the whole conversation")
+    return LineResult("the system message is set, for the whole conversation" if argument else "no system message")
 
 
-def _plain(conversation: Conversation, argument: str) -> Outcome:
+def _plain(conversation: Conversation, argument: str) -> LineResult:
     if argument not in ("", "on", "off"):
         raise ValueError(f"/plain {argument}: expected on or off.")
     conversation.plain = argument == "on" if argument else conversation.plain
     if conversation.plain:
-        return Outcome("plain: each line is a prompt of its own, without a chat template")
-    return Outcome("chat: the conversation goes through the chat template")
+        return LineResult("plain: each line is a prompt of its own, without a chat template")
+    return LineResult("chat: the conversation goes through the chat template")
 
 
-def _reset(conversation: Conversation, argument: str) -> Outcome:
-    conversation.forget()
-    return Outcome("forgotten; the next message begins a conversation")
+def _undo(conversation: Conversation, argument: str) -> LineResult:
+    return LineResult(f"taken back: {conversation.take_back()}")
 
 
-def _undo(conversation: Conversation, argument: str) -> Outcome:
-    return Outcome(f"taken back: {conversation.undo()}")
+def _retry(conversation: Conversation, argument: str) -> LineResult:
+    return LineResult(question=conversation.take_back())
 
 
-def _retry(conversation: Conversation, argument: str) -> Outcome:
-    return Outcome(question=conversation.undo())
+def _reset(conversation: Conversation, argument: str) -> LineResult:
+    conversation.turns.clear()
+    conversation.next_sample = 0
+    return LineResult("forgotten; the next message begins a conversation")
 
 
-def _help(conversation: Conversation, argument: str) -> Outcome:
+def _help(conversation: Conversation, argument: str) -> LineResult:
     width = max(len(command.usage) for command in COMMANDS.values())
-    lines = [f"  {command.usage:{width}}  {command.says}" for command in dict.fromkeys(COMMANDS.values())]
-    return Outcome("\n".join([*lines, "A backslash at the end of a line continues the message on the next."]))
+    lines = [f"  {command.usage:{width}}  {command.help}" for command in dict.fromkeys(COMMANDS.values())]
+    return LineResult("\n".join([*lines, "A backslash at the end of a line continues the message on the next."]))
 
 
-def _quit(conversation: Conversation, argument: str) -> Outcome:
-    return Outcome(ends=True)
+def _quit(conversation: Conversation, argument: str) -> LineResult:
+    return LineResult(ends=True)
 
 
 COMMANDS = {
@@ -224,13 +188,13 @@ COMMANDS = {
     "/top_p": Command("/top_p P", "draw from the likeliest tokens with this share", _sampling("top_p", float)),
     "/top_k": Command("/top_k K", "draw from this many tokens, 0 from all", _sampling("top_k", int)),
     "/max": Command("/max N", "cut answers at this many tokens", _max),
-    "/seed": Command("/seed N", "of the sampling, from its first numbers on", _seed),
+    "/seed": Command("/seed N", "set the seed of the sampling and begin its draws again", _seed),
     "/system": Command("/system TEXT", "set the system message, without text remove it", _system),
     "/plain": Command("/plain on|off", "on: no chat template, each line by itself", _plain),
     "/retry": Command("/retry", "answer the last message again, with other random numbers", _retry),
     "/undo": Command("/undo", "take the last message and its answer back", _undo),
     "/reset": Command("/reset", "forget the conversation, keep the settings", _reset),
-    "/help": Command("/help", "this", _help),
-    "/quit": Command("/quit", "or Ctrl-D: the end", _quit),
+    "/help": Command("/help", "list the commands", _help),
+    "/quit": Command("/quit", "or Ctrl-D: end the chat", _quit),
 }
 COMMANDS["/exit"] = COMMANDS["/quit"]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 
-from rlhf.chat.chat_model import speaker_tokenizer
+from rlhf.chat.chat_model import chat_tokenizer
 from rlhf.config.roles import Role, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.models.embedded import prepare
@@ -39,7 +39,7 @@ class _Reader:
     def tokenizer(self, role: Role, folder: Path, *, is_made: bool) -> Tokenizer:
         """As the stage will load it: with the run's template and pad token where the stage uses or makes the model."""
         if role.stage == "chat":
-            return speaker_tokenizer(self.run, str(folder))
+            return chat_tokenizer(str(folder), chat_template=self.run.model.chat_template)
         is_first = role == roles_of(self.run, role.stage)[0]
         return self._own(str(folder)) if is_made or is_first else self._plain(str(folder))
 

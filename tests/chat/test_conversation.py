@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.chat.conversation import COMMANDS, Conversation, Turn, fit, messages
+from rlhf.chat.conversation import COMMANDS, Conversation, Turn, messages
 from rlhf.config.stage_configs import SamplingConfig
 
 
@@ -10,11 +10,9 @@ def conversation(**settings):
     return Conversation(SamplingConfig(temperature=0.7), max_response_tokens=9, seed=3, **settings)
 
 
-def said(talk, *questions):
-    for question in questions:
-        talk.ask()
-        for history in talk.histories:
-            talk.record(history, question, answer=f"answer to {question}")
+def answered(talk, question, *labels):
+    for label in labels:
+        talk.turns[-1].answers[label] = f"{label}'s answer to {question}"
 
 
 @pytest.mark.parametrize(
@@ -22,12 +20,12 @@ def said(talk, *questions):
     [("Hello", "Hello"), ("  indented", "  indented"), ("//usr is a folder", "/usr is a folder"), ("a\n/b", "a\n/b")],
 )
 def test_a_line_is_a_question(line, question):
-    assert conversation().heed(line).question == question
+    assert conversation().handle_line(line).question == question
 
 
 @pytest.mark.parametrize("line", ["", "   ", "\t"])
 def test_an_empty_line_asks_nothing(line):
-    assert conversation().heed(line) == ("", None, False)
+    assert conversation().handle_line(line) == ("", None, False)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +43,7 @@ def test_an_empty_line_asks_nothing(line):
 def test_a_command_sets_what_it_names(line, read, value):
     talk = conversation()
     assert read(talk) != value
-    outcome = talk.heed(line)
+    outcome = talk.handle_line(line)
     assert read(talk) == value
     assert outcome.question is None
     assert outcome.notice
@@ -53,9 +51,9 @@ def test_a_command_sets_what_it_names(line, read, value):
 
 def test_a_command_without_a_value_shows_and_keeps_it():
     talk = conversation()
-    assert talk.heed("/temperature").notice == "temperature 0.7"
-    assert "9 tokens" in talk.heed("/max").notice
-    assert talk.heed("/seed").notice == "seed 3, sample 0 comes next"
+    assert talk.handle_line("/temperature").notice == "temperature 0.7"
+    assert "9 tokens" in talk.handle_line("/max").notice
+    assert talk.handle_line("/seed").notice == "seed 3, sample 0 comes next"
     assert (talk.sampling, talk.max_response_tokens, talk.seed) == (SamplingConfig(temperature=0.7), 9, 3)
 
 
@@ -78,7 +76,7 @@ def test_a_command_without_a_value_shows_and_keeps_it():
 )
 def test_a_mistake_is_answered_and_changes_nothing(line, sentence):
     talk = conversation()
-    outcome = talk.heed(line)
+    outcome = talk.handle_line(line)
     assert sentence in outcome.notice
     assert not outcome.ends
     assert outcome.question is None
@@ -90,55 +88,43 @@ def test_a_system_message_that_is_refused_is_not_set():
         raise ValueError(f"no place for {text}.")
 
     talk = conversation(check_system=refuse)
-    assert "no place for Hush." in talk.heed("/system Hush").notice
+    assert "no place for Hush." in talk.handle_line("/system Hush").notice
     assert talk.system == ""
 
 
 def test_help_names_every_command_and_quit_ends():
-    notice = conversation().heed("/help").notice
+    notice = conversation().handle_line("/help").notice
     assert all(name in notice for name in COMMANDS if name != "/exit")
-    assert conversation().heed("/quit").ends
-    assert conversation().heed("/exit").ends
+    assert conversation().handle_line("/quit").ends
+    assert conversation().handle_line("/exit").ends
 
 
 def test_undo_and_retry_take_back_the_last_turn_of_everyone_who_had_it():
-    talk = conversation(histories=[[], []])
-    said(talk, "one", "two")
-    talk.ask()
-    talk.record(talk.histories[0], "three", answer="only I answered")
-    assert talk.heed("/undo").notice == "taken back: three"
-    assert [len(history) for history in talk.histories] == [2, 2]
-    outcome = talk.heed("/retry")
-    assert outcome.question == "two"
-    assert [[turn.question for turn in history] for history in talk.histories] == [["one"], ["one"]]
+    talk = conversation()
+    for question, *labels in (("one", "x", "y"), ("two", "x", "y"), ("three", "x"), ("nobody answered",)):
+        talk.begin_turn(question)
+        answered(talk, question, *labels)
+    assert talk.handle_line("/undo").notice == "taken back: three"
+    assert [len(talk.answered_by(label)) for label in ("x", "y")] == [2, 2]
+    assert talk.handle_line("/retry").question == "two"
+    assert [[turn.question for turn in talk.answered_by(label)] for label in ("x", "y")] == [["one"], ["one"]]
 
 
 def test_a_retry_is_another_draw_and_a_reset_begins_the_draws_again():
     talk = conversation()
-    assert [talk.ask(), talk.ask()] == [0, 1]
-    talk.record(talk.histories[0], "question", answer="answer")
-    talk.heed("/retry")
-    assert talk.ask() == 2
-    talk.heed("/reset")
-    assert talk.histories == [[]]
-    assert talk.ask() == 0
-    talk.heed("/seed 8")
-    assert talk.ask() == 0
+    assert [talk.begin_turn("question").sample, talk.begin_turn("question").sample] == [0, 1]
+    answered(talk, "question", "x")
+    assert talk.handle_line("/retry").question == "question"
+    assert talk.begin_turn("question").sample == 2
+    talk.handle_line("/reset")
+    assert talk.turns == []
+    assert talk.begin_turn("question").sample == 0
+    talk.handle_line("/seed 8")
+    assert talk.begin_turn("question").sample == 0
 
 
 def test_messages_alternate_after_the_system_message():
-    turns = [Turn(1, "a", "b")]
-    roles = [message["role"] for message in messages(turns, "c", system="s")]
+    turns = [Turn("a", 0, {"x": "b", "y": "other"})]
+    roles = [message["role"] for message in messages(turns, "c", label="x", system="s")]
     assert roles == ["system", "user", "assistant", "user"]
-    assert [message["content"] for message in messages(turns, "c")] == ["a", "b", "c"]
-
-
-def test_the_oldest_turns_go_until_the_rest_fits():
-    turns = [Turn(number, "q", "a") for number in range(4)]
-
-    def tokenize(left):
-        return [turn.number for turn in left] + [99] * 10
-
-    assert fit(turns, tokenize, limit=14) == ([0, 1, 2, 3] + [99] * 10, 0)
-    assert fit(turns, tokenize, limit=12) == ([2, 3] + [99] * 10, 2)
-    assert fit(turns, tokenize, limit=5) == ([99] * 10, 4)
+    assert [message["content"] for message in messages(turns, "c", label="x")] == ["a", "b", "c"]

@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf.chat.chat_model import labels, one_prompt
-from rlhf.chat.terminal import Terminal, harmless
+from rlhf.chat.chat_model import one_prompt
+from rlhf.chat.terminal import Terminal, escaped
 from rlhf.config.model_config import Embedded
 from rlhf.config.roles import roles_of
 from rlhf.config.stage_configs import SamplingConfig
@@ -28,7 +28,7 @@ from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.runtime.dist import World, stop
 from rlhf.text.tokenizer import decode, load_tokenizer, stop_token_ids, tokenize_prompt
-from stages.chat import Chat, check_chat, load_speaker, new_conversation
+from stages.chat import Chat, check_chat, load_models, new_conversation
 from tests.config.test_configuration import composed
 
 ROOT = Path(__file__).parents[2]
@@ -77,15 +77,21 @@ def run_of(model, *settings, output_dir="nowhere"):
 
 
 @contextmanager
-def chat_with(run, *paths):
-    """A chat with the models at `paths`, whose terminal is whatever pytest captures."""
-    speakers = [load_speaker(run, str(p), label=p.parent.name, world=World.alone()) for p in paths]
+def chat_of(run):
+    """The chat of a run, whose terminal is whatever pytest captures."""
+    models = list(load_models(run, World.alone()))
     try:
-        yield Chat(Terminal(), speakers, new_conversation(run, speakers))
+        yield Chat(Terminal(), models, new_conversation(run, models))
     finally:
-        for speaker in speakers:
-            speaker.engine.close()
+        for model in models:
+            model.engine.close()
         stop()
+
+
+def turns_of(chat, place=0):
+    """Questions and answers of one of the models."""
+    label = chat.models[place].label
+    return [(turn.question, turn.answers[label]) for turn in chat.conversation.answered_by(label)]
 
 
 def alone(model, ids, *, sample, seed, sampling, longest):
@@ -105,41 +111,41 @@ def test_a_chat_says_what_generate_says_to_the_rendered_conversation(model, engi
     )
     sampling = SamplingConfig(temperature=1.3)
     tokenizer = load_tokenizer(str(model))
-    with chat_with(run, model) as chat:
+    with chat_of(run) as chat:
         for line in ("/system Be kind.", "Hello", "And you?"):
-            chat._follow(line)
-        turns = chat.speakers[0].history
+            chat.handle(line)
+        turns = turns_of(chat)
     expected = [{"role": "system", "content": "Be kind."}]
-    for sample, turn in enumerate(turns):
-        expected.append({"role": "user", "content": turn.question})
+    for sample, (question, answer) in enumerate(turns):
+        expected.append({"role": "user", "content": question})
         ids = tokenize_prompt(tokenizer, {"prompt": expected})
         assert tokenizer.decode(ids) == tokenizer.apply_chat_template(
             expected, tokenize=False, add_generation_prompt=True
         )
-        assert turn.answer == alone(model, ids, sample=sample, seed=5, sampling=sampling, longest=12)
-        expected.append({"role": "assistant", "content": turn.answer})
-    assert [turn.question for turn in turns] == ["Hello", "And you?"]
-    assert turns[0].answer != turns[1].answer
+        assert answer == alone(model, ids, sample=sample, seed=5, sampling=sampling, longest=12)
+        expected.append({"role": "assistant", "content": answer})
+    assert [question for question, _ in turns] == ["Hello", "And you?"]
+    assert turns[0][1] != turns[1][1]
 
 
 def test_an_answer_appears_while_it_is_drawn(endless, monkeypatch):
     pieces = []
-    with chat_with(run_of(endless, "chat.sampling.temperature=0", "chat.max_response_tokens=5"), endless) as chat:
-        monkeypatch.setattr(chat.terminal, "say", pieces.append)
-        chat._follow("Hello")
+    with chat_of(run_of(endless, "chat.sampling.temperature=0", "chat.max_response_tokens=5")) as chat:
+        monkeypatch.setattr(chat.terminal, "write", pieces.append)
+        chat.handle("Hello")
     assert [piece for piece in pieces if piece.strip()] == ["\x1b"] * 5
 
 
 def test_each_of_two_models_has_its_own_history(model, endless, capsys):
     run = run_of(model, f"chat.compare_with={endless}", "chat.sampling.temperature=0", "chat.max_response_tokens=3")
-    with chat_with(run, model, endless) as chat:
+    with chat_of(run) as chat:
         for line in ("Hello", "Again", "/undo"):
-            chat._follow(line)
-        first, second = (speaker.history for speaker in chat.speakers)
-        names = [speaker.label for speaker in chat.speakers]
-    assert [turn.answer for turn in second] == ["\x1b" * 3]
-    assert first[0].answer != second[0].answer
-    assert first[0].question == second[0].question == "Hello"
+            chat.handle(line)
+        first, second = turns_of(chat), turns_of(chat, 1)
+        names = [model.label for model in chat.models]
+    assert second == [("Hello", "\x1b" * 3)]
+    assert [question for question, _ in first] == ["Hello"]
+    assert first[0][1] != second[0][1]
     out, err = capsys.readouterr()
     assert out.count(f"[{names[0]}]\n") == out.count(f"[{names[1]}]\n") == 2
     assert out.count(r"\x1b" * 3 + "\n") == 2
@@ -149,37 +155,39 @@ def test_each_of_two_models_has_its_own_history(model, endless, capsys):
 def test_the_oldest_turns_are_forgotten_with_a_notice(endless, tmp_path, capsys):
     short = changed(endless, tmp_path / "short", max_position_embeddings=120)
     run = run_of(short, "chat.sampling.temperature=0", "chat.max_response_tokens=10")
-    with chat_with(run, short) as chat:
+    with chat_of(run) as chat:
         for number in range(4):
-            chat._follow(f"Message number {number}")
-        questions = [turn.question for turn in chat.speakers[0].history]
-        chat._follow("x" * 200)
-        chat._follow("/max 500")
-        chat._follow("/reset")
-        chat._follow("Short")
-        turns = chat.speakers[0].history
+            chat.handle(f"Message number {number}")
+        questions = [question for question, _ in turns_of(chat)]
+        chat.handle("x" * 200)
+        chat.handle("/max 500")
+        chat.handle("/reset")
+        chat.handle("Short")
+        turns = turns_of(chat)
     err = capsys.readouterr().err
     assert questions[-1] == "Message number 3"
     assert "Message number 0" not in questions
     assert "has 120 positions: forgot the oldest 1 turns" in err
     assert "fewer than the 120 positions" in err
-    assert [turn.question for turn in turns] == ["Short"]
+    assert [question for question, _ in turns] == ["Short"]
     tokenizer = load_tokenizer(str(short))
     prompt = tokenize_prompt(tokenizer, {"prompt": [{"role": "user", "content": "Short"}]})
-    assert len(turns[0].answer) == 120 - len(prompt)
+    assert len(turns[0][1]) == 120 - len(prompt)
 
 
 def test_a_template_without_system_role_refuses_and_the_chat_goes_on(model, tmp_path, capsys):
     template = NO_SYSTEM + (model / "chat_template.jinja").read_text()
     strict = changed(model, tmp_path / "strict" / "model", template=template)
-    with chat_with(run_of(strict, "chat.max_response_tokens=3"), strict) as chat:
-        assert chat._follow("/system Be kind.") is False
-        chat._follow("Hello")
+    with chat_of(run_of(strict, "chat.max_response_tokens=3")) as chat:
+        assert chat.handle("/system Be kind.") is False
+        chat.handle("Hello")
         assert chat.conversation.system == ""
-        assert len(chat.speakers[0].history) == 1
-    assert "strict takes no system message: the chat template refuses" in capsys.readouterr().err
-    refused = pytest.raises(ValueError, match=r"chat\.system='Be kind': strict takes no system message.*not supported")
-    with refused, chat_with(run_of(strict, "chat.system=Be kind"), strict):
+        assert len(turns_of(chat)) == 1
+    assert "strict/model takes no system message: the chat template refuses" in capsys.readouterr().err
+    refused = pytest.raises(
+        ValueError, match=r"chat\.system='Be kind': strict/model takes no system message.*not supported"
+    )
+    with refused, chat_of(run_of(strict, "chat.system=Be kind")):
         pass
 
 
@@ -188,24 +196,24 @@ def test_without_chat_template_each_line_is_a_prompt_of_its_own(model, tmp_path,
     (bare / "chat_template.jinja").unlink()
     run = run_of(bare, "chat.seed=2", "chat.max_response_tokens=9")
     tokenizer = load_tokenizer(str(bare))
-    with chat_with(run, bare) as chat:
+    with chat_of(run) as chat:
         for line in ("Movie review: This", "Movie review: That", "/system Be kind."):
-            chat._follow(line)
-        turns = chat.speakers[0].history
-    for sample, turn in enumerate(turns):
-        ids = tokenizer(turn.question).input_ids
-        assert turn.answer == alone(bare, ids, sample=sample, seed=2, sampling=run.chat.sampling, longest=9)
+            chat.handle(line)
+        turns = turns_of(chat)
+    for sample, (question, answer) in enumerate(turns):
+        ids = tokenizer(question).input_ids
+        assert answer == alone(bare, ids, sample=sample, seed=2, sampling=run.chat.sampling, longest=9)
     assert len(turns) == 2
-    assert "bare has no chat template" in capsys.readouterr().err
+    assert "bare/model has no chat template" in capsys.readouterr().err
 
 
 def test_own_models_of_plain_data_are_talked_to_plainly(model, tmp_path):
     own = tmp_path / "sft" / "model"
     shutil.copytree(model, own)
     style = "chat.prompts=plain_if_own"
-    with chat_with(run_of(own, style, output_dir=tmp_path), own) as chat:
+    with chat_of(run_of(own, style, output_dir=tmp_path)) as chat:
         assert chat.conversation.plain
-    with chat_with(run_of(model, style, output_dir=tmp_path), model) as chat:
+    with chat_of(run_of(model, style, output_dir=tmp_path)) as chat:
         assert not chat.conversation.plain
     assert composed("stage=chat").chat.prompts == "plain_if_own"  # the default data are reviews
 
@@ -259,15 +267,8 @@ def test_what_cannot_be_talked_to_is_refused_with_the_name_of_the_setting(model,
     check_chat(run_of(model), ranks=1)
 
 
-def test_labels_are_as_short_as_they_tell_models_apart():
-    assert labels(["/out/run/ppo/actor"]) == ["ppo/actor"]
-    assert labels(["/out/run/ppo/actor", "/out/run/sft/model"]) == ["ppo/actor", "sft/model"]
-    assert labels(["/out/a/ppo/actor", "/out/b/ppo/actor"]) == ["a/ppo/actor", "b/ppo/actor"]
-    assert labels(["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"]) == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"]
-
-
 def test_nothing_steers_the_terminal_but_lines_and_tabs():
-    assert harmless("a\n\tb\x1b[2J\r\x07\u202ec") == "a\n\tb\\x1b[2J\\r\\x07\\u202ec"
+    assert escaped("a\n\tb\x1b[2J\r\x07\u202ec") == "a\n\tb\\x1b[2J\\r\\x07\\u202ec"
 
 
 def command(*words):
@@ -378,9 +379,9 @@ def test_a_conversation_in_a_terminal_after_training(endless, tmp_path):
 
 def test_commands_change_the_conversation_and_not_the_configuration(model):
     run = run_of(model, "chat.seed=7", "chat.sampling.top_k=3", "chat.max_response_tokens=4")
-    with chat_with(run, model) as chat:
+    with chat_of(run) as chat:
         assert chat.conversation.sampling == run.chat.sampling
-        chat.conversation.heed("/top_k 9")
+        chat.conversation.handle_line("/top_k 9")
         assert chat.conversation.sampling.top_k == 9
         assert (chat.conversation.seed, chat.conversation.max_response_tokens) == (7, 4)
     assert run.chat.sampling.top_k == 3
