@@ -1,4 +1,4 @@
-"""From the sources of a stage to its samples: share, hold out, weigh, tokenise, drop what is too long.
+"""From the sources of a stage to its samples: split, hold out, weigh, tokenise, drop what is too long.
 
 A row is tokenised once, however often its weight repeats it, and nothing is ever truncated.
 """
@@ -10,20 +10,31 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from data.blend import weighted
-from data.cache import cached, content_key
-from data.rows import COLUMNS, SHOWN_PROBLEMS, BrokenRow, each_row, require_columns
+from data.row_selection import RowNumbers, hold_out, rows_of_stage, weighted
+from data.rows import (
+    COLUMNS,
+    SHOWN_PROBLEMS,
+    BadRow,
+    ColumnSelection,
+    SourceRows,
+    bad_rows_report,
+    check_row,
+    require_columns,
+)
 from data.sources import load_rows
-from data.split import Indices, hold_out, stage_rows
-from data.table import Rows
-from rlhf.config.data_config import BadRows, DataConfig, SourceConfig, StageDataConfig
-from rlhf.text.tokenizer import Row, Tokens
+from data.token_cache import RowTokens, cached, content_key
+from rlhf.config.data_config import BadRows, DataConfig, SourceConfig
+from rlhf.text.chat_template import Row
+from rlhf.text.tokenize_rows import TokenSequence
 
 logger = logging.getLogger(__name__)
+
+STAGES = ("sft", "reward", "ppo")
+"""In the order of `data.stage_split`."""
 
 Sample = TypeVar("Sample")
 
@@ -39,11 +50,11 @@ class Splits(Generic[Sample]):
     fingerprint: str
     """Hash of every token in `train` and `eval`, in order."""
     note: str = ""
-    """What should be said of them once; empty where that is nothing."""
+    """A warning that the user should read once; empty if there is none."""
 
 
 @dataclass(frozen=True)
-class Limits:
+class LengthLimits:
     """Longer rows are dropped; both in tokens."""
 
     stage: str
@@ -51,8 +62,8 @@ class Limits:
     max_response_tokens: int
     response_setting: str = "max_response_tokens"
 
-    def broken_by(self, sequences: Sequence[Tokens]) -> str:
-        """Why a row is dropped; empty where it is not."""
+    def broken_by(self, sequences: Sequence[TokenSequence]) -> str:
+        """Why a row is dropped; empty if it is short enough."""
         if any(tokens.num_prompt > self.max_prompt_tokens for tokens in sequences):
             return f"prompt longer than {self.stage}.max_prompt_tokens={self.max_prompt_tokens}"
         if any(len(tokens.input_ids) - tokens.num_prompt > self.max_response_tokens for tokens in sequences):
@@ -61,71 +72,58 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Recipe(Generic[Sample]):
-    """What a stage makes of a row."""
+class SampleKind(Generic[Sample]):
+    """How a stage turns a row into samples."""
 
     stage: str
-    """Its name under `data` and in the configuration."""
-    position: int
-    """Its place in `data.stage_split`."""
-    sources: StageDataConfig
-    limits: Limits
+    """Its name under `data`."""
     columns: Sequence[Sequence[str]]
-    """Sets of columns, one of which is needed."""
+    """Sets of columns, one of which a row must fill."""
+    limits: LengthLimits
     settings: Sequence[str]
-    """What decides, besides the row, how it is tokenised."""
-    tokenize: Callable[[Row], list[Tokens]]
-    """Checks a row and tokenises it."""
-    build: Callable[[Row, list[Tokens]], list[Sample]]
-    """The samples of a row, from its sequences."""
+    """Everything besides the row that decides how it is tokenised."""
+    tokenize: Callable[[Row], list[TokenSequence]]
+    build: Callable[[Row, list[TokenSequence]], list[Sample]]
     extra_columns: Sequence[str] = ()
-    """Columns beside the known ones that `build` reads, where a source has them."""
-    only_held_out: bool = False
-    """Leave `train` empty: nobody wants it, and it need not be there."""
+    """Columns beside the known ones that `build` reads if a source has them."""
 
 
-@dataclass
-class _Pile(Generic[Sample]):
-    """Samples of all sources of one split."""
-
-    name: str
-    samples: list[Sample] = field(default_factory=list)
-    dropped: Counter[str] = field(default_factory=Counter)
-    rewritten: Counter[str] = field(default_factory=Counter)
-    """Answers that are not learnt, see `rlhf.text.chat_template.Turns`: `turns`, and the `rows` that have some."""
-    digest: str = ""
-
-    def require_some(self) -> None:
-        if self.dropped and not self.samples:
-            reasons = "; ".join(f"{count} for a {reason}" for reason, count in self.dropped.items())
-            raise ValueError(f"{self.name}: all rows were dropped: {reasons}. Raise the limit or use shorter rows.")
-
-
-def assemble(recipe: Recipe[Sample], *, data: DataConfig) -> Splits[Sample]:
+def assemble(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: bool = False) -> Splits[Sample]:
     """Read, check and tokenise the data of a stage.
+
+    Args:
+        kind: What the stage makes of a row.
+        data: The settings of all stages' data.
+        only_held_out: Leave `train` empty; its files need not exist if `eval` has files of its own.
 
     Raises:
         ValueError: No data, rows that cannot be used, or all of them longer than the limits.
     """
-    name, sources = f"data.{recipe.stage}", recipe.sources
-    if not sources.train and not recipe.only_held_out:
+    name, sources, seed = f"data.{kind.stage}", getattr(data, kind.stage), data.split_seed
+    if not sources.train and not only_held_out:
         raise ValueError(f"{name}.train is empty; expected at least one file, folder or hub id.")
-    train, held_out = _Pile[Sample](f"{name}.train"), _Pile[Sample](f"{name}.eval")
-    skipped = recipe.only_held_out and (sources.eval or not sources.eval_fraction)
-    for number, source in enumerate([] if skipped else sources.train):
-        part = _Part.open(source, recipe, data=data, where=f"{name}.train[{number}]")
-        halves = hold_out(part.rows, 0.0 if sources.eval else sources.eval_fraction, seed=data.split_seed)
-        if not recipe.only_held_out:
-            part.add(weighted(halves.train, max(source.weight, 1.0), seed=data.split_seed), train)
-        part.add(halves.eval, held_out)
+    train = _Split(kind, sources.bad_rows, data.cache_dir, name=f"{name}.train")
+    held_out = _Split(kind, sources.bad_rows, data.cache_dir, name=f"{name}.eval")
+    needs_train = not only_held_out or (sources.eval_fraction and not sources.eval)
+    for number, source in enumerate(sources.train if needs_train else []):
+        part = _open(source, kind, data=data, where=f"{name}.train[{number}]")
+        learnt, left_out = hold_out(part.numbers, 0.0 if sources.eval else sources.eval_fraction, seed=seed)
+        if not only_held_out:
+            train.add(part, weighted(learnt, max(source.weight, 1.0), seed=seed))
+        held_out.add(part, left_out)
     for number, source in enumerate(sources.eval):
-        part = _Part.open(source, recipe, data=data, where=f"{name}.eval[{number}]")
-        part.add(weighted(part.rows, max(source.weight, 1.0), seed=data.split_seed), held_out)
-    for pile in (train, held_out):
-        pile.require_some()
-    fingerprint = hashlib.sha256((train.digest + "|" + held_out.digest).encode()).hexdigest()
-    dropped, note = train.dropped + held_out.dropped, _note(train.rewritten + held_out.rewritten, name)
-    return Splits(train.samples, held_out.samples, dict(dropped), fingerprint, note)
+        part = _open(source, kind, data=data, where=f"{name}.eval[{number}]")
+        held_out.add(part, weighted(part.numbers, max(source.weight, 1.0), seed=seed))
+    for split in (train, held_out):
+        split.require_some()
+    digest = f"{train.digest.hexdigest()}|{held_out.digest.hexdigest()}"
+    return Splits(
+        train=train.samples,
+        eval=held_out.samples,
+        dropped=dict(train.dropped + held_out.dropped),
+        fingerprint=hashlib.sha256(digest.encode()).hexdigest(),
+        note=_note(train.rewritten + held_out.rewritten, name),
+    )
 
 
 def _note(rewritten: Counter[str], name: str) -> str:
@@ -133,95 +131,115 @@ def _note(rewritten: Counter[str], name: str) -> str:
         return ""
     return (
         f"{name}: {rewritten['turns']} assistant turns in {rewritten['rows']} rows are not learnt: the chat template "
-        "writes them differently once the conversation goes on (without their reasoning, perhaps), so nobody "
-        f"generates them so. {name}.rewritten_turns=as_generated learns each of them as it was when it was last."
+        "writes them differently once the conversation goes on (perhaps without their reasoning), so no model "
+        f"generates them like that. {name}.rewritten_turns=as_generated learns each of them as it was when it was last."
     )
 
 
 @dataclass(frozen=True)
-class _Part(Generic[Sample]):
+class _StageRows:
     """The rows of one source that belong to a stage."""
 
-    recipe: Recipe[Sample]
-    table: Rows
-    rows: Indices
+    rows: SourceRows
+    numbers: RowNumbers
     where: str
+    """The source, for messages."""
+
+
+def _open(source: SourceConfig, kind: SampleKind[Sample], *, data: DataConfig, where: str) -> _StageRows:
+    rows = load_rows(source, {*COLUMNS, *kind.extra_columns})
+    if rows.found:  # if there are no columns, no row could be read, and the error about the rows says more
+        found = ColumnSelection(source.columns).our_names(rows.found).values()
+        require_columns([*found], kind.columns, where=where)
+    numbers = rows_of_stage(len(rows), data.stage_split, position=STAGES.index(kind.stage), seed=data.split_seed)
+    if len(numbers) == 0:
+        raise ValueError(f"data.stage_split={data.stage_split} leaves {kind.stage} none of {len(rows)} rows.")
+    try:
+        numbers = weighted(numbers, min(source.weight, 1.0), seed=data.split_seed)
+    except ValueError as error:
+        raise ValueError(f"{where}.{error}") from error
+    return _StageRows(rows, numbers, f"{where} ({source.path})")
+
+
+@dataclass
+class _Split(Generic[Sample]):
+    """Collects the samples of `train` or `eval` from all sources."""
+
+    kind: SampleKind[Sample]
+    bad_rows: BadRows
     cache_dir: str | None
+    name: str
+    samples: list[Sample] = field(default_factory=list)
+    dropped: Counter[str] = field(default_factory=Counter)
+    rewritten: Counter[str] = field(default_factory=Counter)
+    """Answers that the template rewrites, see `AssistantTurns`: number of `turns`, and of the `rows` they are in."""
+    digest: Any = field(default_factory=hashlib.sha256)
 
-    @classmethod
-    def open(cls, source: SourceConfig, recipe: Recipe[Sample], *, data: DataConfig, where: str) -> _Part[Sample]:
-        table = load_rows(source, {*COLUMNS, *recipe.extra_columns})
-        if table.columns:  # else no row could be read, which the rows say
-            require_columns(table.columns, recipe.columns, where=where)
-        rows = stage_rows(len(table), data.stage_split, position=recipe.position, seed=data.split_seed)
-        if len(rows) == 0:
-            raise ValueError(f"data.stage_split={data.stage_split} leaves {recipe.stage} none of {len(table)} rows.")
-        try:
-            rows = weighted(rows, min(source.weight, 1.0), seed=data.split_seed)
-        except ValueError as error:
-            raise ValueError(f"{where}.{error}") from error
-        return cls(recipe, table, rows, f"{where} ({source.path})", data.cache_dir)
-
-    def add(self, numbers: Indices, pile: _Pile[Sample]) -> None:
-        """Put the samples of the rows `numbers` on a pile, in that order; a number may come twice."""
+    def add(self, source: _StageRows, numbers: RowNumbers) -> None:
+        """Add the samples of the rows `numbers`, in that order; a number may come twice."""
         if len(numbers) == 0:
             return
-        distinct, place = np.unique(numbers, return_inverse=True)
-        rows = self.table.take(distinct)
-        tokens, reasons = self._usable(rows) if self.drops_bad_rows else (self._tokens(rows, distinct), {})
-        reasons |= {index: reason for index in tokens if (reason := self.recipe.limits.broken_by(tokens[index]))}
-        kept = [index for index in place.tolist() if index not in reasons]
-        samples = {index: self.recipe.build(rows[index], tokens[index]) for index in dict.fromkeys(kept)}
-        pile.samples += [sample for index in kept for sample in samples[index]]
-        pile.digest += _digest([sequence for index in kept for sequence in tokens[index]])
-        turns = [len(sequence.rewritten) for index in samples for sequence in tokens[index]]
-        pile.rewritten += Counter(turns=sum(turns), rows=sum(count > 0 for count in turns))
-        self._count(Counter(reasons.values()), pile, num_rows=len(rows))
-
-    @property
-    def drops_bad_rows(self) -> bool:
-        """Whether a row that cannot be used is dropped, rather than stopping the run."""
-        return self.recipe.sources.bad_rows is BadRows.drop
-
-    def _usable(self, rows: list[Row]) -> tuple[dict[int, list[Tokens]], dict[int, str]]:
-        """The tokens of each row that can be used, and why each other one cannot; not cached."""
-        tokens: dict[int, list[Tokens]] = {}
+        distinct, order = np.unique(numbers, return_inverse=True)
+        rows = [source.rows[number] for number in distinct.tolist()]
+        samples: dict[int, list[Sample]] = {}
+        tokens: dict[int, RowTokens] = {}
         reasons: dict[int, str] = {}
-        for index, row in enumerate(rows):
-            try:
-                tokens[index] = self._tokenize(row)
-            except ValueError as error:
-                reasons[index] = f"row that cannot be used: {error}"
-        return tokens, reasons
+        for index, (row, result) in enumerate(zip(rows, self._tokens(rows, source, numbers=distinct), strict=True)):
+            if isinstance(result, BadRow):
+                reasons[index] = f"row that cannot be used: {result.reason}"
+            elif reason := self.kind.limits.broken_by(result):
+                reasons[index] = reason
+            else:
+                assert not isinstance(row, BadRow), "a bad row has no tokens"
+                samples[index], tokens[index] = self.kind.build(row, result), result
+        for index in order.tolist():
+            self.samples += samples.get(index, [])
+            self._update_digest(tokens.get(index, []))
+        turns = [sum(len(sequence.rewritten) for sequence in sequences) for sequences in tokens.values()]
+        self.rewritten += Counter(turns=sum(turns), rows=sum(count > 0 for count in turns))
+        self._count(Counter(reasons.values()), where=source.where, num_rows=len(rows))
 
-    def _tokens(self, rows: list[Row], numbers: Indices) -> dict[int, list[Tokens]]:
-        """The tokens of every row; raises ValueError unless all can be used."""
+    def _tokens(
+        self, rows: list[Row | BadRow], source: _StageRows, *, numbers: RowNumbers
+    ) -> Sequence[RowTokens | BadRow]:
+        """The tokens of each row; raises ValueError for bad rows unless they are to be dropped."""
+        key = content_key(rows, self.kind.settings)
+        results = cached(self.cache_dir, key, make=lambda: [self._tokenize(row) for row in rows])
+        bad = [
+            (source.rows.place(number), result)
+            for number, result in zip(numbers.tolist(), results, strict=True)
+            if isinstance(result, BadRow)
+        ]
+        if bad and self.bad_rows is BadRows.stop:
+            raise ValueError(bad_rows_report(bad, where=source.where, num_rows=len(rows)))
+        return results
 
-        def make() -> list[list[Tokens]]:
-            return each_row(rows, self._tokenize, places=self.table.places(numbers), where=self.where)
-
-        return dict(enumerate(cached(self.cache_dir, content_key(rows, self.recipe.settings), make=make)))
-
-    def _tokenize(self, row: Row) -> list[Tokens]:
-        if isinstance(row, BrokenRow):
-            raise ValueError(row["problem"])
+    def _tokenize(self, row: Row | BadRow) -> RowTokens | BadRow:
+        if isinstance(row, BadRow):
+            return row
         try:
-            return self.recipe.tokenize(row)
-        except RecursionError as error:
-            raise ValueError("a value is nested too deeply to be written out.") from error
+            check_row(row, self.kind.columns)
+            return self.kind.tokenize(row)
+        except ValueError as error:
+            return BadRow(str(error))
+        except RecursionError:
+            return BadRow("a value is nested too deeply to be written out.")
 
-    def _count(self, dropped: Counter[str], pile: _Pile[Sample], *, num_rows: int) -> None:
-        pile.dropped += dropped
+    def _update_digest(self, sequences: Sequence[TokenSequence]) -> None:
+        for tokens in sequences:
+            self.digest.update(np.int64(len(tokens.input_ids)).tobytes())
+            self.digest.update(tokens.input_ids.tobytes() + tokens.target_mask.tobytes())
+
+    def _count(self, dropped: Counter[str], *, where: str, num_rows: int) -> None:
+        self.dropped += dropped
         for reason, count in dropped.most_common(SHOWN_PROBLEMS):
-            logger.warning("%s: dropped %d of %d rows: %s", self.where, count, num_rows, reason)
+            logger.warning("%s: dropped %d of %d rows: %s", where, count, num_rows, reason)
         rest = [count for _, count in dropped.most_common()[SHOWN_PROBLEMS:]]
         if rest:
-            logger.warning("%s: dropped %d more rows for %d more reasons", self.where, sum(rest), len(rest))
+            logger.warning("%s: dropped %d more rows for %d more reasons", where, sum(rest), len(rest))
 
-
-def _digest(sequences: Sequence[Tokens]) -> str:
-    digest = hashlib.sha256()
-    for tokens in sequences:
-        digest.update(np.int64(len(tokens.input_ids)).tobytes())
-        digest.update(tokens.input_ids.tobytes() + tokens.target_mask.tobytes())
-    return digest.hexdigest()
+    def require_some(self) -> None:
+        """Raise ValueError if there were rows, and all of them were dropped."""
+        if self.dropped and not self.samples:
+            reasons = "; ".join(f"{count} for a {reason}" for reason, count in self.dropped.items())
+            raise ValueError(f"{self.name}: all rows were dropped: {reasons}. Raise the limit or use shorter rows.")

@@ -14,9 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.demonstrations import Demonstration
-from data.preferences import Preference
-from data.prompts import Prompt
+from data.samples import Demonstration, Preference, Prompt
 from rlhf.types import PreferenceBatch, PromptBatch, SFTBatch
 
 

@@ -1,8 +1,8 @@
-"""One reader for each kind of file: JSON, JSON lines, CSV and Parquet.
+"""Reads one file of rows: JSON, JSON lines, CSV or Parquet.
 
 Each row keeps the keys, types and nulls that it has in the file: rows are not merged into one schema. A row that
-cannot be read becomes a `BrokenRow` with the place and the reason, and counts like the others. Columns that nobody
-wants are left out before anything is asked of them. Every field of a CSV stays text. Nothing is unpickled.
+cannot be read becomes a `BadRow` with its place and the reason, and counts like the others. Unwanted columns are left
+out before their values are looked at. Every field of a CSV stays text. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-import pyarrow as pa
-from pyarrow import parquet
+from data.rows import BadRow, ColumnSelection, FileRows
+from rlhf.text.chat_template import Row
 
-from data.rows import BrokenRow
-from data.table import Columns, Part, Rows
-from rlhf.text.tokenizer import Row
+if TYPE_CHECKING:
+    import pyarrow as pa  # slow to import, so only the functions that read Arrow do so
 
 READABLE = (".json", ".jsonl", ".csv", ".parquet")
 MAX_NESTING = 100
@@ -50,7 +49,7 @@ def kind(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
-def read_file(path: Path, columns: Columns) -> Rows:
+def read_file(path: Path, columns: ColumnSelection) -> FileRows:
     """The rows of a file.
 
     Raises:
@@ -65,8 +64,8 @@ def read_file(path: Path, columns: Columns) -> Rows:
         if kind(path) == ".parquet":
             return _read_parquet(path, columns)
         with _opened(path) as stream:
-            return (_read_csv if kind(path) == ".csv" else _read_json)(stream, columns, name=path.name)
-    except (pa.ArrowException, OSError) as error:
+            return (_read_csv if kind(path) == ".csv" else _read_json)(stream, columns, file=path.name)
+    except OSError as error:
         raise ValueError(f"data source {path}: cannot be read: {error}") from error
     except ValueError as error:
         raise ValueError(f"data source {path}: {error}") from error
@@ -79,21 +78,73 @@ def _opened(path: Path) -> TextIO:
     return cast(TextIO, opened(mode="rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline))
 
 
-def _read_parquet(path: Path, columns: Columns) -> Rows:
-    file = parquet.ParquetFile(path)
-    found = file.schema_arrow.names
+# ---- Parquet and other Arrow tables
+
+
+def _read_parquet(path: Path, columns: ColumnSelection) -> FileRows:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    try:
+        file = parquet.ParquetFile(path)
+        found = file.schema_arrow.names
+        return arrow_rows(file.read(columns=[*columns.kept(found)]), columns, file=path.name, found=found)
+    except pa.ArrowException as error:
+        raise ValueError(f"cannot be read: {error}") from error
+
+
+def arrow_rows(table: pa.Table, columns: ColumnSelection, *, file: str, found: Sequence[str]) -> FileRows:
+    """The rows of an Arrow table with at least the selected of the `found` columns."""
     kept = columns.kept(found)
-    table = file.read(columns=[*kept])
-    if not kept:
-        return Rows(found, [Part(path.name, 0, [{}] * file.metadata.num_rows)])
-    parts, first = [], 0
-    for batch in table.rename_columns([kept[name] for name in table.column_names]).to_batches():
-        parts.append(Part(path.name, first, batch))
-        first += len(batch)
-    return Rows(found, parts)
+    return FileRows(file, found, _ArrowRows(table.select([*kept]).rename_columns([*kept.values()])))
 
 
-def _read_csv(stream: TextIO, columns: Columns, *, name: str) -> Rows:
+class _ArrowRows(Sequence[Row | BadRow]):
+    """Converts a row to Python when it is asked for; the table may be much larger than memory."""
+
+    def __init__(self, table: pa.Table) -> None:
+        self._num_rows = int(table.num_rows)
+        self._columns = [*zip(table.schema, table.columns, strict=True)]
+
+    def __len__(self) -> int:
+        return self._num_rows
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < self._num_rows:  # a table without columns would not complain
+            raise IndexError(number)
+        row: dict[str, Any] = {}
+        for field, column in self._columns:
+            try:
+                row[field.name] = without_added_nulls(column[number].as_py(), field.type)
+            except (ValueError, RecursionError) as error:
+                return BadRow(f"`{field.name}` cannot be read: {error}")
+        return row
+
+
+def without_added_nulls(value: Any, kind: pa.DataType) -> Any:
+    """A value of an Arrow column as it was before Arrow gave all rows one schema.
+
+    A mapping has the keys of all rows there, null where the row has none. Nothing tells whether such a null was in the
+    row, so all are left out; nulls in lists, maps and JSON columns do not come from merging, and stay.
+    """
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_struct(kind):
+        present = [part for part in kind if value[part.name] is not None]
+        return {part.name: without_added_nulls(value[part.name], part.type) for part in present}
+    if types.is_map(kind):
+        return {key: without_added_nulls(item, kind.item_type) for key, item in value}
+    if isinstance(value, list):
+        return [without_added_nulls(item, kind.value_type) for item in value]
+    return json.loads(value) if str(kind) == "extension<arrow.json>" else value
+
+
+# ---- CSV
+
+
+def _read_csv(stream: TextIO, columns: ColumnSelection, *, file: str) -> FileRows:
     csv.field_size_limit(2**31 - 1)
     lines = csv.reader(stream, strict=True)
     try:
@@ -102,69 +153,64 @@ def _read_csv(stream: TextIO, columns: Columns, *, name: str) -> Rows:
         raise ValueError(f"the header cannot be read: {error}") from error
     if not found or _problem(found):
         raise ValueError(f"the header {_problem(found) or 'is empty'}; expected a UTF-8 file that begins with names.")
-    kept = columns.kept(found)
-    places = {ours: found.index(theirs) for theirs, ours in kept.items()}
-    rows: list[Row] = []
-    for cells in _until_damage(_cells(lines, len(found))):
-        broken = isinstance(cells, BrokenRow)
-        rows.append(cells if broken else _checked({ours: cells[place] for ours, place in places.items()}))
-    return Rows(found, [Part(name, 0, rows)])
+    places = {ours: found.index(theirs) for theirs, ours in columns.kept(found).items()}
+    rows = [
+        cells if isinstance(cells, BadRow) else _checked({name: cells[place] for name, place in places.items()})
+        for cells in _until_damage(_csv_lines(lines, len(found)))
+    ]
+    return FileRows(file, found, rows)
 
 
-def _cells(lines: Any, count: int) -> Iterator[Any]:
-    """The cells of each row; `lines` is a `csv.reader`, which goes on after a row that it refuses."""
+def _csv_lines(lines: Any, count: int) -> Iterator[list[str] | BadRow]:
+    """The cells of each row; `lines` is a `csv.reader`, which can go on after a row that it refuses."""
     while True:
         try:
             cells = next(lines, None)
         except csv.Error as error:
-            cells = BrokenRow(problem=f"line {lines.line_num}: {error}")
+            yield BadRow(f"line {lines.line_num}: {error}")
+            continue
         if cells is None:
             return
-        if not isinstance(cells, BrokenRow) and len(cells) not in (0, count):
-            cells = BrokenRow(problem=f"line {lines.line_num}: found {len(cells)} fields; expected {count}")
-        if cells:
+        if len(cells) == count:
             yield cells
+        elif cells:
+            yield BadRow(f"line {lines.line_num}: found {len(cells)} fields; expected {count}")
 
 
-def _read_json(stream: TextIO, columns: Columns, *, name: str) -> Rows:
+# ---- JSON
+
+
+def _read_json(stream: TextIO, columns: ColumnSelection, *, file: str) -> FileRows:
     found: dict[str, None] = {}
-    rows: list[Row] = []
+    rows: list[Row | BadRow] = []
     for row in _until_damage(_json_rows(stream)):
-        if isinstance(row, BrokenRow):
+        if isinstance(row, BadRow):
             rows.append(row)
         else:
             found |= dict.fromkeys(row)
             rows.append(_checked({ours: row[theirs] for theirs, ours in columns.kept([*row]).items()}))
-    return Rows([*found], [Part(name, 0, rows)])
+    return FileRows(file, [*found], rows)
 
 
-def _json_rows(stream: TextIO) -> Iterator[Any]:
-    """The objects of a list, where the file begins with one, else one a line."""
-    start = ""
+def _json_rows(stream: TextIO) -> Iterator[dict[str, Any] | BadRow]:
+    """The objects of a list, if the file begins with one; else one object per line."""
+    blank = ""
     while (char := stream.read(1)).isspace():
-        start += char
+        blank += char
     if char == "[":
-        chunks, damage = _all_of(stream)
-        yield from _json_list("".join([start, char, *chunks]))
-        if damage is not None:
-            raise damage
+        chunks = [blank, char]
+        try:
+            # In small pieces, because a read that meets damage loses all that it had read before.
+            chunks.extend(iter(partial(stream.read, 2**12), ""))
+        finally:
+            yield from _json_list("".join(chunks))  # also before the error of a damaged file goes on
     else:
         lines = itertools.chain([char + stream.readline()], stream)
-        numbered = enumerate(lines, start.count("\n") + 1)
+        numbered = enumerate(lines, blank.count("\n") + 1)
         yield from (_json_line(line.strip(), number) for number, line in numbered if line.strip())
 
 
-def _all_of(stream: TextIO) -> tuple[list[str], Exception | None]:
-    """What can be read, and why not more."""
-    chunks: list[str] = []
-    try:
-        chunks.extend(iter(partial(stream.read, 2**12), ""))  # the characters of a call that fails are lost
-    except DAMAGE as error:
-        return chunks, error
-    return chunks, None
-
-
-def _json_line(line: str, number: int) -> Any:
+def _json_line(line: str, number: int) -> dict[str, Any] | BadRow:
     try:
         row, end = _decoded(line, 0)
         if not line[end:].strip():
@@ -172,42 +218,38 @@ def _json_line(line: str, number: int) -> Any:
         problem = "it goes on after the object"
     except ValueError as error:
         problem = _problem(line) or str(error)
-    return BrokenRow(problem=f"line {number} is not one JSON object ({problem}): {_shown(line)}")
+    return BadRow(f"line {number} is not one JSON object ({problem}): {_shown(line)}")
 
 
-def _json_list(text: str) -> Iterator[Any]:
-    found, end = LIST_START.match(text), 0
-    while found and not found[1]:
+def _json_list(text: str) -> Iterator[dict[str, Any] | BadRow]:
+    separator, end, problem = LIST_START.match(text), 0, ""
+    while separator and not separator[1]:
+        end = separator.end()
         try:
-            row, end = _decoded(text, found.end())
+            row, end = _decoded(text, end)
         except ValueError as error:
-            yield _broken_list(text, found.end(), problem=f"not JSON ({error})")
-            return
+            problem = f"not JSON ({error})"
+            break
         yield row
-        found = LIST_NEXT.match(text, end)
-    rest = text[found.end() :] if found else text[end:]
-    if rest.strip() or not found:
-        yield _broken_list(text, len(text) - len(rest), problem="not the next row or the end of the list")
+        separator = LIST_NEXT.match(text, end)
+    else:
+        end = separator.end() if separator else end
+        if separator is None or text[end:].strip():
+            problem = "not the next row or the end of the list"
+    if problem:
+        line, rest = text.count("\n", 0, end) + 1, _shown(text[end : end + 100])
+        yield BadRow(f"line {line}: {problem}, and what follows cannot be read: {rest}")
 
 
-def _broken_list(text: str, position: int, *, problem: str) -> BrokenRow:
-    line = text.count("\n", 0, position) + 1
-    return BrokenRow(
-        problem=f"line {line}: {problem}, and what follows cannot be read: {_shown(text[position : position + 100])}"
-    )
-
-
-def _decoded(text: str, start: int) -> tuple[Any, int]:
-    """The object that begins at `start`, and where it ends; raises ValueError for what is no JSON."""
+def _decoded(text: str, start: int) -> tuple[dict[str, Any] | BadRow, int]:
+    """The object that begins at `start`, and where it ends; raises ValueError for invalid JSON."""
     try:
         row, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from error
     except RecursionError as error:
         raise ValueError(f"nested more than {MAX_NESTING} deep") from error
-    return row if isinstance(row, dict) else BrokenRow(
-        problem=f"found {_shown(text[start:end])}; expected an object"
-    ), end
+    return row if isinstance(row, dict) else BadRow(f"found {_shown(text[start:end])}; expected an object"), end
 
 
 def _shown(text: str) -> str:
@@ -215,22 +257,25 @@ def _shown(text: str) -> str:
     return readable if len(text) <= 77 else readable[:77] + "..."
 
 
-def _until_damage(rows: Iterator[Any]) -> Iterator[Any]:
-    """`rows`, and a broken one where the file is damaged and nothing more can be read."""
+# ---- damage and values that cannot be used
+
+
+def _until_damage(rows: Iterable[Any]) -> Iterator[Any]:
+    """`rows`, and a bad one where the file is damaged and nothing more can be read."""
     try:
         yield from rows
     except DAMAGE as error:
-        yield BrokenRow(problem=f"the file is damaged here ({error}), and what follows cannot be read")
+        yield BadRow(f"the file is damaged here ({error}), and what follows cannot be read")
 
 
-def _checked(row: dict[str, Any]) -> Row:
+def _checked(row: dict[str, Any]) -> Row | BadRow:
     problems = (f"`{name}` {problem}" for name, value in row.items() if (problem := _problem(value)))
     problem = next(problems, "")
-    return BrokenRow(problem=problem) if problem else row
+    return BadRow(problem) if problem else row
 
 
 def _problem(value: Any, depth: int = 0) -> str:
-    """What makes a value unusable, wherever in it; empty where it can be used."""
+    """What makes a value unusable, anywhere inside it; empty if nothing does."""
     if isinstance(value, str):
         return "" if value.isascii() else _text_problem(value)
     if isinstance(value, _HugeInteger):

@@ -61,7 +61,8 @@ class RidgeJudge:
                 if term in self._column:
                     features[row, self._column[term]] = count
         features *= self._idf
-        return features / np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+        features /= np.maximum(np.linalg.norm(features, axis=1, keepdims=True), 1e-12)
+        return features
 
     def __call__(self, texts: Sequence[str]) -> Floats:
         """Predicted ratings, `[len(texts)]`; a text without a known term gets the mean rating."""

@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from data.collate import collate_prompts
-from data.prompts import Prompt
+from data.samples import Prompt
 from rlhf.config.bounds import accumulation, divisible
 from rlhf.types import PromptBatch
 

@@ -1,16 +1,19 @@
-"""What a row must hold before it is tokenised: columns, types, text, messages.
+"""The rows of a data set, what each of them must hold, and the one error that names all bad ones.
 
-Every problem of a data set is collected, so that one error names them all. Which roles a conversation may have is the
-business of `rlhf/text/tokenizer.py`.
+Which roles a conversation may have is checked later, in `rlhf/text/tokenize_rows.py`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from bisect import bisect_right
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from typing import Any
 
-from rlhf.text.tokenizer import Row
+from rlhf.text.chat_template import Row
 
 COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "rejected", "text", "margin"),
@@ -21,11 +24,78 @@ PREFERENCE = (("chosen", "rejected"),)
 PROMPT = (("messages",), ("chosen", "rejected"), ("prompt",))
 SHOWN_PROBLEMS = 5
 
-Result = TypeVar("Result")
+
+@dataclass(frozen=True)
+class BadRow:
+    """Stands in for a row that cannot be read or used."""
+
+    reason: str
 
 
-class BrokenRow(dict[str, str]):
-    """Stands where a row could not be read, and says why as `problem`."""
+@dataclass(frozen=True)
+class ColumnSelection:
+    """Which columns of a file are kept, and under which name."""
+
+    renamed: Mapping[str, str]
+    """Our name -> the file's, where they differ."""
+    wanted: Collection[str] | None = None
+    """Our names; None keeps all columns."""
+
+    def our_names(self, found: Sequence[str]) -> dict[str, str]:
+        """The file's name -> ours; without a column whose name another column takes."""
+        ours = {theirs: name for name, theirs in self.renamed.items()}
+        return {name: ours.get(name, name) for name in found if name in ours or name not in self.renamed}
+
+    def kept(self, found: Sequence[str]) -> dict[str, str]:
+        """`our_names` of the wanted columns; raises ValueError if the file has one of them twice."""
+        names = self.our_names(found).items()
+        kept = {theirs: ours for theirs, ours in names if self.wanted is None or ours in self.wanted}
+        twice = [theirs for theirs in kept if list(found).count(theirs) > 1]
+        if twice:
+            raise ValueError(f"found columns {[*found]}; {twice} is there more than once, expected each name once.")
+        return kept
+
+
+@dataclass(frozen=True)
+class FileRows:
+    """The rows of one file, with only the selected columns, under our names."""
+
+    file: str
+    found: Sequence[str]
+    """All columns of the file, under its own names."""
+    rows: Sequence[Row | BadRow]
+
+
+@dataclass(frozen=True)
+class SourceRows:
+    """The rows of all files of a source, one file after the other."""
+
+    files: Sequence[FileRows]
+
+    @cached_property
+    def found(self) -> list[str]:
+        """All columns, under the names in the files; a column may be missing in some of them."""
+        return [*dict.fromkeys(name for file in self.files for name in file.found)]
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [*accumulate(len(file.rows) for file in self.files)]
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, number: int) -> Row | BadRow:
+        file, row = self._locate(number)
+        return file.rows[row]
+
+    def place(self, number: int) -> str:
+        """Where a row is, for messages: its number in its file, and the file if there are several."""
+        file, row = self._locate(number)
+        return f"{row} of {file.file}" if len(self.files) > 1 else str(row)
+
+    def _locate(self, number: int) -> tuple[FileRows, int]:
+        index = bisect_right(self._ends, number)
+        return self.files[index], number - (self._ends[index - 1] if index else 0)
 
 
 def require_columns(found: Sequence[str], alternatives: Sequence[Sequence[str]], *, where: str) -> None:
@@ -50,22 +120,22 @@ def _either(alternatives: Sequence[Sequence[str]]) -> str:
 
 
 def check_row(row: Row, alternatives: Sequence[Sequence[str]]) -> None:
-    """Raise ValueError unless `row` fills one alternative, and fills it with text or messages."""
+    """Raise ValueError unless `row` fills the columns of one alternative with text or messages."""
     filled = [names for names in alternatives if all(row.get(name) is not None for name in names)]
     if not filled:
         full = [name for name, value in row.items() if value is not None]
         raise ValueError(f"only {full} hold something; expected {_either(alternatives)}.")
     for name in filled[0]:
-        _check_part(row[name], name)
+        _check_value(row[name], name)
     if row.get("prompt") is not None:
-        _check_part(row["prompt"], "prompt")
+        _check_value(row["prompt"], "prompt")
     if "chosen" in filled[0] and row["chosen"] == row["rejected"]:
         raise ValueError("`chosen` and `rejected` are identical; expected one to be better.")
     margin_of(row)
 
 
 def margin_of(row: Row) -> float:
-    """How much better the chosen response was judged; 0 where the data does not say."""
+    """How much better the chosen response was rated; 0 if the data does not say."""
     margin = row.get("margin")
     if margin is None or margin == "":
         return 0.0
@@ -78,7 +148,7 @@ def margin_of(row: Row) -> float:
     return value
 
 
-def _check_part(value: Any, name: str) -> None:
+def _check_value(value: Any, name: str) -> None:
     if isinstance(value, list) and name != "text":
         if not value:
             raise ValueError(f"`{name}` is an empty list; expected messages.")
@@ -106,42 +176,25 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def each_row(
-    rows: Iterable[Row], function: Callable[[Row], Result], *, places: Iterable[str], where: str
-) -> list[Result]:
-    """`function` of every row.
+def bad_rows_report(bad: Sequence[tuple[str, BadRow]], *, where: str, num_rows: int) -> str:
+    """An error message with the places of all rows that cannot be used, by reason.
 
     Args:
-        rows: What it is called with.
-        function: Raises ValueError for a row that cannot be used.
-        places: Where each row stands in its data set, for the message.
-        where: Dotted name and path of the source, for the message.
-
-    Raises:
-        ValueError: With the numbers of all rows that cannot be used, by reason.
+        bad: Each bad row with its place in the data set.
+        where: Dotted name and path of the source.
+        num_rows: How many rows were looked at, good ones included.
     """
-    results: list[Result] = []
-    problems: dict[str, list[str]] = {}
-    for place, row in zip(places, rows, strict=True):
-        try:
-            results.append(function(row))
-        except ValueError as error:
-            problems.setdefault(str(error), []).append(place)
-    if problems:
-        raise ValueError(_report(problems, where=where, num_rows=len(results) + sum(map(len, problems.values()))))
-    return results
-
-
-def _report(problems: dict[str, list[str]], *, where: str, num_rows: int) -> str:
-    reasons = [f"  row {_numbers(rows)}: {reason}" for reason, rows in problems.items()]
-    hidden = len(reasons) - SHOWN_PROBLEMS
-    lines = reasons[:SHOWN_PROBLEMS] + [f"  and {hidden} more reasons"] * (hidden > 0)
-    bad = sum(map(len, problems.values()))
+    places: dict[str, list[str]] = {}
+    for place, row in bad:
+        places.setdefault(row.reason, []).append(place)
+    lines = [f"  row {_first_of(rows)}: {reason}" for reason, rows in [*places.items()][:SHOWN_PROBLEMS]]
+    if len(places) > SHOWN_PROBLEMS:
+        lines.append(f"  and {len(places) - SHOWN_PROBLEMS} more reasons")
     setting = ".".join([*where.split(".")[:2], "bad_rows"])
-    head = f"{where}: {bad} of {num_rows} rows cannot be used (from row 0); repair them or set {setting}=drop:"
+    head = f"{where}: {len(bad)} of {num_rows} rows cannot be used (from row 0); repair them or set {setting}=drop:"
     return "\n".join([head, *lines])
 
 
-def _numbers(rows: list[str]) -> str:
-    more = f" and {len(rows) - SHOWN_PROBLEMS} more" if len(rows) > SHOWN_PROBLEMS else ""
-    return ", ".join(rows[:SHOWN_PROBLEMS]) + more
+def _first_of(places: Sequence[str]) -> str:
+    more = f" and {len(places) - SHOWN_PROBLEMS} more" if len(places) > SHOWN_PROBLEMS else ""
+    return ", ".join(places[:SHOWN_PROBLEMS]) + more

@@ -1,25 +1,42 @@
-"""Reads one data set: a file, a folder, or a hub id. What a row must hold is the business of `data/rows.py`."""
+"""Finds and reads one data set: a file, a folder, or a hub id. `data/rows.py` checks what the rows hold.
+
+A folder is what `save_to_disk` writes, a clone of a hub data set, or files of one's own. The `configs` of a README.md
+tell which of its files hold which split, as on the hub; else their names do: `train.jsonl`,
+`train_sft-00000-of-00003.parquet` and `test/0.csv` are of the splits train, train_sft and test. Where several splits
+could be meant, the user chooses.
+"""
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Collection
-from dataclasses import replace
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import datasets
-import pyarrow as pa
+import yaml
 
-from data.folders import files_of_split
-from data.formats import READABLE, kind, read_file
-from data.table import Columns, Part, Rows, joined
+from data.formats import READABLE, arrow_rows, kind, read_file
+from data.rows import ColumnSelection, SourceRows
 from rlhf.config.data_config import SourceConfig
 
+if TYPE_CHECKING:
+    from datasets import Dataset  # slow to import, so only the functions that need it do so
+
+logger = logging.getLogger(__name__)
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SPLIT_WORDS = {
+    *("train", "training", "test", "testing", "eval", "evaluation"),
+    *("valid", "validation", "val", "dev"),
+}
+METADATA = ("dataset_infos.json", "dataset_info.json", "state.json", "config.json")
+FRONT_MATTER = re.compile(r"\s*---\s*\n(.*?)\n---\s*(?:\n|$)", re.DOTALL)
+SHARD = re.compile(r"[-_.]?\d+-of-\d+.*$|([-_.]?\d+)+$")
 
 
-def load_rows(source: SourceConfig, wanted: Collection[str] | None = None) -> Rows:
+def load_rows(source: SourceConfig, wanted: Collection[str] | None = None) -> SourceRows:
     """The rows of a source, its columns renamed as `source.columns` says.
 
     A relative path is looked for in the working directory, then beside this project's packages.
@@ -28,28 +45,29 @@ def load_rows(source: SourceConfig, wanted: Collection[str] | None = None) -> Ro
         source: One data set.
         wanted: Our names of the columns that are kept; None keeps all.
     """
-    path, columns = find(source.path), Columns(source.columns, wanted)
+    path, columns = find(source.path), ColumnSelection(source.columns, wanted)
     if path is None:
-        rows = _of_dataset(_from_hub(source), columns, file=source.path)
+        rows = _rows_of_dataset(_from_hub(source), columns, file=source.path)
     elif path.is_file():
-        rows = read_file(path, columns)
+        rows = SourceRows([read_file(path, columns)])
     elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        rows = _of_dataset(_saved(path, source), columns, file=path.name)
+        rows = _rows_of_dataset(_saved(path, source), columns, file=path.name)
     else:
-        rows = joined([read_file(file, columns) for file in files_of_split(path, source.split, name=source.name)])
+        files = files_of_split(path, source.split, name=source.name)
+        rows = SourceRows([read_file(file, columns) for file in files])
     if len(rows) == 0:
         raise ValueError(f"data source {source.path}: no rows; expected at least one.")
-    missing = [theirs for theirs in source.columns.values() if rows.columns and theirs not in rows.columns]
+    missing = [theirs for theirs in source.columns.values() if rows.found and theirs not in rows.found]
     if missing or len(set(source.columns.values())) < len(source.columns):
         raise ValueError(
-            f"data source {source.path}: found columns {rows.columns}; `columns` renames {source.columns}, and "
+            f"data source {source.path}: found columns {rows.found}; `columns` renames {source.columns}, and "
             f"expects each right-hand name to be there, once. Missing: {missing}."
         )
-    return replace(rows, columns=[ours for theirs in rows.columns if (ours := columns.called(theirs)) is not None])
+    return rows
 
 
 def find(path: str) -> Path | None:
-    """The file or folder that `path` means, or None where it can only be a hub id."""
+    """The file or folder that `path` means, or None if it can only be a hub id."""
     project = Path(str(resources.files("data"))).parent
     for candidate in (Path(path).expanduser(), project / path):
         if candidate.exists():
@@ -62,7 +80,12 @@ def find(path: str) -> Path | None:
     return None
 
 
-def _from_hub(source: SourceConfig) -> datasets.Dataset:
+# ---- data sets of the `datasets` library
+
+
+def _from_hub(source: SourceConfig) -> Dataset:
+    import datasets
+
     try:
         return datasets.load_dataset(source.path, source.name, split=source.split)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
@@ -72,8 +95,11 @@ def _from_hub(source: SourceConfig) -> datasets.Dataset:
         ) from error
 
 
-def _saved(folder: Path, source: SourceConfig) -> datasets.Dataset:
+def _saved(folder: Path, source: SourceConfig) -> Dataset:
     """A folder of `save_to_disk`."""
+    import datasets
+    import pyarrow as pa
+
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -85,7 +111,119 @@ def _saved(folder: Path, source: SourceConfig) -> datasets.Dataset:
     return saved[source.split]
 
 
-def _of_dataset(rows: datasets.Dataset, columns: Columns, *, file: str) -> Rows:
-    kept = columns.kept(rows.column_names)
-    chosen = rows.select_columns([*kept]).rename_columns(kept) if kept else [{}] * len(rows)
-    return Rows(rows.column_names, [Part(file, 0, chosen)])
+def _rows_of_dataset(dataset: Dataset, columns: ColumnSelection, *, file: str) -> SourceRows:
+    table = dataset.with_format("arrow")[:]  # of its memory-mapped files, so nothing is read yet
+    return SourceRows([arrow_rows(table, columns, file=file, found=table.column_names)])
+
+
+# ---- the files of a split in a folder
+
+
+def files_of_split(folder: Path, split: str, *, name: str | None) -> list[Path]:
+    """The readable files of a split.
+
+    Args:
+        folder: With data files in it, or in folders below if it has none itself.
+        split: `split` of the source.
+        name: `name` of the source: a configuration, in README.md or as a folder; None if there is only one.
+
+    Raises:
+        ValueError: There is no such split, or more than one that could be meant; says which there are.
+    """
+    try:
+        config = _configuration(folder, name)
+        declared = _declared_splits(config)
+        if declared:
+            return _declared_files(folder, split, declared=declared)
+        return _named_files(folder / str(config.get("data_dir", ".")), split)
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"data source {folder}: `configs` in README.md is not as on the hub ({error!r}).") from error
+    except ValueError as error:
+        raise ValueError(f"data source {folder}: {error}") from error
+
+
+def _configuration(folder: Path, name: str | None) -> Mapping[str, Any]:
+    """The configuration called `name` in README.md, or the folder of that name."""
+    readme = folder / "README.md"
+    found = FRONT_MATTER.match(readme.read_text(encoding="utf-8", errors="replace")) if readme.is_file() else None
+    try:
+        head = yaml.safe_load(found[1]) if found else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"the head of README.md is not YAML ({error}); repair or remove it.") from error
+    listed = head.get("configs") if isinstance(head, dict) else None
+    configs: dict[str, Mapping[str, Any]]
+    configs = {str(config.get("config_name", "default")): config for config in listed or []}
+    if not configs:
+        if name is not None and not (folder / name).is_dir():
+            raise ValueError(f"found no configuration {name!r}: expected it in README.md, or as a folder.")
+        return {"data_dir": name or "."}
+    default = next((key for key, config in configs.items() if config.get("default")), "default")
+    wanted = name or (default if len(configs) > 1 else next(iter(configs)))
+    if wanted not in configs:
+        raise ValueError(f"README.md has the configurations {[*configs]}; expected one of them as `name`, not {name}.")
+    return configs[wanted]
+
+
+def _declared_splits(config: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Split -> patterns of its files; empty if the configuration leaves that to their names."""
+    files = config.get("data_files") or []
+    if isinstance(files, dict):
+        files = [{"split": split, "path": path} for split, path in files.items()]
+    splits: dict[str, list[str]] = {}
+    for item in [files] if isinstance(files, str) else files:
+        split, path = (item["split"], item["path"]) if isinstance(item, dict) else ("train", item)
+        splits.setdefault(str(split), []).extend([path] if isinstance(path, str) else path)
+    return splits
+
+
+def _declared_files(folder: Path, split: str, *, declared: dict[str, list[str]]) -> list[Path]:
+    if split not in declared:
+        raise ValueError(f"README.md has the splits {[*declared]}; expected one of them as `split`, not {split!r}.")
+    files = {file for pattern in declared[split] for file in folder.glob(pattern) if kind(file) in READABLE}
+    if not files:
+        raise ValueError(f"README.md has split {split!r} in {declared[split]}; found no {READABLE} file there.")
+    return sorted(files)
+
+
+def _named_files(folder: Path, split: str) -> list[Path]:
+    files = [file for file in sorted(folder.iterdir()) if _is_data(file)]
+    files = files or [file for file in sorted(folder.rglob("*")) if _is_data(file) and not _is_hidden(file, folder)]
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file, folder), []).append(file)
+    unnamed = splits.pop("", [])
+    if not splits and unnamed:
+        splits, unnamed = {"train": unnamed}, []
+    if not splits:
+        raise ValueError(f"found {sorted(file.name for file in folder.iterdir())}; expected {READABLE} files.")
+    meant = [split] if split in splits else [name for name in splits if split.lower() in _words(name)]
+    if len(meant) != 1:
+        raise ValueError(f"found splits {[*splits]}; expected one of them as `split`, not {split!r}.")
+    if unnamed:
+        logger.warning("data source %s: %s are of no split, and are not read", folder, [file.name for file in unnamed])
+    chosen = splits[meant[0]]
+    # The same rows may be there twice, once per folder or once per format.
+    places = {f"{file.parent.relative_to(folder)}/*{kind(file).replace('.jsonl', '.json')}" for file in chosen}
+    if len(places) > 1:
+        raise ValueError(
+            f"found files of one split in {sorted(places)}; expected one place: give each as its own path."
+        )
+    return chosen
+
+
+def _split_of(file: Path, folder: Path) -> str:
+    """The split that a file, or a folder that it is in, is named after; empty if there is none."""
+    names = [file.name[: file.name.lower().rindex(kind(file))], *file.relative_to(folder).parts[-2::-1]]
+    return next((name for name in (SHARD.sub("", name) for name in names) if SPLIT_WORDS & _words(name)), "")
+
+
+def _words(name: str) -> set[str]:
+    return set(re.split(r"[^a-z]+", name.lower()))
+
+
+def _is_data(file: Path) -> bool:
+    return file.is_file() and kind(file) in READABLE and file.name not in METADATA and not file.name.startswith(".")
+
+
+def _is_hidden(file: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(folder).parts)

@@ -16,12 +16,10 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from data.assemble import Limits
+from data.assemble import LengthLimits
 from data.collate import collate_demonstrations, collate_preferences
-from data.demonstrations import Demonstration, demonstrations
 from data.loader import EvalBatch, evaluation_batches, evaluation_prompts
-from data.preferences import Preference, preferences
-from data.prompts import Prompt, prompts
+from data.samples import Demonstration, Preference, Prompt, demonstrations, preferences, prompts
 from rlhf.algorithms.scores import normalize_scores
 from rlhf.config.data_config import DataConfig, StageDataConfig
 from rlhf.config.eval_config import EvalConfig
@@ -57,8 +55,8 @@ class HeldOut:
         Raises:
             ValueError: rows that cannot be used, or all of them longer than the limits.
         """
-        short = Limits("eval", config.max_prompt_tokens, config.max_response_tokens)
-        long = Limits("eval", config.max_prompt_tokens, config.max_row_tokens, "max_row_tokens")
+        short = LengthLimits("eval", config.max_prompt_tokens, config.max_response_tokens)
+        long = LengthLimits("eval", config.max_prompt_tokens, config.max_row_tokens, "max_row_tokens")
         most = config.rows or None
         pairs: list[Preference] = []
         demos: list[Demonstration] = []

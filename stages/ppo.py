@@ -15,7 +15,7 @@ from functools import partial
 import torch
 
 from data.loader import PromptLoader, evaluation_prompts
-from data.prompts import Prompt, prompts
+from data.samples import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import Precision

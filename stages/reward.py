@@ -9,7 +9,7 @@ from contextlib import closing
 from functools import partial
 
 from data.collate import collate_preferences
-from data.preferences import preferences
+from data.samples import preferences
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import PreferenceResult, evaluate_preferences

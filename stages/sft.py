@@ -10,7 +10,7 @@ from contextlib import closing
 from functools import partial
 
 from data.collate import collate_demonstrations
-from data.demonstrations import demonstrations
+from data.samples import demonstrations
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import LanguageResult, evaluate_language

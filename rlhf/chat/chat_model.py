@@ -14,7 +14,8 @@ from rlhf.chat.conversation import Conversation, Turn, messages
 from rlhf.engine.engine import Engine
 from rlhf.generation.generate import Decoding, generate
 from rlhf.generation.text_streamer import TextStream
-from rlhf.text.tokenizer import Tokenizer, decode, load_tokenizer, stop_token_ids, tokenize_prompt
+from rlhf.text.tokenize_rows import tokenize_prompt
+from rlhf.text.tokenizer import Tokenizer, decode, load_tokenizer, stop_token_ids
 from rlhf.types import PromptBatch
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from rlhf.config.stage_configs import SamplingConfig
-from rlhf.text.tokenizer import Message
+from rlhf.text.chat_template import Message
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it makes of a conversation, and where the assistant speaks in that."""
+"""Renders conversations with a tokenizer's chat template, and finds the assistant's turns in the text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-Tokenizer = PreTrainedTokenizerBase
 Row = Mapping[str, Any]
 Message = dict[str, Any]
 
@@ -22,34 +21,34 @@ GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NULL_CONTENT = re.compile(r"content\W*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
 
 
-class Span(NamedTuple):
+class TextSpan(NamedTuple):
     """The characters of a text from `start` up to `end`."""
 
     start: int
     end: int
 
 
-class Turns(NamedTuple):
+class AssistantTurns(NamedTuple):
     """The assistant's turns in a rendered conversation."""
 
-    spans: list[Span]  # of the turns that stand there as they were generated, their ends included
+    spans: list[TextSpan]  # of the turns that stand there as they were generated, their ends included
     rewritten: list[int]  # messages that stand there in another form than the one they were generated in
 
 
-def encode(tokenizer: Tokenizer, text: str) -> list[int]:
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The tokens of `text` alone, without a BOS or EOS."""
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
 @lru_cache(maxsize=16)
-def turn_end(tokenizer: Tokenizer, template: str) -> str:
+def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """The control token that the template writes after an answer; empty where it writes none."""
     controls = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     tail = encode(tokenizer, after_answer(tokenizer, template, name="the tokenizer's chat template"))
     return next((str(tokenizer.convert_ids_to_tokens(token)) for token in tail if token in controls), "")
 
 
-def after_answer(tokenizer: Tokenizer, template: str, *, name: str) -> str:
+def after_answer(tokenizer: PreTrainedTokenizerBase, template: str, *, name: str) -> str:
     """What `template` writes after an assistant's answer; raises ValueError where it does not render."""
     answer = "the-answer-of-a-probe"
     messages = [{"role": "user", "content": "question"}, {"role": ASSISTANT, "content": answer}]
@@ -61,16 +60,16 @@ def after_answer(tokenizer: Tokenizer, template: str, *, name: str) -> str:
 
 
 @dataclass(frozen=True)
-class Chat:
+class ChatTemplate:
     """A chat template, and what a row gives it besides messages."""
 
-    tokenizer: Tokenizer
+    tokenizer: PreTrainedTokenizerBase
     template: str
     tools: list[Any] | None
     options: dict[str, Any]
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer, row: Row) -> Chat:
+    def of(cls, tokenizer: PreTrainedTokenizerBase, row: Row) -> ChatTemplate:
         """The template of `tokenizer` with the `tools` and `chat_template_kwargs` of a row, which may be JSON text."""
         if tokenizer.chat_template is None:
             raise ValueError(
@@ -93,13 +92,13 @@ class Chat:
         except (TemplateError, TypeError) as error:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
-    def turns(self, messages: list[Message], text: str, *, first: int = 0) -> Turns:
+    def assistant_turns(self, messages: list[Message], text: str, *, first: int = 0) -> AssistantTurns:
         """Where the assistant speaks in `text`, which begins as `messages` are rendered, from message `first` on.
 
         A template may render an answer differently once the conversation goes on: Qwen3 leaves out the reasoning of
         earlier answers. Such an answer is not what was generated where it now stands.
         """
-        found = Turns([], [])
+        found = AssistantTurns([], [])
         for turn in range(first, len(messages)):
             if messages[turn]["role"] != ASSISTANT or (turn == 0 and not self._marks_answers):
                 continue
@@ -114,7 +113,7 @@ class Chat:
     def _marks_answers(self) -> bool:
         return GENERATION_BLOCK.search(self.template) is not None
 
-    def _last_turn(self, messages: list[Message]) -> tuple[str, list[Span]]:
+    def _last_turn(self, messages: list[Message]) -> tuple[str, list[TextSpan]]:
         """The rendered conversation, and where its last message stands in it up to the token that ends the turn.
 
         No span says that the message does not follow what generation starts from.
@@ -123,19 +122,21 @@ class Chat:
         if self._marks_answers:
             (text,), (marks,) = self._render(messages, return_assistant_tokens_mask=True)
             earlier = self._render(messages[:-1], return_assistant_tokens_mask=True)[1][0] if messages[1:] else []
-            return text, [_to_end_of_turn(Span(*mark), text, end_of_turn=end_of_turn) for mark in marks[len(earlier) :]]
+            return text, [
+                _to_end_of_turn(TextSpan(*mark), text, end_of_turn=end_of_turn) for mark in marks[len(earlier) :]
+            ]
         text, prompt = self.render(messages), self.render(messages[:-1], generation_prompt=True)
         stop = text.find(end_of_turn, len(prompt)) if end_of_turn else -1
         end = stop + len(end_of_turn) if stop >= 0 else len(text)
-        return text, [Span(len(prompt), end)] if text.startswith(prompt) else []
+        return text, [TextSpan(len(prompt), end)] if text.startswith(prompt) else []
 
 
-def _to_end_of_turn(mark: Span, text: str, *, end_of_turn: str) -> Span:
+def _to_end_of_turn(mark: TextSpan, text: str, *, end_of_turn: str) -> TextSpan:
     """What a template has marked, up to the token that ends the turn: it may stop before it or behind."""
     marked = text[mark.start : mark.end].rstrip()
     if end_of_turn and marked.endswith(end_of_turn):
-        return Span(mark.start, mark.start + len(marked))
-    return Span(mark.start, mark.end + len(end_of_turn) * text.startswith(end_of_turn, mark.end))
+        return TextSpan(mark.start, mark.start + len(marked))
+    return TextSpan(mark.start, mark.end + len(end_of_turn) * text.startswith(end_of_turn, mark.end))
 
 
 def _parsed(value: Any, kind: type[list[Any]] | type[dict[str, Any]], *, name: str) -> Any:

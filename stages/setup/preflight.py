@@ -9,9 +9,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from data.demonstrations import demonstrations
-from data.preferences import preferences
-from data.prompts import prompts
+from data.samples import demonstrations, preferences, prompts
 from rlhf.config.bounds import accumulation, divisible
 from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of

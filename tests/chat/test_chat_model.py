@@ -7,7 +7,8 @@ from rlhf.chat.conversation import Conversation, Turn, messages
 from rlhf.config.model_config import Embedded
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.models.embedded import prepare
-from rlhf.text.tokenizer import load_tokenizer, tokenize_prompt
+from rlhf.text.tokenize_rows import tokenize_prompt
+from rlhf.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,7 @@ import numpy as np
 import torch
 
 from data.collate import collate_demonstrations, collate_preferences, collate_prompts
-from data.demonstrations import Demonstration
-from data.preferences import Preference
-from data.prompts import Prompt
+from data.samples import Demonstration, Preference, Prompt
 
 PAD = 9
 

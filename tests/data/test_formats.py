@@ -4,21 +4,26 @@ import gzip
 import json
 import re
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.formats import read_file
-from data.rows import BrokenRow
-from data.table import Columns
+from data.formats import read_file, without_added_nulls
+from data.rows import BadRow, ColumnSelection
+from data.sources import load_rows
+from rlhf.config.data_config import SourceConfig
 
 WANTED = ("prompt", "completion", "messages", "tools")
 
 
+def load(path):
+    return [*load_rows(SourceConfig(path=str(path)))]
+
+
 def read(path, *, renamed=None):
-    rows = read_file(path, Columns(renamed or {}, WANTED))
-    return rows.take(np.arange(len(rows)))
+    return [*read_file(path, ColumnSelection(renamed or {}, WANTED)).rows]
 
 
 def write(path, text):
@@ -31,7 +36,7 @@ def broken(pattern):
 
     class Broken:
         def __eq__(self, row):
-            return isinstance(row, BrokenRow) and re.search(pattern, row["problem"]) is not None
+            return isinstance(row, BadRow) and re.search(pattern, row.reason) is not None
 
         def __repr__(self):
             return f"broken({pattern!r})"
@@ -116,7 +121,7 @@ def test_a_file_of_another_encoding_says_so_in_its_first_row(tmp_path):
 
 def test_a_long_line_is_shortened_in_its_problem(tmp_path):
     (row,) = read(write(tmp_path / "a.jsonl", '{"prompt": "' + "x" * 1000))
-    assert re.search(r"x{60,70}\.\.\.$", row["problem"])
+    assert re.search(r"x{60,70}\.\.\.$", row.reason)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -192,3 +197,52 @@ def test_parquet_columns_are_chosen_before_anything_is_asked_of_them(tmp_path):
     assert read(tmp_path / "b.parquet") == [{}]
     with pytest.raises(ValueError, match=r"\['id'\] is there more than once"):
         read(tmp_path / "b.parquet", renamed={"prompt": "id"})
+
+
+# ---- what Arrow makes of rows with different keys
+
+TOOLS = [
+    [{"function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}, {"function": {"name": "now"}}],
+    [{"function": {"name": "add", "parameters": {"a": {"type": "number"}, "b": {"enum": [1.5, None]}}}}],
+    [],
+]
+CALLS = [
+    [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [{"arguments": {"city": "Oslo"}}]}],
+    [{"role": "assistant", "content": "x", "tool_calls": [{"arguments": {"a": 1, "b": 2}}, {"arguments": {}}]}],
+    [{"role": "tool", "content": "3", "name": "add"}],
+]
+MERGED = [{"messages": calls, "tools": tools} for calls, tools in zip(CALLS, TOOLS, strict=True)]
+
+
+def test_what_arrow_added_to_a_mapping_is_taken_away_again(tmp_path):
+    table = pa.Table.from_pylist(MERGED)
+    assert "null" in json.dumps(table.to_pylist()[0])  # which is what is taken away
+    parquet.write_table(table, tmp_path / "a.parquet", row_group_size=2)
+    datasets.Dataset(table).save_to_disk(tmp_path / "saved")
+    assert load(tmp_path / "a.parquet") == load(tmp_path / "saved") == MERGED
+
+
+def test_nulls_that_merging_cannot_have_added_stay():
+    kind = pa.struct({"list": pa.list_(pa.int64()), "map": pa.map_(pa.string(), pa.int64()), "gone": pa.int64()})
+    value = pa.scalar({"list": [1, None], "map": [("a", None)], "gone": None}, kind).as_py()
+    assert without_added_nulls(value, kind) == {"list": [1, None], "map": {"a": None}}
+
+
+@pytest.mark.skipif(not hasattr(datasets, "Json"), reason="a newer version of datasets stores JSON")
+def test_json_columns_are_read_with_their_nulls(tmp_path):
+    features = datasets.Features({"tools": datasets.List(datasets.Json()), "prompt": datasets.Value("string")})
+    rows = [{"tools": [{"default": None, "a": 1}], "prompt": "x"}, {"tools": [{"a": "text"}], "prompt": "y"}]
+    saved = datasets.Dataset.from_list(rows, features=features)
+    saved.save_to_disk(tmp_path / "saved")
+    saved.to_parquet(tmp_path / "a.parquet")
+    assert load(tmp_path / "saved") == load(tmp_path / "a.parquet") == rows
+
+
+def test_a_row_of_arrow_that_is_no_text_is_broken_alone(tmp_path):
+    binary = pa.array([b"a", b"\xe9", b"c"]).cast(pa.binary())
+    text = pa.StringArray.from_buffers(3, *binary.buffers()[1:])
+    parquet.write_table(pa.table({"prompt": text}), tmp_path / "a.parquet")
+    rows = load(tmp_path / "a.parquet")
+    assert [rows[0], rows[2]] == [{"prompt": "a"}, {"prompt": "c"}]
+    assert isinstance(rows[1], BadRow)
+    assert rows[1].reason.startswith("`prompt` cannot be read: 'utf-8' codec")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from data.loader import PromptLoader, TrainLoader, evaluation_batches, evaluation_prompts
-from data.prompts import Prompt
+from data.samples import Prompt
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
 from rlhf.config.optimizer_config import OptimizerConfig

@@ -2,7 +2,18 @@
 
 import pytest
 
-from data.rows import DEMONSTRATION, PREFERENCE, PROMPT, check_row, each_row, margin_of, require_columns
+from data.rows import (
+    DEMONSTRATION,
+    PREFERENCE,
+    PROMPT,
+    BadRow,
+    FileRows,
+    SourceRows,
+    bad_rows_report,
+    check_row,
+    margin_of,
+    require_columns,
+)
 
 USER = {"role": "user", "content": "hello"}
 HI = {"role": "assistant", "content": "hi"}
@@ -79,16 +90,8 @@ def test_missing_columns_list_what_is_there_and_how_to_rename():
 
 
 def test_all_bad_rows_are_reported_by_reason_with_their_numbers():
-    def odd_only(row):
-        if row["n"] % 2 == 0:
-            raise ValueError("even" if row["n"] < 20 else "large")
-        return row["n"]
-
-    rows = [{"n": n} for n in range(22)]
-    assert each_row(rows[1::2], odd_only, places=map(str, range(11)), where="x") == list(range(1, 22, 2))
-    with pytest.raises(ValueError) as error:  # noqa: PT011
-        each_row(rows, odd_only, places=map(str, range(100, 122)), where="data.sft.train[0] (a.jsonl)")
-    assert str(error.value) == (
+    bad = [(str(100 + n), BadRow("even" if n < 20 else "large")) for n in range(0, 22, 2)]
+    assert bad_rows_report(bad, where="data.sft.train[0] (a.jsonl)", num_rows=22) == (
         "data.sft.train[0] (a.jsonl): 11 of 22 rows cannot be used (from row 0); "
         "repair them or set data.sft.bad_rows=drop:\n"
         "  row 100, 102, 104, 106, 108 and 5 more: even\n"
@@ -97,8 +100,15 @@ def test_all_bad_rows_are_reported_by_reason_with_their_numbers():
 
 
 def test_many_different_reasons_are_cut_short():
-    def never(row):
-        raise ValueError(f"reason {row['n']}")
+    bad = [(str(n), BadRow(f"reason {n}")) for n in range(8)]
+    assert bad_rows_report(bad, where="x", num_rows=8).endswith("row 4: reason 4\n  and 3 more reasons")
 
-    with pytest.raises(ValueError, match="and 3 more reasons$"):
-        each_row([{"n": n} for n in range(8)], never, places=map(str, range(8)), where="x")
+
+def test_rows_are_numbered_through_their_files_and_named_after_them():
+    one = FileRows("a.parquet", ["x"], [{"x": n} for n in range(5)])
+    two, three = FileRows("b.jsonl", ["y", "x"], [{"x": 5}]), FileRows("empty", [], [])
+    rows = SourceRows([three, one, three, two])
+    assert (rows.found, len(rows)) == (["x", "y"], 6)
+    assert [rows[n]["x"] for n in range(6)] == [0, 1, 2, 3, 4, 5]
+    assert [rows.place(n) for n in (1, 4, 5)] == ["1 of a.parquet", "4 of a.parquet", "0 of b.jsonl"]
+    assert SourceRows([one]).place(4) == "4"

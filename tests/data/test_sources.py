@@ -1,23 +1,22 @@
-"""Files, folders and hub ids."""
+"""Files, folders and hub ids; hub clones, splits by name, and choices that only the user can make."""
 
 import gzip
 import json
+import logging
 
 import datasets
-import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.sources import find, load_rows
+from data.sources import files_of_split, find, load_rows
 from rlhf.config.data_config import SourceConfig
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d\ne"}]
 
 
 def load(path, **settings):
-    rows = load_rows(SourceConfig(path=str(path), **settings))
-    return rows.take(np.arange(len(rows)))
+    return [*load_rows(SourceConfig(path=str(path), **settings))]
 
 
 def write(path, text, encoding="utf-8"):
@@ -125,3 +124,156 @@ def test_a_hub_id_that_cannot_be_reached_is_refused():
     assert find("someone/some-data.v2") is None
     with pytest.raises(ValueError, match="neither a file nor a folder here, and the hub did not give split 'train'"):
         load("someone/some-data.v2")
+
+
+# ---- which files of a folder are read
+
+CARD = """---
+license: mit
+configs:
+- config_name: main
+  data_files:
+  - split: train
+    path: main/train-*
+  - split: test
+    path:
+    - main/test-*
+- config_name: socratic
+  data_files:
+    train: chunks/*.jsonl
+- config_name: by_name
+  data_dir: rest
+- config_name: bare
+  data_files: chunks/1.jsonl
+---
+# A data set
+"""
+
+
+def folder(tmp_path, *names, card=None):
+    for name in (
+        *names,
+        "README.md",
+        ".git/config.json",
+        ".gitattributes",
+        ".cache/huggingface/x.json",
+        "dataset_infos.json",
+    ):
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(card if name == "README.md" and card else "")
+    return tmp_path
+
+
+def found(path, split="train", name=None):
+    return [str(file.relative_to(path)) for file in files_of_split(path, split, name=name)]
+
+
+def refusal(path, split="train", name=None):
+    with pytest.raises(ValueError, match=f"^data source {path}: ") as error:
+        files_of_split(path, split, name=name)
+    return str(error.value).removeprefix(f"data source {path}: ")
+
+
+def test_the_files_of_a_folder_are_in_the_order_of_their_names(tmp_path):
+    path = folder(tmp_path, "part-1.jsonl", "part-0.json", "notes.txt")
+    assert found(path) == ["part-0.json", "part-1.jsonl"]
+    assert refusal(path, "test") == "found splits ['train']; expected one of them as `split`, not 'test'."
+
+
+def test_a_clone_of_a_hub_data_set_is_read(tmp_path):
+    shards = ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002-0a1b.parquet"]
+    path = folder(tmp_path, *shards, "data/test-00000-of-00001.parquet")
+    assert found(path) == shards
+    assert found(path, "test") == ["data/test-00000-of-00001.parquet"]
+    assert refusal(path, "dev").startswith("found splits ['test', 'train']; expected")
+
+
+@pytest.mark.parametrize("below", ["", "data/"])
+def test_splits_of_several_words_are_not_joined(tmp_path, below):
+    names = [f"{below}{split}-00000-of-00001.jsonl" for split in ("test_sft", "train_gen", "train_sft")]
+    path = folder(tmp_path, *names)
+    assert (
+        refusal(path)
+        == "found splits ['test_sft', 'train_gen', 'train_sft']; expected one of them as `split`, not 'train'."
+    )
+    assert [found(path, split) for split in ("test_sft", "train_gen", "train_sft")] == [[name] for name in names]
+    assert found(path, "test") == names[:1]  # the only one that can be meant
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["train.jsonl", "test.jsonl", "a/train.jsonl"], "train", ["train.jsonl"]),
+        (["Train.jsonl.gz", "test.csv"], "train", ["Train.jsonl.gz"]),
+        (["my_train_0.json", "my_train_1.json", "my_val.json"], "train", ["my_train_0.json", "my_train_1.json"]),
+        (["train/0.csv", "train/1.csv", "validation/0.csv"], "train", ["train/0.csv", "train/1.csv"]),
+        (["x/train/a.csv", "x/test/a.csv"], "test", ["x/test/a.csv"]),
+        (["train.jsonl", "train_extra.jsonl"], "train", ["train.jsonl"]),
+        (["data/0000.parquet", "data/0001.parquet"], "train", ["data/0000.parquet", "data/0001.parquet"]),
+        (["restraint.jsonl", "constrain.jsonl"], "train", ["constrain.jsonl", "restraint.jsonl"]),
+    ],
+)
+def test_names_of_files_and_folders_tell_splits_apart(tmp_path, names, split, expected):
+    assert found(folder(tmp_path, *names), split) == expected
+
+
+def test_one_split_in_several_places_is_refused_with_the_places(tmp_path):
+    path = folder(tmp_path, "main/train-0.jsonl", "socratic/train-0.jsonl")
+    assert refusal(path).startswith(
+        "found files of one split in ['main/*.json', 'socratic/*.json']; expected one place"
+    )
+    assert found(path, name="main") == ["main/train-0.jsonl"]
+    assert refusal(path, name="other").startswith("found no configuration 'other'")
+    twice = folder(tmp_path / "twice", "train.jsonl", "train.parquet")
+    assert refusal(twice).startswith("found files of one split in ['./*.json', './*.parquet']")
+
+
+def test_what_the_card_says_comes_first(tmp_path):
+    names = [
+        "main/train-0.jsonl",
+        "main/test-0.jsonl",
+        "chunks/0.jsonl",
+        "chunks/1.jsonl",
+        "rest/train.csv",
+        "rest/dev.csv",
+    ]
+    path = folder(tmp_path, *names, card=CARD)
+    assert found(path, name="main") == ["main/train-0.jsonl"]
+    assert found(path, "test", "main") == ["main/test-0.jsonl"]
+    assert found(path, name="socratic") == ["chunks/0.jsonl", "chunks/1.jsonl"]
+    assert found(path, "dev", "by_name") == ["rest/dev.csv"]
+    assert found(path, name="bare") == ["chunks/1.jsonl"]
+    assert refusal(path).startswith(
+        "README.md has the configurations ['main', 'socratic', 'by_name', 'bare']; expected one"
+    )
+    assert refusal(path, "dev", "main").startswith("README.md has the splits ['train', 'test']; expected")
+    (path / "chunks/1.jsonl").unlink()
+    assert "found no" in refusal(path, name="bare")
+
+
+def test_a_default_configuration_need_not_be_named(tmp_path):
+    names = ["a/train.csv", "b/train.csv"]
+    card = CARD[: CARD.index("- config_name: socratic")] + "- config_name: {}\n  data_files: a/*\n{}---\n"
+    assert found(folder(tmp_path / "one", *names, card=card.format("default", ""))) == ["a/train.csv"]
+    assert found(folder(tmp_path / "two", *names, card=card.format("other", "  default: true\n"))) == ["a/train.csv"]
+
+
+@pytest.mark.parametrize("configs", ["{a: 1}", "[1]", "[{data_files: [{path: x}]}]", "[{data_files: 3}]"])
+def test_a_card_that_makes_no_sense_is_named(tmp_path, configs):
+    path = folder(tmp_path, "train.csv", card=f"---\nconfigs: {configs}\n---\n")
+    assert "README.md" in refusal(path)
+
+
+def test_a_card_that_is_not_yaml_is_named(tmp_path):
+    assert "README.md is not YAML" in refusal(folder(tmp_path, "train.csv", card="---\na: [\n---\n"))
+
+
+def test_files_of_no_split_are_said_where_others_have_one(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        assert found(folder(tmp_path, "train.csv", "more.csv")) == ["train.csv"]
+    assert "['more.csv'] are of no split, and are not read" in caplog.text
+
+
+def test_a_folder_without_data_is_refused(tmp_path):
+    assert refusal(folder(tmp_path, "notes.txt")).startswith("found ['.cache', '.git', '.gitattributes', 'README.md'")

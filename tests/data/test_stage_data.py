@@ -5,10 +5,8 @@ import logging
 
 import pytest
 
-from data.assemble import Limits
-from data.demonstrations import demonstrations
-from data.preferences import preferences
-from data.prompts import prompts
+from data.assemble import LengthLimits
+from data.samples import demonstrations, preferences, prompts
 from rlhf.config.data_config import BadRows, DataConfig, RewrittenTurns, StageDataConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import EvalConfig
@@ -394,7 +392,7 @@ def test_a_changed_template_misses_the_cache(write, tmp_path):
 
 
 def test_who_wants_held_out_rows_only_needs_no_others(gpt, write):
-    held_out = Limits("eval", 20, 20, "max_row_tokens")
+    held_out = LengthLimits("eval", 20, 20, "max_row_tokens")
     config = EvalConfig(
         prompts=4, micro_batch_size=2, max_prompt_tokens=20, max_response_tokens=2, max_row_tokens=20, subset="kind"
     )
@@ -417,10 +415,10 @@ def test_held_out_rows_are_those_that_training_left_out(gpt, write):
     config = EvalConfig(prompts=4, micro_batch_size=2, max_prompt_tokens=20, max_response_tokens=2, max_row_tokens=20)
     data = DataConfig(ppo=sources)
     trained = prompts(data, PPOConfig(**SHARED, **ROLLOUT), tokenizer=gpt)
-    alone = prompts(data, config, tokenizer=gpt, held_out=Limits("eval", 20, 2))
+    alone = prompts(data, config, tokenizer=gpt, held_out=LengthLimits("eval", 20, 2))
     assert [sample.text for sample in alone.eval] == [sample.text for sample in trained.eval]
     assert len(alone.eval) == 10
-    none = prompts(DataConfig(ppo=StageDataConfig()), config, tokenizer=gpt, held_out=Limits("eval", 20, 2))
+    none = prompts(DataConfig(ppo=StageDataConfig()), config, tokenizer=gpt, held_out=LengthLimits("eval", 20, 2))
     assert (none.train, none.eval) == ([], [])
 
 

@@ -27,7 +27,8 @@ from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.runtime.dist import World, stop
-from rlhf.text.tokenizer import decode, load_tokenizer, stop_token_ids, tokenize_prompt
+from rlhf.text.tokenize_rows import tokenize_prompt
+from rlhf.text.tokenizer import decode, load_tokenizer, stop_token_ids
 from stages.chat import Chat, check_chat, load_models, new_conversation
 from tests.config.test_configuration import composed
 

@@ -2,14 +2,14 @@
 
 import json
 
-import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
 from data.sources import load_rows
 from rlhf.config.data_config import SourceConfig
-from rlhf.text.tokenizer import load_tokenizer, tokenize_demonstration, tokenize_prompt
+from rlhf.text.tokenize_rows import tokenize_demonstration, tokenize_prompt
+from rlhf.text.tokenizer import load_tokenizer
 from tests import fakes
 
 TOOL_TEMPLATE = """\
@@ -68,9 +68,7 @@ def rendered(tokenizer, row):
 
 def through(file, tokenizer):
     rows = load_rows(SourceConfig(path=str(file)))
-    demonstrations = [
-        tokenize_demonstration(tokenizer, row, response_only=True) for row in rows.take(np.arange(len(rows)))
-    ]
+    demonstrations = [tokenize_demonstration(tokenizer, row, response_only=True) for row in rows]
     return [tokenizer.decode(tokens.input_ids) for tokens in demonstrations]
 
 
@@ -108,10 +106,7 @@ def test_tools_and_options_may_be_json_text(tokenizer, tmp_path, name):
     else:
         file.write_text(json.dumps(row) + "\n" + json.dumps(other))
     found = load_rows(SourceConfig(path=str(file)))
-    texts = [
-        tokenizer.decode(tokenize_prompt(tokenizer, {**row, "prompt": [USER]}))
-        for row in found.take(np.arange(len(found)))
-    ]
+    texts = [tokenizer.decode(tokenize_prompt(tokenizer, {**row, "prompt": [USER]})) for row in found]
     assert texts == [
         tokenizer.apply_chat_template(
             [USER], tools=json.loads(row["tools"]), add_generation_prompt=True, tokenize=False, **options

@@ -8,18 +8,14 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, GPT2Tokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from rlhf.text.tokenizer import (
-    decode,
-    load_tokenizer,
+from rlhf.text.tokenize_rows import (
     readable_prompt,
-    stop_token_ids,
-    template_fingerprint,
     tokenize_as_generated,
     tokenize_demonstration,
     tokenize_preference,
     tokenize_prompt,
-    tokenizer_fingerprint,
 )
+from rlhf.text.tokenizer import decode, load_tokenizer, stop_token_ids, template_fingerprint, tokenizer_fingerprint
 from tests import fakes
 
 USER = {"role": "user", "content": "hello"}

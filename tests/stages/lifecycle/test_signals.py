@@ -5,8 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from data.collate import collate_demonstrations, collate_prompts
-from data.demonstrations import Demonstration
-from data.prompts import Prompt
+from data.samples import Demonstration, Prompt
 from rlhf.config.engine_config import EngineConfig, Precision
 from rlhf.config.optimizer_config import OptimizerConfig, Schedule
 from rlhf.config.stage_configs import SamplingConfig
@@ -14,7 +13,8 @@ from rlhf.engine.engine import build_engine
 from rlhf.generation.generate import Decoding, generate
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime.dist import World
-from rlhf.text.tokenizer import load_tokenizer, stop_token_ids, tokenize_demonstration, tokenize_prompt
+from rlhf.text.tokenize_rows import tokenize_demonstration, tokenize_prompt
+from rlhf.text.tokenizer import load_tokenizer, stop_token_ids
 from rlhf.training.supervised_step import NextToken, take_step
 from tests import fakes
 

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from data.blend import weighted
-from data.split import hold_out, stage_rows
+from data.row_selection import hold_out, rows_of_stage, weighted
 
 SHARES = [2, 4, 4]
 
@@ -23,7 +22,7 @@ def legacy_shuffle(size, seed):
 
 def test_the_permutation_is_that_of_deepspeed_chat():
     for size, seed in ((1, 0), (10, 1234), (137, 7)):
-        everything = stage_rows(size, [1, 0, 0], position=0, seed=seed)
+        everything = rows_of_stage(size, [1, 0, 0], position=0, seed=seed)
         assert everything.tolist() == legacy_shuffle(size, seed)
 
 
@@ -48,30 +47,30 @@ def test_the_permutation_is_that_of_deepspeed_chat():
     ],
 )
 def test_boundaries_are_rounded_and_moved_as_in_deepspeed_chat(num_rows, shares, sizes):
-    parts = [stage_rows(num_rows, shares, position=position, seed=1234) for position in range(3)]
+    parts = [rows_of_stage(num_rows, shares, position=position, seed=1234) for position in range(3)]
     assert [len(part) for part in parts] == sizes
     assert np.concatenate(parts).tolist() == legacy_shuffle(num_rows, 1234)
 
 
 def test_a_boundary_below_zero_gives_no_row_to_two_stages():
     # 0, 1.5, 1.5 round to 0, 2, 2: boundaries 0, 2, 4 move down to -1, 1, 3
-    parts = [stage_rows(3, [0, 5, 5], position=position, seed=1).tolist() for position in range(3)]
+    parts = [rows_of_stage(3, [0, 5, 5], position=position, seed=1).tolist() for position in range(3)]
     assert [len(part) for part in parts] == [0, 1, 2]
     assert sorted(sum(parts, [])) == [0, 1, 2]
 
 
 def test_without_shares_every_stage_has_all_rows_in_order():
-    assert [stage_rows(4, [], position=position, seed=1).tolist() for position in range(3)] == [[0, 1, 2, 3]] * 3
+    assert [rows_of_stage(4, [], position=position, seed=1).tolist() for position in range(3)] == [[0, 1, 2, 3]] * 3
 
 
 def test_held_out_rows_are_a_fixed_share_and_nothing_is_lost():
     rows = np.arange(100, 200)
-    halves = hold_out(rows, 0.05, seed=3)
-    assert (len(halves.train), len(halves.eval)) == (95, 5)
-    assert sorted([*halves.train, *halves.eval]) == rows.tolist()
-    assert halves.train.tolist() == sorted(halves.train)
-    assert hold_out(np.arange(100), 0.05, seed=3).eval.tolist() == (halves.eval - 100).tolist()
-    assert hold_out(rows, 0.05, seed=4).eval.tolist() != halves.eval.tolist()
+    train, held_out = hold_out(rows, 0.05, seed=3)
+    assert (len(train), len(held_out)) == (95, 5)
+    assert sorted([*train, *held_out]) == rows.tolist()
+    assert train.tolist() == sorted(train)
+    assert hold_out(np.arange(100), 0.05, seed=3)[1].tolist() == (held_out - 100).tolist()
+    assert hold_out(rows, 0.05, seed=4)[1].tolist() != held_out.tolist()
 
 
 @pytest.mark.parametrize(
@@ -79,8 +78,8 @@ def test_held_out_rows_are_a_fixed_share_and_nothing_is_lost():
     [(100, 0.0, 0), (3, 0.01, 1), (1, 0.5, 0), (2, 0.99, 1), (0, 0.5, 0), (10, 0.25, 2)],
 )
 def test_at_least_one_row_is_held_out_and_one_is_left(num_rows, fraction, held):
-    halves = hold_out(np.arange(num_rows), fraction, seed=0)
-    assert (len(halves.train), len(halves.eval)) == (num_rows - held, held)
+    train, held_out = hold_out(np.arange(num_rows), fraction, seed=0)
+    assert (len(train), len(held_out)) == (num_rows - held, held)
 
 
 @pytest.mark.parametrize("weight", [0.5, 1.0, 2.0, 2.5])

@@ -1,0 +1,144 @@
+"""The samples that stages learn from: demonstrations for SFT, preferences for the reward model, prompts for PPO."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.assemble import LengthLimits, SampleKind, Splits, assemble
+from data.rows import DEMONSTRATION, PREFERENCE, PROMPT, margin_of
+from rlhf.config.data_config import DataConfig, RewrittenTurns
+from rlhf.config.eval_config import EvalConfig
+from rlhf.config.stage_configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf.text.chat_template import Row
+from rlhf.text.tokenize_rows import (
+    TokenSequence,
+    readable_prompt,
+    tokenize_as_generated,
+    tokenize_demonstration,
+    tokenize_preference,
+    tokenize_prompt,
+)
+from rlhf.text.tokenizer import Tokenizer, tokenizer_fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Demonstration:
+    """One sequence to imitate."""
+
+    input_ids: NDArray[np.int32]  # [T]
+    target_mask: NDArray[np.bool_]  # [T], True where the token is learnt
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass(frozen=True, eq=False)
+class Preference:
+    """Two responses to the same prompt, of which people liked one better."""
+
+    chosen: NDArray[np.int32]  # [T], the prompt included
+    rejected: NDArray[np.int32]  # [T]
+    margin: float  # how much better the chosen one was rated; 0 if unknown
+    subset: str = ""  # which part of the data it belongs to, if `eval.subset` names a column
+
+    def __len__(self) -> int:
+        return max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """The tokens that generation starts from."""
+
+    input_ids: NDArray[np.int32]  # [P]
+    text: str  # for people to read
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+def demonstrations(
+    data: DataConfig, config: SFTConfig | EvalConfig, *, tokenizer: Tokenizer, held_out: LengthLimits | None = None
+) -> Splits[Demonstration]:
+    """The samples of `data.sft`; with `held_out`, only those to evaluate on, within these limits.
+
+    Every assistant turn of a conversation is a target, except those that the template rewrites later. The prompt's
+    limit holds for all that comes before the last turn.
+    """
+
+    def tokenize(row: Row) -> list[TokenSequence]:
+        if data.sft.rewritten_turns is RewrittenTurns.as_generated:
+            return tokenize_as_generated(tokenizer, row, response_only=config.response_only)
+        return [tokenize_demonstration(tokenizer, row, response_only=config.response_only)]
+
+    kind = SampleKind(
+        stage="sft",
+        columns=DEMONSTRATION,
+        limits=held_out or LengthLimits("sft", config.max_prompt_tokens, config.max_response_tokens),
+        settings=(
+            *("sft", tokenizer_fingerprint(tokenizer)),
+            *(f"response_only={config.response_only}", f"rewritten_turns={data.sft.rewritten_turns}"),
+        ),
+        tokenize=tokenize,
+        build=lambda row, sequences: [Demonstration(tokens.input_ids, tokens.target_mask) for tokens in sequences],
+    )
+    return assemble(kind, data, only_held_out=held_out is not None)
+
+
+def preferences(
+    data: DataConfig, config: RewardConfig | EvalConfig, *, tokenizer: Tokenizer, held_out: LengthLimits | None = None
+) -> Splits[Preference]:
+    """The samples of `data.reward`; a pair is dropped if either response is too long.
+
+    With `held_out`, only those to evaluate on, within these limits, and with the subset that a row names.
+    """
+    column = config.subset if isinstance(config, EvalConfig) else ""
+
+    def tokenize(row: Row) -> list[TokenSequence]:
+        chosen, rejected = tokenize_preference(tokenizer, row)
+        if np.array_equal(chosen.input_ids, rejected.input_ids):
+            raise ValueError("`chosen` and `rejected` become the same tokens; expected one to be better.")
+        return [chosen, rejected]
+
+    kind = SampleKind(
+        stage="reward",
+        columns=PREFERENCE,
+        limits=held_out or LengthLimits("reward", config.max_prompt_tokens, config.max_response_tokens),
+        settings=("reward", tokenizer_fingerprint(tokenizer)),
+        tokenize=tokenize,
+        build=partial(_preference, subset_column=column),
+        extra_columns=(column,) if column else (),
+    )
+    return assemble(kind, data, only_held_out=held_out is not None)
+
+
+def _preference(row: Row, sequences: list[TokenSequence], *, subset_column: str) -> list[Preference]:
+    chosen, rejected = sequences
+    subset = row.get(subset_column) if subset_column else None
+    return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), "" if subset is None else str(subset))]
+
+
+def prompts(
+    data: DataConfig, config: PPOConfig | EvalConfig, *, tokenizer: Tokenizer, held_out: LengthLimits | None = None
+) -> Splits[Prompt]:
+    """The samples of `data.ppo`; rows that also have responses give their prompts.
+
+    With `held_out`, only those to evaluate on, within these limits.
+    """
+
+    def tokenize(row: Row) -> list[TokenSequence]:
+        ids = np.array(tokenize_prompt(tokenizer, row), dtype=np.int32)
+        return [TokenSequence(ids, np.zeros(len(ids), dtype=bool), len(ids))]
+
+    kind = SampleKind(
+        stage="ppo",
+        columns=PROMPT,
+        limits=held_out or LengthLimits("ppo", config.max_prompt_tokens, config.max_response_tokens),
+        settings=("ppo", tokenizer_fingerprint(tokenizer)),
+        tokenize=tokenize,
+        build=lambda row, sequences: [Prompt(sequences[0].input_ids, readable_prompt(row))],
+    )
+    return assemble(kind, data, only_held_out=held_out is not None)
