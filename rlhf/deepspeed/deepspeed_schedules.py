@@ -8,6 +8,7 @@ have DeepSpeed's names and defaults. Left out: several parameter groups with rat
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple
@@ -20,7 +21,22 @@ class Betas(NamedTuple):
     beta2: float
 
 
-def deepspeed_schedule(kind: str, *, lr: float, warmup_steps: int, total_steps: int, options: Mapping[str, Any]) -> Any:
+@dataclass(frozen=True, kw_only=True)
+class DeepSpeedSchedule(ABC):
+    """The learning rate, and perhaps AdamW's betas, as functions of the step."""
+
+    @abstractmethod
+    def lr_at(self, step: int) -> float:
+        """Learning rate of `step`."""
+
+    def betas_at(self, step: int) -> Betas | None:
+        """AdamW's betas at `step`, or None where the schedule leaves them alone."""
+        return None
+
+
+def deepspeed_schedule(
+    kind: str, *, lr: float, warmup_steps: int, total_steps: int, options: Mapping[str, Any]
+) -> DeepSpeedSchedule:
     """The schedule that `options` describe.
 
     Args:
@@ -34,7 +50,7 @@ def deepspeed_schedule(kind: str, *, lr: float, warmup_steps: int, total_steps: 
         ValueError: an option that the shape does not have, lacks, or cannot use.
     """
     shape = SHAPES[kind]
-    own = {"lr": lr, "warmup_num_steps": warmup_steps, "total_num_steps": total_steps}
+    own: dict[str, Any] = {"lr": lr, "warmup_num_steps": warmup_steps, "total_num_steps": total_steps}
     names = [field.name for field in fields(shape)]
     unknown = sorted(set(options) - set(names))
     if unknown:
@@ -52,7 +68,7 @@ def _warmed(step: int, *, num_steps: int, kind: str) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupLR:
+class WarmupLR(DeepSpeedSchedule):
     """From the lowest to the highest rate in a warm-up, by the logarithm of the step or in a line; then constant."""
 
     lr: float
@@ -85,7 +101,7 @@ class WarmupDecayLR(WarmupLR):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupCosineLR:
+class WarmupCosineLR(DeepSpeedSchedule):
     """Shares of the optimizer's rate: a warm-up, then half a cosine down to `cos_min_ratio`."""
 
     lr: float
@@ -108,7 +124,7 @@ class WarmupCosineLR:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LRRangeTest:
+class LRRangeTest(DeepSpeedSchedule):
     """A rate that only grows, to find the largest that still learns."""
 
     lr_range_test_min_lr: float = 1e-3
@@ -128,7 +144,7 @@ class LRRangeTest:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OneCycle:
+class OneCycle(DeepSpeedSchedule):
     """One climb and descent of the rate (Smith 2018), the first beta going the other way; then a decay."""
 
     cycle_min_lr: float
@@ -167,7 +183,7 @@ class OneCycle:
         return self.cycle_min_lr / (1 + self.decay_lr_rate * self._decays(step))
 
     def betas_at(self, step: int) -> Betas | None:
-        """AdamW's betas at `step`, or None where the cycle leaves them alone."""
+        """AdamW's betas at `step`, or None where `cycle_momentum` is off."""
         if not self.cycle_momentum:
             return None
         low, high = self.cycle_min_mom, self.cycle_max_mom
@@ -197,7 +213,7 @@ class OneCycle:
         return (self._total - offset) * stairs / self._second
 
 
-SHAPES: dict[str, type] = {
+SHAPES: dict[str, type[DeepSpeedSchedule]] = {
     "warmup_lr": WarmupLR,
     "warmup_decay_lr": WarmupDecayLR,
     "warmup_cosine_lr": WarmupCosineLR,

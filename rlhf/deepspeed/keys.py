@@ -1,19 +1,24 @@
-"""What becomes of every key of a DeepSpeed configuration: one table decides, and the documentation is made of it.
+"""What becomes of every key of a DeepSpeed configuration: the rows of `keys.yaml`, looked up by path.
 
-A key is used (the same setting exists here), mapped (to a setting of another name or shape), ignored (with the reason)
-or refused (with what to do instead; only with a value that asks for something). The keys are those of DeepSpeed 0.19,
-older names and removed ones that public files still have. Left out: reading values (`values.py`).
+`python -m rlhf.deepspeed.keys > docs/deepspeed.md` writes the page that shows them.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
+import sys
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path as FilePath
 from typing import Any
 
-from rlhf.deepspeed.hjson import Path
+import yaml
+
+Path = tuple[str, ...]
+"""The names of a key and of the sections it is in, outermost first."""
 
 
 class Decision(StrEnum):
@@ -32,24 +37,28 @@ class Kind(StrEnum):
     number = "number"
     switch = "switch"
     text = "text"
+    folder = "folder"
     choice = "choice"
     items = "items"
     section = "section"
     other = "other"
 
 
+_KINDS = {bool: Kind.switch, int: Kind.integer, float: Kind.number}
+
+
 @dataclass(frozen=True)
 class Key:
-    """One row of the table."""
+    """One row: a key, or a whole section where `fields` is not None."""
 
     path: str
-    """Dotted; `.*` at the end stands for everything below."""
+    """Dotted."""
     decision: Decision
     note: str
-    """What it does here, or why it does nothing, or why not and what to do instead."""
-    setting: str = ""
-    """The setting of this project that it sets, where one value goes to one setting."""
+    """What the key does here, or why it does nothing, or why not and what to do instead."""
     kind: Kind = Kind.other
+    setting: str = ""
+    """Dotted setting of this project, where one value goes to one setting."""
     default: Any = None
     """DeepSpeed's, where it is worth knowing."""
     old_names: tuple[str, ...] = ()
@@ -58,104 +67,47 @@ class Key:
     """Values of a refused key that are what happens here anyway."""
     among: tuple[str, ...] = ()
     """The words of a choice, in lower case."""
-    fields: Mapping[str, Kind] = field(default_factory=dict)
-    """Where one row stands for a section: what is in it, as far as it is checked."""
+    fields: Mapping[str, Kind] | None = None
+    """Keys of a whole section, as far as they are checked."""
 
-
-def used(
-    path: str, note: str, *, setting: str, kind: Kind, default: Any = None, old_names: tuple[str, ...] = ()
-) -> Key:
-    """A key whose value is a setting here."""
-    return Key(path, Decision.used, note, setting=setting, kind=kind, default=default, old_names=old_names)
-
-
-def mapped(
-    path: str,
-    note: str,
-    *,
-    setting: str = "",
-    kind: Kind = Kind.other,
-    default: Any = None,
-    old_names: tuple[str, ...] = (),
-    among: tuple[str, ...] = (),
-) -> Key:
-    """A key whose value becomes something else here."""
-    kind = Kind.choice if among else kind
-    return Key(path, Decision.mapped, note, setting, kind=kind, default=default, old_names=old_names, among=among)
-
-
-def ignored(
-    path: str,
-    note: str,
-    *,
-    default: Any = None,
-    kind: Kind | None = None,
-    old_names: tuple[str, ...] = (),
-    among: tuple[str, ...] = (),
-) -> Key:
-    """A key that changes nothing here; its value is of the kind of its default, where nothing else is said."""
-    kind = kind or (Kind.choice if among else _KINDS.get(type(default), Kind.other))
-    return Key(path, Decision.ignored, note, kind=kind, default=default, old_names=old_names, among=among)
-
-
-def ignored_section(path: str, note: str, **fields: str) -> Key:
-    """A section of which nothing changes anything here.
-
-    Args:
-        path: dotted, without `.*`.
-        note: why.
-        fields: names of fields, with spaces between, under the name of the kind that their values have.
-    """
-    kinds = {name: Kind(kind) for kind, names in fields.items() for name in names.split()}
-    return Key(f"{path}.*", Decision.ignored, note, kind=Kind.section, fields={"enabled": Kind.switch} | kinds)
-
-
-def refused(path: str, note: str, *, allowed: tuple[Any, ...] = (), default: Any = None) -> Key:
-    """A key that would change results or break a promise."""
-    return Key(path, Decision.refused, note, default=default, allowed=allowed)
-
-
-_KINDS = {bool: Kind.switch, int: Kind.integer, float: Kind.number}
-
-CLOSED_SECTIONS = (
-    "zero_optimization",
-    "zero_optimization.offload_param",
-    "zero_optimization.offload_optimizer",
-    "fp16",
-    "bf16",
-    "optimizer.params",
-    "scheduler.params",
-)
-"""Where an unknown key is an error, as in DeepSpeed; elsewhere DeepSpeed does not notice, and it is a warning here."""
-
-SECTIONS = (
-    "",
-    "optimizer",
-    "scheduler",
-    "activation_checkpointing",
-    "aio",
-    "data_types",
-    "torch_autocast",
-    "data_efficiency",
-    "tensor_parallel",
-    "pipeline",
-    *CLOSED_SECTIONS,
-)
-"""Sections whose keys are looked at one by one; the others are one row each."""
+    @classmethod
+    def from_row(cls, path: Path, row: Mapping[str, Any]) -> Key:
+        """The key that a row of `keys.yaml` describes."""
+        decision = next(decision for decision in Decision if decision in row)
+        options: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in row.items()
+        }
+        options |= {"decision": decision, "note": options.pop(decision)}
+        by_default = _KINDS.get(type(row.get("default")), Kind.other) if decision is Decision.ignored else Kind.other
+        kind = "section" if "fields" in row else "choice" if "among" in row else by_default
+        options["kind"] = Kind(row.get("kind", kind))
+        if "fields" in row:
+            kinds = {name: Kind(kind) for kind, names in row["fields"].items() for name in names}
+            options["fields"] = {"enabled": Kind.switch} | kinds
+        return cls(".".join(path), **options)
 
 
 class Table:
-    """The rows, to be looked up by path."""
+    """The rows of a part of `keys.yaml`, to be looked up by path."""
 
-    def __init__(self, keys: tuple[Key, ...]) -> None:
-        self.keys = keys
-        self._by_path = {_parts(key.path): key for key in keys}
-        assert len(self._by_path) == len(keys), "a key is there twice"
-        self._present = {(*path[:-1], old): path for path, key in self._by_path.items() for old in key.old_names}
-        self._sections = {_parts(section) for section in SECTIONS}
+    def __init__(self, rows: Mapping[str, Any]) -> None:
+        self.sections: list[Path] = []
+        """Sections whose keys are looked at one by one; the others are one row each."""
+        self._keys: dict[Path, Key] = {}
+        self._add(rows, ())
+        self._present = {(*path[:-1], old): path for path, key in self._keys.items() for old in key.old_names}
+
+    def _add(self, rows: Mapping[str, Any], section: Path) -> None:
+        self.sections.append(section)
+        for name, row in rows.items():
+            path = section if name == "*" else (*section, name)
+            if any(decision in row for decision in Decision):
+                self._keys[path] = Key.from_row(path, row)
+            else:
+                self._add(row, path)
 
     def __iter__(self) -> Iterator[Key]:
-        return iter(self.keys)
+        return iter(self._keys.values())
 
     def canonical(self, path: Path) -> Path:
         """The path under its present name."""
@@ -163,28 +115,80 @@ class Table:
 
     def is_section(self, path: Path) -> bool:
         """Whether the keys below it are looked at one by one."""
-        return path in self._sections
+        return path in self.sections
 
     def find(self, path: Path) -> Key | None:
-        """The row of a canonical path, or the one that stands for all of its section."""
-        row = self._by_path.get(path)
-        section = self._by_path.get(path[:-1])
-        return row or (section if section and section.path.endswith(".*") else None)
+        """The row of a path under its present name, or the one that stands for the rest of its section."""
+        rest = self._keys.get(path[:-1]) if self.is_section(path[:-1]) else None
+        return self._keys.get(path, rest)
 
     def above(self, path: Path) -> Key | None:
         """The row that decides about a path: its own, or that of the section that it is in."""
         rows = (self.find(path[:depth]) for depth in range(len(path), 0, -1))
         return next((row for row in rows if row), None)
 
-    def near(self, path: Path) -> list[str]:
-        """Keys and sections that a misspelt one may mean: of its own section, else the same name in another."""
+    def hint(self, path: Path) -> str:
+        """What a misspelt key may mean, in brackets: a key of its own section, else one of its name in another."""
         *parents, name = path
-        everything = [key for key in dict.fromkeys([*self._by_path, *self._present, *self._sections]) if key]
+        if "." in name:
+            return " (a dot does not nest)"
+        everything = [key for key in dict.fromkeys([*self._keys, *self._present, *self.sections]) if key]
         siblings = sorted({key[-1] for key in everything if [*key[:-1]] == parents} - {name})
-        close = [] if "." in name else difflib.get_close_matches(name.lower(), siblings, n=1, cutoff=0.75)
-        elsewhere = sorted(".".join(key) for key in everything if key[-1] == name.rpartition(".")[2])
-        return [".".join([*parents, key]) for key in close] or elsewhere[:2]
+        close = difflib.get_close_matches(name.lower(), siblings, n=1, cutoff=0.75)
+        elsewhere = sorted(".".join(key) for key in everything if key[-1] == name)
+        meant = [".".join([*parents, key]) for key in close] or elsewhere[:2]
+        return f" (did you mean {' or '.join(meant)}?)" if meant else ""
 
 
-def _parts(dotted: str) -> Path:
-    return tuple(dotted.removesuffix(".*").split(".")) if dotted else ()
+def _load() -> dict[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+    rows: dict[str, Any] = yaml.load(FilePath(__file__).with_name("keys.yaml").read_text("utf-8"), loader)
+    return rows
+
+
+_FILE = _load()
+TABLE = Table(_FILE["deepspeed"])
+ACCELERATE = Table(_FILE["accelerate"])
+CLOSED_SECTIONS: list[str] = _FILE["closed_sections"]
+"""Where an unknown key is an error."""
+WITHOUT_EFFECT: dict[str, str] = _FILE["without_effect"]
+"""Why a key that is used or mapped sets nothing, by key or section."""
+INSTEAD_OF_ACCELERATES: dict[str, str] = _FILE["instead_of_accelerates"]
+"""What to set instead of a file for another distributed_type of Accelerate."""
+TRAINERS: dict[str, list[str]] = _FILE["trainers"]
+"""Keys at the top level that only configurations of a trainer have."""
+SHARED_WITH_TRAINERS: list[str] = _FILE["shared_with_trainers"]
+"""Keys at the top level that DeepSpeed and trainers have."""
+
+
+def page() -> str:
+    """`docs/deepspeed.md`."""
+    counts = Counter(key.decision for key in TABLE)
+    words: dict[str, Any] = {decision.upper(): count for decision, count in counts.items()}
+    words |= {"TOTAL": counts.total(), "CLOSED": ", ".join(f"`{section}`" for section in CLOSED_SECTIONS)}
+    words["ACCELERATE"] = ", ".join(f"`{key.path.partition('.')[2]}`" for key in ACCELERATE if key.setting)
+    text: str = _FILE["page"]
+    for word, value in words.items():
+        text = text.replace(f"<{word}>", str(value))
+    for section in map(".".join, TABLE.sections):
+        rows = [_row(key, section) for key in TABLE if key.path.rpartition(".")[0] == section]
+        head = "| key | DeepSpeed's default | here | what it does, or why not |\n|---|---|---|---|"
+        text += f"\n## {section or 'top level'}\n\n{head}\n" + "\n".join(rows) + "\n"
+    return text
+
+
+def _row(key: Key, section: str) -> str:
+    name = f"`{key.path.removeprefix(f'{section}.')}`" + (" and all in it" if key.fields is not None else "")
+    older = f" (also: {', '.join(f'`{old}`' for old in key.old_names)})" if key.old_names else ""
+    default = "" if key.default is None else _shown(key.default)
+    allowed = f" (allowed: {', '.join(map(_shown, key.allowed))})" if key.allowed else ""
+    note = f"{f'`{key.setting}`: ' if key.setting else ''}{key.note}{allowed}".replace("|", "\\|")
+    return f"| {name}{older} | {default} | {key.decision} | {note} |"
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(page())

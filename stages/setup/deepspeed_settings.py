@@ -16,12 +16,12 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.run_config import RunConfig
 from rlhf.config.stage_configs import PPOConfig, SupervisedConfig
-from rlhf.deepspeed.batch_sizes import MICRO, TRAIN, Batch, has_numbers, solve_batch
 from rlhf.deepspeed.deepspeed_schedules import SHAPES, deepspeed_schedule
-from rlhf.deepspeed.hjson import Document, Path
-from rlhf.deepspeed.reading import Origin, Setting
-from rlhf.deepspeed.resolve import Fate, Resolved, resolve
-from rlhf.deepspeed.source import read_deepspeed
+from rlhf.deepspeed.dialects import read_deepspeed
+from rlhf.deepspeed.keys import Path
+from rlhf.deepspeed.reader import Document
+from rlhf.deepspeed.resolve import MICRO, TRAIN, Batch, Fate, Resolved, has_numbers, resolve, solve_batch
+from rlhf.deepspeed.values import Origin, Setting
 
 log = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class _Report:
             place: the model.
             taken: names of settings; a default of DeepSpeed's that is not among them has yielded to the command line.
         """
-        self._names |= dict.fromkeys([*document.files.values(), document.name])
+        self._names |= dict.fromkeys([*([document.named_by] if document.named_by else []), document.name])
         for setting in resolved.settings:
             if setting.name in taken or setting.origin is not Origin.default:
                 origin = _ORIGINS[setting.origin].format(setting.place)

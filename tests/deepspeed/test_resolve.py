@@ -7,9 +7,9 @@ import pytest
 from rlhf.config.engine_config import EngineConfig, Moments, Precision
 from rlhf.config.engine_config import OffloadDevice as Offload
 from rlhf.config.optimizer_config import OptimizerConfig, Schedule
-from rlhf.deepspeed.key_table import TABLE
+from rlhf.deepspeed.dialects import read_deepspeed
+from rlhf.deepspeed.keys import TABLE
 from rlhf.deepspeed.resolve import resolve
-from rlhf.deepspeed.source import read_deepspeed
 
 
 def own_engine(**settings):

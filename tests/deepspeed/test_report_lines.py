@@ -10,9 +10,8 @@ import pytest
 
 from rlhf.config.engine_config import Precision
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.deepspeed.hjson import leaves
-from rlhf.deepspeed.key_table import TABLE
-from rlhf.deepspeed.keys import Decision, Kind
+from rlhf.deepspeed.keys import TABLE, Decision, Kind
+from rlhf.deepspeed.reader import leaves
 from stages.setup.deepspeed_settings import with_deepspeed
 from tests.stages.setup.test_deepspeed_settings import composed
 
@@ -21,6 +20,7 @@ _BY_KIND = {
     Kind.number: 0.5,
     Kind.switch: True,
     Kind.text: "x",
+    Kind.folder: "x",
     Kind.items: ["x"],
     Kind.section: {"enabled": False, "anything": {"deeper": 1}},
     Kind.other: "x",
