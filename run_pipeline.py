@@ -1,8 +1,8 @@
-"""The front door of SFT -> reward model -> PPO: a command line is checked and composed, once, and becomes a run.
+"""Entry point of the pipeline SFT -> reward model -> PPO: checks and composes the command line once, then runs it.
 
-What then happens is told in `stages/pipeline.py`: the chosen stages run in order, those that are finished are skipped,
-and a table says what was learnt. With `launch.ranks=N` each stage runs on N processes; under torchrun on those it
-started. With `-m` in front, a setting with several values becomes several runs (`stages/setup/sweep.py`).
+`stages/pipeline.py` runs the chosen stages in order, skips finished ones and prints the results. With `launch.ranks=N`
+each stage runs on N processes, under torchrun on the ones it started. With `-m` in front, a setting with several values
+becomes several runs (`stages/setup/sweep.py`).
 
     python run_pipeline.py                       the whole pipeline on the embedded model and data
     python run_pipeline.py stage=sft             one stage
@@ -50,9 +50,9 @@ def main() -> None:
 
 
 def start_or_work(words: list[str]) -> None:
-    """Start a run or several, be one of the ranks that a run has started, or leave to hydra what is a question to it.
+    """Start one run or several, run as a started rank, or hand questions such as `--help` to hydra.
 
-    Torch and what is built on it are imported by those who need them: they take longer than `--help` or a refusal may.
+    Torch and the modules that need it are imported later: `--help` and refusals must not wait for them.
     """
     if words[:1] == ["--worker"]:
         from stages.pipeline import work
@@ -75,12 +75,12 @@ def start_or_work(words: list[str]) -> None:
 
 @hydra.main(version_base=None, config_path=CONF_DIR, config_name="config")
 def compose_and_start(config: DictConfig) -> None:
-    """Compose once, and run."""
+    """Compose the configuration once, and run it."""
     with one_sentence():
         run = to_run(config)
     from stages.pipeline import run_here
 
-    run_here(run, words=overridden_keys(HydraConfig.get().overrides.task), script=_SCRIPT)
+    run_here(run, overridden=overridden_keys(HydraConfig.get().overrides.task), script=_SCRIPT)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""A composed run, from its checks to its last table: here, on ranks that we start, or on those that torchrun started.
+"""Runs a composed configuration: checks it, then runs the stages here, on ranks that we start, or under torchrun.
 
-Finished stages are skipped. Left out: the command line (`command_line.py`), and several runs (`sweep.py`).
+Finished stages are skipped. See also: `stages/setup/command_line.py`, and `stages/setup/sweep.py` for several runs.
 """
 
 from __future__ import annotations
@@ -35,56 +35,57 @@ STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "eval": run_eval
 WORKER = "--worker"
 
 
-def run_here(run: RunConfig, *, words: set[str], script: Path) -> None:
-    """Check everything, and run what is selected.
+def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
+    """Check everything, then run the selected stages.
 
     Args:
-        run: what is to be done.
-        words: dotted names of the settings that the command line gives.
-        script: what the ranks that we start are to run, with `WORKER`.
+        run: the composed configuration.
+        overridden: dotted names of the settings given on the command line.
+        script: the program that the ranks we start run, with `WORKER`.
     """
     with one_sentence():
         world = start_rank(run) if launch.under_torchrun() else World.alone()
         setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
         ranks = world.size if launch.under_torchrun() else run.launch.ranks
         if world.is_main:
-            run = with_deepspeed(run, ranks=ranks, overridden=words)
-        run = from_yaml(broadcast_object(to_yaml(run)))  # that of the first rank
+            run = with_deepspeed(run, ranks=ranks, overridden=overridden)
+        run = from_yaml(broadcast_object(to_yaml(run)))  # every rank uses the first one's
         if run.plan:
             show_plan(run, world, ranks=ranks)
             return
         if run.chat is not None:
             check_chat(run, ranks=world.size)
     with one_sentence(RunError, folder=run.output_dir):
-        if run.stages or run.uses != ["chat"]:  # a chat alone writes nothing, and may be about a run that is going on
-            make(run, world=world, ranks=ranks, script=script)
+        # Chat alone writes nothing and takes no lock, so it works while a run is going on in the folder.
+        if run.stages or run.uses != ["chat"]:
+            run_unfinished(run, world=world, ranks=ranks, script=script)
     if run.chat is not None:
         with one_sentence(folder=run.output_dir):
             run_chat(run)
 
 
 def work(path: Path, stages: list[str]) -> None:
-    """Be one of the ranks that a run has started."""
+    """Run as one of the ranks that another process has started."""
     run = load_run(path)
-    with contextlib.suppress(Stopped):  # whoever started us sees what is not finished
+    with contextlib.suppress(Stopped):  # the process that started us sees which stages are unfinished
         run_stages(run, stages, world=start_rank(run))
 
 
-def make(run: RunConfig, *, world: World, ranks: int, script: Path) -> None:
-    """Run the stages that are left, alone in the output folder, and show what is in it."""
+def run_unfinished(run: RunConfig, *, world: World, ranks: int, script: Path) -> None:
+    """Run the unfinished stages with the output folder locked, and show the results."""
     with one_sentence():
         lock = lock_folder(run) if world.is_main else None
         check_shared(run)
-        todo = broadcast_object(checked(run, ranks) if world.is_main else [])
+        todo = broadcast_object(stages_to_run(run, ranks) if world.is_main else [])
     if todo:
-        carry_out(run, todo, world=world, ranks=ranks, script=script)
+        run_on_ranks(run, todo, world=world, ranks=ranks, script=script)
     if lock is not None:
         show_results(run)
         lock.close()
 
 
-def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int, script: Path) -> None:
-    """Run the stages, here or on ranks that we start; an interruption ends the program with where the run stands."""
+def run_on_ranks(run: RunConfig, todo: list[str], *, world: World, ranks: int, script: Path) -> None:
+    """Run the stages in this process or on ranks that we start; an interruption ends with how to resume."""
     path = save_run(run) if world.is_main else None
     try:
         if ranks == world.size:
@@ -94,13 +95,13 @@ def carry_out(run: RunConfig, todo: list[str], *, world: World, ranks: int, scri
         if problem:
             sys.exit(f"{problem}; {where_it_stands(run)}")
         if not all(is_finished(run, stage) for stage in todo if stage in run.stages):
-            raise KeyboardInterrupt  # that reached the ranks alone
+            raise KeyboardInterrupt  # the signal has reached the ranks alone
     except KeyboardInterrupt:
         sys.exit(f"interrupted: {where_it_stands(run)}" if world.is_main else 1)
 
 
-def checked(run: RunConfig, ranks: int) -> list[str]:
-    """What is left to do, after everything that can be wrong with it has been looked for."""
+def stages_to_run(run: RunConfig, ranks: int) -> list[str]:
+    """The stages that are left to do, once all checks have passed."""
     todo = preflight(run, ranks=ranks)
     if todo:
         check_memory(run, todo, ranks=ranks)
@@ -108,14 +109,14 @@ def checked(run: RunConfig, ranks: int) -> list[str]:
 
 
 def start_rank(run: RunConfig) -> World:
-    """Join the other ranks and share the cores with them."""
+    """Join the process group and take this rank's share of the cores."""
     world = start(run.engine.device, launch=run.launch)
     launch.use_threads(run.launch.threads, ranks=launch.local_ranks(world.size))
     return world
 
 
 def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
-    """Run the named stages in order."""
+    """Run the named stages in order, on every rank."""
     setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
     try:
         with one_sentence(RunError, folder=run.output_dir):
@@ -124,14 +125,14 @@ def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
             for stage in stages:
                 check_made(run, stage, made=stages, world=world)
                 run_stage(run, stage, world=world)
-    except Stopped:  # on all ranks alike: they can still say good-bye
+    except Stopped:  # raised on all ranks alike, so the process group can still be closed
         stop()
         raise
     stop()
 
 
 def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
-    """Run one stage, and report on it, also where it could not go on."""
+    """Run one stage, and write its report even if it failed."""
     try:
         STAGES[stage](run, world)
     except Exception:
@@ -141,6 +142,6 @@ def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
 
 
 def report_stage(run: RunConfig, stage: str, *, world: World) -> None:
-    """Write the report of one stage, on the main rank."""
+    """Write the report of one stage, on the first rank."""
     if world.is_main:
         write_report(run, Path(run.folder(stage)))

@@ -1,4 +1,4 @@
-"""PPO: the actor learns to please the reward model without leaving the reference.
+"""PPO: the actor learns to score high with the reward model while staying close to the reference.
 
 One iteration: collect a rollout, turn scores and KL into token rewards, rewards into advantages, and improve actor and
 critic for a few epochs of minibatches. Left out: asynchronous rollouts, tools, several turns.
@@ -38,11 +38,11 @@ from stages.lifecycle.stage_models import known_quality, open_model, score_scale
 from stages.lifecycle.stage_record import StageRecord
 
 _EVALUATION_SEED = 7_919
-"""Held-out prompts are answered with the same random numbers before and after."""
+"""Seed for answering held-out prompts: the same random numbers at every evaluation."""
 
 
 def run_ppo(run: RunConfig, world: World) -> StageRecord:
-    """Train `ppo/actor` and `ppo/critic` and leave their record."""
+    """Train `ppo/actor` and `ppo/critic`."""
     config = run.ppo
     assert config is not None
     tokenizer = stage_tokenizer(run, config.actor)
@@ -62,12 +62,13 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
         state = TrainingState(learners(models), {"kl": kl, "loader": loader}, splits.fingerprint)
         session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known_quality(config.reward))
         for step, batch in session.steps(loader):
-            rollout = without_bad_rows(collector.collect(batch, seed=config.seed))
+            rollout = without_bad_rows(collector.collect(batch, seed=config.seed))  # B sequences, on every rank alike
+            # Rewards, advantages and returns are [B, R]; masked positions hold 0.
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
             advantages, returns = advantages_of(rollout, rewards, config=config)
-            learnt = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
+            ppo_batch = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
             with session.timer("train"):
-                metrics = update_policy(models, learnt, config=config, iteration=step, kl_coef=kl.value)
+                metrics = update_policy(models, ppo_batch, config=config, iteration=step, kl_coef=kl.value)
             metrics |= rollout_metrics(rollout, kl_coef=kl.value, kl_kind=config.kl.kind)
             metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}
             metrics |= {"objective/clamped": collector.clamped_share(rollout.raw_scores)}
@@ -77,15 +78,15 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
                 kl.update(metrics["objective/kl"], len(rollout))
             evaluates = session.evaluates_at(step, config.eval_every)
             evaluation = evaluator.evaluate(collector, step=step) if evaluates else {}
-            tokens = float(rollout.attention_mask.sum())
+            tokens = float(rollout.attention_mask.sum())  # of all ranks; waits for the device
             session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
         session.export()
-        units = (models.value_shift, 1.0)  # of what the critic says
+        units = (models.value_shift, 1.0)  # mean and deviation of the critic's outputs
         return session.finish(score_units=None if models.critic is None else lambda _: units)
 
 
 def learners(models: Models) -> dict[str, Engine]:
-    """The models that are trained."""
+    """The models that are trained, by name."""
     return {"actor": models.actor} | ({} if models.critic is None else {"critic": models.critic})
 
 
@@ -127,7 +128,7 @@ def critic_units(config: PPOConfig, scale: ScoreScale) -> ScoreScale:
 
 
 def shared_scale(config: PPOConfig) -> LossScale | None:
-    """In fp16, one loss scale for actor and critic, so that they skip the same steps."""
+    """In fp16, one loss scale for actor and critic, so that both skip the same steps."""
     both = {config.engine.precision, config.critic_engine.precision}
     return LossScale.of(config.engine) if both == {Precision.fp16} else None
 
@@ -149,7 +150,7 @@ def prompt_loader(session: Session, samples: Sequence[Prompt]) -> PromptLoader:
 
 
 def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Collector:
-    """A collector that speaks the session's tokenizer."""
+    """Collects rollouts with the session's tokenizer and timer."""
     config = session.run.ppo
     assert config is not None
     return Collector(
@@ -164,7 +165,7 @@ def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Col
 
 
 def kl_controller(config: KLConfig) -> KLController:
-    """Fixed, or adaptive where there is a target."""
+    """A fixed coefficient, or an adaptive one if `ppo.kl.target` is set."""
     if config.target > 0:
         return AdaptiveKL(config.coef, target=config.target, horizon=config.horizon)
     return FixedKL(config.coef)
@@ -172,13 +173,13 @@ def kl_controller(config: KLConfig) -> KLController:
 
 @dataclass(frozen=True)
 class HeldOutEvaluator:
-    """Puts the same held-out prompts to the actor, with the same random numbers, and keeps what it says."""
+    """Has the actor answer the same held-out prompts at every evaluation, with the same random numbers."""
 
     session: Session
     prompts: PromptBatch | None
-    """This rank's share; None evaluates nothing."""
+    """This rank's share of the prompts; None evaluates nothing."""
     count: int
-    """Prompts over all ranks; the last ranks repeat some to have equally many."""
+    """Number of prompts over all ranks; the last ranks repeat some so that all have equally many."""
     gold: dict[str, GoldMetric]
 
     @classmethod
@@ -194,12 +195,13 @@ class HeldOutEvaluator:
         return cls(session, batch, count=count, gold=gold)
 
     def evaluate(self, collector: Collector, *, step: int) -> dict[str, float]:
-        """Answer, record the samples, and return the means."""
+        """Answer the prompts, log the samples, and return mean metrics."""
         if self.prompts is None:
             return {}
         with self.session.timer("evaluate"):
-            apart = replace(collector, timer=Stopwatch(self.session.world.device))  # not the iteration's phases
-            rollout = apart.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
+            # A timer of its own keeps these phases out of the iteration's timing.
+            collector = replace(collector, timer=Stopwatch(self.session.world.device))
+            rollout = collector.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
             rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
         self.session.tracker.samples(step, rows)
         clamped = collector.clamped_share(rollout.raw_scores[: self.count])

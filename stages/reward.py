@@ -1,4 +1,4 @@
-"""Reward modelling: a trunk with a scalar head learns which of two responses people prefer.
+"""Reward modelling: a scalar head on a decoder learns which of two responses people prefer.
 
 Left out: several objectives, ordinal ratings. Run: `python run_pipeline.py stage=reward`.
 """
@@ -22,7 +22,7 @@ from stages.supervised import held_out_batches, supervise, train_loader
 
 
 def run_reward(run: RunConfig, world: World) -> StageRecord:
-    """Train `reward/model` and leave its record, with the held-out mean and deviation that PPO normalises by."""
+    """Train `reward/model`; its record holds the held-out mean and deviation by which PPO normalises scores."""
     config = run.reward
     assert config is not None
     (role,) = roles_of(run, "reward")

@@ -1,4 +1,4 @@
-"""SFT: a pretrained model learns to answer as the demonstrations do.
+"""Supervised fine-tuning: a pretrained model learns to respond like the demonstrations.
 
 Left out: packing of several demonstrations into one sequence (batches are sorted by length instead).
 Run: `python run_pipeline.py stage=sft`.
@@ -23,7 +23,7 @@ from stages.supervised import held_out_batches, supervise, train_loader
 
 
 def run_sft(run: RunConfig, world: World) -> StageRecord:
-    """Train `sft/model` and leave its record."""
+    """Train `sft/model`."""
     config = run.sft
     assert config is not None
     (role,) = roles_of(run, "sft")

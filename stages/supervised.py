@@ -1,7 +1,4 @@
-"""The loop that SFT and reward modelling share: batches in, one optimizer step each, evaluation in between.
-
-Losses are divided by counts over the whole step, so micro-batches and ranks change nothing but memory and time.
-"""
+"""The training loop that SFT and reward modelling share: one optimizer step per batch, with evaluations in between."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ def train_loader(
 def held_out_batches(
     samples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], *, config: SupervisedConfig, world: World
 ) -> list[EvalBatch[Batch]]:
-    """This rank's part of the held-out rows."""
+    """This rank's share of the held-out rows."""
     rows = samples[: config.eval_rows] if config.eval_rows else samples
     size = config.micro_batch_size
     return evaluation_batches(rows, collate, micro_batch_size=size, rank=world.rank, ranks=world.size)
@@ -52,16 +49,16 @@ def supervise(
     eval_every: int,
     data: str,
 ) -> None:
-    """Take one optimizer step for every item of `loader` that is left.
+    """Take one optimizer step for each remaining item of `loader`.
 
     Args:
         session: the stage.
-        engine: the model that learns.
+        engine: the model to train.
         loader: this rank's micro-batches.
-        objective: what is learnt.
-        evaluate: held-out metrics; all ranks together.
+        objective: the loss and its metrics.
+        evaluate: computes held-out metrics; a collective.
         eval_every: steps between evaluations.
-        data: fingerprint of the rows.
+        data: fingerprint of the training rows.
     """
     session.begin(TrainingState({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
     for step, micro_batches in session.steps(loader):

@@ -1,4 +1,4 @@
-"""The PPO update: advantages of a rollout, and epochs of minibatches that improve actor and critic.
+"""The PPO update: advantages of a rollout, then epochs of minibatches that update actor and critic.
 
 Every rank holds the whole rollout and trains its share of each minibatch; losses are divided by the counted tokens of
 the whole minibatch, so micro-batches and ranks change nothing but memory and time.
@@ -25,7 +25,7 @@ from rlhf.training.supervised_step import summed
 from rlhf.types import PPOBatch, Rollout
 
 KL_IN_LOSS = (AdvantageKind.grpo, AdvantageKind.dr_grpo)
-"""Advantages that leave the KL penalty out of the reward."""
+"""Advantage kinds whose KL penalty is in the loss instead of in the reward."""
 
 
 def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Advantages:
@@ -34,7 +34,7 @@ def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Ad
     A group's advantage is the same for each token of a response and is never whitened, which would weigh responses by
     their lengths. rloo compares score and KL penalty together, as its paper does. grpo and dr_grpo compare scores
     alone: their KL is in the loss (see `policy_gradient`), for a group of equal scores must not learn from KL noise.
-    A group that has lost responses is compared without them.
+    Responses that were left out of the rollout are left out of their group.
     """
     mask = rollout.response_mask
     if config.advantage is AdvantageKind.gae:
@@ -49,9 +49,9 @@ def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Ad
 
 
 def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PPOBatch]:
-    """One epoch over the rollout in random order, which depends on the seed alone.
+    """One epoch over the rollout in a random order that depends on the seed alone.
 
-    All have `minibatch_size` rows, or where the rollout has lost some, nearly equally many.
+    Each has `minibatch_size` rows; after rows were left out of the rollout, sizes differ by at most one.
     """
     order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
     for rows in order.tensor_split(-(-len(order) // config.minibatch_size)):
@@ -59,13 +59,13 @@ def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PP
 
 
 def share_of(minibatch: PPOBatch, config: PPOConfig, *, world: World) -> list[PPOBatch]:
-    """This rank's micro-batches, of similar lengths and without useless columns; equally many on every rank."""
+    """This rank's micro-batches, by length and trimmed; equally many on every rank: collectives must match."""
     own = minibatch.pieces(config.micro_batch_size, ranks=world.size)[world.rank :: world.size]
     return [minibatch.rows(piece).trimmed() if len(piece) else _filler(minibatch) for piece in own]
 
 
 def _filler(minibatch: PPOBatch) -> PPOBatch:
-    """A row that counts nothing, for a rank that has nothing else: the others need its forward and backward."""
+    """A row with an empty mask, for a rank without rows: the other ranks' collectives need its forward and backward."""
     row = minibatch.rows(torch.zeros(1, dtype=torch.int64))
     return replace(row, response_mask=torch.zeros_like(row.response_mask)).trimmed()
 
@@ -73,24 +73,24 @@ def _filler(minibatch: PPOBatch) -> PPOBatch:
 def update_policy(
     models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: int, kl_coef: float = 0.0
 ) -> dict[str, float]:
-    """Epochs of minibatches over one rollout; diagnostics are means over all updates.
+    """Train on one rollout for several epochs of minibatches; returns metrics, mostly means over all updates.
 
     Args:
-        models: actor and critic learn.
+        models: actor and critic are trained.
         batch: the rollout of all ranks.
         config: sizes, clips and coefficients.
         iteration: number of the iteration, from 1: seeds the order of minibatches, and ends the critic's warm-up.
-        kl_coef: weight of the KL in the loss, for the advantages that have it there.
+        kl_coef: weight of the KL in the loss, for the advantage kinds in `KL_IN_LOSS`.
     """
     actor = models.actor if iteration > config.critic_warmup else None
     learning = {name: engine for name, engine in (("actor", actor), ("critic", models.critic)) if engine is not None}
     history: list[dict[str, float]] = []
     epochs = 0
-    while epochs < config.epochs and not _has_gone_far(history, config.target_kl):
+    while epochs < config.epochs and not _exceeds_target_kl(history, config.target_kl):
         epochs += 1
         for minibatch in minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epochs):
             history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef))
-    for engine in learning.values():  # epochs that target_kl has spared count for the schedules all the same
+    for engine in learning.values():  # updates that target_kl skipped still count for the learning-rate schedule
         engine.advance(config.updates_per_iteration - len(history))
     return _over_updates(history) | ({} if actor is None else {"actor/epochs": float(epochs)})
 
@@ -98,9 +98,9 @@ def update_policy(
 def update(
     models: Models, learning: dict[str, Engine], *, minibatch: PPOBatch, config: PPOConfig, kl_coef: float
 ) -> dict[str, float]:
-    """One optimizer step of each model in `learning`, the critic after the actor has freed its gradients.
+    """One optimizer step of each model in `learning`; the critic's backward follows the actor's step.
 
-    Where both share a loss scale (fp16), they step together, so that neither learns from what the other has skipped.
+    If both share a loss scale (fp16), they step together: neither may train on a batch that the other has skipped.
     """
     micro_batches = share_of(minibatch, config, world=models.actor.world)
     denominator = minibatch.response_mask.sum().clamp(min=1)
@@ -117,7 +117,7 @@ def update(
     return measured
 
 
-def _has_gone_far(history: list[dict[str, float]], target_kl: float | None) -> bool:
+def _exceeds_target_kl(history: list[dict[str, float]], target_kl: float | None) -> bool:
     return bool(history) and target_kl is not None and history[-1].get("actor/approxkl_avg", 0.0) > target_kl
 
 
@@ -126,7 +126,7 @@ _COMBINED: dict[str, Callable[[list[float]], float]] = {
     **{f"{name}/{steps}": sum for name in ("actor", "critic") for steps in ("skipped_steps", "scale_search_steps")},
     **{f"{name}/loss_scale": min for name in ("actor", "critic")},
 }
-"""How updates are combined into one number, where not by their mean."""
+"""Metrics that are combined over the updates by something else than their mean."""
 
 
 def _over_updates(history: list[dict[str, float]]) -> dict[str, float]:
@@ -135,7 +135,7 @@ def _over_updates(history: list[dict[str, float]]) -> dict[str, float]:
 
 
 def take_steps(**engines: Engine) -> dict[str, float]:
-    """One optimizer step of each engine, by its name; those that share a loss scale step or skip together."""
+    """One optimizer step of each named engine; engines that share a loss scale step or skip together."""
     measured = {}
     for name, step in zip(engines, step_together(*engines.values()), strict=True):
         measured |= step.metrics(name)
@@ -145,7 +145,7 @@ def take_steps(**engines: Engine) -> dict[str, float]:
 def policy_gradient(
     actor: Engine, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor, kl_coef: float = 0.0
 ) -> dict[str, float]:
-    """Backward of the policy's loss; `denominator` counts the response tokens of the whole minibatch.
+    """Backward pass of the policy loss; `denominator` is the number of response tokens in the whole minibatch.
 
     For grpo and dr_grpo the loss also has `kl_coef` times the k3 estimate of KL(actor || reference), whose gradient
     pulls towards the reference where that of k1 would be noise (Shao et al. 2024, eq. 4).
@@ -153,6 +153,7 @@ def policy_gradient(
     outcomes, largest = [], torch.zeros((), device=actor.world.device)
     high = config.clip_range if config.clip_range_high is None else config.clip_range_high
     for index, batch in enumerate(micro_batches, start=1):
+        # logprobs and entropy [B, R], B = micro-batch
         statistics = response_statistics(actor, batch, temperature=config.sampling.temperature)
         result = policy_loss(
             statistics.logprobs,
@@ -185,13 +186,14 @@ def policy_gradient(
                 **penalty,
             }
         )
+    # Collectives: sums and the maximum over ranks; float() waits for the device, once per minibatch.
     return summed(outcomes) | {"actor/ratio_max": float(max_over_ranks(largest))}
 
 
 def value_gradient(
     models: Models, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor
 ) -> dict[str, float]:
-    """Backward of the value function's loss; `denominator` as in `policy_gradient`."""
+    """Backward pass of the value loss; `denominator` as in `policy_gradient`."""
     critic, outcomes = models.critic, []
     assert critic is not None
     for index, batch in enumerate(micro_batches, start=1):

@@ -25,26 +25,26 @@ Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
 
 
 class Outcome(NamedTuple):
-    """What a micro-batch adds to its step; everything adds up over micro-batches and ranks."""
+    """Loss and metrics of a micro-batch; all of them add up over micro-batches and ranks."""
 
     loss: Tensor
     metrics: dict[str, Tensor]
 
 
 class Objective(Protocol, Generic[Batch]):
-    """What is learnt, and from how many of what."""
+    """A training objective: its loss, and the count that its loss is divided by."""
 
     def count(self, batch: Batch) -> Tensor:
-        """What the loss of a whole step is divided by: target tokens, or pairs."""
+        """This micro-batch's part of the step's denominator: target tokens, or pairs."""
         ...
 
     def outcome(self, engine: Engine, batch: Batch, *, denominator: Tensor) -> Outcome:
-        """Loss and diagnostics of a micro-batch, divided by the step's denominator."""
+        """Loss and metrics of a micro-batch, divided by the step's denominator."""
         ...
 
 
 class NextToken:
-    """Learn the target tokens of demonstrations."""
+    """Next-token prediction on the target tokens of demonstrations."""
 
     def count(self, batch: SFTBatch) -> Tensor:
         """Target tokens of a micro-batch."""
@@ -82,7 +82,7 @@ class Pairwise:
 
 
 def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:
-    """One optimizer step from this rank's micro-batches; metrics are those of the step over all ranks."""
+    """One optimizer step from this rank's micro-batches; returns metrics over all ranks."""
     batches = [batch.to(engine.world.device) for batch in micro_batches]
     denominator = sum_over_ranks(torch.stack([objective.count(batch) for batch in batches]).sum())
     outcomes = []

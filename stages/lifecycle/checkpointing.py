@@ -1,12 +1,11 @@
-"""How a stage is saved while it runs, and how it goes on after it was killed.
+"""When a stage saves checkpoints, what they hold, and how it resumes from them.
 
-A checkpoint holds all that the rest of the stage depends on: what learns with its optimizer state and counters, the
-KL controller, the position in the data, every rank's random numbers, and the evaluations so far. Frozen models are not
-in it. The same command goes on from the newest checkpoint: on the same number of ranks with the same bits, on another
-number, ZeRO stage or tier with the same numbers up to rounding.
+A checkpoint holds everything the rest of the stage depends on: trained models with their optimizer state and counters,
+the KL controller, the position in the data, every rank's random number generators, and the evaluations so far. Frozen
+models are not saved. The same command resumes from the newest checkpoint: bit for bit on the same number of ranks, and
+up to rounding on another number of ranks, ZeRO stage or offload device.
 
-Checkpoints are there for runs that do not end: a stage that is finished removes them. Of the one with the best
-evaluation it leaves the models, where that was not the last.
+A finished stage removes its checkpoints, and has exported the models of its best evaluation before.
 """
 
 from __future__ import annotations
@@ -36,32 +35,32 @@ CHECKPOINTS = "checkpoints"
 
 
 class Stateful(Protocol):
-    """Something small that changes while a stage runs."""
+    """A small object whose state changes while a stage runs."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Its state as JSON."""
+        """Its state, as JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Restore what `state_dict` returned."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """What a checkpoint of a stage is made of."""
+    """Everything that a checkpoint of a stage holds."""
 
     engines: Mapping[str, Engine]
-    """The models that learn."""
+    """The models that are trained."""
     others: Mapping[str, Stateful]
-    """Everything else that changes."""
+    """Everything else that changes: loader, KL controller, tracker."""
     data: str
-    """Fingerprint of the rows that are learnt from."""
+    """Fingerprint of the training rows."""
 
     def tensors(self) -> list[Stored]:
-        """Everything that learns."""
+        """Parameters and optimizer states of all engines, by name."""
         return [stored.below(name) for name, engine in self.engines.items() for stored in engine.stored()]
 
     def state_dict(self) -> dict[str, Any]:
-        """The rest, as JSON."""
+        """Everything that is no tensor, as JSON values."""
         return {
             "data": self.data,
             "dtypes": {name: str(engine.dtype) for name, engine in self.engines.items()},
@@ -70,14 +69,14 @@ class TrainingState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state_dict()`."""
+        """Restore what `state_dict` returned."""
         for name, engine in self.engines.items():
             engine.load_counters(state["engines"][name])
         for name, part in self.others.items():
             part.load_state_dict(state["others"][name])
 
     def require_same(self, saved: Saved) -> None:
-        """Raises ValueError where the checkpoint was made from other data, or in another precision."""
+        """Raise ValueError if the checkpoint was made from other data or in another precision."""
         check_data(saved, self.data)
         found, expected = saved.state["dtypes"], self.state_dict()["dtypes"]
         if found != expected:
@@ -88,10 +87,10 @@ class TrainingState:
 
 
 def check_data(saved: Saved, fingerprint: str) -> None:
-    """The rows are those that the checkpoint was made from.
+    """Check that the checkpoint was made from these rows.
 
     Raises:
-        ValueError: they have changed.
+        ValueError: the data have changed.
     """
     if saved.state["data"] != fingerprint:
         raise ValueError(
@@ -102,19 +101,19 @@ def check_data(saved: Saved, fingerprint: str) -> None:
 
 @dataclass
 class Progress:
-    """How far a stage is, and what its evaluations said."""
+    """How far a stage has come, and its evaluations so far."""
 
     step: int = 0
     before: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before training."""
     after: dict[str, float] = field(default_factory=dict)
-    """Those of the last evaluation."""
+    """Held-out metrics of the last evaluation."""
     best_step: int = 0
     best: dict[str, float] = field(default_factory=dict)
-    """Those of the best evaluation, if there was one after a step."""
+    """Held-out metrics of the best evaluation after a step, empty if there was none."""
 
     def note(self, step: int, evaluation: dict[str, float], *, metric: BestMetric) -> bool:
-        """Take note of an evaluation after `step`, if there was one; True when it is the best of all."""
+        """Record an evaluation after `step` (empty: there was none); True if it is the best so far."""
         self.after = evaluation or self.after
         value = evaluation.get(metric.metric)
         if (
@@ -129,7 +128,7 @@ class Progress:
 
 @dataclass
 class CheckpointManager:
-    """Saves a stage at the right steps, and takes it back to where it was."""
+    """Saves a stage when a checkpoint is due, and restores it."""
 
     checkpoints: Checkpoints
     config: CheckpointConfig
@@ -139,7 +138,7 @@ class CheckpointManager:
     state: TrainingState
     progress: Progress = field(default_factory=Progress)
     saved_step: int = -1
-    """Of the newest checkpoint that is on the disk or on its way."""
+    """Step of the newest checkpoint on disk or being written."""
 
     @classmethod
     def of(
@@ -152,17 +151,17 @@ class CheckpointManager:
         state: TrainingState,
         tracker: Stateful,
     ) -> CheckpointManager:
-        """The manager of the stage in `folder`, which also has a checkpoint say how many rows `tracker` has written."""
+        """The manager for the stage in `folder`; its checkpoints also hold how many rows `tracker` has written."""
         world = next(iter(state.engines.values())).world
         checkpoints = Checkpoints(folder / CHECKPOINTS, world, keep=config.keep, asynchronous=config.asynchronous)
         counted = replace(state, others={**state.others, "tracker": tracker})
         return cls(checkpoints, config, metric, total_steps, world, counted)
 
     def resume(self) -> bool:
-        """Go on from the newest checkpoint; False when there is none. Refuses to start where none would fit.
+        """Restore the newest checkpoint; False if there is none. Also checks that the next ones will fit on the disk.
 
         Raises:
-            RunError: the checkpoint is damaged, belongs to another model, or there is no room for more.
+            RunError: the checkpoint is damaged or of another model, or the disk has too little space for more.
         """
         try:
             return self._resume()
@@ -182,24 +181,25 @@ class CheckpointManager:
         self.state.load_state_dict(saved.state)
         self.progress = Progress(**saved.state["progress"])
         self.saved_step = saved.step
-        log.info("going on after step %s of %s (%s)", saved.step, self.total_steps, saved.folder)
+        log.info("resuming after step %s of %s (%s)", saved.step, self.total_steps, saved.folder)
         return True
 
     def after_step(self, step: int, evaluation: dict[str, float], *, stop: bool) -> None:
-        """Save if it is time to; all ranks together.
+        """Save if a checkpoint is due; all ranks must call it after every step.
 
         Args:
             step: steps taken.
             evaluation: held-out metrics, empty where there was no evaluation.
-            stop: this rank was asked to stop.
+            stop: this rank has received a signal.
 
         Raises:
-            Stopped: some rank was, and all have saved themselves.
+            Stopped: some rank has, and a checkpoint was saved.
             RunError: a checkpoint could not be written.
         """
         self.progress.step = step
         is_best = self.progress.note(step, evaluation, metric=self.metric)
-        # In every step and on every rank, whether there is something to agree on or not.
+        # A collective in every step on every rank: signals, writers and evaluations differ between ranks, and all must
+        # save or stop together. .tolist() waits for the result.
         flags = torch.tensor([stop, self.checkpoints.is_busy, is_best], dtype=torch.int32)
         asked, busy, best = max_over_ranks(flags).tolist()
         if not busy:
@@ -212,10 +212,10 @@ class CheckpointManager:
             raise Stopped
 
     def return_to_best(self) -> bool:
-        """After the last step: give what learns the weights of the best evaluation, where that was an earlier one.
+        """After the last step: restore the models of the best evaluation, if it was an earlier one and was kept.
 
         Raises:
-            ValueError: its checkpoint is damaged.
+            ValueError: the checkpoint is damaged.
         """
         there = broadcast_object(steps_in(self.checkpoints.folder))
         step = self.progress.best_step
@@ -225,7 +225,7 @@ class CheckpointManager:
         return True
 
     def finish(self) -> None:
-        """The stage is finished: remove its checkpoints."""
+        """Remove the checkpoints of a finished stage."""
         self.checkpoints.remove()
 
     def _is_due(self, step: int) -> bool:
@@ -248,19 +248,19 @@ class CheckpointManager:
 
 
 def newest_in(folder: Path) -> Path | None:
-    """The newest complete checkpoint of the stage in `folder`, unread; for one rank alone."""
+    """Path of the newest complete checkpoint of the stage in `folder`, None if there is none; not a collective."""
     steps = steps_in(folder / CHECKPOINTS)
     return folder_of(folder / CHECKPOINTS, steps[-1]) if steps else None
 
 
-def forget(folder: Path) -> None:
-    """Remove the checkpoints of a finished stage in `folder`, which are there where it was killed at the very end."""
+def remove_checkpoints(folder: Path) -> None:
+    """Remove checkpoints that a finished stage left in `folder` because it was killed at the very end."""
     if (folder / CHECKPOINTS).exists():
         shutil.rmtree(folder / CHECKPOINTS)
 
 
 def check_resume(folder: Path, *, data: str) -> None:
-    """Before anything is loaded: the newest checkpoint of the stage in `folder` was made from the rows of today.
+    """Check before anything is loaded that the newest checkpoint in `folder` was made from these rows.
 
     Raises:
         ValueError: it was not, or it is damaged.

@@ -1,4 +1,4 @@
-"""What every stage has: a folder, a tokenizer, a tracker, a clock, and one way to start, step and finish."""
+"""A training stage while it runs: folder, tokenizer, tracker, timer and checkpoints, and how it begins and ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 Batch = TypeVar("Batch")
 
 BEST = "best"
-"""Folder of the models that had the best evaluation."""
+"""Subfolder for the models of the best evaluation."""
 
 
 @dataclass
@@ -49,30 +49,30 @@ class Session:
     timer: Stopwatch
     stop: GracefulStop
     step_started: float = field(default_factory=time.perf_counter)
-    """When the last step was finished."""
+    """Clock time at the end of the last step."""
     _checkpoints: CheckpointManager | None = None
     _merged: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    """For each folder of models that was written: how adapters were merged, by model."""
+    """By folder that was exported to, and by model: how its adapters were merged."""
 
     @property
     def title(self) -> str:
-        """What the stage is called in folders, tables and hints."""
+        """Name of the stage in folders, tables and hints."""
         return self.run.title(self.stage)
 
     @property
     def pad_id(self) -> int:
-        """What padding holds."""
+        """Token id that fills padding."""
         return int(self.tokenizer.pad_token_id)
 
     @property
     def checkpoints(self) -> CheckpointManager:
-        """The manager of the stage's checkpoints."""
+        """The stage's checkpoints."""
         assert self._checkpoints is not None, "a stage begins before it takes steps"
         return self._checkpoints
 
     @property
     def progress(self) -> Progress:
-        """How far the stage is."""
+        """How far the stage has come."""
         return self.checkpoints.progress
 
     def begin(
@@ -82,7 +82,7 @@ class Session:
         evaluate: Callable[[], dict[str, float]],
         known: Mapping[str, float] | None = None,
     ) -> None:
-        """Go on from the newest checkpoint, or evaluate for the first time and log that, and what is `known`."""
+        """Resume from the newest checkpoint; if there is none, evaluate, and log that with the metrics in `known`."""
         total_steps, config = self.tracker.total_steps, self.run.training_config(self.stage)
         self._checkpoints = CheckpointManager.of(
             self.folder,
@@ -103,22 +103,22 @@ class Session:
             self.stop.listen()
 
     def steps(self, loader: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
-        """The batches that are left, each with the number of its step, counted from 1."""
+        """Yield the remaining batches with their step number, counted from 1."""
         return enumerate(loader, start=self.progress.step + 1)
 
     def finish_step(
         self, step: int, metrics: dict[str, float], *, evaluation: dict[str, float], num_tokens: float
     ) -> None:
-        """Log what a step did, and save the stage if it is time to.
+        """Log a step, and save a checkpoint if one is due.
 
         Args:
             step: steps taken.
-            metrics: what the step did.
+            metrics: training metrics of the step.
             evaluation: held-out metrics, empty where there was no evaluation.
-            num_tokens: of the step, over all ranks.
+            num_tokens: tokens in the step, over all ranks.
 
         Raises:
-            Stopped: the run was interrupted; it has saved itself.
+            Stopped: the run was interrupted, and a checkpoint has been saved.
         """
         self._log(step, metrics | evaluation, num_tokens=num_tokens)
         with self.timer("save"):
@@ -126,11 +126,12 @@ class Session:
         if step == self.tracker.total_steps:
             self.stop.release()
             late = torch.tensor(int(self.stop.asked), device=self.world.device)
-            if dist.max_over_ranks(late).item():  # after the ranks had agreed to go on
+            # A signal after the ranks agreed to go on: all of them stop here. Collective; .item() waits for the device.
+            if dist.max_over_ranks(late).item():
                 raise KeyboardInterrupt
 
     def _log(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:
-        """Where the time of the step went, too, and how many of `num_tokens` it did in a second."""
+        """Log a step with its timing, memory and throughput."""
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
         timing = self.timer.take() | {"timing_s/step": seconds}
@@ -140,24 +141,24 @@ class Session:
         self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
 
     def evaluates_at(self, step: int, every: int) -> bool:
-        """True after every `every` steps (0: never in between) and after the last one."""
+        """True after every `every` steps (0: only at the end) and after the last step."""
         return step == self.tracker.total_steps or (every > 0 and step % every == 0)
 
     def export(self) -> None:
-        """Write the models, loadable without this project; all ranks must call it.
+        """Export the trained models as plain transformers folders; all ranks must call it.
 
-        Those of the best evaluation go to `best/`, where it was not the last; the engines then hold them.
+        If the best evaluation was an earlier one, its models go to `best/`, and the engines hold those afterwards.
         """
         self._export_to(self.folder)
         if self.checkpoints.return_to_best():
             self._export_to(self.folder / BEST)
 
     def finish(self, *, score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None) -> StageRecord:
-        """Leave a record beside each model and, last of all, in the stage's folder: the stage is finished.
+        """Write `stage.json` beside each model and, last of all, into the stage's folder, which marks it as finished.
 
         Args:
-            score_units: mean and standard deviation of what the model with a scalar head says, if there is one, from
-                its held-out metrics.
+            score_units: from held-out metrics to the mean and standard deviation of the scalar head's outputs; None
+                without a scalar head.
         """
         record = self._record(self.progress.after, score_units)
         broken = [name for name, value in record.after.items() if not math.isfinite(value)]
@@ -180,7 +181,7 @@ class Session:
         for name, engine in self.checkpoints.state.engines.items():
             if engine.loss_scale.is_searching and not engine.steps_taken:
                 log.warning(
-                    "%s: %s has learnt nothing: every step was skipped to find fp16's loss scale. Lower "
+                    "%s: %s has learnt nothing: every step was skipped while searching for fp16's loss scale. Lower "
                     "engine.initial_scale_power, or train for more steps.",
                     self.stage,
                     name,
@@ -194,17 +195,17 @@ class Session:
         self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
 
     def _write_records(self, record: StageRecord, best: StageRecord) -> None:
-        """Beside each model, with what is said of that one, and last of all in the stage's folder; all ranks must call.
+        """Write the record beside each model, then into the stage's folder; all ranks must call it.
 
-        Checksums of large models take minutes, so the others wait for each of them by itself.
+        Checksums of large models take minutes, so the other ranks wait for each one separately and do not time out.
         """
         sealed = [self.folder / CONFIG]
         for folder, merges in self._merged.items():
             for name in self.checkpoints.state.engines:
                 own = {model: merge for model, merge in merges.items() if model == name}
-                said = replace(record if folder == self.folder else best, merged=own)
+                own_record = replace(record if folder == self.folder else best, merged=own)
                 if self.world.is_main:
-                    write_record(said, folder / name, files=model_files(folder / name))
+                    write_record(own_record, folder / name, files=model_files(folder / name))
                 dist.barrier()
                 sealed.append(folder / name / RECORD)
         if self.world.is_main:
@@ -213,7 +214,7 @@ class Session:
     def _record(
         self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None
     ) -> StageRecord:
-        """The record of this stage, with held-out metrics from before training and `after` it."""
+        """The record of this stage, with held-out metrics from before and `after` training."""
         mean, deviation = score_units(after) if score_units else (None, None)
         return StageRecord(
             stage=self.title,
@@ -226,7 +227,7 @@ class Session:
         )
 
     def close(self) -> None:
-        """Signals do what they did before, and nothing is written any more."""
+        """Restore the signal handlers and cancel an unfinished checkpoint write."""
         self.stop.release()
         if self._checkpoints is not None:
             self._checkpoints.checkpoints.close()
@@ -241,13 +242,13 @@ def stage_tokenizer(run: RunConfig, path: str) -> Tokenizer:
 def open_session(
     run: RunConfig, stage: str, *, world: World, tokenizer: Tokenizer, total_steps: int
 ) -> Iterator[Session]:
-    """Claim the stage's folder and open its tracker; both are closed whatever happens.
+    """Claim the stage's folder and open its tracker; the tracker is closed whatever happens.
 
     Args:
         run: the whole configuration.
         stage: `sft`, `reward` or `ppo`.
         world: this process among its peers.
-        tokenizer: what the stage reads and writes with.
+        tokenizer: the tokenizer of all models of the stage.
         total_steps: optimizer steps (PPO: iterations) of the stage.
     """
     folder = Path(run.folder(stage))
@@ -263,7 +264,7 @@ def open_session(
         total_steps=total_steps,
         world=world,
     ) as tracker:
-        stop = GracefulStop(speaks=world.is_main)
+        stop = GracefulStop(prints=world.is_main)
         session = Session(run, stage, world, folder, tokenizer, tracker, Stopwatch(world.device), stop)
         try:
             yield session

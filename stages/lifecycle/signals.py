@@ -1,6 +1,6 @@
-"""How a run is interrupted: the first SIGTERM or SIGINT ends it after the step, the second at once.
+"""Graceful interruption: the first SIGTERM or SIGINT stops the run after the current step, the second one at once.
 
-Left out: what is saved then (`checkpointing.py`), and how signals reach several ranks (`launch.py`).
+See also: `checkpointing.py`, which saves the run then, and `launch.py`, which passes signals on to the ranks.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stopped(KeyboardInterrupt):
-    """The run was interrupted and has saved itself; on all ranks alike."""
+    """The run was interrupted and has saved a checkpoint; raised on all ranks alike."""
 
 
 class GracefulStop:
-    """While listened to, a signal asks for a stop instead of causing one."""
+    """Between `listen` and `release`, a signal asks for a stop instead of ending the process."""
 
-    def __init__(self, *, speaks: bool) -> None:
-        """With `speaks`, say on stderr that a signal has arrived."""
+    def __init__(self, *, prints: bool) -> None:
+        """Args: `prints`: acknowledge a signal on stderr."""
         self.asked = False
-        self._speaks = speaks
+        self._prints = prints
         self._earlier: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """From now on."""
+        """Install the handlers."""
         if threading.current_thread() is threading.main_thread():  # python allows no other to handle signals
-            self._earlier = {number: signal.signal(number, self._hear) for number in _SIGNALS}
+            self._earlier = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
 
     def release(self) -> None:
-        """Signals do what they did before."""
+        """Restore the earlier handlers."""
         for number, handler in self._earlier.items():
             signal.signal(number, handler)
         self._earlier = {}
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
         self.asked = True
-        if self._speaks:
+        if self._prints:
             os.write(2, _NOTICE)

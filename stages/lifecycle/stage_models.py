@@ -1,6 +1,6 @@
-"""Model folders between stages: what was learnt is in them, and it is said where opening one rounds it away.
+"""Opening and exporting the models of a stage, with a warning where a type would round away what was learnt.
 
-Left out: the format (`rlhf/models/export.py`), and when a stage writes (`stages/lifecycle/session.py`).
+See also: `rlhf/models/export.py` for the format of a model folder.
 """
 
 from __future__ import annotations
@@ -40,19 +40,19 @@ class Merge:
     """How the adapters of a model were merged into the weights of its folder."""
 
     summed_in: str
-    """Type of the sum of weight and adapter."""
+    """Type in which weight and adapter were added."""
     stored_in: str
-    """Type that the sum was rounded to, which is that of the files."""
+    """Type of the files, to which the sum was rounded."""
     kept: float
-    """Share of the adapters' change that is in the files."""
+    """Share of the adapters' change that the files keep."""
     working_type: str
-    """Type of the weights that were trained on."""
+    """Type of the working weights in training."""
     kept_in_working_type: float
-    """Share that would be left in that type."""
+    """Share of the change that this type would keep."""
 
 
 def export_model(engine: Engine, folder: Path, *, tokenizer: Tokenizer) -> dict[str, Any] | None:
-    """Write the model of `engine` to `folder`, loadable without this project; all ranks must call it.
+    """Export the model of `engine` to `folder` for plain transformers; all ranks must call it.
 
     Merged adapters are stored in the type of the working weights, or in fp32 where that would lose more than 1 % of
     what they change.
@@ -79,8 +79,8 @@ def open_engine(spec: ModelSpec, **settings: Any) -> Engine:
     """`build_engine`, with a warning where its working weights lose what an earlier stage learnt.
 
     Args:
-        spec: of a model in a folder.
-        settings: those of `build_engine`.
+        spec: a model from a folder.
+        settings: arguments of `build_engine`.
     """
     engine = build_engine(spec, **settings)
     folder = Path(spec.module.config.name_or_path)
@@ -157,7 +157,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def score_scale(config: PPOConfig) -> ScoreScale:
-    """The held-out mean and deviation that the reward stage stored, or 0 and 1 where scores are not normalised.
+    """Mean and standard deviation by which scores are normalised, as the reward stage stored them; else 0 and 1.
 
     Raises:
         ValueError: scores are to be normalised and their scale is unknown, or 0.
@@ -179,7 +179,7 @@ def score_scale(config: PPOConfig) -> ScoreScale:
 
 
 def stored_scale(path: str) -> ScoreScale | None:
-    """The scale in the record beside the model at `path`, None where there is none."""
+    """The scale in the `stage.json` of the model at `path`, None if there is none."""
     record = read_record(local_folder(path))
     if record is None or record.score_mean is None or record.score_std is None:
         return None
@@ -187,7 +187,7 @@ def stored_scale(path: str) -> ScoreScale | None:
 
 
 def known_quality(path: str) -> dict[str, float]:
-    """What the record beside the reward model at `path` says of its quality, by the names under which PPO logs it."""
+    """Held-out quality in the `stage.json` of the reward model at `path`, under the names that PPO logs."""
     record = read_record(local_folder(path))
     after = {} if record is None else record.after
     names = ("accuracy", "pairs", "score_std")

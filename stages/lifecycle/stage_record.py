@@ -1,7 +1,8 @@
-"""How stages meet: folders on disk, and the record `stage.json` that travels with a model.
+"""The folder of a stage: who may write into it, which settings it was made from, and `stage.json`.
 
-A stage is finished when its folder holds `stage.json`, written last. `config.json` says from which settings the folder
-was made; settings that change memory but not results may differ when the same run is started again.
+Stages meet through folders alone. A stage is finished when its folder holds `stage.json`, which is written last and
+seals the files with checksums. `config.json` holds the settings that the results depend on; settings that change only
+memory and speed may differ when the same run is started again.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ RECORD = "stage.json"
 CONFIG = "config.json"
 LOCK = ".lock"
 _CHECKSUM = "sha256"
-"""Of all else in a record."""
+"""Key of the checksum of the record itself."""
 _LONG = 4e9
-"""Bytes whose hashing is announced."""
+"""Files larger than this many bytes take a while to hash, so that is logged."""
 _FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size")
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
@@ -40,29 +41,29 @@ _FREE_IN_ENGINES = (
     *("reduce_bucket_size", "prefetch_bucket_size", "max_live_parameters", "persistence_threshold", "overlap_comm"),
     *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps"),
 )
-"""Memory, speed, and when to give up; not precision, moments, loss scale and delayed updates, which change results."""
+"""They change memory, speed and when a run gives up, but no results, unlike precision, moments or delayed updates."""
 
 
 @dataclass(frozen=True)
 class StageRecord:
-    """What a stage tells the next one, and the final table."""
+    """The content of `stage.json`: what the next stage and the final table need to know."""
 
     stage: str
     template: str
     """Fingerprint of tokenizer and chat template: models of one pipeline must agree on it."""
     pad_id: int
     score_mean: float | None = None
-    """Of a model with a scalar head: mean of what it says of held-out responses."""
+    """Mean output of a scalar head over held-out responses."""
     score_std: float | None = None
-    """The standard deviation of the same."""
+    """Standard deviation of the same outputs."""
     before: dict[str, float] = field(default_factory=dict)
     """Held-out metrics before training."""
     after: dict[str, float] = field(default_factory=dict)
-    """The same metrics after it."""
+    """Held-out metrics after training."""
     merged: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Of models with adapters, by name: the fields of `model_folders.Merge`; beside a model, only its own."""
+    """How adapters were merged, by model: the fields of `stage_models.Merge`. A model's own record has only its own."""
     files: Seal = field(default_factory=dict)
-    """Sizes and checksums of the files that belong to it, which `check_seal` compares."""
+    """Sizes and checksums of its files, which `check_seal` compares."""
 
 
 def write_record(record: StageRecord, folder: Path, *, files: Iterable[Path] = ()) -> None:
@@ -82,24 +83,24 @@ def read_record(folder: Path) -> StageRecord | None:
         return None
     mend = f"Bring it back from a copy, or remove {folder} to make it again."
     content = read_json(path, mend=mend)
-    checksum = content.pop(_CHECKSUM, None)
+    checksum = content.pop(_CHECKSUM, "")
     names = {entry.name for entry in fields(StageRecord)}
     if not {"stage", "template", "pad_id"} <= content.keys() <= names:
         raise ValueError(f"{path} is no record of a stage: found {sorted(content)}, expected {sorted(names)}. {mend}")
-    if checksum is not None and checksum != _digest_of(content):
+    if checksum != _digest_of(content):
         raise ValueError(f"{path} is damaged: its content is not what was written. {mend}")
     return StageRecord(**content)
 
 
 def check_seal(folder: Path, *, made_in: Path | None = None, is_needed: bool = True) -> None:
-    """The files in `folder` are those that its record was written with, and so are those of the records among them.
+    """Compare the files in `folder` with the checksums in its record, and so on for the models inside.
 
-    Every byte is read, about a gigabyte in a second on each core.
+    Every byte is read, about a gigabyte per second and core.
 
     Args:
-        folder: that of a model, or of a finished stage.
-        made_in: the folder of the stage, for a model whose record is one of its files.
-        is_needed: False only says which files are gone, as where somebody made room on the disk.
+        folder: the folder of a model or of a finished stage.
+        made_in: the folder of the stage, for a model inside it.
+        is_needed: False only warns of files that are gone, for example because somebody freed disk space.
 
     Raises:
         ValueError: which file is missing or damaged, and what to do.
@@ -107,17 +108,15 @@ def check_seal(folder: Path, *, made_in: Path | None = None, is_needed: bool = T
     record = read_record(folder)
     if record is None:
         return
-    if not record.files:
-        log.info("%s was written by an earlier version, without checksums: its files are used unchecked", folder)
     files = record.files
     if not is_needed:
         files = {name: entry for name, entry in files.items() if (folder / name).is_file()}
         gone = [str(folder / name) for name in record.files if name not in files]
         if gone:
-            log.warning("%s gone since the stage was finished; nothing that runs now reads it", ", ".join(gone))
+            log.warning("%s: deleted since the stage finished; nothing in this run reads it", ", ".join(gone))
     nbytes = sum(entry["size"] for entry in files.values())
     if nbytes > _LONG:
-        log.info("%s: comparing %.0f GB with their checksums", folder, nbytes / 1e9)
+        log.info("%s: comparing %.0f GB with its checksums", folder, nbytes / 1e9)
     broken = broken_seal(folder, files)
     models = [(folder / name).parent for name in files if Path(name).name == RECORD]
     if broken:
@@ -129,7 +128,7 @@ def check_seal(folder: Path, *, made_in: Path | None = None, is_needed: bool = T
 
 
 def model_files(folder: Path) -> list[Path]:
-    """What belongs to the model in `folder`; notes that people add do not."""
+    """The files of the model in `folder`, without notes that people have added."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return [path for path in found if path.name != RECORD and path.suffix != ".md"]
 
@@ -139,7 +138,7 @@ def _digest_of(content: dict[str, Any]) -> str:
 
 
 def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
-    """Every setting that the results of `stage` depend on, by dotted name, and which earlier stages it builds on."""
+    """Every setting that the results of `stage` depend on, by dotted name, and the earlier stages that it builds on."""
     plain = as_plain(run)
     parts = {stage: plain[stage], "model": plain["model"], "data": {stage: plain["data"][stage]}}
     parts["data"] |= {name: plain["data"][name] for name in ("stage_split", "split_seed")}
@@ -151,7 +150,7 @@ def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str | None:
-    """Short hash of the settings that an earlier stage was made from, None while it has not been made."""
+    """Short hash of the settings of an earlier stage, None while that has not run."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
 
 
@@ -169,7 +168,7 @@ def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def check_folder(run: RunConfig, stage: str) -> None:
-    """Refuse a folder that holds results of other settings, or a finished stage that is not what it was.
+    """Refuse a folder that holds results of other settings, or a finished stage whose files have changed.
 
     Raises:
         ValueError: which settings differ or which file is damaged, and what to do.
@@ -183,7 +182,7 @@ def check_folder(run: RunConfig, stage: str) -> None:
         return
     mend = f"Bring it back from a copy, choose another output_dir=, or remove {folder} to make it again."
     if not (folder / CONFIG).exists():
-        raise ValueError(f"{folder / CONFIG} is missing, which says how the results there were made. {mend}")
+        raise ValueError(f"{folder / CONFIG} is missing; it holds the settings of the results there. {mend}")
     found, expected = read_json(folder / CONFIG, mend=mend), settings_of(run, stage)
     differing = [name for name in sorted({*found, *expected}) if found.get(name) != expected.get(name)]
     if differing:
@@ -196,15 +195,15 @@ def check_folder(run: RunConfig, stage: str) -> None:
 
 
 def claim_folder(run: RunConfig, stage: str) -> None:
-    """Say in the stage's folder which settings it is made from."""
+    """Write the settings of the stage into its folder."""
     write_text(Path(run.folder(stage)) / CONFIG, json.dumps(settings_of(run, stage), indent=2))
 
 
 def lock_folder(run: RunConfig) -> IO[bytes]:
-    """Keep other runs out of the output folder for as long as the returned file is open.
+    """Lock the output folder against other runs, for as long as the returned file stays open.
 
     Raises:
-        ValueError: another run is in it, or it cannot be written.
+        ValueError: another run holds the lock, or the folder cannot be written.
     """
     folder = Path(run.output_dir)
     try:
@@ -219,21 +218,21 @@ def lock_folder(run: RunConfig) -> IO[bytes]:
 
 
 def check_shared(run: RunConfig) -> None:
-    """Make sure that every rank sees the output folder that the first one has locked; all ranks must call.
+    """Check that every rank sees the output folder that the first one has locked; all ranks must call it.
 
     Raises:
-        ValueError: some are on machines that do not share it.
+        ValueError: some ranks are on machines that do not share it.
     """
-    barrier()  # it is there by now
+    barrier()  # the first rank has created the lock file before anyone looks for it
     sees = gather_objects((Path(run.output_dir) / LOCK).exists())
     blind = [str(rank) for rank, found in enumerate(sees) if not found]
     if blind:
         raise ValueError(
-            f"output_dir={run.output_dir}: ranks {', '.join(blind)} do not see what rank 0 wrote there. The machines "
-            "of a run pass models and checkpoints through it: name a folder on a file system that all of them share."
+            f"output_dir={run.output_dir}: ranks {', '.join(blind)} do not see what rank 0 wrote there. Models and "
+            "checkpoints pass through this folder: choose one on a file system that all machines share."
         )
 
 
 def is_finished(run: RunConfig, stage: str) -> bool:
-    """True when the stage's folder is complete."""
+    """Whether the stage has finished."""
     return (Path(run.folder(stage)) / RECORD).exists()

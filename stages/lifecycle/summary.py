@@ -1,6 +1,6 @@
-"""The end of a run: one table of what was learnt, what the policy says now beside what it said before, and the report.
+"""The end of a run: a table of held-out results, a few samples before and after, and the report.
 
-Or one sentence, where it ended early.
+For a run that ended early: one sentence on how to resume it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUM_SAMPLES = 6
 
 
 def show_results(run: RunConfig) -> None:
-    """Print held-out metrics before and after each finished stage, and a few samples of the policy."""
+    """Print held-out metrics before and after each finished stage and a few samples, and write the report."""
     folder = Path(run.output_dir)
     rows = [row for name in FOLDERS for row in _stage_rows(folder / name)]
     if rows:
@@ -43,9 +43,9 @@ def show_results(run: RunConfig) -> None:
 
 
 def write_report(run: RunConfig, folder: Path) -> None:
-    """Write `report.html` of the run's folder, or of a stage's, as far as there is something to report.
+    """Write `report.html` for the folder of a run or a stage, if there is anything to report.
 
-    In a process of its own, which gives its memory back: the plan of the next stage does not know of it.
+    It runs in a process of its own, so that its memory is free again: the plan of the next stage does not count it.
     """
     if not run.tracking.report or not can_report(folder):
         return
@@ -54,11 +54,11 @@ def write_report(run: RunConfig, folder: Path) -> None:
     done = subprocess.run(words, cwd=root, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         why = (done.stderr.strip() or "it was killed").splitlines()[-1]
-        log.warning("there is no report of %s (%s); `%s` writes it", folder, why, shlex.join(words))
+        log.warning("no report was written for %s (%s); `%s` writes it", folder, why, shlex.join(words))
 
 
 def where_it_stands(run: RunConfig) -> str:
-    """What is left of a run that has ended early, and how to go on."""
+    """Where a run that ended early can be resumed."""
     for stage in run.stages:
         newest = newest_in(Path(run.folder(stage)))
         if newest is not None and not is_finished(run, stage):

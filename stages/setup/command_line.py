@@ -1,7 +1,7 @@
-"""The words of a command line, `NAME=VALUE`: checked before anything else is done, each mistake answered in a sentence.
+"""Checks command-line overrides (`NAME=VALUE`) before anything else happens, and explains mistakes in one sentence.
 
-Hydra reads them (https://hydra.cc/docs/advanced/override_grammar/basic). What it would refuse without saying how to
-write it, and what it would accept without a use for it, ends here.
+Hydra parses them (https://hydra.cc/docs/advanced/override_grammar/basic). This module adds how to write what hydra
+refuses, and refuses what hydra accepts but nothing uses.
 """
 
 from __future__ import annotations
@@ -37,41 +37,51 @@ _INSTEAD = {
     "data": "Files are given as data=files data.sft.train=[{}], and so for reward and ppo.",
     "engine": "A DeepSpeed file is given as engine.deepspeed={}.",
 }
-"""What is probably meant by something that looks like a path."""
+"""Hints for a choice that looks like a path."""
+_RENAMED = {
+    "optimizer_tier": "offload_optimizer",
+    "parameter_tier": "offload_param",
+    "no_end_penalty": "missing_eos_penalty",
+    "no_end_kind": "missing_eos_mode",
+    "against": "baseline",
+    "beside": "compare_with",
+    "histograms_every": "",
+}
+"""Earlier names of settings and their present ones; empty for a setting that was removed."""
 
 
 @contextmanager
 def one_sentence(kind: type[Exception] = ValueError, *, folder: str | None = None) -> Iterator[None]:
-    """End the program with what an error has to say to the user; a mistake in the program keeps its traceback.
+    """End the program with one sentence for errors that concern the user; other errors keep their traceback.
 
     Args:
-        kind: errors that are always for the user, beside those that `sentence_of` knows.
-        folder: where the traceback goes; HYDRA_FULL_ERROR=1 shows it instead.
+        kind: errors that always concern the user, besides those that `sentence_of` knows.
+        folder: where the traceback is written; HYDRA_FULL_ERROR=1 shows it instead.
     """
     try:
         yield
     except Exception as error:
-        said = str(error) if isinstance(error, kind) else sentence_of(error)
-        if said is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
+        sentence = str(error) if isinstance(error, kind) else sentence_of(error)
+        if sentence is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         note = keep_traceback(error, Path(folder)) if folder and Path(folder).is_dir() else ""
-        sys.exit("\n".join(map(printable, f"error: {said}{note}".split("\n"))))
+        sys.exit("\n".join(map(printable, f"error: {sentence}{note}".split("\n"))))
 
 
 def prepared(words: list[str]) -> list[str]:
-    """The words as hydra wants them: it adds to a mapping (data.gold.NAME=...) only with a `++` in front."""
+    """The overrides as hydra wants them: it adds to a mapping (data.gold.NAME=...) only with `++` in front."""
     return [f"++{word}" if _is_open(word.partition("=")[0]) else word for word in words]
 
 
 def check_overrides(words: list[str]) -> RunConfig:
-    """Compose once for the sake of its errors; the run that would be.
+    """Compose the run, to find every mistake in the overrides before anything is imported or started.
 
     Args:
         words: the command line, such as `["stage=sft", "sft.epochs=2"]`.
 
     Raises:
-        ValueError: a word that cannot be read, an unknown key, a value of the wrong type, a choice that does not exist,
-            a setting of a stage that is not selected, or anything that `RunConfig` itself refuses.
+        ValueError: an override that cannot be parsed, an unknown setting, a value of the wrong type, a choice that does
+            not exist, a setting of a stage that is not selected, or anything that `RunConfig` itself refuses.
     """
     words = prepared(words)
     for override in map(_parsed, words):
@@ -96,7 +106,7 @@ def _parsed(word: str) -> Override:
 
 
 def _read(word: str) -> Override | None:
-    """None for what is not in hydra's grammar."""
+    """Parse one override; None if it is not in hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
@@ -104,7 +114,7 @@ def _read(word: str) -> Override | None:
 
 
 def _how_to_write(name: str, value: str) -> str:
-    """A sentence about a value that is not in hydra's grammar."""
+    """How to write a value that is not in hydra's grammar."""
     at_home = re.sub(r"(?<![\w/])~(?=[/\],]|$)", str(Path.home()), value)
     if at_home != value and _read(f"{name}={at_home}"):
         return f"~ is not replaced by your home folder here; write {shlex.quote(f'{name}={at_home}')}."
@@ -123,14 +133,14 @@ def _is_open_ended(value: str) -> bool:
 
 
 def _quoted(name: str, value: str) -> str:
-    """The value in quotation marks, of a list each part that needs them."""
+    """The value in quotation marks; of a list, each item that needs them."""
     if value.startswith("[") and value.endswith("]"):
         return "[" + ",".join(_quoted(name, part.strip()) for part in value[1:-1].split(",")) + "]"
     return value if _read(f"{name}={value}") else '"' + value.replace('"', '\\"') + '"'
 
 
 def _check_kind(override: Override) -> None:
-    """A choice is one that there is; a list is written as one; nothing but mappings grow or shrink."""
+    """Refuse unknown choices, lists without brackets, and additions to anything but open mappings."""
     name, line = override.key_or_group, override.input_line
     if override.is_delete() or override.is_add() or override.is_force_add():
         if not _is_open(name) or (override.is_delete() and name in _kinds()):
@@ -179,7 +189,7 @@ def _check_stages(words: list[str]) -> None:
 
 
 def overridden_keys(words: list[str]) -> set[str]:
-    """Dotted names of the settings that a command line gives, `engine=zero3` being those that tell it from others."""
+    """Dotted names of the settings that the overrides give; `engine=zero3` gives those that define that choice."""
     names = set()
     for override in OverridesParser.create().parse_overrides(words):
         names.add(override.key_or_group)
@@ -202,6 +212,9 @@ def _explain(error: Exception, words: list[str]) -> str:
         return f"{key}: expected a value, found null."
     if "not in" not in text:
         return f"{key}: {text}" if key else text
+    if (last := key.split(".")[-1]) in _RENAMED:
+        new = _RENAMED[last]
+        return f"{key}: this setting is now called {key.removesuffix(last)}{new}." if new else f"{key}: was removed."
     same_end = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]]
     same_end.sort(key=lambda known: known.split(".")[0] != key.split(".")[0])
     near = same_end[:3] or difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
@@ -217,7 +230,7 @@ def known_keys() -> list[str]:
 
 @cache
 def _kinds() -> dict[str, Any]:
-    """The type of every setting by its dotted name; of one that may be null, the type that it has otherwise."""
+    """The type of every setting by its dotted name, without the `| None`."""
     return dict(_dotted(RunConfig, ""))
 
 
@@ -235,12 +248,12 @@ def _first(kind: Any) -> str:
 
 
 def _is_open(name: str) -> bool:
-    """Whether the setting is a mapping whose keys are the user's, or in one."""
+    """Whether the setting is, or is inside, a mapping with keys chosen by the user."""
     parts = name.split(".")
     outer = (".".join(parts[:length]) for length in range(1, len(parts) + 1))
     return any(get_origin(_kinds().get(prefix)) is dict for prefix in outer)
 
 
 def choices_of(group: str) -> list[str]:
-    """The choices of a group of `conf/`, empty where it is none."""
+    """The choices of a group of `conf/`; empty if there is no such group."""
     return sorted(file.stem for file in (Path(CONF_DIR) / group).glob("*.yaml"))

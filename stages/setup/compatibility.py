@@ -1,9 +1,8 @@
-"""Whether the models of a run can be used, each by itself and all together, found out without giving them memory.
+"""Checks that the models of a run can be used, each on its own and all together, without loading any weights.
 
-For every role of every stage: its files are whole and readable, its weights fit its configuration, it has a row for
-every token of its tokenizer and a position for every token of the longest row, and the models of a stage read the same
-tokens. A model that an earlier stage will make is examined through the one that it will be made from, and once more
-when it is there. Left out: whether they fit into memory (`planner.py`).
+For every role of every stage: its files are complete and readable, its weights fit its configuration, its embedding has
+a row for every token and its positions suffice for the longest sequence, and all models of a stage use the same tokens.
+A model that an earlier stage will make is checked through the one it will be made from, and again once it exists.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from stages.lifecycle.stage_record import check_seal, is_finished, read_record
 log = logging.getLogger(__name__)
 
 
-class _Reader:
-    """Examines models and loads tokenizers for a run, each once: its roles often share a folder."""
+class _Inspector:
+    """Inspects models and loads tokenizers for a run, each once: roles often share a folder."""
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
@@ -37,7 +36,7 @@ class _Reader:
         self._plain, self._own = cache(load_tokenizer), cache(partial(stage_tokenizer, run))
 
     def tokenizer(self, role: Role, folder: Path, *, is_made: bool) -> Tokenizer:
-        """As the stage will load it: with the run's template and pad token where the stage uses or makes the model."""
+        """The tokenizer as the stage will load it: with the run's chat template and pad token, or without."""
         if role.stage == "chat":
             return chat_tokenizer(str(folder), chat_template=self.run.model.chat_template)
         is_first = role == roles_of(self.run, role.stage)[0]
@@ -45,44 +44,44 @@ class _Reader:
 
 
 @dataclass(frozen=True)
-class _Member:
-    """A model of a stage that was examined."""
+class _Inspected:
+    """A model of a stage that was inspected."""
 
     role: Role
     facts: Facts
     tokenizer: Tokenizer
     template: str | None
-    """Fingerprint of the template it was trained with by a stage of ours, or will be; None for other models."""
+    """Fingerprint of the template that a stage of ours trained it with, or will; None for other models."""
 
 
 def check_models(run: RunConfig, stages: Iterable[str], *, todo: Collection[str] = ()) -> None:
-    """Examine the models of `stages`; those that the stages `todo` will make, through what they are made from.
+    """Check the models of `stages`; models that stages of `todo` will make, through the ones they will be made from.
 
     Raises:
-        ValueError: which setting names a model that cannot be used, why, and what to do.
+        ValueError: a model cannot be used; the message names its setting, the reason, and what to do.
     """
     origins = {role: origin_of(run, role, todo=todo) for stage in stages for role in roles_of(run, stage)}
     folders = {path: _folder(run, role, path=path) for role, path in origins.items()}
     if run.model.embedded is not None and run.model.path in folders:
         prepare(run.model.embedded, folders[run.model.path])
-    reader, members = _Reader(run), dict[str, list[_Member]]()
+    inspector, members = _Inspector(run), dict[str, list[_Inspected]]()
     for role, path in origins.items():
         try:
-            member = _examined(reader, role, folder=folders[path], is_made=path != role.path)
+            member = _examined(inspector, role, folder=folders[path], is_made=path != role.path)
         except ValueError as error:
             raise ValueError(f"{role}: {error}") from error
         members.setdefault(role.stage, []).append(member)
     for stage, together in members.items():
         if stage != "chat":
             for member in together:
-                _check_beside(member, together)
+                _check_together(member, together)
 
 
 def check_made(run: RunConfig, stage: str, *, made: Collection[str], world: World) -> None:
-    """Examine the models of `stage` once more, where stages of `made` have made one of them; all ranks must call.
+    """Check the models of `stage` again if stages of `made` have made one of them; all ranks must call it.
 
     Raises:
-        ValueError: on the first rank; the others end without a word.
+        ValueError: on the first rank; the others exit silently.
     """
     if not any(maker_of(run, role.path) in made for role in roles_of(run, stage)):
         return
@@ -97,7 +96,7 @@ def check_made(run: RunConfig, stage: str, *, made: Collection[str], world: Worl
 
 
 def _folder(run: RunConfig, role: Role, *, path: str) -> Path:
-    """Where the model at `path` is, or will be, which `role` is or will be made from."""
+    """The folder of the model at `path`, from which `role` starts or will be made."""
     if run.model.embedded is not None and path == run.model.path:
         return Path(path).expanduser()
     try:
@@ -110,7 +109,7 @@ def _folder(run: RunConfig, role: Role, *, path: str) -> Path:
 
 
 def _advice(run: RunConfig, role: Role) -> str:
-    """What to do about a missing model, up to the word before `another`."""
+    """Advice on a missing model, up to the word before "another"."""
     maker = maker_of(run, role.path)
     if maker is None:
         return "Name"
@@ -120,26 +119,26 @@ def _advice(run: RunConfig, role: Role) -> str:
     return f"Run the stages that make it first, as in 'stage=[{','.join(map(run.title, chosen))}]', or name"
 
 
-def _examined(reader: _Reader, role: Role, *, folder: Path, is_made: bool) -> _Member:
+def _examined(inspector: _Inspector, role: Role, *, folder: Path, is_made: bool) -> _Inspected:
     record = None if is_made else read_record(folder)
     if record is not None:
-        reader.check_seal(folder)
-    facts = reader.facts(folder, role.kind, num_layers=role.num_layers)
+        inspector.check_seal(folder)
+    facts = inspector.facts(folder, role.kind, num_layers=role.num_layers)
     if role.gives_scores and not facts.has_scores and not is_made:
         without = f", or set {role.setting}=null" if role.optional else ""
         raise ValueError(
             "it is a language model without a scalar head; expected a reward model, an "
             f"AutoModelForSequenceClassification with one label. Train one with stage=reward{without}."
         )
-    tokenizer = reader.tokenizer(role, folder, is_made=is_made)
+    tokenizer = inspector.tokenizer(role, folder, is_made=is_made)
     _check_tokens(tokenizer, facts)
-    _check_positions(reader.run, role, facts=facts)
+    _check_positions(inspector.run, role, facts=facts)
     trained_with = record.template if record else template_fingerprint(tokenizer) if is_made else None
-    return _Member(role, facts, tokenizer, trained_with)
+    return _Inspected(role, facts, tokenizer, trained_with)
 
 
 def _check_tokens(tokenizer: Tokenizer, facts: Facts) -> None:
-    """Every token that can occur has a row; tokens that the template never writes may lack one (as in Gemma 3 1B)."""
+    """Every token that can occur has an embedding row; one the template never writes may lack it (as in Gemma 3 1B)."""
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= facts.rows}
     if not beyond:
         return
@@ -161,7 +160,7 @@ def _check_tokens(tokenizer: Tokenizer, facts: Facts) -> None:
 
 
 def _check_positions(run: RunConfig, role: Role, *, facts: Facts) -> None:
-    """The longest prompt and the longest response fit into the model together."""
+    """The longest sequence of the stage fits into the model's positions."""
     config = run.stage_config(role.stage)
     names = config.longest_sequence()
     sizes = [int(getattr(config, name)) for name in names]
@@ -173,8 +172,8 @@ def _check_positions(run: RunConfig, role: Role, *, facts: Facts) -> None:
         )
 
 
-def _check_beside(member: _Member, together: list[_Member]) -> None:
-    """A model reads what the others of its stage write, as they mean it."""
+def _check_together(member: _Inspected, together: list[_Inspected]) -> None:
+    """A model understands the tokens that the other models of its stage write."""
     first = together[0]
     if member is first:
         return
@@ -200,7 +199,7 @@ def _check_beside(member: _Member, together: list[_Member]) -> None:
         log.warning("%s has another chat template than %s, and is asked with that one", member.role, first.role)
 
 
-def _check_vocabulary(member: _Member, first: _Member) -> None:
+def _check_vocabulary(member: _Inspected, first: _Inspected) -> None:
     theirs, ours = member.tokenizer.get_vocab(), first.tokenizer.get_vocab()
     added = first.tokenizer.added_tokens_decoder  # models of one family may call a reserved token by another name
     differing = [token for token, index in theirs.items() if ours.get(token, index) != index]

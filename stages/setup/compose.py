@@ -1,6 +1,6 @@
-"""From YAML and the words of a command line to a `RunConfig`. After `to_run` no `DictConfig` is left.
+"""Composes YAML files and command-line overrides into a typed `RunConfig`; no `DictConfig` leaves this module.
 
-Left out: which words are refused, and why (`command_line.py`).
+See also: `command_line.py`, which refuses unusable overrides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONF_DIR = str(Path(conf.__file__).parent.resolve())
 
 @dataclasses.dataclass(kw_only=True)
 class Schema(RunConfig):
-    """`RunConfig` while it is composed: every stage is there, `selected` or not."""
+    """`RunConfig` during composition: it has every stage, `selected` or not."""
 
     sft: SFTConfig | None = MISSING
     reward: RewardConfig | None = MISSING
@@ -37,23 +37,23 @@ class Schema(RunConfig):
 
 
 def register_schema() -> None:
-    """Make known to hydra the typed schema, as `schema`, and `${by_rank:RANK,WHOLE,LORA}`.
+    """Register the typed schema with hydra, and the resolver `${by_rank:RANK,WHOLE,LORA}`.
 
-    The latter is a number that depends on whether a stage trains the whole model (rank 0) or adapters.
+    The resolver picks a number by whether a stage trains the whole model (rank 0) or adapters.
     """
     ConfigStore.instance().store(name="schema", node=Schema)
     OmegaConf.register_new_resolver("by_rank", lambda rank, whole, lora: lora if rank else whole, replace=True)
 
 
 def composed(words: Sequence[str]) -> DictConfig:
-    """What YAML and the words of a command line say together."""
+    """Compose the YAML files with command-line overrides."""
     register_schema()
     with initialize_config_dir(CONF_DIR, version_base=None):
         return compose("config", overrides=list(words))
 
 
 def is_selected(config: DictConfig, stage: str) -> bool:
-    """Whether a run has a stage."""
+    """Whether the run includes a stage."""
     return not OmegaConf.is_missing(config, stage) and config[stage] is not None and bool(config[stage].selected)
 
 
@@ -61,7 +61,7 @@ def to_run(config: DictConfig) -> RunConfig:
     """The typed configuration of the selected stages, with an absolute output folder.
 
     Raises:
-        ValueError: a class refuses its values; the message begins with the dotted name of the setting.
+        ValueError: a value is refused; the message begins with the dotted name of its setting.
         OmegaConfBaseException: a value is missing or of the wrong type.
     """
     config = config.copy()
@@ -85,7 +85,7 @@ def to_run(config: DictConfig) -> RunConfig:
 
 
 def _placed(config: DictConfig, message: str) -> str:
-    """The message of a group that has refused its values, with the whole name of the setting that it begins with."""
+    """An error message of a settings class, with the full dotted name of the setting that it begins with."""
     group = _refused_group(config)
     said = re.match(r"[\w.]+", message)
     setting = said[0].rpartition(".")[2] if said else ""
@@ -97,7 +97,7 @@ def _placed(config: DictConfig, message: str) -> str:
 
 
 def _given_as(config: DictConfig, name: str) -> str:
-    """The setting whose value another one takes over, `seed` for `sft.seed`, or itself."""
+    """The setting that `name` refers to, such as `seed` for `sft.seed`; itself if it has a value of its own."""
     group, _, last = name.rpartition(".")
     node = (OmegaConf.select(config, group) if group else config)._get_node(last)
     reference = re.fullmatch(r"\$\{([\w.]+)\}", str(node._value()))
@@ -105,7 +105,7 @@ def _given_as(config: DictConfig, name: str) -> str:
 
 
 def _refused_group(config: DictConfig, path: str = "") -> str | None:
-    """Dotted name of the innermost group that refuses its values, if one does."""
+    """Dotted name of the innermost group that refuses its values, None if none does."""
     for name in config:
         inner = config._get_node(name)
         if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
@@ -127,9 +127,9 @@ def load_run(path: Path) -> RunConfig:
 
 
 def save_run(run: RunConfig) -> Path:
-    """Write the resolved configuration to the output folder, for people and for workers.
+    """Write the resolved configuration to the output folder, for people and for the ranks.
 
-    An evaluation by itself leaves that of the stages alone.
+    A run that only evaluates writes its own file and leaves the one of the stages alone.
     """
     path = Path(run.output_dir) / ("config.yaml" if run.stages else "eval/config.yaml")
     write_text(path, to_yaml(run))
@@ -137,7 +137,7 @@ def save_run(run: RunConfig) -> Path:
 
 
 def to_yaml(run: RunConfig) -> str:
-    """The whole configuration, resolved."""
+    """The whole configuration as YAML, resolved."""
     return OmegaConf.to_yaml(OmegaConf.structured(run))
 
 

@@ -1,7 +1,6 @@
-"""Everything that can be wrong with a run, found before a model is loaded.
+"""Checks a whole run before any model is loaded: folders, batch sizes, devices, disks, models, then the data.
 
-In this order: folders of other settings, batch arithmetic, models, and, once the tokenizer is there, rows, templates
-and lengths. Left out: whether the run fits into memory.
+See also: `rlhf/memory_plan/`, which checks afterwards whether the run fits into memory.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from rlhf.evaluation.metrics import load_gold
 from rlhf.runtime.dist import check_devices
 from rlhf.runtime.launch import local_ranks
 from rlhf.tracking.tracker import requested_mode
-from stages.lifecycle.checkpointing import check_resume, forget
+from stages.lifecycle.checkpointing import check_resume, remove_checkpoints
 from stages.lifecycle.session import stage_tokenizer
 from stages.lifecycle.stage_models import score_scale
 from stages.lifecycle.stage_record import check_folder, is_finished
@@ -37,7 +36,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     """Check the whole run and return the stages that are left to do, in order.
 
     Raises:
-        ValueError: what was found, what was expected, and what to do.
+        ValueError: the run cannot work; the message says what was found, what was expected, and what to do.
     """
     if not run.stages and not run.uses:
         raise ValueError("stage=[]: nothing is selected; expected some of sft, reward, ppo, eval, chat.")
@@ -45,10 +44,10 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     for stage in run.stages:
         check_folder(run, stage)
     todo = [stage for stage in run.stages if not is_finished(run, stage)]
-    check_descent(run, todo)
+    check_made_from_finished(run, todo)
     for stage in [stage for stage in run.stages if stage not in todo]:
         log.info("%s is finished (%s), skipping it", run.title(stage), run.folder(stage))
-        forget(Path(run.folder(stage)))
+        remove_checkpoints(Path(run.folder(stage)))
     for stage in todo:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
         check_device(run, stage)
@@ -65,11 +64,11 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     return todo
 
 
-def check_descent(run: RunConfig, todo: list[str]) -> None:
-    """No finished stage was made from a model that this run is about to make anew.
+def check_made_from_finished(run: RunConfig, todo: list[str]) -> None:
+    """Refuse to train a model again from which a finished stage was made.
 
     Raises:
-        ValueError: which, and what to do.
+        ValueError: names that stage.
     """
     for stage in STAGES:
         if stage in todo or not is_finished(run, stage) or getattr(run, stage) is None:
@@ -84,10 +83,10 @@ def check_descent(run: RunConfig, todo: list[str]) -> None:
 
 
 def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
-    """The batch sizes of a stage as a sum that adds up.
+    """The batch sizes of a stage as one line of arithmetic.
 
     Raises:
-        ValueError: sizes do not divide.
+        ValueError: the sizes do not divide.
     """
     config = run.training_config(stage)
     setting, size, micro = config.batch_setting, config.batch_size, config.micro_batch_size
@@ -108,10 +107,10 @@ def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
 
 
 def check_device(run: RunConfig, stage: str) -> None:
-    """A process is on one device for the whole run.
+    """Check that all engines use the run's device, on which a process stays.
 
     Raises:
-        ValueError: a stage asks for another one.
+        ValueError: an engine asks for another one.
     """
     for name, engine in engines_of(run, stage).items():
         if engine.device != run.engine.device:
@@ -122,10 +121,10 @@ def check_device(run: RunConfig, stage: str) -> None:
 
 
 def check_disks(run: RunConfig, stage: str) -> None:
-    """Files can be made wherever something is to rest on nvme; how many is the memory plan's question.
+    """Check that files can be written to every `nvme_path` in use; the memory plan checks the space.
 
     Raises:
-        ValueError: a folder that is not there and cannot be made, or that cannot be written.
+        ValueError: the folder cannot be created or written.
     """
     for engine in engines_of(run, stage).values():
         if OffloadDevice.nvme in (engine.offload_optimizer, engine.offload_param):
@@ -134,10 +133,10 @@ def check_disks(run: RunConfig, stage: str) -> None:
 
 
 def check_warmup(run: RunConfig, stage: str, *, num_rows: int) -> None:
-    """The warm-up ends before the stage does.
+    """Check that no warm-up is longer than its stage.
 
     Raises:
-        ValueError: it does not.
+        ValueError: one is.
     """
     for role in roles_of(run, stage):
         optimizer = role.optimizer_config(run)
@@ -152,13 +151,13 @@ def check_warmup(run: RunConfig, stage: str, *, num_rows: int) -> None:
 
 
 def check_ppo(run: RunConfig, config: PPOConfig, *, todo: list[str]) -> None:
-    """The scale of scores is known, where the reward model is there already; a warning where KL would mean little."""
+    """Check that scores can be normalised, if the reward model exists already; warn if sampling biases the KL."""
     if maker_of(run, config.reward) not in todo:
         score_scale(config)
     if config.sampling.top_k or config.sampling.top_p < 1:
         log.warning(
-            "ppo.sampling.top_k=%s, top_p=%s: responses are drawn from a cut distribution, while log-probabilities and "
-            "KL are those of the whole one; KL is then too low and can be negative",
+            "ppo.sampling.top_k=%s, top_p=%s: responses are drawn from a truncated distribution, but log-probabilities "
+            "and KL are computed with the whole one; the KL is then too low and can be negative",
             config.sampling.top_k,
             config.sampling.top_p,
         )
@@ -168,7 +167,7 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
     """Read, check and tokenise the data of every stage that is left to do.
 
     Raises:
-        ValueError: a data set, a row, or a template that cannot be used.
+        ValueError: a data set, a row or a chat template cannot be used.
     """
     for stage in stages:
         config, first = run.training_config(stage), roles_of(run, stage)[0]
@@ -180,8 +179,8 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         check_warmup(run, stage, num_rows=len(splits.train))
         if stage != "ppo" and not splits.eval:
             raise ValueError(
-                f"data.{stage}.eval is empty and data.{stage}.eval_fraction holds no row "
-                f"out; expected held-out rows, from which the stage says what it has learnt."
+                f"data.{stage}.eval is empty and data.{stage}.eval_fraction holds out no row; expected held-out rows, "
+                f"on which the stage is evaluated."
             )
         if stage == "reward" and len(splits.eval) < _FEW_PAIRS:
             log.warning("reward: only %s held-out pairs set the scale of all scores in PPO", len(splits.eval))

@@ -1,7 +1,7 @@
-"""Several runs, one after the other, for the values of a setting: `-m sft.optimizer.lr=1e-3,3e-3`.
+"""Sweeps: one run after another for each value of a setting, as in `-m sft.optimizer.lr=1e-3,3e-3`.
 
-Each is what it would be by itself, in a process of its own, in a folder below that of the run which is named after its
-values. The same command again goes on with what is not finished. Left out: runs beside each other, and a search.
+Each run has its own process and a folder named after its values, below the folder of the sweep. The same command again
+resumes what is unfinished. Left out: parallel runs, and searching.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ class Job:
     """One run of a sweep."""
 
     folder: Path
-    """That of the sweep."""
+    """Folder of the sweep."""
     name: str
-    """The values that tell it from the others; its folder below that of the sweep."""
+    """The values that distinguish it, which also name its folder below the sweep's."""
     words: list[str]
-    """Its command line."""
+    """Command line."""
 
 
 def run_sweep(words: list[str], *, script: Path) -> None:
-    """Run every combination of the values, say which runs have failed, and write a page that compares all.
+    """Run every combination of the values, name the runs that failed, and write a page that compares all.
 
     Args:
-        words: a command line in which some settings have several values.
+        words: overrides, of which some have several values.
         script: `run_pipeline.py`.
 
     Raises:
-        ValueError: a word that no run could have; nothing has been started.
+        ValueError: an override that no run could have; nothing has been started.
     """
     if "RANK" in os.environ:
         raise ValueError("-m under torchrun: a sweep starts its runs itself; expected python, with launch.ranks=N.")
@@ -67,10 +67,10 @@ def run_sweep(words: list[str], *, script: Path) -> None:
 
 
 def jobs_of(words: list[str]) -> list[Job]:
-    """The runs of a sweep, checked.
+    """The runs of a sweep, each checked.
 
     Raises:
-        ValueError: as `check_overrides`, or a sweep without several values.
+        ValueError: as `check_overrides`, or no setting has several values.
     """
     kept, swept = [], {}
     for word in words:
@@ -86,7 +86,7 @@ def jobs_of(words: list[str]) -> list[Job]:
 
 
 def _parsed(word: str) -> Override | None:
-    """None for a word that cannot be read: a run says why."""
+    """Parse one override; None if it cannot be parsed, which `check_overrides` will explain."""
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException:
@@ -101,7 +101,7 @@ def _values(override: Override) -> list[str]:
 
 
 def _job(kept: list[str], values: dict[str, str]) -> Job:
-    """A run with its own folder, unless the sweep names the folders itself."""
+    """One run in its own folder, unless the sweep gives names or folders itself."""
     words = kept + [f"{setting}={value}" for setting, value in values.items()]
     run = check_overrides(words)
     folder = Path(run.output_dir)
@@ -113,15 +113,15 @@ def _job(kept: list[str], values: dict[str, str]) -> Job:
 
 
 def name_of(values: dict[str, str]) -> str:
-    """Settings and values as the name of a folder; another one for others."""
+    """A folder name made of settings and values, unique for them."""
     said = "+".join(f"{setting.lstrip('+')}={value}" for setting, value in values.items())
     name = re.sub(r"[^\w.=+-]+", "-", said, flags=re.ASCII)[:_LONGEST_NAME].strip("-.")
     return name if name == said else f"{name}-{hashlib.sha256(said.encode()).hexdigest()[:6]}"
 
 
 def _finish(command: list[str]) -> int:
-    """Run a command to its end; what interrupts us interrupts it, once."""
-    # A killed sweep leaves no run behind, at which the next one would find its folder taken.
+    """Run a command to its end; an interruption is passed on to it once."""
+    # The run ends when the sweep is killed; otherwise the next sweep would find its folder locked.
     before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
     with subprocess.Popen(command, preexec_fn=before) as process:
 
@@ -132,7 +132,7 @@ def _finish(command: list[str]) -> int:
         earlier = signal.signal(signal.SIGTERM, pass_on)
         try:
             return process.wait()
-        except KeyboardInterrupt:  # Ctrl-C has reached it, too
+        except KeyboardInterrupt:  # Ctrl-C has reached the run as well
             process.wait()
             raise
         finally:
@@ -140,8 +140,8 @@ def _finish(command: list[str]) -> int:
 
 
 def _compare(folder: Path) -> str:
-    """Write the page over the runs in `folder`; what to tell about it."""
-    from rlhf.tracking.report.index import write_index  # a drawing library, not needed before
+    """Write the page that compares the runs in `folder`; returns a line about it."""
+    from rlhf.tracking.report.index import write_index  # matplotlib, not needed before
 
     try:
         return f"{write_index(folder)} compares the runs"

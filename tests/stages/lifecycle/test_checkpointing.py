@@ -141,7 +141,7 @@ def test_a_rank_that_fails_ends_the_run_with_how_to_go_on(monkeypatch, tmp_path)
     there = tmp_path / "sft" / CHECKPOINTS
     Checkpoints(there, dist.World.alone(), keep=1, asynchronous=False).save(4, [], state={}, spare=set())
     with pytest.raises(SystemExit) as end:
-        pipeline.carry_out(run, ["sft"], world=dist.World.alone(), ranks=2, script=tmp_path)
+        pipeline.run_on_ranks(run, ["sft"], world=dist.World.alone(), ranks=2, script=tmp_path)
     assert "rank 1 was killed (SIGKILL); sft is saved in" in end.value.code
     assert f"{there}/step-000004; the same command goes on from there" in end.value.code
 
@@ -155,7 +155,7 @@ def first_numbers(monkeypatch, *, seed, rank=0):
     config = SimpleNamespace(seed=seed, best_metric=METRICS["sft"])
     run = SimpleNamespace(training_config=lambda stage: config, checkpoint=None)
     world = dataclasses.replace(dist.World.alone(), rank=rank)
-    session = Session(run, "sft", world, None, None, tracker, Stopwatch(world.device), GracefulStop(speaks=False))
+    session = Session(run, "sft", world, None, None, tracker, Stopwatch(world.device), GracefulStop(prints=False))
     session.begin(None, evaluate=lambda: {"eval/loss": torch.rand(()).item()})
     return session.progress.before["eval/loss"]
 

@@ -1,6 +1,5 @@
 """What a finished stage leaves is checked before it is used, and skipped only when it is whole."""
 
-import json
 import shutil
 
 import pytest
@@ -67,7 +66,7 @@ def test_a_finished_stage_that_is_not_what_was_written_is_not_skipped(run, tmp_p
 def test_models_that_nobody_reads_any_more_may_be_deleted(run, tmp_path, caplog):
     (tmp_path / "sft/model/model.safetensors").unlink()
     check_folder(run, "sft")
-    assert f"{tmp_path}/sft/model/model.safetensors gone since the stage was finished" in caplog.text
+    assert f"{tmp_path}/sft/model/model.safetensors: deleted since the stage finished" in caplog.text
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         check_seal(tmp_path / "sft/model")
 
@@ -90,23 +89,6 @@ def test_a_file_of_that_name_that_is_no_record_is_named(tmp_path):
     (tmp_path / "stage.json").write_text('{"act": 1}')
     with pytest.raises(ValueError, match=r"is no record of a stage: found \['act'\]"):
         read_record(tmp_path)
-
-
-def test_a_record_of_an_earlier_version_is_used_and_said_to_be_unchecked(tmp_path, caplog):
-    caplog.set_level("INFO")
-    old = {
-        "stage": "sft",
-        "template": "t",
-        "pad_id": 0,
-        "score_mean": None,
-        "score_std": None,
-        "before": {},
-        "after": {},
-    }
-    (tmp_path / "stage.json").write_text(json.dumps(old))
-    check_seal(tmp_path)
-    assert read_record(tmp_path).stage == "sft"
-    assert "without checksums: its files are used unchecked" in caplog.text
 
 
 def test_results_without_their_settings_are_refused(run, tmp_path):
