@@ -158,7 +158,7 @@ def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Col
         config=config,
         decode=partial(decode, session.tokenizer),
         pad_id=session.pad_id,
-        stop_token_ids=stop_token_ids(session.tokenizer, models.actor.module.generation_config),
+        stop_token_ids=stop_token_ids(session.tokenizer, getattr(models.actor.module, "generation_config", None)),
         scale=scale,
         timer=session.timer,
     )

@@ -136,7 +136,7 @@ def _over_updates(history: list[dict[str, float]]) -> dict[str, float]:
 
 def take_steps(**engines: Engine) -> dict[str, float]:
     """One optimizer step of each named engine; engines that share a loss scale step or skip together."""
-    measured = {}
+    measured: dict[str, float] = {}
     for name, step in zip(engines, step_together(*engines.values()), strict=True):
         measured |= step.metrics(name)
     return measured

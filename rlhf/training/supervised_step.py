@@ -6,7 +6,7 @@ Losses are divided by counts over the whole step, so micro-batches and ranks cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from rlhf.runtime.dist import sum_over_ranks
 from rlhf.types import PreferenceBatch, SFTBatch
 
 Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
+BatchIn = TypeVar("BatchIn", SFTBatch, PreferenceBatch, contravariant=True)
 
 
 class Outcome(NamedTuple):
@@ -31,14 +32,14 @@ class Outcome(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Objective(Protocol, Generic[Batch]):
+class Objective(Protocol[BatchIn]):
     """A training objective: its loss, and the count that its loss is divided by."""
 
-    def count(self, batch: Batch) -> Tensor:
+    def count(self, batch: BatchIn) -> Tensor:
         """This micro-batch's part of the step's denominator: target tokens, or pairs."""
         ...
 
-    def outcome(self, engine: Engine, batch: Batch, *, denominator: Tensor) -> Outcome:
+    def outcome(self, engine: Engine, batch: BatchIn, *, denominator: Tensor) -> Outcome:
         """Loss and metrics of a micro-batch, divided by the step's denominator."""
         ...
 

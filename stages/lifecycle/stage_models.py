@@ -83,7 +83,7 @@ def open_engine(spec: ModelSpec, **settings: Any) -> Engine:
         settings: arguments of `build_engine`.
     """
     engine = build_engine(spec, **settings)
-    folder = Path(spec.module.config.name_or_path)
+    folder = Path(spec.config.name_or_path or "")
     record = read_record(folder)
     for found in record.merged.values() if record else ():
         merge = Merge(**found)

@@ -195,7 +195,7 @@ def overridden_keys(words: list[str]) -> set[str]:
         names.add(override.key_or_group)
         if override.key_or_group == "engine":
             chosen = OmegaConf.load(Path(CONF_DIR) / "engine" / f"{override.value()}.yaml")
-            names |= {f"engine.{name}" for name in chosen if str(name) in _CHOSEN_BY_ENGINE}
+            names |= {f"engine.{name}" for name in map(str, chosen) if name in _CHOSEN_BY_ENGINE}
     return names
 
 
@@ -213,8 +213,8 @@ def _explain(error: Exception, words: list[str]) -> str:
     if "not in" not in text:
         return f"{key}: {text}" if key else text
     if (last := key.split(".")[-1]) in _RENAMED:
-        new = _RENAMED[last]
-        return f"{key}: this setting is now called {key.removesuffix(last)}{new}." if new else f"{key}: was removed."
+        new = f"is now called {key.removesuffix(last)}{_RENAMED[last]}" if _RENAMED[last] else "was removed"
+        return f"{key}: this setting {new}."
     same_end = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]]
     same_end.sort(key=lambda known: known.split(".")[0] != key.split(".")[0])
     near = same_end[:3] or difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
@@ -234,10 +234,11 @@ def _kinds() -> dict[str, Any]:
     return dict(_dotted(RunConfig, ""))
 
 
-def _dotted(cls: type, prefix: str) -> list[tuple[str, Any]]:
-    found = []
-    for name, hint in get_type_hints(cls).items():
-        kind = next((inner for inner in get_args(hint) if dataclasses.is_dataclass(inner)), hint)
+def _dotted(cls: Any, prefix: str) -> list[tuple[str, Any]]:
+    found, hints = [], get_type_hints(cls)
+    for name in (field.name for field in dataclasses.fields(cls)):
+        hint = hints[name]
+        kind: Any = next((inner for inner in get_args(hint) if dataclasses.is_dataclass(inner)), hint)
         found += [(prefix + name, kind)] + (_dotted(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [])
     return found
 

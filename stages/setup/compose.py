@@ -100,13 +100,14 @@ def _given_as(config: DictConfig, name: str) -> str:
     """The setting that `name` refers to, such as `seed` for `sft.seed`; itself if it has a value of its own."""
     group, _, last = name.rpartition(".")
     node = (OmegaConf.select(config, group) if group else config)._get_node(last)
+    assert node is not None, name
     reference = re.fullmatch(r"\$\{([\w.]+)\}", str(node._value()))
     return _given_as(config, reference[1]) if reference else name
 
 
 def _refused_group(config: DictConfig, path: str = "") -> str | None:
     """Dotted name of the innermost group that refuses its values, None if none does."""
-    for name in config:
+    for name in map(str, config):
         inner = config._get_node(name)
         if isinstance(inner, DictConfig) and dataclasses.is_dataclass(OmegaConf.get_type(inner)):
             found = _refused_group(inner, f"{path}.{name}".lstrip("."))

@@ -6,8 +6,11 @@ See also: `rlhf/memory_plan/`, which checks afterwards whether the run fits into
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+from data.assemble import Splits
 from data.samples import demonstrations, preferences, prompts
 from rlhf.config.bounds import accumulation, divisible
 from rlhf.config.engine_config import OffloadDevice
@@ -28,7 +31,7 @@ from stages.setup.eval_checks import check_evaluation
 
 log = logging.getLogger(__name__)
 
-_READERS = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
+_READERS: dict[str, Callable[..., Splits[Any]]] = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
 _FEW_PAIRS = 30
 
 

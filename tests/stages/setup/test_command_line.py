@@ -53,6 +53,11 @@ ROOT = Path(__file__).parents[3]
         (["+sft.epochs=1"], "nothing but data.gold.NAME=module:function can be added or taken away"),
         (["stage=[sft,grpo]", "grpo.kl.coef=1"], "the settings of grpo are those of ppo; write ppo.kl.coef=1"),
         (["stage=grpo", "sft.epochs=1"], "(selected: grpo). Add it, as in 'stage=[grpo,sft]'"),
+        (["engine.optimizer_tier=cpu"], "engine.optimizer_tier: this setting is now called engine.offload_optimizer."),
+        (["ppo.score.no_end_kind=set"], "this setting is now called ppo.score.missing_eos_mode."),
+        (["stage=eval", "eval.against=M"], "this setting is now called eval.baseline."),
+        (["tracking.histograms_every=5"], "tracking.histograms_every: this setting was removed."),
+        (["engine.offload_optimizer=device"], "expected one of [none, cpu, nvme]"),
         (["seed=nan"], "seed: Value 'nan' of type 'float' could not be converted to Integer"),
     ],
 )
