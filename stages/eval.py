@@ -32,7 +32,7 @@ from rlhf.runtime.atomic_files import write_text
 from rlhf.runtime.dist import World, barrier
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.evaluation_tables import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, summary_of, tables
-from rlhf.tracking.jsonl_log import Journal, valid_json
+from rlhf.tracking.jsonl_log import JsonlLog, valid_json
 from rlhf.tracking.text_table import table
 from rlhf.tracking.tracker import start_wandb
 from stages.eval_models import PairScores, Room
@@ -143,7 +143,7 @@ def person(folder: Path) -> Person:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    return Person(read=sys.stdin.readline, write=write, journal=Journal(folder / JUDGEMENTS, steps=False))
+    return Person(read=sys.stdin.readline, write=write, journal=JsonlLog(folder / JUDGEMENTS, steps=False))
 
 
 def results_of(

@@ -16,7 +16,7 @@ from rlhf.runtime import launch
 from rlhf.runtime.dist import World, broadcast_object, start, stop
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.console import setup_logging
-from rlhf.tracking.provenance import note_start
+from rlhf.tracking.provenance import record_start
 from stages.chat import check_chat, run_chat
 from stages.eval import run_eval
 from stages.lifecycle.signals import Stopped
@@ -121,7 +121,7 @@ def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     try:
         with one_sentence(RunError, folder=run.output_dir):
             if world.is_main:
-                note_start(Path(run.output_dir), ranks=world.size, device=world.device)
+                record_start(Path(run.output_dir), ranks=world.size, device=world.device)
             for stage in stages:
                 check_made(run, stage, made=stages, world=world)
                 run_stage(run, stage, world=world)

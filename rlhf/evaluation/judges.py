@@ -21,7 +21,7 @@ from typing import Any
 
 from rlhf.evaluation.metrics import imported
 from rlhf.runtime.errors import RunError
-from rlhf.tracking.jsonl_log import Journal
+from rlhf.tracking.jsonl_log import JsonlLog
 from rlhf.tracking.text_table import printable
 
 REWARD, HUMAN = "reward", "human"
@@ -190,7 +190,7 @@ class Person:
     """The next line; empty where there are no more."""
     write: Callable[[str], object]
     """Shows some text."""
-    journal: Journal
+    journal: JsonlLog
     """What was said so far, in this run and in those before."""
 
     def judge(self, pairs: Pairs, *, coin: Sequence[bool], seed: int) -> list[Verdict]:

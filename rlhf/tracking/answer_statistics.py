@@ -1,6 +1,6 @@
-"""What can be measured of answers to held-out prompts, the rows of `samples.jsonl`, and of logged numbers.
+"""Statistics of answers to held-out prompts (the rows of `samples.jsonl`) and of logged numbers.
 
-Left out: what is worrying in it (`watch.py`).
+Left out: which values are worrying (see `alerts.py`).
 """
 
 from __future__ import annotations
@@ -25,25 +25,21 @@ COLUMNS = {
     "eval/response_length": "length",
     "eval/eos_rate": "ended",
 }
-"""The number of each answer of which a held-out metric of PPO is the mean; that of a gold metric has its name."""
-SMALLEST_SAMPLE = 8  # responses: below, nothing is said about their distribution
+"""PPO's held-out metrics, each with the column that it is the mean of; a gold metric's column has its name."""
+SMALLEST_SAMPLE = 8
+"""Responses below which nothing is concluded from their distribution."""
 
 
 def by_step(samples: Sequence[R]) -> dict[int, list[R]]:
-    """The rows of each evaluation."""
+    """Group the rows by the step of their evaluation."""
     steps: dict[int, list[R]] = {}
     for row in samples:
         steps.setdefault(row["step"], []).append(row)
     return steps
 
 
-def series(rows: Sequence[Row], key: str) -> list[tuple[int, float]]:
-    """Steps and values of a metric where it is a finite number."""
-    return [(row["step"], float(row[key])) for row in rows if is_number(row.get(key))]
-
-
 def change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> Interval | None:
-    """How much a number has changed between two answers to the same prompts; None where too few of them have it."""
+    """Mean change of a column between two answers to the same prompts; None when too few answers have it."""
     pairs: list[tuple[Any, Any]] = [
         (row.get(key), other.get(key))
         for row, other in zip(before, after, strict=False)
@@ -56,29 +52,26 @@ def change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> Interval
 
 
 def length_correlation(rows: Sequence[Row]) -> float | None:
-    """Pearson's correlation of length and score over responses; None where there are too few, or all are equal."""
-    pairs = [
-        (float(r["length"]), float(r["score"]))
-        for r in rows
-        if is_number(r.get("length")) and is_number(r.get("score"))
-    ]
-    if len(pairs) < SMALLEST_SAMPLE:
+    """Pearson's correlation of length and score; None with too few responses or when either is constant."""
+    pairs = [(row.get("length"), row.get("score")) for row in rows]
+    numbers = [(float(length), float(score)) for length, score in pairs if is_number(length) and is_number(score)]
+    if len(numbers) < SMALLEST_SAMPLE:
         return None
-    lengths, scores = zip(*pairs, strict=True)
+    lengths, scores = zip(*numbers, strict=True)
     if len(set(lengths)) == 1 or len(set(scores)) == 1:
         return None
     return statistics.correlation(lengths, scores)
 
 
 def repeated_share(rows: Sequence[Row]) -> float:
-    """Share of responses that some other prompt was given too, word for word."""
+    """Share of responses given word for word to some other prompt too."""
     texts = Counter(" ".join(str(row.get("response", "")).lower().split()) for row in rows)
     return sum(count for count in texts.values() if count > 1) / max(len(rows), 1)
 
 
 def degenerate_share(rows: Sequence[Row]) -> float:
-    """Share of responses without a word, or with six words or more of which half of the pairs are repeats."""
-    return sum(map(_is_degenerate, (str(row.get("response", "")) for row in rows))) / max(len(rows), 1)
+    """Share of responses without a word, or with six words or more where half of the word pairs are repeats."""
+    return sum(_is_degenerate(str(row.get("response", ""))) for row in rows) / max(len(rows), 1)
 
 
 def endless_share(rows: Sequence[Row]) -> float:
@@ -97,11 +90,11 @@ def _counts(value: Any) -> bool:
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a logged value is a finite number; a whole one that is too large for a float counts as infinite."""
+    """True for a finite number; a whole number too large for a float counts as infinite."""
     is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
     return is_numeric and abs(value) <= sys.float_info.max
 
 
 def with_ends(mean: float, low: float, *, high: float) -> str:
-    """A number with the ends of its interval, `0.2 [0.14, 0.26]`."""
+    """Format a number with the ends of its interval: `0.2 [0.14, 0.26]`."""
     return f"{mean:.3g} [{low:.3g}, {high:.3g}]"

@@ -1,7 +1,4 @@
-"""What a person sees while a stage runs: log lines, and a progress bar or plain lines.
-
-Everything goes to stderr. Left out: tables (see `table.py`), and what is worth saying (the stages decide).
-"""
+"""What a person sees while a stage runs: log lines, and a progress bar or plain lines. Everything goes to stderr."""
 
 from __future__ import annotations
 
@@ -24,13 +21,13 @@ logger = logging.getLogger(__name__)
 _OUR_LOGGERS = ("rlhf", "stages", "data", "run_pipeline", "__main__")
 _SECONDS_BETWEEN_LINES = 10.0
 _BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining} {rate_fmt}{postfix}"
-"""Short, so that 80 columns have room for what a stage is about."""
+"""Short, so that the headline metrics fit into 80 columns."""
 
 
 def setup_logging(world: World, *, quiet: bool = False) -> None:
-    """Show our log lines on the main rank from INFO up (`quiet`: warnings), and each warning of another rank once.
+    """Show our messages from INFO up on the main rank (`quiet`: warnings), and each warning of another rank once.
 
-    Other libraries show warnings only. May be called again; a console handler that is already there is replaced.
+    Other libraries show warnings only. A second call replaces the console handler of the first.
     """
     handler = logging.StreamHandler(_AboveTheBar())
     handler.setFormatter(_LineFormat("" if world.is_main else f"[rank {world.rank}] "))
@@ -55,9 +52,9 @@ class _AboveTheBar(io.TextIOBase):
 
 
 class _LineFormat(logging.Formatter):
-    """`12:34:56 message`, with the rank where it is not the main one and the level from WARNING up.
+    """`12:34:56 message`, with the rank if it is not the main one, and the level from WARNING up.
 
-    Messages and tracebacks may quote model output: nothing in them steers the terminal.
+    Messages and tracebacks may quote model output, so control characters are escaped.
     """
 
     def __init__(self, prefix: str) -> None:
@@ -69,7 +66,7 @@ class _LineFormat(logging.Formatter):
 
 
 class _Once(logging.Filter):
-    """Lets each text through once."""
+    """Lets each message through once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,14 +86,13 @@ def headlines(metrics: Mapping[str, float]) -> dict[str, str]:
 
 
 class StageProgress:
-    """How far a stage is: one bar on a terminal, elsewhere lines, or nothing.
+    """Shows how far a stage is: one bar on a terminal, elsewhere lines, or nothing.
 
-    A line comes for the first and the last step and for each evaluation, between them at most one in ten seconds.
+    A line is printed for the first and the last step and for each evaluation, and otherwise at most every ten seconds.
     """
 
     def __init__(self, stage: str, total_steps: int, *, mode: Progress) -> None:
-        self._stage, self._total = stage, total_steps
-        self._mode = mode
+        self._stage, self._total, self._mode = stage, total_steps, mode
         if mode is Progress.auto:
             self._mode = Progress.bar if sys.stderr.isatty() else Progress.plain
         self._bar: tqdm[Any] | None = None
@@ -104,11 +100,11 @@ class StageProgress:
         self._first_step, self._start, self._last_line = 0, 0.0, 0.0
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
-        """`step` steps are finished; among the metrics, the headlines are shown."""
+        """Show that `step` steps are finished, with the headline metrics."""
         if self._mode is Progress.bar:
             self._draw(step, headlines(metrics))
         elif self._mode is Progress.plain:
-            self._say(step, headlines(metrics))
+            self._print(step, headlines(metrics))
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -116,22 +112,16 @@ class StageProgress:
             self._bar.close()
 
     def _draw(self, step: int, shown: dict[str, str]) -> None:
-        # Each stays until it has a new value. Those of training come first: what has no room is cut off at the end.
+        # Each stays until it has a new value. Training metrics come first: what does not fit is cut off at the end.
         self._headlines |= shown
         ordered = dict(sorted(self._headlines.items(), key=lambda item: item[0].startswith("eval/")))
-        if self._bar is None:  # made late, because a resumed stage does not begin at step 0
-            self._bar = tqdm(
-                desc=self._stage,
-                total=self._total,
-                initial=step,
-                unit="step",
-                dynamic_ncols=True,
-                bar_format=_BAR,
-            )
+        if self._bar is None:  # created late, because a resumed stage does not begin at step 0
+            about = {"desc": self._stage, "total": self._total, "unit": "step"}
+            self._bar = tqdm(initial=step, dynamic_ncols=True, bar_format=_BAR, **about)
         self._bar.set_postfix(ordered, refresh=step == self._bar.n)
         self._bar.update(step - self._bar.n)
 
-    def _say(self, step: int, shown: dict[str, str]) -> None:
+    def _print(self, step: int, shown: dict[str, str]) -> None:
         now = time.monotonic()
         if not self._start:
             self._first_step, self._start = step, now
@@ -140,10 +130,8 @@ class StageProgress:
             return
         self._last_line = now
         numbers = "  ".join(f"{name} {value}" for name, value in shown.items())
-        logger.info("%s %d/%d  %s%s", self._stage, step, self._total, numbers, self._speed(step, now))
-
-    def _speed(self, step: int, now: float) -> str:
-        if step == self._first_step:
-            return ""
-        seconds = (now - self._start) / (step - self._first_step)
-        return f"  {number(seconds)} s/step, {tqdm.format_interval(seconds * (self._total - step))} left"
+        speed = ""
+        if step > self._first_step:
+            seconds = (now - self._start) / (step - self._first_step)
+            speed = f"  {number(seconds)} s/step, {tqdm.format_interval(seconds * (self._total - step))} left"
+        logger.info("%s %d/%d  %s%s", self._stage, step, self._total, numbers, speed)

@@ -1,6 +1,6 @@
 """A JSONL file that only grows, survives a kill, and can be taken back to an earlier step.
 
-Every row is one line and is on its way to the disk when `append` returns. Left out: what the rows mean.
+Each row is one line, and is with the operating system when `append` returns. Left out: what the rows mean.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def valid_json(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Journal:
-    """Rows of one file, each a JSON object. Making a Journal touches nothing, so that anyone may read."""
+class JsonlLog:
+    """The rows of one file, each a JSON object. Creating a `JsonlLog` touches nothing, so anyone may read."""
 
     def __init__(self, path: Path, *, steps: bool = True) -> None:
         """Rows of `path`, which have an integer `step` unless `steps` is False."""
@@ -38,17 +38,15 @@ class Journal:
         self._steps = steps
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Write one row; NaN and infinity become null. Raises RunError where the disk is full."""
+        """Write one row; NaN and infinity become null. Raises RunError when the disk is full."""
         line = json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False)
-        # A lone surrogate cannot be UTF-8, but its backslash form is what JSON calls it.
-        with (
-            writing(self.path),
-            self.path.open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file,
-        ):
-            file.write(line + "\n")
+        # backslashreplace: a lone surrogate has no UTF-8, but its backslash form is valid JSON.
+        data = (line + "\n").encode("utf-8", errors="backslashreplace")
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(data)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All complete rows, oldest first; none when nothing was written.
+        """All complete rows, oldest first; none if the file does not exist.
 
         Raises:
             ValueError: a line is damaged.
@@ -62,31 +60,30 @@ class Journal:
         return rows
 
     def repair(self) -> None:
-        """Drop what is no row, so that the next one can follow: the file as it was is kept beside, and both are said.
+        """Drop damaged lines, with a warning, so that rows can be appended; a copy keeps the file as it was.
 
-        A last line that a kill has left half written is dropped without a copy.
+        A last line that a kill left half written is dropped without a copy.
         """
-        if not self.path.exists():
-            return
         lines = self._lines()
         good = [line for line in lines if self._row(line) is not None]
+        torn = self.path.stat().st_size - sum(map(len, lines)) if self.path.exists() else 0
         if len(good) < len(lines):
-            kept = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-            with writing(kept):
-                shutil.copyfile(self.path, kept)
-            broken = len(lines) - len(good)
-            logger.warning("%s: %d lines are no rows and are left out; %s has them", self.path, broken, kept)
+            copy = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
+            with writing(copy):
+                shutil.copyfile(self.path, copy)
+            damaged = len(lines) - len(good)
+            logger.warning("%s: left out %d damaged lines; %s keeps them", self.path, damaged, copy)
             self._replace(good)
-        elif size := self.path.stat().st_size - sum(map(len, lines)):
-            logger.warning("%s: its last line was half written (%d bytes), and is dropped", self.path, size)
-            os.truncate(self.path, sum(map(len, lines)))
+        elif torn:
+            logger.warning("%s: dropped the last line, which was half written (%d bytes)", self.path, torn)
+            os.truncate(self.path, self.path.stat().st_size - torn)
 
     def count(self) -> int:
         """Complete rows in the file."""
         return len(self._lines())
 
     def rewind(self, step: int) -> int:
-        """Forget the rows after `step`, and count those that are left; -1 forgets all.
+        """Delete the rows after `step` (-1: all) and return how many are left.
 
         The file is replaced at once or not at all.
         """
@@ -103,12 +100,12 @@ class Journal:
             shorter.replace(self.path)
 
     def _lines(self) -> list[bytes]:
-        """Complete lines; what follows the last one is on its way, or half written."""
+        """Complete lines; what follows the last newline is still being written, or was cut by a kill."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         return [line + b"\n" for line in lines]
 
     def _row(self, line: bytes) -> dict[str, Any] | None:
-        """The row in `line`; None where it is damaged."""
+        """The row in `line`; None if it is damaged."""
         try:
             row = json.loads(line)
         except ValueError:

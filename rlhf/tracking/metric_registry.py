@@ -1,8 +1,8 @@
 """The registry of metrics: what each logged number means, its unit, and which stages log it.
 
-Whatever is logged is looked up here first, and consoles, dashboards and reports are built from it, so the two cannot
-drift apart. Left out: how a metric is computed. A key ending in `/*` stands for every name the user or a stage puts
-there.
+A metric must be here before it can be logged; console, dashboard and report are built from the registry, so they cannot
+drift apart. A key ending in `/*` stands for every name that a stage or the user puts there. Left out: how a metric is
+computed.
 """
 
 from __future__ import annotations
@@ -13,128 +13,99 @@ from rlhf.config.stage_configs import POLICIES
 
 STEP = "trainer/step"
 """Our own axis, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""
-
 ITERATION = "ppo/iteration"
 """The axis of what PPO alone logs: the same number there, under a name that says what it counts."""
 
-SUPERVISED = ("sft", "reward")
-REWARD = ("reward",)
 PPO = POLICIES
+REWARD = ("reward",)
+SUPERVISED = ("sft", *REWARD)
 ALL = (*SUPERVISED, *PPO)
-
-
+ACCURACY = "SFT: target tokens ranked first; reward: chosen scored higher"
+PAID = "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end"
+ENTROPY = "entropy per token at the sampling temperature, before top-k and top-p"
 SEARCHED = "fp16: skipped steps that found the loss scale, at the start or after it grew: normal"
-"""What `*/scale_search_steps` count."""
+SKIPPED = "steps skipped for a non-finite gradient"
 
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of one metric before anyone logs it."""
+    """What is known of a metric before anyone logs it."""
 
     section: str
-    """Heading under which dashboards and reports show it."""
+    """Heading under which dashboard and report show it."""
     unit: str
     """Unit, or what the number counts; empty for a pure number."""
     stages: tuple[str, ...]
-    """The stages that log it."""
     meaning: str
     """One line for somebody who sees it for the first time."""
-    headline: bool = False
-    """Shown beside the progress bar."""
     better: int = 0
     """1 where more is better, -1 where less is, 0 where that depends on the rest, as it does for the KL."""
+    headline: bool = False
+    """Whether it is shown beside the progress bar."""
 
     @property
     def step(self) -> str:
-        """The axis that it is drawn over."""
+        """The axis it is drawn over."""
         return ITERATION if self.stages == PPO else STEP
 
 
 METRICS: dict[str, Metric] = {
-    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", headline=True, better=-1),
-    "train/accuracy": Metric(
-        "Training",
-        "fraction",
-        SUPERVISED,
-        "SFT: target tokens ranked first; reward: chosen scored higher",
-        headline=True,
-        better=1,
-    ),
-    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch", better=1),
+    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", -1, headline=True),
+    "train/accuracy": Metric("Training", "fraction", SUPERVISED, ACCURACY, 1, headline=True),
+    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch", 1),
     "train/grad_norm": Metric("Training", "", SUPERVISED, "global gradient norm before clipping"),
     "train/lr": Metric("Training", "", SUPERVISED, "learning rate of the step"),
     "train/tokens": Metric("Training", "tokens", SUPERVISED, "real tokens in the step's global batch"),
-    "train/skipped_steps": Metric("Training", "steps", SUPERVISED, "steps skipped for a non-finite gradient"),
+    "train/skipped_steps": Metric("Training", "steps", SUPERVISED, SKIPPED),
     "train/loss_scale": Metric("Training", "", SUPERVISED, "fp16: factor on the loss of the step"),
     "train/scale_search_steps": Metric("Training", "steps", SUPERVISED, SEARCHED),
-    "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", headline=True, better=-1),
-    "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token", better=-1),
-    "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", headline=True, better=1),
-    "eval/margin": Metric(
-        "Evaluation", "score", REWARD, "chosen minus rejected score, mean over held-out pairs", better=1
-    ),
+    "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", -1, headline=True),
+    "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token", -1),
+    "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", 1, headline=True),
+    "eval/margin": Metric("Evaluation", "score", REWARD, "chosen minus rejected score, mean over held-out pairs", 1),
     "eval/score_mean": Metric("Evaluation", "score", REWARD, "mean held-out score, which PPO subtracts"),
     "eval/score_std": Metric("Evaluation", "score", REWARD, "deviation of the held-out scores, which PPO divides by"),
     "eval/pairs": Metric("Evaluation", "pairs", REWARD, "held-out pairs behind the accuracy"),
-    "eval/score": Metric(
-        "Evaluation",
-        "score",
-        PPO,
-        "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end",
-        headline=True,
-        better=1,
-    ),
-    "eval/raw_score": Metric(
-        "Evaluation", "score", PPO, "the reward model's own scalar for held-out answers", better=1
-    ),
-    "eval/clamped": Metric("Evaluation", "fraction", PPO, "held-out answers whose score is at the clamp", better=-1),
+    "eval/score": Metric("Evaluation", "score", PPO, PAID, 1, headline=True),
+    "eval/raw_score": Metric("Evaluation", "score", PPO, "the reward model's own score of held-out answers", 1),
+    "eval/clamped": Metric("Evaluation", "fraction", PPO, "held-out answers whose score is at the clamp", -1),
     "eval/kl": Metric("Evaluation", "nats", PPO, "KL to the reference per held-out response"),
     "eval/response_length": Metric("Evaluation", "tokens", PPO, "length of answers to held-out prompts"),
-    "eval/eos_rate": Metric(
-        "Evaluation", "fraction", PPO, "answers to held-out prompts that end by themselves", better=1
-    ),
-    "eval/distinct_2": Metric(
-        "Evaluation", "fraction", PPO, "different word pairs among all: falls when answers repeat", better=1
-    ),
-    "reward_model/accuracy": Metric("Evaluation", "fraction", PPO, "the reward model's, as its own stage has left it"),
+    "eval/eos_rate": Metric("Evaluation", "fraction", PPO, "answers to held-out prompts that end by themselves", 1),
+    "eval/distinct_2": Metric("Evaluation", "fraction", PPO, "different word pairs: low if answers repeat", 1),
+    "reward_model/accuracy": Metric("Evaluation", "fraction", PPO, "the reward model's, at the end of its own stage"),
     "reward_model/pairs": Metric("Evaluation", "pairs", PPO, "held-out pairs behind that accuracy"),
     "reward_model/score_std": Metric("Evaluation", "score", PPO, "deviation of the reward model's held-out scores"),
-    "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on", better=1),
-    "objective/kl": Metric(
-        "Objective", "nats", PPO, "KL to the reference, summed over a response, mean over responses", headline=True
-    ),
+    "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on", 1),
+    "objective/kl": Metric("Objective", "nats", PPO, "KL to the reference summed over a response, mean", headline=True),
     "objective/kl_per_token": Metric("Objective", "nats", PPO, "KL to the reference, mean over response tokens"),
     "objective/kl_clamped": Metric("Objective", "fraction", PPO, "tokens whose k2 or k3 estimate was cut at 10"),
-    "objective/entropy": Metric(
-        "Objective", "nats", PPO, "entropy per token at the sampling temperature, before top-k and top-p"
-    ),
+    "objective/entropy": Metric("Objective", "nats", PPO, ENTROPY),
     "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
     "objective/clamped": Metric("Objective", "fraction", PPO, "responses whose score is at the clamp"),
     "objective/raw_scores": Metric("Objective", "score", PPO, "the reward model's own scalar", headline=True),
     "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
     "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
     "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
-    "actor/loss": Metric("Policy", "", PPO, "clipped surrogate loss, mean over the iteration's updates"),
-    "actor/approxkl_avg": Metric("Policy", "nats", PPO, "KL per token from the sampling policy, over the updates"),
-    "actor/clipfrac_avg": Metric("Policy", "fraction", PPO, "response tokens whose ratio was clipped"),
-    "actor/ratio_mean": Metric("Policy", "", PPO, "probability ratio to the sampling policy, mean over tokens"),
-    "actor/ratio_max": Metric("Policy", "", PPO, "largest probability ratio to the sampling policy"),
-    "actor/entropy": Metric("Policy", "nats", PPO, "entropy per token during the updates"),
-    "actor/kl_clamped": Metric("Policy", "fraction", PPO, "tokens whose KL in the loss was cut at 10"),
-    "actor/epochs": Metric("Policy", "epochs", PPO, "passes over the rollout before target_kl stopped them"),
-    "critic/loss": Metric("Value", "", PPO, "clipped value loss, mean over the iteration's updates"),
-    "critic/clipfrac_avg": Metric("Value", "fraction", PPO, "response tokens whose value was clipped"),
-    "critic/explained_variance": Metric(
-        "Value", "fraction", PPO, "share of the returns' variance that the critic predicts"
-    ),
+    "actor/loss": Metric("Actor", "", PPO, "clipped surrogate loss, mean over the iteration's updates"),
+    "actor/approxkl_avg": Metric("Actor", "nats", PPO, "KL per token from the sampling policy, over the updates"),
+    "actor/clipfrac_avg": Metric("Actor", "fraction", PPO, "response tokens whose ratio was clipped"),
+    "actor/ratio_mean": Metric("Actor", "", PPO, "probability ratio to the sampling policy, mean over tokens"),
+    "actor/ratio_max": Metric("Actor", "", PPO, "largest probability ratio to the sampling policy"),
+    "actor/entropy": Metric("Actor", "nats", PPO, "entropy per token during the updates"),
+    "actor/kl_clamped": Metric("Actor", "fraction", PPO, "tokens whose KL in the loss was cut at 10"),
+    "actor/epochs": Metric("Actor", "epochs", PPO, "passes over the rollout before target_kl stopped them"),
+    "critic/loss": Metric("Critic", "", PPO, "clipped value loss, mean over the iteration's updates"),
+    "critic/clipfrac_avg": Metric("Critic", "fraction", PPO, "response tokens whose value was clipped"),
+    "critic/explained_variance": Metric("Critic", "fraction", PPO, "share of the returns' variance that it predicts"),
     "actor/grad_norm": Metric("Optimizer", "", PPO, "actor's gradient norm before clipping"),
     "actor/lr": Metric("Optimizer", "", PPO, "actor's learning rate"),
-    "actor/skipped_steps": Metric("Optimizer", "steps", PPO, "steps skipped for a non-finite gradient"),
+    "actor/skipped_steps": Metric("Optimizer", "steps", PPO, SKIPPED),
     "actor/loss_scale": Metric("Optimizer", "", PPO, "fp16: factor on the actor's loss, the smallest of the updates"),
     "actor/scale_search_steps": Metric("Optimizer", "steps", PPO, SEARCHED),
     "critic/grad_norm": Metric("Optimizer", "", PPO, "critic's gradient norm before clipping"),
     "critic/lr": Metric("Optimizer", "", PPO, "critic's learning rate"),
-    "critic/skipped_steps": Metric("Optimizer", "steps", PPO, "steps skipped for a non-finite gradient"),
+    "critic/skipped_steps": Metric("Optimizer", "steps", PPO, SKIPPED),
     "critic/loss_scale": Metric("Optimizer", "", PPO, "fp16: factor on the critic's loss, the smallest of the updates"),
     "critic/scale_search_steps": Metric("Optimizer", "steps", PPO, SEARCHED),
     "rollout/response_length": Metric("Rollout", "tokens", PPO, "counted tokens of a response, mean", headline=True),

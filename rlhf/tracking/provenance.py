@@ -1,6 +1,6 @@
-"""Where a run comes from: the command, the machine and the versions of each of its starts, in `origin.jsonl`.
+"""Records where a run comes from: command, machine and versions of each of its starts, in `origin.jsonl`.
 
-Left out: the environment's variables, which may hold keys.
+Left out: environment variables, which may hold keys.
 """
 
 from __future__ import annotations
@@ -15,31 +15,31 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf.tracking.jsonl_log import Journal
+from rlhf.tracking.jsonl_log import JsonlLog
 
 if TYPE_CHECKING:
-    import torch  # by whoever has a device: a command line is remembered before torch is needed
+    import torch  # heavy: the launcher remembers its command line without it
 
 FILE = "origin.jsonl"
-_COMMAND = "RLHF_COMMAND"  # in the environment, which ranks inherit: their own command line is not what was typed
+_COMMAND = "RLHF_COMMAND"  # an environment variable, which ranks inherit: their own command line is not what was typed
 _PACKAGES = ("torch", "transformers", "datasets", "peft", "wandb", "hydra-core", "numpy")
 _SOURCES = Path(__file__).parents[2]
 
 
 def remember_command() -> None:
-    """Keep the command line of this process, which a person has typed, for the ranks that it may start."""
+    """Keep this process's command line, which a person typed, for the ranks that it may start."""
     os.environ[_COMMAND] = shlex.join(["python", *sys.argv])
 
 
-def note_start(folder: Path, *, ranks: int, device: torch.device) -> None:
-    """Add this start to the run in `folder`, which exists."""
-    journal = Journal(folder / FILE, steps=False)
-    journal.repair()
-    journal.append(origin(ranks=ranks, device=device))
+def record_start(folder: Path, *, ranks: int, device: torch.device) -> None:
+    """Append this start to `origin.jsonl` of the run in `folder`, which exists."""
+    starts = JsonlLog(folder / FILE, steps=False)
+    starts.repair()
+    starts.append(provenance(ranks=ranks, device=device))
 
 
-def origin(*, ranks: int, device: torch.device) -> dict[str, Any]:
-    """What one would need to know to do the same again."""
+def provenance(*, ranks: int, device: torch.device) -> dict[str, Any]:
+    """Everything one needs to know to start the same run again."""
     import torch
 
     return {
@@ -63,22 +63,22 @@ def _version(package: str) -> str:
 
 
 def _processor() -> str:
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.exists() else []
-    found = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return found[0] if found else platform.processor()
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def _commit() -> str:
-    """The commit of these sources, with a plus where files were changed since; empty where they are no checkout."""
+    """The commit of these sources, with a plus if files were changed since; empty if they are no checkout."""
     if not (_SOURCES / ".git").exists():
         return ""
-    commit, changed = (_git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
-    return f"{commit}+" if changed else commit
+    commit = _git("rev-parse", "--short=12", "HEAD")
+    return f"{commit}+" if _git("status", "--porcelain", "--untracked-files=no") else commit
 
 
 def _git(*arguments: str) -> str:
-    """What git answers; nothing where it is not installed or does not trust the folder."""
+    """What git prints; empty if it is not installed or does not trust the folder."""
     try:
         done = subprocess.run(["git", "-C", str(_SOURCES), *arguments], capture_output=True, text=True, check=False)
     except FileNotFoundError:

@@ -1,7 +1,4 @@
-"""Where a step's time and memory went.
-
-Left out: a profiler (use `torch.profiler`).
-"""
+"""Measures where a step's time and memory went. Left out: a profiler (use `torch.profiler`)."""
 
 from __future__ import annotations
 
@@ -19,14 +16,14 @@ _STATM = Path("/proc/self/statm")
 
 
 class Stopwatch:
-    """Adds up the seconds of named phases, and notes their highest memory: `with timer("generate"): ...`."""
+    """Adds up the seconds of named phases and notes their peak memory: `with timer("generate"): ...`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, Peak] = {}
         self.highest: dict[str, Peak] = {}
-        """Of each phase since the stopwatch was made."""
+        """Peak memory of each phase since the stopwatch was created."""
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
@@ -37,7 +34,7 @@ class Stopwatch:
             yield
         finally:
             if self._device.type == "cuda":
-                # Kernels run behind Python's back: without waiting, the next phase would pay for this one.
+                # Kernels run asynchronously: without this wait, the next phase would be charged for them.
                 torch.cuda.synchronize(self._device)
             self._seconds[phase] = self._seconds.get(phase, 0.0) + time.perf_counter() - start
             peak = METER.end(self._device)
@@ -45,10 +42,10 @@ class Stopwatch:
                 peaks.setdefault(phase, Peak()).raise_to(peak)
 
     def take(self) -> dict[str, float]:
-        """The metrics `timing_s/PHASE` in seconds since the last call, and start again from nothing.
+        """Return the metrics since the last call, and start again.
 
-        With them the highest memory of each phase in bytes: `memory/PHASE_host_bytes`, and of CUDA's tensors
-        `memory/PHASE_device_bytes`.
+        These are `timing_s/PHASE` in seconds, and the peak memory of each phase in bytes: `memory/PHASE_host_bytes`,
+        and for CUDA tensors `memory/PHASE_device_bytes`.
         """
         taken = {f"timing_s/{phase}": seconds for phase, seconds in self._seconds.items()}
         for phase, peak in self._peaks.items():
@@ -58,9 +55,9 @@ class Stopwatch:
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:
-    """Memory of this process in bytes: resident now (Linux), and what PyTorch holds now of a CUDA `device`.
+    """Bytes that this process has now: resident memory (Linux), and what PyTorch holds of a CUDA `device`.
 
-    Phases have the peaks of tensors; after a phase, CUDA's own highest value begins again.
+    Not CUDA's peak: that restarts with every phase, so a reading between phases would mean nothing.
     """
     readings: dict[str, float] = {}
     if _STATM.exists():

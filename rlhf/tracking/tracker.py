@@ -1,7 +1,7 @@
-"""Everything a stage says about itself goes through one Tracker: files, progress display and W&B.
+"""Records what a stage reports: metrics, samples and a summary, to files, the progress display and W&B.
 
-The files under the stage's folder are the record: `metrics.jsonl` (step, time, metrics), `samples.jsonl` (step and what
-the model said) and `summary.json`. They are complete without W&B. Left out: averaging (stages log finished numbers).
+The files under the stage's folder are complete without W&B: `metrics.jsonl` (step, time, metrics), `samples.jsonl`
+(step, and what the model answered) and `summary.json`. Left out: averaging (stages log finished numbers).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Self
 from rlhf.config.tracking_config import TrackingConfig, WandbMode
 from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World
+from rlhf.tracking.alerts import Alerts
 from rlhf.tracking.answer_statistics import by_step
 from rlhf.tracking.console import StageProgress
-from rlhf.tracking.jsonl_log import Journal, valid_json
-from rlhf.tracking.lookout import Lookout
+from rlhf.tracking.jsonl_log import JsonlLog, valid_json
 from rlhf.tracking.metric_registry import check, metric
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Tracker:
-    """Records one stage; only the main rank writes or shows anything, and every rank may call everything."""
+    """Records one stage. Every rank may call every method; only the main rank writes or shows anything."""
 
     folder: Path
     """The stage's folder, directly under the run's output folder."""
@@ -41,15 +41,13 @@ class Tracker:
     stage: str
     """Its title: sft, reward, ppo, grpo, ..."""
     config: TrackingConfig
-    """What is shown and recorded."""
     run_name: str
-    """Groups the stages of one run."""
+    """Groups the stages of one run in W&B."""
     run_config: dict[str, Any]
     """The run's whole configuration, resolved."""
     total_steps: int
     """Optimizer steps of the stage (PPO: iterations)."""
     world: World
-    """Who we are among the ranks."""
 
     def __post_init__(self) -> None:
         self._columns: tuple[str, ...] = ()
@@ -57,12 +55,12 @@ class Tracker:
         if not self.world.is_main:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        self._summary_file = self.folder / "summary.json"
         self._summary = read_json(self._summary_file)
-        self._metrics = Journal(self.folder / "metrics.jsonl")
-        self._samples = Journal(self.folder / "samples.jsonl")
-        for journal in (self._metrics, self._samples):
-            journal.repair()
-        self._lookout: Lookout | None = None  # made with the first row, when the files are as they will stay
+        self._metrics, self._samples = JsonlLog(self.folder / "metrics.jsonl"), JsonlLog(self.folder / "samples.jsonl")
+        for log in (self._metrics, self._samples):
+            log.repair()
+        self._alerts: Alerts | None = None  # made with the first row: a resumed stage rewinds the files before
         self._answers: tuple[int, Sequence[Mapping[str, Any]]] = (-1, ())
         self._progress = StageProgress(self.stage, self.total_steps, mode=self.config.progress)
         self._run = start_wandb(
@@ -74,15 +72,11 @@ class Tracker:
             run_config=self.run_config,
         )
 
-    @property
-    def _summary_file(self) -> Path:
-        return self.folder / "summary.json"
-
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record the metrics of a step.
 
         With `log_every` above 1 the rows between are shown but not recorded; the last step, evaluations and rows that
-        are a sign that the stage goes wrong always are. A sign is said once, here and as a W&B alert.
+        raise an alert always are. Each alert is raised once, as a warning here and as a W&B alert.
 
         Args:
             step: optimizer steps (PPO: iterations) finished; 0 is before the first.
@@ -97,24 +91,24 @@ class Tracker:
         values = {key: float(value) for key, value in metrics.items()}
         self._progress.show(step, values)
         row = {"step": step, "time": round(time.time(), 3), **values}
-        self._lookout = self._lookout or Lookout(self._metrics, self._samples, total_steps=self.total_steps)
-        answered, answers = self._answers
         evaluated = any(metric(key).section == "Evaluation" for key in values)
         is_recorded = evaluated or step % self.config.log_every == 0 or step >= self.total_steps
-        signs = self._lookout.look(row, answers if answered == step else (), is_recorded=is_recorded)
-        if is_recorded or signs:
+        self._alerts = self._alerts or Alerts(self._metrics, self._samples, total_steps=self.total_steps)
+        answered, answers = self._answers
+        alerts = self._alerts.check(row, answers if answered == step else (), is_recorded=is_recorded)
+        if is_recorded or alerts:
             self._metrics.append(row)
             if self._run is not None:
                 self._run.log(step, values)
         if step >= self.total_steps:
             self.summary({"steps": step})
-        for sign in signs:
-            logger.warning("%s: %s", self.stage, sign.text)
+        for name, text in alerts.items():
+            logger.warning("%s: %s", self.stage, text)
             if self._run is not None:
-                self._run.alert(f"{self.run_name}/{self.stage}: {sign.name}", sign.text)
+                self._run.alert(f"{self.run_name}/{self.stage}: {name}", text)
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Record what the model said: one row per response, with the same columns in every call."""
+        """Record answers of the model: one row per response, with the same columns in every call."""
         for row in rows:
             self._columns = self._columns or tuple(row)
             assert tuple(row) == self._columns, f"samples have the columns {self._columns}, this one {tuple(row)}"
@@ -127,7 +121,7 @@ class Tracker:
             self._run.samples(step, rows)
 
     def summary(self, values: Mapping[str, Any]) -> None:
-        """Record final values of the stage; those of an earlier call stay unless they are named again."""
+        """Record final values of the stage; earlier ones stay unless they are named again."""
         if not self.world.is_main:
             return
         self._summary |= values
@@ -142,31 +136,37 @@ class Tracker:
 
     def state_dict(self) -> dict[str, int]:
         """How many rows each file has, for a checkpoint."""
-        journals = (self._metrics, self._samples) if self.world.is_main else ()
-        return {journal.path.name: journal.count() for journal in journals}
+        logs = (self._metrics, self._samples) if self.world.is_main else ()
+        return {log.path.name: log.count() for log in logs}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Have the next `rewind` look for this many rows."""
+        """Set how many rows the next `rewind` expects."""
         self._written = state
 
     def rewind(self, step: int) -> None:
-        """Forget the rows after `step`, which a resumed stage will log again; -1 forgets all.
+        """Delete the rows after `step`, which a resumed stage will log again; -1 deletes all.
 
-        W&B cannot take rows back: there, the repeated steps are drawn twice. Offline, a resumed run begins a new log,
-        and a kill has cost the old one its last block: the new one is told everything again, so that it is complete.
+        W&B cannot take rows back: online, the repeated steps are drawn twice. Offline, a resumed run starts a new log,
+        and a kill has cost the old one its last block. So the new log gets all rows again and is complete.
         """
         if not self.world.is_main:
             return
-        for journal in (self._metrics, self._samples):
-            left, written = journal.rewind(step), self._written.get(journal.path.name, 0)
+        for log in (self._metrics, self._samples):
+            left, written = log.rewind(step), self._written.get(log.path.name, 0)
             if left < written:
                 logger.warning(
-                    "%s holds %d of the %d rows that were written up to step %d: the others are gone, and no report or "
-                    "curve will have them",
-                    *(journal.path, left, written, step),
+                    "%s holds %d of the %d rows that were written up to step %d: the others are lost, and will be "
+                    "missing from reports and curves",
+                    *(log.path, left, written, step),
                 )
         if step >= 0 and self._run is not None and self._run.is_offline:
-            self._retell(self._run)
+            self._log_again(self._run)
+
+    def _log_again(self, run: WandbRun) -> None:
+        for row in self._metrics.rows():
+            run.log(row["step"], {key: value for key, value in row.items() if "/" in key and value is not None})
+        for step, rows in by_step(self._samples.rows()).items():
+            run.samples(step, [{key: value for key, value in row.items() if key != "step"} for row in rows])
 
     def close(self, *, failed: bool = False) -> None:
         """Close the display and the W&B run, which takes a minute at most."""
@@ -185,17 +185,11 @@ class Tracker:
     ) -> None:
         self.close(failed=kind is not None)
 
-    def _retell(self, run: WandbRun) -> None:
-        for row in self._metrics.rows():
-            run.log(row["step"], {key: value for key, value in row.items() if "/" in key and value is not None})
-        for step, rows in by_step(self._samples.rows()).items():
-            run.samples(step, [{key: value for key, value in row.items() if key != "step"} for row in rows])
-
 
 def start_wandb(
     folder: Path, *, root: Path, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
 ) -> WandbRun | None:
-    """The W&B run of what is done in `folder`, as the configuration asks for it; None where it asks for none.
+    """Start the W&B run of what is done in `folder`; None if the configuration asks for none.
 
     Raises:
         ValueError: W&B was asked to be online, and cannot be.
@@ -203,24 +197,23 @@ def start_wandb(
     mode = requested_mode(config.wandb)
     if mode is WandbMode.disabled:
         return None
-    # Here, not above: the other ranks and runs without W&B need not wait for it, or have it.
+    # Imported here: the other ranks, and runs without W&B, need neither wait for it nor have it installed.
     from rlhf.tracking.wandb import WandbRun
 
-    return WandbRun(
-        folder, root=root, stage=stage, config=replace(config, wandb=mode), run_name=run_name, run_config=run_config
-    )
+    config = replace(config, wandb=mode)
+    return WandbRun(folder, root=root, stage=stage, config=config, run_name=run_name, run_config=run_config)
 
 
 def requested_mode(configured: WandbMode) -> WandbMode:
-    """What the user asked for: the configuration, and where that says auto, WANDB_MODE.
+    """The configured mode, or WANDB_MODE if the configuration says auto.
 
     Raises:
         ValueError: WANDB_MODE is none of the modes.
     """
     if configured is not WandbMode.auto:
         return configured
-    wish = os.environ.get("WANDB_MODE", "").lower() or "auto"
+    wanted = os.environ.get("WANDB_MODE", "").lower() or "auto"
     modes = {**{mode.value: mode for mode in WandbMode}, "dryrun": WandbMode.offline, "run": WandbMode.online}
-    if wish not in modes:
-        raise ValueError(f"WANDB_MODE={wish}: expected one of {', '.join(modes)}.")
-    return modes[wish]
+    if wanted not in modes:
+        raise ValueError(f"WANDB_MODE={wanted}: expected one of {', '.join(modes)}.")
+    return modes[wanted]

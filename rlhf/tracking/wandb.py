@@ -1,4 +1,4 @@
-"""One stage as one Weights & Biases run: the only file that knows wandb.
+"""One stage as one Weights & Biases run: the only file that imports wandb.
 
 It never asks for a key, never waits long for a network, prints nothing, and keeps everything under the output folder.
 Models stay where the stage wrote them: artifacts refer to them.
@@ -26,7 +26,6 @@ from rlhf.config.tracking_config import TrackingConfig, WandbMode
 from rlhf.runtime.atomic_files import write_text
 from rlhf.tracking.jsonl_log import valid_json
 from rlhf.tracking.metric_registry import STEP, axes_of, metrics_of
-from rlhf.tracking.offline_log import cut_torn_record
 
 logger = logging.getLogger(__name__)
 
@@ -36,40 +35,41 @@ _FINISH_SECONDS = 60.0
 _NO_KEY = "there is no API key"
 
 
-class Choice(NamedTuple):
+class ModeChoice(NamedTuple):
     """How W&B will be used, and why."""
 
     mode: Literal["online", "offline"]
     reason: str
 
 
-def choose_mode(wanted: WandbMode) -> Choice:
-    """Online or offline, decided without a prompt and within a few seconds.
+def choose_mode(wanted: WandbMode) -> ModeChoice:
+    """Choose online or offline, without a prompt and within a few seconds.
 
     Args:
         wanted: online, offline, or auto (online when there is a key and its server can be reached).
 
     Raises:
-        ValueError: online was asked for and cannot be.
+        ValueError: online was asked for and is not possible.
     """
     assert wanted is not WandbMode.disabled, "a disabled W&B has no run"
     if wanted is WandbMode.offline:
-        return Choice("offline", "asked for")
+        return ModeChoice("offline", "asked for")
     obstacle = _obstacle()
     if obstacle is None:
-        return Choice("online", "asked for" if wanted is WandbMode.online else "there is a key and its server answers")
+        is_asked = wanted is WandbMode.online
+        return ModeChoice("online", "asked for" if is_asked else "there is a key and its server answers")
     if wanted is WandbMode.online:
         raise _cannot_be_online(obstacle)
-    return Choice("offline", obstacle)
+    return ModeChoice("offline", obstacle)
 
 
 def default_entity() -> str:
     """The team or user that the key belongs to.
 
     Raises:
-        ValueError: nobody can be asked, or there is none.
+        ValueError: W&B cannot be asked, or names nobody.
     """
-    with refusals():
+    with asking_server():
         found = wandb.Api(timeout=int(_INIT_SECONDS)).default_entity
     if not found:
         raise ValueError("W&B names nobody to whom the API key belongs; expected --entity NAME.")
@@ -77,18 +77,23 @@ def default_entity() -> str:
 
 
 @contextlib.contextmanager
-def refusals() -> Iterator[None]:
-    """Ask W&B something inside: what keeps it from answering is one sentence, and no question.
+def asking_server() -> Iterator[None]:
+    """Context for requests to W&B: never prompts for a key, and turns every failure into one sentence.
 
     Raises:
-        ValueError: there is no key or no network, or the server turned it away.
+        ValueError: there is no key or no network, or the server refused.
     """
     obstacle = _obstacle()
     if obstacle is not None:
         raise ValueError(f"W&B cannot be asked: {obstacle}. Run `wandb login` or set WANDB_API_KEY; check the network.")
     try:
         yield
-    except (wandb.Error, OSError, TypeError, KeyError) as error:  # of what is no answer, its client makes the last two
+    except (
+        wandb.Error,
+        OSError,
+        TypeError,
+        KeyError,
+    ) as error:  # its client raises the last two for a malformed answer
         raise ValueError(f"W&B did not do it ({error}). Look at the key, the entity and the project.") from error
 
 
@@ -100,8 +105,8 @@ def _cannot_be_online(obstacle: object) -> ValueError:
 
 
 def _obstacle() -> str | None:
-    """What keeps this machine from being online; None when nothing does."""
-    # mode: a WANDB_MODE=offline in the environment would make login answer that there is no key.
+    """What keeps this machine from being online; None if nothing does."""
+    # mode: with WANDB_MODE=offline in the environment, login would say that there is no key.
     session = wandb.setup(wandb.Settings(silent=True, mode="online"))
     try:
         has_key = wandb.login(prompt=False, verify=False)
@@ -135,22 +140,17 @@ def _reachable(url: str) -> bool:
 
 
 class WandbRun:
-    """One stage's run: grouped with the other stages of the same name, continued under the same id when resumed."""
+    """The W&B run of one stage: grouped with the run's other stages, and continued under the same id when resumed."""
 
     def __init__(
         self, folder: Path, *, root: Path, stage: str, config: TrackingConfig, run_name: str, run_config: dict[str, Any]
     ) -> None:
-        """Start or continue the run of what is done in `folder`, below `root`; see `choose_mode` for errors.
+        """Start or continue the run of `folder`, which holds its id. Group: `run_name`; W&B's files go below `root`.
 
-        Args:
-            folder: has the id; its name below `root` is the run's name in the group.
-            root: of the whole run, where W&B's files go.
-            stage: what is done.
-            config: how W&B is used.
-            run_name: the group.
-            run_config: what is shown as the configuration.
+        Raises:
+            ValueError: see `choose_mode`.
         """
-        # wandb would keep copies of tables and its own log in the home folder, and report errors to its makers.
+        # Else wandb keeps copies of tables and its own log in the home folder, and reports errors to its makers.
         os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(root / "wandb")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         choice = choose_mode(config.wandb)
@@ -177,7 +177,7 @@ class WandbRun:
 
     @property
     def is_offline(self) -> bool:
-        """Whether a server has not seen what was logged before."""
+        """Whether no server has seen what was logged before."""
         return bool(self._run.offline)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -197,7 +197,7 @@ class WandbRun:
             logger.warning("W&B did not take the samples of step %d (%s); samples.jsonl has them.", step, error)
 
     def alert(self, title: str, text: str) -> None:
-        """Have W&B tell whoever has asked it to; offline, with the next sync."""
+        """Have W&B notify everyone who asked for it; offline, with the next sync."""
         self._run.alert(title=title, text=text, level="WARN")
 
     def models(self, folders: Mapping[str, Path]) -> None:
@@ -215,7 +215,7 @@ class WandbRun:
         self._run.summary.update(dict(values))
 
     def finish(self, *, failed: bool) -> None:
-        """End the run; an upload that does not come to an end is given up, the data stay on disk."""
+        """End the run. An upload that does not end in time is given up; the data stay on disk."""
         try:
             self._run.finish(exit_code=int(failed))
         except TimeoutError:
@@ -223,7 +223,7 @@ class WandbRun:
 
 
 def _run_id(folder: Path, stage: str) -> str:
-    """The id in the stage's folder; a new one, which no other run can have, the first time.
+    """The id in the stage's folder; a new unique one the first time.
 
     Raises:
         ValueError: the file is damaged.
@@ -237,8 +237,8 @@ def _run_id(folder: Path, stage: str) -> str:
     return found.decode().strip()
 
 
-def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: Choice) -> wandb.Run:
-    """The run as chosen; when the server turns it away and nobody insisted, the same run offline."""
+def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: ModeChoice) -> wandb.Run:
+    """Start the run as chosen. If the server refuses and online was not insisted on, start the same run offline."""
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -254,7 +254,7 @@ def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: Choice) -> w
         except wandb.Error as error:
             if wanted is WandbMode.online:
                 raise _cannot_be_online(error) from error
-            choice = Choice("offline", str(error))
+            choice = ModeChoice("offline", str(error))
             wandb.teardown()  # else the id of the attempt counts as in use
     level = logging.INFO if choice.reason in ("asked for", _NO_KEY) else logging.WARNING
     folder = Path(arguments["dir"]) / "wandb"
@@ -263,11 +263,50 @@ def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: Choice) -> w
     return wandb.init(mode="offline", settings=settings, **arguments)
 
 
-def _repair(folder: Path, run_id: str) -> None:
-    """Take away what a kill has left of earlier parts of a run and a sync would stumble over.
+# Repair of offline logs. W&B writes blocks of 32 KiB, so a kill tears the last record. `wandb sync` gives up at a torn
+# record, and does not even begin with the log of the resumed run.
+_HEADER = b":W&B\xe1\xbe\x00"
+_BLOCK = 32 * 1024
+_LABEL = 7  # bytes before each fragment of a record: checksum (4), length (2), kind (1)
+_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
-    A kill can cost a short run every record; `Tracker.rewind` gives them again.
+
+def _repair(folder: Path, run_id: str) -> None:
+    """Cut torn records from the logs that a kill left of a run, and remove logs without any whole record.
+
+    A kill can cost a short run every record; `Tracker.rewind` logs them again.
     """
     for log in folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
         if not cut_torn_record(log):
             shutil.rmtree(log.parent)
+
+
+def cut_torn_record(log: Path) -> bool:
+    """Cut off a record that is not whole, and return whether any record is left.
+
+    A log in an unknown format stays as it is.
+    """
+    data = log.read_bytes()
+    size = _whole_size(data)
+    if size < len(data):
+        os.truncate(log, size)
+    return size > len(_HEADER)
+
+
+def _whole_size(data: bytes) -> int:
+    """Bytes up to the end of the last whole record."""
+    if not data.startswith(_HEADER):
+        return len(data)
+    at = end = len(_HEADER)
+    while at + _LABEL <= len(data):
+        left = _BLOCK - at % _BLOCK
+        if left < _LABEL:  # too short for a label: filled up with zeros
+            at += left
+            continue
+        kind = data[at + 6]
+        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
+            return len(data)
+        at += _LABEL + int.from_bytes(data[at + 4 : at + 6], "little")
+        if at <= len(data) and kind in (_FULL, _LAST):
+            end = at
+    return end

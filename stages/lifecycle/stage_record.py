@@ -21,7 +21,7 @@ from rlhf.config.run_config import FOLDERS, RunConfig
 from rlhf.engine.checkpoint.manager import steps_in
 from rlhf.runtime.atomic_files import Seal, broken_seal, read_json, seal, write_text
 from rlhf.runtime.dist import barrier, gather_objects
-from rlhf.tracking.jsonl_log import Journal
+from rlhf.tracking.jsonl_log import JsonlLog
 from stages.lifecycle.checkpointing import CHECKPOINTS
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def check_folder(run: RunConfig, stage: str) -> None:
     folder = Path(run.folder(stage))
     if is_finished(run, stage):
         check_seal(folder, is_needed=False)
-    has_steps = Journal(folder / "metrics.jsonl").count() > 1
+    has_steps = JsonlLog(folder / "metrics.jsonl").count() > 1
     has_results = is_finished(run, stage) or has_steps or bool(steps_in(folder / CHECKPOINTS))
     if not has_results:
         return

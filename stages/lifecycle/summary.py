@@ -14,7 +14,7 @@ from pathlib import Path
 from rlhf.config.roles import policy_folder
 from rlhf.config.run_config import FOLDERS, RunConfig
 from rlhf.tracking.metric_registry import metric
-from rlhf.tracking.report.reading import Reader, can_report
+from rlhf.tracking.report.run_folder import FolderReader, can_report
 from rlhf.tracking.text_table import table
 from stages.lifecycle.checkpointing import newest_in
 from stages.lifecycle.stage_record import is_finished, read_record
@@ -75,7 +75,7 @@ def _stage_rows(folder: Path) -> list[list[object]]:
 
 
 def _sample_pairs(path: Path) -> list[list[object]]:
-    reader = Reader(path.parent)
+    reader = FolderReader(path.parent)
     rows = reader.rows(path.name, required=False)
     for note in reader.notes:
         log.warning("%s/%s", path.parent, note)

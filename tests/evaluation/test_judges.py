@@ -20,7 +20,7 @@ from rlhf.evaluation.judges import (
     questions,
 )
 from rlhf.runtime.errors import RunError
-from rlhf.tracking.jsonl_log import Journal
+from rlhf.tracking.jsonl_log import JsonlLog
 
 PAIRS = Pairs(("p0", "p1", "p2", "p3"), ("m0", "m1", "same", "m3"), ("a0", "a1", "same", "a3"))
 COIN = [True, False, True, False]
@@ -109,7 +109,7 @@ def test_the_higher_score_wins_equal_responses_tie_and_what_is_not_finite_is_not
 def person(folder, lines):
     """Somebody who types `lines`, and what they have seen."""
     screen, keys = io.StringIO(), io.StringIO(lines)
-    return Person(keys.readline, screen.write, Journal(folder / "judgements.jsonl", steps=False)), screen
+    return Person(keys.readline, screen.write, JsonlLog(folder / "judgements.jsonl", steps=False)), screen
 
 
 def test_a_person_is_asked_blind_and_equal_responses_are_a_tie(tmp_path):

@@ -62,37 +62,51 @@ def without_ids(found):
     return [without_ids(item) for item in found] if isinstance(found, list) else found
 
 
-def charts():
-    return [chart for section in dashboard.sections() for chart in section.charts]
+def panels(spec):
+    """The line plots by section."""
+    sections = spec["section"]["panelBankConfig"]["sections"]
+    plots = {found["name"]: [panel["config"] for panel in found["panels"]] for found in sections}
+    return {name: [plot for plot in found if "xAxis" in plot] for name, found in plots.items()}
 
 
-def test_every_chart_shows_what_some_stage_logs_and_every_metric_has_a_chart():
-    assert {key for chart in charts() for key in chart.metrics} == set(METRICS)
+def keys_of(plot):
+    return plot.get("metrics") or [plot["metricRegex"].removesuffix(".+") + "*"]
 
 
-def test_every_chart_is_drawn_over_what_its_metrics_are_logged_with():
-    for chart in charts():
-        for entry in (METRICS[key] for key in chart.metrics):
-            over = METRICS.get(chart.x)
-            assert over.stages == entry.stages if over else chart.x == entry.step, chart.title
+def test_every_chart_shows_what_some_stage_logs_and_every_metric_has_a_chart(spec):
+    assert {key for found in panels(spec).values() for plot in found for key in keys_of(plot)} == set(METRICS)
 
 
-def test_sections_stand_in_the_order_in_which_a_run_is_read():
-    names = [section.name for section in dashboard.sections()]
-    assert names[:5] == ["Objective", "Reward and KL", "Actor", "Critic", "Samples"]
-    assert names[-2:] == ["Throughput", "Memory"]
-    assert all(section.charts for section in dashboard.sections())
+def test_every_chart_is_drawn_over_what_its_metrics_are_logged_with(spec):
+    for plot in (plot for found in panels(spec).values() for plot in found):
+        for entry in (METRICS[key] for key in keys_of(plot)):
+            over = METRICS.get(plot["xAxis"])
+            assert over.stages == entry.stages if over else plot["xAxis"] == entry.step, plot
+
+
+def test_sections_stand_in_the_order_in_which_a_run_is_read(spec):
+    assert list(panels(spec)) == dashboard.SECTIONS
+    assert set(dashboard.SECTIONS) == {entry.section for entry in METRICS.values()}
+    assert all(panels(spec).values())
 
 
 def test_what_is_sent_has_the_axes_units_families_samples_and_groups(spec):
-    sections = {found["name"]: found["panels"] for found in spec["section"]["panelBankConfig"]["sections"]}
-    (kl,) = [panel["config"] for panel in sections["Objective"] if panel["config"]["metrics"] == ["objective/kl"]]
+    found = panels(spec)
+    (kl,) = [plot for plot in found["Objective"] if plot.get("metrics") == ["objective/kl"]]
     assert (kl["xAxis"], kl["yAxisTitle"]) == ("ppo/iteration", "nats")
-    assert sections["Reward and KL"][0]["config"]["xAxis"] == "eval/kl"
-    assert sections["Samples"][-1]["viewType"] == "Weave"
-    assert "samples" in json.dumps(sections["Samples"][-1])
-    (timing,) = [panel["config"] for panel in sections["Throughput"] if "metricRegex" in panel["config"]]
+    assert [(plot["xAxis"], keys_of(plot)) for plot in found["Evaluation"][:2]] == [
+        ("eval/kl", ["eval/score"]),
+        ("eval/kl", ["gold/*"]),
+    ]
+    (timing,) = [plot for plot in found["Throughput"] if "metricRegex" in plot]
     assert (timing["xAxis"], timing["metricRegex"]) == ("trainer/step", "timing_s/.+")
+    (samples,) = [
+        panel
+        for section in spec["section"]["panelBankConfig"]["sections"]
+        for panel in section["panels"]
+        if panel["viewType"] == "Weave"
+    ]
+    assert "samples" in json.dumps(samples)
     assert [key["name"] for key in spec["section"]["runSets"][0]["grouping"]] == ["group", "jobType"]
 
 

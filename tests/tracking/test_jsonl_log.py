@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.runtime.errors import RunError
-from rlhf.tracking.jsonl_log import Journal
+from rlhf.tracking.jsonl_log import JsonlLog
 
 
 def no_constants(name):
@@ -14,7 +14,7 @@ def no_constants(name):
 
 
 def journal_with(tmp_path, *rows):
-    journal = Journal(tmp_path / "rows.jsonl")
+    journal = JsonlLog(tmp_path / "rows.jsonl")
     for row in rows:
         journal.append(row)
     return journal
@@ -46,7 +46,7 @@ def test_rewind_forgets_the_later_rows_and_keeps_the_bytes_of_the_others(tmp_pat
     assert [file.name for file in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
-@pytest.mark.parametrize("mend", [Journal.repair, lambda journal: journal.rewind(5)])
+@pytest.mark.parametrize("mend", [JsonlLog.repair, lambda journal: journal.rewind(5)])
 def test_a_line_that_a_kill_broke_is_dropped_before_the_next_row(tmp_path, mend):
     journal = journal_with(tmp_path, {"step": 1}, {"step": 2})
     journal.path.write_bytes(journal.path.read_bytes()[:-4])
@@ -60,7 +60,7 @@ def test_reading_leaves_a_half_written_line_to_its_writer(tmp_path):
     with journal.path.open("a") as file:
         file.write('{"step": 2, "tr')
     content = journal.path.read_bytes()
-    assert Journal(journal.path).rows() == [{"step": 1}]
+    assert JsonlLog(journal.path).rows() == [{"step": 1}]
     assert journal.path.read_bytes() == content
 
 
@@ -72,7 +72,7 @@ def test_a_damaged_row_in_the_middle_is_named(tmp_path):
 
 
 def test_nothing_written_is_no_row_and_no_file(tmp_path):
-    journal = Journal(tmp_path / "rows.jsonl")
+    journal = JsonlLog(tmp_path / "rows.jsonl")
     journal.repair()
     journal.rewind(3)
     assert journal.rows() == []
@@ -88,28 +88,28 @@ def test_damaged_lines_are_kept_beside_when_the_file_is_mended(tmp_path, caplog)
     assert journal.rows() == [{"step": 1}, {"step": 4}]
     (kept,) = tmp_path.glob("rows.jsonl.damaged-*")
     assert kept.read_bytes() == damaged
-    assert f"2 lines are no rows and are left out; {kept} has them" in caplog.text
+    assert f"left out 2 damaged lines; {kept} keeps them" in caplog.text
 
 
 def test_a_line_that_a_kill_broke_is_said(tmp_path, caplog):
     journal = journal_with(tmp_path, {"step": 1})
     journal.path.write_bytes(journal.path.read_bytes() + b'{"st')
     journal.repair()
-    assert "its last line was half written (4 bytes)" in caplog.text
+    assert "dropped the last line, which was half written (4 bytes)" in caplog.text
     assert list(tmp_path.iterdir()) == [journal.path]
 
 
 def test_rows_without_a_step_are_rows_where_nobody_asks_for_one(tmp_path):
-    journal = Journal(tmp_path / "rows.jsonl", steps=False)
+    journal = JsonlLog(tmp_path / "rows.jsonl", steps=False)
     journal.append({"pair": "a"})
     journal.repair()
     assert journal.rows() == [{"pair": "a"}]
-    assert Journal(journal.path).count() == 1
+    assert JsonlLog(journal.path).count() == 1
     with pytest.raises(ValueError, match="rows.jsonl:1 is not a JSON row"):
-        Journal(journal.path).rows()
+        JsonlLog(journal.path).rows()
 
 
 def test_a_full_disk_is_said_with_the_name_of_the_file():
-    journal = Journal(Path("/dev/full"))  # Linux: every write finds the disk full
+    journal = JsonlLog(Path("/dev/full"))  # Linux: every write finds the disk full
     with pytest.raises(RunError, match="/dev/full cannot be written: No space left on device"):
         journal.append({"step": 1})

@@ -11,7 +11,7 @@ import torch
 
 from rlhf.config.tracking_config import Progress, TrackingConfig, WandbMode
 from rlhf.runtime.dist import World
-from rlhf.tracking.jsonl_log import Journal
+from rlhf.tracking.jsonl_log import JsonlLog
 from rlhf.tracking.tracker import Tracker, requested_mode
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +30,7 @@ def tracker(folder, *, rank=0, log_every=1, total_steps=10, progress=Progress.qu
 
 
 def metrics(folder):
-    return Journal(folder / "metrics.jsonl").rows()
+    return JsonlLog(folder / "metrics.jsonl").rows()
 
 
 def test_a_step_is_a_row_with_its_time_and_exact_numbers(tmp_path):
@@ -86,7 +86,7 @@ def test_a_resumed_stage_appends_after_the_step_it_resumes_from(tmp_path):
         track.log(3, {"objective/kl": 2.0})
         track.samples(3, [{"response": "second 3"}])
     assert [(row["step"], row["objective/kl"]) for row in metrics(tmp_path)] == [(1, 1.0), (2, 1.0), (3, 2.0)]
-    said = [row["response"] for row in Journal(tmp_path / "samples.jsonl").rows()]
+    said = [row["response"] for row in JsonlLog(tmp_path / "samples.jsonl").rows()]
     assert said == ["first 1", "first 2", "second 3"]
 
 
@@ -103,7 +103,7 @@ def test_samples_keep_their_columns(tmp_path):
     track.samples(1, [{"prompt": "p", "score": math.inf}, {"prompt": "q", "score": 1.0}])
     with pytest.raises(AssertionError, match="columns"):
         track.samples(2, [{"prompt": "p", "length": 3}])
-    assert Journal(tmp_path / "samples.jsonl").rows() == [
+    assert JsonlLog(tmp_path / "samples.jsonl").rows() == [
         {"step": 1, "prompt": "p", "score": None},
         {"step": 1, "prompt": "q", "score": 1.0},
     ]

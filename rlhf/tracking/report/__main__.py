@@ -1,4 +1,4 @@
-"""Write the report of a run, of a stage, of many runs, or show one while it trains.
+"""Writes the report of a run, of a stage, of many runs, or serves one while it trains.
 
     python -m rlhf.tracking.report outputs/RUN            writes outputs/RUN/report.html
     python -m rlhf.tracking.report outputs/RUN/ppo        writes outputs/RUN/ppo/report.html, of that stage alone
@@ -17,11 +17,11 @@ from pathlib import Path
 from rlhf.tracking.report.index import write_index
 from rlhf.tracking.report.live import serve
 from rlhf.tracking.report.page import write_report
-from rlhf.tracking.report.reading import can_report
+from rlhf.tracking.report.run_folder import can_report
 
 
 def main() -> None:
-    """Do what the command line says; a mistake in it ends with one sentence."""
+    """Run the command line; an error is one sentence."""
     parser = argparse.ArgumentParser(prog="python -m rlhf.tracking.report", description="The report of a run.")
     parser.add_argument("folder", type=Path, help="of a run, of a stage, or of many runs")
     parser.add_argument("--serve", nargs="?", type=int, const=8080, metavar="PORT", help="show it while it trains")

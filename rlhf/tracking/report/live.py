@@ -1,6 +1,6 @@
-"""A report that follows a run, for browsers on this machine only.
+"""Serves a report that follows a run, to browsers on this machine only.
 
-It is made in this process, from the files that the run writes, so the run itself does nothing for it.
+The page is made in this process, from the files that the run writes, so the run itself does nothing for it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,13 @@ from pathlib import Path
 from threading import Lock
 
 from rlhf.tracking.report.page import page
-from rlhf.tracking.report.reading import can_report
-from rlhf.tracking.report.run_folder import RunFolder, read_run
+from rlhf.tracking.report.run_folder import can_report, read_run
 
 logger = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
-_EVERY = 10  # seconds between two looks of a browser
-_PATIENCE = 30  # seconds that a connection may say nothing
+_REFRESH = 10  # seconds after which a browser asks again
+_TIMEOUT = 30  # seconds that a connection may stay silent
 
 
 def serve(folder: Path, *, port: int) -> None:
@@ -45,53 +44,50 @@ def serve(folder: Path, *, port: int) -> None:
 
 
 def server_of(folder: Path, *, port: int) -> HTTPServer:
-    """The server, bound and not yet answering; a thread for each connection, so that a silent one holds up no other."""
-    return ThreadingHTTPServer((HOST, port), partial(_Handler, _Live(folder)))
+    """Create the server, bound but not yet answering. A thread per connection: a silent one blocks no other."""
+    return ThreadingHTTPServer((HOST, port), partial(_Handler, _LivePage(folder)))
 
 
-class _Live:
+class _LivePage:
     """The newest page, made again only when the run has written something."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._state: list[tuple[str, int]] = []
         self._page = b""
-        self._lock = Lock()  # pages are made one after the other: matplotlib's settings belong to the whole process
+        self._lock = Lock()  # one page at a time: matplotlib's settings belong to the whole process
 
-    def page(self) -> bytes | None:
-        """The page; None where the run is not there any more."""
+    def content(self) -> bytes | None:
+        """The page; None if the run is not there any more."""
         with self._lock:
             if not can_report(self._folder):
                 return None
             state = sorted(self._changes())
             if state != self._state or not self._page:
                 run = read_run(self._folder)
-                self._page = page(run, refresh=0 if _is_over(run) else _EVERY).encode()
+                is_over = run.policy is not None and all(stage.is_finished for stage in run.stages)
+                self._page = page(run, refresh=0 if is_over else _REFRESH).encode()
                 self._state = state
             return self._page
 
     def _changes(self) -> Iterator[tuple[str, int]]:
-        """Every small file, and when it was written last."""
+        """Every small file with the time it was last written."""
         for path in (path for pattern in ("*.json*", "*/*.json*") for path in self._folder.glob(pattern)):
-            with suppress(FileNotFoundError):  # the run may take a file away at any time
+            with suppress(FileNotFoundError):  # the run may remove a file at any time
                 yield str(path), path.stat().st_mtime_ns
 
 
-def _is_over(run: RunFolder) -> bool:
-    return all(stage.is_finished for stage in run.stages) and run.stage("ppo") is not None
-
-
 class _Handler(BaseHTTPRequestHandler):
-    """Answers one address."""
+    """Serves the page at `/` and nothing else."""
 
-    timeout = _PATIENCE
+    timeout = _TIMEOUT
 
-    def __init__(self, live: _Live, *args: object) -> None:
+    def __init__(self, live: _LivePage, *args: object) -> None:
         self._live = live
         super().__init__(*args)  # type: ignore[arg-type]
 
     def do_GET(self) -> None:  # noqa: N802 (the name is http.server's)
-        """The page at `/`, and nothing else; a page of another site that resolves to this machine gets nothing."""
+        """Answer a browser; a page of another site whose name resolves to this machine gets nothing."""
         host = (self.headers.get("Host") or "").rpartition(":")[0]
         if self.path != "/" or host not in (HOST, "localhost"):
             self.send_error(HTTPStatus.NOT_FOUND)
@@ -100,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer()
 
     def _answer(self) -> None:
-        content = self._live.page()
+        content = self._live.content()
         if content is None:
             self.send_error(HTTPStatus.GONE, "The run is gone", "Its folder is not there any more.")
             return

@@ -1,25 +1,108 @@
-"""What a run has left in its folder, read as far as it can be: what is missing or broken is said, the rest is used.
+"""Reads what a run left in its folder, as far as it can be read: problems are noted, everything else is used.
 
 Left out: model weights and checkpoints.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.run_config import FOLDERS
 from rlhf.config.stage_configs import POLICIES
-from rlhf.tracking import answer_statistics as answers
-from rlhf.tracking.report.evaluation_section import Evaluation, read_evaluations
-from rlhf.tracking.report.reading import Reader, Row, can_report, is_stage
+from rlhf.tracking.answer_statistics import is_number
+from rlhf.tracking.evaluation_tables import FOLDER, RESULTS, SAMPLES
+
+Row = dict[str, Any]
+
+_LARGEST_STEP = 2**53  # above, a float skips steps
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a stage or an evaluation has begun in `folder`."""
+    return any((folder / stage).is_dir() for stage in (*FOLDERS, FOLDER))
+
+
+def is_stage(folder: Path) -> bool:
+    """Whether `folder` is that of a stage."""
+    return folder.name in FOLDERS and (folder / "metrics.jsonl").exists()
+
+
+def can_report(folder: Path) -> bool:
+    """Whether there is something to report of `folder`: it is that of a run, or of a stage."""
+    return holds_run(folder) or is_stage(folder)
+
+
+class FolderReader:
+    """Reads files of one folder. What cannot be read is left out, with a note."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.notes: list[str] = []
+        """What is missing or could not be read, a sentence each."""
+
+    def text(self, name: str, *, required: bool = True) -> str:
+        """The whole file; empty if there is none, which is noted if it is `required`."""
+        return self._read(name, required=required) or ""
+
+    def mapping(self, name: str, *, required: bool = True) -> dict[str, Any]:
+        """A JSON object; empty if there is none."""
+        text = self._read(name, required=required)
+        try:
+            content = {} if text is None else json.loads(text)
+        except ValueError as error:
+            self.notes.append(f"{name} is not JSON ({error}); it was left out.")
+            return {}
+        if not isinstance(content, dict):
+            self.notes.append(f"{name} is not a JSON object; it was left out.")
+            return {}
+        return content
+
+    def rows(self, name: str, *, required: bool = True, steps: bool = True) -> list[Row]:
+        """The good lines of a JSONL file, in their order; with `steps`, those with a step."""
+        rows, broken = [], []
+        for number, line in enumerate(self.text(name, required=required).split("\n"), start=1):
+            row = _row(line)
+            if row is not None and (not steps or _has_step(row)):
+                rows.append(row)
+            elif line.strip():
+                broken.append(str(number))
+        if broken:
+            shown = ", ".join(broken[:5]) + (", ..." if len(broken) > 5 else "")
+            what = "rows with a step" if steps else "rows"
+            self.notes.append(f"{name}: {len(broken)} lines are not {what} ({shown}); they were left out.")
+        return rows
+
+    def _read(self, name: str, *, required: bool) -> str | None:
+        try:
+            return (self.folder / name).read_text(encoding="utf-8", errors="backslashreplace")
+        except FileNotFoundError:
+            if required:
+                self.notes.append(f"{name} is missing.")
+        except OSError as error:
+            self.notes.append(f"{name} cannot be read ({error.strerror}).")
+        return None
+
+
+def _row(line: str) -> Row | None:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def _has_step(row: Row) -> bool:
+    step = row.get("step")
+    return isinstance(step, int) and not isinstance(step, bool) and abs(step) < _LARGEST_STEP
 
 
 @dataclass(frozen=True)
 class StageFolder:
-    """What one stage has left."""
+    """What one stage left."""
 
     name: str
     rows: list[Row]
@@ -29,7 +112,7 @@ class StageFolder:
     before: dict[str, float]
     """Held-out metrics before training."""
     after: dict[str, float]
-    """Those of the last evaluation."""
+    """Held-out metrics of the last evaluation."""
     summary: dict[str, float]
     planned: dict[str, dict[str, float]]
     """Bytes by phase and place."""
@@ -37,17 +120,17 @@ class StageFolder:
 
     @property
     def total_steps(self) -> float:
-        """Steps of the stage, infinity before its last one."""
+        """Steps of the stage; infinity before its last one."""
         last = float(self.rows[-1]["step"]) if self.is_finished and self.rows else math.inf
         return self.summary.get("steps", last)
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """Steps and values of a metric, where it was logged and finite."""
-        return answers.series(self.rows, key)
+        return [(row["step"], float(row[key])) for row in self.rows if is_number(row.get(key))]
 
     def gaps(self, key: str) -> list[int]:
         """Steps at which a metric was not finite."""
-        return [row["step"] for row in self.rows if key in row and not answers.is_number(row[key])]
+        return [row["step"] for row in self.rows if key in row and not is_number(row[key])]
 
     def logged(self) -> list[str]:
         """The metrics that were logged, in the order of their first appearance."""
@@ -55,8 +138,17 @@ class StageFolder:
 
 
 @dataclass(frozen=True)
+class EvaluationFolder:
+    """What one comparison of `stage=eval` left."""
+
+    name: str
+    results: dict[str, Any]
+    samples: list[Row]
+
+
+@dataclass(frozen=True)
 class RunFolder:
-    """What a run has left."""
+    """What a run left."""
 
     folder: Path
     stages: list[StageFolder]
@@ -66,24 +158,24 @@ class RunFolder:
     """The memory plan, text."""
     starts: list[Row]
     """Of `origin.jsonl`: command, machine and versions of every start, oldest first."""
-    notes: list[str] = field(default_factory=list)
+    evaluations: list[EvaluationFolder]
+    """The one without a name first."""
+    notes: list[str]
     """What is missing or could not be read."""
-    evaluations: list[Evaluation] = field(default_factory=list)
-    """Of `stage=eval`."""
 
     @property
     def name(self) -> str:
-        """What the run is called; of a stage by itself, with the stage."""
+        """The name of the run; of a stage by itself, `RUN/STAGE`."""
         return f"{self.folder.parent.name}/{self.folder.name}" if is_stage(self.folder) else self.folder.name
 
-    def stage(self, name: str) -> StageFolder | None:
-        """A stage, None where it has not begun; for `ppo` the newest with that name or another of its kinds."""
-        names = POLICIES if name == "ppo" else (name,)
-        return next((stage for stage in reversed(self.stages) if stage.name in names), None)
+    @property
+    def policy(self) -> StageFolder | None:
+        """The stage that trained the newest policy: ppo, grpo, ..."""
+        return next((stage for stage in reversed(self.stages) if stage.name in POLICIES), None)
 
 
 def read_run(folder: Path) -> RunFolder:
-    """Everything that a report shows of the run in `folder`, or of one stage where `folder` is that stage's.
+    """Read everything that a report shows of the run in `folder`, or of one stage if `folder` is that stage's.
 
     Raises:
         ValueError: there is no such folder, or no stage has begun in it.
@@ -95,66 +187,55 @@ def read_run(folder: Path) -> RunFolder:
             "outputs/RUN, or one of these."
         )
     whole, names = (folder.parent, (folder.name,)) if is_stage(folder) else (folder, FOLDERS)
-    reader = Reader(whole)
+    reader = FolderReader(whole)
     begun = [name for name in names if (whole / name).is_dir()]
     begun.sort(key=lambda name: (whole / name).stat().st_mtime if name in POLICIES else 0.0)
     plans = reader.mapping("plan.json", required=bool(begun))
     return RunFolder(
         folder,
-        [_stage(reader, name, planned=plans.get(name)) for name in begun],
+        [read_stage(reader, name, planned=plans.get(name)) for name in begun],
         config=reader.text("config.yaml", required=bool(begun)) or reader.text("eval/config.yaml", required=False),
         plan=reader.text("plan.txt", required=bool(begun)),
-        starts=reader.objects("origin.jsonl"),
-        evaluations=[] if is_stage(folder) else read_evaluations(reader),
+        starts=reader.rows("origin.jsonl", steps=False),
+        evaluations=[] if is_stage(folder) else _read_evaluations(reader),
         notes=reader.notes,
     )
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a stage came to, from its small files alone."""
-
-    after: dict[str, float]
-    """Held-out metrics after training; none while it runs."""
-    note: str
-    """What could not be read."""
-
-
-def read_outcome(folder: Path) -> Outcome:
-    """What the stage in `folder` came to."""
-    reader = Reader(folder)
-    record = reader.mapping("stage.json", required=False)
-    return Outcome(_numbers(record.get("after")), "; ".join(f"{folder.name}/{note}" for note in reader.notes))
-
-
-def read_stage(folder: Path, name: str) -> StageFolder:
-    """One stage of the run in `folder`, whatever is missing or broken of it left out."""
-    return _stage(Reader(folder), name, planned=None)
-
-
-def _stage(reader: Reader, name: str, *, planned: Any) -> StageFolder:
+def read_stage(reader: FolderReader, name: str, *, planned: Any = None) -> StageFolder:
+    """Read one stage of a run; `planned` is its part of `plan.json`."""
     record = reader.mapping(f"{name}/stage.json", required=False)
     rows = reader.rows(f"{name}/metrics.jsonl")
-    before = _numbers(record.get("before")) or _evaluation(rows, first=True)
+    evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)] or [{}]
     return StageFolder(
         name,
         rows,
         samples=reader.rows(f"{name}/samples.jsonl", required=name in POLICIES),
-        before=before,
-        after=_numbers(record.get("after")) or _evaluation(rows, first=False),
-        summary=_numbers(reader.mapping(f"{name}/summary.json", required=bool(record))),
-        planned={phase: _numbers(places) for phase, places in planned.items()} if isinstance(planned, dict) else {},
+        before=numbers_in(record.get("before")) or _held_out(evaluations[0]),
+        after=numbers_in(record.get("after")) or _held_out(evaluations[-1]),
+        summary=numbers_in(reader.mapping(f"{name}/summary.json", required=bool(record))),
+        planned={phase: numbers_in(places) for phase, places in planned.items()} if isinstance(planned, dict) else {},
         is_finished=bool(record),
     )
 
 
-def _numbers(content: Any) -> dict[str, float]:
+def _read_evaluations(reader: FolderReader) -> list[EvaluationFolder]:
+    root = reader.folder / FOLDER
+    found = []
+    for file in [root / RESULTS, *sorted(root.glob(f"*/{RESULTS}"))]:
+        place = file.parent.relative_to(reader.folder).as_posix()
+        results = reader.mapping(f"{place}/{RESULTS}", required=False)
+        if results:
+            name = "" if file.parent == root else file.parent.name
+            found.append(EvaluationFolder(name, results, reader.rows(f"{place}/{SAMPLES}", steps=False)))
+    return found
+
+
+def numbers_in(content: Any) -> dict[str, float]:
+    """The finite numbers of a JSON object by name; none if it is something else."""
     items = content.items() if isinstance(content, dict) else ()
-    return {str(key): float(value) for key, value in items if answers.is_number(value)}
+    return {str(key): float(value) for key, value in items if is_number(value)}
 
 
-def _evaluation(rows: list[Row], *, first: bool) -> dict[str, float]:
-    """The first or last evaluation of a stage that is still running."""
-    found = [row for row in rows if any(key.startswith("eval/") for key in row)]
-    row = found[0 if first else -1] if found else {}
-    return _numbers({key: value for key, value in row.items() if key.startswith(("eval/", "gold/"))})
+def _held_out(row: Row) -> dict[str, float]:
+    return {key: value for key, value in numbers_in(row).items() if key.startswith(("eval/", "gold/"))}

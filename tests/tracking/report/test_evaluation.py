@@ -5,9 +5,7 @@ import re
 
 import pytest
 
-from rlhf.tracking.report.evaluation_section import MOST_SAMPLES, read_evaluations
-from rlhf.tracking.report.page import page, write_report
-from rlhf.tracking.report.reading import Reader
+from rlhf.tracking.report.page import MOST_COMPARED, page, write_report
 from rlhf.tracking.report.run_folder import read_run
 from tests.tracking.report.test_report import EVIL, Tags
 from tests.tracking.test_evaluation_tables import RESULTS
@@ -70,15 +68,17 @@ def test_a_broken_file_breaks_no_report(tmp_path, broken):
     if broken.startswith("{") and len(broken) > 1:
         assert "Evaluation" in page(read_run(tmp_path))
     else:
-        assert re.search("eval/results.json is (no JSON object|not JSON)", page(read_run(tmp_path)))
+        assert re.search("eval/results.json is not (a JSON object|JSON)", page(read_run(tmp_path)))
 
 
 def test_samples_that_are_no_rows_are_left_out_and_a_page_stays_small(tmp_path):
-    leave(tmp_path, samples=[{"prompt": "p", "model": {"response": "x"}}] * (MOST_SAMPLES + 5) + [3, {"model": "odd"}])
-    reader = Reader(tmp_path)
-    (found,) = read_evaluations(reader)
-    assert reader.notes == [f"eval/samples.jsonl: 1 lines are no rows ({MOST_SAMPLES + 6}); they were left out."]
-    assert (len(found.samples), found.sample_count) == (MOST_SAMPLES, MOST_SAMPLES + 6)
+    leave(tmp_path, samples=[{"prompt": "p", "model": {"response": "x"}}] * (MOST_COMPARED + 5) + [3, {"model": "odd"}])
+    run = read_run(tmp_path)
+    said = f"eval/samples.jsonl: 1 lines are not rows ({MOST_COMPARED + 6}); they were left out."
+    assert [note for note in run.notes if "samples" in note] == [said]
+    html = page(run)
+    assert f"{MOST_COMPARED} of {MOST_COMPARED + 6} answers side by side" in html
+    assert html.count("<article") == MOST_COMPARED
 
 
 def test_a_missing_samples_file_is_said(tmp_path):

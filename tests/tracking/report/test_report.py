@@ -71,7 +71,7 @@ def test_a_policy_is_shown_by_the_name_of_what_trained_it(run):
     (run / "ppo").rename(run / "grpo")
     record = read_run(run)
     assert [stage.name for stage in record.stages] == ["sft", "reward", "grpo"]
-    assert record.stage("ppo").name == "grpo"
+    assert record.policy.name == "grpo"
     assert record.notes == []
     assert '<section id="grpo"><h2>grpo</h2>' in page(record)
     assert write_report(run / "grpo").exists()
@@ -224,7 +224,7 @@ def test_what_is_missing_or_broken_is_said_and_the_rest_is_shown(run):
     for said in (
         "plan.json is missing",
         "ppo/samples.jsonl is missing",
-        "sft/metrics.jsonl: 4 lines are no rows with a step (4, 5, 6, 7)",
+        "sft/metrics.jsonl: 4 lines are not rows with a step (4, 5, 6, 7)",
         "reward/stage.json is not JSON",
     ):
         assert said in html, said
@@ -251,7 +251,7 @@ def test_odd_names_and_numbers_break_no_chart(run):
     assert 'aria-label="gold/$x_{$"' in html
     assert "gold/&lt;b&gt;\u65e5\\u202e" in html
     assert 'aria-label="odd/whole"' not in html
-    assert "2 lines are no rows with a step" in html
+    assert "2 lines are not rows with a step" in html
     assert not set(html) & {"\x00", "\x1b", "\u202e"}
 
 

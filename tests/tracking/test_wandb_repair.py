@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.tracking.offline_log import cut_torn_record
+from rlhf.tracking.wandb import cut_torn_record
 
 HEADER, BLOCK = b":W&B\xe1\xbe\x00", 32768
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
+from rlhf.tracking.alerts import check_history
 from rlhf.tracking.answer_statistics import degenerate_share, length_correlation, repeated_share
-from rlhf.tracking.watch import CHECKS, State, history
+from rlhf.tracking.checks import CHECKS, CheckState
 
 TEXTS = [f"answer number {number}" for number in range(10)]
 
@@ -22,11 +23,11 @@ def answers(step, *, scores, gold=None, lengths=None, texts=TEXTS, ended=True, r
 
 
 def verdicts(rows, samples=(), **more):
-    return {found.name: found for found in history(more.pop("stage", "ppo"), rows, samples=list(samples), **more)}
+    return {found.name: found for found in check_history(more.pop("stage", "ppo"), rows, samples=list(samples), **more)}
 
 
 def names(rows, samples=(), **more):
-    return [name for name, found in verdicts(rows, samples, **more).items() if found.state is State.wrong]
+    return [name for name, found in verdicts(rows, samples, **more).items() if found.state is CheckState.wrong]
 
 
 def evaluation(step, gold=None, **more):
@@ -56,13 +57,13 @@ def test_nothing_is_said_of_a_run_that_goes_well_and_everything_was_checked():
     last = answers(9, scores=[score + 0.2 for score in SCORES], gold=[0.5] * 10)
     found = verdicts(rows, first + last, total_steps=9)
     assert {name.partition(":")[0] for name in found} == set(CHECKS)
-    assert {name for name, verdict in found.items() if verdict.state is not State.fine} == set()
+    assert {name for name, verdict in found.items() if verdict.state is not CheckState.fine} == set()
 
 
 def test_nothing_is_said_of_a_run_that_has_just_begun_and_nothing_was_checked():
-    assert {found.state for found in verdicts([]).values()} == {State.unchecked}
+    assert {found.state for found in verdicts([]).values()} == {CheckState.unchecked}
     found = verdicts([{"step": 1, "objective/kl": 0.0}])
-    assert [name for name, verdict in found.items() if verdict.state is not State.unchecked] == ["not_finite"]
+    assert [name for name, verdict in found.items() if verdict.state is not CheckState.unchecked] == ["not_finite"]
 
 
 def test_a_stage_has_the_checks_that_concern_it():
@@ -73,7 +74,7 @@ def test_a_stage_has_the_checks_that_concern_it():
 def test_what_was_wrong_once_stays_with_its_steps():
     rows = [{"step": step, "objective/kl_per_token": kl} for step, kl in ((1, 0.1), (2, 1.5), (3, 1.2), (4, 0.2))]
     over = verdicts(rows)["kl"]
-    assert (over.state, over.first, over.last, over.holds) == (State.wrong, 2, 3, False)
+    assert (over.state, over.first, over.last, over.holds) == (CheckState.wrong, 2, 3, False)
     assert "1.2 nats per token at step 3" in over.text
     still = verdicts(rows[:3])["kl"]
     assert (still.first, still.last, still.holds) == (2, 3, True)
@@ -85,14 +86,14 @@ def test_too_few_answers_and_no_gold_metric_are_named_as_unchecked():
     few = [answers(step, scores=SCORES)[:3] for step in (0, 9)]
     found = verdicts(*evaluated(*few), total_steps=9)
     for name in ("repeats", "degenerate", "endless", "length", "raw_fell", "not_risen"):
-        assert (found[name].state, "3 held-out prompts" in found[name].text) == (State.unchecked, True), name
-    assert (found["parted"].state, "data.gold" in found["parted"].text) == (State.unchecked, True)
+        assert (found[name].state, "3 held-out prompts" in found[name].text) == (CheckState.unchecked, True), name
+    assert (found["parted"].state, "data.gold" in found["parted"].text) == (CheckState.unchecked, True)
     with_gold = [evaluation(step, 1.0) for step in (0, 9)]
     assert "3 held-out prompts" in verdicts(with_gold, sum(few, []))["parted"].text
     rows, samples = evaluated(*(answers(step, scores=SCORES) for step in (0, 9)))
     found = verdicts(rows, samples)
-    assert (found["parted"].state, "data.gold" in found["parted"].text) == (State.unchecked, True)
-    assert found["repeats"].state is State.fine
+    assert (found["parted"].state, "data.gold" in found["parted"].text) == (CheckState.unchecked, True)
+    assert found["repeats"].state is CheckState.fine
 
 
 @pytest.mark.parametrize(
@@ -138,7 +139,7 @@ def test_a_score_that_did_not_rise_is_said_at_the_end_alone():
     worse = answers(9, scores=[score - 0.5 + 0.1 * (i % 2) for i, score in enumerate(SCORES)])
     rows, samples = evaluated(answers(0, scores=SCORES), worse)
     assert names(rows, samples) == []
-    assert verdicts(rows, samples)["not_risen"].state is State.unchecked
+    assert verdicts(rows, samples)["not_risen"].state is CheckState.unchecked
     assert names(rows, samples, total_steps=9) == ["not_risen"]
     found = verdicts(rows, samples, total_steps=9)["not_risen"]
     assert "changed by -0.45 [" in found.text  # half of the prompts lose 0.5, half 0.4
@@ -168,7 +169,7 @@ def test_score_up_and_gold_down_is_said_with_the_step_where_gold_was_best():
     samples = answers(0, scores=[0.0] * 10) + answers(4, scores=[1.0] * 10, gold=[1.0] * 10)
     samples += answers(8, scores=[1.5] * 10, gold=FALLEN)
     sign = verdicts(rows, samples)["parted:gold/rating"]
-    assert sign.state is State.wrong
+    assert sign.state is CheckState.wrong
     for text in ("From step 4 to step 8", "rose by 0.5", "fell by 0.2 [0.14, 0.26] over 10 prompts", "KL of 8"):
         assert text in sign.text, sign.text
 
@@ -229,7 +230,7 @@ def test_reward_for_length_is_said():
     assert length_correlation(answers(0, scores=[1.0] * 10, lengths=lengths)) is None
     assert names(*evaluated(answers(0, scores=[2.0 * n for n in lengths], lengths=lengths))) == ["length"]
     equal = verdicts(*evaluated(answers(0, scores=[1.0] * 10, lengths=lengths)))["length"]
-    assert equal.state is State.unchecked
+    assert equal.state is CheckState.unchecked
 
 
 def test_answers_that_fall_apart_are_said():

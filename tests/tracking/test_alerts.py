@@ -4,11 +4,10 @@ import logging
 
 import pytest
 
-from rlhf.tracking.jsonl_log import Journal
-from rlhf.tracking.report.reading import Reader
-from rlhf.tracking.report.run_folder import read_stage
-from rlhf.tracking.report.verdicts import look_at
-from rlhf.tracking.watch import State, history
+from rlhf.tracking.alerts import check_history
+from rlhf.tracking.checks import CheckState
+from rlhf.tracking.jsonl_log import JsonlLog
+from rlhf.tracking.report.run_folder import FolderReader, read_stage
 from tests.tracking.test_tracker import tracker
 
 AT_FIRST = {"objective/entropy": 2.0, "objective/kl_per_token": 0.0}
@@ -48,7 +47,7 @@ def test_what_only_evaluations_show_is_said_after_one(tmp_path, said):
             track.samples(step, answers)
             track.log(step, {"eval/score": 0.0})
     assert [text for text in said() if "word for word" in text]
-    assert len(Journal(tmp_path / "ppo/samples.jsonl").rows()) == 18
+    assert len(JsonlLog(tmp_path / "ppo/samples.jsonl").rows()) == 18
 
 
 def test_a_row_that_is_a_sign_is_recorded_so_that_the_report_can_say_it_too(tmp_path, said):
@@ -56,9 +55,9 @@ def test_a_row_that_is_a_sign_is_recorded_so_that_the_report_can_say_it_too(tmp_
         for step, kl in ((1, 0.1), (2, 1.5), (3, 1.5), (4, 0.1)):
             track.log(step, {"objective/kl_per_token": kl})
     assert len(said()) == 1
-    rows = Journal(tmp_path / "ppo/metrics.jsonl").rows()
+    rows = JsonlLog(tmp_path / "ppo/metrics.jsonl").rows()
     assert [row["step"] for row in rows] == [2]
-    (verdict,) = [found for found in history("ppo", rows, samples=[]) if found.state is State.wrong]
+    (verdict,) = [found for found in check_history("ppo", rows, samples=[]) if found.state is CheckState.wrong]
     assert said() == [f"ppo: {verdict.text}"]
 
 
@@ -76,8 +75,8 @@ def test_what_is_not_recorded_is_no_beginning_to_compare_with(tmp_path, said):
         for step, entropy in entropies.items():
             track.log(step, {"objective/entropy": entropy})
     assert [text[:38] for text in said()] == ["ppo: Entropy fell from 3 to 0.25 nats p"[:38]]
-    rows = Journal(tmp_path / "ppo/metrics.jsonl").rows()
-    (verdict,) = [found for found in history("ppo", rows, samples=[]) if found.state is State.wrong]
+    rows = JsonlLog(tmp_path / "ppo/metrics.jsonl").rows()
+    (verdict,) = [found for found in check_history("ppo", rows, samples=[]) if found.state is CheckState.wrong]
     assert (verdict.first, [row["step"] for row in rows]) == (6, [2, 4, 6])
 
 
@@ -89,8 +88,10 @@ def test_what_is_looked_for_at_the_end_is_said_then_also_by_the_report_of_a_stag
     (text,) = said()
     assert "has changed by -0.5" in text
     assert "end at step 5" in text
-    assert Reader(tmp_path).mapping("ppo/summary.json") == {"steps": 5}
-    assert text.removeprefix("ppo: ") in [found.text for found in look_at(read_stage(tmp_path, "ppo")).wrong]
+    stage = read_stage(FolderReader(tmp_path), "ppo")
+    assert stage.summary == {"steps": 5}
+    found = check_history("ppo", stage.rows, samples=stage.samples, total_steps=stage.total_steps)
+    assert [text] == [f"ppo: {result.text}" for result in found if result.state is CheckState.wrong]
 
 
 def test_a_number_that_is_none_is_said_in_every_stage_and_on_the_main_rank_alone(tmp_path, said):

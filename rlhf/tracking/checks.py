@@ -1,0 +1,354 @@
+"""The checks that tell when a stage goes wrong: a useless reward model, reward hacking, runaway KL, and others.
+
+Each looks at one logged row after the other, and at the answers to the held-out prompts, which are the same every time.
+See also: `alerts.py`, which runs them. Left out: stopping a run, which is a person's decision.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from statistics import NormalDist
+from typing import NamedTuple
+
+from rlhf.algorithms.intervals import Z, wilson
+from rlhf.tracking.answer_statistics import (
+    SMALLEST_SAMPLE,
+    Row,
+    change,
+    degenerate_share,
+    endless_share,
+    is_number,
+    length_correlation,
+    repeated_share,
+    with_ends,
+)
+from rlhf.tracking.metric_registry import ALL, PPO, REWARD
+from rlhf.tracking.text_table import number
+
+KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
+ENTROPY_SHARE = 0.1  # of the entropy at the start
+SMALL_DEVIATION = 0.1  # a reward model prefers one of two responses that far apart with probability 0.525
+CORRELATED = 0.5
+REPEATED = 0.2  # of the responses
+
+
+class CheckState(StrEnum):
+    """The outcome of a check."""
+
+    fine = "fine"
+    wrong = "wrong"
+    unchecked = "unchecked"
+
+
+class Finding(NamedTuple):
+    """What a check found in one row."""
+
+    state: CheckState
+    text: str = ""
+    """What is wrong and what it may mean, or why it was not checked."""
+    metric: str = ""
+    """The gold metric, where there is one finding for each."""
+
+
+@dataclass
+class Seen:
+    """What the checks have seen of a stage; it does not grow with the stage."""
+
+    total_steps: float = math.inf
+    """Some checks are made at the end alone, after this many steps."""
+    answers: Sequence[Row] = ()
+    """To the held-out prompts, at the step of the row that is checked."""
+    first_answers: Sequence[Row] = ()
+    """Those of the first evaluation, from the second one on."""
+    first_entropy: float | None = None
+    first_bad: str = ""
+    """The first number that was not finite, in words."""
+    skipped_steps: float = 0.0
+    best: dict[str, tuple[Row, Sequence[Row]]] = field(default_factory=dict)
+    """Row and answers of the evaluation with the highest value of each gold metric."""
+    evaluations: dict[str, int] = field(default_factory=dict)
+    """How many evaluations had each gold metric."""
+
+
+def run_checks(row: Row, seen: Seen, *, answers: Sequence[Row]) -> dict[str, Finding]:
+    """Run every check on one more row, and note in `seen` what later rows need.
+
+    Args:
+        row: of `metrics.jsonl`.
+        seen: of its stage.
+        answers: to the held-out prompts at the row's step, which count if the row is that of an evaluation.
+
+    Returns:
+        Findings by name, `parted:METRIC` for a gold metric, of the checks that concern the row.
+    """
+    seen.answers = answers
+    named = [(name, finding) for name, check in CHECKS.items() for finding in _look(name, check, row=row, seen=seen)]
+    if "eval/score" in row and len(answers) >= SMALLEST_SAMPLE:
+        seen.first_answers = seen.first_answers or answers
+    return {f"{name}:{finding.metric}" if finding.metric else name: finding for name, finding in named}
+
+
+def _look(name: str, check: Check, *, row: Row, seen: Seen) -> Iterable[Finding]:
+    """What a check finds in a row, or why it cannot be made."""
+    if not check.evaluations:
+        return check.look(row, seen)
+    if "eval/score" not in row:
+        return ()
+    if name == "parted" and not _gold_metrics(row):
+        return [Finding(CheckState.unchecked, "data.gold names no metric that no model was trained on")]
+    count = len(seen.answers)
+    if count < SMALLEST_SAMPLE:
+        why = f"there are answers to {count} held-out prompts, and fewer than {SMALLEST_SAMPLE} tell nothing"
+        return [Finding(CheckState.unchecked, why)]
+    return check.look(row, seen) if check.evaluations == 1 or seen.first_answers else ()
+
+
+def _wrong_if(is_wrong: bool, text: str) -> Finding:
+    return Finding(CheckState.wrong, text) if is_wrong else Finding(CheckState.fine)
+
+
+def _finite(row: Row, seen: Seen) -> Iterator[Finding]:
+    bad = [key for key in row if "/" in key and not _is_finite(row, key)]
+    skipped = _count(row, "skipped_steps") - _count(row, "scale_search_steps")
+    seen.skipped_steps += skipped
+    if bad and not seen.first_bad:
+        seen.first_bad = f"{bad[0]} was not finite at step {row['step']}"
+    texts = [seen.first_bad] if seen.first_bad else []
+    if seen.skipped_steps:
+        count = number(int(seen.skipped_steps))
+        texts.append(f"{count} optimizer steps were skipped for a gradient that was not finite")
+    advice = "Lower the learning rate, or set engine.precision=fp32."
+    yield _wrong_if(bool(bad or skipped), f"{'; '.join(texts)}. {advice}")
+
+
+def _is_finite(row: Row, key: str) -> bool:
+    """True for a finite value, and for the norm of a gradient that overflowed while fp16 searched its loss scale."""
+    model, _, name = key.partition("/")
+    return is_number(row[key]) or (name == "grad_norm" and bool(row.get(f"{model}/scale_search_steps")))
+
+
+def _count(row: Row, name: str) -> float:
+    """Sum a count over models; actor and critic that share a loss scale count the same steps."""
+    counts = [value for key, value in row.items() if key.endswith(f"/{name}") and is_number(value)]
+    shared = {"actor/loss_scale", "critic/loss_scale"} <= row.keys()
+    return max(counts, default=0.0) if shared else sum(counts)
+
+
+def _of_reward_model(row: Row, seen: Seen) -> dict[str, float]:
+    """Held-out results of the reward model: in the last row of its own stage, and repeated in the first of PPO."""
+    is_its_end = row["step"] >= seen.total_steps and "eval/score_std" in row
+    family = "eval/" if is_its_end else "reward_model/"
+    return {
+        key.removeprefix(family): value for key, value in row.items() if key.startswith(family) and is_number(value)
+    }
+
+
+def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
+    results = _of_reward_model(row, seen)
+    if "accuracy" not in results or "pairs" not in results:
+        return
+    pairs = int(results["pairs"])
+    share = wilson(results["accuracy"] * results["pairs"], pairs)
+    text = (
+        f"The reward model ranks {share.mean:.0%} of {number(pairs)} held-out pairs right (95% interval "
+        f"{share.low:.0%} to {share.high:.0%}): as far as they tell it is no better than a coin, and PPO would "
+        "learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
+    )
+    yield _wrong_if(not share.low > 0.5, text)
+
+
+def _scores_differ(row: Row, seen: Seen) -> Iterator[Finding]:
+    deviation = _of_reward_model(row, seen).get("score_std")
+    if deviation is not None:
+        text = (
+            f"The reward model's scores of held-out responses deviate by {number(deviation)}, so it scores them "
+            "nearly alike; ppo.score.normalize divides by that, and PPO would be paid for noise. Train it for "
+            "longer, or with a higher learning rate, before PPO."
+        )
+        yield _wrong_if(deviation < SMALL_DEVIATION, text)
+
+
+def _within_clamp(row: Row, _: Seen) -> Iterator[Finding]:
+    for key, what in (("eval/clamped", "held-out answers"), ("objective/clamped", "responses")):
+        share = row.get(key)
+        if is_number(share):
+            text = (
+                f"{share:.0%} of the {what} at step {row['step']} have a score at the limit, ppo.score.clamp: PPO "
+                "cannot tell which of them is better. Raise ppo.score.clamp, or look at the deviation of its scores."
+            )
+            yield _wrong_if(share > REPEATED, text)
+            return
+
+
+def _kl(row: Row, _: Seen) -> Iterator[Finding]:
+    value = row.get("objective/kl_per_token")
+    if is_number(value):
+        text = (
+            f"KL to the reference is {number(value)} nats per token at step {row['step']}: the policy has run away "
+            "from the reference, to where the reward model was not trained to score. Raise ppo.kl.coef, or lower ppo's "
+            "learning rate."
+        )
+        yield _wrong_if(value > KL_PER_TOKEN, text)
+
+
+def _entropy(row: Row, seen: Seen) -> Iterator[Finding]:
+    last = row.get("objective/entropy")
+    if not is_number(last):
+        return
+    if seen.first_entropy is None:
+        seen.first_entropy = last
+        return
+    text = (
+        f"Entropy fell from {number(seen.first_entropy)} to {number(last)} nats per token by step {row['step']}: the "
+        "policy says nearly the same thing every time and explores no more. Raise ppo.kl.coef, or lower ppo's "
+        "learning rate."
+    )
+    yield _wrong_if(last < ENTROPY_SHARE * seen.first_entropy, text)
+
+
+def _risen(row: Row, seen: Seen) -> Iterator[Finding]:
+    if row["step"] < seen.total_steps:
+        return
+    found = change(seen.first_answers, seen.answers, key="score")
+    if found is None:
+        yield Finding(CheckState.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have a score")
+        return
+    text = (
+        f"The score of held-out answers has changed by {with_ends(found.mean, found.low, high=found.high)} over "
+        f"{found.count} prompts from before training to its end at step {row['step']}: as far as they tell it has not "
+        "risen. Look at the reward model, at ppo.kl.coef and at the learning rates."
+    )
+    yield _wrong_if(found.low <= 0, text)
+
+
+def _raw_score(row: Row, seen: Seen) -> Iterator[Finding]:
+    raw, score = (change(seen.first_answers, seen.answers, key=key) for key in ("raw_score", "score"))
+    if raw is None or score is None:
+        yield Finding(CheckState.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have both scores")
+        return
+    text = (
+        f"By step {row['step']} the score that PPO is paid for rose by {number(score.mean)} while the reward model's "
+        f"own, raw_score, fell by {with_ends(-raw.mean, -raw.high, high=-raw.low)} over {raw.count} held-out prompts: "
+        "the rise comes from ppo.score (the penalty for answers that do not end, the clamp), not from better answers."
+    )
+    yield _wrong_if(raw.high < 0 < score.mean, text)
+
+
+def _gold_metrics(row: Row) -> list[str]:
+    return [key for key, value in row.items() if key.startswith("gold/") and is_number(value)]
+
+
+def _gold(row: Row, seen: Seen) -> Iterator[Finding]:
+    for key in _gold_metrics(row):
+        count = seen.evaluations[key] = seen.evaluations.get(key, 0) + 1
+        best = seen.best.get(key)
+        if best is None or row[key] > best[0][key]:
+            seen.best[key] = (row, seen.answers)
+            if best is not None:
+                yield Finding(CheckState.fine, metric=key)
+        else:
+            yield _parted(row, key, answers=seen.answers, best=best, count=count)._replace(metric=key)
+
+
+def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequence[Row]], count: int) -> Finding:
+    """Wrong if the score rose and gold fell since the best of `count` evaluations (Gao et al. 2023, figure 1).
+
+    The best of many evaluations is the luckiest one, so the 5% of false alarms are those of a whole stage: evaluation k
+    has 1 / (k (k - 1)) of them, which sums to 1, shared between the k - 1 before it.
+    """
+    best_row, best_answers = best
+    start, kl = best_row["step"], row.get("eval/kl")
+    gold, score = (change(best_answers, answers, key=column) for column in (key, "score"))
+    if gold is None or score is None:
+        return Finding(CheckState.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have a score and a {key}")
+    wider = NormalDist().inv_cdf(1 - 0.025 / (count * (count - 1) ** 2)) / Z  # for a mean that is nearly normal
+    text = (
+        f"From step {start} to step {row['step']} the reward model's score rose by {number(score.mean)} "
+        f"while {key}, which no model was trained on, fell by {with_ends(-gold.mean, -gold.high, high=-gold.low)} over "
+        f"{gold.count} prompts{f', at a KL of {number(kl)} nats' if is_number(kl) else ''}: the policy has learnt what "
+        f"pleases the reward model, not what it stands for. By {key} the policy of step {start} is the best; "
+        "raise ppo.kl.coef, or stop there."
+    )
+    return _wrong_if(score.mean > 0 and gold.mean + wider * (gold.high - gold.mean) < 0, text)
+
+
+def _length(_: Row, seen: Seen) -> Iterator[Finding]:
+    found = length_correlation(seen.answers)
+    if found is None:
+        yield Finding(CheckState.unchecked, "all answers have the same length or the same score")
+        return
+    text = (
+        f"The longer a response, the higher its score (correlation {found:.2f} over {len(seen.answers)} held-out "
+        "prompts): part of the reward may be for length alone. Compare answers of equal length, or balance the "
+        "preferences."
+    )
+    yield _wrong_if(found > CORRELATED, text)
+
+
+def _small_share(of: Callable[[Sequence[Row]], float], what: str, *, why: str) -> Look:
+    """A check that is wrong where a share of the answers is large and has risen since the first evaluation."""
+
+    def look(row: Row, seen: Seen) -> Iterator[Finding]:
+        before, after = of(seen.first_answers), of(seen.answers)
+        found = f"{after:.0%} of the {len(seen.answers)} held-out responses {what} at step {row['step']} "
+        yield _wrong_if(after > max(REPEATED, before), f"{found}({before:.0%} at first): {why}.")
+
+    return look
+
+
+_repeats = _small_share(
+    repeated_share,
+    "are word for word that of another prompt",
+    why="the policy has found an answer that pleases whatever the question is",
+)
+_degenerate = _small_share(degenerate_share, "are empty or repeat themselves", why="the text is falling apart")
+_endless = _small_share(
+    endless_share,
+    "do not end by themselves",
+    why="a longer response may be paid better than an end; see ppo.score.missing_eos_mode",
+)
+
+
+Look = Callable[[Row, Seen], Iterator[Finding]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that can go wrong."""
+
+    stages: tuple[str, ...]
+    look: Look
+    """Yields what a row says of it, or nothing."""
+    fine: str
+    """What holds if nothing was found."""
+    needs: str
+    """Why it was not checked, where no row says more."""
+    evaluations: int = 0
+    """How many evaluations with enough answers it takes: 0 looks at every row, 2 compares with the first one."""
+
+
+_TWICE = "it takes two evaluations of the same held-out prompts"
+_UNKNOWN = "the held-out results of the reward model are not known"
+_ENDS = "it takes held-out answers from before training and its end"
+_BOTH = (*REWARD, *PPO)
+CHECKS = {
+    "not_finite": Check(ALL, _finite, "all numbers are finite", "nothing was logged"),
+    "coin": Check(_BOTH, _better_than_coin, "the reward model is better than a coin on held-out pairs", _UNKNOWN),
+    "flat": Check(_BOTH, _scores_differ, "the reward model's scores differ", _UNKNOWN),
+    "clamp": Check(PPO, _within_clamp, "few scores are at the clamp", "no scores were logged"),
+    "kl": Check(PPO, _kl, "KL has not run away", "no KL was logged"),
+    "entropy": Check(PPO, _entropy, "entropy has not collapsed", "it takes two rows with an entropy"),
+    "not_risen": Check(PPO, _risen, "the score has risen", _ENDS, evaluations=2),
+    "raw_fell": Check(PPO, _raw_score, "the raw score has not fallen while the score rose", _TWICE, evaluations=2),
+    "parted": Check(PPO, _gold, "score and gold metric have not parted", _TWICE, evaluations=1),
+    "length": Check(
+        PPO, _length, "longer answers are not scored higher", "no held-out prompts were answered", evaluations=1
+    ),
+    "repeats": Check(PPO, _repeats, "answers have not become repetitive", _TWICE, evaluations=2),
+    "degenerate": Check(PPO, _degenerate, "answers have not fallen apart", _TWICE, evaluations=2),
+    "endless": Check(PPO, _endless, "answers have not become endless", _TWICE, evaluations=2),
+}
+"""The checks by name, with the stages that they concern."""
