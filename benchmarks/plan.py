@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import PPOConfig
 from rlhf.engine.engine import Engine, build_engine
 from rlhf.memory_plan.plan import ALLOCATOR, Place
 from rlhf.memory_plan.planner import machine_of, plan_stage

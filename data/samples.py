@@ -12,7 +12,8 @@ from data.assemble import LengthLimits, SampleKind, Splits, assemble
 from data.rows import DEMONSTRATION, PREFERENCE, PROMPT, margin_of
 from rlhf.config.data_config import DataConfig, RewrittenTurns
 from rlhf.config.eval_config import EvalConfig
-from rlhf.config.stage_configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.ppo_config import PPOConfig
+from rlhf.config.stage_configs import RewardConfig, SFTConfig
 from rlhf.text.chat_template import Row
 from rlhf.text.tokenize_rows import (
     TokenSequence,

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
 from rlhf.algorithms.scores import normalize_scores, penalize_unended
-from rlhf.config.stage_configs import PPOConfig
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine
 from rlhf.generation.generate import Decoding, Generated, generate
 from rlhf.models.lora import adapters_off

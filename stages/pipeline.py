@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from rlhf.config.run_config import RunConfig
-from rlhf.config.tracking_config import Progress
+from rlhf.config.tracking_config import ProgressDisplay
 from rlhf.memory_plan.plan_text import check_memory, show_plan
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, broadcast_object, start, stop
@@ -45,7 +45,7 @@ def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
     """
     with one_sentence():
         world = start_rank(run) if launch.under_torchrun() else World.alone()
-        setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
+        setup_logging(world, quiet=run.tracking.progress is ProgressDisplay.quiet)
         ranks = world.size if launch.under_torchrun() else run.launch.ranks
         if world.is_main:
             run = with_deepspeed(run, ranks=ranks, overridden=overridden)
@@ -117,7 +117,7 @@ def start_rank(run: RunConfig) -> World:
 
 def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     """Run the named stages in order, on every rank."""
-    setup_logging(world, quiet=run.tracking.progress is Progress.quiet)
+    setup_logging(world, quiet=run.tracking.progress is ProgressDisplay.quiet)
     try:
         with one_sentence(RunError, folder=run.output_dir):
             if world.is_main:

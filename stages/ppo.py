@@ -19,9 +19,9 @@ from data.samples import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import Precision
+from rlhf.config.ppo_config import KLConfig, PPOConfig
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import KLConfig, PPOConfig
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows

@@ -37,7 +37,7 @@ class OffloadDevice(StrEnum):
     nvme = "nvme"
 
 
-class Moments(StrEnum):
+class MomentDtype(StrEnum):
     """Type of AdamW's two moments at rest; updates are computed in fp32."""
 
     fp32 = "fp32"
@@ -76,7 +76,7 @@ class EngineConfig(Settings):
     """With offload_param=nvme: elements that stay in host memory instead of on disk (DeepSpeed: max_in_cpu)."""
     delayed_update: bool = False
     """Take the optimizer step while the next batch computes: gradients are one step stale, and the step costs less."""
-    moments: Moments = Moments.fp32
+    moments: MomentDtype = MomentDtype.fp32
     """bf16 halves their memory; with a second decay above about 0.99 its small changes are rounded away."""
     sub_group_size: Count = 100_000_000
     """Largest tile of optimizer state that is loaded, updated and stored at once, off the device."""

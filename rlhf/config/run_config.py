@@ -23,7 +23,8 @@ from rlhf.config.data_config import DataConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import ChatConfig, EvalConfig
 from rlhf.config.model_config import ModelConfig
-from rlhf.config.stage_configs import POLICIES, PPOConfig, RewardConfig, SFTConfig, StageConfig, TrainingConfig
+from rlhf.config.ppo_config import POLICIES, PPOConfig
+from rlhf.config.stage_configs import RewardConfig, SFTConfig, StageConfig, TrainingConfig
 from rlhf.config.tracking_config import TrackingConfig
 
 STAGES = ("sft", "reward", "ppo")

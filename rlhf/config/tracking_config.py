@@ -17,7 +17,7 @@ class WandbMode(StrEnum):
     disabled = "disabled"
 
 
-class Progress(StrEnum):
+class ProgressDisplay(StrEnum):
     """What the terminal shows; auto is a bar on a terminal and plain lines elsewhere."""
 
     auto = "auto"
@@ -36,7 +36,7 @@ class TrackingConfig(Settings):
     """W&B project."""
     entity: str | None = None
     """W&B team or user; null is the key's default."""
-    progress: Progress = Progress.auto
+    progress: ProgressDisplay = ProgressDisplay.auto
     """What the terminal shows."""
     log_every: Count = 1
     """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""

@@ -9,7 +9,7 @@ import sys
 from dataclasses import fields
 from typing import Any
 
-from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice, Precision
+from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice, Precision
 from rlhf.config.optimizer_config import OptimizerConfig, Schedule
 from rlhf.deepspeed.deepspeed_schedules import SHAPES
 from rlhf.deepspeed.keys import TABLE
@@ -155,7 +155,7 @@ def _read_precision(reading: Reading, own: EngineConfig) -> None:
     if halves["fp16"] and "engine.precision" in reading.settings:
         _read_loss_scale(reading, own)
     if halves["bf16"] and reading.value("bf16.bf16_optimizer_states"):
-        reading.sets("engine.moments", Moments.bf16, key="bf16.bf16_optimizer_states")
+        reading.sets("engine.moments", MomentDtype.bf16, key="bf16.bf16_optimizer_states")
     _check_parameters(reading)
 
 

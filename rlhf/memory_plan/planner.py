@@ -19,9 +19,10 @@ import torch
 
 from rlhf.config.engine_config import EngineConfig, Precision
 from rlhf.config.model_config import LoraConfig
+from rlhf.config.ppo_config import AdvantageKind, PPOConfig
 from rlhf.config.roles import ModelKind, maker_of
 from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import AdvantageKind, PPOConfig, RewardConfig, SupervisedConfig
+from rlhf.config.stage_configs import RewardConfig, SupervisedConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.phases import Model
 from rlhf.memory_plan.plan import Item, Phase, Place, Plan, on_one_memory, with_allowance

@@ -15,7 +15,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice
+from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
 from rlhf.engine.fsdp_units import FSDPUnit, find_units, num_offloaded, persistent_parameters, prefetched_units
 from rlhf.engine.materialize import units_in_host_memory
 from rlhf.engine.offload.buffer_pool import HUGE_PAGE
@@ -273,7 +273,7 @@ class States:
 
     @property
     def _moment_bytes(self) -> int:
-        return 2 if self.setting.engine.moments == Moments.bf16 else 4
+        return 2 if self.setting.engine.moments == MomentDtype.bf16 else 4
 
     def _optimizer(self) -> Iterator[Item]:
         here, away = self._split
@@ -289,7 +289,7 @@ class States:
 
     def _on_disk(self) -> Iterator[Item]:
         engine = self.setting.engine
-        moments = torch.bfloat16 if engine.moments == Moments.bf16 else torch.float32
+        moments = torch.bfloat16 if engine.moments == MomentDtype.bf16 else torch.float32
         shapes = [shape for group in self._groups[: self._num_away] for shape in group]
         capacity = capacity_of(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
         records = lay_out(shapes, max(capacity, 1 << 12), moments=moments)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from rlhf.algorithms.sft import sft_loss
 from rlhf.config.bounds import as_plain
-from rlhf.config.stage_configs import PPOConfig, RewardConfig, StageConfig
+from rlhf.config.ppo_config import PPOConfig
+from rlhf.config.stage_configs import RewardConfig, StageConfig
 from rlhf.evaluation.metrics import logits_of
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan.trace import EnoughError

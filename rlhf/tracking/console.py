@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.config.tracking_config import Progress
+from rlhf.config.tracking_config import ProgressDisplay
 from rlhf.runtime.dist import World
 from rlhf.tracking.metric_registry import metric
 from rlhf.tracking.text_table import number, printable
@@ -91,19 +91,19 @@ class StageProgress:
     A line is printed for the first and the last step and for each evaluation, and otherwise at most every ten seconds.
     """
 
-    def __init__(self, stage: str, total_steps: int, *, mode: Progress) -> None:
+    def __init__(self, stage: str, total_steps: int, *, mode: ProgressDisplay) -> None:
         self._stage, self._total, self._mode = stage, total_steps, mode
-        if mode is Progress.auto:
-            self._mode = Progress.bar if sys.stderr.isatty() else Progress.plain
+        if mode is ProgressDisplay.auto:
+            self._mode = ProgressDisplay.bar if sys.stderr.isatty() else ProgressDisplay.plain
         self._bar: tqdm[Any] | None = None
         self._headlines: dict[str, str] = {}
         self._first_step, self._start, self._last_line = 0, 0.0, 0.0
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` steps are finished, with the headline metrics."""
-        if self._mode is Progress.bar:
+        if self._mode is ProgressDisplay.bar:
             self._draw(step, headlines(metrics))
-        elif self._mode is Progress.plain:
+        elif self._mode is ProgressDisplay.plain:
             self._print(step, headlines(metrics))
 
     def close(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlhf.config.stage_configs import POLICIES
+from rlhf.config.ppo_config import POLICIES
 
 STEP = "trainer/step"
 """Our own axis, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""

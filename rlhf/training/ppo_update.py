@@ -17,7 +17,7 @@ from rlhf.algorithms.groups import group_advantages
 from rlhf.algorithms.kl import clamped, kl_estimate
 from rlhf.algorithms.masked import masked_mean, masked_whiten
 from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
-from rlhf.config.stage_configs import AdvantageKind, PPOConfig
+from rlhf.config.ppo_config import AdvantageKind, PPOConfig
 from rlhf.engine.engine import Engine, step_together
 from rlhf.rollout import Models, critic_values, response_statistics
 from rlhf.runtime.dist import World, max_over_ranks

@@ -25,7 +25,7 @@ Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
 BatchIn = TypeVar("BatchIn", SFTBatch, PreferenceBatch, contravariant=True)
 
 
-class Outcome(NamedTuple):
+class LossAndMetrics(NamedTuple):
     """Loss and metrics of a micro-batch; all of them add up over micro-batches and ranks."""
 
     loss: Tensor
@@ -39,7 +39,7 @@ class Objective(Protocol[BatchIn]):
         """This micro-batch's part of the step's denominator: target tokens, or pairs."""
         ...
 
-    def outcome(self, engine: Engine, batch: BatchIn, *, denominator: Tensor) -> Outcome:
+    def outcome(self, engine: Engine, batch: BatchIn, *, denominator: Tensor) -> LossAndMetrics:
         """Loss and metrics of a micro-batch, divided by the step's denominator."""
         ...
 
@@ -51,11 +51,11 @@ class NextToken:
         """Target tokens of a micro-batch."""
         return count_targets(batch.target_mask)
 
-    def outcome(self, engine: Engine, batch: SFTBatch, *, denominator: Tensor) -> Outcome:
+    def outcome(self, engine: Engine, batch: SFTBatch, *, denominator: Tensor) -> LossAndMetrics:
         """Cross-entropy of the target tokens."""
         logits = logits_of(engine, batch)
         result = sft_loss(logits, batch.input_ids, batch.target_mask, denominator=denominator)
-        return Outcome(result.loss, {"train/accuracy": result.accuracy})
+        return LossAndMetrics(result.loss, {"train/accuracy": result.accuracy})
 
 
 class Pairwise:
@@ -68,7 +68,7 @@ class Pairwise:
         """Pairs of a micro-batch."""
         return torch.tensor(len(batch.margin), device=batch.margin.device)
 
-    def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> Outcome:
+    def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> LossAndMetrics:
         """Loss of the pairs, both responses in one forward."""
         per_position = engine(batch.input_ids, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
         chosen, rejected = last_token_scores(per_position, batch.attention_mask).chunk(2)
@@ -79,7 +79,7 @@ class Pairwise:
             center_coef=self._config.center_coef,
             denominator=denominator,
         )
-        return Outcome(result.loss, {"train/accuracy": result.accuracy, "train/margin": result.margin})
+        return LossAndMetrics(result.loss, {"train/accuracy": result.accuracy, "train/margin": result.margin})
 
 
 def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:

@@ -100,7 +100,7 @@ def check_data(saved: Saved, fingerprint: str) -> None:
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """How far a stage has come, and its evaluations so far."""
 
     step: int = 0
@@ -136,7 +136,7 @@ class CheckpointManager:
     total_steps: int
     world: World
     state: TrainingState
-    progress: Progress = field(default_factory=Progress)
+    progress: TrainingProgress = field(default_factory=TrainingProgress)
     saved_step: int = -1
     """Step of the newest checkpoint on disk or being written."""
 
@@ -179,7 +179,7 @@ class CheckpointManager:
         self.state.require_same(saved)
         self.checkpoints.load(saved, self.state.tensors())
         self.state.load_state_dict(saved.state)
-        self.progress = Progress(**saved.state["progress"])
+        self.progress = TrainingProgress(**saved.state["progress"])
         self.saved_step = saved.step
         log.info("resuming after step %s of %s (%s)", saved.step, self.total_steps, saved.folder)
         return True

@@ -23,7 +23,7 @@ from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
-from stages.lifecycle.checkpointing import CheckpointManager, Progress, TrainingState
+from stages.lifecycle.checkpointing import CheckpointManager, TrainingProgress, TrainingState
 from stages.lifecycle.signals import GracefulStop
 from stages.lifecycle.stage_models import export_model
 from stages.lifecycle.stage_record import CONFIG, RECORD, StageRecord, claim_folder, model_files, write_record
@@ -71,7 +71,7 @@ class Session:
         return self._checkpoints
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> TrainingProgress:
         """How far the stage has come."""
         return self.checkpoints.progress
 

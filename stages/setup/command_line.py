@@ -24,8 +24,8 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
+from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import STAGES, USES, RunConfig
-from rlhf.config.stage_configs import POLICIES
 from rlhf.runtime.errors import keep_traceback, sentence_of
 from rlhf.tracking.text_table import printable
 from stages.setup.compose import CONF_DIR, composed, is_selected, to_run

@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 import conf
 from rlhf.config.eval_config import ChatConfig, EvalConfig
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import policy_folder
 from rlhf.config.run_config import STAGES, USES, RunConfig
-from rlhf.config.stage_configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.stage_configs import RewardConfig, SFTConfig
 from rlhf.runtime.atomic_files import write_text
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import PPOConfig, SupervisedConfig
+from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.deepspeed.deepspeed_schedules import SHAPES, deepspeed_schedule
 from rlhf.deepspeed.dialects import read_deepspeed
 from rlhf.deepspeed.keys import Path

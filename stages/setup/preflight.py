@@ -14,9 +14,9 @@ from data.assemble import Splits
 from data.samples import demonstrations, preferences, prompts
 from rlhf.config.bounds import accumulation, divisible
 from rlhf.config.engine_config import OffloadDevice
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
-from rlhf.config.stage_configs import PPOConfig
 from rlhf.engine.offload import direct_io as disk
 from rlhf.evaluation.metrics import load_gold
 from rlhf.runtime.dist import check_devices

@@ -20,6 +20,7 @@ from rlhf.config import (
     eval_config,
     model_config,
     optimizer_config,
+    ppo_config,
     run_config,
     stage_configs,
     tracking_config,
@@ -38,6 +39,7 @@ MODULES = (
     eval_config,
     model_config,
     optimizer_config,
+    ppo_config,
     run_config,
     stage_configs,
     tracking_config,
@@ -290,6 +292,7 @@ def test_every_setting_has_a_reader():
         )
         + (ROOT / "run_pipeline.py").read_text()
         + (ROOT / "rlhf/config/stage_configs.py").read_text()
+        + (ROOT / "rlhf/config/ppo_config.py").read_text()
         + (ROOT / "rlhf/config/roles.py").read_text()  # names the settings of each role
     )
     for cls, name, _ in config_fields():

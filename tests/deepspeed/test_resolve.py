@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rlhf.config.engine_config import EngineConfig, Moments, Precision
+from rlhf.config.engine_config import EngineConfig, MomentDtype, Precision
 from rlhf.config.engine_config import OffloadDevice as Offload
 from rlhf.config.optimizer_config import OptimizerConfig, Schedule
 from rlhf.deepspeed.dialects import read_deepspeed
@@ -188,7 +188,7 @@ def test_the_loss_scale_is_the_files_and_its_gaps_are_deepspeeds_defaults():
 
 def test_bf16_moments():
     content = {"bf16": {"enabled": True, "bf16_optimizer_states": True, "bf16_master_weights_and_grads": True}}
-    assert values(content)["moments"] is Moments.bf16
+    assert values(content)["moments"] is MomentDtype.bf16
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from transformers import AutoModelForSequenceClassification
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import EngineConfig, Precision
 from rlhf.config.model_config import Embedded, LoraConfig
-from rlhf.config.stage_configs import AdvantageKind, KLConfig, ScoreConfig
+from rlhf.config.ppo_config import AdvantageKind, KLConfig, ScoreConfig
 from rlhf.engine.engine import build_engine
 from rlhf.evaluation.metrics import policy_metrics, rollout_metrics, sample_rows
 from rlhf.models.causal_lm import causal_lm

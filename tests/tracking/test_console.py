@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.config.tracking_config import Progress
+from rlhf.config.tracking_config import ProgressDisplay
 from rlhf.runtime.dist import World
 from rlhf.tracking.console import StageProgress, setup_logging
 
@@ -92,7 +92,7 @@ def test_a_record_is_one_write_so_that_ranks_do_not_interleave(monkeypatch):
 
 def plain_lines(caplog, shows, total):
     caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
-    progress = StageProgress("ppo", total, mode=Progress.plain)
+    progress = StageProgress("ppo", total, mode=ProgressDisplay.plain)
     for step, metrics in shows:
         progress.show(step, metrics)
     progress.close()
@@ -122,7 +122,7 @@ def test_auto_is_a_bar_on_a_terminal(monkeypatch, caplog):
     caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = StageProgress("sft", 4, mode=Progress.auto)
+    progress = StageProgress("sft", 4, mode=ProgressDisplay.auto)
     for step in range(1, 5):
         progress.show(step, {"train/loss": 2.0 / step, "train/lr": 0.1})
     progress.show(4, {"eval/loss": 0.75})
@@ -139,7 +139,7 @@ def test_eighty_columns_show_what_training_is_about(monkeypatch):
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (80, 24))
-    progress = StageProgress("reward", 1000, mode=Progress.bar)
+    progress = StageProgress("reward", 1000, mode=ProgressDisplay.bar)
     progress.show(0, {"eval/loss": 0.6931, "eval/accuracy": 0.4781})
     for step in range(1, 101):
         progress.show(step, {"train/loss": 0.6512, "train/accuracy": 0.6312})
@@ -152,10 +152,10 @@ def test_eighty_columns_show_what_training_is_about(monkeypatch):
 
 def test_auto_is_plain_without_a_terminal_and_quiet_is_silent(caplog, capfd):
     caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
-    StageProgress("sft", 2, mode=Progress.auto).show(1, {"train/loss": 2.0})
+    StageProgress("sft", 2, mode=ProgressDisplay.auto).show(1, {"train/loss": 2.0})
     assert [record.getMessage() for record in caplog.records] == ["sft 1/2  loss 2"]
     caplog.clear()
-    progress = StageProgress("sft", 2, mode=Progress.quiet)
+    progress = StageProgress("sft", 2, mode=ProgressDisplay.quiet)
     progress.show(1, {"train/loss": 2.0})
     progress.show(2, {"train/loss": 2.0})
     progress.close()
@@ -167,7 +167,7 @@ def test_a_log_line_does_not_break_the_bar(monkeypatch):
     terminal = Terminal()
     setup_logging(world(0))
     monkeypatch.setattr(sys, "stderr", terminal)
-    progress = StageProgress("sft", 2, mode=Progress.bar)
+    progress = StageProgress("sft", 2, mode=ProgressDisplay.bar)
     progress.show(1, {})
     logging.getLogger("rlhf").info("saved")
     progress.show(2, {})

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config.tracking_config import Progress, TrackingConfig, WandbMode
+from rlhf.config.tracking_config import ProgressDisplay, TrackingConfig, WandbMode
 from rlhf.runtime.dist import World
 from rlhf.tracking.jsonl_log import JsonlLog
 from rlhf.tracking.tracker import Tracker, requested_mode
@@ -17,7 +17,7 @@ from rlhf.tracking.tracker import Tracker, requested_mode
 ROOT = Path(__file__).parents[2]
 
 
-def tracker(folder, *, rank=0, log_every=1, total_steps=10, progress=Progress.quiet):
+def tracker(folder, *, rank=0, log_every=1, total_steps=10, progress=ProgressDisplay.quiet):
     return Tracker(
         folder,
         stage="ppo",
@@ -64,7 +64,7 @@ def test_every_rank_refuses_an_unknown_metric(tmp_path, rank):
 
 
 def test_a_rank_above_zero_writes_and_shows_nothing(tmp_path, capfd, caplog):
-    with tracker(tmp_path / "ppo", rank=1, progress=Progress.bar) as track:
+    with tracker(tmp_path / "ppo", rank=1, progress=ProgressDisplay.bar) as track:
         track.log(1, {"objective/kl": 1.0})
         track.samples(1, [{"prompt": "p", "response": "r"}])
         track.summary({"eval/score": 1.0})

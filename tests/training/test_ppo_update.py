@@ -9,7 +9,8 @@ import torch
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.config.stage_configs import AdvantageKind, KLConfig, PPOConfig, SamplingConfig
+from rlhf.config.ppo_config import AdvantageKind, KLConfig, PPOConfig
+from rlhf.config.stage_configs import SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.rollout import without_bad_rows

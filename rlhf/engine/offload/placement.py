@@ -17,7 +17,7 @@ from functools import cached_property
 
 import torch
 
-from rlhf.config.engine_config import EngineConfig, Moments, OffloadDevice
+from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.fsdp_units import ParameterGroup, num_offloaded
@@ -127,7 +127,7 @@ class Placement:
 
     @property
     def _moments(self) -> torch.dtype:
-        return torch.bfloat16 if self.engine.moments == Moments.bf16 else torch.float32
+        return torch.bfloat16 if self.engine.moments == MomentDtype.bf16 else torch.float32
 
     @cached_property
     def _device_kernel(self) -> AdamKernel:

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.config.stage_configs import POLICIES
+from rlhf.config.ppo_config import POLICIES
 from rlhf.tracking.answer_statistics import by_step, is_number
 from rlhf.tracking.metric_registry import Metric, metric
 from rlhf.tracking.report import charts

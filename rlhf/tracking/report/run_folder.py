@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import FOLDERS
-from rlhf.config.stage_configs import POLICIES
+from rlhf.config.ppo_config import POLICIES
 from rlhf.tracking.answer_statistics import is_number
 from rlhf.tracking.evaluation_tables import FOLDER, RESULTS, SAMPLES
 

@@ -15,13 +15,14 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.engine_config import EngineConfig
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import CheckpointConfig
-from rlhf.config.stage_configs import PPOConfig, RewardConfig, SFTConfig
+from rlhf.config.stage_configs import RewardConfig, SFTConfig
 from rlhf.engine.checkpoint.manager import Checkpoints
 from rlhf.runtime import dist
 from rlhf.tracking.timing import Stopwatch
 from stages import pipeline
-from stages.lifecycle.checkpointing import CHECKPOINTS, CheckpointManager, Progress, check_resume
+from stages.lifecycle.checkpointing import CHECKPOINTS, CheckpointManager, TrainingProgress, check_resume
 from stages.lifecycle.session import Session
 from stages.lifecycle.signals import GracefulStop
 from stages.lifecycle.stage_record import _FREE_IN_ENGINES
@@ -149,7 +150,9 @@ def test_a_rank_that_fails_ends_the_run_with_how_to_go_on(monkeypatch, tmp_path)
 def first_numbers(monkeypatch, *, seed, rank=0):
     """What a stage that starts anew draws first."""
     monkeypatch.setattr(
-        CheckpointManager, "of", lambda *args, **options: SimpleNamespace(resume=lambda: False, progress=Progress())
+        CheckpointManager,
+        "of",
+        lambda *args, **options: SimpleNamespace(resume=lambda: False, progress=TrainingProgress()),
     )
     tracker = SimpleNamespace(total_steps=0, rewind=lambda step: None, log=lambda *args: None)
     config = SimpleNamespace(seed=seed, best_metric=METRICS["sft"])
@@ -170,7 +173,7 @@ def test_random_numbers_follow_from_seed_and_rank_not_from_what_the_process_did_
 
 @pytest.mark.parametrize(("stage", "values", "best"), [("sft", [3, 2, 2, 4], 2), ("reward", [0.5, 0.7, 0.6, 0.7], 2)])
 def test_the_first_of_the_best_evaluations_is_kept(stage, values, best):
-    progress = Progress()
+    progress = TrainingProgress()
     metric = METRICS[stage]
     for step, value in enumerate(values, start=1):
         progress.note(step, {metric.metric: value}, metric=metric)
