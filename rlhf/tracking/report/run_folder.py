@@ -13,7 +13,6 @@ from typing import Any
 
 from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import FOLDERS
-from rlhf.config.ppo_config import POLICIES
 from rlhf.tracking.answer_statistics import is_number
 from rlhf.tracking.evaluation_tables import FOLDER, RESULTS, SAMPLES
 
