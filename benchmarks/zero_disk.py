@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.zero_report import spread, table
 from rlhf.engine.offload.buffer_pool import BufferPool
-from rlhf.engine.offload.direct_io import DirectFile, run_folder
+from rlhf.engine.offload.direct_io import DirectFile
 
 _REQUEST = 8 << 20
 
@@ -30,8 +30,7 @@ def compare(folder: Path, *, nbytes: int, tile: int, buffers: int, rounds: int) 
         rounds: that count.
     """
     nbytes -= nbytes % tile
-    place = run_folder(str(folder), rank=0)
-    contenders = {"bare": bare(place / "bare", nbytes=nbytes), "ours": ours(place / "ours", nbytes, tile, buffers)}
+    contenders = {"bare": bare(folder / "bare", nbytes=nbytes), "ours": ours(folder, nbytes, tile, buffers)}
     rates: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):
         for name, (write, read) in contenders.items():
@@ -68,9 +67,9 @@ def bare(path: Path, *, nbytes: int) -> Transfers:
     return lambda: every(os.pwritev), lambda: every(os.preadv)
 
 
-def ours(path: Path, nbytes: int, tile: int, count: int) -> Transfers:
+def ours(folder: Path, nbytes: int, tile: int, count: int) -> Transfers:
     """Tile after tile, as the optimizer travels: written behind, read ahead."""
-    file, buffers = DirectFile(path, nbytes=nbytes, label="benchmark"), BufferPool(count, nbytes=tile)
+    file, buffers = DirectFile(folder, nbytes=nbytes, label="benchmark"), BufferPool(count, nbytes=tile)
 
     def write() -> None:
         for offset in range(0, nbytes, tile):

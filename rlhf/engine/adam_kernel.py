@@ -1,13 +1,13 @@
-"""AdamW's update of flat pieces of parameters, in tiles that stay in cache between the casts around it.
+"""AdamW's update of flat slices of parameters, in chunks that stay in cache between the casts around it.
 
-PyTorch's fused kernel wants everything in fp32. A tile of gradients (and of bf16 moments) is cast into scratch memory,
-updated, and handed on while it is still in cache, so a whole fp32 copy exists nowhere and main memory is passed once.
+PyTorch's fused kernel wants everything in fp32. A chunk of gradients (and of bf16 moments) is cast into scratch memory,
+updated, and handed on while it is still in cache: no whole fp32 copy exists, and main memory is passed over once.
 
-[Note: bits] The kernel rounds the elements after the last multiple of its vector length differently. Pieces and tiles
-are therefore cut at multiples of 64 elements, counted from the first of a parameter's rows on this rank: then every
-tiling, every number of threads and every tier on one kind of processor give the same bits.
+[Note: bits] The kernel rounds the elements after the last multiple of its vector length differently. Slices and chunks
+are therefore cut at multiples of 64 elements, counted from the start of a parameter's shard: then every cut, every
+number of threads and every state store on one kind of processor give the same bits.
 
-Left out: where pieces rest (`tiers/homes.py`, `tiers/home_nvme.py`), and clipping.
+See also: where state is kept (`offload/placement.py`); clipping is part of the `scale` (`updater.py`).
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from torch import Tensor
 
 from rlhf.config.optimizer_config import OptimizerConfig
 
-VECTOR_ELEMENTS = 64  # elements; see [Note: bits]
-_CPU_TILE = 1 << 19  # elements for each thread: casts and update share the cache, calls cost little beside them
-_CUDA_TILE = 1 << 24  # elements: 64 MB of scratch for each cast
+VECTOR_ELEMENTS = 64
+"""No cut is made between two multiples of it; see [Note: bits]."""
+_CPU_CHUNK = 1 << 19  # elements for each thread: casts and update share the cache, calls cost little beside them
+_CUDA_CHUNK = 1 << 24  # elements: 64 MB of scratch for each cast
 
 
 class ParameterSlice(NamedTuple):
-    """Elements of one parameter's rows on this rank, flat, with all that their update needs."""
+    """Elements of one parameter's shard, flat, with everything that their update needs."""
 
     name: str
-    start: int  # of the first element, a multiple of `VECTOR_ELEMENTS`
+    start: int  # of the first element in the shard, a multiple of `VECTOR_ELEMENTS`
     decays: bool
     step: Tensor  # [] fp32, updates of the parameter so far, this one included
     weight: Tensor  # [n] fp32
@@ -42,7 +43,7 @@ class ParameterSlice(NamedTuple):
         """Elements [start, stop) of it."""
         if stop - start == self.weight.numel():
             return self
-        tensors = (tensor[start:stop] for tensor in self[4:])
+        tensors = (tensor[start:stop] for tensor in (self.weight, self.gradient, self.exp_avg, self.exp_avg_sq))
         return ParameterSlice(self.name, self.start + start, self.decays, self.step, *tensors)
 
 
@@ -53,62 +54,62 @@ class AdamKernel:
         """Set up for one device.
 
         Args:
-            config: betas, eps and decay are used here.
-            device: where all pieces are.
-            limit: largest tile, in elements.
+            config: betas, eps and weight decay are used here.
+            device: where all slices are.
+            limit: largest chunk, in elements.
         """
         self._config = config
         self._device = device
         self._limit = max(limit // VECTOR_ELEMENTS * VECTOR_ELEMENTS, VECTOR_ELEMENTS)
-        self._scratch: dict[str, Tensor] = {}
+        self._scratch: dict[str, Tensor] = {}  # kept: fresh pages would cost more than the casts into them
 
     @torch.no_grad()
     def update(
-        self, pieces: Sequence[ParameterSlice], *, lr: float, scale: float, betas: Sequence[float] | None = None
+        self, slices: Sequence[ParameterSlice], *, lr: float, scale: float, betas: Sequence[float] | None = None
     ) -> Iterator[list[ParameterSlice]]:
-        """Update in place, a tile at a time.
+        """Update in place, a chunk at a time.
 
         Args:
-            pieces: what to update.
+            slices: what to update.
             lr: learning rate.
             scale: factor on every gradient; the gradients themselves stay as they are, or become useless.
             betas: of this step, where a schedule cycles them.
 
         Yields:
-            The pieces of each tile after its update.
+            The slices of each chunk after its update.
         """
         betas = betas or self._config.betas
-        for tile in _tiles(pieces, self._tile(pieces, scale=scale)):
+        for chunk in _chunks(slices, self._chunk_size(slices, scale=scale)):
             for decays, decay in ((True, self._config.weight_decay), (False, 0.0)):
-                same_decay = [piece for piece in tile if piece.decays == decays]
+                same_decay = [part for part in chunk if part.decays == decays]
                 self._call(same_decay, lr=lr, decay=decay, scale=scale, betas=betas)
-            yield tile
+            yield chunk
 
-    def _tile(self, pieces: Sequence[ParameterSlice], *, scale: float) -> int:
+    def _chunk_size(self, slices: Sequence[ParameterSlice], *, scale: float) -> int:
         on_cpu = self._device.type == "cpu"
-        casts = any(_is_cast(tensor) for piece in pieces for tensor in piece[5:])
+        casts = any(_is_cast(tensor) for part in slices for tensor in (part.gradient, part.exp_avg, part.exp_avg_sq))
         if not casts and (scale == 1 or not on_cpu):  # nothing to keep in cache: one multi-tensor call
             return self._limit
-        return min(_CPU_TILE * torch.get_num_threads() if on_cpu else _CUDA_TILE, self._limit)
+        return min(_CPU_CHUNK * torch.get_num_threads() if on_cpu else _CUDA_CHUNK, self._limit)
 
     def _call(
-        self, pieces: list[ParameterSlice], *, lr: float, decay: float, scale: float, betas: Sequence[float]
+        self, slices: list[ParameterSlice], *, lr: float, decay: float, scale: float, betas: Sequence[float]
     ) -> None:
-        if not pieces:
+        if not slices:
             return
-        # On the CPU the kernel writes scaled gradients back: a pass over memory, unless it is over scratch.
+        # On the CPU the kernel writes scaled gradients back: a pass over memory, unless it is over scratch in cache.
         scales_in_place = scale != 1 and self._device.type == "cpu"
-        gradients = self._in_fp32("gradient", [piece.gradient for piece in pieces], copy=scales_in_place)
-        exp_avg = self._in_fp32("exp_avg", [piece.exp_avg for piece in pieces])
-        exp_avg_sq = self._in_fp32("exp_avg_sq", [piece.exp_avg_sq for piece in pieces])
+        gradients = self._in_fp32("gradient", [part.gradient for part in slices], copy=scales_in_place)
+        exp_avg = self._in_fp32("exp_avg", [part.exp_avg for part in slices])
+        exp_avg_sq = self._in_fp32("exp_avg_sq", [part.exp_avg_sq for part in slices])
         beta1, beta2 = betas
         torch._fused_adamw_(
-            [piece.weight for piece in pieces],
+            [part.weight for part in slices],
             gradients,
             exp_avg,
             exp_avg_sq,
             [],
-            [piece.step for piece in pieces],
+            [part.step for part in slices],
             lr=lr,
             beta1=beta1,
             beta2=beta2,
@@ -116,50 +117,51 @@ class AdamKernel:
             eps=self._config.eps,
             amsgrad=False,
             maximize=False,
+            # The kernel divides by it. On CUDA it is filled there: no wait for the device.
             grad_scale=None if scale == 1 else torch.full((), 1 / scale, device=self._device),
         )
-        for piece, mean, square in zip(pieces, exp_avg, exp_avg_sq, strict=True):
-            if mean is not piece.exp_avg:
-                piece.exp_avg.copy_(mean)
-                piece.exp_avg_sq.copy_(square)
+        for part, mean, square in zip(slices, exp_avg, exp_avg_sq, strict=True):
+            if mean is not part.exp_avg:  # they were cast: round the new moments back
+                part.exp_avg.copy_(mean)
+                part.exp_avg_sq.copy_(square)
 
     def _in_fp32(self, role: str, tensors: list[Tensor], *, copy: bool = False) -> list[Tensor]:
         """The tensors themselves where they are fp32, else casts in scratch memory; with `copy`, all in scratch."""
         if not copy and not any(_is_cast(tensor) for tensor in tensors):
             return tensors
         needed = sum(_padded(tensor.numel()) for tensor in tensors)
-        known = self._scratch.get(role)
-        if known is None or known.numel() < needed:
-            known = self._scratch[role] = torch.empty(needed, device=self._device)
+        scratch = self._scratch.get(role)
+        if scratch is None or scratch.numel() < needed:
+            scratch = self._scratch[role] = torch.empty(needed, device=self._device)
         casts, at = [], 0
         for tensor in tensors:
-            casts.append(known[at : at + tensor.numel()])
-            at += _padded(tensor.numel())
+            casts.append(scratch[at : at + tensor.numel()])
+            at += _padded(tensor.numel())  # each starts on a vector, as the tensors themselves do
         torch._foreach_copy_(casts, tensors)
         return casts
 
 
-def _tiles(pieces: Sequence[ParameterSlice], size: int) -> Iterator[list[ParameterSlice]]:
-    """The pieces in order, cut so that none of the lists has more than `size` elements."""
-    tile: list[ParameterSlice] = []
-    room = size
-    for piece in pieces:
-        start, count = 0, piece.weight.numel()
-        while start < count:
-            stop = min(start + room, count)
-            tile.append(piece.cut(start, stop))
-            room -= _padded(stop - start)
+def _chunks(slices: Sequence[ParameterSlice], size: int) -> Iterator[list[ParameterSlice]]:
+    """The slices in order, cut so that none of the lists has more than `size` elements."""
+    chunk: list[ParameterSlice] = []
+    left = size
+    for part in slices:
+        start, numel = 0, part.weight.numel()
+        while start < numel:
+            stop = min(start + left, numel)
+            chunk.append(part.cut(start, stop))
+            left -= _padded(stop - start)
             start = stop
-            if room <= 0:
-                yield tile
-                tile, room = [], size
-    if tile:
-        yield tile
+            if left <= 0:
+                yield chunk
+                chunk, left = [], size
+    if chunk:
+        yield chunk
 
 
 def _is_cast(tensor: Tensor) -> bool:
     return tensor.dtype != torch.float32
 
 
-def _padded(count: int) -> int:
-    return -(-count // VECTOR_ELEMENTS) * VECTOR_ELEMENTS
+def _padded(numel: int) -> int:
+    return -(-numel // VECTOR_ELEMENTS) * VECTOR_ELEMENTS

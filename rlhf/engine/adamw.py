@@ -1,12 +1,22 @@
-"""AdamW on the rows that a rank holds, with fp32 master weights, wherever gradients and state rest.
+"""AdamW on the shards that a rank holds, with fp32 masters, wherever gradients and state are kept.
 
-Each group of parameters has a home; a step visits them in the order of the forward pass. Left out: the stores
-themselves (`tiers/stores.py`, `tiers/home_nvme.py`), gradient norms, and the learning rate's schedule.
+Each group of parameters has a state store; a step visits them in the order of the forward pass. See [Note: offload].
+
+[Note: delayed updates] With `engine.delayed_update` a step runs in the background while the next batch computes (the
+delayed update of ZeRO-Offload, Ren et al. 2021). The update of step t reaches the working weights when step t + 1 is
+taken: that step's gradient was computed with weights that lack update t. Everything else is AdamW: each gradient with
+its own learning rate and clipping, in order. The loss falls later by about a step, and the largest stable learning rate
+is smaller; writing back more often than each step shortens the delay, so it changes the numbers. Evaluation and
+generation write back first (`AdamW.flush`). A checkpoint must not, or it would change the run: it holds the working
+weights as well.
+
+See also: the stores (`offload/`), gradient norms (`gradients.py`), and the learning rate (`lr_schedule.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import torch
@@ -14,20 +24,16 @@ from torch import Tensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.engine.delayed_update import Background
 from rlhf.engine.dtensors import local_shard
 from rlhf.engine.fsdp_units import ParameterGroup
-from rlhf.engine.offload.optimizer_state import PARTS, OptimizerStateStore, Update
+from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, Update
 from rlhf.engine.offload.placement import Placement
-from rlhf.engine.offload.weights import ShardedWeights
-from rlhf.engine.offload.working_rows import DeviceWeights
+from rlhf.engine.offload.weights import DeviceWeights, ShardedWeights
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.errors import RunError
 
 WORKING = "working"
-"""The part of a delayed update's state that is no home's: weights that do not know the last update."""
-Masters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
-"""fp32 rows by name, or one after the other."""
+"""Extra entry of the state with `delayed_update`: the working weights, which are one update behind the masters."""
 
 
 class AdamW:
@@ -36,55 +42,51 @@ class AdamW:
     def __init__(
         self,
         groups: list[ParameterGroup],
-        masters: Masters | None,
         *,
         config: OptimizerConfig,
-        engine: EngineConfig | None = None,
-        rows: ShardedWeights | None = None,
-        world: World | None = None,
+        engine: EngineConfig,
+        world: World,
+        offloaded: ShardedWeights | None = None,
     ) -> None:
-        """Start at zero moments.
+        """Start at zero moments; masters are undefined until `set_master` was called for every parameter.
 
         Args:
             groups: the parameters that learn, in the order of the forward pass.
-            masters: this rank's rows of their fp32 master weights, consumed one at a time. A parameter without one
-                starts from its working weights. None where `set_master` will be called for every parameter.
-            config: learning rate and schedule in it are not used here.
-            engine: tiers and what goes with them; None keeps everything on the device.
-            rows: of working weights that do not rest on the device; None where all do.
-            world: this rank among the others; None for a process alone.
+            config: betas, eps and weight decay; its learning rate and schedule are not used here.
+            engine: where state is kept, and what goes with it.
+            world: this rank among the others.
+            offloaded: working weights that are not kept on the device; None where all are.
 
         Raises:
             ValueError: settings that exclude each other.
-            RunError: the disk has no room.
+            RunError: the disk is too small.
         """
         self.groups = groups
-        self._world = world or World.alone()
-        engine = engine or EngineConfig(zero_stage=0)
-        self._rows: ShardedWeights = DeviceWeights(groups) if rows is None else rows
-        self.stores: list[OptimizerStateStore] = Placement(groups, config, engine, self._world, rows).stores()
-        self._home_of = {shape.name: home for home in self.stores for shape in home.shapes}
+        self._world = world
+        self._offloaded = offloaded
+        self._weights: ShardedWeights = DeviceWeights(groups) if offloaded is None else offloaded
+        self.stores: list[OptimizerStateStore] = Placement(groups, config, engine, world, offloaded).stores()
+        self._store_of = {shard.name: store for store in self.stores for shard in store.shards}
         self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
-        self._background = Background() if engine.delayed_update else None
-        self._is_behind = False  # the working weights do not know the last update yet
-        self._fill(masters)
+        self._background = BackgroundJob() if engine.delayed_update else None
+        self._is_behind = False  # the working weights lack the last update
 
     def store_of(self, name: str) -> OptimizerStateStore:
-        """Where the state and gradient of a parameter rest."""
-        return self._home_of[name]
+        """The store of a parameter's state and gradient sum."""
+        return self._store_of[name]
 
-    def set_master(self, name: str, rows: Tensor) -> None:
-        """Set a parameter's fp32 weights, where it has some beside the working weights, which stay as they are."""
-        home = self._home_of[name]
-        if home.has_masters:
-            home.write(name, "weight", rows=rows)
+    def set_master(self, name: str, shard: Tensor) -> None:
+        """Set a parameter's master, where it has one beside the working weights, which stay as they are."""
+        store = self._store_of[name]
+        if store.has_masters:
+            store.write(name, "weight", shard=shard)
 
     def step(
         self, touched: Collection[str], *, lr: float, scale: float = 1.0, betas: Sequence[float] | None = None
     ) -> None:
         """Update the parameters that have a gradient, from the sums in their stores; working weights follow masters.
 
-        With delayed updates, what the last step computed is published, and this one is computed in the background.
+        With delayed updates, write back what the last step computed, and compute this one in the background.
 
         Args:
             touched: names of the parameters that have a gradient on some rank.
@@ -97,108 +99,109 @@ class AdamW:
         """
         self.flush()
         update = Update(touched, lr, scale, betas)
-        if self._background is None:
-            for home in self.stores:
-                home.begin()
-                home.step(update)
-            self._publish(())
-            self._agree()
+        if self._background is not None:
+            for store in self.stores:
+                store.take_gradients()  # before backward adds the next step's
+            self._background.start(partial(self._update, update))
             return
-        for home in self.stores:
-            home.begin()
-        self._background.start(partial(self._update, update))
+        for store in self.stores:  # one by one: gradients of later groups may still be on their way to the host
+            store.take_gradients()
+            store.step(update)
+        self._flush_weights()
+        self._raise_failures()
 
     def flush(self) -> None:
-        """Finish and publish a delayed update, so that the working weights are those of all steps so far."""
+        """Finish a delayed update and write it back, so that the working weights are those of all steps so far."""
         self._finish()
         if self._is_behind:
-            self._publish(self.stores)
+            for store in self.stores:
+                store.write_back()
+            self._flush_weights()
             self._is_behind = False
 
     def close(self) -> None:
-        """Finish, and let go of files, threads and page-locked memory."""
+        """Finish, and free files, threads and page-locked memory."""
         if self._background is not None:
             self._background.close()
-        for home in self.stores:
-            home.close()
+        for store in self.stores:
+            store.close()
+        for weights in self._distinct_weights:
+            if weights is not self._offloaded:  # which belongs to the model
+                weights.close()
 
     def names(self) -> list[str]:
         """The parameters that learn, in the order of the forward pass."""
-        return list(self._home_of)
+        return list(self._store_of)
 
     def entries(self) -> Iterator[tuple[str, str]]:
-        """Parameter and part of every tensor of the state; `steps` are the rest of it.
+        """Parameter and key of every tensor of the state; `steps` completes it.
 
-        Delayed, the working weights are one of the parts: they cannot be told from the masters.
+        With delayed updates the working weights are one of them: they do not follow from the masters.
         """
-        parts = PARTS if self._background is None else (*PARTS, WORKING)
-        return ((name, part) for name in self._home_of for part in parts)
+        keys = STATE_KEYS if self._background is None else (*STATE_KEYS, WORKING)
+        return ((name, key) for name in self._store_of for key in keys)
 
     def in_memory(self, name: str) -> bool:
         """False where `read_shard` reads from a disk."""
-        return self._home_of[name].in_memory
+        return self._store_of[name].in_memory
 
-    def read_shard(self, name: str, part: str) -> Tensor:
-        """This rank's rows of one part: fp32, a copy or the memory itself; "weight" is the fp32 master."""
+    def read_shard(self, name: str, key: str) -> Tensor:
+        """This rank's shard of one entry: fp32, a copy or the memory itself; "weight" is the master."""
         self._finish()
-        if part != WORKING:
-            return self._home_of[name].read(name, part)
-        rows = local_shard(self._parameters[name])
-        return self._rows.read(name, 0, count=rows.numel()).view(rows.shape)
+        if key != WORKING:
+            return self._store_of[name].read(name, key)
+        shape = local_shard(self._parameters[name]).shape
+        return self._weights.read(name, 0, count=shape.numel()).view(shape)
 
     @torch.no_grad()
-    def write_shard(self, name: str, rows: Tensor, *, part: str) -> None:
-        """Set this rank's rows of one part; working weights follow "weight", delayed ones with the next update."""
+    def write_shard(self, name: str, shard: Tensor, *, key: str) -> None:
+        """Set this rank's shard of one entry; working weights follow "weight", delayed ones with the next update."""
         self._finish()
-        if part != WORKING:
-            self._home_of[name].write(name, part, rows=rows)
-        if part == "weight" and self._background is not None:
+        if key != WORKING:
+            self._store_of[name].write(name, key, shard=shard)
+        if key == "weight" and self._background is not None:
             self._is_behind = True
-        elif part in ("weight", WORKING):
-            self._rows.write(name, 0, values=rows.reshape(-1))
-            self._rows.flush()
+        elif key in ("weight", WORKING):
+            self._weights.write(name, 0, values=shard.reshape(-1))
+            self._weights.flush()
 
     def steps(self) -> dict[str, float]:
         """Updates so far of each parameter."""
         self._finish()
-        return {name: home.steps[name].item() for name, home in self._home_of.items()}
+        return {name: store.steps[name].item() for name, store in self._store_of.items()}
 
     def load_steps(self, steps: Mapping[str, float]) -> None:
         """Set what `steps` returned."""
         self._finish()
-        for name, home in self._home_of.items():
-            home.steps[name].fill_(steps[name])
+        for name, store in self._store_of.items():
+            store.steps[name].fill_(steps[name])
+
+    def _update(self, update: Update) -> None:
+        """Runs in the background thread: forward and backward read the working weights meanwhile, so none changes."""
+        for store in self.stores:
+            store.step(update)
 
     def _finish(self) -> None:
-        """Wait for a delayed update, without publishing it."""
+        """Wait for a delayed update, without writing it back."""
         if self._background is not None and self._background.finish():
             self._is_behind = True
 
-    def _fill(self, masters: Masters | None) -> None:
-        if masters is None:
-            return
-        missing = {name for name, home in self._home_of.items() if home.has_masters}
-        for name, rows in masters.items() if isinstance(masters, Mapping) else masters:
-            self.set_master(name, rows)
-            missing.discard(name)
-        for name in missing:
-            self.set_master(name, self._rows.read(name, 0, count=local_shard(self._parameters[name]).numel()))
+    def _flush_weights(self) -> None:
+        """Make the next forward see what was written back."""
+        for weights in self._distinct_weights:
+            weights.flush()
 
-    def _update(self, update: Update) -> None:
-        for home in self.stores:
-            home.step(update)
+    @property
+    def _distinct_weights(self) -> list[ShardedWeights]:
+        """The working weights that stores write to; several stores share one."""
+        return list(dict.fromkeys(store.weights for store in self.stores))
 
-    def _publish(self, stores: Collection[OptimizerStateStore]) -> None:
-        for home in stores:
-            home.write_back()
-        for rows in {id(home.rows): home.rows for home in self.stores}.values():
-            rows.flush()
-
-    def _agree(self) -> None:
+    def _raise_failures(self) -> None:
         """Raise on all ranks what failed on one."""
-        if all(home.in_memory for home in self.stores):
+        if all(store.in_memory for store in self.stores):
             return
-        failures = [home.failure for home in self.stores if home.failure is not None]
+        failures = [store.failure for store in self.stores if store.failure is not None]
+        # Collective: every rank gets here, because stores remember errors of the disk instead of raising them.
         failed = sum_over_ranks(torch.tensor(float(bool(failures)), device=self._world.device))
         raise_failure(failures[0] if failures else None, ranks=int(failed.item()))
 
@@ -214,3 +217,30 @@ def raise_failure(failure: RuntimeError | None, *, ranks: int) -> None:
         raise failure
     if ranks:
         raise RunError(f"{ranks} other rank(s) could not use the disk (engine.nvme_path): see their messages.")
+
+
+class BackgroundJob:
+    """One job at a time in a thread; see [Note: delayed updates]."""
+
+    def __init__(self) -> None:
+        """Start idle."""
+        self._thread = ThreadPoolExecutor(1, "delayed update")
+        self._job: Future[None] | None = None
+
+    def start(self, job: Callable[[], None]) -> None:
+        """Run `job`; the last one must have been finished."""
+        assert self._job is None, "a job is under way"
+        self._job = self._thread.submit(job)
+
+    def finish(self) -> bool:
+        """Wait for the job, if there is one, and say whether there was; what it raised is raised here."""
+        job, self._job = self._job, None
+        if job is None:
+            return False
+        job.result()
+        return True
+
+    def close(self) -> None:
+        """Finish, and end the thread."""
+        self._thread.shutdown()
+        self.finish()

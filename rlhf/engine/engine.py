@@ -22,7 +22,7 @@ from rlhf.engine.checkpoint.stored_state import Stored, states_of
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill, working_dtype
-from rlhf.engine.offload.weights import param_offload_device
+from rlhf.engine.offload.offloaded_weights import param_offload_device
 from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.updater import StepResult, Updater
 from rlhf.models.transforms import enable_activation_checkpointing
@@ -119,7 +119,7 @@ class Engine:
         """
         self.flush()
         optimizer = self._training.optimizer if masters else None
-        return self._sharding.full_tensors(partial(optimizer.read_shard, part="weight") if optimizer else None)
+        return self._sharding.full_tensors(partial(optimizer.read_shard, key="weight") if optimizer else None)
 
     def flush(self) -> None:
         """Finish a delayed update, so that the working weights are those of all steps taken."""
@@ -214,7 +214,7 @@ def build_engine(
     if optimizer is not None:
         assert total_steps > 0, "the schedule needs to know its length"
         groups = sharding.groups()
-        adam = AdamW(groups, None, config=optimizer, engine=config, rows=sharding.offloaded, world=world)
+        adam = AdamW(groups, config=optimizer, engine=config, world=world, offloaded=sharding.offloaded)
         gradients = Gradients(groups, sharding, world=world, optimizer=adam)
         updater = Updater(
             adam,

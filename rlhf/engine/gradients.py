@@ -95,7 +95,7 @@ class Gradients:
             RunError: a disk failed, on this rank or another.
         """
         stores, device = self._optimizer.stores, self._world.device
-        squares = {name: square for store in stores for name, square in store.squares().items()}
+        squares = {name: square for store in stores for name, square in store.gradients.squared_norms().items()}
         failures = [store.failure for store in stores if store.failure is not None]
         total = _sum([squares[name] / self._copies[name] for name in self._parameters if name in squares], device)
         flags = [bool(failures), *(name in self._touched for name in self._parameters)]
@@ -111,12 +111,12 @@ class Gradients:
         """Drop the step's gradients."""
         self._touched = set()
         for store in self._optimizer.stores:
-            store.clear()
+            store.gradients.clear()
 
     def elements(self) -> int:
         """How many gradient elements this rank keeps on the device."""
         local_sums = self._replicas.elements() if self._replicas else 0
-        return local_sums + sum(store.elements() for store in self._optimizer.stores)
+        return local_sums + sum(store.gradients.num_on_device() for store in self._optimizer.stores)
 
     def _collect_unreduced(self, unit: FSDPUnit, root: nn.Module) -> None:
         """Take the gradients of a unit's gathered parameters, which FSDP2 makes when a forward first needs them."""
@@ -160,7 +160,7 @@ class Gradients:
         self._keep(name, gradient)
 
     def _keep(self, name: str, gradient: Tensor) -> None:
-        self._optimizer.store_of(name).add(name, gradient.reshape(-1))  # [shard] -> flat
+        self._optimizer.store_of(name).gradients.add(name, gradient.reshape(-1))  # [shard] -> flat
 
 
 class _ReplicaSum:
@@ -192,7 +192,7 @@ class _ReplicaSum:
         return name in self._group_of
 
     def elements(self) -> int:
-        return self._sums.elements()
+        return self._sums.num_on_device()
 
     def begin(self) -> None:
         """The step's last backward begins."""

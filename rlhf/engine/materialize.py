@@ -19,11 +19,10 @@ from torch.distributed.tensor import DTensor
 from rlhf.config.engine_config import EngineConfig, OffloadDevice, Precision
 from rlhf.engine.dtensors import local_rows, local_shard, sharded_like
 from rlhf.engine.offload.buffer_pool import BufferPool
-from rlhf.engine.offload.direct_io import DirectFile, run_folder
-from rlhf.engine.offload.weights import OffloadedWeights, WeightStore, lay_out, unit_bytes
-from rlhf.engine.offload.weights_host import HostWeights
-from rlhf.engine.offload.weights_nvme import NvmeWeights, file_bytes
-from rlhf.engine.offload.working_rows import DeviceWeights
+from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.offloaded_weights import OffloadedWeights, lay_out_units, unit_bytes
+from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, WeightStore, file_bytes
+from rlhf.engine.offload.weights import DeviceWeights
 from rlhf.engine.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -75,7 +74,7 @@ def allocate(spec: ModelSpec, sharding: Sharding, *, config: EngineConfig, dtype
         sharding.offloaded = _offloaded_weights(sharding, config=config, dtype=dtype, world=world)
         for name, parameter in offloaded.items():
             # A placeholder without memory, which fetches the shard when FSDP2 gathers it.
-            replace(parameter, sharding.offloaded.stand_in(name, world.device))
+            replace(parameter, sharding.offloaded.placeholder(name, world.device))
 
 
 @torch.no_grad()
@@ -129,7 +128,7 @@ def _offloaded_weights(
     module = sharding.module
     sharded = {name: p.shape for name, p in module.named_parameters() if isinstance(p, DTensor)}
     shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in sharding.units]
-    slots = lay_out(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
+    slots = lay_out_units(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
     sizes = unit_bytes(slots, len(shapes))
     in_memory = units_in_host_memory(sizes, config=config, dtype=dtype)
     pin = config.pin_memory and world.device.type == "cuda"
@@ -147,13 +146,13 @@ def _offloaded_weights(
 def _nvme_weights(sizes: list[int], *, config: EngineConfig, world: World) -> NvmeWeights:
     assert config.nvme_path is not None, "the settings were checked"
     file = DirectFile(
-        run_folder(config.nvme_path, rank=world.rank) / "parameters",
+        config.nvme_path,
         nbytes=file_bytes(sizes),
         label="working weights (engine.offload_param=nvme)",
     )
     pin = config.pin_memory and world.device.type == "cuda"
-    buffers = BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=pin)
-    return NvmeWeights(sizes, file=file, buffers=buffers, device=world.device)
+    pool = BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=pin)
+    return NvmeWeights(sizes, file=file, pool=pool, device=world.device)
 
 
 def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -31,7 +31,7 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.dtensors import full_tensor, local_shard, sharded_like
 from rlhf.engine.fsdp_private import end_forwards, gather_on_compute_stream, hook_keys
 from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup, find_units, persistent_parameters, prefetched_units
-from rlhf.engine.offload.weights import OffloadedWeights, param_offload_device
+from rlhf.engine.offload.offloaded_weights import OffloadedWeights, param_offload_device
 from rlhf.runtime.dist import World, device_mesh
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class Sharding:
             if masters is not None and parameter.requires_grad:
                 shard = masters(name)
             elif self.offloaded is not None and name in self.offloaded:
-                shard = self.offloaded.rows(name)
+                shard = self.offloaded.shard(name)
             else:
                 shard = local_shard(parameter)
             # NCCL gathers on the device only, so a shard from host or disk goes there first.

@@ -18,21 +18,19 @@ from torch import nn
 from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
 from rlhf.engine.fsdp_units import FSDPUnit, find_units, num_offloaded, persistent_parameters, prefetched_units
 from rlhf.engine.materialize import units_in_host_memory
+from rlhf.engine.offload import grad_accumulation, weights
 from rlhf.engine.offload.buffer_pool import HUGE_PAGE
-from rlhf.engine.offload.nvme_layout import capacity_of, lay_out
+from rlhf.engine.offload.nvme_layout import lay_out_tiles, tile_capacity
+from rlhf.engine.offload.offloaded_weights import lay_out_units, param_offload_device, unit_bytes
 from rlhf.engine.offload.optimizer_state import ParameterShard
-from rlhf.engine.offload.weights import lay_out as lay_out_rows
-from rlhf.engine.offload.weights import param_offload_device, unit_bytes
-from rlhf.engine.offload.weights_nvme import file_bytes
+from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.memory_plan.plan import Item, Place
 from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 GATHERED, BUFFERS = "gathered weights", "buffers"
 
-_STAGED = 2 * 4 * (1 << 23) + 4 * 4 * (
-    1 << 22
-)  # bytes: what `grad_accumulation.py` and `working_rows.py` page-lock for copies
+_STAGED = grad_accumulation.STAGING_BYTES + weights.STAGING_BYTES  # page-locked for copies
 
 
 @dataclass(frozen=True)
@@ -215,7 +213,7 @@ class States:
     @cached_property
     def _split(self) -> tuple[int, int]:
         """Elements whose states stay on the device, and those that leave it; as `Placement` cuts the groups."""
-        sizes = [sum(shape.count for shape in group) for group in self._groups]
+        sizes = [sum(shape.numel for shape in group) for group in self._groups]
         leaving = sum(sizes[: self._num_away])
         return sum(sizes) - leaving, leaving
 
@@ -260,7 +258,7 @@ class States:
     def _resting_units(self) -> list[int]:
         shapes = {name: p.shape for name, p in self._parameters if name not in self._persistent}
         units = [{name: shapes[name] for name in unit.names if name in shapes} for unit in self.units]
-        slots = lay_out_rows(units, ranks=self.setting.ranks, rank=0, dtype=self.setting.dtype)
+        slots = lay_out_units(units, ranks=self.setting.ranks, rank=0, dtype=self.setting.dtype)
         return unit_bytes(slots, len(units))
 
     @property
@@ -291,8 +289,8 @@ class States:
         engine = self.setting.engine
         moments = torch.bfloat16 if engine.moments == MomentDtype.bf16 else torch.float32
         shapes = [shape for group in self._groups[: self._num_away] for shape in group]
-        capacity = capacity_of(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
-        records = lay_out(shapes, max(capacity, 1 << 12), moments=moments)
+        capacity = tile_capacity(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
+        records = lay_out_tiles(shapes, max(capacity, 1 << 12), moments=moments)
         elements = sum(record.size for record in records)
         yield self._item(GRADIENTS, Place.disk, count=4 * elements)
         yield self._item(MASTERS, Place.disk, count=4 * elements)

@@ -7,12 +7,17 @@ Left out: copies that come too early, memory that is freed while another stream 
 """
 
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 DEVICE = torch.device("cuda")
 RUBBISH = 0xA5
+
+
+LOCK = RLock()
+"""Several threads wait for events; a job runs once."""
 
 
 class Stream:
@@ -27,9 +32,10 @@ class Stream:
             self.run_to(len(self.jobs))
 
     def run_to(self, count):
-        while self.done < count:
-            self.done += 1
-            self.jobs[self.done - 1]()
+        with LOCK:
+            while self.done < count:
+                self.done += 1
+                self.jobs[self.done - 1]()
 
     def record_event(self):
         return Event(self)
@@ -52,6 +58,9 @@ class Event:
 
     def synchronize(self):
         self._stream.run_to(self._count)
+
+    def query(self):
+        return self._stream.done >= self._count
 
 
 class LateDevice(TorchFunctionMode):

@@ -16,8 +16,8 @@ from torch import nn
 from rlhf.engine.checkpoint.manager import Checkpoints
 from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.copy_stream import CopyStream
-from rlhf.engine.offload.weights_host import HostWeights
-from rlhf.engine.offload.working_rows import StagedWeights
+from rlhf.engine.offload.weight_stores import HostWeights
+from rlhf.engine.offload.weights import StagedWeights
 from rlhf.runtime import dist
 from tests.engine import plain, scenarios, tiny
 from tests.engine.offload.test_offload import late_reference
@@ -234,7 +234,7 @@ def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(
     trained = engine(world, tmp_path, precision="bf16", offload_optimizer="cpu")
     tiny.train_step(trained, 0)
     stores = trained._updater.optimizer.stores
-    memory = [rows for home in stores for rows in home._sums._memory[0].arrived.values()]
+    memory = [rows for home in stores for rows in home.gradients._sides[0].arrived.values()]
     assert len(memory) == len(list(trained.module.parameters()))
     assert all(rows.is_pinned() for rows in memory)
     ids, counts = (x.to(world.device) for x in tiny.batch(1))

@@ -12,12 +12,11 @@ from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.copy_stream import CopyStream
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedStaging
-from rlhf.engine.offload.nvme_layout import lay_out
+from rlhf.engine.offload.nvme_layout import lay_out_tiles
 from rlhf.engine.offload.optimizer_state import ParameterShard, Update
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
-from rlhf.engine.offload.weights_host import HostWeights
-from rlhf.engine.offload.weights_nvme import NvmeWeights, file_bytes
-from rlhf.engine.offload.working_rows import StagedWeights
+from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, file_bytes
+from rlhf.engine.offload.weights import StagedWeights
 from tests.engine.late_device import DEVICE, LateDevice
 
 CPU = torch.device("cpu")
@@ -46,7 +45,7 @@ def gradients(count, step, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sides", [1, 2])
 def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, sides, dtype):
-    monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._STAGED", 64)
     sums = HostGradAccumulator(PinnedStaging(DEVICE, pin=False), sides=sides)
     for step, count in enumerate((1, 2, 5, 1, 3)):
         for name in ("v", "w"):
@@ -56,7 +55,7 @@ def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, si
             sums.clear()
             continue
         expected = sum(gradient.float() for gradient in gradients(count, step, dtype))
-        squares = sums.squares()
+        squares = sums.squared_norms()
         for name, total in sums.take().items():
             assert torch.equal(total.float(), expected)
             assert squares[name].item() == pytest.approx(expected.double().square().sum().item(), rel=1e-6)
@@ -65,7 +64,7 @@ def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, si
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
-    monkeypatch.setattr("rlhf.engine.offload.working_rows._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.offload.weights._STAGED", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
     rows = StagedWeights([{"w": parameter}], DEVICE, pin=False)
     for step in range(3):
@@ -81,8 +80,8 @@ def home(request, late, tmp_path):
     if request.param == "host":
         made = HostWeights(SIZES, device=DEVICE, pin=False)
     else:
-        file = DirectFile(tmp_path / "weights", nbytes=file_bytes(SIZES), label="weights")
-        made = NvmeWeights(SIZES, file=file, buffers=BufferPool(request.param, nbytes=8192), device=DEVICE)
+        file = DirectFile(tmp_path, nbytes=file_bytes(SIZES), label="weights")
+        made = NvmeWeights(SIZES, file=file, pool=BufferPool(request.param, nbytes=8192), device=DEVICE)
     yield made
     made.close()
 
@@ -105,59 +104,64 @@ def test_units_that_are_brought_have_arrived_and_are_those_written_last(home):
         home.release()
 
 
-def nvme_home(folder, rows, buffers):
-    shapes = [ParameterShard("v", torch.Size((5000,)), False), ParameterShard("w", torch.Size((70, 100)), True)]
-    records = lay_out(shapes, 2048, moments=torch.float32)
-    room = NvmeResources(
-        file=DirectFile(folder / "states", nbytes=sum(record.nbytes for record in records), label="states"),
-        records=records,
-        buffers=buffers,
-        courier=CopyStream(DEVICE),
+def nvme_store(folder, weights, pool):
+    shards = [ParameterShard("v", torch.Size((5000,)), False), ParameterShard("w", torch.Size((70, 100)), True)]
+    tiles = lay_out_tiles(shards, 2048, moments=torch.float32)
+    resources = NvmeResources(
+        file=DirectFile(folder, nbytes=sum(tile.nbytes for tile in tiles), label="states", device=DEVICE),
+        tiles=tiles,
+        pool=pool,
+        stream=CopyStream(DEVICE),
         reads_ahead=True,
         writes_behind=True,
     )
     kernel = AdamKernel(OptimizerConfig(lr=1e-2, weight_decay=0.1), CPU)
-    return NvmeStateStore(shapes, room, kernel=kernel, rows=rows), shapes
+    return NvmeStateStore(shards, resources, kernel=kernel, weights=weights), shards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_gradients_reach_the_disk_whole_and_update_weights_as_in_plain_torch(late, tmp_path, count, dtype):
     parameters = {"v": nn.Parameter(torch.ones(5000)), "w": nn.Parameter(torch.ones(70, 100))}
-    rows = StagedWeights([parameters], DEVICE, pin=False)
-    home, shapes = nvme_home(tmp_path, rows, BufferPool(count, nbytes=2048 * 16))
+    weights = StagedWeights([parameters], DEVICE, pin=False)
+    store, shards = nvme_store(tmp_path, weights, BufferPool(count, nbytes=2048 * 16))
     plain = {name: nn.Parameter(parameter.detach().clone()) for name, parameter in parameters.items()}
     groups = [{"params": [plain["v"]], "weight_decay": 0.0}, {"params": [plain["w"]], "weight_decay": 0.1}]
     adam = torch.optim.AdamW(
         groups, lr=1e-2, betas=tuple(OptimizerConfig(lr=1e-2).betas), eps=OptimizerConfig(lr=1e-2).eps
     )
-    for shape in shapes:
-        home.write(shape.name, "weight", rows=torch.ones(shape.sizes))
+    for shard in shards:
+        store.write(shard.name, "weight", shard=torch.ones(shard.shape))
     for step in range(3):
         for name, parameter in plain.items():
             parameter.grad = torch.zeros(parameter.shape)
             for micro in range(step + 1):
                 gradient = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(micro)).to(dtype)
                 parameter.grad += gradient
-                home.add(name, gradient.flatten())
-        home.step(Update(plain.keys(), 1e-2, 1.0))
-        rows.flush()
+                store.gradients.add(name, gradient.flatten())
+        store.step(Update(plain.keys(), 1e-2, 1.0))
+        weights.flush()
         adam.step()
-        assert home.failure is None
+        assert store.failure is None
         for name, parameter in plain.items():
             torch.testing.assert_close(parameters[name], parameter, rtol=1e-5, atol=1e-6)
-    home.close()
+    store.close()
+    weights.close()
 
 
-def test_closing_waits_for_gradients_on_their_way_to_page_locked_memory(late, tmp_path):
-    buffers = BufferPool(3, nbytes=2048 * 16)
-    home, _ = nvme_home(tmp_path, None, buffers)
-    home.add("v", torch.ones(5000))
-    on_their_way = [(letter.buffer[letter.place], letter.record) for letter in home._outbox]
-    assert on_their_way
-    assert not all(room.view(torch.float32)[0] == 1 for room, _ in on_their_way)
-    home.close()
-    assert all(room.view(torch.float32)[0] == 1 for room, _ in on_their_way)
+def test_closing_waits_for_gradients_on_their_way_to_page_locked_memory(late, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise RuntimeError("no space")
+
+    pool = BufferPool(3, nbytes=2048 * 16)
+    store, _ = nvme_store(tmp_path, None, pool)
+    monkeypatch.setattr(DirectFile, "write", refuse)
+    store.gradients.add("v", torch.ones(5000))
+    assert str(store.failure) == "no space"
+    arrived = pool._buffers[0][: 4 * 2048].view(torch.float32)  # a copy that no write waits for
+    assert not arrived.any()
+    store.close()
+    assert arrived.all()
 
     sums = HostGradAccumulator(PinnedStaging(DEVICE, pin=False))
     sums.add("w", torch.ones(1000))

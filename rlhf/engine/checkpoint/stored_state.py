@@ -76,7 +76,7 @@ def states_of(optimizer: AdamW) -> list[Stored]:
             dtype=torch.float32,
             in_memory=optimizer.in_memory(name),
             read=partial(optimizer.read_shard, name, part),
-            write=partial(optimizer.write_shard, name, part=part),
+            write=partial(optimizer.write_shard, name, key=part),
         )
         for name, part in optimizer.entries()
     ]

@@ -1,8 +1,8 @@
-"""A fixed set of memory buffers through which a tier's contents travel between disk, host and device.
+"""A fixed set of host buffers through which offloaded tensors travel between disk, host and device.
 
-They are all the memory that a tier may use: take one, fill it, start a transfer, give it back. Left out: the transfers
-themselves (`direct_io.py`) and CUDA's: whoever copies between a page-locked buffer and a device waits before
-giving the buffer back.
+They are all the memory that such transfers may use: take a buffer, fill it, start a transfer, give it back. The pool
+hands a buffer out again only after every transfer that was said to `hold` it.
+See also: what starts transfers (`direct_io.py`, `copy_stream.py`).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import weakref
 from collections import deque
 from concurrent import futures
 from threading import Lock
+from typing import Any, Protocol
 from weakref import WeakValueDictionary
 
 import torch
@@ -21,11 +22,25 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096  # bytes: O_DIRECT wants memory, offsets and lengths in multiples of a disk's sector, at most this
-HUGE_PAGE = 2 << 20  # bytes; a request over ordinary pages is cut up by the block layer, to half the speed or less
+HUGE_PAGE = 2 << 20  # bytes; the block layer splits a request over ordinary pages, which halves the speed or worse
 
 
-class Transfer:
-    """A transfer under way."""
+class Transfer(Protocol):
+    """Something under way that uses a buffer."""
+
+    @property
+    def done(self) -> bool:
+        """True when it has ended, well or badly."""
+
+    def finish(self) -> None:
+        """Wait for its end, well or bad."""
+
+    def wait(self) -> None:
+        """Wait for its end, and raise what went wrong."""
+
+
+class ThreadTransfer:
+    """A transfer that threads make, in one or several parts."""
 
     def __init__(self, parts: list[futures.Future[None]]) -> None:
         """Follow the threads' work on `parts`."""
@@ -33,18 +48,18 @@ class Transfer:
 
     @property
     def done(self) -> bool:
-        """True when it has ended, well or badly."""
+        """True when all parts have ended, well or badly."""
         return all(part.done() for part in self._parts)
 
     def finish(self) -> None:
-        """Wait for its end, well or bad."""
+        """Wait for the end of all parts, well or bad."""
         futures.wait(self._parts)
 
     def wait(self) -> None:
-        """Wait for its end.
+        """Wait for the end of all parts.
 
         Raises:
-            RuntimeError: it failed: which file, where, what was found and expected, what to do.
+            RuntimeError: one failed: which file, where, what was found and expected, what to do.
         """
         self.finish()  # all parts first: after an error no thread may still touch the buffer
         for part in self._parts:
@@ -58,7 +73,7 @@ class BufferPool:
     """
 
     def __init__(self, count: int, *, nbytes: int, pin: bool = False) -> None:
-        """Reserve the memory; pages become resident as they are first used.
+        """Reserve the memory; pages become resident when they are first used, or at once when they are locked.
 
         Args:
             count: how many buffers.
@@ -70,15 +85,15 @@ class BufferPool:
         self._unlock: weakref.finalize[[Tensor], BufferPool] | None = None
         if pin and torch.cuda.is_available():
             _page_lock(memory)
-            # Holds the memory: it must never be unmapped while the driver believes it locked.
+            # Lifetime: the finalizer holds the memory, which must not be unmapped while the driver believes it locked.
             self._unlock = weakref.finalize(self, _page_unlock, memory)
-            self._unlock.atexit = False
-        self._buffers = [_own_storage(part) for part in memory.split(self.nbytes)]
+            self._unlock.atexit = False  # the CUDA context may be gone by then
+        self._buffers = [_own_storage(part) for part in torch.split(memory, self.nbytes)]
         self._free = deque(range(count))
         self._transfers: list[list[Transfer]] = [[] for _ in range(count)]
         self._lock = Lock()
         for buffer in self._buffers:
-            _OWNERS[buffer.data_ptr()] = self
+            _POOLS[buffer.data_ptr()] = self
 
     def take(self) -> Tensor:
         """A buffer, uint8 [nbytes], with whatever it held before.
@@ -95,12 +110,12 @@ class BufferPool:
             index = next(idle, self._free[0])
             self._free.remove(index)
             transfers, self._transfers[index] = self._transfers[index], []
-        for transfer in transfers:
+        for transfer in transfers:  # outside the lock: other threads may give buffers back meanwhile
             transfer.wait()
         return self._buffers[index]
 
     def give_back(self, buffer: Tensor) -> None:
-        """Return a buffer, or any view of it; allowed as soon as its transfer was started."""
+        """Return a buffer, or any view of it; allowed as soon as the pool was told which transfer holds it."""
         index = self._index(buffer)
         with self._lock:
             assert index not in self._free, "this buffer was given back before"
@@ -108,17 +123,17 @@ class BufferPool:
 
     @staticmethod
     def of(buffer: Tensor) -> BufferPool | None:
-        """The set that a buffer, or any view of it, belongs to; None for other memory."""
-        return _OWNERS.get(_address(buffer))
+        """The pool that a buffer, or any view of it, belongs to; None for other memory."""
+        return _POOLS.get(_address(buffer))
 
     def hold(self, buffer: Tensor, transfer: Transfer) -> None:
-        """Note that `transfer` uses `buffer` (any view of it) until it ends."""
+        """Keep `buffer` (any view of it) from being handed out before `transfer` has ended."""
         index = self._index(buffer)
         with self._lock:
             self._transfers[index] = [known for known in self._transfers[index] if not known.done] + [transfer]
 
     def close(self) -> None:
-        """Wait for what uses them and let the memory go; views that are still held keep theirs."""
+        """Wait for all transfers, then unlock and free the memory; a view that somebody still holds keeps its own."""
         for transfer in sum(self._transfers, []):
             transfer.finish()
         if self._unlock is not None:
@@ -144,7 +159,7 @@ def _huge_pages(nbytes: int) -> Tensor:
     try:
         memory.madvise(mmap.MADV_HUGEPAGE, skip, nbytes)
     except OSError as error:
-        logger.warning("Huge pages are not to be had (%s): disk transfers are slower.", error.strerror)
+        logger.warning("Huge pages are unavailable (%s); disk transfers will be slower.", error.strerror)
     return torch.frombuffer(memory, dtype=torch.uint8, offset=skip, count=nbytes)
 
 
@@ -154,7 +169,8 @@ def _own_storage(part: Tensor) -> Tensor:
 
 
 def _page_lock(memory: Tensor) -> None:
-    result = int(torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
+    driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    result = int(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
     if result != 0:
         raise RuntimeError(
             f"CUDA cannot page-lock {memory.numel()} bytes of host memory (error {result}): lower engine.buffer_count "
@@ -163,11 +179,12 @@ def _page_lock(memory: Tensor) -> None:
 
 
 def _page_unlock(memory: Tensor) -> None:
-    torch.cuda.check_error(int(torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())))
+    driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(int(driver.cudaHostUnregister(memory.data_ptr())))
 
 
 def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-_OWNERS: WeakValueDictionary[int, BufferPool] = WeakValueDictionary()  # by the address of each buffer's storage
+_POOLS: WeakValueDictionary[int, BufferPool] = WeakValueDictionary()  # by the address of each buffer's storage

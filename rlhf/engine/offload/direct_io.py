@@ -1,16 +1,14 @@
-"""Flat files on a local disk, one rank's each: preallocated, read and written by threads past the page cache.
+"""Flat files on a local disk, read and written by threads past the page cache, and reads that run ahead of use.
 
-Order is kept where it matters: a transfer waits for an earlier one that touches the same bytes when either writes.
-`run_folder` names where a run's files go, and clears what killed runs left there.
+A file has no name in its folder: it is unlinked as soon as it is opened, so that the kernel frees its space when the
+process ends, however that happens. Nothing is left to clean up after a kill, and `ls` does not show it (`lsof +L1`
+does). Each rank has its own files; they are not meant to outlive the process, so they are never synced.
 
-Left out: what the bytes mean, sharing between processes, durability (the files live as long as their process), and
-disk-to-GPU transfers that bypass host memory.
+Left out: what the bytes mean, and disk-to-GPU transfers that bypass host memory.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import errno
 import fcntl
 import logging
@@ -18,24 +16,24 @@ import mmap
 import os
 import shutil
 import tempfile
-import time
-from collections.abc import Callable
-from concurrent import futures
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf.engine.offload.buffer_pool import ALIGNMENT, BufferPool, Transfer, round_up
+from rlhf.engine.offload.buffer_pool import ALIGNMENT, BufferPool, ThreadTransfer, Transfer, round_up
+from rlhf.engine.offload.copy_stream import CopyEvent, threads_on
 from rlhf.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
 
-_PIECE = 8 << 20  # bytes in one request; a virtual disk and a real one are both near their best here
+_REQUEST = 8 << 20  # bytes in one system call; a virtual disk and a real one are both near their best here
 _THREADS = 2  # for each direction, so that reading ahead need not queue behind writing back
-_FOLDER_PREFIX = "rlhf-tier-"
 _ADVICE = {
     errno.ENOSPC: "free space there, or name another folder (engine.nvme_path).",
     errno.EDQUOT: "raise the quota, or name another folder (engine.nvme_path).",
@@ -46,63 +44,65 @@ _ADVICE = {
 _Call = Callable[[int, list[memoryview], int], int]  # os.preadv or os.pwritev
 
 
-@dataclass(frozen=True)
-class InFlight:
+class InFlight(NamedTuple):
     """A transfer and the bytes of the file that it touches."""
 
     start: int
     stop: int
     writes: bool
-    pending: Transfer
+    transfer: ThreadTransfer
 
 
 class DirectFile:
-    """One flat file of fixed size, all zeros at first, that goes when it is closed or the process exits.
+    """One flat file of fixed size, all zeros at first.
 
-    A write that failed and was not waited for is raised by the next transfer, and by `flush`.
+    A transfer waits for an earlier one that touches the same bytes when either of them writes. A write that failed and
+    was not waited for is raised by the next transfer, and by `flush`.
     """
 
-    def __init__(self, path: Path, *, nbytes: int, label: str) -> None:
+    def __init__(self, folder: str | Path, *, nbytes: int, label: str, device: torch.device | None = None) -> None:
         """Create the file, its folder too, with all its space.
 
         Args:
-            path: of the file, by itself in this process and run; see `run_folder`.
-            nbytes: its size, rounded up to `ALIGNMENT`.
+            folder: on the disk to use.
+            nbytes: the file's size, rounded up to `ALIGNMENT`.
             label: what it holds, for messages.
+            device: the CUDA device whose copies `write` may be told to wait for.
 
         Raises:
-            RunError: the disk is full, the folder cannot be made or written, or another process uses the file.
+            RunError: the disk is full, or the folder cannot be made or written.
         """
         assert nbytes > 0, f"{label}: a file of {nbytes} bytes"
-        self.path, self.nbytes = path, round_up(nbytes)
-        self._label, self._process = label, os.getpid()
-        self._flights: list[InFlight] = []
+        self.nbytes = round_up(nbytes)
+        self._folder, self._label = folder, label
+        self._in_flight: list[InFlight] = []
         self._lock = Lock()
         try:
-            self._file = _claim(path)
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open until `close`
         except OSError as error:
             raise RunError(self._sentence("creating the file", error)) from error
-        self._readers, self._writers = (futures.ThreadPoolExecutor(_THREADS, f"{label} {d}") for d in ("read", "write"))
-        _FILES.add(self)
+        self._readers, self._writers = (threads_on(device, _THREADS, name=f"{label} {d}") for d in ("read", "write"))
         try:
-            os.truncate(self._file, 0)
-            os.posix_fallocate(self._file, 0, self.nbytes)
+            # All space now: a disk that is too small is found before training, not in the middle of it.
+            os.posix_fallocate(self._file.fileno(), 0, self.nbytes)
         except OSError as error:
             self.close()
             raise RunError(self._sentence(f"reserving {self.nbytes} bytes", error)) from error
-        if not _bypass_page_cache(self._file):
-            logger.warning("%s: %s cannot be read past the page cache (O_DIRECT): slower.", label, path.parent)
+        if not _bypass_page_cache(self._file.fileno()):
+            logger.warning("%s: %s has no O_DIRECT; reads go through the page cache and are slower.", label, folder)
 
-    def read(self, offset: int, into: Tensor) -> Transfer:
-        """Start reading; `into` (uint8 [n], page-aligned) is not to be touched until the result is waited for."""
-        return self._start(os.preadv, into, offset=offset)
+    def read(self, offset: int, into: Tensor) -> ThreadTransfer:
+        """Start reading; `into` (uint8 [n], page-aligned) may not be touched until the result was waited for."""
+        return self._start(os.preadv, into, offset=offset, after=CopyEvent())
 
-    def write(self, offset: int, from_: Tensor) -> Transfer:
-        """Start writing `from_` (uint8 [n], page-aligned), which is not to be changed until the result is waited for.
+    def write(self, offset: int, from_: Tensor, *, after: CopyEvent | None = None) -> ThreadTransfer:
+        """Start writing `from_` (uint8 [n], page-aligned), which may not change until the result was waited for.
 
-        Both `offset` and n are multiples of `ALIGNMENT`, here and in `read`.
+        With `after`, the threads first wait for that copy into `from_`; the caller does not. Here and in `read`, both
+        `offset` and n are multiples of `ALIGNMENT`.
         """
-        return self._start(os.pwritev, from_, offset=offset)
+        return self._start(os.pwritev, from_, offset=offset, after=after or CopyEvent())
 
     def flush(self) -> None:
         """Wait for all transfers so far.
@@ -114,63 +114,136 @@ class DirectFile:
             self._settle(0, self.nbytes, writes=True)
 
     def close(self) -> None:
-        """Wait for all transfers and remove the file; what a write failed to store goes with it."""
-        if self not in _FILES or self._process != os.getpid():
-            return  # closed before, or inherited by a fork
-        _FILES.discard(self)
+        """Wait for all transfers and free the space; what a write failed to store is lost with it."""
         self._readers.shutdown()
         self._writers.shutdown()
-        self.path.unlink(missing_ok=True)
-        os.close(self._file)
-        _remove_if_empty(self.path.parent)
+        self._file.close()
 
-    def _start(self, call: _Call, buffer: Tensor, *, offset: int) -> Transfer:
-        view, stop = memoryview(buffer.numpy()), offset + buffer.numel()
+    def _start(self, call: _Call, buffer: Tensor, *, offset: int, after: CopyEvent) -> ThreadTransfer:
+        view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy declares no buffer protocol before 3.12
+        stop = offset + buffer.numel()
         assert buffer.dtype == torch.uint8, f"{self._label}: transfers are of bytes, found {buffer.dtype}"
         assert offset % ALIGNMENT == 0 == len(view) % ALIGNMENT, f"{self._label}: {len(view)} bytes at {offset}"
         assert buffer.data_ptr() % ALIGNMENT == 0 <= offset <= stop <= self.nbytes, f"{self._label}: [{offset}, {stop})"
         writes = call is os.pwritev
-        pool = self._writers if writes else self._readers
+        threads = self._writers if writes else self._readers
         with self._lock:
             self._settle(offset, stop, writes=writes)
-            cuts = range(0, len(view), _PIECE)
-            parts = [pool.submit(self._move, call, view[cut : cut + _PIECE], offset=offset + cut) for cut in cuts]
-            pending = Transfer(parts)
-            self._flights.append(InFlight(offset, stop, writes, pending))
-        owner = BufferPool.of(buffer)
-        if owner is not None:
-            owner.hold(buffer, pending)
-        return pending
+            cuts = range(0, len(view), _REQUEST)
+            transfer = ThreadTransfer(
+                [
+                    threads.submit(self._move, call, view[cut : cut + _REQUEST], offset=offset + cut, after=after)
+                    for cut in cuts
+                ]
+            )
+            self._in_flight.append(InFlight(offset, stop, writes, transfer))
+        # Lifetime: from here on the caller may give the buffer back; its pool keeps it until the transfer has ended.
+        pool = BufferPool.of(buffer)
+        if pool is not None:
+            pool.hold(buffer, transfer)
+        return transfer
 
     def _settle(self, start: int, stop: int, *, writes: bool) -> None:
-        """Wait for whatever must come before a transfer of these bytes, and forget what has ended."""
-        for flight in list(self._flights):
-            clashes = flight.start < stop and start < flight.stop and (writes or flight.writes)
-            if not clashes and not flight.pending.done:
+        """Wait for whatever must come before a transfer of these bytes, and drop what has ended."""
+        for other in list(self._in_flight):
+            clashes = other.start < stop and start < other.stop and (writes or other.writes)
+            if not clashes and not other.transfer.done:
                 continue
-            if flight.writes:
-                flight.pending.wait()  # raises, and stays: this file has lost data
-            flight.pending.finish()
-            self._flights.remove(flight)
+            if other.writes:
+                other.transfer.wait()  # raises, and stays in the list: this file has lost data
+            other.transfer.finish()
+            self._in_flight.remove(other)
 
-    def _move(self, call: _Call, view: memoryview, *, offset: int) -> None:
+    def _move(self, call: _Call, view: memoryview, *, offset: int, after: CopyEvent) -> None:
+        """Runs in a thread: move all bytes of `view`, in as many system calls as it takes."""
+        after.wait()
         done, doing = 0, "writing" if call is os.pwritev else "reading"
         while done < len(view):
             try:
-                moved = call(self._file, [view[done:]], offset + done)
+                moved = call(self._file.fileno(), [view[done:]], offset + done)
             except OSError as error:
                 what = f"{doing} {len(view)} bytes at {offset} (after {done})"
                 raise RunError(self._sentence(what, error)) from error
             done += moved
             if moved == 0 or (moved % ALIGNMENT and done < len(view)):
                 raise RunError(
-                    f"{self._label}: {doing} {self.path} at {offset}: found {done} bytes, expected {len(view)}; "
-                    "the file was cut short by somebody else. Leave engine.nvme_path to this run, and resume it."
+                    f"{self._label}: {doing} a file in {self._folder} at {offset}: found {done} bytes, expected "
+                    f"{len(view)}; something else cut the file short. Check that disk (engine.nvme_path), and resume "
+                    "the run."
                 )
 
     def _sentence(self, doing: str, error: OSError) -> str:
-        advice = _ADVICE.get(error.errno, "name a folder on a local disk that you can write (engine.nvme_path).")
-        return f"{self._label}: {doing} failed: {error.strerror or error} ({self.path}); {advice}"
+        advice = _ADVICE.get(error.errno or 0, "name a folder on a local disk that you can write (engine.nvme_path).")
+        return f"{self._label}: {doing} failed: {error.strerror or error} ({self._folder}); {advice}"
+
+
+Tag = TypeVar("Tag")
+
+
+@dataclass(frozen=True)
+class PlannedRead(Generic[Tag]):
+    """Bytes of a file, and where in a buffer they go."""
+
+    tag: Tag
+    """What the reader wants to know when the bytes are there."""
+    offset: int
+    place: slice
+    beside: Callable[[Tensor], CopyEvent] | None = None
+    """Starts a copy of something else into the same buffer when the read starts."""
+
+
+class PrefetchQueue(Generic[Tag]):
+    """Reads into buffers of a pool in the order that was planned, so that the next bytes arrive while one is used."""
+
+    def __init__(self, file: DirectFile, pool: BufferPool, *, depth: int) -> None:
+        """Read from `file`, at most `depth` reads at a time; each takes a buffer of `pool`."""
+        self._file, self._pool, self._depth = file, pool, depth
+        self._planned: deque[PlannedRead[Tag]] = deque()
+        self._started: deque[tuple[Tag, Tensor, list[Transfer]]] = deque()
+
+    def __len__(self) -> int:
+        return len(self._started) + len(self._planned)
+
+    @property
+    def tags(self) -> list[Tag]:
+        """The tags of all reads that were not taken yet, in order."""
+        return [started[0] for started in self._started] + [read.tag for read in self._planned]
+
+    def plan(self, reads: Iterable[PlannedRead[Tag]]) -> None:
+        """Read these after what is planned already."""
+        self._planned.extend(reads)
+
+    def take(self, count: int) -> Iterator[tuple[Tag, Tensor]]:
+        """The next `count` reads: tag and full buffer, which the caller gives back before it asks for another."""
+        for _ in range(count):
+            self._start()
+            tag, buffer, transfers = self._started[0]
+            try:
+                for transfer in transfers:
+                    transfer.wait()
+            except RuntimeError:
+                self.cancel()  # nothing may be left of a sequence that lacks a part
+                raise
+            self._started.popleft()
+            yield tag, buffer
+        self._start()
+
+    def cancel(self) -> None:
+        """Drop everything that was planned; reads that were started must end before their buffers are free."""
+        self._planned.clear()
+        for _, buffer, transfers in self._started:
+            for transfer in transfers:
+                transfer.finish()
+            self._pool.give_back(buffer)
+        self._started.clear()
+
+    def _start(self) -> None:
+        while self._planned and len(self._started) < self._depth:
+            read, buffer = self._planned.popleft(), self._pool.take()
+            transfers: list[Transfer] = [self._file.read(read.offset, buffer[read.place])]
+            if read.beside is not None:
+                transfers.append(read.beside(buffer))
+            self._started.append((read.tag, buffer, transfers))
 
 
 def check_folder(path: str, *, nbytes: int) -> None:
@@ -189,7 +262,6 @@ def check_folder(path: str, *, nbytes: int) -> None:
             f"engine.nvme_path={path}: cannot make files there ({error.strerror}); name a folder on a local disk "
             "that you can write."
         ) from error
-    _remove_leftovers(folder)
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise ValueError(
@@ -198,83 +270,15 @@ def check_folder(path: str, *, nbytes: int) -> None:
         )
 
 
-def run_folder(path: str, *, rank: int) -> Path:
-    """A new folder in `path` for the files of this process; what killed runs left in `path` is removed first.
-
-    It goes with the last file in it. A run that lives is known by its lock on each of its files.
-    """
-    Path(path).mkdir(parents=True, exist_ok=True)
-    _remove_leftovers(Path(path))
-    return Path(tempfile.mkdtemp(prefix=f"{_FOLDER_PREFIX}rank{rank}-", dir=path))
-
-
-def _claim(path: Path) -> int:
-    """Open `path` for this process alone; BlockingIOError when another has it."""
-    for _ in range(20):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # the folder was empty just now and another run tidied it away
-            file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            if _locks(file) and path.exists() and path.stat().st_ino == os.fstat(file).st_ino:
-                return file
-            os.close(file)
-        time.sleep(0.05)
-    raise BlockingIOError(errno.EWOULDBLOCK, "another process uses this file")
-
-
-def _locks(file: int) -> bool:
-    """Lock an open file if nobody else has; the lock goes with the file or the process, however that ends."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def _bypass_page_cache(file: int) -> bool:
     """Switch an open file to O_DIRECT; False, and no change, where its file system has none or wants more alignment."""
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, flags | os.O_DIRECT)
-        os.preadv(file, [mmap.mmap(-1, ALIGNMENT)], 0)
+        os.preadv(file, [mmap.mmap(-1, ALIGNMENT)], 0)  # some file systems accept the flag and refuse the read
     except OSError as error:
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
         fcntl.fcntl(file, fcntl.F_SETFL, flags)
         return False
     return True
-
-
-def _remove_leftovers(folder: Path) -> None:
-    """Remove the files of runs that ended without doing so."""
-    for left in _files_of_runs(folder):
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # another rank was faster; another user's
-            file = os.open(left, os.O_RDONLY | os.O_CLOEXEC)
-            if _locks(file):
-                left.unlink(missing_ok=True)
-                logger.info("Removed %s (%.2f GB), left by a run that was killed.", left, os.fstat(file).st_size / 1e9)
-            os.close(file)
-    for left in folder.glob(f"{_FOLDER_PREFIX}*"):
-        _remove_if_empty(left)
-
-
-def _files_of_runs(folder: Path) -> list[Path]:
-    files: list[Path] = []
-    for run in folder.glob(f"{_FOLDER_PREFIX}*"):
-        with contextlib.suppress(FileNotFoundError, PermissionError):  # another rank was faster; another user's
-            files += run.iterdir()
-    return files
-
-
-def _remove_if_empty(folder: Path) -> None:
-    if folder.name.startswith(_FOLDER_PREFIX):
-        with contextlib.suppress(OSError):  # other files are in it
-            folder.rmdir()
-
-
-_FILES: set[DirectFile] = set()  # open ones; forgotten ones too, so that none outlives the process
-
-
-@atexit.register
-def _close_all() -> None:
-    for file in list(_FILES):
-        file.close()

@@ -1,13 +1,13 @@
-"""How optimizer states and gradients lie in a file: tiles of several parameters, each tile one record.
+"""How optimizer state and gradient sums lie in a file: in tiles, each with slices of several parameters.
 
-A record is [gradient | weight | exp_avg | exp_avg_sq], so that one read brings a step all it needs of a tile, and one
-write takes back all it changed. Every part of a parameter starts on a page in each of the four, and can be read and
-written by itself.
+A tile is stored as [gradients | weights | exp_avg | exp_avg_sq], so that one read brings everything a step needs of it,
+and one write takes back everything it changed. In each of the four, every slice starts on a page of the disk, so that
+it can be read and written by itself.
 
-[Note: narrow gradients] A gradient of two bytes an element fills the second half of its room: what a step reads still
-ends where the weights begin.
+[Note: narrow gradients] A gradient of two bytes an element fills the second half of its slice's bytes: what a step
+reads still ends where the weights begin.
 
-Left out: moving bytes (`optimizer_state_nvme.py`).
+See also: moving the bytes (`optimizer_state_nvme.py`).
 """
 
 from __future__ import annotations
@@ -20,98 +20,102 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.norms import BLOCK
-from rlhf.engine.offload.optimizer_state import PARTS, ParameterShard
+from rlhf.engine.offload.optimizer_state import STATE_KEYS, ParameterShard
 
-PAGE_ELEMENTS = BLOCK  # elements: a page of what has two bytes each; nothing starts between
+PAGE_ELEMENTS = BLOCK  # a page of what has two bytes an element, two pages of fp32; no slice starts between
 
 
 class TileSlice(NamedTuple):
-    """Elements [start, stop) of a parameter's rows in a record."""
+    """Elements [start, stop) of a parameter's shard, kept in one tile."""
 
     name: str
     start: int
     stop: int
-    at: int  # where they start among the record's elements
+    at: int  # where they start among the tile's elements
 
     @property
-    def count(self) -> int:
-        """Elements."""
+    def numel(self) -> int:
+        """Elements of the parameter."""
         return self.stop - self.start
 
     @property
-    def room(self) -> int:
-        """Elements that it takes up."""
-        return -(-self.count // PAGE_ELEMENTS) * PAGE_ELEMENTS
+    def padded(self) -> int:
+        """Elements that it takes up: whole pages."""
+        return -(-self.numel // PAGE_ELEMENTS) * PAGE_ELEMENTS
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile: where its bytes are in the file, and what is where in them."""
+    """What is read, updated and written at once: where it is in the file, and what is where in its bytes."""
 
     offset: int
-    size: int  # elements with their gaps
-    spans: tuple[TileSlice, ...]
+    size: int  # elements, padding included
+    slices: tuple[TileSlice, ...]
     moments: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the record."""
-        return self.size * _bytes_each(self.moments)
+        """Bytes of the tile."""
+        return self.size * _element_bytes(self.moments)
 
     @property
-    def weight_at(self) -> int:
+    def state_start(self) -> int:
         """Byte where the gradients end and the state begins."""
         return 4 * self.size
 
-    def place(self, part: str, span: TileSlice) -> slice:
-        """Bytes of a part of a span's state in the record."""
-        size = 4 if part == "weight" else self.moments.itemsize
-        before = PARTS.index(part)
-        at = self.weight_at + (4 * self.size if before else 0) + max(before - 1, 0) * size * self.size
-        return slice(at + size * span.at, at + size * (span.at + span.room))
+    def state_bytes(self, key: str, part: TileSlice) -> slice:
+        """Bytes of one of a slice's `STATE_KEYS` in the tile."""
+        width = 4 if key == "weight" else self.moments.itemsize
+        index = STATE_KEYS.index(key)  # fp32 weights come first, then the moments, which may be narrower
+        start = self.state_start + (4 * self.size if index else 0) + max(index - 1, 0) * width * self.size
+        return slice(start + width * part.at, start + width * (part.at + part.padded))
 
-    def gradient_place(self, span: TileSlice, itemsize: int) -> slice:
-        """Bytes of its gradient; see [Note: narrow gradients]."""
-        end = 4 * (span.at + span.room)
-        return slice(end - itemsize * span.room, end)
+    def gradient_bytes(self, part: TileSlice, itemsize: int) -> slice:
+        """Bytes of a slice's gradient; see [Note: narrow gradients]."""
+        stop = 4 * (part.at + part.padded)
+        return slice(stop - itemsize * part.padded, stop)
 
-    def part(self, buffer: Tensor, part: str, *, span: TileSlice) -> Tensor:
-        """The elements of a part of a span, [n], in a buffer that holds the record."""
-        dtype = torch.float32 if part == "weight" else self.moments
-        return buffer[self.place(part, span)].view(dtype)[: span.count]
+    def state_view(self, buffer: Tensor, key: str, *, part: TileSlice) -> Tensor:
+        """One of a slice's `STATE_KEYS` in a buffer that holds the tile: [numel] fp32, moments in their type."""
+        dtype = torch.float32 if key == "weight" else self.moments
+        return buffer[self.state_bytes(key, part)].view(dtype)[: part.numel]
 
 
-def lay_out(shapes: Sequence[ParameterShard], capacity: int, *, moments: torch.dtype) -> list[Tile]:
-    """Records of at most `capacity` elements (a multiple of `PAGE_ELEMENTS`) for all parameters, in order."""
-    records: list[Tile] = []
-    spans: list[TileSlice] = []
+def lay_out_tiles(shards: Sequence[ParameterShard], capacity: int, *, moments: torch.dtype) -> list[Tile]:
+    """Tiles of at most `capacity` elements (a multiple of `PAGE_ELEMENTS`) for all parameters, in order.
+
+    A parameter that does not fit into the rest of a tile continues in the next one.
+    """
+    tiles: list[Tile] = []
+    slices: list[TileSlice] = []
     offset = used = 0
 
     def close() -> None:
         nonlocal offset, used
-        if spans:
-            records.append(Tile(offset, used, tuple(spans), moments))
-            offset += records[-1].nbytes
-        spans.clear()
+        if slices:
+            tiles.append(Tile(offset, used, tuple(slices), moments))
+            offset += tiles[-1].nbytes
+        slices.clear()
         used = 0
 
-    for shape in shapes:
+    for shard in shards:
         start = 0
-        while start < shape.count:
+        while start < shard.numel:
             if used == capacity:
                 close()
-            span = TileSlice(shape.name, start, min(start + capacity - used, shape.count), used)
-            spans.append(span)
-            used += span.room
-            start = span.stop
+            part = TileSlice(shard.name, start, min(start + capacity - used, shard.numel), used)
+            slices.append(part)
+            used += part.padded
+            start = part.stop
     close()
-    return records
+    return tiles
 
 
-def capacity_of(nbytes: int, limit: int, *, moments: torch.dtype) -> int:
-    """Elements of a record that fits into `nbytes` and has at most `limit`; 0 when none does."""
-    return min(nbytes // _bytes_each(moments), max(limit, PAGE_ELEMENTS)) // PAGE_ELEMENTS * PAGE_ELEMENTS
+def tile_capacity(nbytes: int, limit: int, *, moments: torch.dtype) -> int:
+    """Elements of the largest tile that fits into `nbytes` and has at most `limit` elements; 0 when none fits."""
+    return min(nbytes // _element_bytes(moments), max(limit, PAGE_ELEMENTS)) // PAGE_ELEMENTS * PAGE_ELEMENTS
 
 
-def _bytes_each(moments: torch.dtype) -> int:
+def _element_bytes(moments: torch.dtype) -> int:
+    """Gradient and weight of four bytes each, and two moments."""
     return 8 + 2 * moments.itemsize

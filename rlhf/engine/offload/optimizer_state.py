@@ -1,14 +1,15 @@
-"""Where a group's optimizer state and gradient sums rest, and what a step does there: in memory.
+"""Stores of optimizer state: masters, moments and gradient sums, in the memory of one device. See [Note: offload].
 
-A home is given gradients while backward goes on, and asked for a step once all of them are there; the state need not
-be where the parameters are. Left out: disk (`optimizer_state_nvme.py`), and which group has which home (`tiers.py`).
+Backward adds gradients to a store; `step` then updates the state where it is kept, so it never travels to the device.
+See also: state on disk (`optimizer_state_nvme.py`), and which parameters get which store (`placement.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,28 +17,28 @@ from torch import Tensor
 from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 from rlhf.engine.dtensors import local_shard
 from rlhf.engine.fsdp_units import ParameterGroup
-from rlhf.engine.offload.grad_accumulation import GradAccumulator
+from rlhf.engine.offload.grad_accumulation import GradAccumulator, InMemoryGradAccumulator
 from rlhf.engine.offload.weights import ShardedWeights
-from rlhf.engine.offload.working_rows import DeviceWeights, write_back
 
-PARTS = ("weight", "exp_avg", "exp_avg_sq")
+STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
+"""What is kept of each parameter: the fp32 master weight and the two moments."""
 
 
 class ParameterShard(NamedTuple):
-    """What a home knows of a parameter: nothing that needs its memory."""
+    """This rank's shard of a parameter, described without its memory."""
 
     name: str
-    sizes: torch.Size  # of this rank's rows
+    shape: torch.Size
     decays: bool
 
     @property
-    def count(self) -> int:
-        """Elements of this rank's rows."""
-        return self.sizes.numel()
+    def numel(self) -> int:
+        """Elements of the shard."""
+        return self.shape.numel()
 
 
-def shapes_of(group: ParameterGroup) -> list[ParameterShard]:
-    """This rank's rows of each parameter; matrices decay, biases and norms do not."""
+def shards_of(group: ParameterGroup) -> list[ParameterShard]:
+    """This rank's shard of each parameter; matrices decay, biases and norms do not."""
     return [
         ParameterShard(name, local_shard(parameter).shape, parameter.ndim >= 2) for name, parameter in group.items()
     ]
@@ -45,7 +46,7 @@ def shapes_of(group: ParameterGroup) -> list[ParameterShard]:
 
 @dataclass(frozen=True)
 class Update:
-    """What a step does to all groups."""
+    """One optimizer step, the same for all stores."""
 
     touched: Collection[str]  # names of the parameters that have a gradient on some rank
     lr: float
@@ -53,156 +54,149 @@ class Update:
     betas: Sequence[float] | None = None  # where a schedule cycles them
 
 
-class OptimizerStateStore(Protocol):
-    """State and gradient sums of some parameters."""
+class OptimizerStateStore(ABC):
+    """Owns the optimizer state and gradient sums of some parameters.
 
-    shapes: Sequence[ParameterShard]
-    steps: dict[str, Tensor]  # [] fp32 each: updates so far, for the bias correction
-    in_memory: bool  # False where `read` brings rows from a disk
-    has_masters: bool  # False where the weights that learn are the working weights
-    rows: ShardedWeights
-    kernel: AdamKernel
-    failure: RuntimeError | None  # of a disk, until all ranks were told
-
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Add a micro-batch's gradient, flat rows, to the sum of the step that comes."""
-
-    def squares(self) -> dict[str, Tensor]:
-        """Squared 2-norm of each sum there is, [] fp64."""
-
-    def clear(self) -> None:
-        """Forget the sums of the step that comes."""
-
-    def elements(self) -> int:
-        """How many numbers of gradients are on the device."""
-
-    def begin(self) -> None:
-        """Fix the sums for `step`: what is added later belongs to another one."""
-
-    def step(self, update: Update) -> None:
-        """Update the state, and, unless updates are delayed, the working weights."""
-
-    def write_back(self) -> None:
-        """Bring the working weights up to date with the state."""
-
-    def read(self, name: str, part: str) -> Tensor:
-        """This rank's rows of one of `PARTS`: fp32, its own memory or the home's."""
-
-    def write(self, name: str, part: str, *, rows: Tensor) -> None:
-        """Set them; working weights do not follow."""
-
-    def close(self) -> None:
-        """Let go of files, threads and page-locked memory."""
-
-
-@dataclass(frozen=True)
-class States:
-    """What a home keeps of each parameter."""
-
-    device: torch.device
-    moments: torch.dtype
-    masters: bool  # False where the working weights are fp32 and at hand
-
-
-class InMemoryStateStore:
-    """A home in the memory of one device: that of the model, or the host."""
+    Backward adds gradients; `step` then updates the state, on whichever device or disk it lives.
+    """
 
     in_memory = True
-    failure = None
+    """False where `read` brings shards from a disk."""
+    has_masters = True
+    """False where the weights that AdamW updates are the working weights themselves."""
 
     def __init__(
         self,
-        shapes: Sequence[ParameterShard],
-        sums: GradAccumulator,
+        shards: Sequence[ParameterShard],
+        gradients: GradAccumulator,
         *,
         kernel: AdamKernel,
-        rows: ShardedWeights,
-        states: States,
-        delays: bool = False,
+        weights: ShardedWeights,
+        device: torch.device,
+    ) -> None:
+        """Start with no updates taken.
+
+        Args:
+            shards: the parameters.
+            gradients: sums of their gradients.
+            kernel: AdamW on the device of the state.
+            weights: the working weights, which follow the masters.
+            device: where the kernel runs.
+        """
+        self.shards, self.gradients, self.kernel, self.weights = shards, gradients, kernel, weights
+        self._shards = {shard.name: shard for shard in shards}
+        self.steps = {shard.name: torch.zeros((), device=device) for shard in shards}
+        """Updates so far of each parameter, [] fp32, for the bias correction."""
+
+    @property
+    def failure(self) -> RuntimeError | None:
+        """An error of a disk that was not raised yet, because all ranks must be told in the same place."""
+        return None
+
+    @abstractmethod
+    def take_gradients(self) -> None:
+        """Fix the sums for `step`: gradients that are added later belong to another one."""
+
+    @abstractmethod
+    def step(self, update: Update) -> None:
+        """Update the state, and, unless updates are delayed, the working weights."""
+
+    @abstractmethod
+    def read(self, name: str, key: str) -> Tensor:
+        """This rank's shard of one of `STATE_KEYS`: fp32, its own memory or the store's."""
+
+    @abstractmethod
+    def write(self, name: str, key: str, *, shard: Tensor) -> None:
+        """Set it; working weights do not follow."""
+
+    def write_back(self) -> None:
+        """Round all masters into the working weights."""
+        for shard in self.shards:
+            self.weights.write(shard.name, 0, values=self.read(shard.name, "weight").view(-1))
+
+    def close(self) -> None:
+        """Free files, threads and page-locked memory."""
+        self.gradients.close()
+
+
+@dataclass(frozen=True)
+class StateMemory:
+    """What an in-memory store allocates."""
+
+    device: torch.device
+    moments: torch.dtype
+    in_place: Callable[[str], Tensor] | None = None
+    """Gives the flat fp32 working weights that are updated themselves; None allocates masters beside them."""
+
+
+class InMemoryStateStore(OptimizerStateStore):
+    """State in the memory of one device: the model's, or the host."""
+
+    def __init__(
+        self,
+        shards: Sequence[ParameterShard],
+        gradients: InMemoryGradAccumulator,
+        *,
+        kernel: AdamKernel,
+        weights: ShardedWeights,
+        memory: StateMemory,
+        delayed: bool = False,
     ) -> None:
         """Start at zero moments.
 
         Args:
-            shapes: the parameters.
-            sums: of their gradients, on the device of the states.
-            kernel: of that device.
-            rows: their working weights.
-            states: what to allocate.
-            delays: leave publishing to the caller.
+            shards: the parameters.
+            gradients: sums of their gradients, on the device of the state.
+            kernel: AdamW on that device.
+            weights: the working weights.
+            memory: what to allocate.
+            delayed: leave the write-back to the caller.
         """
-        self.shapes, self._sums, self.kernel, self.rows = shapes, sums, kernel, rows
-        self.has_masters = states.masters
-        self._sizes = {shape.name: shape.sizes for shape in shapes}
-        self._publishes = not delays
+        super().__init__(shards, gradients, kernel=kernel, weights=weights, device=memory.device)
+        self._sums = gradients
         self._taken: dict[str, Tensor] = {}
-        zeros = {"device": states.device}
-        self.steps = {shape.name: torch.zeros((), **zeros) for shape in shapes}
-        self._parts = {
-            part: {shape.name: torch.zeros(shape.count, dtype=states.moments, **zeros) for shape in shapes}
-            for part in PARTS[1:]
+        self._in_place, self._delayed = memory.in_place, delayed
+        self.has_masters = memory.in_place is None
+        self._state = {
+            key: {shard.name: torch.zeros(shard.numel, dtype=memory.moments, device=memory.device) for shard in shards}
+            for key in STATE_KEYS[1:]
         }
-        if states.masters:
-            self._parts["weight"] = {shape.name: torch.empty(shape.count, **zeros) for shape in shapes}
+        if self.has_masters:
+            self._state["weight"] = {shard.name: torch.empty(shard.numel, device=memory.device) for shard in shards}
 
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Add a flat gradient."""
-        self._sums.add(name, gradient)
-
-    def squares(self) -> dict[str, Tensor]:
-        """Squared norms of the sums."""
-        return self._sums.squares()
-
-    def clear(self) -> None:
-        """Forget them."""
-        self._sums.clear()
-
-    def elements(self) -> int:
-        """Those of the sums."""
-        return self._sums.elements()
-
-    def begin(self) -> None:
-        """Take them."""
+    def take_gradients(self) -> None:
+        """Take the sums out of the accumulator."""
         self._taken = self._sums.take()
 
     def step(self, update: Update) -> None:
-        """One update of what was taken, which is then freed."""
+        """One update from the gradients that were taken, which are then freed."""
         taken, self._taken = self._taken, {}
-        shapes = [shape for shape in self.shapes if shape.name in taken and shape.name in update.touched]
-        if not shapes:
+        shards = [shard for shard in self.shards if shard.name in taken and shard.name in update.touched]
+        if not shards:
             return
-        torch._foreach_add_([self.steps[shape.name] for shape in shapes], 1)
-        pieces = [self._piece(shape, taken[shape.name]) for shape in shapes]
-        for tile in self.kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
-            if self._publishes and self.has_masters:
-                write_back(self.rows, tile)
+        torch._foreach_add_([self.steps[shard.name] for shard in shards], 1)
+        slices = [self._slice(shard, taken[shard.name]) for shard in shards]
+        for chunk in self.kernel.update(slices, lr=update.lr, scale=update.scale, betas=update.betas):
+            if self.has_masters and not self._delayed:
+                self.weights.write_back(chunk)  # while the chunk is in cache
 
-    def write_back(self) -> None:
-        """Round the masters into the working weights."""
-        for shape in self.shapes:
-            self.rows.write(shape.name, 0, values=self._weight(shape.name))
+    def read(self, name: str, key: str) -> Tensor:
+        """The memory itself where it is fp32, else a copy."""
+        return self._tensor(name, key).float().view(self._shards[name].shape)
 
-    def read(self, name: str, part: str) -> Tensor:
-        """The memory itself where it is fp32."""
-        flat = self._weight(name) if part == "weight" else self._parts[part][name]
-        return flat.float().view(self._sizes[name])
+    def write(self, name: str, key: str, *, shard: Tensor) -> None:
+        """Copy the shard here."""
+        self._tensor(name, key).copy_(shard.reshape(-1))
 
-    def write(self, name: str, part: str, *, rows: Tensor) -> None:
-        """Copy them here."""
-        into = self._weight(name) if part == "weight" else self._parts[part][name]
-        into.copy_(rows.reshape(-1))
+    def _slice(self, shard: ParameterShard, gradient: Tensor) -> ParameterSlice:
+        state = [self._tensor(shard.name, key) for key in STATE_KEYS]
+        weight, exp_avg, exp_avg_sq = state
+        return ParameterSlice(
+            shard.name, 0, shard.decays, self.steps[shard.name], weight, gradient, exp_avg, exp_avg_sq
+        )
 
-    def close(self) -> None:
-        """Let the sums go."""
-        self._sums.close()
-
-    def _piece(self, shape: ParameterShard, gradient: Tensor) -> ParameterSlice:
-        name = shape.name
-        weight, moments = self._weight(name), (self._parts["exp_avg"][name], self._parts["exp_avg_sq"][name])
-        return ParameterSlice(name, 0, shape.decays, self.steps[name], weight, gradient, *moments)
-
-    def _weight(self, name: str) -> Tensor:
-        """The fp32 rows that learn: the master's, or the parameter's own."""
-        if self.has_masters:
-            return self._parts["weight"][name]
-        assert isinstance(self.rows, DeviceWeights), "weights elsewhere need masters"
-        return self.rows.flat(name)
+    def _tensor(self, name: str, key: str) -> Tensor:
+        """One of `STATE_KEYS`, flat."""
+        if key == "weight" and self._in_place is not None:
+            return self._in_place(name)  # looked up each time: FSDP2 may have moved it
+        return self._state[key][name]

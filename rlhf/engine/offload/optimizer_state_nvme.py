@@ -1,44 +1,79 @@
-"""Optimizer states and gradient sums on disk: neither is ever in memory as a whole.
+"""Optimizer state and gradient sums in a file: neither is ever in memory as a whole.
 
-Gradients are written as they arrive. A step reads a record, updates it and writes it back, while the next one is read
-and the last one written; all of them pass through one fixed set of buffers. A failing disk is remembered until all
-ranks can be told (`failure`), because a rank that stops between collectives leaves the others waiting.
-Left out: where in the file what is (`nvme_layout.py`).
+Gradients are written as backward makes them. A step reads a tile, updates it and writes it back, while the next tile is
+read and the last one written; all of them pass through one fixed pool of buffers. A failing disk is remembered until
+all ranks can be told, because a rank that stops between two collectives would leave the others waiting in the second.
+See also: where in the file what is (`nvme_layout.py`).
 """
 
 from __future__ import annotations
 
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections import defaultdict
+from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import NamedTuple
+from functools import cached_property
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 from rlhf.engine.norms import squared_norm
-from rlhf.engine.offload.buffer_pool import BufferPool, Transfer
+from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
-from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.direct_io import DirectFile, PlannedRead, PrefetchQueue
+from rlhf.engine.offload.grad_accumulation import GradAccumulator
 from rlhf.engine.offload.nvme_layout import Tile, TileSlice
-from rlhf.engine.offload.optimizer_state import PARTS, ParameterShard, Update
+from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, ParameterShard, Update
 from rlhf.engine.offload.weights import ShardedWeights
-from rlhf.engine.offload.working_rows import write_back
+
+_Tag = TypeVar("_Tag")
+_Place = tuple[Tile, TileSlice]
 
 
-@dataclass(frozen=True)
+@dataclass
 class NvmeResources:
-    """What a home on disk works with."""
+    """The file of a store and what moves its bytes; shared with the gradient sums, which are in the same file."""
 
     file: DirectFile
-    records: list[Tile]
-    buffers: BufferPool  # each at least as large as any record
-    courier: CopyStream  # between the device and the buffers
+    tiles: list[Tile]
+    pool: BufferPool  # each buffer at least as large as any tile
+    stream: CopyStream  # between the device and the buffers
     reads_ahead: bool
     writes_behind: bool
+    failure: RuntimeError | None = None  # the first error of the disk
+
+    @cached_property
+    def places(self) -> dict[str, list[_Place]]:
+        """The slices of each parameter, in order, and their tiles."""
+        found: dict[str, list[_Place]] = defaultdict(list)
+        for tile in self.tiles:
+            for part in tile.slices:
+                found[part.name].append((tile, part))
+        return found
+
+    def read(self, reads: Sequence[PlannedRead[_Tag]]) -> Iterator[tuple[_Tag, Tensor]]:
+        """Tag and full buffer of each read; the next is started before this one is used. The caller gives it back."""
+        depth = 2 if self.reads_ahead and self.pool.count > 1 else 1
+        queue = PrefetchQueue[_Tag](self.file, self.pool, depth=depth)
+        queue.plan(reads)
+        return queue.take(len(reads))
+
+    def write(self, tile: Tile, buffer: Tensor, *, place: slice, after: CopyEvent | None = None) -> None:
+        """Write bytes of a tile from its buffer, which is given back, once `after` has filled it."""
+        transfer = self.file.write(tile.offset + place.start, buffer[place], after=after)
+        self.pool.give_back(buffer)  # the pool hands it out again only after the write
+        if not self.writes_behind:
+            transfer.wait()
+
+    @contextmanager
+    def remember_failure(self) -> Iterator[None]:
+        """Keep an error of the disk for `failure` instead of raising it in the middle of backward or a step."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.failure = self.failure or error
 
 
 class _Sum(NamedTuple):
@@ -48,220 +83,181 @@ class _Sum(NamedTuple):
     square: Tensor  # of the sum so far, [] fp64
 
 
-class _Letter(NamedTuple):
-    """A gradient on its way from the device to its place on disk."""
+class NvmeGradAccumulator(GradAccumulator):
+    """Sums in the file of the state, beside the weights and moments that the step reads with them."""
 
-    buffer: Tensor
-    receipt: CopyEvent
-    record: Tile
-    place: slice
+    def __init__(self, resources: NvmeResources) -> None:
+        """Start empty."""
+        self._resources, self._places = resources, resources.places
+        self._sums: dict[str, _Sum] = {}
+
+    def add(self, name: str, gradient: Tensor) -> None:
+        """Write the gradient, or add it to what was written."""
+        if self._resources.failure is None:
+            with self._resources.remember_failure():
+                self._sums[name] = self._add(name, gradient) if name in self._sums else self._first(name, gradient)
+
+    def squared_norms(self) -> dict[str, Tensor]:
+        """Known since the sums were written."""
+        return {name: known.square for name, known in self._sums.items()}
+
+    def clear(self) -> None:
+        """Drop the sums; their bytes will be overwritten."""
+        self._sums = {}
+
+    def close(self) -> None:
+        """Do nothing: the store closes the file and the buffers."""
+
+    def names(self) -> set[str]:
+        """The parameters that have a sum."""
+        return set(self._sums)
+
+    def bytes_in(self, tile: Tile, part: TileSlice) -> slice:
+        """Where the sum of a slice is in its tile."""
+        return tile.gradient_bytes(part, self._sums[part.name].dtype.itemsize)
+
+    def view(self, buffer: Tensor, tile: Tile, *, part: TileSlice) -> Tensor:
+        """The sum of a slice, [numel], in a buffer that holds the tile."""
+        return buffer[self.bytes_in(tile, part)].view(self._sums[part.name].dtype)[: part.numel]
+
+    def _first(self, name: str, gradient: Tensor) -> _Sum:
+        for tile, part in self._places[name]:
+            buffer = self._resources.pool.take()  # waits for the disk when all buffers are on their way there
+            place = tile.gradient_bytes(part, gradient.dtype.itemsize)
+            into = buffer[place].view(gradient.dtype)[: part.numel]
+            copied = self._resources.stream.copy(into, gradient[part.start : part.stop])
+            # Backward goes on: the thread that writes waits for the copy from the device.
+            self._resources.write(tile, buffer, place=place, after=copied)
+        return _Sum(gradient.dtype, squared_norm(gradient))
+
+    def _add(self, name: str, gradient: Tensor) -> _Sum:
+        """Read the sum of each slice, add on the host, and write it back in fp32."""
+        known, square = self._sums[name].dtype, torch.zeros((), dtype=torch.float64)
+        reads = [self._read_sum(*place, known=known, gradient=gradient) for place in self._places[name]]
+        for (tile, part), buffer in self._resources.read(reads):
+            place = tile.gradient_bytes(part, 4)
+            total = buffer[place].view(torch.float32)[: part.numel]
+            if known != torch.float32:
+                total.copy_(_narrow_bytes(tile, buffer, part=part).view(known)[: part.numel])
+            total += _incoming_bytes(tile, buffer, part=part).view(gradient.dtype)[: part.numel]
+            square += squared_norm(total)
+            self._resources.write(tile, buffer, place=place)
+        return _Sum(torch.float32, square)
+
+    def _read_sum(self, tile: Tile, part: TileSlice, *, known: torch.dtype, gradient: Tensor) -> PlannedRead[_Place]:
+        """Read what is known of a slice's sum, and copy what is to be added, side by side into one buffer."""
+        place = tile.gradient_bytes(part, known.itemsize)
+        # A narrow sum goes beside its own place, which its fp32 version is about to fill.
+        into = place if known == torch.float32 else _narrow_place(tile, part)
+
+        def copy_gradient(buffer: Tensor) -> CopyEvent:
+            incoming = _incoming_bytes(tile, buffer, part=part).view(gradient.dtype)[: part.numel]
+            return self._resources.stream.copy(incoming, gradient[part.start : part.stop])
+
+        return PlannedRead((tile, part), tile.offset + place.start, into, beside=copy_gradient)
 
 
-class _Load(NamedTuple):
-    """A buffer that is being filled from disk."""
-
-    record: Tile
-    span: TileSlice | None  # None for a whole record
-    buffer: Tensor
-    pending: Transfer
-    receipt: CopyEvent | None = None  # of what else is copied into it
-
-
-class NvmeStateStore:
-    """A home in a file."""
+class NvmeStateStore(OptimizerStateStore):
+    """State in a file; a step passes over its tiles."""
 
     in_memory = False
-    has_masters = True
 
     def __init__(
-        self, shapes: Sequence[ParameterShard], room: NvmeResources, *, kernel: AdamKernel, rows: ShardedWeights
+        self,
+        shards: Sequence[ParameterShard],
+        resources: NvmeResources,
+        *,
+        kernel: AdamKernel,
+        weights: ShardedWeights,
     ) -> None:
         """Start at zero moments, which is what a new file holds.
 
         Args:
-            shapes: the parameters, all of `room.records`.
-            room: file and buffers.
-            kernel: of the CPU.
-            rows: their working weights.
+            shards: the parameters, all of `resources.tiles`.
+            resources: the file and its buffers.
+            kernel: AdamW on the CPU.
+            weights: the working weights.
         """
-        self.shapes, self._room, self.kernel, self.rows = shapes, room, kernel, rows
-        self._shapes = {shape.name: shape for shape in shapes}
-        self.steps = {shape.name: torch.zeros(()) for shape in shapes}
-        self.failure: RuntimeError | None = None
-        self._sums: dict[str, _Sum] = {}
-        self._outbox: deque[_Letter] = deque()
-        self._places: dict[str, list[tuple[Tile, TileSlice]]] = defaultdict(list)
-        for record in room.records:
-            for span in record.spans:
-                self._places[span.name].append((record, span))
+        self._sums = NvmeGradAccumulator(resources)
+        super().__init__(shards, self._sums, kernel=kernel, weights=weights, device=torch.device("cpu"))
+        self._resources, self._places = resources, resources.places
 
-    def add(self, name: str, gradient: Tensor) -> None:
-        """Write a flat gradient, or add it to what was written."""
-        if self.failure is None:
-            with self._remembering():
-                self._sums[name] = self._add(name, gradient) if name in self._sums else self._first(name, gradient)
+    @property
+    def failure(self) -> RuntimeError | None:
+        """The first error of the disk."""
+        return self._resources.failure
 
-    def squares(self) -> dict[str, Tensor]:
-        """Squared norms of the sums, known since they were written."""
-        return {name: known.square for name, known in self._sums.items()}
-
-    def clear(self) -> None:
-        """Forget them; their bytes will be overwritten."""
-        with self._remembering():
-            self._send(keep=0)
-        self._sums = {}
-
-    def elements(self) -> int:
-        """None are kept."""
-        return 0
-
-    def begin(self) -> None:
-        """Nothing to fix: updates of a home on disk are never delayed."""
+    def take_gradients(self) -> None:
+        """Do nothing: updates of state on disk are never delayed, so no gradient comes before the step ends."""
 
     def step(self, update: Update) -> None:
-        """One pass over the records that have a gradient."""
-        names = self._sums.keys() & update.touched
+        """One pass over the tiles that have a gradient; an error of the disk is remembered, see `failure`."""
+        names = self._sums.names().intersection(update.touched)
         for name in names:
             self.steps[name] += 1
-        with self._remembering():
-            self._send(keep=0)
-            self._pass(names, update)
-        self._sums = {}
+        with self._resources.remember_failure():
+            self._update_tiles(names, update)
+        self._sums.clear()
 
-    def write_back(self) -> None:
-        """Read the weights and hand them to the working weights."""
-        for shape in self.shapes:
-            self.rows.write(shape.name, 0, values=self.read(shape.name, "weight").view(-1))
+    def read(self, name: str, key: str) -> Tensor:
+        """This rank's shard, as a copy."""
+        shard = torch.empty(self._shards[name].numel)
+        reads = [self._read_state(tile, part, key=key) for tile, part in self._places[name]]
+        for (tile, part), buffer in self._resources.read(reads):
+            shard[part.start : part.stop].copy_(tile.state_view(buffer, key, part=part))
+            self._resources.pool.give_back(buffer)
+        return shard.view(self._shards[name].shape)
 
-    def read(self, name: str, part: str) -> Tensor:
-        """This rank's rows, as a copy."""
-        rows = torch.empty(self._shapes[name].count)
-        for load in self._ahead([partial(self._load, *place, part=part) for place in self._places[name]]):
-            assert load.span is not None
-            rows[load.span.start : load.span.stop].copy_(load.record.part(load.buffer, part, span=load.span))
-            self._room.buffers.give_back(load.buffer)
-        return rows.view(self._shapes[name].sizes)
-
-    def write(self, name: str, part: str, *, rows: Tensor) -> None:
-        """Set them."""
-        flat = rows.reshape(-1)
-        for record, span in self._places[name]:
-            buffer = self._room.buffers.take()
-            record.part(buffer, part, span=span).copy_(flat[span.start : span.stop])
-            self._store(record, buffer, place=record.place(part, span))
+    def write(self, name: str, key: str, *, shard: Tensor) -> None:
+        """Start to write the shard; reads of it wait for that."""
+        flat = shard.reshape(-1)
+        for tile, part in self._places[name]:
+            buffer = self._resources.pool.take()
+            tile.state_view(buffer, key, part=part).copy_(flat[part.start : part.stop])
+            self._resources.write(tile, buffer, place=tile.state_bytes(key, part))
 
     def close(self) -> None:
-        """Remove the file, and unlock the buffers, once no copy from the device is on its way to one."""
-        self._room.courier.finish()
-        self._room.file.close()
-        self._room.buffers.close()
+        """Free the file, then unlock the buffers."""
+        # Lifetime: after an error, copies from the device may still be on their way to a buffer that nobody waits for.
+        self._resources.stream.synchronize()
+        self._resources.file.close()
+        self._resources.pool.close()
 
-    @contextmanager
-    def _remembering(self) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            self.failure = self.failure or error
+    def _update_tiles(self, names: Set[str], update: Update) -> None:
+        tiles = [tile for tile in self._resources.tiles if any(part.name in names for part in tile.slices)]
+        for tile, buffer in self._resources.read([self._read_tile(tile, names) for tile in tiles]):
+            slices = [self._slice(tile, part, buffer=buffer) for part in tile.slices if part.name in names]
+            for chunk in self.kernel.update(slices, lr=update.lr, scale=update.scale, betas=update.betas):
+                self.weights.write_back(chunk)  # while the chunk is in cache
+            # Slices without a gradient go back as they came.
+            self._resources.write(tile, buffer, place=slice(tile.state_start, tile.nbytes))
 
-    def _first(self, name: str, gradient: Tensor) -> _Sum:
-        keep = self._room.buffers.count - 1 if self._room.courier.is_behind else 0
-        for record, span in self._places[name]:
-            buffer = self._room.buffers.take()
-            place = record.gradient_place(span, gradient.dtype.itemsize)
-            into = buffer[place].view(gradient.dtype)[: span.count]
-            receipt = self._room.courier.copy(into, gradient[span.start : span.stop])
-            self._outbox.append(_Letter(buffer, receipt, record, place))
-            self._send(keep=keep)
-        return _Sum(gradient.dtype, squared_norm(gradient))
+    def _read_tile(self, tile: Tile, names: Set[str]) -> PlannedRead[Tile]:
+        """A tile from its first gradient on."""
+        start = min(self._sums.bytes_in(tile, part).start for part in tile.slices if part.name in names)
+        return PlannedRead(tile, tile.offset + start, slice(start, tile.nbytes))
 
-    def _send(self, *, keep: int) -> None:
-        """Write the gradients that have reached their buffers, waiting for all but the last `keep`."""
-        while len(self._outbox) > keep:
-            letter = self._outbox.popleft()
-            letter.receipt.wait()
-            self._store(letter.record, letter.buffer, place=letter.place)
+    def _read_state(self, tile: Tile, part: TileSlice, *, key: str) -> PlannedRead[_Place]:
+        place = tile.state_bytes(key, part)
+        return PlannedRead((tile, part), tile.offset + place.start, place)
 
-    def _add(self, name: str, gradient: Tensor) -> _Sum:
-        self._send(keep=0)
-        known, square = self._sums[name].dtype, torch.zeros((), dtype=torch.float64)
-        starts = [partial(self._load_sum, *place, known=known, gradient=gradient) for place in self._places[name]]
-        for record, span, buffer, _, receipt in self._ahead(starts):
-            assert span is not None
-            assert receipt is not None
-            receipt.wait()
-            place = record.gradient_place(span, 4)
-            total = buffer[place].view(torch.float32)[: span.count]
-            if known != torch.float32:
-                total.copy_(_narrow(record, buffer, span=span).view(known)[: span.count])
-            total += _incoming(record, buffer, span=span).view(gradient.dtype)[: span.count]
-            square += squared_norm(total)
-            self._store(record, buffer, place=place)
-        return _Sum(torch.float32, square)
-
-    def _load_sum(self, record: Tile, span: TileSlice, *, known: torch.dtype, gradient: Tensor) -> _Load:
-        """Bring what is known of a span's sum, and what is to be added, into one buffer, side by side."""
-        buffer, place = self._room.buffers.take(), record.gradient_place(span, known.itemsize)
-        into = buffer[place] if known == torch.float32 else _narrow(record, buffer, span=span)
-        pending = self._room.file.read(record.offset + place.start, into)
-        incoming = _incoming(record, buffer, span=span).view(gradient.dtype)[: span.count]
-        receipt = self._room.courier.copy(incoming, gradient[span.start : span.stop])
-        return _Load(record, span, buffer, pending, receipt)
-
-    def _pass(self, names: Set[str], update: Update) -> None:
-        records = [record for record in self._room.records if any(span.name in names for span in record.spans)]
-        for load in self._ahead([partial(self._load_record, record, names) for record in records]):
-            record, buffer = load.record, load.buffer
-            pieces = [self._piece(record, span, buffer=buffer) for span in record.spans if span.name in names]
-            for tile in self.kernel.update(pieces, lr=update.lr, scale=update.scale, betas=update.betas):
-                write_back(self.rows, tile)
-            self._store(record, buffer, place=slice(record.weight_at, record.nbytes))
-
-    def _load_record(self, record: Tile, names: Set[str]) -> _Load:
-        """Bring a record, from its first gradient on."""
-        gradients = [self._gradient_place(record, span) for span in record.spans if span.name in names]
-        place = slice(min(gradient.start for gradient in gradients), record.nbytes)
-        buffer = self._room.buffers.take()
-        return _Load(record, None, buffer, self._room.file.read(record.offset + place.start, buffer[place]))
-
-    def _load(self, record: Tile, span: TileSlice, *, part: str) -> _Load:
-        buffer, place = self._room.buffers.take(), record.place(part, span)
-        return _Load(record, span, buffer, self._room.file.read(record.offset + place.start, buffer[place]))
-
-    def _store(self, record: Tile, buffer: Tensor, *, place: slice) -> None:
-        pending = self._room.file.write(record.offset + place.start, buffer[place])
-        self._room.buffers.give_back(buffer)
-        if not self._room.writes_behind:
-            pending.wait()
-
-    def _piece(self, record: Tile, span: TileSlice, *, buffer: Tensor) -> ParameterSlice:
-        gradient = buffer[self._gradient_place(record, span)].view(self._sums[span.name].dtype)[: span.count]
-        weight, *moments = (record.part(buffer, part, span=span) for part in PARTS)
-        shape = self._shapes[span.name]
-        return ParameterSlice(span.name, span.start, shape.decays, self.steps[span.name], weight, gradient, *moments)
-
-    def _gradient_place(self, record: Tile, span: TileSlice) -> slice:
-        return record.gradient_place(span, self._sums[span.name].dtype.itemsize)
-
-    def _ahead(self, starts: Sequence[Callable[[], _Load]]) -> Iterator[_Load]:
-        """Loads that have come from disk, each started while the one before it is in use."""
-        depth = 1 if self._room.reads_ahead and self._room.buffers.count > 1 else 0
-        loads: deque[_Load] = deque()
-        for start in starts:
-            loads.append(start())
-            if len(loads) > depth:
-                loads[0].pending.wait()
-                yield loads.popleft()
-        for load in loads:
-            load.pending.wait()
-            yield load
+    def _slice(self, tile: Tile, part: TileSlice, *, buffer: Tensor) -> ParameterSlice:
+        gradient = self._sums.view(buffer, tile, part=part)
+        weight, *moments = (tile.state_view(buffer, key, part=part) for key in STATE_KEYS)
+        shard = self._shards[part.name]
+        return ParameterSlice(part.name, part.start, shard.decays, self.steps[part.name], weight, gradient, *moments)
 
 
-def _narrow(record: Tile, buffer: Tensor, *, span: TileSlice) -> Tensor:
-    """Room in a buffer for a span of two bytes an element, beside its gradient and its weights."""
-    at = record.place("exp_avg", span).start
-    return buffer[at : at + 2 * span.room]
+def _narrow_place(tile: Tile, part: TileSlice) -> slice:
+    """Bytes of a buffer for a slice of two bytes an element, beside its gradient and its weights."""
+    start = tile.state_bytes("exp_avg", part).start
+    return slice(start, start + 2 * part.padded)
 
 
-def _incoming(record: Tile, buffer: Tensor, *, span: TileSlice) -> Tensor:
-    """Room for four bytes an element."""
-    return buffer[record.place("weight", span)]
+def _narrow_bytes(tile: Tile, buffer: Tensor, *, part: TileSlice) -> Tensor:
+    return buffer[_narrow_place(tile, part)]
+
+
+def _incoming_bytes(tile: Tile, buffer: Tensor, *, part: TileSlice) -> Tensor:
+    """Bytes of a buffer for a slice of four bytes an element, which are not read from disk meanwhile."""
+    return buffer[tile.state_bytes("weight", part)]

@@ -7,20 +7,28 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from rlhf.engine.offload import buffer_pool as buffers
-from rlhf.engine.offload import direct_io as disk
-from rlhf.engine.offload.direct_io import ALIGNMENT, BufferPool, DirectFile, check_folder, run_folder
+from rlhf.engine.offload import buffer_pool, direct_io
+from rlhf.engine.offload.direct_io import (
+    ALIGNMENT,
+    BufferPool,
+    CopyEvent,
+    DirectFile,
+    PlannedRead,
+    PrefetchQueue,
+    check_folder,
+)
 
 MIB = 1 << 20
 
 
 @pytest.fixture
 def file(tmp_path):
-    file = DirectFile(tmp_path / "states", nbytes=40 * MIB, label="optimizer states")
+    file = DirectFile(tmp_path, nbytes=40 * MIB, label="optimizer states")
     yield file
     file.close()
 
@@ -76,13 +84,12 @@ def test_bytes_come_back_from_where_they_were_written(file):
         file.read(offset, read).wait()
         start = offset - ALIGNMENT
         assert torch.equal(read[-start if start < 0 else 0 :], expected[max(start, 0) : offset + 20 * MIB - ALIGNMENT])
-    assert file.path.read_bytes()[ALIGNMENT : 40 * MIB] == expected.numpy().tobytes()
+    assert torch.equal(content(file)[ALIGNMENT : 40 * MIB], expected)
 
 
-def test_a_new_file_is_zeros_even_over_an_older_one(tmp_path):
-    (tmp_path / "states").write_bytes(b"x" * 3 * ALIGNMENT)
-    file, buffer = DirectFile(tmp_path / "states", nbytes=5000, label="states"), BufferPool(1, nbytes=1).take()
-    assert file.nbytes == 2 * ALIGNMENT == file.path.stat().st_size
+def test_a_new_file_is_zeros(tmp_path):
+    file, buffer = DirectFile(tmp_path, nbytes=5000, label="states"), BufferPool(1, nbytes=1).take()
+    assert file.nbytes == 2 * ALIGNMENT == len(content(file))
     buffer.fill_(7)
     file.read(0, buffer).wait()
     assert not buffer.any()
@@ -107,11 +114,12 @@ def test_a_buffer_given_back_early_is_handed_out_only_after_its_write(file, slow
         file.write(tile * MIB, buffer.fill_(tile))
         buffers.give_back(buffer[8:16].view(torch.float32))  # any view names its buffer
     file.flush()
-    assert torch.equal(_content(file)[: 32 * MIB], torch.arange(32, dtype=torch.uint8).repeat_interleave(MIB))
+    assert torch.equal(content(file)[: 32 * MIB], torch.arange(32, dtype=torch.uint8).repeat_interleave(MIB))
 
 
-def _content(file):
-    return torch.frombuffer(bytearray(file.path.read_bytes()), dtype=torch.uint8)
+def content(file):
+    """Its bytes, through the page cache: it has no name but that of its descriptor."""
+    return torch.frombuffer(bytearray(Path(f"/proc/self/fd/{file._file.fileno()}").read_bytes()), dtype=torch.uint8)
 
 
 def test_buffers_are_aligned_fixed_in_number_and_given_back_once():
@@ -141,7 +149,7 @@ def test_a_view_outlives_its_closed_buffers():
 def test_resident_memory_of_a_stream_is_that_of_its_buffers(tmp_path):
     """300 MiB through 3 x 4 MiB."""
     tiles, nbytes, count = 75, 4 * MIB, 3
-    file = DirectFile(tmp_path / "stream", nbytes=tiles * nbytes, label="stream")
+    file = DirectFile(tmp_path, nbytes=tiles * nbytes, label="stream")
     before, peak = _resident(), 0
     buffers = BufferPool(count, nbytes=nbytes)
     for step in (1, 2):
@@ -162,11 +170,10 @@ def _resident():
 
 def test_a_full_disk_is_found_when_the_file_is_made(mounted):
     folder = mounted("tmpfs", "size=4m")
-    path = folder / "states"
     with pytest.raises(
         RuntimeError, match=r"optimizer states: reserving 8388608 bytes failed: No space left.*nvme_path"
     ):
-        DirectFile(path, nbytes=8 * MIB, label="optimizer states")
+        DirectFile(folder, nbytes=8 * MIB, label="optimizer states")
     assert list(folder.iterdir()) == []
     with pytest.raises(ValueError, match=r"engine\.nvme_path=.*found 0\.00 GB free, expected 0\.01 GB"):
         check_folder(str(folder), nbytes=8 * MIB)
@@ -175,8 +182,8 @@ def test_a_full_disk_is_found_when_the_file_is_made(mounted):
 def test_a_disk_that_fills_up_while_writing(mounted):
     """Space was there when the file was made; somebody else took it."""
     folder = mounted("tmpfs", "size=4m")
-    file = DirectFile(folder / "states", nbytes=3 * MIB, label="optimizer states")
-    os.truncate(file.path, 0)
+    file = DirectFile(folder, nbytes=3 * MIB, label="optimizer states")
+    os.truncate(file._file.fileno(), 0)
     (folder / "other").write_bytes(bytes(3 * MIB))
     buffers = BufferPool(1, nbytes=3 * MIB)
     lost = "optimizer states: writing 3145728 bytes at 0 .*No space left on device.*free space"
@@ -190,17 +197,17 @@ def test_a_disk_that_fills_up_while_writing(mounted):
 
 def test_a_file_larger_than_the_limit(tmp_path):
     source = (
-        "import resource; from pathlib import Path\n"
+        "import resource\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "DirectFile(Path(sys.argv[1]), nbytes=2 << 20, label='states')"
+        "DirectFile(sys.argv[1], nbytes=2 << 20, label='states')"
     )
-    assert "states: reserving 2097152 bytes failed: File too large" in python(source, tmp_path / "states").stderr
+    assert "states: reserving 2097152 bytes failed: File too large" in python(source, tmp_path).stderr
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("left", [0, MIB, MIB + 100])
 def test_a_truncated_file(file, left):
-    os.truncate(file.path, left)
+    os.truncate(file._file.fileno(), left)
     buffer = BufferPool(1, nbytes=2 * MIB).take()
     with pytest.raises(RuntimeError, match=rf"optimizer states: reading .* at 0: found {left} bytes, expected 2097152"):
         file.read(0, buffer).wait()
@@ -237,7 +244,7 @@ def test_a_folder_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"engine\.nvme_path=.*plain/x: cannot make files there \(Not a directory\)"):
         check_folder(str(tmp_path / "plain/x"), nbytes=1)
     with pytest.raises(RuntimeError, match=r"states: creating the file failed: Not a directory.*nvme_path"):
-        DirectFile(tmp_path / "plain/x/states", nbytes=1, label="states")
+        DirectFile(tmp_path / "plain/x", nbytes=1, label="states")
     check_folder(str(tmp_path / "new/deep"), nbytes=1)
     assert list((tmp_path / "new/deep").iterdir()) == []
 
@@ -247,7 +254,7 @@ def test_a_folder_that_cannot_be_written(mounted):
     with pytest.raises(ValueError, match=r"cannot make files there \(Read-only file system\)"):
         check_folder(str(folder), nbytes=1)
     with pytest.raises(RuntimeError, match="creating the file failed: Read-only file system"):
-        DirectFile(folder / "states", nbytes=1, label="states")
+        DirectFile(folder, nbytes=1, label="states")
 
 
 def test_too_little_space(tmp_path):
@@ -262,20 +269,20 @@ def test_without_direct_access_a_file_works_through_the_page_cache(mounted, capl
 
 
 def test_with_direct_access_refused_a_file_works_through_the_page_cache(tmp_path, monkeypatch, caplog):
-    change = disk.fcntl.fcntl
+    change = direct_io.fcntl.fcntl
 
     def without(file, command, flags=0):
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return change(file, command, flags)
 
-    monkeypatch.setattr(disk.fcntl, "fcntl", without)
+    monkeypatch.setattr(direct_io.fcntl, "fcntl", without)
     _round_trip(tmp_path)
     assert "O_DIRECT" in caplog.text
 
 
 def _round_trip(folder):
-    file, buffers = DirectFile(folder / "states", nbytes=MIB, label="states"), BufferPool(2, nbytes=MIB)
+    file, buffers = DirectFile(folder, nbytes=MIB, label="states"), BufferPool(2, nbytes=MIB)
     written, read = buffers.take().random_(), buffers.take()
     file.write(0, written)
     file.read(0, read).wait()
@@ -284,45 +291,70 @@ def _round_trip(folder):
     assert list(folder.iterdir()) == []
 
 
-def test_one_file_has_one_owner(file):
-    with pytest.raises(RuntimeError, match="creating the file failed: another process uses this file"):
-        DirectFile(file.path, nbytes=1, label="states")
+START = "file = DirectFile(sys.argv[1], nbytes=1, label='x'); buffer = BufferPool(1, nbytes=1).take()\n"
 
 
-def test_closing_removes_the_file_and_its_folder(tmp_path):
-    folder = run_folder(str(tmp_path), rank=1)
-    files = [DirectFile(folder / name, nbytes=1, label=name) for name in "ab"]
-    assert sorted(p.name for p in folder.iterdir()) == ["a", "b"]
-    for file in files:
-        file.close()
-        file.close()
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise RuntimeError('the run ends badly')", "file.close()"])
+def test_nothing_is_left_however_a_process_ends(tmp_path, end):
+    assert python(START + "print(len(os.listdir(sys.argv[1])), flush=True)\n" + end, tmp_path).stdout == "0\n"
     assert list(tmp_path.iterdir()) == []
 
 
-START = "from pathlib import Path\nfile = DirectFile(run_folder(sys.argv[1], rank=0) / 'x', nbytes=1, label='x')\n"
-
-
-def test_files_go_at_exit_and_a_fork_leaves_them(tmp_path):
+def test_a_fork_that_closes_the_file_leaves_it_to_the_parent(tmp_path):
     source = (
+        "file.write(0, buffer.fill_(7)).wait()\n"
         "child = os.fork()\n"
-        "if child: os.waitpid(child, 0); print(file.path.exists())\n"
-        "else: file.close()\n"
-        "raise RuntimeError('the run ends badly')"
+        "if not child: file.close(); os._exit(0)\n"
+        "os.waitpid(child, 0); file.read(0, buffer.zero_()).wait(); print(buffer.unique().tolist())"
     )
-    assert python(START + source, tmp_path).stdout == "True\n"
-    assert list(tmp_path.iterdir()) == []
+    assert python(START + source, tmp_path).stdout == "[7]\n"
 
 
-def test_what_a_killed_run_left_goes_and_what_a_living_one_has_stays(tmp_path):
-    python(START + "os.kill(os.getpid(), 9)", tmp_path)
-    assert len(list(tmp_path.glob("*/x"))) == 1
-    (tmp_path / "mine").mkdir()
-    living = DirectFile(run_folder(str(tmp_path), rank=1) / "x", nbytes=1, label="x")
-    check_folder(str(tmp_path), nbytes=1)
-    run_folder(str(tmp_path), rank=2)
-    assert list(tmp_path.glob("*/x")) == [living.path]
-    assert (tmp_path / "mine").exists()
-    living.close()
+def test_a_write_waits_for_the_copy_into_its_buffer(file):
+    buffer = BufferPool(1, nbytes=ALIGNMENT).take().zero_()
+    event = SimpleNamespace(synchronize=lambda: buffer.fill_(9))  # the copy is made when it is waited for
+    file.write(ALIGNMENT, buffer, after=CopyEvent(event)).wait()
+    assert content(file)[ALIGNMENT : 2 * ALIGNMENT].unique().tolist() == [9]
+
+
+@pytest.fixture
+def planned(file):
+    """A pool of three buffers, a queue that reads two ahead, and reads of six blocks, each full of its number."""
+    pool = BufferPool(3, nbytes=ALIGNMENT)
+    for block in range(6):
+        buffer = pool.take()
+        file.write(block * ALIGNMENT, buffer.fill_(block))
+        pool.give_back(buffer)
+    queue = PrefetchQueue(file, pool, depth=2)
+    queue.plan(PlannedRead(block, block * ALIGNMENT, slice(0, ALIGNMENT)) for block in range(6))
+    return pool, queue
+
+
+def test_reads_come_in_the_order_that_was_planned_and_go_on_after_a_pause(planned):
+    pool, queue = planned
+    for blocks in ([0, 1, 2], [3, 4, 5]):
+        assert queue.tags == list(range(blocks[0], 6))
+        for block, (tag, buffer) in zip(blocks, queue.take(3), strict=True):
+            assert (tag, buffer.unique().tolist()) == (block, [block])
+            pool.give_back(buffer)
+    assert len(queue) == 0
+
+
+def test_a_queue_that_is_cancelled_gives_all_buffers_back(planned):
+    pool, queue = planned
+    (_, buffer), *_ = queue.take(1)
+    pool.give_back(buffer)
+    queue.cancel()
+    assert len(queue) == 0
+    assert len([pool.take() for _ in range(3)]) == 3
+
+
+def test_a_read_that_fails_is_raised_and_leaves_nothing_planned(planned, monkeypatch):
+    _, queue = planned
+    monkeypatch.setattr(os, "preadv", refuse)
+    with pytest.raises(RuntimeError, match="Input/output error"):
+        next(queue.take(1))
+    assert len(queue) == 0
 
 
 @pytest.mark.gpu
@@ -339,8 +371,8 @@ def test_pinned_buffers_are_page_locked():
 def test_page_locked_memory_is_unlocked_before_it_is_let_go_also_when_nobody_closes_it(monkeypatch):
     locked, unlocked = [], []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(buffers, "_page_lock", lambda memory: locked.append(memory.data_ptr()))
-    monkeypatch.setattr(buffers, "_page_unlock", lambda memory: unlocked.append(memory.data_ptr()))
+    monkeypatch.setattr(buffer_pool, "_page_lock", lambda memory: locked.append(memory.data_ptr()))
+    monkeypatch.setattr(buffer_pool, "_page_unlock", lambda memory: unlocked.append(memory.data_ptr()))
     forgotten, closed = (BufferPool(2, nbytes=4096, pin=True) for _ in range(2))
     closed.close()
     closed.close()

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
-from rlhf.engine.offload.working_rows import StagedWeights
+from rlhf.engine.offload.weights import StagedWeights
 
 CPU = torch.device("cpu")
 
@@ -13,7 +13,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def host(monkeypatch):
     """`host(sides)`: sums that are staged 64 elements at a time."""
-    monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._STAGED", 64)
     staging = PinnedStaging(CPU, pin=False)
     return lambda sides=1: HostGradAccumulator(staging, sides=sides)
 
@@ -32,7 +32,7 @@ def test_host_and_resident_sums_are_the_same(host, dtype, count):
         expected += gradient
         there.add("w", gradient.clone())
         here.add("w", gradient.clone())
-    assert there.squares()["w"] == here.squares()["w"]
+    assert there.squared_norms()["w"] == here.squared_norms()["w"]
     (ours,), (resident,) = there.take().values(), here.take().values()
     assert ours.dtype == resident.dtype == (dtype if count == 1 else torch.float32)
     assert torch.equal(ours, resident)
@@ -62,7 +62,7 @@ def test_with_two_sides_sums_that_were_taken_stay_while_others_come(host):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_staged_rows_arrive_rounded_where_they_belong(monkeypatch, dtype):
-    monkeypatch.setattr("rlhf.engine.offload.working_rows._SLOT", 64)
+    monkeypatch.setattr("rlhf.engine.offload.weights._STAGED", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
     rows = StagedWeights([{"w": parameter}], CPU, pin=False)
     (values,) = gradients(1, torch.float32)

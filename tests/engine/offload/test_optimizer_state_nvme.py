@@ -12,6 +12,7 @@ from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.norms import squared_norm
 from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.runtime.dist import World
 
 TILE = 2048
 CONFIG = OptimizerConfig(lr=0.1)
@@ -25,7 +26,9 @@ def optimizer(tmp_path):
     def make(count, dtype=torch.float32, **changes):
         settings = {"buffer_size": 4 * TILE, "buffer_count": 3} | changes
         engine = EngineConfig(zero_stage=1, offload_optimizer="nvme", nvme_path=str(tmp_path), **settings)
-        made.append(AdamW([{"w": nn.Parameter(torch.ones(count, dtype=dtype))}], {}, config=CONFIG, engine=engine))
+        group = {"w": nn.Parameter(torch.ones(count, dtype=dtype))}
+        made.append(AdamW([group], config=CONFIG, engine=engine, world=World.alone()))
+        made[-1].set_master("w", torch.ones(count))
         return made[-1]
 
     yield make
@@ -39,16 +42,16 @@ def transfers(monkeypatch):
     seen = []
     for verb, real in (("read", DirectFile.read), ("write", DirectFile.write)):
 
-        def call(self, offset, buffer, verb=verb, real=real):
+        def call(self, offset, buffer, verb=verb, real=real, **options):
             seen.append((verb, offset, buffer.numel()))
-            return real(self, offset, buffer)
+            return real(self, offset, buffer, **options)
 
         monkeypatch.setattr(DirectFile, verb, call)
     return seen
 
 
 def step(adam, gradient):
-    adam.store_of("w").add("w", gradient)
+    adam.store_of("w").gradients.add("w", gradient)
     adam.step({"w"}, lr=0.1)
 
 
@@ -79,7 +82,7 @@ def test_memory_is_that_of_the_buffers_whatever_the_size(optimizer):
 @pytest.mark.parametrize("behind", [True, False])
 def test_the_next_tile_is_read_before_this_one_is_written_if_asked(optimizer, transfers, ahead, behind):
     adam = optimizer(3 * TILE, pipeline_read=ahead, pipeline_write=behind)
-    adam.store_of("w").add("w", torch.ones(3 * TILE))
+    adam.store_of("w").gradients.add("w", torch.ones(3 * TILE))
     transfers.clear()
     adam.step({"w"}, lr=0.1)
     verbs = "".join(verb[0] for verb, *_ in transfers)
@@ -89,12 +92,12 @@ def test_the_next_tile_is_read_before_this_one_is_written_if_asked(optimizer, tr
 @pytest.mark.parametrize(("behind", "order"), [(True, ["write"] * 3), (False, ["write", "wait"] * 3)])
 def test_the_end_of_a_write_is_waited_for_at_once_unless_asked_not_to(optimizer, monkeypatch, behind, order):
     adam, seen, real = optimizer(3 * TILE, pipeline_write=behind), [], DirectFile.write
-    adam.store_of("w").add("w", torch.ones(3 * TILE))
+    adam.store_of("w").gradients.add("w", torch.ones(3 * TILE))
 
-    def write(self, offset, buffer):
+    def write(self, offset, buffer, **options):
         seen.append("write")
-        pending = real(self, offset, buffer)
-        return SimpleNamespace(wait=lambda: (seen.append("wait"), pending.wait()))
+        transfer = real(self, offset, buffer, **options)
+        return SimpleNamespace(wait=lambda: (seen.append("wait"), transfer.wait()))
 
     monkeypatch.setattr(DirectFile, "write", write)
     adam.step({"w"}, lr=0.1)
@@ -120,7 +123,7 @@ def test_bf16_halves_what_moves_of_gradients_and_moments(optimizer, transfers):
 @pytest.mark.parametrize(("limit", "tiles"), [(TILE, 6), (3 * TILE - 1, 3), (3 * TILE, 2), (100 * TILE, 1)])
 def test_sub_groups_bound_what_is_loaded_at_once(optimizer, transfers, limit, tiles):
     adam = optimizer(6 * TILE, buffer_size=6 * 4 * TILE, sub_group_size=limit)
-    adam.store_of("w").add("w", torch.ones(6 * TILE))
+    adam.store_of("w").gradients.add("w", torch.ones(6 * TILE))
     transfers.clear()
     adam.step({"w"}, lr=0.1)
     assert sum(verb == "read" for verb, *_ in transfers) == tiles
@@ -129,11 +132,11 @@ def test_sub_groups_bound_what_is_loaded_at_once(optimizer, transfers, limit, ti
 def test_a_disk_that_fails_in_backward_is_reported_once_all_ranks_can_hear_it(optimizer, monkeypatch):
     adam = optimizer(TILE)
 
-    def fail(*_):
+    def fail(*_, **__):
         raise RuntimeError("no space")
 
     monkeypatch.setattr(DirectFile, "write", fail)
-    adam.store_of("w").add("w", torch.ones(TILE))
+    adam.store_of("w").gradients.add("w", torch.ones(TILE))
     assert str(adam.store_of("w").failure) == "no space"
     with pytest.raises(RuntimeError, match="no space"):
         adam.step({"w"}, lr=0.1)

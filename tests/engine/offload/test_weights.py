@@ -8,10 +8,15 @@ import torch
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.direct_io import DirectFile
-from rlhf.engine.offload.placeholder import OffloadedShard
-from rlhf.engine.offload.weights import OffloadedWeights, PrefetchOrder, lay_out, param_offload_device, unit_bytes
-from rlhf.engine.offload.weights_host import HostWeights
-from rlhf.engine.offload.weights_nvme import NvmeWeights, file_bytes
+from rlhf.engine.offload.offloaded_weights import (
+    OffloadedShard,
+    OffloadedWeights,
+    PrefetchOrder,
+    lay_out_units,
+    param_offload_device,
+    unit_bytes,
+)
+from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, file_bytes
 
 CPU = torch.device("cpu")
 SIZES = [64, 20_032, 0, 9_000, 4096]  # smaller and larger than a buffer, none at all, whole sectors
@@ -31,8 +36,8 @@ class Watched:
 
 
 def disk_home(folder, sizes=SIZES, count=3, nbytes=8192):
-    file = Watched(DirectFile(folder / "weights", nbytes=file_bytes(sizes), label="weights"))
-    return NvmeWeights(sizes, file=file, buffers=BufferPool(count, nbytes=nbytes), device=CPU), file
+    file = Watched(DirectFile(folder, nbytes=file_bytes(sizes), label="weights"))
+    return NvmeWeights(sizes, file=file, pool=BufferPool(count, nbytes=nbytes), device=CPU), file
 
 
 def host_home(sizes=SIZES):
@@ -123,7 +128,7 @@ def test_a_route_learns_another_order():
 
 def weights(homes, ranks=1, rank=0):
     shapes = [{"a": torch.Size((5, 3)), "b": torch.Size((7,))}, {"c": torch.Size((1, 2))}]
-    slots = lay_out(shapes, ranks=ranks, rank=rank, dtype=torch.bfloat16)
+    slots = lay_out_units(shapes, ranks=ranks, rank=rank, dtype=torch.bfloat16)
     return OffloadedWeights(slots, homes(unit_bytes(slots, 2)), dtype=torch.bfloat16, others=None)
 
 
@@ -159,12 +164,12 @@ def test_the_first_units_may_stay_in_memory_while_the_rest_is_on_disk(tmp_path):
 
 
 def test_weights_that_are_elsewhere_have_a_shape_and_say_where_to_read_their_values():
-    shard = OffloadedShard((3, 2), dtype=torch.bfloat16, device=CPU, source=lambda: torch.ones(4, 2))
+    shard = OffloadedShard((3, 2), dtype=torch.bfloat16, device=CPU, fetch=lambda: torch.ones(4, 2))
     assert shard.detach().shape == (3, 2)
     assert shard[:2].view(-1).shape == (4,)
     assert torch.equal(torch.zeros_like(shard, dtype=torch.float32), torch.zeros(3, 2))
     assert shard.new_zeros(4, 2).fsdp_pre_all_gather(None)[0][0].sum() == 8
-    with pytest.raises(RuntimeError, match="rest off the device"):
+    with pytest.raises(RuntimeError, match="off the device"):
         shard + 1
 
 
