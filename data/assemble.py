@@ -92,7 +92,7 @@ def assemble(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: bool 
     """Read, check and tokenise the data of a stage.
 
     Args:
-        kind: What the stage makes of a row.
+        kind: How the stage turns a row into samples.
         data: The settings of all stages' data.
         only_held_out: Leave `train` empty; its files need not exist if `eval` has files of its own.
 
@@ -203,7 +203,7 @@ class _Split(Generic[Sample]):
         self, rows: list[Row | BadRow], source: _StageRows, *, numbers: RowNumbers
     ) -> Sequence[RowTokens | BadRow]:
         """The tokens of each row; raises ValueError for bad rows unless they are to be dropped."""
-        key = content_key(rows, self.kind.settings)
+        key = content_key(rows, self.kind.settings) if self.cache_dir else ""
         results = cached(self.cache_dir, key, make=lambda: [self._tokenize(row) for row in rows])
         bad = [
             (source.rows.place(number), result)

@@ -1,4 +1,4 @@
-"""Samples to batches. The only file that pads.
+"""Turns samples into batches. The only file that pads.
 
 A batch is as long as its longest row. Sequences are padded on the right; prompts on the left, so that every response
 starts in the same column. Masks come from lengths and never from the pad token, which may be the EOS.

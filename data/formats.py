@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from data.rows import BadRow, ColumnSelection, FileRows
+from data.rows import BadRow, ColumnSelection, FileRows, shortened
 from rlhf.text.chat_template import Row
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ LIST_START, LIST_NEXT = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*(?:,|(\]))
 
 
 class _HugeInteger:
-    """Stands for a number with more digits than Python converts."""
+    """Stands in for a number with more digits than Python converts."""
 
 
 def _integer(digits: str) -> int | _HugeInteger:
@@ -45,7 +45,7 @@ DECODER = json.JSONDecoder(parse_int=_integer)
 
 
 def kind(path: Path) -> str:
-    """The file ending without `.gz`."""
+    """The suffix without `.gz`, in lower case."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
 
@@ -94,7 +94,7 @@ def _read_parquet(path: Path, columns: ColumnSelection) -> FileRows:
 
 
 def arrow_rows(table: pa.Table, columns: ColumnSelection, *, file: str, found: Sequence[str]) -> FileRows:
-    """The rows of an Arrow table with at least the selected of the `found` columns."""
+    """The rows of an Arrow table that has at least those of the `found` columns that are selected."""
     kept = columns.kept(found)
     return FileRows(file, found, _ArrowRows(table.select([*kept]).rename_columns([*kept.values()])))
 
@@ -124,8 +124,8 @@ class _ArrowRows(Sequence[Row | BadRow]):
 def without_added_nulls(value: Any, kind: pa.DataType) -> Any:
     """A value of an Arrow column as it was before Arrow gave all rows one schema.
 
-    A mapping has the keys of all rows there, null where the row has none. Nothing tells whether such a null was in the
-    row, so all are left out; nulls in lists, maps and JSON columns do not come from merging, and stay.
+    Arrow gives each mapping the keys of all rows, with null for those that the row lacks. Nulls that were in the row
+    look the same, so all are left out. Nulls in lists, maps and JSON columns do not come from merging, and stay.
     """
     from pyarrow import types
 
@@ -218,7 +218,7 @@ def _json_line(line: str, number: int) -> dict[str, Any] | BadRow:
         problem = "it goes on after the object"
     except ValueError as error:
         problem = _problem(line) or str(error)
-    return BadRow(f"line {number} is not one JSON object ({problem}): {_shown(line)}")
+    return BadRow(f"line {number} is not one JSON object ({problem}): {shortened(line)}")
 
 
 def _json_list(text: str) -> Iterator[dict[str, Any] | BadRow]:
@@ -237,31 +237,26 @@ def _json_list(text: str) -> Iterator[dict[str, Any] | BadRow]:
         if separator is None or text[end:].strip():
             problem = "not the next row or the end of the list"
     if problem:
-        line, rest = text.count("\n", 0, end) + 1, _shown(text[end : end + 100])
+        line, rest = text.count("\n", 0, end) + 1, shortened(text[end : end + 100])
         yield BadRow(f"line {line}: {problem}, and what follows cannot be read: {rest}")
 
 
 def _decoded(text: str, start: int) -> tuple[dict[str, Any] | BadRow, int]:
-    """The object that begins at `start`, and where it ends; raises ValueError for invalid JSON."""
+    """The object that begins at `start`, and the position of its end; raises ValueError for invalid JSON."""
     try:
         row, end = DECODER.raw_decode(text, start)
     except json.JSONDecodeError as error:
         raise ValueError(error.msg) from error
     except RecursionError as error:
         raise ValueError(f"nested more than {MAX_NESTING} deep") from error
-    return row if isinstance(row, dict) else BadRow(f"found {_shown(text[start:end])}; expected an object"), end
-
-
-def _shown(text: str) -> str:
-    readable = text[:78].encode(errors="replace").decode()
-    return readable if len(text) <= 77 else readable[:77] + "..."
+    return row if isinstance(row, dict) else BadRow(f"found {shortened(text[start:end])}; expected an object"), end
 
 
 # ---- damage and values that cannot be used
 
 
 def _until_damage(rows: Iterable[Any]) -> Iterator[Any]:
-    """`rows`, and a bad one where the file is damaged and nothing more can be read."""
+    """`rows` up to the damage in a file, and a bad row in place of those that cannot be read any more."""
     try:
         yield from rows
     except DAMAGE as error:
@@ -275,7 +270,7 @@ def _checked(row: dict[str, Any]) -> Row | BadRow:
 
 
 def _problem(value: Any, depth: int = 0) -> str:
-    """What makes a value unusable, anywhere inside it; empty if nothing does."""
+    """Why a value, or anything inside it, cannot be used; empty if it can."""
     if isinstance(value, str):
         return "" if value.isascii() else _text_problem(value)
     if isinstance(value, _HugeInteger):

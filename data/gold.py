@@ -1,7 +1,7 @@
 """Independent judges of a movie review, so that a rising reward-model score can be believed or doubted.
 
-Neither shares a label or a weight with the reward model: `RidgeJudge` is a bag-of-words regression fitted to human
-ratings the reward model never saw, `lexicon_score` is VADER's word list and rules. Left out: any judge of fluency,
+Neither shares a label or a weight with the reward model: `predicted_rating` is a bag-of-words regression fitted to
+human ratings that the reward model never saw, `lexicon` is VADER's word list and rules. Left out: any judge of fluency,
 which is why length and distinct bigrams are reported beside these.
 """
 
@@ -11,7 +11,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,32 @@ REVIEWS = Path(__file__).parent / "reviews"
 PROMPT = "Movie review: "
 
 Floats = NDArray[np.float64]
+
+
+def predicted_rating(prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+    """The rating that people would give each review, prompt and response together, as `ridge_judge` predicts it."""
+    return ridge_judge()(reviews(prompts, responses))
+
+
+def lexicon(prompts: Sequence[str], responses: Sequence[str]) -> Floats:
+    """VADER compound sentiment of each review, prompt and response together, -1 to +1 (Hutto & Gilbert, ICWSM-14)."""
+    return np.array([_vader().polarity_scores(text)["compound"] for text in reviews(prompts, responses)])
+
+
+def reviews(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+    """The reviews that prompts and responses make together, without the words that introduce every prompt."""
+    return [prompt.removeprefix(PROMPT) + response for prompt, response in zip(prompts, responses, strict=True)]
+
+
+@functools.cache
+def _vader() -> SentimentIntensityAnalyzer:
+    return SentimentIntensityAnalyzer()
+
+
+@functools.cache
+def ridge_judge() -> RidgeJudge:
+    """The judge of the bundled reviews, fitted once per process to `ratings_gold.jsonl`."""
+    return RidgeJudge(*read_ratings(REVIEWS / "ratings_gold.jsonl"))
 
 
 def read_ratings(path: Path) -> tuple[list[str], list[float]]:
@@ -67,34 +93,3 @@ class RidgeJudge:
     def __call__(self, texts: Sequence[str]) -> Floats:
         """Predicted ratings, `[len(texts)]`; a text without a known term gets the mean rating."""
         return self._mean + self._features(texts) @ self._weights
-
-
-@functools.cache
-def ridge_judge() -> RidgeJudge:
-    """The judge of the bundled reviews, fitted once per process to `ratings_gold.jsonl`."""
-    return RidgeJudge(*read_ratings(REVIEWS / "ratings_gold.jsonl"))
-
-
-@functools.cache
-def _lexicon() -> SentimentIntensityAnalyzer:
-    return SentimentIntensityAnalyzer()
-
-
-def lexicon_score(texts: Iterable[str]) -> Floats:
-    """VADER compound sentiment of each text, -1 to +1 (Hutto & Gilbert, ICWSM-14)."""
-    return np.array([_lexicon().polarity_scores(text)["compound"] for text in texts])
-
-
-def predicted_rating(prompts: Sequence[str], responses: Sequence[str]) -> Floats:
-    """What `ridge_judge` says of each review, prompt and response together."""
-    return ridge_judge()(reviews(prompts, responses))
-
-
-def lexicon(prompts: Sequence[str], responses: Sequence[str]) -> Floats:
-    """What `lexicon_score` says of each review, prompt and response together."""
-    return lexicon_score(reviews(prompts, responses))
-
-
-def reviews(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-    """The reviews that prompts and responses make together, without the words that introduce every prompt."""
-    return [prompt.removeprefix(PROMPT) + response for prompt, response in zip(prompts, responses, strict=True)]

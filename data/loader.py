@@ -1,7 +1,7 @@
-"""Which rows a rank sees, and when.
+"""Deals samples to ranks and steps.
 
 The rows of a step follow from the seed and the number of the step alone, never from the number of ranks or the size of
-a micro-batch: so results do not depend on the machine, and resuming needs nothing but the step.
+a micro-batch. So results do not depend on the machine, and resuming needs nothing but the step.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _epoch(num_rows: int, seed: int, *, number: int) -> list[int]:
     return order
 
 
-def stream(num_rows: int, seed: int, *, start: int, count: int) -> list[int]:
+def shuffled_rows(num_rows: int, seed: int, *, start: int, count: int) -> list[int]:
     """Row numbers `start` up to `start + count` of an endless stream of shuffled epochs."""
     positions = range(start, start + count)
     return [_epoch(num_rows, seed, number=position // num_rows)[position % num_rows] for position in positions]
@@ -52,7 +52,7 @@ class TrainLoader(Generic[Sample, Batch]):
     seed: int
     steps: int
     step: int = 0
-    """Steps that were handed out."""
+    """Steps handed out so far."""
 
     def __post_init__(self) -> None:
         assert len(self.samples) > 0, "no samples to train on"
@@ -74,23 +74,23 @@ class TrainLoader(Generic[Sample, Batch]):
     def micro_batches(self, step: int) -> list[Batch]:
         """The micro-batches of this rank in optimizer step `step`, counted from 0."""
         size = self.global_batch_size
-        numbers = stream(len(self.samples), self.seed, start=step * size, count=size)
+        numbers = shuffled_rows(len(self.samples), self.seed, start=step * size, count=size)
         rows = sorted((self.samples[number] for number in numbers), key=len, reverse=True)
         starts = range(self.rank * self.micro_batch_size, size, self.ranks * self.micro_batch_size)
         return [self.collate(rows[start : start + self.micro_batch_size]) for start in starts]
 
     def state_dict(self) -> dict[str, int]:
-        """Where to go on."""
+        """The position to resume from."""
         return {"step": self.step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume from the position in `state`."""
         self.step = state["step"]
 
 
 @dataclass(frozen=True)
 class EvalBatch(Generic[Batch]):
-    """A batch of which only the first rows count; the rest keeps ranks in step."""
+    """A batch whose first `count` rows count; the rest only keeps ranks in step."""
 
     batch: Batch
     count: int
@@ -110,7 +110,7 @@ def evaluation_batches(
 ) -> list[EvalBatch[Batch]]:
     """This rank's part of all samples, once each: the same number of batches on every rank, all of one size.
 
-    Missing rows are filled by repeating one beyond `count`, which is 0 where a rank has nothing left to do.
+    Missing rows are filled by repeating one beyond `count`, which is 0 if a rank has nothing left to do.
     """
     rows = sorted(samples, key=len, reverse=True)
     size = max(min(micro_batch_size, -(-len(rows) // ranks)), 1)
@@ -124,7 +124,7 @@ def evaluation_batches(
 def evaluation_prompts(samples: Sequence[Prompt], *, rank: int, ranks: int, pad_id: int) -> PromptBatch:
     """This rank's part of all prompts, equally many on every rank: the last ranks repeat some.
 
-    Rows of all ranks one after the other start with the prompts in their order, which are their `sample_ids` too.
+    The rows of all ranks, one rank after the other, begin with all prompts in order; `sample_ids` are their numbers.
     """
     each = -(-len(samples) // ranks)
     ids = [number % len(samples) for number in range(rank * each, (rank + 1) * each)]
@@ -135,7 +135,7 @@ def evaluation_prompts(samples: Sequence[Prompt], *, rank: int, ranks: int, pad_
 class PromptLoader:
     """For each PPO iteration, the prompts that this rank answers.
 
-    A prompt stands `samples_per_prompt` times in a row, and such a group is never divided between ranks.
+    Each prompt is repeated `samples_per_prompt` times side by side, and such a group is never divided between ranks.
     """
 
     samples: Sequence[Prompt]
@@ -147,7 +147,7 @@ class PromptLoader:
     iterations: int
     pad_id: int
     iteration: int = 0
-    """Iterations that were handed out."""
+    """Iterations handed out so far."""
 
     def __post_init__(self) -> None:
         assert len(self.samples) > 0, "no prompts to answer"
@@ -166,15 +166,15 @@ class PromptLoader:
     def batch(self, iteration: int) -> PromptBatch:
         """The prompts of this rank in `iteration`, counted from 0; sample ids are unique in the run."""
         count = self.rollout_size // self.samples_per_prompt
-        numbers = stream(len(self.samples), self.seed, start=iteration * count, count=count)
+        numbers = shuffled_rows(len(self.samples), self.seed, start=iteration * count, count=count)
         own = range(self.rank * self.rollout_size // self.ranks, (self.rank + 1) * self.rollout_size // self.ranks)
         prompts = [self.samples[numbers[row // self.samples_per_prompt]] for row in own]
         return collate_prompts(prompts, [iteration * self.rollout_size + row for row in own], pad_id=self.pad_id)
 
     def state_dict(self) -> dict[str, int]:
-        """Where to go on."""
+        """The position to resume from."""
         return {"iteration": self.iteration}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on where `state_dict` was taken."""
+        """Resume from the position in `state`."""
         self.iteration = state["iteration"]

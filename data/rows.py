@@ -37,12 +37,12 @@ class ColumnSelection:
     """Which columns of a file are kept, and under which name."""
 
     renamed: Mapping[str, str]
-    """Our name -> the file's, where they differ."""
+    """Our name -> the file's, if they differ."""
     wanted: Collection[str] | None = None
     """Our names; None keeps all columns."""
 
     def our_names(self, found: Sequence[str]) -> dict[str, str]:
-        """The file's name -> ours; without a column whose name another column takes."""
+        """The file's name -> ours, without columns whose name is taken by a renamed one."""
         ours = {theirs: name for name, theirs in self.renamed.items()}
         return {name: ours.get(name, name) for name in found if name in ours or name not in self.renamed}
 
@@ -158,22 +158,23 @@ def _check_value(value: Any, name: str) -> None:
             raise ValueError(f"`{name}` ends with an empty message; expected text.")
     elif not isinstance(value, str) or name == "messages":
         expected = {"messages": "a list of messages", "text": "text"}.get(name, "text or a list of messages")
-        raise ValueError(f"`{name}` is {_shown(value)}; expected {expected}.")
+        raise ValueError(f"`{name}` is {shortened(repr(value))}; expected {expected}.")
     elif not value.strip():
         raise ValueError(f"`{name}` is empty; expected text.")
 
 
 def _check_message(message: Any, name: str) -> None:
     if not isinstance(message, dict) or not isinstance(message.get("role"), str):
-        raise ValueError(f"`{name}` is {_shown(message)}; expected {{'role': ..., 'content': ...}}.")
+        raise ValueError(f"`{name}` is {shortened(repr(message))}; expected {{'role': ..., 'content': ...}}.")
     content = message.get("content")
     if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-        raise ValueError(f"`{name}.content` is {_shown(content)}; expected text.")
+        raise ValueError(f"`{name}.content` is {shortened(repr(content))}; expected text.")
 
 
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def shortened(text: str) -> str:
+    """The beginning of `text` for a message; halves of characters become question marks."""
+    readable = text[:81].encode(errors="replace").decode()
+    return readable if len(readable) <= 80 else readable[:77] + "..."
 
 
 def bad_rows_report(bad: Sequence[tuple[str, BadRow]], *, where: str, num_rows: int) -> str:

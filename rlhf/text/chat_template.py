@@ -31,8 +31,8 @@ class TextSpan(NamedTuple):
 class AssistantTurns(NamedTuple):
     """The assistant's turns in a rendered conversation."""
 
-    spans: list[TextSpan]  # of the turns that stand there as they were generated, their ends included
-    rewritten: list[int]  # messages that stand there in another form than the one they were generated in
+    spans: list[TextSpan]  # of the turns whose text is as it was generated, their ends included
+    rewritten: list[int]  # numbers of the messages whose text is not as it was generated
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -42,14 +42,14 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 @lru_cache(maxsize=16)
 def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """The control token that the template writes after an answer; empty where it writes none."""
+    """The control token that the template writes after an answer; empty if it writes none."""
     controls = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     tail = encode(tokenizer, after_answer(tokenizer, template, name="the tokenizer's chat template"))
     return next((str(tokenizer.convert_ids_to_tokens(token)) for token in tail if token in controls), "")
 
 
 def after_answer(tokenizer: PreTrainedTokenizerBase, template: str, *, name: str) -> str:
-    """What `template` writes after an assistant's answer; raises ValueError where it does not render."""
+    """The text that `template` writes after an assistant's answer; raises ValueError if it does not render."""
     answer = "the-answer-of-a-probe"
     messages = [{"role": "user", "content": "question"}, {"role": ASSISTANT, "content": answer}]
     try:
@@ -80,12 +80,12 @@ class ChatTemplate:
         return cls(tokenizer, tokenizer.get_chat_template(tools=tools or None), tools or None, options)
 
     def render(self, messages: list[Message], *, generation_prompt: bool = False) -> str:
-        """The text of a conversation; with `generation_prompt`, up to where the assistant answers it."""
+        """The text of a conversation; with `generation_prompt`, also what comes before the assistant's answer."""
         return str(self._render(messages, add_generation_prompt=generation_prompt)[0][0])
 
     def _render(self, messages: list[Message], **settings: bool) -> Any:
         shared = {**self.tokenizer.special_tokens_map, **self.options, **settings}
-        if NULL_CONTENT.search(self.template):  # it tells tool calls from answers by a content that is null
+        if NULL_CONTENT.search(self.template):  # the template tells tool calls from answers by it
             messages = [{"content": None, **message} for message in messages]
         try:
             return render_jinja_template([messages], tools=self.tools, chat_template=self.template, **shared)
@@ -93,10 +93,10 @@ class ChatTemplate:
             raise ValueError(f"the chat template refuses this conversation: {error}") from error
 
     def assistant_turns(self, messages: list[Message], text: str, *, first: int = 0) -> AssistantTurns:
-        """Where the assistant speaks in `text`, which begins as `messages` are rendered, from message `first` on.
+        """Find the assistant's turns, from message `first` on, in `text`, which begins as `messages` are rendered.
 
         A template may render an answer differently once the conversation goes on: Qwen3 leaves out the reasoning of
-        earlier answers. Such an answer is not what was generated where it now stands.
+        earlier answers. No model generates such an answer at that place, so it is listed as rewritten.
         """
         found = AssistantTurns([], [])
         for turn in range(first, len(messages)):
@@ -114,14 +114,15 @@ class ChatTemplate:
         return GENERATION_BLOCK.search(self.template) is not None
 
     def _last_turn(self, messages: list[Message]) -> tuple[str, list[TextSpan]]:
-        """The rendered conversation, and where its last message stands in it up to the token that ends the turn.
+        """The rendered conversation, and the spans of its last message, up to the token that ends the turn.
 
-        No span says that the message does not follow what generation starts from.
+        There is no span if the message does not follow the text that generation starts from.
         """
         end_of_turn = turn_end(self.tokenizer, self.template)
         if self._marks_answers:
             (text,), (marks,) = self._render(messages, return_assistant_tokens_mask=True)
             earlier = self._render(messages[:-1], return_assistant_tokens_mask=True)[1][0] if messages[1:] else []
+            # The marks of earlier turns come first.
             return text, [
                 _to_end_of_turn(TextSpan(*mark), text, end_of_turn=end_of_turn) for mark in marks[len(earlier) :]
             ]
@@ -132,7 +133,7 @@ class ChatTemplate:
 
 
 def _to_end_of_turn(mark: TextSpan, text: str, *, end_of_turn: str) -> TextSpan:
-    """What a template has marked, up to the token that ends the turn: it may stop before it or behind."""
+    """A span that a template marked, moved to the token that ends the turn; the mark may end before or after it."""
     marked = text[mark.start : mark.end].rstrip()
     if end_of_turn and marked.endswith(end_of_turn):
         return TextSpan(mark.start, mark.start + len(marked))
@@ -140,7 +141,7 @@ def _to_end_of_turn(mark: TextSpan, text: str, *, end_of_turn: str) -> TextSpan:
 
 
 def _parsed(value: Any, kind: type[list[Any]] | type[dict[str, Any]], *, name: str) -> Any:
-    """`value`, which is a list or a mapping, or the JSON of one."""
+    """`value` itself if it is of the right kind, or parsed if it is the JSON of one."""
     problem = ""
     if isinstance(value, str):
         try:

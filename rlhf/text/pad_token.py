@@ -31,14 +31,14 @@ def set_pad_token(
 ) -> None:
     """Give the tokenizer a pad token of its vocabulary. See [Note: padding].
 
-    In this order: the one asked for, the tokenizer's own, one that was declared for such use, and one for a byte that
-    UTF-8 never contains.
+    It is the token asked for; else the tokenizer's own; else one declared for such use; else one for a byte that UTF-8
+    never contains.
 
     Args:
         tokenizer: Changed in place; keeps its size.
         asked: `model.pad_token`.
         taken: Ids that mean something else: BOS and stop tokens.
-        path: where the tokenizer is, for messages.
+        path: Where the tokenizer is, for messages.
     """
     size = len(tokenizer)
     if asked is not None and asked not in tokenizer.get_vocab():

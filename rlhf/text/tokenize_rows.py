@@ -40,14 +40,6 @@ class TokenSequence(NamedTuple):
     rewritten: tuple[int, ...] = ()  # messages that are not learnt, see `AssistantTurns`
 
 
-class PreferenceParts(NamedTuple):
-    """A preference, its prompt taken out of both responses."""
-
-    prompt: TextOrMessages
-    chosen: TextOrMessages
-    rejected: TextOrMessages
-
-
 def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: bool) -> TokenSequence:
     """Tokenise a response to imitate, with the token that ends it.
 
@@ -58,8 +50,8 @@ def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: boo
         response_only: False makes targets of the prompts too.
     """
     prompt, response = _demonstration(row, bos=tokenizer.bos_token)
-    sequence = _tokenize_prompt(tokenizer, row, prompt=prompt, learn_turns=_has(row, "messages"))
-    tokens = _add_response(sequence, row, prompt=prompt, response=response)
+    sequence = _begin_with_prompt(tokenizer, row, prompt=prompt, learn_turns=_has(row, "messages"))
+    tokens = _end_with_response(sequence, row, prompt=prompt, response=response)
     return tokens if response_only else tokens._replace(target_mask=np.arange(len(tokens.input_ids)) > 0)
 
 
@@ -75,9 +67,9 @@ def tokenize_as_generated(tokenizer: Tokenizer, row: Row, *, response_only: bool
 
 def tokenize_preference(tokenizer: Tokenizer, row: Row) -> tuple[TokenSequence, TokenSequence]:
     """Tokenise `chosen` and `rejected`, whose prompt is in `prompt`, or is what both begin with."""
-    prompt, *responses = _preference(row)
+    prompt, responses = _preference(row)
     chosen, rejected = (
-        _add_response(_tokenize_prompt(tokenizer, row, prompt=prompt), row, prompt=prompt, response=response)
+        _end_with_response(_begin_with_prompt(tokenizer, row, prompt=prompt), row, prompt=prompt, response=response)
         for response in responses
     )
     return chosen._replace(rewritten=()), rejected._replace(rewritten=())  # earlier turns of a pair are not learnt
@@ -85,7 +77,7 @@ def tokenize_preference(tokenizer: Tokenizer, row: Row) -> tuple[TokenSequence, 
 
 def tokenize_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """The tokens that generation starts from; if the row has a response, those before it."""
-    return _tokenize_prompt(tokenizer, row, prompt=_prompt(row)).ids
+    return _begin_with_prompt(tokenizer, row, prompt=_prompt(row)).ids
 
 
 def readable_prompt(row: Row) -> str:
@@ -109,12 +101,14 @@ def _demonstration(row: Row, *, bos: str | None) -> tuple[Any, Any]:
         _require_answer(prompt, response)
         return prompt, response
     if _has(row, "chosen", "rejected"):
-        return _preference(row)[:2]
+        prompt, responses = _preference(row)
+        return prompt, responses[0]
     text = str(row["text"])
     return (bos, text.removeprefix(bos)) if bos and text.startswith(bos) else ("", text)
 
 
-def _preference(row: Row) -> PreferenceParts:
+def _preference(row: Row) -> tuple[Any, list[Any]]:
+    """The prompt, taken out of both responses, and these: chosen and rejected."""
     prompt, chosen, rejected = (_value(row, name) for name in ("prompt", "chosen", "rejected"))
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise ValueError("of `chosen` and `rejected`, one is text and the other messages; expected the same of both.")
@@ -123,21 +117,21 @@ def _preference(row: Row) -> PreferenceParts:
         prompt = _shared_start(chosen, rejected)
     alike, chosen = _alike(prompt, chosen)
     _, rejected = _alike(prompt, rejected)
-    repeated = all(response[: len(alike)] == alike for response in (chosen, rejected))
-    cut = len(alike) if repeated else 0
-    for response in (chosen[cut:], rejected[cut:]):
+    responses = [chosen, rejected]
+    if all(response[: len(alike)] == alike for response in responses):  # both repeat the prompt
+        responses = [response[len(alike) :] for response in responses]
+    for response in responses:
         _require_answer(alike, response)
-    return PreferenceParts(alike, chosen[cut:], rejected[cut:])
+    return alike, responses
 
 
-def _prompt(row: Row) -> TextOrMessages:
+def _prompt(row: Row) -> Any:
     if _has(row, "messages"):
-        messages: list[Message] = _value(row, "messages")
+        messages = _value(row, "messages")
         return _last_response(messages)[0] if messages[-1]["role"] == ASSISTANT else messages
     if _has(row, "chosen", "rejected"):
-        return _preference(row).prompt
-    prompt: TextOrMessages = _alike(_value(row, "prompt"), _value(row, "completion"))[0]
-    return prompt
+        return _preference(row)[0]
+    return _alike(_value(row, "prompt"), _value(row, "completion"))[0]
 
 
 def _has(row: Row, *names: str) -> bool:
@@ -162,7 +156,7 @@ def _alike(prompt: TextOrMessages, response: TextOrMessages | None) -> tuple[Any
 
 
 def _last_response(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """What comes before the last assistant turn, and that turn; later messages are not learnt."""
+    """The messages before the last assistant turn, and that turn; later ones are not learnt."""
     turns = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
     if not turns:
         raise ValueError(f"`messages` has roles {[m['role'] for m in messages]}; expected an assistant turn.")
@@ -182,8 +176,8 @@ def _require_answer(prompt: Any, response: Any) -> None:
 def _shared_start(chosen: Any, rejected: Any) -> TextOrMessages:
     """The prompt inside two responses: the messages, or the text, that both begin with.
 
-    Text is cut before its last space, as in TRL's `extract_prompt` but never inside a word; and in the dialogues of
-    Anthropic's HH data after the last `Assistant:`, even where both answers begin with the same words.
+    Text is cut before its last space, as in TRL's `extract_prompt` but never inside a word; in the dialogues of
+    Anthropic's HH data, after the last `Assistant:`, even if both answers begin with the same words.
     """
     same = itertools.takewhile(operator.truth, map(operator.eq, chosen, rejected))
     shared: TextOrMessages = chosen[: len(list(same))]
@@ -222,7 +216,7 @@ class _GrowingSequence:
         self.learnt += [learn] * len(new)
 
     def add_spans(self, text: str, spans: Sequence[TextSpan], *, learn: bool) -> None:
-        """Append the rest of `text`, cut where a span begins or ends; `learn` makes targets of what is inside."""
+        """Append the rest of `text`, cut at the edges of `spans`; `learn` makes targets of the tokens inside them."""
         position = len(self.text)
         cuts = sorted({position, len(text), *(edge for span in spans for edge in span if edge > position)})
         for start, end in itertools.pairwise(cuts):
@@ -230,10 +224,10 @@ class _GrowingSequence:
             self.add(text[start:end], learn=learn and inside)
 
 
-def _tokenize_prompt(
+def _begin_with_prompt(
     tokenizer: Tokenizer, row: Row, *, prompt: TextOrMessages, learn_turns: bool = False
 ) -> _GrowingSequence:
-    """The sequence up to where the response begins; `learn_turns` makes targets of earlier assistant turns."""
+    """The sequence before the response; `learn_turns` makes targets of earlier assistant turns."""
     if isinstance(prompt, str):
         bos = [] if prompt.startswith(tokenizer.bos_token or "\0") else tokenizer("", verbose=False).input_ids[:1]
         bos = [token for token in bos if token == tokenizer.bos_token_id]
@@ -255,7 +249,7 @@ def _tokenize_prompt(
     return sequence
 
 
-def _add_response(sequence: _GrowingSequence, row: Row, *, prompt: Any, response: Any) -> TokenSequence:
+def _end_with_response(sequence: _GrowingSequence, row: Row, *, prompt: Any, response: Any) -> TokenSequence:
     """Append the response and the token that ends it."""
     num_prompt, tokenizer = len(sequence.ids), sequence.tokenizer
     if isinstance(prompt, str) and isinstance(response, str):
@@ -273,7 +267,7 @@ def _add_response(sequence: _GrowingSequence, row: Row, *, prompt: Any, response
 
 
 def _add_text(sequence: _GrowingSequence, text: str, *, is_all: bool) -> None:
-    """Append a response; one that is all of a row may hold several answers or documents, with their ends."""
+    """Append a response. If it is all of a row, it may hold several answers or documents, each with its end."""
     stripped = text.rstrip()
     end = next((end for end in _stop_texts(sequence.tokenizer) if stripped.endswith(end)), "")
     if not is_all:
@@ -298,7 +292,7 @@ def _add_messages(sequence: _GrowingSequence, row: Row, *, prompt: list[Message]
 
 
 def _stop_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What the stop tokens look like in a text that is encoded to them."""
+    """The texts that are encoded to stop tokens."""
     return _texts_of(tokenizer, stop_token_ids(tokenizer))
 
 

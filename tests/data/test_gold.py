@@ -7,7 +7,6 @@ from data.gold import (
     REVIEWS,
     RidgeJudge,
     lexicon,
-    lexicon_score,
     predicted_rating,
     read_ratings,
     reviews,
@@ -49,14 +48,14 @@ def test_the_judge_agrees_with_people_on_reviews_it_never_saw():
 
 def test_the_lexicon_agrees_with_people_and_keeps_to_its_range():
     texts, ratings = read_ratings(REVIEWS / "ratings_test.jsonl")
-    scores = lexicon_score(texts)
+    scores = lexicon([""] * len(texts), texts)
     assert np.corrcoef(scores, ratings)[0, 1] > 0.4
     assert np.abs(scores).max() <= 1.0
 
 
 def test_the_lexicon_scores_the_published_example():
     # The package's README gives this compound score.
-    assert lexicon_score(["VADER is smart, handsome, and funny."])[0] == pytest.approx(0.8316)
+    assert lexicon([""], ["VADER is smart, handsome, and funny."])[0] == pytest.approx(0.8316)
 
 
 def test_a_review_is_its_opening_and_its_continuation_without_the_instruction():
@@ -65,6 +64,8 @@ def test_a_review_is_its_opening_and_its_continuation_without_the_instruction():
 
 def test_both_metrics_judge_the_finished_review_and_put_praise_above_scorn():
     prompts, responses = ["Movie review: A"] * 2, [" wonderful, moving film.", " dull, stupid mess."]
-    assert (lexicon(prompts, responses) == lexicon_score(["A wonderful, moving film.", "A dull, stupid mess."])).all()
+    whole = ["A wonderful, moving film.", "A dull, stupid mess."]
+    assert (lexicon(prompts, responses) == lexicon(["", ""], whole)).all()
+    assert (predicted_rating(prompts, responses) == ridge_judge()(whole)).all()
     praise, scorn = predicted_rating(prompts, responses)
     assert praise > 1 > -1 > scorn
