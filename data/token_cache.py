@@ -1,8 +1,8 @@
 """Stores tokenised rows on disk under a key made of all that decides their tokens: rows, tokenizer, settings.
 
-One safetensors file per key, `KEY.CHECKSUM.safetensors`. It is written under a temporary name and renamed, so it is
-complete or absent and several ranks may write the same one. Nothing is pickled and nothing is ever out of date; old
-files can be deleted at any time.
+One Arrow file per key, `KEY.CHECKSUM.arrow`, with a row per sequence. It is written under a temporary name and renamed,
+so it is complete or absent and several ranks may write the same one. Nothing is pickled and nothing is ever out of
+date; old files can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -11,12 +11,8 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterable, Sequence
-from itertools import islice
 from pathlib import Path
-from typing import TypeGuard
-
-import numpy as np
-from safetensors.numpy import load, save
+from typing import Any
 
 from data.rows import BadRow
 from rlhf.runtime.atomic_files import writing
@@ -49,33 +45,32 @@ def cached(
         key: From `content_key`.
         make: Called if nothing is stored.
     """
-    stored = sorted(Path(folder).glob(f"{key}.*.safetensors")) if folder is not None else []
+    stored = sorted(Path(folder).glob(f"{key}.*.arrow")) if folder is not None else []
     if stored:
         return _read(stored[0])
     made = make()
-    if folder is not None and _all_good(made):
-        _write(Path(folder), key, rows=made)
+    good = [row for row in made if not isinstance(row, BadRow)]
+    if folder is not None and len(good) == len(made):
+        _write(Path(folder), key, rows=good)
     return made
 
 
-def _all_good(rows: Sequence[RowTokens | BadRow]) -> TypeGuard[Sequence[RowTokens]]:
-    return not any(isinstance(row, BadRow) for row in rows)
-
-
 def _write(folder: Path, key: str, *, rows: Sequence[RowTokens]) -> None:
-    sequences = [sequence for row in rows for sequence in row]
-    content = save(
-        {
-            "input_ids": np.concatenate([sequence.input_ids for sequence in sequences]),
-            "target_mask": np.concatenate([sequence.target_mask for sequence in sequences]),
-            "rewritten": np.array([turn for sequence in sequences for turn in sequence.rewritten], dtype=np.int64),
-            "num_prompt": np.array([sequence.num_prompt for sequence in sequences]),
-            "length": np.array([len(sequence.input_ids) for sequence in sequences]),
-            "num_rewritten": np.array([len(sequence.rewritten) for sequence in sequences]),
-            "sequences_of_row": np.array([len(row) for row in rows]),
-        }
-    )
-    file, unfinished = folder / f"{key}.{_checksum(content)}.safetensors", folder / f"{key}.{uuid.uuid4().hex}.tmp"
+    import pyarrow as pa  # slow to import, and runs without a cache do not need it
+    from pyarrow import feather
+
+    owned = [(number, sequence) for number, row in enumerate(rows) for sequence in row]
+    columns = {
+        "input_ids": pa.array([tokens.input_ids for _, tokens in owned], pa.large_list(pa.int32())),
+        "target_mask": pa.array([tokens.target_mask for _, tokens in owned], pa.large_list(pa.bool_())),
+        "num_prompt": pa.array([tokens.num_prompt for _, tokens in owned]),
+        "rewritten": pa.array([tokens.rewritten for _, tokens in owned], pa.list_(pa.int32())),
+        "row": pa.array([number for number, _ in owned]),
+    }
+    arrow = pa.BufferOutputStream()
+    feather.write_feather(pa.table(columns), arrow)
+    content = arrow.getvalue()
+    file, unfinished = folder / f"{key}.{_checksum(content)}.arrow", folder / f"{key}.{uuid.uuid4().hex}.tmp"
     with writing(file):
         folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -86,16 +81,20 @@ def _write(folder: Path, key: str, *, rows: Sequence[RowTokens]) -> None:
 
 
 def _read(file: Path) -> list[RowTokens]:
-    content = file.read_bytes()
+    import pyarrow as pa
+    from pyarrow import feather
+
+    content = pa.py_buffer(file.read_bytes())
     if file.name.split(".")[-2] != _checksum(content):
         raise ValueError(f"data.cache_dir: {file} is damaged (its checksum differs); delete it.")
-    arrays = load(content)
-    ids, masks = (np.split(arrays[name], np.cumsum(arrays["length"])[:-1]) for name in ("input_ids", "target_mask"))
-    rewritten = np.split(arrays["rewritten"], np.cumsum(arrays["num_rewritten"])[:-1])
-    parts = zip(ids, masks, arrays["num_prompt"].tolist(), rewritten, strict=True)
-    sequences = (TokenSequence(ids, mask, num_prompt, tuple(turns.tolist())) for ids, mask, num_prompt, turns in parts)
-    return [[*islice(sequences, count)] for count in arrays["sequences_of_row"].tolist()]
+    table = feather.read_table(pa.BufferReader(content))
+    ids, masks = (table.column(name).to_numpy() for name in ("input_ids", "target_mask"))
+    others = (table.column(name).to_pylist() for name in ("num_prompt", "rewritten", "row"))
+    rows: dict[int, RowTokens] = {}
+    for input_ids, target_mask, num_prompt, rewritten, row in zip(ids, masks, *others, strict=True):
+        rows.setdefault(row, []).append(TokenSequence(input_ids, target_mask, num_prompt, tuple(rewritten)))
+    return [*rows.values()]
 
 
-def _checksum(content: bytes) -> str:
+def _checksum(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()[:16]

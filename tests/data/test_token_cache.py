@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from pyarrow import feather
 
 from data.rows import BadRow
 from data.token_cache import cached, content_key
@@ -40,8 +40,8 @@ def test_what_was_stored_is_read_back(tmp_path):
 def test_nothing_unfinished_is_left_behind(tmp_path):
     cached(str(tmp_path), "key", make=lambda: TOKENS)
     (file,) = tmp_path.iterdir()
-    assert file.name == f"key.{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.safetensors"
-    assert load_file(file)["input_ids"].tolist() == [1, 2, 3, 70_000, 4, 5]
+    assert file.name == f"key.{hashlib.sha256(file.read_bytes()).hexdigest()[:16]}.arrow"
+    assert feather.read_table(str(file)).column("input_ids").to_pylist() == [[1, 2, 3], [70_000], [4, 5]]
 
 
 def test_without_a_folder_nothing_is_stored(tmp_path, monkeypatch):
@@ -63,8 +63,8 @@ def test_bad_rows_are_not_stored(tmp_path):
 
 
 def test_a_damaged_file_is_named(tmp_path):
-    (tmp_path / "key.0123456789abcdef.safetensors").write_bytes(b"not tensors")
-    with pytest.raises(ValueError, match=r"data.cache_dir: .*key.0123456789abcdef.safetensors is damaged .*; delete"):
+    (tmp_path / "key.0123456789abcdef.arrow").write_bytes(b"not arrow")
+    with pytest.raises(ValueError, match=r"data.cache_dir: .*key.0123456789abcdef.arrow is damaged .*; delete"):
         cached(str(tmp_path), "key", make=never)
 
 
@@ -75,7 +75,7 @@ def test_a_flipped_bit_is_noticed(tmp_path):
     at = whole.index(np.int32(70_000).tobytes())
     for damaged in (whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :], whole[:-1], whole[:40]):
         file.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"data.cache_dir: .*safetensors is damaged .*; delete it"):
+        with pytest.raises(ValueError, match=r"data.cache_dir: .*arrow is damaged .*; delete it"):
             cached(str(tmp_path), "key", make=never)
 
 
@@ -84,7 +84,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(Path, "replace", full)
-    with pytest.raises(RunError, match=r"key\.\w+\.safetensors cannot be written: No space left on device"):
+    with pytest.raises(RunError, match=r"key\.\w+\.arrow cannot be written: No space left on device"):
         cached(str(tmp_path), "key", make=lambda: TOKENS)
     assert list(tmp_path.iterdir()) == []
 
