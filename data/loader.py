@@ -16,7 +16,7 @@ import numpy as np
 from data.collate import collate_prompts
 from data.samples import Prompt
 from rlhf.config.bounds import accumulation, divisible
-from rlhf.types import PromptBatch
+from rlhf.types import EvalBatch, PromptBatch
 
 Sample = TypeVar("Sample", bound=Sized)
 Batch = TypeVar("Batch")
@@ -86,14 +86,6 @@ class TrainLoader(Generic[Sample, Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume from the position in `state`."""
         self.step = state["step"]
-
-
-@dataclass(frozen=True)
-class EvalBatch(Generic[Batch]):
-    """A batch whose first `count` rows count; the rest only keeps ranks in step."""
-
-    batch: Batch
-    count: int
 
 
 def _fill(rows: list[Sample], size: int) -> list[Sample]:

@@ -16,7 +16,7 @@ not cut by rows). Left out: padding (see `data/collate.py`).
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -150,3 +150,14 @@ class PPOBatch(Responses):
         own = {field.name for field in fields(rollout)}
         shared = {field.name: getattr(rollout, field.name) for field in fields(cls) if field.name in own}
         return cls(**shared, advantages=advantages, returns=returns)
+
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class EvalBatch(Generic[Batch]):
+    """A batch whose first `count` rows count; the rest only keeps ranks in step."""
+
+    batch: Batch
+    count: int

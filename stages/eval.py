@@ -1,9 +1,9 @@
-"""Evaluation: what two models say to held-out prompts, judged and compared, and how good the reward model is.
+"""Evaluation: two models answer the same held-out prompts and are compared by judges; the reward model is measured too.
 
-Both answer the same prompts with the same random numbers. Results go to `eval/results.json` and `eval/samples.jsonl`,
-or to `eval/NAME/`, and replace what was there, each file at once; what a person has judged is kept in
-`judgements.jsonl` and never asked again. Left out: a place in the memory plan (one frozen model is in memory at a
-time, which needs less than training it did), and going on in the middle after an interruption.
+Both draw with the same random numbers. Results go to `eval/results.json` and `eval/samples.jsonl`, or to `eval/NAME/`,
+and replace what was there; the judgements of a person are kept in `judgements.jsonl` and never asked for again. Left
+out: a place in the memory plan (one frozen model is in memory at a time, which needs less than training it did), and
+resuming in the middle.
 Run: `python run_pipeline.py stage=eval`, or after the stages, `'stage=[sft,reward,ppo,eval]'`.
 """
 
@@ -11,207 +11,170 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import sys
-import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.collate import collate_demonstrations, collate_preferences
+from data.loader import evaluation_batches, evaluation_prompts
 from rlhf.config.bounds import as_plain
-from rlhf.config.eval_config import EvalConfig
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.evaluation import judges
-from rlhf.evaluation.compare import Answers, measures, outcomes_by_pair, reward_model_quality, win_rate
-from rlhf.evaluation.judges import HUMAN, REWARD, Pairs, Person, Verdict
-from rlhf.evaluation.metrics import load_gold
+from rlhf.evaluation.compare import ModelAnswers, comparison, sample_rows
+from rlhf.evaluation.judges import (
+    HUMAN,
+    PAIRS_PER_CALL,
+    REWARD,
+    HumanJudge,
+    Judgement,
+    Pairs,
+    both_orders,
+    judge_by_function,
+    judge_by_scores,
+    load_judges,
+    random_order,
+)
+from rlhf.evaluation.metrics import gold_values, load_gold
+from rlhf.evaluation.model_runner import HeldOutBatches, ModelRunner
+from rlhf.evaluation.result_tables import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, means, text_tables
 from rlhf.runtime.atomic_files import write_text
 from rlhf.runtime.dist import World, barrier
-from rlhf.runtime.errors import RunError
-from rlhf.tracking.evaluation_tables import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, summary_of, tables
+from rlhf.text.tokenizer import Tokenizer
 from rlhf.tracking.jsonl_log import JsonlLog, valid_json
-from rlhf.tracking.text_table import table
 from rlhf.tracking.tracker import start_wandb
-from stages.eval_models import PairScores, Room
 from stages.lifecycle.session import stage_tokenizer
-from stages.setup.eval_checks import held_out_rows
+from stages.lifecycle.stage_models import open_model, stored_scale
+from stages.setup.eval_checks import HeldOutRows, held_out_rows
 
 log = logging.getLogger(__name__)
 
 
 def run_eval(run: RunConfig, world: World) -> None:
     """Evaluate `eval.model`, and compare it with `eval.baseline`."""
-    config = run.eval
+    config, roles = run.eval, {role.name: role for role in roles_of(run, "eval")}
     assert config is not None
-    tokenizer = stage_tokenizer(run, config.model)
-    rows = held_out_rows(run, config, tokenizer=tokenizer)
-    room = Room(config, world, tokenizer, rows)
-    sides = {role.name: role.path for role in roles_of(run, "eval") if role.writes}
-    contestants = {side: room.ask(path) for side, path in sides.items()}
-    if config.reference is not None:
-        room.measure_kl(config.reference, list(contestants.values()))
-    scores = None if config.reward is None else room.score(config.reward, list(contestants.values()))
+    tokenizer = stage_tokenizer(run, roles["model"].path)
+    rows = held_out_rows(run, tokenizer=tokenizer)
+    batches = held_out_batches(rows, tokenizer, micro_batch_size=config.micro_batch_size, world=world)
+    runner = ModelRunner(partial(open_model, run, world=world), config, tokenizer, batches)
+    for role in roles.values():
+        if role.generates:
+            runner.generate(role)
+    if "reference" in roles:
+        runner.measure_kl(roles["reference"])
+    pair_scores = None
+    if "reward" in roles:
+        pair_scores = runner.score(roles["reward"], scale=stored_scale(roles["reward"].path))
     prompts = tuple(prompt.text for prompt in rows.prompts)
-    answers = {side: room.answers(contestant) for side, contestant in contestants.items()}
-    answers = {side: with_gold(run, found, prompts=prompts, world=world) for side, found in answers.items()}
-    folder = folder_of(run, config)
-    verdicts = judge(config, answers, prompts=prompts, folder=folder, world=world)
+    answers = {name: with_gold(run, found, prompts=prompts, world=world) for name, found in runner.gathered().items()}
+    judgements = ask_judges(run, answers, prompts=prompts, world=world)
     if world.is_main:
-        results = results_of(config, answers, scores=scores, verdicts=verdicts)
-        samples = list(sample_rows(prompts, answers, verdicts=verdicts))
-        write_lines(folder / SAMPLES, samples)
-        write_lines(folder / RESULTS, [results], indent=2)
-        show(results, folder)
-        send(run, results, samples=samples, folder=folder)
+        results = comparison(config, answers, pair_scores=pair_scores, judgements=judgements)
+        samples = list(sample_rows(prompts, answers, judgements=judgements))
+        write_json(results_folder(run) / SAMPLES, samples)
+        write_json(results_folder(run) / RESULTS, [results], indent=2)
+        for text in text_tables(results):
+            log.info("%s", text)
+        log.info("everything is in %s", results_folder(run))
+        send_to_wandb(run, results, samples=samples)
     barrier()
 
 
-def folder_of(run: RunConfig, config: EvalConfig) -> Path:
-    """Where the results go."""
-    return Path(run.output_dir) / FOLDER / (config.name or "")
+def results_folder(run: RunConfig) -> Path:
+    """`eval`, or `eval/NAME`."""
+    assert run.eval is not None
+    return Path(run.output_dir) / FOLDER / (run.eval.name or "")
 
 
-def with_gold(run: RunConfig, answers: Answers, *, prompts: Sequence[str], world: World) -> Answers:
-    """On the main rank the answers with the metrics of `data.gold`, which stand before what is only counted.
+def held_out_batches(rows: HeldOutRows, tokenizer: Tokenizer, *, micro_batch_size: int, world: World) -> HeldOutBatches:
+    """This rank's part of the held-out rows."""
+    pad_id = int(tokenizer.pad_token_id)
+    batches = partial(evaluation_batches, micro_batch_size=micro_batch_size, rank=world.rank, ranks=world.size)
+    return HeldOutBatches(
+        prompts=evaluation_prompts(rows.prompts, rank=world.rank, ranks=world.size, pad_id=pad_id),
+        num_prompts=len(rows.prompts),
+        demonstrations=batches(rows.demonstrations, partial(collate_demonstrations, pad_id=pad_id)),
+        pairs=batches(rows.pairs, partial(collate_preferences, pad_id=pad_id)),
+        subsets=[pair.subset for item in batches(rows.pairs, list) for pair in item.batch[: item.count]],
+    )
 
-    All ranks must call it; the others wait for a few answers at a time, as with judges.
-    """
-    found: dict[str, list[float]] = {}
-    for name, metric in load_gold(run.data.gold).items():
-        values = found[f"gold/{name}"] = []
-        for start in range(0, len(prompts), judges.AT_ONCE):
-            some = slice(start, start + judges.AT_ONCE)
+
+def with_gold(run: RunConfig, answers: ModelAnswers, *, prompts: Sequence[str], world: World) -> ModelAnswers:
+    """On the main rank, the answers with the metrics of `data.gold`; all ranks must call it."""
+    gold = load_gold(run.data.gold)
+    found: dict[str, list[float]] = {f"gold/{name}": [] for name in gold}
+    for start in range(0, len(prompts), PAIRS_PER_CALL):
+        part = slice(start, start + PAIRS_PER_CALL)
+        for name, metric in gold.items():
             if world.is_main:
-                values += _judged(name, metric(prompts[some], answers.texts[some]), count=len(prompts[some]))
-            barrier()
-    numbers = answers.numbers
-    judged = {name: numbers[name] for name in ("normalized_score", "raw_score", "kl") if name in numbers}
-    return replace(answers, numbers=judged | found | numbers)
+                responses = answers.texts[part]
+                found[f"gold/{name}"] += gold_values(name, metric, prompts=prompts[part], responses=responses)
+            barrier()  # after every call: a metric may take long over all responses, and no rank seems to hang
+    return replace(answers, numbers=answers.numbers | found)
 
 
-def _judged(name: str, values: Sequence[float], *, count: int) -> list[float]:
-    if len(values) != count:
-        raise RunError(f"data.gold.{name} gave {len(values)} numbers for {count} responses; expected as many.")
-    return [float(value) for value in values]
-
-
-def judge(
-    config: EvalConfig, answers: Mapping[str, Answers], *, prompts: tuple[str, ...], folder: Path, world: World
-) -> dict[str, list[Verdict]]:
-    """What every judge says of every pair, by judge, on the main rank; all ranks must call it."""
+def ask_judges(
+    run: RunConfig, answers: Mapping[str, ModelAnswers], *, prompts: tuple[str, ...], world: World
+) -> dict[str, list[Judgement]]:
+    """On the main rank, the judgements of each judge on every pair; all ranks must call it."""
+    config = run.eval
+    assert config is not None
     if "baseline" not in answers:
         return {}
-    pairs = Pairs(prompts, answers["model"].texts, answers["baseline"].texts)
-    coin = judges.balanced_coin(len(pairs), seed=config.seed)
-    functions = judges.load_judges(config.judges)
-    verdicts: dict[str, list[Verdict]] = {}
+    model, baseline = answers["model"], answers["baseline"]
+    pairs = Pairs(prompts, model.texts, baseline.texts)
+    questions = random_order(len(pairs), seed=config.seed)
+    functions = load_judges(config.judges)
+    judgements: dict[str, list[Judgement]] = {}
     for name in config.judges:
         log.info("eval: %s judges", name)
         if name == REWARD:
-            scores = (answers[side].numbers["raw_score"] for side in ("model", "baseline"))
-            verdicts[name] = judges.judged_by_scores(*scores, pairs=pairs)
-        elif name == HUMAN:
-            verdicts[name] = person(folder).judge(pairs, coin=coin, seed=config.seed)
-        else:
-            ask = partial(judges.judged_by_function, name, functions[name], pairs=pairs)
-            verdicts[name] = asked_of(ask, judges.questions(coin), world=world)
-    return verdicts
+            judgements[name] = judge_by_scores(model.numbers["raw_score"], baseline.numbers["raw_score"], pairs=pairs)
+            continue
+        if name == HUMAN:
+            judgements[name] = person(results_folder(run)).judge(pairs, questions=questions, seed=config.seed)
+            continue
+        judgements[name] = []
+        for part in both_orders(questions):
+            if world.is_main:
+                judgements[name] += judge_by_function(name, functions[name], pairs=pairs, questions=part)
+            barrier()  # after every call, as above
+    return judgements
 
 
-def asked_of(
-    ask: Callable[..., list[Verdict]], questions: Sequence[Sequence[tuple[int, bool]]], *, world: World
-) -> list[Verdict]:
-    """The answers of a function to all questions, on the main rank; the others wait for every single call.
-
-    So a judge may take hours over all of them, and no rank is taken for one that hangs.
-    """
-    verdicts = []
-    for asked in questions:
-        verdicts += ask(asked=asked) if world.is_main else []
-        barrier()
-    return verdicts
-
-
-def person(folder: Path) -> Person:
-    """Whoever sits at this terminal, or has piped lines in."""
+def person(folder: Path) -> HumanJudge:
+    """The person at this terminal, or lines piped in."""
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(text: str) -> None:
         sys.stdout.write(text)
         sys.stdout.flush()
 
-    return Person(read=sys.stdin.readline, write=write, journal=JsonlLog(folder / JUDGEMENTS, steps=False))
+    return HumanJudge(read=sys.stdin.readline, write=write, log=JsonlLog(folder / JUDGEMENTS, steps=False))
 
 
-def results_of(
-    config: EvalConfig,
-    answers: Mapping[str, Answers],
-    *,
-    scores: PairScores | None,
-    verdicts: Mapping[str, Sequence[Verdict]],
-) -> dict[str, Any]:
-    """What goes into `results.json`."""
-    model, baseline = answers["model"], answers.get("baseline")
-    lengths = [] if baseline is None else list(zip(model.numbers["length"], baseline.numbers["length"], strict=True))
-    plain = as_plain(config)
-    settings = ("name", "model", "baseline", "reference", "reward", "max_response_tokens", "sampling", "seed")
-    quality = None
-    if scores is not None and scores.chosen:
-        quality = reward_model_quality(scores.chosen, scores.rejected, subsets=scores.subsets, seed=config.seed)
-    return {
-        **{name: plain[name] for name in settings},
-        "prompts": len(model.texts),
-        "intervals": "95%: Wilson's for shares, else the percentiles of a bootstrap over rows",
-        "measures": measures(model, baseline, seed=config.seed),
-        "judges": {name: win_rate(found, lengths=lengths) for name, found in verdicts.items()},
-        "reward_model": quality,
-    }
-
-
-def sample_rows(
-    prompts: Sequence[str], answers: Mapping[str, Answers], *, verdicts: Mapping[str, Sequence[Verdict]]
-) -> Iterable[dict[str, Any]]:
-    """One row for each prompt: what each model has said, all numbers of it, and what each judge thinks."""
-    preferences = {name: outcomes_by_pair(found, count=len(prompts)) for name, found in verdicts.items()}
-    for row, prompt in enumerate(prompts):
-        said = {
-            side: {"response": found.texts[row], **{name: values[row] for name, values in found.numbers.items()}}
-            for side, found in answers.items()
-        }
-        yield {"prompt": prompt, **said, "preferences": {name: values[row] for name, values in preferences.items()}}
-
-
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | None = None) -> None:
-    """Write each row as JSON, the whole file or nothing; raises RunError where the disk is full."""
+def write_json(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | None = None) -> None:
+    """Write each row as JSON, all of them or nothing."""
     lines = (json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False, indent=indent) for row in rows)
     write_text(path, "".join(f"{line}\n" for line in lines))
 
 
-def send(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mapping[str, Any]], folder: Path) -> None:
-    """Give W&B the means, and every answer with its numbers; an evaluation of the same name goes on in the same run."""
-    to = start_wandb(
-        folder,
+def send_to_wandb(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mapping[str, Any]]) -> None:
+    """Log the means and every answer; an evaluation of the same name continues the same W&B run."""
+    wandb = start_wandb(
+        results_folder(run),
         root=Path(run.output_dir),
         stage=FOLDER,
         config=run.tracking,
         run_name=run.name,
         run_config=as_plain(run),
     )
-    if to is None:
+    if wandb is None:
         return
-    to.summary(summary_of(results))
+    wandb.summary(means(results))
     sides = ((row, side) for row in samples for side in ("model", "baseline") if side in row)
-    to.samples(0, [{"side": side, "prompt": row["prompt"], **row[side]} for row, side in sides])
-    to.finish(failed=False)
-
-
-def show(results: Mapping[str, Any], folder: Path) -> None:
-    """Print the results as tables."""
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    for found in tables(results, meanings=False):
-        shown = table(found.title, found.columns, rows=found.rows)
-        log.info("%s\n%s", shown, textwrap.fill(found.note, width, break_long_words=False))
-    log.info("everything is in %s", folder)
+    wandb.samples(0, [{"side": side, "prompt": row["prompt"], **row[side]} for row, side in sides])
+    wandb.finish(failed=False)

@@ -12,7 +12,7 @@ from data.collate import collate_preferences
 from data.samples import preferences
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.evaluation.metrics import PreferenceResult, evaluate_preferences
+from rlhf.evaluation.metrics import evaluate_preferences
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Pairwise
 from stages.lifecycle.session import open_session, stage_tokenizer
@@ -39,20 +39,9 @@ def run_reward(run: RunConfig, world: World) -> StageRecord:
                 engine,
                 loader=loader,
                 objective=Pairwise(config),
-                evaluate=lambda: _metrics(evaluate_preferences(engine, held_out)),
+                evaluate=lambda: evaluate_preferences(engine, held_out),
                 eval_every=config.eval_every,
                 data=splits.fingerprint,
             )
             session.export()
         return session.finish(score_units=lambda after: (after["eval/score_mean"], after["eval/score_std"]))
-
-
-def _metrics(result: PreferenceResult) -> dict[str, float]:
-    return {
-        "eval/loss": result.loss,
-        "eval/accuracy": result.accuracy,
-        "eval/margin": result.margin,
-        "eval/score_mean": result.mean,
-        "eval/score_std": result.std,
-        "eval/pairs": result.count,
-    }

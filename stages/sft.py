@@ -13,7 +13,7 @@ from data.collate import collate_demonstrations
 from data.samples import demonstrations
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.evaluation.metrics import LanguageResult, evaluate_language
+from rlhf.evaluation.metrics import evaluate_language
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import NextToken
 from stages.lifecycle.session import open_session, stage_tokenizer
@@ -40,13 +40,9 @@ def run_sft(run: RunConfig, world: World) -> StageRecord:
                 engine,
                 loader=loader,
                 objective=NextToken(),
-                evaluate=lambda: _metrics(evaluate_language(engine, held_out)),
+                evaluate=lambda: evaluate_language(engine, held_out),
                 eval_every=config.eval_every,
                 data=splits.fingerprint,
             )
             session.export()
         return session.finish()
-
-
-def _metrics(result: LanguageResult) -> dict[str, float]:
-    return {"eval/loss": result.loss, "eval/perplexity": result.perplexity, "eval/accuracy": result.accuracy}

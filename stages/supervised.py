@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from data.loader import EvalBatch, TrainLoader, evaluation_batches
+from data.loader import TrainLoader, evaluation_batches
 from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Batch, Objective, take_step
+from rlhf.types import EvalBatch
 from stages.lifecycle.checkpointing import TrainingState
 from stages.lifecycle.session import Session
 

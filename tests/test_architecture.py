@@ -19,10 +19,9 @@ FLOORS = [
     {"rlhf.engine"},
     {"rlhf.rollout"},
     {"rlhf.evaluation", "rlhf.chat"},
-    {"rlhf.training"},
+    {"rlhf.training", "rlhf.tracking.report"},
     {"rlhf.memory_plan"},
     {"stages.lifecycle"},
-    {"stages.eval_models"},
     {"stages.setup"},
     {"stages.supervised"},
     {"stages.sft", "stages.reward", "stages.ppo", "stages.eval", "stages.chat"},
@@ -69,12 +68,11 @@ def imports(file):
 
 
 def room(name):
-    """The entry of FLOORS that a module belongs to, and its floor."""
-    for floor, rooms in enumerate(FLOORS):
-        for candidate in rooms:
-            if name == candidate or name.startswith(candidate + "."):
-                return candidate, floor
-    return None
+    """The entry of FLOORS that a module belongs to, the most specific one, and its floor."""
+    rooms = [(candidate, floor) for floor, candidates in enumerate(FLOORS) for candidate in candidates]
+    return max(
+        ((r, floor) for r, floor in rooms if f"{name}.".startswith(f"{r}.")), key=lambda r: len(r[0]), default=None
+    )
 
 
 def functions(file):

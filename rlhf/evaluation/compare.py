@@ -1,10 +1,9 @@
-"""From responses, scores and verdicts to what an evaluation says: means, win rates, and how good the reward model is.
+"""Compares two models by their responses to the same prompts, and measures how good a reward model is.
 
-Everything is plain lists in and plain dictionaries out, as they go into `results.json`. A share has Wilson's interval,
-a mean that of a bootstrap over prompts (`algorithms/intervals.py`). The difference of two models is that of their
-answers to the same prompts, so what a prompt does to both of them drops out. Left out: tests of significance, and win
-rates corrected for length by a regression (Dubois et al. 2024, arXiv:2404.04475); instead, the win rates of longer and
-of shorter responses stand beside each other.
+Plain lists come in, plain dictionaries go out and into `results.json`. A share has Wilson's interval, a mean that of a
+bootstrap over prompts (`algorithms/intervals.py`). The difference of two models is taken prompt by prompt, so what a
+prompt does to both of them cancels. Left out: tests of significance, and win rates corrected for length by a regression
+(Dubois et al. 2024, arXiv:2404.04475); the win rates of longer and of shorter responses are given instead.
 """
 
 from __future__ import annotations
@@ -12,40 +11,55 @@ from __future__ import annotations
 import logging
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rlhf.algorithms.calibration import expected_calibration_error, fitted_temperature, preference_nll, reliability
 from rlhf.algorithms.intervals import bootstrap_mean, wilson
-from rlhf.evaluation.judges import Verdict
-from rlhf.evaluation.metrics import distinct
+from rlhf.config.bounds import as_plain
+from rlhf.config.eval_config import EvalConfig
+from rlhf.evaluation.judges import Judgement
+from rlhf.evaluation.metrics import distinct_ngrams
 from rlhf.tracking.answer_statistics import repeated_share
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What one model said to all prompts, and what was measured of it."""
+class ModelAnswers:
+    """The responses of one model to all prompts, and the numbers of each."""
 
     texts: tuple[str, ...]
     numbers: dict[str, list[float]]
-    """By name, one for each response: `length`, `not_ended`, and where they were measured `kl`, `raw_score`,
-    `normalized_score` and `gold/*`."""
+    """By name, one per response: `length`, `not_ended`, and if measured `kl`, `raw_score`, `normalized_score` and
+    `gold/*`."""
     losses: list[tuple[float, float]]
     """Nats and tokens of each held-out demonstration."""
 
+    def sorted_numbers(self) -> dict[str, list[float]]:
+        """The numbers in the order of `MEASURES`."""
+        order = {name: place for place, name in enumerate(MEASURES)}
+        return dict(sorted(self.numbers.items(), key=lambda item: order[_measure_name(item[0])]))
+
 
 @dataclass(frozen=True)
-class Measure:
+class PairScores:
+    """A reward model's scores of held-out pairs."""
+
+    chosen: list[float]
+    rejected: list[float]
+    subsets: list[str]
+    """The part of the data that each pair belongs to; empty strings if there is none."""
+
+
+class Measure(NamedTuple):
     """A number of each response, of which the mean is shown."""
 
     unit: str
     meaning: str
-    is_share: bool = False
 
 
 MEASURES = {
@@ -53,96 +67,135 @@ MEASURES = {
         "score", "raw_score less its held-out mean, over its deviation; PPO's score has a clamp and a penalty, too"
     ),
     "raw_score": Measure("score", "the reward model's score in its own units"),
-    "gold/*": Measure("", "a metric of data.gold, which no model was trained on"),
     "kl": Measure("nats", "KL to the reference per response, at the sampling temperature"),
+    "gold/*": Measure("", "a metric of data.gold, which no model was trained on"),
     "length": Measure("tokens", "length of a response"),
-    "not_ended": Measure("fraction", "responses that were cut instead of ending by themselves", is_share=True),
+    "not_ended": Measure("fraction", "responses that were cut instead of ending by themselves"),
 }
-_OF_ALL: dict[str, tuple[str, Callable[[Sequence[str]], float | None]]] = {
-    "distinct_1": ("different words as a share of all", lambda texts: distinct(texts, length=1)),
-    "distinct_2": ("different word pairs as a share of all", lambda texts: distinct(texts, length=2)),
-    "repeated": (
-        "responses that another prompt was given too, word for word",
-        lambda texts: repeated_share([{"response": text} for text in texts]),
-    ),
-}
-"""Of all responses together: no means, so without an interval."""
 
 
-def measures(model: Answers, baseline: Answers | None, *, seed: int) -> list[dict[str, Any]]:
-    """One row for each measure: what it is, and its value for each model and for their difference."""
-    rows = [_mean_row(name, model, baseline=baseline, seed=seed) for name in model.numbers]
-    rows += [
-        _row(name, "fraction", meaning=about[0], values=_both(about[1], model, baseline=baseline))
-        for name, about in _OF_ALL.items()
-    ]
-    if any(tokens for _, tokens in model.losses):
-        values = {side: _perplexity(found.losses, seed=seed) for side, found in _sides(model, baseline).items()}
-        rows.append(_row("perplexity", "", meaning="of held-out demonstrations, per token", values=values))
+def comparison(
+    config: EvalConfig,
+    models: Mapping[str, ModelAnswers],
+    *,
+    pair_scores: PairScores | None,
+    judgements: Mapping[str, Sequence[Judgement]],
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    Args:
+        config: the settings that it names.
+        models: `model` and, if there is one, `baseline`.
+        pair_scores: the reward model's, if there is one.
+        judgements: of each judge on each pair.
+    """
+    lengths = list(zip(*(found.numbers["length"] for found in models.values()), strict=True))
+    settings = ("name", "model", "baseline", "reference", "reward", "max_response_tokens", "sampling", "seed")
+    plain = as_plain(config)
+    quality = None
+    if pair_scores is not None and pair_scores.chosen:
+        quality = reward_model_quality(pair_scores, seed=config.seed)
+    return {
+        **{name: plain[name] for name in settings},
+        "prompts": len(models["model"].texts),
+        "intervals": "95%: Wilson's for shares, else the percentiles of a bootstrap over rows",
+        "measures": measures(models, seed=config.seed),
+        "judges": {name: win_rate(found, lengths=lengths) for name, found in judgements.items()},
+        "reward_model": quality,
+    }
+
+
+def sample_rows(
+    prompts: Sequence[str], models: Mapping[str, ModelAnswers], *, judgements: Mapping[str, Sequence[Judgement]]
+) -> list[dict[str, Any]]:
+    """The rows of `samples.jsonl`: a prompt, each model's response with its numbers, and what each judge prefers."""
+    preferences = {name: mean_preferences(found, count=len(prompts)) for name, found in judgements.items()}
+    rows = []
+    for row, prompt in enumerate(prompts):
+        responses = {
+            side: {"response": found.texts[row]}
+            | {name: values[row] for name, values in found.sorted_numbers().items()}
+            for side, found in models.items()
+        }
+        preferred = {name: values[row] for name, values in preferences.items()}
+        rows.append({"prompt": prompt, **responses, "preferences": preferred})
     return rows
 
 
-def _sides(model: Answers, baseline: Answers | None) -> dict[str, Answers]:
-    return {"model": model} | ({} if baseline is None else {"baseline": baseline})
+def measures(models: Mapping[str, ModelAnswers], *, seed: int) -> list[dict[str, Any]]:
+    """One row per measure: its meaning, its value for each of `models`, and their difference."""
+    rows = [_mean_row(name, models, seed=seed) for name in models["model"].sorted_numbers()]
+    # Of all responses together: not a mean, so without an interval.
+    shares = {side: _text_shares(found.texts) for side, found in models.items()}
+    for name, meaning in (
+        ("distinct_1", "different words as a share of all"),
+        ("distinct_2", "different word pairs as a share of all"),
+        ("repeated", "responses that another prompt was given too, word for word"),
+    ):
+        values = {side: {} if share[name] is None else {"mean": share[name]} for side, share in shares.items()}
+        rows.append({"name": name, "unit": "fraction", "meaning": meaning, **values})
+    if any(tokens for _, tokens in models["model"].losses):
+        perplexity = {side: _perplexity(found.losses, seed=seed) for side, found in models.items()}
+        about = {"name": "perplexity", "unit": "", "meaning": "of held-out demonstrations, per token"}
+        rows.append({**about, **perplexity})
+    return rows
 
 
-def _both(
-    function: Callable[[Sequence[str]], float | None], model: Answers, *, baseline: Answers | None
-) -> dict[str, Any]:
-    found = {side: function(said.texts) for side, said in _sides(model, baseline).items()}
-    return {side: {} if value is None else {"mean": value} for side, value in found.items()}
+def _measure_name(name: str) -> str:
+    return name if name in MEASURES else f"{name.split('/')[0]}/*"
 
 
-def _mean_row(name: str, model: Answers, *, baseline: Answers | None, seed: int) -> dict[str, Any]:
-    measure = MEASURES[name if name in MEASURES else f"{name.split('/')[0]}/*"]
-    columns = {side: torch.tensor(found.numbers[name]) for side, found in _sides(model, baseline).items()}
+def _mean_row(name: str, models: Mapping[str, ModelAnswers], *, seed: int) -> dict[str, Any]:
+    columns = {side: torch.tensor(found.numbers[name]) for side, found in models.items()}
     for side, column in columns.items():
-        if not bool(column.isfinite().all()):
-            count = int((~column.isfinite()).sum())
-            log.warning("%s: left out %d of %d responses whose %s is not finite", side, count, len(column), name)
-    if baseline is not None:
-        columns["difference"] = columns["model"] - columns["baseline"]  # not finite where either is not
+        if bad := int((~column.isfinite()).sum()):
+            log.warning("%s: left out %d of %d responses whose %s is not finite", side, bad, len(column), name)
+    if "baseline" in columns:
+        columns["difference"] = columns["model"] - columns["baseline"]  # not finite if either is not
     values = {
         side: wilson(float(column.sum()), len(column))
-        if measure.is_share and side != "difference"
+        if name == "not_ended" and side != "difference"
         else bootstrap_mean(column[column.isfinite()], seed=seed)
         for side, column in columns.items()
     }
-    return _row(
-        name, measure.unit, meaning=measure.meaning, values={side: asdict(value) for side, value in values.items()}
-    )
+    return {"name": name, **MEASURES[_measure_name(name)]._asdict()} | {
+        side: asdict(value) for side, value in values.items()
+    }
 
 
-def _row(name: str, unit: str, *, meaning: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {"name": name, "unit": unit, "meaning": meaning, **values}
+def _text_shares(texts: Sequence[str]) -> dict[str, float | None]:
+    return {
+        "distinct_1": distinct_ngrams(texts, length=1),
+        "distinct_2": distinct_ngrams(texts, length=2),
+        "repeated": repeated_share([{"response": text} for text in texts]),
+    }
 
 
 def _perplexity(losses: Sequence[tuple[float, float]], *, seed: int) -> dict[str, Any]:
     """Exponential of the mean loss per token, and of the ends of its interval over demonstrations."""
-    # Sorted, because which row comes first depends on the number of ranks, and the bootstrap draws by place.
+    # Sorted, because the order of the rows depends on the number of ranks, and the bootstrap draws by position.
     nats, tokens = torch.tensor(sorted(row for row in losses if row[1] > 0), dtype=torch.float64).T
     mean = bootstrap_mean(nats / tokens, seed=seed, weights=tokens)
     return {"mean": math.exp(mean.mean), "low": math.exp(mean.low), "high": math.exp(mean.high), "count": mean.count}
 
 
-def win_rate(verdicts: Sequence[Verdict], *, lengths: Sequence[tuple[float, float]]) -> dict[str, Any]:
-    """How often the model is better, by one judge.
+def win_rate(judgements: Sequence[Judgement], *, lengths: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """How often the model's response is better than the baseline's, by one judge.
 
-    A pair is won where the mean of all answers to it, in both orders, is for the model; a tie counts one half.
+    A pair is won if the mean of its judgements, in both orders, is for the model; a tie counts one half.
 
     Args:
-        verdicts: of one judge; a pair may have none, one, or one for each order.
-        lengths: of each pair, the model's response and the other's, in tokens.
+        judgements: of one judge; a pair may have none, one, or one for each order.
+        lengths: of each pair, the model's response and the baseline's, in tokens.
     """
-    pairs = _by_pair(verdicts)
-    outcomes = {row: _outcome(statistics.fmean(said)) for row, said in pairs.items()}
+    pairs = _preferences_by_pair(judgements)
+    outcomes = {row: _outcome(statistics.fmean(found)) for row, found in pairs.items()}
     longer, shorter = (
         [outcome for row, outcome in outcomes.items() if sign * (lengths[row][0] - lengths[row][1]) > 0]
         for sign in (1, -1)
     )
-    won = [outcome == 1 for outcome in longer if outcome != 0.5] + [
-        outcome == 0 for outcome in shorter if outcome != 0.5
-    ]
+    longer_won = [outcome == 1 for outcome in longer if outcome != 0.5]
+    longer_won += [outcome == 0 for outcome in shorter if outcome != 0.5]
     return {
         "pairs": len(lengths),
         "judged": len(outcomes),
@@ -152,16 +205,15 @@ def win_rate(verdicts: Sequence[Verdict], *, lengths: Sequence[tuple[float, floa
         "win_rate": _share(list(outcomes.values())),
         "win_rate_when_longer": _share(longer),
         "win_rate_when_shorter": _share(shorter),
-        "longer_wins": _share(won),
-        **_place(verdicts, pairs),
+        "longer_wins": _share(longer_won),
+        **_position_bias(judgements, pairs),
     }
 
 
-def _by_pair(verdicts: Sequence[Verdict]) -> dict[int, list[float]]:
-    """All that was said of each pair."""
+def _preferences_by_pair(judgements: Sequence[Judgement]) -> dict[int, list[float]]:
     pairs: dict[int, list[float]] = {}
-    for verdict in sorted(verdicts, key=lambda verdict: verdict.row):
-        pairs.setdefault(verdict.row, []).append(verdict.preference)
+    for judgement in sorted(judgements, key=lambda judgement: judgement.row):
+        pairs.setdefault(judgement.row, []).append(judgement.preference)
     return pairs
 
 
@@ -173,37 +225,29 @@ def _share(outcomes: Sequence[float]) -> dict[str, Any]:
     return asdict(wilson(float(sum(outcomes)), len(outcomes)))
 
 
-def _place(verdicts: Sequence[Verdict], pairs: Mapping[int, Sequence[float]]) -> dict[str, Any]:
-    """What the place of a response does: how often A wins, and how many pairs are judged otherwise when turned."""
-    for_a = [_outcome(v.preference if v.model_is_a else -v.preference) for v in verdicts if v.model_is_a is not None]
-    twice = [said for said in pairs.values() if len(said) > 1]
-    found = {"first_wins": _share(for_a)} if for_a else {}
-    return found | ({"inconsistent": _share([min(said) < 0 < max(said) for said in twice])} if twice else {})
+def _position_bias(judgements: Sequence[Judgement], pairs: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+    """How often A wins, and in how many pairs the other response wins when the two are swapped."""
+    for_a = [_outcome(v.preference if v.model_is_a else -v.preference) for v in judgements if v.model_is_a is not None]
+    twice = [found for found in pairs.values() if len(found) > 1]
+    shares = {"first_wins": _share(for_a)} if for_a else {}
+    return shares | ({"inconsistent": _share([min(found) < 0 < max(found) for found in twice])} if twice else {})
 
 
-def outcomes_by_pair(verdicts: Sequence[Verdict], *, count: int) -> list[float | None]:
-    """For each of `count` pairs the mean preference, from -1 to 1, None where it was not judged."""
-    pairs = _by_pair(verdicts)
+def mean_preferences(judgements: Sequence[Judgement], *, count: int) -> list[float | None]:
+    """For each of `count` pairs the mean preference, from -1 to 1, None if it was not judged."""
+    pairs = _preferences_by_pair(judgements)
     return [statistics.fmean(pairs[row]) if row in pairs else None for row in range(count)]
 
 
-def reward_model_quality(
-    chosen: Sequence[float], rejected: Sequence[float], *, subsets: Sequence[str], seed: int
-) -> dict[str, Any]:
-    """How often a reward model prefers what people chose, by how much, and whether it is as sure as it is right.
-
-    Args:
-        chosen: scores of the chosen response of each pair.
-        rejected: those of the other.
-        subsets: the part of the data that each pair belongs to; empty where there is none.
-        seed: of the intervals.
-    """
-    differences = torch.tensor(chosen, dtype=torch.float64) - torch.tensor(rejected, dtype=torch.float64)
-    places = {name: [row for row, found in enumerate(subsets) if found == name] for name in sorted(set(subsets))}
-    parts = {name or "(none)": differences[rows] for name, rows in places.items()} if any(subsets) else {}
+def reward_model_quality(pairs: PairScores, *, seed: int) -> dict[str, Any]:
+    """Accuracy, margin and calibration of a reward model on pairs; `seed` draws the intervals."""
+    chosen, rejected = (torch.tensor(scores, dtype=torch.float64) for scores in (pairs.chosen, pairs.rejected))
+    differences = chosen - rejected
+    names = sorted(set(pairs.subsets)) if any(pairs.subsets) else []
+    parts = {name: differences[[found == name for found in pairs.subsets]] for name in names}
     return {
         **_accuracy(differences, seed=seed),
-        "subsets": {name: _accuracy(part, seed=seed) for name, part in parts.items()},
+        "subsets": {name or "(none)": _accuracy(part, seed=seed) for name, part in parts.items()},
         "calibration": _calibration(differences),
     }
 
@@ -217,7 +261,7 @@ def _accuracy(differences: torch.Tensor, *, seed: int) -> dict[str, Any]:
 
 
 def _calibration(differences: torch.Tensor) -> dict[str, Any]:
-    """The reliability table, its error, and the temperature that would mend it, with what it would leave."""
+    """The reliability table, its error, the temperature that would correct it, and what it would leave."""
     table = reliability(differences)
     temperature = fitted_temperature(differences)
     calibrated = {}
@@ -226,18 +270,9 @@ def _calibration(differences: torch.Tensor) -> dict[str, Any]:
             "error_at_temperature": expected_calibration_error(reliability(differences / temperature)),
             "loss_at_temperature": preference_nll(differences, temperature=temperature),
         }
-    return {
-        "bins": [
-            {
-                "from": row.low,
-                "to": row.high,
-                "confidence": row.confidence,
-                "right": asdict(wilson(row.right, row.count)),
-            }
-            for row in table
-        ],
-        "error": expected_calibration_error(table),
-        "loss": preference_nll(differences),
-        "temperature": temperature,
-        **calibrated,
-    }
+    bins = [
+        {"from": b.low, "to": b.high, "confidence": b.confidence, "right": asdict(wilson(b.right, b.count))}
+        for b in table
+    ]
+    error, loss = expected_calibration_error(table), preference_nll(differences)
+    return {"bins": bins, "error": error, "loss": loss, "temperature": temperature, **calibrated}

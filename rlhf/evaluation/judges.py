@@ -1,13 +1,12 @@
-"""Who says which of two responses is better: the reward model, a person in the terminal, or functions of the user's.
+"""Judges say which of two responses is better: the reward model, a person in the terminal, or functions of the user's.
 
-A function is called with the prompts, the responses shown as A, and those shown as B, three sequences of equally many
-texts, and returns one preference for each prompt: "a", "b" or "tie", or a number from -1 (B is better) through 0 (a
-tie) to 1 (A is better). It is called for both orders of every pair, a few pairs at a time, so that what it thinks of
-the place of a response, rather than of the response, cancels, and is measured (Wang et al. 2023, arXiv:2305.17926).
-Its module is installed, part of this project, or in the folder where the run was started.
+A function is called with the prompts, the responses shown as A and those shown as B, three sequences of equal length,
+and returns one preference per prompt: "a", "b" or "tie", or a number from -1 (B is better) through 0 (a tie) to 1 (A is
+better). It judges every pair in both orders, a few pairs per call, so a preference for a position rather than for a
+response cancels, and is measured (Wang et al. 2023, arXiv:2305.17926).
 
-Nobody is told which model wrote what. A person is asked once for a pair, in an order that a seeded coin has drawn, as
-often one as the other. Left out: more than two responses at once, several people, and what is asked beside preference.
+No judge is told which model wrote what. A person judges each pair once; a seeded shuffle decides which response is A,
+the model's for half of the pairs. Left out: more than two responses at once, several people, other questions.
 """
 
 from __future__ import annotations
@@ -17,21 +16,21 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from rlhf.evaluation.metrics import imported
 from rlhf.runtime.errors import RunError
+from rlhf.runtime.user_functions import load_function
 from rlhf.tracking.jsonl_log import JsonlLog
-from rlhf.tracking.text_table import printable
+from rlhf.tracking.text_table import printable, printable_lines
 
 REWARD, HUMAN = "reward", "human"
 JudgeFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence[Any]]
 """Prompts, responses A, responses B -> one preference each."""
 
-AT_ONCE = 32
-"""Pairs that a function is given in one call."""
+PAIRS_PER_CALL = 32
+"""Pairs that a function of the user's is given in one call."""
 _WORDS = {"a": 1.0, "b": -1.0, "tie": 0.0}
-_CALLED = (
+_SIGNATURE = (
     "called with the prompts, the responses A and the responses B and returning for each prompt a, b, tie or a number "
     "from -1 (B is better) to 1 (A is better)"
 )
@@ -39,7 +38,7 @@ _CALLED = (
 
 @dataclass(frozen=True)
 class Pairs:
-    """What two models said to the same prompts."""
+    """Responses of two models to the same prompts."""
 
     prompts: tuple[str, ...]
     model: tuple[str, ...]
@@ -53,29 +52,41 @@ class Pairs:
         return (self.model[row], self.baseline[row]) if model_is_a else (self.baseline[row], self.model[row])
 
     def digest(self, row: int) -> str:
-        """What a pair is known by: judged once, it need not be judged again, whatever run it turns up in."""
+        """Identifies the texts of a pair, so that a judgement on them can be found again in any run."""
         parts = (self.prompts[row], self.model[row], self.baseline[row])
         text = "".join(f"{len(part)}:{part}" for part in parts)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """An answer to one question: which of these two is better?"""
+class Question(NamedTuple):
+    """A pair in one of its two orders."""
 
     row: int
-    """Of the pair."""
+    model_is_a: bool
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A judge's answer about one pair."""
+
+    row: int
     preference: float
-    """From -1 (the other model's is better) through 0 (a tie) to 1 (the model's is better)."""
+    """From -1 (the baseline's response is better) through 0 (a tie) to 1 (the model's is better)."""
     model_is_a: bool | None = None
-    """How the pair was shown; None where there is no first."""
+    """How the pair was shown; None if no response came first."""
+
+    @classmethod
+    def of(cls, question: Question, preference_for_a: float) -> Judgement:
+        """Turn a preference for A into one for the model."""
+        sign = 1 if question.model_is_a or preference_for_a == 0 else -1  # without a negative zero
+        return cls(question.row, sign * preference_for_a, question.model_is_a)
 
 
 def load_judges(names: Sequence[str]) -> dict[str, JudgeFunction]:
-    """The functions among the judges, by name.
+    """Import the judges that are functions.
 
     Raises:
-        ValueError: a judge that is none.
+        ValueError: a name is neither a known judge nor a function.
     """
     functions = {}
     for name in names:
@@ -83,70 +94,55 @@ def load_judges(names: Sequence[str]) -> dict[str, JudgeFunction]:
             continue
         if ":" not in name:
             raise ValueError(f"eval.judges: {name!r} is no judge; expected {REWARD}, {HUMAN}, or module:function.")
-        functions[name] = imported(name, f"eval.judges: {name!r}", called=_CALLED)
+        functions[name] = load_function(name, f"eval.judges: {name!r}", signature=_SIGNATURE)
     return functions
 
 
-def balanced_coin(count: int, *, seed: int) -> list[bool]:
-    """For each of `count` pairs whether the model's response is A: for half of them, drawn with `seed`."""
-    coin = [row % 2 == 0 for row in range(count)]
-    random.Random(seed).shuffle(coin)
-    return coin
+def random_order(count: int, *, seed: int) -> list[Question]:
+    """Each of `count` pairs once; the model's response is A in a random half of them."""
+    model_is_a = [row % 2 == 0 for row in range(count)]
+    random.Random(seed).shuffle(model_is_a)
+    return [Question(row, first) for row, first in enumerate(model_is_a)]
 
 
-def judged_by_scores(model: Sequence[float], baseline: Sequence[float], *, pairs: Pairs) -> list[Verdict]:
+def both_orders(questions: Sequence[Question]) -> list[list[Question]]:
+    """The questions and then the same in the other order, in lists of `PAIRS_PER_CALL`."""
+    everything = [*questions, *(Question(row, not model_is_a) for row, model_is_a in questions)]
+    return [everything[start : start + PAIRS_PER_CALL] for start in range(0, len(everything), PAIRS_PER_CALL)]
+
+
+def judge_by_scores(model: Sequence[float], baseline: Sequence[float], *, pairs: Pairs) -> list[Judgement]:
     """The higher score is better; a pair with a score that is not finite is not judged.
 
-    Equal responses tie, whatever their scores: in 16 bits these depend on what else stood in the batch.
+    Equal responses are a tie, whatever their scores: computed in batches of other shapes, these may differ by rounding.
     """
-    scores = enumerate(zip(model, baseline, strict=True))
     return [
-        Verdict(row, 0.0 if pairs.model[row] == pairs.baseline[row] else float((ours > theirs) - (ours < theirs)))
-        for row, (ours, theirs) in scores
+        Judgement(row, 0.0 if pairs.model[row] == pairs.baseline[row] else float((ours > theirs) - (ours < theirs)))
+        for row, (ours, theirs) in enumerate(zip(model, baseline, strict=True))
         if math.isfinite(ours) and math.isfinite(theirs)
     ]
 
 
-def questions(coin: Sequence[bool]) -> list[list[tuple[int, bool]]]:
-    """Both orders of every pair, the coin's first, a few at a time: row, and whether the model's response is A."""
-    asked = [(row, side ^ turned) for turned in (False, True) for row, side in enumerate(coin)]
-    return [asked[start : start + AT_ONCE] for start in range(0, len(asked), AT_ONCE)]
-
-
-def judged_by_function(
-    name: str, function: JudgeFunction, *, pairs: Pairs, asked: Sequence[tuple[int, bool]]
-) -> list[Verdict]:
-    """What a function says of some of the `questions`.
-
-    Args:
-        name: of the judge, for messages.
-        function: what is called.
-        pairs: what it is asked about.
-        asked: rows and orders.
+def judge_by_function(
+    name: str, function: JudgeFunction, *, pairs: Pairs, questions: Sequence[Question]
+) -> list[Judgement]:
+    """Call a function with some pairs.
 
     Raises:
-        RunError: it returned something that is no list of preferences.
+        RunError: it returned something other than a list of preferences.
     """
-    shown = [pairs.shown(row, model_is_a=model_is_a) for row, model_is_a in asked]
-    prompts = [pairs.prompts[row] for row, _ in asked]
+    shown = [pairs.shown(row, model_is_a=model_is_a) for row, model_is_a in questions]
+    prompts = [pairs.prompts[row] for row, _ in questions]
     answers = function(prompts, [first for first, _ in shown], [second for _, second in shown])
-    preferences = preferences_of(answers, count=len(asked), name=name)
-    return [
-        Verdict(row, _of_model(preference, model_is_a), model_is_a)
-        for (row, model_is_a), preference in zip(asked, preferences, strict=True)
-    ]
+    preferences = parse_preferences(answers, count=len(questions), name=name)
+    return [Judgement.of(question, value) for question, value in zip(questions, preferences, strict=True)]
 
 
-def _of_model(preference: float, model_is_a: bool) -> float:
-    """A preference for A as one for the model."""
-    return preference if model_is_a or preference == 0 else -preference
-
-
-def preferences_of(answers: Any, *, count: int, name: str) -> list[float]:
+def parse_preferences(answers: Any, *, count: int, name: str) -> list[float]:
     """What a function returned, as numbers from -1 (B is better) to 1 (A is better).
 
     Raises:
-        RunError: it is no list of `count` preferences.
+        RunError: it is not a list of `count` preferences.
     """
     expected = f"expected {count} preferences, each a, b, tie or a number from -1 (B is better) to 1 (A is better)"
     if isinstance(answers, str | bytes | dict):
@@ -154,18 +150,20 @@ def preferences_of(answers: Any, *, count: int, name: str) -> list[float]:
     try:
         listed = list(answers)
     except TypeError as error:
-        raise RunError(f"judge {name} returned {_short(answers)}; {expected}.") from error
+        raise RunError(f"judge {name} returned {answers!r:.60}; {expected}.") from error
     if len(listed) != count:
         raise RunError(f"judge {name} returned {len(listed)} answers to {count} pairs; {expected}.")
-    numbers = [_preference(answer) for answer in listed]
-    for place, (answer, value) in enumerate(zip(listed, numbers, strict=True)):
+    preferences = []
+    for place, answer in enumerate(listed):
+        value = _parse(answer)
         if value is None:
-            raise RunError(f"judge {name} returned {_short(answer)} for pair {place} of {count}; {expected}.")
-    return [value for value in numbers if value is not None]
+            raise RunError(f"judge {name} returned {answer!r:.60} for pair {place} of {count}; {expected}.")
+        preferences.append(value)
+    return preferences
 
 
-def _preference(answer: Any) -> float | None:
-    """None for what is no preference."""
+def _parse(answer: Any) -> float | None:
+    """None for what is not a preference."""
     if isinstance(answer, str):
         return _WORDS.get(answer.strip().lower())
     if isinstance(answer, bool) or answer is None:
@@ -177,46 +175,40 @@ def _preference(answer: Any) -> float | None:
     return value if abs(value) <= 1 else None  # NaN is not
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 @dataclass(frozen=True)
-class Person:
-    """Somebody at a terminal, or lines piped in."""
+class HumanJudge:
+    """A person at a terminal, or lines piped in."""
 
     read: Callable[[], str]
-    """The next line; empty where there are no more."""
+    """Returns the next line, empty at the end of the input."""
     write: Callable[[str], object]
-    """Shows some text."""
-    journal: JsonlLog
-    """What was said so far, in this run and in those before."""
+    """Shows text."""
+    log: JsonlLog
+    """The judgements of this run and of those before."""
 
-    def judge(self, pairs: Pairs, *, coin: Sequence[bool], seed: int) -> list[Verdict]:
-        """Ask about every pair that was not judged before, until all are or the person has had enough.
+    def judge(self, pairs: Pairs, *, questions: Sequence[Question], seed: int) -> list[Judgement]:
+        """Ask about every pair that has no judgement yet, until all have one or the person stops.
 
-        Equal responses are a tie that nobody is asked about. The order is drawn with `seed`, so that the pairs that
-        were judged are a fair sample of all, however early the person stops.
+        Equal responses are a tie without a question. The order of the questions is shuffled with `seed`, so wherever
+        the person stops, the judged pairs are a fair sample of all.
         """
         known = self._known(pairs)
-        equal = [row for row in range(len(pairs)) if pairs.model[row] == pairs.baseline[row]]
-        known |= {row: Verdict(row, 0.0) for row in equal}
-        left = [row for row in range(len(pairs)) if row not in known]
+        known |= {row: Judgement(row, 0.0) for row in range(len(pairs)) if pairs.model[row] == pairs.baseline[row]}
+        left = [question for question in questions if question.row not in known]
         random.Random(seed).shuffle(left)
         if left:
             self.write(f"{len(left)} pairs to judge: a or b for the better response, t for a tie, q to stop.\n")
-        for number, row in enumerate(left, start=1):
-            self.write(_question(pairs, row, model_is_a=coin[row], number=f"{number} of {len(left)}"))
-            answer = self._answer()
-            if answer is None:
+        for number, question in enumerate(left, start=1):
+            self.write(_question_text(pairs, question, number=f"{number} of {len(left)}"))
+            preference = self._answer()
+            if preference is None:
                 break
-            known[row] = Verdict(row, _of_model(_WORDS[answer], coin[row]), coin[row])
-            self._note(pairs, known[row])
+            known[question.row] = Judgement.of(question, preference)
+            self._append(pairs, known[question.row])
         return [known[row] for row in sorted(known)]
 
-    def _answer(self) -> str | None:
-        """`a`, `b` or `tie`; None for the end."""
+    def _answer(self) -> float | None:
+        """A preference for A; None where the person stops."""
         while True:
             self.write("better: [a/b/t/q] ")
             line = self.read()
@@ -225,35 +217,25 @@ class Person:
                 self.write("\n")
                 return None
             if word in ("a", "b", "t", "tie"):
-                return "tie" if word == "t" else word
+                return _WORDS["tie" if word == "t" else word]
             self.write(f"{printable(line.strip())[:40]!r} is no answer. ")
 
-    def _known(self, pairs: Pairs) -> dict[int, Verdict]:
-        self.journal.repair()
-        said = {row["pair"]: row for row in self.journal.rows() if "pair" in row and "preference" in row}
-        rows = {row: said[digest] for row in range(len(pairs)) if (digest := pairs.digest(row)) in said}
-        return {row: Verdict(row, float(old["preference"]), old.get("model_is_a")) for row, old in rows.items()}
+    def _known(self, pairs: Pairs) -> dict[int, Judgement]:
+        self.log.repair()
+        said = {row["pair"]: row for row in self.log.rows() if "pair" in row and "preference" in row}
+        found = {row: said[digest] for row in range(len(pairs)) if (digest := pairs.digest(row)) in said}
+        return {row: Judgement(row, float(old["preference"]), old.get("model_is_a")) for row, old in found.items()}
 
-    def _note(self, pairs: Pairs, verdict: Verdict) -> None:
-        row = verdict.row
-        self.journal.append(
-            {
-                "pair": pairs.digest(row),
-                "preference": verdict.preference,
-                "model_is_a": verdict.model_is_a,
-                "prompt": pairs.prompts[row],
-                "model": pairs.model[row],
-                "baseline": pairs.baseline[row],
-            }
-        )
+    def _append(self, pairs: Pairs, judgement: Judgement) -> None:
+        row = judgement.row
+        texts = {"prompt": pairs.prompts[row], "model": pairs.model[row], "baseline": pairs.baseline[row]}
+        judged = {"preference": judgement.preference, "model_is_a": judgement.model_is_a}
+        self.log.append({"pair": pairs.digest(row), **judged, **texts})
 
 
-def _question(pairs: Pairs, row: int, *, model_is_a: bool, number: str) -> str:
-    """What a person sees; every line of a text is set in, so that none can pass for another part."""
-    first, second = pairs.shown(row, model_is_a=model_is_a)
-    parts = {f"\n--- {number}: prompt": pairs.prompts[row], "--- A": first, "--- B": second}
-    return "".join(f"{title}\n{_set_in(text)}\n" for title, text in parts.items())
-
-
-def _set_in(text: str) -> str:
-    return "\n".join(f"  | {printable(line)}" for line in text.split("\n"))
+def _question_text(pairs: Pairs, question: Question, *, number: str) -> str:
+    """What a person sees; every line of a text is indented, so that none can pass for a heading."""
+    first, second = pairs.shown(question.row, model_is_a=question.model_is_a)
+    parts = {f"\n--- {number}: prompt": pairs.prompts[question.row], "--- A": first, "--- B": second}
+    indented = {title: printable_lines(text).replace("\n", "\n  | ") for title, text in parts.items()}
+    return "".join(f"{title}\n  | {text}\n" for title, text in indented.items())

@@ -8,41 +8,43 @@ import pytest
 import torch
 
 from rlhf.evaluation.judges import (
-    AT_ONCE,
+    PAIRS_PER_CALL,
+    HumanJudge,
+    Judgement,
     Pairs,
-    Person,
-    Verdict,
-    balanced_coin,
-    judged_by_function,
-    judged_by_scores,
+    Question,
+    both_orders,
+    judge_by_function,
+    judge_by_scores,
     load_judges,
-    preferences_of,
-    questions,
+    parse_preferences,
+    random_order,
 )
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.jsonl_log import JsonlLog
 
 PAIRS = Pairs(("p0", "p1", "p2", "p3"), ("m0", "m1", "same", "m3"), ("a0", "a1", "same", "a3"))
-COIN = [True, False, True, False]
+QUESTIONS = [Question(0, True), Question(1, False), Question(2, True), Question(3, False)]
 SHOWN = {"p0": ("m0", "a0"), "p1": ("a1", "m1"), "p3": ("a3", "m3")}
 
 
-def test_a_coin_is_balanced_and_seeded():
+def test_the_model_comes_first_in_a_random_half_of_the_pairs():
     for count in (1, 7, 100):
-        coin = balanced_coin(count, seed=5)
-        assert sum(coin) == (count + 1) // 2
-        assert coin == balanced_coin(count, seed=5)
-    assert balanced_coin(100, seed=5) != balanced_coin(100, seed=6)
-    assert balanced_coin(100, seed=5) != sorted(balanced_coin(100, seed=5), reverse=True)
+        questions = random_order(count, seed=5)
+        assert [question.row for question in questions] == list(range(count))
+        assert sum(question.model_is_a for question in questions) == (count + 1) // 2
+        assert questions == random_order(count, seed=5)
+    assert random_order(100, seed=5) != random_order(100, seed=6)
+    assert [q.model_is_a for q in random_order(100, seed=5)] != [True] * 50 + [False] * 50
 
 
 def test_every_pair_is_asked_in_both_orders_a_few_at_a_time():
-    coin = balanced_coin(AT_ONCE + 3, seed=1)
-    calls = questions(coin)
-    assert max(map(len, calls)) == AT_ONCE
+    questions = random_order(PAIRS_PER_CALL + 3, seed=1)
+    calls = both_orders(questions)
+    assert max(map(len, calls)) == PAIRS_PER_CALL
     asked = [question for call in calls for question in call]
-    assert sorted(asked) == sorted((row, side) for row in range(len(coin)) for side in (True, False))
-    assert asked[: len(coin)] == list(enumerate(coin))
+    assert sorted(asked) == sorted((row, side) for row in range(len(questions)) for side in (True, False))
+    assert asked[: len(questions)] == questions
 
 
 def test_a_function_sees_texts_alone_and_its_answer_is_brought_to_the_model_view():
@@ -52,16 +54,21 @@ def test_a_function_sees_texts_alone_and_its_answer_is_brought_to_the_model_view
         seen.extend(zip(prompts, first, second, strict=True))
         return ["a", "b", 0.25, "TIE"]
 
-    found = judged_by_function("x", judge, pairs=PAIRS, asked=list(enumerate(COIN)))
+    found = judge_by_function("x", judge, pairs=PAIRS, questions=QUESTIONS)
     assert seen == [("p0", "m0", "a0"), ("p1", "a1", "m1"), ("p2", "same", "same"), ("p3", "a3", "m3")]
-    assert found == [Verdict(0, 1.0, True), Verdict(1, 1.0, False), Verdict(2, 0.25, True), Verdict(3, 0.0, False)]
+    assert found == [
+        Judgement(0, 1.0, True),
+        Judgement(1, 1.0, False),
+        Judgement(2, 0.25, True),
+        Judgement(3, 0.0, False),
+    ]
 
 
 @pytest.mark.parametrize(
     "answers", [["a", "b", "tie"], (1, -1, 0), np.array([1.0, -1.0, 0.0]), torch.tensor([1, -1, 0])]
 )
 def test_words_and_numbers_are_preferences(answers):
-    assert preferences_of(answers, count=3, name="x") == [1.0, -1.0, 0.0]
+    assert parse_preferences(answers, count=3, name="x") == [1.0, -1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,7 @@ def test_words_and_numbers_are_preferences(answers):
 )
 def test_anything_else_is_refused_with_the_name_of_the_judge(answers, said):
     with pytest.raises(RunError, match=r"judge me:x returned .*expected 3 preferences, each a, b, tie") as error:
-        preferences_of(answers, count=3, name="me:x")
+        parse_preferences(answers, count=3, name="me:x")
     assert said in str(error.value)
 
 
@@ -101,20 +108,20 @@ def test_a_judge_that_is_none_is_named(name, sentence):
 
 
 def test_the_higher_score_wins_equal_responses_tie_and_what_is_not_finite_is_not_judged():
-    found = judged_by_scores([1.0, 2.0, 3.001, float("nan")], [2.0, 1.0, 3.0, 0.0], pairs=PAIRS)
-    assert found == [Verdict(0, -1.0), Verdict(1, 1.0), Verdict(2, 0.0)]  # of the third, both said the same
-    assert judged_by_scores([2.0] * 4, [2.0] * 4, pairs=PAIRS)[0] == Verdict(0, 0.0)
+    found = judge_by_scores([1.0, 2.0, 3.001, float("nan")], [2.0, 1.0, 3.0, 0.0], pairs=PAIRS)
+    assert found == [Judgement(0, -1.0), Judgement(1, 1.0), Judgement(2, 0.0)]  # of the third, both said the same
+    assert judge_by_scores([2.0] * 4, [2.0] * 4, pairs=PAIRS)[0] == Judgement(0, 0.0)
 
 
 def person(folder, lines):
     """Somebody who types `lines`, and what they have seen."""
     screen, keys = io.StringIO(), io.StringIO(lines)
-    return Person(keys.readline, screen.write, JsonlLog(folder / "judgements.jsonl", steps=False)), screen
+    return HumanJudge(keys.readline, screen.write, JsonlLog(folder / "judgements.jsonl", steps=False)), screen
 
 
 def test_a_person_is_asked_blind_and_equal_responses_are_a_tie(tmp_path):
     somebody, screen = person(tmp_path, "a\na\na\n")
-    found = somebody.judge(PAIRS, coin=COIN, seed=0)
+    found = somebody.judge(PAIRS, questions=QUESTIONS, seed=0)
     # A is the model's for row 0 and the other's for rows 1 and 3
     assert {v.row: v.preference for v in found} == {0: 1.0, 1: -1.0, 2: 0.0, 3: -1.0}
     shown = screen.getvalue()
@@ -126,40 +133,42 @@ def test_a_person_is_asked_blind_and_equal_responses_are_a_tie(tmp_path):
 
 def test_a_person_may_stop_and_go_on_later(tmp_path):
     first, _ = person(tmp_path, "t\nq\nb\n")
-    begun = first.judge(PAIRS, coin=COIN, seed=0)
+    begun = first.judge(PAIRS, questions=QUESTIONS, seed=0)
     assert len(begun) == 2  # one tie said, one that is the same
     second, screen = person(tmp_path, "b\n")  # and then the lines end
-    more = second.judge(PAIRS, coin=COIN, seed=0)
+    more = second.judge(PAIRS, questions=QUESTIONS, seed=0)
     assert "2 pairs to judge" in screen.getvalue()
     assert len(more) == 3
     assert set(begun) <= set(more)
     third, screen = person(tmp_path, "")
-    assert len(third.judge(PAIRS, coin=[not side for side in COIN], seed=9)) == 3  # the end of lines is no answer
+    assert (
+        len(third.judge(PAIRS, questions=[Question(row, not side) for row, side in QUESTIONS], seed=9)) == 3
+    )  # the end of lines is no answer
 
 
 def test_what_was_judged_of_other_responses_does_not_count(tmp_path):
     somebody, _ = person(tmp_path, "a\na\na\n")
-    somebody.judge(PAIRS, coin=COIN, seed=0)
+    somebody.judge(PAIRS, questions=QUESTIONS, seed=0)
     others = Pairs(PAIRS.prompts, PAIRS.baseline, PAIRS.model)
     nobody, screen = person(tmp_path, "")
-    assert [v.row for v in nobody.judge(others, coin=COIN, seed=0)] == [2]
+    assert [v.row for v in nobody.judge(others, questions=QUESTIONS, seed=0)] == [2]
     assert "3 pairs to judge" in screen.getvalue()
 
 
 def test_a_half_written_judgement_is_forgotten(tmp_path):
     somebody, _ = person(tmp_path, "a\na\na\n")
-    somebody.judge(PAIRS, coin=COIN, seed=0)
+    somebody.judge(PAIRS, questions=QUESTIONS, seed=0)
     file = tmp_path / "judgements.jsonl"
     file.write_bytes(file.read_bytes()[:-9])
     again, screen = person(tmp_path, "t\n")
-    assert len(again.judge(PAIRS, coin=COIN, seed=0)) == 4
+    assert len(again.judge(PAIRS, questions=QUESTIONS, seed=0)) == 4
     assert "1 pairs to judge" in screen.getvalue()
 
 
 def test_a_word_that_is_no_answer_is_asked_again(tmp_path):
     somebody, screen = person(tmp_path, "maybe\x1b[31m\nA\n")
-    found = somebody.judge(Pairs(("p",), ("m",), ("a",)), coin=[True], seed=0)
-    assert found == [Verdict(0, 1.0, True)]
+    found = somebody.judge(Pairs(("p",), ("m",), ("a",)), questions=[Question(0, True)], seed=0)
+    assert found == [Judgement(0, 1.0, True)]
     assert "is no answer" in screen.getvalue()
     assert "\x1b" not in screen.getvalue()
 
@@ -167,7 +176,7 @@ def test_a_word_that_is_no_answer_is_asked_again(tmp_path):
 def test_responses_cannot_steer_the_terminal_or_pass_for_the_other(tmp_path):
     evil = "\x1b[2Jfine\n--- B\n  | \u202ebad"
     somebody, screen = person(tmp_path, "b\n")
-    somebody.judge(Pairs(("p",), (evil,), ("honest",)), coin=[True], seed=0)
+    somebody.judge(Pairs(("p",), (evil,), ("honest",)), questions=[Question(0, True)], seed=0)
     shown = screen.getvalue()
     assert "\x1b" not in shown
     assert "\u202e" not in shown

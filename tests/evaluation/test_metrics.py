@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.evaluation.metrics import distinct, policy_metrics
+from rlhf.evaluation.metrics import distinct_ngrams, policy_metrics
 from rlhf.tracking.metric_registry import check
 
 ROWS = [
@@ -26,6 +26,6 @@ def test_every_number_of_an_answer_has_a_mean_that_the_registry_knows():
 
 
 def test_answers_without_a_word_pair_have_no_share_of_different_ones():
-    assert distinct(["one", "word", ""], length=2) is None
-    assert distinct(["one", "word", ""], length=1) == 1.0
+    assert distinct_ngrams(["one", "word", ""], length=2) is None
+    assert distinct_ngrams(["one", "word", ""], length=1) == 1.0
     assert "eval/distinct_2" not in policy_metrics([row | {"response": "one"} for row in ROWS])

@@ -4,24 +4,26 @@ import dataclasses
 import io
 import json
 import math
+from functools import partial
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf.config.model_config import Embedded
+from rlhf.config.roles import roles_of
+from rlhf.evaluation.model_runner import ModelRunner
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
-from rlhf.models.model_folder import local_folder
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import load_tokenizer, template_fingerprint
 from stages import eval as evaluate
-from stages.eval import run_eval
-from stages.eval_models import HeldOut, Room
+from stages.eval import held_out_batches, run_eval
+from stages.lifecycle.stage_models import open_model, stored_scale
 from stages.lifecycle.stage_record import StageRecord, write_record
-from stages.setup.eval_checks import check_evaluation
+from stages.setup.eval_checks import check_evaluation, held_out_rows
 from tests.config.test_configuration import composed
 from tests.models import tiny
 from tests.ranks import run_on_ranks
@@ -111,38 +113,38 @@ def test_an_evaluation_says_everything(small, tmp_path):
 
 @torch.no_grad()
 def test_log_probabilities_and_scores_are_those_of_plain_transformers(small, models):
-    config = small("eval.sampling.temperature=0.7").eval
+    run = small("eval.sampling.temperature=0.7")
     tokenizer = load_tokenizer(str(models["model"]))
-    held_out = HeldOut.read(small().data, config, tokenizer=tokenizer)
-    room = Room(config, World.alone(), tokenizer, held_out)
-    contestant = room.ask(str(models["model"]))
-    room.measure_kl(str(models["reference"]), [contestant])
-    scores = room.score(str(models["reward"]), [contestant])
-    said = contestant.said
+    rows = held_out_rows(run, tokenizer=tokenizer)
+    batches = held_out_batches(rows, tokenizer, micro_batch_size=2, world=World.alone())
+    runner = ModelRunner(partial(open_model, run, world=World.alone()), run.eval, tokenizer, batches)
+    roles = {role.name: role for role in roles_of(run, "eval")}
+    runner.generate(roles["model"])
+    runner.measure_kl(roles["reference"])
+    scores = runner.score(roles["reward"], scale=stored_scale(str(models["reward"])))
+    found, responses = runner.answers["model"], runner.answers["model"].responses
     plain = {name: AutoModelForCausalLM.from_pretrained(models[name]).eval() for name in ("model", "reference")}
     reward = AutoModelForSequenceClassification.from_pretrained(models["reward"]).eval()
-    for row in range(len(said)):
-        ids = said.sequences[row][said.attention_mask[row]][None]
-        size = int(said.response_mask[row].sum())
-        found = {}
+    for row in range(len(responses)):
+        ids = responses.sequences[row][responses.attention_mask[row]][None]
+        size = int(responses.response_mask[row].sum())
+        totals = {}
         for name, model in plain.items():
             logprobs = (model(ids).logits[0, -size - 1 : -1] / 0.7).log_softmax(-1)
-            found[name] = logprobs.gather(-1, ids[0, -size:, None]).sum()
-        assert float(contestant.numbers["kl"][row]) == pytest.approx(
-            float(found["model"] - found["reference"]), abs=1e-3
-        )
-        assert float(contestant.numbers["raw_score"][row]) == pytest.approx(float(reward(ids).logits), abs=1e-4)
-    assert contestant.numbers["kl"].abs().max() > 0.01
+            totals[name] = logprobs.gather(-1, ids[0, -size:, None]).sum()
+        assert float(found.numbers["kl"][row]) == pytest.approx(float(totals["model"] - totals["reference"]), abs=1e-3)
+        assert float(found.numbers["raw_score"][row]) == pytest.approx(float(reward(ids).logits), abs=1e-4)
+    assert found.numbers["kl"].abs().max() > 0.01
     by_subset = sorted(zip(scores.subsets, scores.chosen, scores.rejected, strict=True))
     direct = sorted(
         (pair.subset, *(float(reward(torch.tensor(ids)[None].long()).logits) for ids in (pair.chosen, pair.rejected)))
-        for pair in held_out.pairs
+        for pair in rows.pairs
     )
     for ours, theirs in zip(by_subset, direct, strict=True):
         assert ours[0] == theirs[0]
         assert ours[1:] == pytest.approx(theirs[1:], abs=1e-4)
-    (nats, tokens), *_ = sorted(contestant.losses.tolist(), key=lambda pair: pair[1])
-    demo = min(held_out.demonstrations, key=lambda demo: demo.target_mask.sum())
+    (nats, tokens), *_ = sorted(found.losses.tolist(), key=lambda pair: pair[1])
+    demo = min(rows.demonstrations, key=lambda demo: demo.target_mask.sum())
     ids = torch.tensor(demo.input_ids)[None].long()
     labels = ids.where(torch.tensor(demo.target_mask)[None], -100)
     assert nats / tokens == pytest.approx(float(plain["model"](ids, labels=labels).loss), abs=1e-4)
@@ -219,11 +221,11 @@ def test_a_gold_metric_that_forgets_a_response_is_named(small, monkeypatch):
 
 def test_only_held_out_rows_are_read(small):
     run = small("eval.rows=3", "eval.max_row_tokens=6", "eval.prompts=2")
-    rows = HeldOut.read(run.data, run.eval, tokenizer=load_tokenizer(run.eval.model))
+    tokenizer = load_tokenizer(run.eval.model)
+    rows = held_out_rows(run, tokenizer=tokenizer)
     assert [row.text for row in rows.prompts] == ["say 0", "say 1say 1"]
     assert len(rows.pairs) == 2  # the third and longer ones are left out, whatever is asked for
     assert [pair.subset for pair in rows.pairs] == ["k0", "k1"]
     assert len(rows.demonstrations) == 2
     run.data.reward = dataclasses.replace(run.data.reward, eval=[])
-    assert HeldOut.read(run.data, run.eval, tokenizer=load_tokenizer(run.eval.model)).pairs == []
-    assert local_folder(run.eval.model).is_dir()
+    assert held_out_rows(run, tokenizer=tokenizer).pairs == []

@@ -19,10 +19,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf.algorithms.intervals import Interval, share_change, wilson
+from rlhf.evaluation.result_tables import tables
 from rlhf.tracking.alerts import CheckResult, check_history
 from rlhf.tracking.answer_statistics import COLUMNS, by_step, change, is_number, with_ends
 from rlhf.tracking.checks import CHECKS, CheckState
-from rlhf.tracking.evaluation_tables import tables
 from rlhf.tracking.report import figures
 from rlhf.tracking.report.run_folder import EvaluationFolder, Row, RunFolder, StageFolder, numbers_in, read_run
 from rlhf.tracking.text_table import number, printable_lines

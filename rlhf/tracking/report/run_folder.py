@@ -13,8 +13,8 @@ from typing import Any
 
 from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import FOLDERS
+from rlhf.evaluation.result_tables import FOLDER, RESULTS, SAMPLES
 from rlhf.tracking.answer_statistics import is_number
-from rlhf.tracking.evaluation_tables import FOLDER, RESULTS, SAMPLES
 
 Row = dict[str, Any]
 

@@ -7,8 +7,8 @@ import pytest
 
 from rlhf.tracking.report.page import MOST_COMPARED, page, write_report
 from rlhf.tracking.report.run_folder import read_run
+from tests.evaluation.test_result_tables import RESULTS
 from tests.tracking.report.test_report import EVIL, Tags
-from tests.tracking.test_evaluation_tables import RESULTS
 
 
 def leave(folder, name="", *, results=RESULTS, samples=None):

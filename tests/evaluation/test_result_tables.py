@@ -2,7 +2,7 @@
 
 import pytest
 
-from rlhf.tracking.evaluation_tables import interval, tables
+from rlhf.evaluation.result_tables import interval, tables
 
 SHARE = {"mean": 0.625, "low": 0.25, "high": 0.875, "count": 8}
 RESULTS = {
@@ -76,7 +76,7 @@ def test_what_is_not_there_has_no_table():
 def test_a_reward_model_beyond_help_is_said_to_be():
     calibration = RESULTS["reward_model"]["calibration"] | {"temperature": None}
     found = by_title({"reward_model": {"calibration": calibration}})
-    assert "no temperature would mend it" in found["Whether the reward model is as sure as it is right"].note
+    assert "no temperature would correct it" in found["Calibration of the reward model"].note
 
 
 @pytest.mark.parametrize("odd", [None, 3, "text", [1], {"mean": "x"}, {"mean": float("nan")}, {"mean": None}])
