@@ -18,7 +18,7 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
-from rlhf.engine.checkpoint.stored_state import Stored, states_of
+from rlhf.engine.checkpoint.sharded_tensors import CheckpointTensor, optimizer_tensors
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill, working_dtype
@@ -132,10 +132,10 @@ class Engine:
             self._updater.optimizer.close()
         self._sharding.close()
 
-    def stored(self) -> list[Stored]:
+    def checkpoint_tensors(self) -> list[CheckpointTensor]:
         """The tensors of a checkpoint, by name; `counters` are the rest of it."""
         self._sharding.release()  # names shards: gathered parameters would count as whole ones
-        return states_of(self._training.optimizer)
+        return optimizer_tensors(self._training.optimizer)
 
     def counters(self) -> dict[str, Any]:
         """The rest of a checkpoint, as JSON."""

@@ -75,13 +75,21 @@ class SafetensorsFile:
         assert tensor.shape == entry.shape, f"{name}: {tuple(tensor.shape)} arrived, not {tuple(entry.shape)}"
         values = tensor.detach().to(entry.dtype).contiguous()
         data = memoryview(values.reshape(-1).view(torch.uint8).numpy())
-        offset = self._data + self._start[name]
+        offset = self.offset_of(name)
         try:
             while data:
                 written = os.pwrite(self._file.fileno(), data, offset)
                 data, offset = data[written:], offset + written
         except OSError as error:
             raise OSError(error.errno, error.strerror, self._file.name) from error
+
+    def offset_of(self, name: str) -> int:
+        """Where the bytes of a tensor begin in the file."""
+        return self._data + self._start[name]
+
+    def sync(self) -> None:
+        """Wait until everything written is on the disk."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Nothing more is written."""

@@ -22,8 +22,8 @@ import torch
 
 from rlhf.config.run_config import CheckpointConfig
 from rlhf.config.stage_configs import BestMetric
-from rlhf.engine.checkpoint.manager import Checkpoints, Saved, folder_of, open_saved, steps_in
-from rlhf.engine.checkpoint.stored_state import Stored
+from rlhf.engine.checkpoint.manager import Checkpoints, SavedCheckpoint, folder_of, open_checkpoint, steps_in
+from rlhf.engine.checkpoint.sharded_tensors import CheckpointTensor
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World, broadcast_object, max_over_ranks
 from rlhf.runtime.errors import RunError
@@ -55,9 +55,9 @@ class TrainingState:
     data: str
     """Fingerprint of the training rows."""
 
-    def tensors(self) -> list[Stored]:
+    def tensors(self) -> list[CheckpointTensor]:
         """Parameters and optimizer states of all engines, by name."""
-        return [stored.below(name) for name, engine in self.engines.items() for stored in engine.stored()]
+        return [tensor.under(name) for name, engine in self.engines.items() for tensor in engine.checkpoint_tensors()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is no tensor, as JSON values."""
@@ -75,7 +75,7 @@ class TrainingState:
         for name, part in self.others.items():
             part.load_state_dict(state["others"][name])
 
-    def require_same(self, saved: Saved) -> None:
+    def require_same(self, saved: SavedCheckpoint) -> None:
         """Raise ValueError if the checkpoint was made from other data or in another precision."""
         check_data(saved, self.data)
         found, expected = saved.state["dtypes"], self.state_dict()["dtypes"]
@@ -86,7 +86,7 @@ class TrainingState:
             )
 
 
-def check_data(saved: Saved, fingerprint: str) -> None:
+def check_data(saved: SavedCheckpoint, fingerprint: str) -> None:
     """Check that the checkpoint was made from these rows.
 
     Raises:
@@ -221,7 +221,7 @@ class CheckpointManager:
         step = self.progress.best_step
         if not self.config.best or step == self.total_steps or step not in there:
             return False
-        self.checkpoints.load(open_saved(self.checkpoints.folder, step), self.state.tensors())
+        self.checkpoints.load(open_checkpoint(self.checkpoints.folder, step), self.state.tensors())
         return True
 
     def finish(self) -> None:
@@ -267,4 +267,4 @@ def check_resume(folder: Path, *, data: str) -> None:
     """
     steps = steps_in(folder / CHECKPOINTS)
     if steps:
-        check_data(open_saved(folder / CHECKPOINTS, steps[-1]), data)
+        check_data(open_checkpoint(folder / CHECKPOINTS, steps[-1]), data)

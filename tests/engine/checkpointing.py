@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from rlhf.engine.checkpoint.manager import Checkpoints
-from rlhf.engine.checkpoint.stored_state import Part, Stored
+from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
 from rlhf.runtime import dist
 from tests.engine import scenarios, tiny
 from tests.ranks import fork_ranks
@@ -43,14 +44,14 @@ def there(folder, world, *, asynchronous=True):
 
 def save(trained, folder, step):
     checkpoints = there(folder, trained.world)
-    checkpoints.save(step, trained.stored(), state={"engine": trained.counters()}, spare=set())
+    checkpoints.save(step, trained.checkpoint_tensors(), state={"engine": trained.counters()}, spare=set())
     return checkpoints
 
 
 def load(trained, folder):
     checkpoints = there(folder, trained.world)
     saved = checkpoints.newest()
-    checkpoints.load(saved, trained.stored())
+    checkpoints.load(saved, trained.checkpoint_tensors())
     trained.load_counters(saved.state["engine"])
     return saved.step
 
@@ -95,22 +96,23 @@ def uneven(world, folder):
     """TrainingState in both dimensions, ranks that hold nothing, and what all hold: what each rank has loaded again."""
     whole = torch.arange(20.0).reshape(4, 5)
     rows = {0: (0, 3), 1: (3, 1)}.get(world.rank, (4, 0))
-    part = Part((rows[0], 0), (rows[1], 5))
+    part = Box((rows[0], 0), (rows[1], 5))
     loaded = {}
 
     def stored(key, tensor, box):
-        return Stored(
+        return CheckpointTensor(
             key, (4, 5), box, torch.float32, True, lambda: tensor, lambda t: loaded.__setitem__(key, t.clone())
         )
 
-    everything = Part((0, 0), (4, 5))
+    everything = Box((0, 0), (4, 5))
     mine = whole[rows[0] : sum(rows)]
     checkpoints = there(folder, world)
     checkpoints.save(1, [stored("rows", mine, part), stored("all", whole, everything)], state={}, spare=set())
     checkpoints.settle()
-    columns = Part((1, world.rank), (2, 1))
+    columns = Box((1, world.rank), (2, 1))
     checkpoints.load(checkpoints.newest(), [stored("rows", whole, columns), stored("all", whole, part)])
-    return loaded, [path.stat().st_size for path in sorted(Path(folder).rglob("rank-*.bin"))]
+    files = [load_file(path) for path in sorted(Path(folder).rglob("rank-*.safetensors"))]
+    return loaded, [sum(tensor.nbytes for tensor in file.values()) for file in files]
 
 
 def failing(world, folder):
@@ -120,7 +122,7 @@ def failing(world, folder):
     save(trained, folder, 1).settle()
     if world.rank == 1:
         (Path(folder) / "step-000002.partial").mkdir()
-        (Path(folder) / "step-000002.partial/rank-00001.bin").mkdir()  # a folder where the file should be
+        (Path(folder) / "step-000002.partial/rank-00001.safetensors").mkdir()  # a folder where the file should be
     dist.barrier()
     try:
         save(trained, folder, 2).settle()
@@ -136,9 +138,9 @@ def damaged(world, folder):
     trained = tiny.engine(world, 3)
     save(trained, folder, 1).settle()
     if world.is_main:
-        file = Path(folder) / "step-000001" / f"rank-{world.size - 1:05d}.bin"
+        file = Path(folder) / "step-000001" / f"rank-{world.size - 1:05d}.safetensors"
         data = bytearray(file.read_bytes())
-        data[50] ^= 1
+        data[-50] ^= 1  # not in the header, which we do not read
         file.write_bytes(data)
     dist.barrier()
     try:

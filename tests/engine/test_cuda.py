@@ -197,11 +197,11 @@ def test_a_checkpoint_goes_on_with_the_same_bits(world, tmp_path, tier):
     whole, rest = (engine(world, tmp_path / "tiers", **settings) for _ in range(2))
     scenarios.curve(whole, 2)
     checkpoints = Checkpoints(tmp_path / "saved", world, keep=1, asynchronous=True)
-    checkpoints.save(2, whole.stored(), state=whole.counters(), spare=set())
+    checkpoints.save(2, whole.checkpoint_tensors(), state=whole.counters(), spare=set())
     expected = scenarios.curve(whole, 2, first=2)
     checkpoints.settle()
     saved = checkpoints.newest()
-    checkpoints.load(saved, rest.stored())
+    checkpoints.load(saved, rest.checkpoint_tensors())
     rest.load_counters(saved.state)
     assert scenarios.curve(rest, 2, first=2) == expected
     for trained in (whole, rest):

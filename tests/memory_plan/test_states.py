@@ -177,7 +177,7 @@ def test_a_real_engine_holds_what_was_planned(tmp_path, precision):
         buffer.nbytes for buffer in engine.module.buffers()
     )
     assert parts["working parameters", Place.device] == held
-    moments = sum(stored.nbytes for stored in engine.stored() if "exp_avg" in stored.key)
+    moments = sum(stored.nbytes for stored in engine.checkpoint_tensors() if "exp_avg" in stored.key)
     assert parts["moments", Place.device] == moments
 
 

@@ -1,13 +1,15 @@
-"""The checkpoints of a stage: saved while it trains, complete or absent, and loaded on any number of ranks.
+"""A stage's folder of checkpoints: each complete or absent, saved during training, loaded on any number of ranks.
 
-All ranks write into `step-000120.partial`; when everybody's bytes are on the disk, the first rank adds the table of
-contents and renames the folder to `step-000120`. Whatever else is there is left over from a kill, and is removed.
+All ranks write into `step-000120.partial`. When every rank's file is on the disk, the first rank adds `checkpoint.json`
+and renames the folder to `step-000120`. Anything else in there is left over from a killed run, and is removed.
 With several machines the folder must be on a file system that they share.
 
 A save only copies what is in memory; a thread writes the copy, and a later call of `settle` makes the checkpoint count.
-What rests on disk is read and written a tensor at a time before `save` returns. All methods but the properties are for
-all ranks together, and no thread ever talks to another rank.
-Left out: what is saved, and when (`stages/lifecycle/checkpointing.py`).
+States on disk are read and written one tensor at a time before `save` returns. All methods must be called by all ranks
+together, except properties and `close`; the thread never talks to other ranks.
+
+The files are our own because those of `torch.distributed.checkpoint` are read by unpickling.
+See also: what is saved, and when (`stages/lifecycle/checkpointing.py`).
 """
 
 from __future__ import annotations
@@ -15,21 +17,26 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-
-from rlhf.engine.checkpoint.planners import Loading, Saving
+from rlhf.engine.checkpoint.checkpoint_files import (
+    ShardEntry,
+    ShardWriter,
+    TensorEntry,
+    dtype_name,
+    file_of,
+    read_index,
+    read_shard,
+    require_files,
+    sync_folder,
+    write_index,
+)
 from rlhf.engine.checkpoint.rng_state import random_state, set_random_state
-from rlhf.engine.checkpoint.storage import Reader, Writer, contents
-from rlhf.engine.checkpoint.stored_state import Stored
-from rlhf.engine.checkpoint.writer import Writing, file_of, read_index, require_files, sync_folder, write_index
+from rlhf.engine.checkpoint.sharded_tensors import CheckpointTensor, keys_to_write
 from rlhf.runtime.dist import World, barrier, broadcast_object, gather_objects
 from rlhf.runtime.errors import RunError
 
@@ -39,8 +46,8 @@ _NAME = re.compile(r"step-(\d{6,})")
 _UNFINISHED = re.compile(r"step-\d{6,}\.(partial|removed)")
 
 
-class Saved(NamedTuple):
-    """A checkpoint, without its tensors."""
+class SavedCheckpoint(NamedTuple):
+    """A complete checkpoint; its tensors are still on the disk."""
 
     step: int
     folder: Path
@@ -48,17 +55,23 @@ class Saved(NamedTuple):
 
     @property
     def state(self) -> dict[str, Any]:
-        """What was saved beside the tensors."""
+        """What was saved besides tensors."""
         state: dict[str, Any] = self.content["state"]
         return state
 
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        """The tensors' types, shapes and places, by name."""
+        tensors: dict[str, TensorEntry] = self.content["tensors"]
+        return tensors
+
 
 @dataclass
-class _Pending:
-    """A checkpoint on its way to the disk."""
+class _PendingSave:
+    """A checkpoint that is being written."""
 
     step: int
-    writing: Writing
+    writer: ShardWriter
     content: dict[str, Any]
     spare: set[int]
 
@@ -70,35 +83,36 @@ class Checkpoints:
     folder: Path
     world: World
     keep: int
-    """Newest ones that are kept."""
+    """How many of the newest ones are kept."""
     asynchronous: bool
     """Write in a thread."""
-    _pending: _Pending | None = field(default=None, init=False)
+    _pending: _PendingSave | None = field(default=None, init=False)
 
     @property
     def is_busy(self) -> bool:
-        """Whether this rank is still writing it."""
-        return self._pending is not None and self._pending.writing.is_busy
+        """Whether this rank is still writing a checkpoint."""
+        return self._pending is not None and self._pending.writer.is_busy
 
     def tidy(self) -> None:
-        """Remove what a killed run has left half written or half removed."""
+        """Remove the checkpoints that a killed run left half written or half removed."""
         if self.world.is_main and self.folder.exists():
             for path in self.folder.iterdir():
                 if _UNFINISHED.fullmatch(path.name):
                     shutil.rmtree(path)
-        barrier()  # nobody writes before this is done
+        barrier()  # no rank may write a new one before the old ones are gone
 
-    def newest(self) -> Saved | None:
-        """The newest complete checkpoint; None when there is none.
+    def newest(self) -> SavedCheckpoint | None:
+        """The newest complete checkpoint, the same on all ranks; None when there is none.
 
         Raises:
             ValueError: it is damaged.
         """
+        # One rank lists the folder: on a shared file system, others may see a rename later.
         step = broadcast_object(max(steps_in(self.folder), default=-1))
-        return None if step < 0 else open_saved(self.folder, step)
+        return None if step < 0 else open_checkpoint(self.folder, step)
 
     def check_space(self, nbytes: int, *, count: int) -> None:
-        """Refuse to start what could not be saved.
+        """Refuse to start a stage whose checkpoints would not fit on the disk.
 
         Raises:
             ValueError: `count` checkpoints of `nbytes` do not fit below the folder, beside what is there.
@@ -112,13 +126,13 @@ class Checkpoints:
                 f"output_dir=, lower checkpoint.keep, set checkpoint.best=false, or checkpoint.every=0 to save none."
             )
 
-    def save(self, step: int, tensors: Iterable[Stored], *, state: dict[str, Any], spare: set[int]) -> None:
-        """Save the state after `step`; returns when training may change it.
+    def save(self, step: int, tensors: Iterable[CheckpointTensor], *, state: dict[str, Any], spare: set[int]) -> None:
+        """Save the state after `step`; when this returns, training may change it.
 
         Args:
             step: steps taken.
-            tensors: everything that learns, under different keys; on all ranks the same keys.
-            state: JSON of everything else; the first rank's is written. Random numbers are added, each rank's.
+            tensors: everything that is trained, under different keys; on all ranks the same keys.
+            state: all other state, as JSON; the first rank's is written. Every rank's random numbers are added.
             spare: steps of older checkpoints that are kept whatever their age.
 
         Raises:
@@ -126,53 +140,66 @@ class Checkpoints:
         """
         self.settle()
         held = _by_key(tensors)
-        writing = Writing(self._partial(step) / file_of(self.world.rank))
-        writer = Writer(writing, held, rank=self.world.rank, asynchronous=self.asynchronous)
-        with _agreed() as said, _without_warnings():
-            dcp.save(held, storage_writer=writer, planner=Saving(self.world.rank), no_dist=True)
-        if said.error:
-            raise RunError(f"the checkpoint of step {step} could not be made: {said.error}") from said.cause
-        writing.begin(asynchronous=self.asynchronous)
-        random, parts = gather_objects(random_state(self.world.device)), gather_objects(writer.parts)
-        content = {"step": step, "state": state, "random": random, "tensors": contents(held, parts)}
-        self._pending = _Pending(step, writing, content, spare)
+        mine = keys_to_write(held, rank=self.world.rank)
+        writer = ShardWriter(self._partial(step) / file_of(self.world.rank), [held[key] for key in mine])
+        with _agreed() as outcome:
+            for key in mine:
+                later = self.asynchronous and held[key].in_memory
+                (writer.stage if later else writer.write)(key, held[key].read())
+        if outcome.error:
+            raise RunError(f"the checkpoint of step {step} could not be made: {outcome.error}") from outcome.cause
+        writer.begin(asynchronous=self.asynchronous)
+        shards: dict[str, ShardEntry] = {
+            key: {
+                "rank": self.world.rank,
+                "offsets": list(held[key].box.offsets),
+                "sizes": list(held[key].box.sizes),
+                "start": writer.start_of(key),
+                "checksums": [],  # not known before everything is written
+            }
+            for key in mine
+        }
+        random, shards_of_ranks = gather_objects(random_state(self.world.device)), gather_objects(shards)
+        entries = {key: _entry(tensor, shards_of_ranks) for key, tensor in held.items()}
+        content = {"step": step, "state": state, "random": random, "tensors": entries}
+        self._pending = _PendingSave(step, writer, content, spare)
         if not self.asynchronous:
             self.settle()
 
     def settle(self) -> None:
-        """Wait until what was saved is on every rank's disk, and make it count.
+        """Wait until the pending save is on every rank's disk, and make it count.
 
         Raises:
             RunError: some rank could not write; older checkpoints are as they were.
         """
-        if self._pending is None:
+        if self._pending is None:  # on all ranks alike
             return
         pending, self._pending = self._pending, None
-        pending.writing.wait()
-        errors = [error for error in gather_objects(pending.writing.error) if error]
-        checksums = gather_objects(pending.writing.checksums)
+        pending.writer.wait()
+        errors = [error for error in gather_objects(pending.writer.error) if error]
+        checksums = gather_objects(pending.writer.checksums)
         if self.world.is_main and not errors:
             errors = self._publish(pending, checksums)
-        errors = broadcast_object(errors)
+        errors = broadcast_object(errors)  # also those of the first rank's rename
         if errors:
             self._give_up(pending, errors)
 
-    def load(self, saved: Saved, tensors: Iterable[Stored]) -> None:
+    def load(self, saved: SavedCheckpoint, tensors: Iterable[CheckpointTensor]) -> None:
         """Set `tensors` and this rank's random numbers to what was saved, on any number of ranks.
 
-        A rank that did not exist then goes on with the random numbers of the first.
+        A rank that did not exist then continues with the random numbers of the first.
 
         Raises:
             ValueError: a file is missing or damaged, or the tensors are not those that were saved.
         """
         held = _by_key(tensors)
         _require_same(saved, held)
-        planner, reader = Loading(), Reader(saved.folder, saved.content["tensors"])
-        with _agreed() as said, _without_warnings():
-            dcp.load(held, storage_reader=reader, planner=planner, no_dist=True)
-            planner.require_complete()
-        if said.error:
-            raise _damaged(saved.folder, said.error) from said.cause
+        with _agreed() as outcome:
+            for _, tensor in sorted(held.items()):
+                if tensor.box.numel:
+                    tensor.write(read_shard(tensor, saved.tensors[tensor.key], folder=saved.folder))
+        if outcome.error:
+            raise _damaged(saved.folder, outcome.error) from outcome.cause
         random = saved.content["random"]
         set_random_state(random[self.world.rank if self.world.rank < len(random) else 0], self.world.device)
 
@@ -185,29 +212,29 @@ class Checkpoints:
                 self.folder.rmdir()
 
     def close(self) -> None:
-        """Stop writing; what does not count by now never will. For one rank alone, also after an error."""
+        """Stop writing; an unsettled save never counts. One rank may call it alone, also after an error."""
         if self._pending is not None:
-            self._pending.writing.cancel()
+            self._pending.writer.cancel()
 
-    def _publish(self, pending: _Pending, checksums: list[dict[int, list[int]]]) -> list[str]:
-        """On the first rank: the rename that makes it count; returns what went wrong."""
+    def _publish(self, pending: _PendingSave, checksums: list[dict[str, list[int]]]) -> list[str]:
+        """On the first rank: the rename that makes the checkpoint count; returns what went wrong."""
         folder, final = self._partial(pending.step), folder_of(self.folder, pending.step)
-        for entry in pending.content["tensors"].values():
-            for part in entry["parts"]:
-                part["checksums"] = checksums[part["file"]][part["start"]]
+        for key, entry in pending.content["tensors"].items():
+            for shard in entry["shards"]:
+                shard["checksums"] = checksums[shard["rank"]][key]
         missing = [name for name in map(file_of, range(len(checksums))) if not (folder / name).exists()]
         if missing:
             return [f"{folder}: {', '.join(missing)} are on other machines; output_dir must be shared by all of them"]
         try:
-            write_index(folder, pending.content)
+            write_index(folder, pending.content)  # synced before the rename: a crash leaves all of it or none
             folder.rename(final)
-            sync_folder(self.folder)
+            sync_folder(self.folder)  # the older ones go only when the new one cannot be lost any more
             self._remove(set(steps_in(self.folder)[: -self.keep]) - pending.spare)
         except OSError as error:
             return [f"{folder}: {error.strerror}"]
         return []
 
-    def _give_up(self, pending: _Pending, errors: list[str]) -> None:
+    def _give_up(self, pending: _PendingSave, errors: list[str]) -> None:
         if self.world.is_main:
             shutil.rmtree(self._partial(pending.step), ignore_errors=True)
         older = broadcast_object(max(steps_in(self.folder), default=-1))
@@ -220,7 +247,7 @@ class Checkpoints:
     def _remove(self, steps: Iterable[int]) -> None:
         for step in steps:
             complete = folder_of(self.folder, step)
-            going = complete.with_suffix(".removed")  # what is half removed must not look complete
+            going = complete.with_suffix(".removed")  # one that is half removed must not look complete
             complete.rename(going)
             shutil.rmtree(going)
 
@@ -228,16 +255,16 @@ class Checkpoints:
         return self.folder / f"step-{step:06d}.partial"
 
 
-def open_saved(folder: Path, step: int) -> Saved:
+def open_checkpoint(folder: Path, step: int) -> SavedCheckpoint:
     """The complete checkpoint of `step`.
 
     Raises:
-        ValueError: its table of contents is damaged, or a file is missing or too short.
+        ValueError: its `checkpoint.json` is damaged, or a file is missing or too short.
     """
     complete = folder_of(folder, step)
     try:
-        saved = Saved(step, complete, read_index(complete))
-        require_files(complete, saved.content["tensors"])
+        saved = SavedCheckpoint(step, complete, read_index(complete))
+        require_files(complete, saved.tensors)
         return saved
     except ValueError as error:
         raise _damaged(complete, error) from error
@@ -261,22 +288,27 @@ def _damaged(folder: Path, reason: object) -> ValueError:
     )
 
 
-def _by_key(tensors: Iterable[Stored]) -> dict[str, Stored]:
-    """Those that hold anything at all."""
-    return {stored.key: stored for stored in tensors if 0 not in stored.shape}
+def _by_key(tensors: Iterable[CheckpointTensor]) -> dict[str, CheckpointTensor]:
+    """Those that have any elements, on whichever rank."""
+    return {tensor.key: tensor for tensor in tensors if 0 not in tensor.shape}
 
 
-def _require_same(saved: Saved, held: dict[str, Stored]) -> None:
-    found, differing = saved.content["tensors"], []
+def _entry(tensor: CheckpointTensor, shards_of_ranks: list[dict[str, ShardEntry]]) -> TensorEntry:
+    shards = [shards[tensor.key] for shards in shards_of_ranks if tensor.key in shards]
+    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "shards": shards}
+
+
+def _require_same(saved: SavedCheckpoint, held: dict[str, CheckpointTensor]) -> None:
+    found, differing = saved.tensors, []
     for key in sorted({*found, *held}):
         if key not in held:
-            differing.append(f"{key} does not learn here")
+            differing.append(f"{key} is not trained here")
         elif key not in found:
             differing.append(f"{key} was not saved")
         elif found[key]["shape"] != list(held[key].shape):
             differing.append(f"{key} was {found[key]['shape']}, is {list(held[key].shape)}")
-        elif found[key]["dtype"] != str(held[key].dtype).removeprefix("torch."):
-            differing.append(f"{key} was {found[key]['dtype']}, is {held[key].dtype}")
+        elif found[key]["dtype"] != dtype_name(held[key].dtype):
+            differing.append(f"{key} was {found[key]['dtype']}, is {dtype_name(held[key].dtype)}")
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
         raise ValueError(
@@ -291,26 +323,19 @@ def _free_bytes(folder: Path) -> int:
 
 
 @dataclass
-class _Agreement:
+class _Outcome:
     error: str = ""
     cause: Exception | None = None
     """On the rank that failed."""
 
 
 @contextmanager
-def _agreed() -> Iterator[_Agreement]:
-    """Catch what goes wrong inside; afterwards `error` holds it on every rank, whichever failed."""
-    agreement = _Agreement()
+def _agreed() -> Iterator[_Outcome]:
+    """Catch what fails inside, on whichever rank; afterwards `error` says it on all of them."""
+    outcome = _Outcome()
     try:
-        yield agreement
-    except CheckpointException as error:
-        failure, _ = next(iter(error.failures.values()))
-        agreement.error, agreement.cause = str(failure) or type(failure).__name__, error
-    except ValueError as error:
-        agreement.error, agreement.cause = str(error), error
-    agreement.error = next(filter(None, gather_objects(agreement.error)), "")
-
-
-def _without_warnings() -> warnings.catch_warnings[None]:
-    """`no_dist` is meant, and needs no warning."""
-    return warnings.catch_warnings(action="ignore", category=UserWarning)
+        yield outcome
+    except (OSError, RuntimeError, ValueError) as error:
+        outcome.error, outcome.cause = str(error) or type(error).__name__, error
+    # A collective, which every rank reaches: one that raised before it would leave the others waiting.
+    outcome.error = next(filter(None, gather_objects(outcome.error)), "")

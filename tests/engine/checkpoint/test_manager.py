@@ -9,10 +9,11 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from rlhf.engine.checkpoint.checkpoint_files import BLOCK
 from rlhf.engine.checkpoint.manager import Checkpoints, steps_in
-from rlhf.engine.checkpoint.stored_state import Part, Stored
-from rlhf.engine.checkpoint.writer import BLOCK
+from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
 from rlhf.runtime import dist
 
 WORLD = dist.World.alone()
@@ -23,10 +24,10 @@ def checkpoints(folder, *, keep=2, asynchronous=False):
 
 
 def stored(key, tensor, *, part=None, shape=None, in_memory=True):
-    return Stored(
+    return CheckpointTensor(
         key,
         shape or tuple(tensor.shape),
-        part or Part((0,) * tensor.ndim, tuple(tensor.shape)),
+        part or Box((0,) * tensor.ndim, tuple(tensor.shape)),
         tensor.dtype,
         in_memory,
         read=lambda: tensor,
@@ -70,17 +71,22 @@ def test_what_was_saved_is_what_is_loaded_bit_for_bit(tmp_path, asynchronous):
     assert all(torch.equal(found[key], tensor) for key, tensor in tensors.items())
 
 
-def test_the_files_are_raw_bytes_and_one_json(tmp_path):
-    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2**40])}
+def test_the_files_are_safetensors_and_one_json(tmp_path):
+    tensors = {"b": torch.arange(6.0).reshape(2, 3), "a": torch.tensor([1, 2**40]), "half": torch.ones(3).bfloat16()}
     save(checkpoints(tmp_path), 3, tensors)
     folder = tmp_path / "step-000003"
-    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.json", "rank-00000.bin"]
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoint.json", "rank-00000.safetensors"]
+    found = load_file(folder / "rank-00000.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in tensors.items())
     index = json.loads((folder / "checkpoint.json").read_text())["content"]["tensors"]
-    raw = (folder / "rank-00000.bin").read_bytes()
-    for key, dtype in (("a", "<i8"), ("b", "<f4")):
-        (part,) = index[key]["parts"]
-        values = np.frombuffer(raw, dtype, tensors[key].numel(), part["start"])
-        assert values.tolist() == tensors[key].flatten().tolist()
+    assert index["b"]["shards"][0] | {"start": 0, "checksums": []} == {
+        "rank": 0,
+        "offsets": [0, 0],
+        "sizes": [2, 3],
+        "start": 0,
+        "checksums": [],
+    }
 
 
 def test_random_numbers_go_on_where_they_were(tmp_path):
@@ -107,9 +113,7 @@ def test_training_may_change_what_is_being_saved(tmp_path):
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize(
-    "box", [Part((0, 0), (9, 7)), Part((3, 2), (4, 3)), Part((8, 6), (1, 1)), Part((2, 0), (5, 7))]
-)
+@pytest.mark.parametrize("box", [Box((0, 0), (9, 7)), Box((3, 2), (4, 3)), Box((8, 6), (1, 1)), Box((2, 0), (5, 7))])
 def test_any_part_of_a_tensor_can_be_read(tmp_path, box):
     whole = torch.arange(63.0).reshape(9, 7)
     there = checkpoints(tmp_path)
@@ -133,9 +137,12 @@ def test_what_rests_on_disk_is_in_memory_one_tensor_at_a_time(tmp_path):
         alive.append(weakref.ref(tensor))
         most.append(sum(ref() is not None for ref in alive))
 
-    part = Part((0,), (1000,))
+    part = Box((0,), (1000,))
     there = checkpoints(tmp_path, asynchronous=True)
-    tensors = [Stored(f"{n}", (1000,), part, torch.float32, in_memory=False, read=read, write=write) for n in range(9)]
+    tensors = [
+        CheckpointTensor(f"{n}", (1000,), part, torch.float32, in_memory=False, read=read, write=write)
+        for n in range(9)
+    ]
     there.save(1, tensors, state={}, spare=set())
     there.settle()
     there.load(there.newest(), tensors)
@@ -173,20 +180,24 @@ def flip(file, position):
 def test_a_flipped_bit_is_an_error_and_not_garbage(tmp_path, position):
     there, tensors = checkpoints(tmp_path), some()
     save(there, 1, tensors)
-    flip(tmp_path / "step-000001/rank-00000.bin", position)
-    with pytest.raises(ValueError, match=r"step-000001 cannot be used: .*rank-00000\.bin is damaged: bytes \d+ to"):
+    file = tmp_path / "step-000001/rank-00000.safetensors"
+    header = 8 + int.from_bytes(file.read_bytes()[:8], "little")  # which we do not read
+    flip(file, position + header if position >= 0 else position)
+    with pytest.raises(
+        ValueError, match=r"step-000001 cannot be used: .*rank-00000\.safetensors is damaged: bytes \d+ to"
+    ):
         load(there, blank(tensors))
 
 
 def test_a_file_that_ends_early_or_is_gone_is_an_error(tmp_path):
     there, tensors = checkpoints(tmp_path), some()
     save(there, 1, tensors)
-    file = tmp_path / "step-000001/rank-00000.bin"
+    file = tmp_path / "step-000001/rank-00000.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ValueError, match=r"ends at byte \d+; expected at least \d+\. Remove that folder"):
         there.newest()
     file.unlink()
-    with pytest.raises(ValueError, match=r"rank-00000\.bin is missing\. Remove that folder"):
+    with pytest.raises(ValueError, match=r"rank-00000\.safetensors is missing\. Remove that folder"):
         there.newest()
 
 
@@ -209,7 +220,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     save(there, 1, {"a": torch.ones(2), "b": torch.ones(3), "c": torch.ones(4)})
     other = {"a": torch.ones(5), "b": torch.ones(3).half(), "d": torch.ones(1)}
     with pytest.raises(
-        ValueError, match=r"a was \[2\], is \[5\]; b was float32, is .*float16; c does not learn here and 1 "
+        ValueError, match=r"a was \[2\], is \[5\]; b was float32, is float16; c is not trained here and 1 "
     ):
         load(there, other)
 

@@ -123,7 +123,7 @@ def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(flushe
 
 def test_a_checkpoint_does_not_change_a_delayed_run():
     losses, model = late_reference(8)
-    check_late(model, losses, between=lambda engine: [stored.read() for stored in engine.stored()])
+    check_late(model, losses, between=lambda engine: [stored.read() for stored in engine.checkpoint_tensors()])
 
 
 def check_late(model, losses, *, between, away=False):

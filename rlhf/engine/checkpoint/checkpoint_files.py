@@ -1,0 +1,259 @@
+"""The files of a checkpoint: one safetensors file of each rank, and `checkpoint.json`, which says what is where.
+
+Any reader of safetensors opens a rank's file; a tensor in it is that rank's shard. `checkpoint.json` holds the place of
+each shard in the whole tensor, all state that is not a tensor, and checksums. The shards are summed in blocks, so that
+a part can be read and trusted without reading the rest. Nothing is pickled.
+See also: when a checkpoint counts as complete (`manager.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections import deque
+from collections.abc import Iterable
+from pathlib import Path
+from threading import Event, Thread
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
+from rlhf.models.safetensors_writer import Entry, SafetensorsFile
+
+BLOCK = 4 << 20
+"""Bytes that share a checksum."""
+INDEX = "checkpoint.json"
+_FORMAT = 2
+
+
+class ShardEntry(TypedDict):
+    """One shard in `checkpoint.json`."""
+
+    rank: int  # that wrote it
+    offsets: list[int]  # of its first element in the whole tensor
+    sizes: list[int]
+    start: int  # of its bytes in the rank's file
+    checksums: list[int]  # crc32 of each block
+
+
+class TensorEntry(TypedDict):
+    """One tensor in `checkpoint.json`."""
+
+    dtype: str
+    shape: list[int]
+    shards: list[ShardEntry]
+
+
+def file_of(rank: int) -> str:
+    """Name of a rank's file."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+class ShardWriter:
+    """Writes one rank's file: some tensors at once, others from a copy, in a thread.
+
+    A disk's failure is kept in `error` and never raised here: all ranks decide together whether a checkpoint counts.
+    """
+
+    def __init__(self, path: Path, tensors: Iterable[CheckpointTensor]) -> None:
+        """Create the file; every one of `tensors` must then be given to `write` or `stage`."""
+        self.checksums: dict[str, list[int]] = {}
+        self.error = ""
+        self._path = path
+        self._staged: deque[tuple[str, Tensor]] = deque()  # handed to the thread by `begin`
+        self._thread: Thread | None = None
+        self._cancelled = Event()
+        self._file: SafetensorsFile | None = None
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            entries = [Entry(tensor.key, torch.Size(tensor.box.sizes), tensor.dtype) for tensor in tensors]
+            self._file = SafetensorsFile(path, entries)
+        except OSError as error:
+            self._fail(error)
+
+    def start_of(self, key: str) -> int:
+        """Where the bytes of a shard begin in the file."""
+        return 0 if self._file is None else self._file.offset_of(key)
+
+    def write(self, key: str, shard: Tensor) -> None:
+        """Write a shard before returning."""
+        if self._file is None or self.error or self._cancelled.is_set():
+            return
+        shard = shard.detach().cpu().contiguous()  # from a device: a wait for it
+        data: memoryview = shard.reshape(-1).view(torch.uint8).numpy().data
+        self.checksums[key] = [zlib.crc32(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)]
+        try:
+            self._file.write(key, shard)
+        except OSError as error:
+            self._fail(error)
+
+    def stage(self, key: str, shard: Tensor) -> None:
+        """Copy a shard to host memory before returning; the thread writes the copy."""
+        # A blocking copy: once it returns, training may change the original.
+        self._staged.append((key, shard.detach().to("cpu", copy=True)))
+
+    def begin(self, *, asynchronous: bool) -> None:
+        """Write what was staged and sync the file to the disk, in a thread or before returning."""
+        if asynchronous:
+            # Only files are touched in the thread: a collective there could meet one of the main thread's.
+            self._thread = Thread(target=self._finish, name="checkpoint", daemon=True)
+            self._thread.start()
+        else:
+            self._finish()
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the thread is at work."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def wait(self) -> None:
+        """Wait until everything is on the disk, or `error` says why it is not."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def cancel(self) -> None:
+        """Do not write what is not written yet."""
+        self._cancelled.set()
+        self.wait()
+
+    def _finish(self) -> None:
+        while self._staged:
+            self.write(*self._staged.popleft())  # popped, so that its memory is freed once it is written
+        if self._file is not None:
+            try:
+                self._file.sync()
+                self._file.close()
+            except OSError as error:
+                self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self.error = self.error or f"{self._path}: {error.strerror}"
+
+
+def read_shard(tensor: CheckpointTensor, entry: TensorEntry, *, folder: Path) -> Tensor:
+    """This rank's shard of `tensor`, put together in host memory from the shards that were saved.
+
+    Raises:
+        ValueError: a file is missing or damaged, or the saved shards do not cover this one.
+    """
+    result, missing = torch.empty(tensor.box.sizes, dtype=tensor.dtype), tensor.box.numel
+    for saved in entry["shards"]:
+        part = tensor.box.overlap(_box(saved))
+        if part is not None:
+            tensor.box.view(result, part).copy_(_read_part(saved, part, folder=folder, dtype=tensor.dtype))
+            missing -= part.numel
+    if missing:
+        raise ValueError(f"the files do not cover {tensor.key}")
+    return result
+
+
+def _read_part(entry: ShardEntry, part: Box, *, folder: Path, dtype: torch.dtype) -> Tensor:
+    """The elements of `part` from a shard that contains it: of the file, only the blocks that its rows are in."""
+    shard = _box(entry)
+    row = Box((), shard.sizes[1:]).numel * dtype.itemsize  # bytes
+    first, rows = (part.offsets[0] - shard.offsets[0], part.sizes[0]) if part.sizes else (0, 1)
+    data = _read_bytes(folder, entry, begin=first * row, end=(first + rows) * row, nbytes=shard.numel * dtype.itemsize)
+    found = torch.frombuffer(data, dtype=dtype).reshape(rows, *shard.sizes[1:])  # whole rows
+    for dim in range(1, len(part.sizes)):
+        found = found.narrow(dim, part.offsets[dim] - shard.offsets[dim], part.sizes[dim])
+    return found.reshape(part.sizes)  # [] for a scalar
+
+
+def _read_bytes(folder: Path, entry: ShardEntry, *, begin: int, end: int, nbytes: int) -> memoryview:
+    """Bytes `begin` to `end` of a shard of `nbytes`; all blocks that they are in are compared with their checksums."""
+    path, first, result = folder / file_of(entry["rank"]), begin // BLOCK, bytearray()
+    try:
+        with path.open("rb") as file:
+            file.seek(entry["start"] + first * BLOCK)
+            for number in range(first, -(-end // BLOCK)):
+                size = min(BLOCK, nbytes - number * BLOCK)
+                block = file.read(size)
+                _require_intact(path, block, size=size, number=number, entry=entry)
+                result += block
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from error
+    return memoryview(result)[begin - first * BLOCK : end - first * BLOCK]
+
+
+def _require_intact(path: Path, block: bytes, *, size: int, number: int, entry: ShardEntry) -> None:
+    start = entry["start"] + number * BLOCK
+    if len(block) < size:
+        raise ValueError(f"{path} ends at byte {start + len(block)}; expected at least {start + size}")
+    if zlib.crc32(block) != entry["checksums"][number]:
+        raise ValueError(f"{path} is damaged: bytes {start} to {start + size} are not what was written")
+
+
+def require_files(folder: Path, tensors: dict[str, TensorEntry]) -> None:
+    """Check that every file that `checkpoint.json` names is there and long enough; its content is checked when read.
+
+    Raises:
+        ValueError: one is not.
+    """
+    ends: dict[int, int] = {}
+    for tensor in tensors.values():
+        itemsize = getattr(torch, tensor["dtype"]).itemsize
+        for shard in tensor["shards"]:
+            end = shard["start"] + torch.Size(shard["sizes"]).numel() * itemsize
+            ends[shard["rank"]] = max(end, ends.get(shard["rank"], 0))
+    for rank, end in sorted(ends.items()):
+        path = folder / file_of(rank)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing")
+        if path.stat().st_size < end:
+            raise ValueError(f"{path} ends at byte {path.stat().st_size}; expected at least {end}")
+
+
+def write_index(folder: Path, content: dict[str, Any]) -> None:
+    """Write `checkpoint.json` and sync it and the folder's entries to the disk."""
+    text = json.dumps({"format": _FORMAT, "crc32": _digest(content), "content": content})
+    with (folder / INDEX).open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    sync_folder(folder)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """What `write_index` wrote.
+
+    Raises:
+        ValueError: it is missing, damaged, or of another version of this format.
+    """
+    path = folder / INDEX
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        version, content = stored["format"], stored["content"]
+        is_whole = stored["crc32"] == _digest(content)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if version != _FORMAT:
+        raise ValueError(f"{path} has format {version}; expected {_FORMAT}")
+    if not is_whole:
+        raise ValueError(f"{path} is damaged: its checksum differs")
+    assert isinstance(content, dict)
+    return content
+
+
+def sync_folder(folder: Path) -> None:
+    """Sync new and renamed entries of a folder to the disk: the files' own `fsync` does not."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A type as `checkpoint.json` has it, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _box(entry: ShardEntry) -> Box:
+    return Box(tuple(entry["offsets"]), tuple(entry["sizes"]))
+
+
+def _digest(content: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
