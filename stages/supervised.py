@@ -1,18 +1,75 @@
-"""The training loop that SFT and reward modelling share: one optimizer step per batch, with evaluations in between."""
+"""The training stage that SFT and reward modelling share: one optimizer step per batch, evaluations in between.
+
+A story (`sft.py`, `reward.py`) says what is different: its data, its objective and its held-out metrics.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic
 
-from data.loader import TrainLoader, evaluation_batches
+from data.assemble import Splits
+from data.loader import EvalBatch, TrainLoader, evaluation_batches
+from rlhf.config.roles import roles_of
+from rlhf.config.run_config import RunConfig
 from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Batch, Objective, take_step
-from rlhf.types import EvalBatch
 from stages.lifecycle.checkpointing import TrainingState
-from stages.lifecycle.session import Session
+from stages.lifecycle.session import open_session, stage_tokenizer
+from stages.lifecycle.stage_models import open_model
+from stages.lifecycle.stage_record import StageRecord
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SupervisedStage(Generic[Batch]):
+    """What distinguishes one supervised stage from another."""
+
+    read: Callable[..., Splits[Any]]
+    """Reads, checks and tokenises the data."""
+    collate: Callable[..., Batch]
+    """Pads samples to a batch."""
+    objective: Objective[Batch]
+    """The loss and its metrics."""
+    evaluate: Callable[[Engine, Sequence[EvalBatch[Batch]]], Metrics]
+    """Computes held-out metrics; a collective."""
+    score_units: Callable[[Metrics], tuple[float, float]] | None = None
+    """From held-out metrics to mean and standard deviation of the outputs of a scalar head; None without one."""
+
+
+def run_supervised(run: RunConfig, world: World, *, name: str, stage: SupervisedStage[Batch]) -> StageRecord:
+    """Train the model of the stage `name`, export it, and finish the stage."""
+    config = run.training_config(name)
+    assert isinstance(config, SupervisedConfig), name
+    (role,) = roles_of(run, name)
+    tokenizer = stage_tokenizer(run, role.path)
+    splits = stage.read(run.data, config, tokenizer=tokenizer)
+    collate = partial(stage.collate, pad_id=int(tokenizer.pad_token_id))
+    loader = train_loader(splits.train, collate, config=config, world=world)
+    held_out = held_out_batches(splits.eval, collate, config=config, world=world)
+    with open_session(run, name, world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
+        engine = open_model(run, role, world=world, total_steps=loader.steps)
+        with closing(engine):
+            session.begin(
+                TrainingState({role.name: engine}, {"loader": loader}, splits.fingerprint),
+                evaluate=lambda: stage.evaluate(engine, held_out),
+            )
+            for step, micro_batches in session.steps(loader):
+                with session.timer("train"):
+                    metrics = take_step(engine, micro_batches, objective=stage.objective)
+                evaluation: Metrics = {}
+                if session.evaluates_at(step, config.eval_every):
+                    with session.timer("evaluate"):
+                        evaluation = stage.evaluate(engine, held_out)
+                session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
+            session.export()
+        return session.finish(score_units=stage.score_units)
 
 
 def train_loader(
@@ -38,35 +95,3 @@ def held_out_batches(
     rows = samples[: config.eval_rows] if config.eval_rows else samples
     size = config.micro_batch_size
     return evaluation_batches(rows, collate, micro_batch_size=size, rank=world.rank, ranks=world.size)
-
-
-def supervise(
-    session: Session,
-    engine: Engine,
-    *,
-    loader: TrainLoader[Any, Batch],
-    objective: Objective[Batch],
-    evaluate: Callable[[], dict[str, float]],
-    eval_every: int,
-    data: str,
-) -> None:
-    """Take one optimizer step for each remaining item of `loader`.
-
-    Args:
-        session: the stage.
-        engine: the model to train.
-        loader: this rank's micro-batches.
-        objective: the loss and its metrics.
-        evaluate: computes held-out metrics; a collective.
-        eval_every: steps between evaluations.
-        data: fingerprint of the training rows.
-    """
-    session.begin(TrainingState({"model": engine}, {"loader": loader}, data), evaluate=evaluate)
-    for step, micro_batches in session.steps(loader):
-        with session.timer("train"):
-            metrics = take_step(engine, micro_batches, objective=objective)
-        evaluation: dict[str, float] = {}
-        if session.evaluates_at(step, eval_every):
-            with session.timer("evaluate"):
-                evaluation = evaluate()
-        session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
