@@ -56,20 +56,31 @@ def run_supervised(run: RunConfig, world: World, *, name: str, stage: Supervised
     with open_session(run, name, world=world, tokenizer=tokenizer, total_steps=loader.steps) as session:
         engine = open_model(run, role, world=world, total_steps=loader.steps)
         with closing(engine):
-            session.begin(
-                TrainingState({role.name: engine}, {"loader": loader}, splits.fingerprint),
-                evaluate=lambda: stage.evaluate(engine, held_out),
-            )
-            for step, micro_batches in session.steps(loader):
-                with session.timer("train"):
-                    metrics = take_step(engine, micro_batches, objective=stage.objective)
-                evaluation: Metrics = {}
-                if session.evaluates_at(step, config.eval_every):
-                    with session.timer("evaluate"):
-                        evaluation = stage.evaluate(engine, held_out)
-                session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
+            state = TrainingState({role.name: engine}, {"loader": loader}, splits.fingerprint)
+            session.begin(state, evaluate=lambda: stage.evaluate(engine, held_out))
+            _train(session, engine, stage=stage, loader=loader, held_out=held_out, eval_every=config.eval_every)
             session.export()
         return session.finish(score_units=stage.score_units)
+
+
+def _train(
+    session: Session,
+    engine: Engine,
+    *,
+    stage: SupervisedStage[Batch],
+    loader: TrainLoader[Any, Batch],
+    held_out: list[EvalBatch[Batch]],
+    eval_every: int,
+) -> None:
+    """Take one optimizer step for each remaining item of `loader`."""
+    for step, micro_batches in session.steps(loader):
+        with session.timer("train"):
+            metrics = take_step(engine, micro_batches, objective=stage.objective)
+        evaluation: Metrics = {}
+        if session.evaluates_at(step, eval_every):
+            with session.timer("evaluate"):
+                evaluation = stage.evaluate(engine, held_out)
+        session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
 
 
 def train_loader(
