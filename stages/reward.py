@@ -5,17 +5,12 @@ Left out: several objectives, ordinal ratings. Run: `python run_pipeline.py stag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from data.collate import collate_preferences
-from data.loader import EvalBatch
 from data.samples import preferences
 from rlhf.config.run_config import RunConfig
-from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import evaluate_preferences
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Pairwise
-from rlhf.types import PreferenceBatch
 from stages.lifecycle.stage_record import StageRecord
 from stages.supervised import SupervisedStage, run_supervised
 
@@ -27,19 +22,7 @@ def run_reward(run: RunConfig, world: World) -> StageRecord:
         read=preferences,
         collate=collate_preferences,
         objective=Pairwise(run.reward),
-        evaluate=_held_out_metrics,
+        evaluate=evaluate_preferences,
         score_units=lambda after: (after["eval/score_mean"], after["eval/score_std"]),
     )
     return run_supervised(run, world, name="reward", stage=stage)
-
-
-def _held_out_metrics(engine: Engine, batches: Sequence[EvalBatch[PreferenceBatch]]) -> dict[str, float]:
-    result = evaluate_preferences(engine, batches)
-    return {
-        "eval/loss": result.loss,
-        "eval/accuracy": result.accuracy,
-        "eval/margin": result.margin,
-        "eval/score_mean": result.mean,
-        "eval/score_std": result.std,
-        "eval/pairs": result.count,
-    }

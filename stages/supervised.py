@@ -12,15 +12,16 @@ from functools import partial
 from typing import Any, Generic
 
 from data.assemble import Splits
-from data.loader import EvalBatch, TrainLoader, evaluation_batches
+from data.loader import TrainLoader, evaluation_batches
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Batch, Objective, take_step
+from rlhf.types import EvalBatch
 from stages.lifecycle.checkpointing import TrainingState
-from stages.lifecycle.session import open_session, stage_tokenizer
+from stages.lifecycle.session import Session, open_session, stage_tokenizer
 from stages.lifecycle.stage_models import open_model
 from stages.lifecycle.stage_record import StageRecord
 
