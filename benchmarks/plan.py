@@ -24,19 +24,18 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from rlhf.config.ppo_config import PPOConfig
+from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.engine.engine import Engine, build_engine
-from rlhf.memory_plan.plan import ALLOCATOR, Place
-from rlhf.memory_plan.planner import machine_of, plan_stage
-from rlhf.memory_plan.workloads import Answers, Scalars, Statistics, Work, of_ppo, of_supervised, ppo_batch
-from rlhf.models.causal_lm import causal_lm
+from rlhf.memory_plan.plan import Place
+from rlhf.memory_plan.planner import ALLOCATOR, PHASES, machine_of, plan_stage
+from rlhf.memory_plan.workloads import Answers, PolicyLoss, Scalars, Statistics
 from rlhf.models.embedded import byte_tokenizer
-from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rollout import Models, ScoreScale
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, start, stop
 from rlhf.tracking.peak_memory import METER, resident
 from rlhf.training.ppo_update import policy_gradient, value_gradient
+from stages.lifecycle.stage_models import open_model
 from stages.ppo import load_models
 from stages.setup.compose import CONF_DIR, load_run, register_schema, save_run, to_run
 
@@ -141,11 +140,10 @@ def _peak_of(function: Callable[[], None], world: World) -> dict[str, int]:
 
 
 def _supervised_peaks(run: RunConfig, stage: str, world: World) -> Peaks:
-    config = getattr(run, stage)
-    make = scalar_head_model if stage == "reward" else causal_lm
-    spec = make(config.init_from, lora=config.lora, seed=0)
-    engine = build_engine(spec, config=config.engine, world=world, optimizer=config.optimizer, total_steps=100)
-    work, steps = of_supervised(config), config.global_batch_size // (world.size * config.micro_batch_size)
+    config, (role,) = run.training_config(stage), roles_of(run, stage)
+    engine = open_model(run, role, world=world, total_steps=100)
+    work = PHASES[stage]["train"][role.kind].of(config)
+    steps = config.batch_size // (world.size * config.micro_batch_size)
 
     def evaluate() -> None:
         with engine.evaluating() as model, world.device:  # the batch is made there
@@ -167,40 +165,35 @@ def _ppo_peaks(run: RunConfig, world: World) -> Peaks:
     config = run.ppo
     assert config is not None
     models = load_models(run, world, scale=ScoreScale())
-    rows = config.rollout_micro_batch_size
-    micro = config.micro_batch_size
 
     def generate() -> None:
         with models.actor.generating() as model, world.device:
-            of_ppo(Answers, config, rows=rows)(model)
+            Answers.of(config)(model)
 
     def score() -> None:
         judges = [(models.actor, Statistics), (models.reference, Statistics)]
-        for engine, kind in [*judges, (models.reward, Scalars), (models.critic, Scalars)]:
+        for engine, workload in [*judges, (models.reward, Scalars), (models.critic, Scalars)]:
             with engine.evaluating() as model, world.device:
-                of_ppo(kind, config, rows=micro)(model)
+                workload.of(config)(model)
 
     def train() -> None:
         for _ in range(STEPS):
-            _ppo_step(models, config, of_ppo(Statistics, config, rows=micro))
+            _ppo_step(models, config)
 
     phases = {"generate": generate, "score": score, "train": train}
     return {name: _peak_of(phase, world) for name, phase in phases.items()}
 
 
-def _ppo_step(models: Models, config: PPOConfig, work: Work) -> None:
+def _ppo_step(models: Models, config: PPOConfig) -> None:
     device = models.actor.world.device
-    batches = [ppo_batch(work).to(device) for _ in range(config.minibatch_size // config.micro_batch_size)]
+    micro_batches = range(config.minibatch_size // config.micro_batch_size)
+    batches = [PolicyLoss.of(config).ppo_batch().to(device) for _ in micro_batches]
     count = torch.tensor(100.0, device=device)
     policy_gradient(models.actor, batches, config=config, denominator=count)
     models.actor.step()
     value_gradient(models, batches, config=config, denominator=count)
-    _step(models.critic)
-
-
-def _step(engine: Engine | None) -> None:
-    assert engine is not None, "these cases have a critic"
-    engine.step()
+    assert models.critic is not None, "these cases have a critic"
+    models.critic.step()
 
 
 def run_case(name: str, folder: Path) -> list[list[object]]:

@@ -257,8 +257,10 @@ def _over_pieces(said: Responses, size: int, *, function: Callable[[Responses], 
     return found
 
 
-def response_statistics(model: Callable[..., Any], batch: Responses, *, temperature: float) -> TokenStatistics:
-    """Log-probability and entropy, `[B, R]` fp32, of the response tokens.
+def response_statistics(
+    model: Callable[..., Any], batch: Responses, *, temperature: float, chunk_elements: int | None = None
+) -> TokenStatistics:
+    """Log-probability and entropy, `[B, R]` fp32, of the response tokens; `chunk_elements` as in `token_logprobs`.
 
     This is the path that trains: the same call gives old, new and reference log-probabilities.
     """
@@ -270,7 +272,8 @@ def response_statistics(model: Callable[..., Any], batch: Responses, *, temperat
         logits_to_keep=num_response + 1,
         use_cache=False,
     ).logits
-    return token_logprobs_and_entropy(logits, batch.sequences[:, -num_response:], temperature=temperature)
+    targets = batch.sequences[:, -num_response:]
+    return token_logprobs_and_entropy(logits, targets, temperature=temperature, chunk_elements=chunk_elements)
 
 
 def critic_values(critic: Callable[..., Tensor], batch: Responses, *, shift: float) -> Tensor:

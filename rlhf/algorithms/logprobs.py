@@ -8,7 +8,7 @@
   token beyond the sequence and is not used: `logits[:, N - R - 1 : N - 1]` predict the targets.
 
 [Note: memory] Logits are the largest tensor of a training step, and fp32 copies of them are what runs out of memory.
-Here the work is done chunk by chunk: no fp32 tensor has more than `CHUNK_ELEMENTS` elements (or one row of V),
+Here the work is done chunk by chunk: no fp32 tensor has more than `chunk_elements` elements (or one row of V),
 autograd keeps the logits themselves and nothing else of their size, and backward recomputes the softmax of a chunk
 and writes its gradient in the logits' own dtype. Hand over whole logits rather than a slice of them: autograd
 would pad the gradient of the slice into one more tensor of that size.
@@ -38,13 +38,16 @@ class TokenStatistics(NamedTuple):
     entropy: Tensor  # [B, R] entropy in nats
 
 
-def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+def token_logprobs(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk_elements: int | None = None
+) -> Tensor:
     """Log-probability of each target, `[B, R]` in fp32 (fp64 for fp64 logits), differentiable once in the logits.
 
     Args:
         logits: `[B, N, V]` of any floating dtype; N >= R, see [Note: alignment].
         targets: `[B, R]` token ids. Masked positions may hold any valid id, but no marker such as -100.
         temperature: the logits are divided by it, in fp32.
+        chunk_elements: logits worked on at a time, see [Note: memory]; None takes as many as suit their device.
 
     Raises:
         ValueError: for logits too short, a temperature that is not positive, or ids outside the vocabulary. The ids
@@ -53,34 +56,39 @@ def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float = 1.0)
     """
     _check(logits, targets, temperature)
     logprobs: Tensor
-    wanted = _Wanted(temperature, entropy=False)
+    wanted = _Wanted(temperature, entropy=False, chunk_elements=chunk_elements)
     logprobs, _ = _TokenStatistics.apply(logits, targets.long(), wanted)  # type: ignore[no-untyped-call]
     return logprobs
 
 
-def token_logprobs_and_entropy(logits: Tensor, targets: Tensor, *, temperature: float = 1.0) -> TokenStatistics:
+def token_logprobs_and_entropy(
+    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk_elements: int | None = None
+) -> TokenStatistics:
     """Log-probability of each target and entropy of its distribution in one pass, both differentiable once.
 
     Arguments and errors are those of `token_logprobs`; the entropy is the one of `token_entropy`, fit for a bonus.
     """
     _check(logits, targets, temperature)
-    wanted = _Wanted(temperature, entropy=True)
+    wanted = _Wanted(temperature, entropy=True, chunk_elements=chunk_elements)
     return TokenStatistics(*_TokenStatistics.apply(logits, targets.long(), wanted))  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
-def token_entropy(logits: Tensor, *, num_targets: int, temperature: float = 1.0) -> Tensor:
+def token_entropy(
+    logits: Tensor, *, num_targets: int, temperature: float = 1.0, chunk_elements: int | None = None
+) -> Tensor:
     """Entropy in nats of the distribution of each of the last `num_targets` tokens, `[B, R]` in fp32, no gradient.
 
     Args:
         logits: `[B, N, V]` of any floating dtype; N >= R, see [Note: alignment].
         num_targets: R.
         temperature: the logits are divided by it, in fp32.
+        chunk_elements: as in `token_logprobs`.
     """
     _check_temperature(temperature)
     window = _window(logits, num_targets)
     entropy = _empty_statistic(window)
-    for rows in _chunks(window):
+    for rows in _chunks(window, chunk_elements):
         entropy[rows] = torch.special.entr(_scaled(window[rows], temperature).softmax(-1)).sum(-1)
     return entropy
 
@@ -88,6 +96,7 @@ def token_entropy(logits: Tensor, *, num_targets: int, temperature: float = 1.0)
 class _Wanted(NamedTuple):
     temperature: float
     entropy: bool
+    chunk_elements: int | None
 
 
 class _TokenStatistics(torch.autograd.Function):
@@ -98,14 +107,14 @@ class _TokenStatistics(torch.autograd.Function):
         window = _window(logits, targets.shape[1])
         logprobs = _empty_statistic(window)
         entropy = _empty_statistic(window) if wanted.entropy else None
-        for rows in _chunks(window):
+        for rows in _chunks(window, wanted.chunk_elements):
             chunk = _scaled(window[rows], wanted.temperature).log_softmax(-1)
             logprobs[rows] = chunk.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
             if entropy is not None:
                 entropy[rows] = torch.special.entr(chunk.exp_()).sum(-1)  # H = sum_j -p_j log p_j
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(logits, targets)
-        ctx.temperature = wanted.temperature
+        ctx.temperature, ctx.chunk_elements = wanted.temperature, wanted.chunk_elements
         return logprobs, entropy
 
     @staticmethod
@@ -114,7 +123,7 @@ class _TokenStatistics(torch.autograd.Function):
         logits, targets = ctx.saved_tensors
         logits_grad = torch.zeros_like(logits)
         window, window_grad = _window(logits, targets.shape[1]), _window(logits_grad, targets.shape[1])
-        for rows in _chunks(window):
+        for rows in _chunks(window, ctx.chunk_elements):
             probabilities = _scaled(window[rows], ctx.temperature).softmax(-1)
             scaled_grad = torch.zeros_like(probabilities)  # with respect to z = logits / temperature
             if logprobs_grad is not None:
@@ -150,10 +159,15 @@ def _window(logits: Tensor, num_targets: int) -> Tensor:
     return logits if length == num_targets else logits[:, length - num_targets - 1 : length - 1]
 
 
-def _chunks(window: Tensor) -> Iterator[tuple[slice, slice]]:
+def chunk_elements_of(device: torch.device) -> int:
+    """The logits that suit `device` at a time."""
+    return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
+
+
+def _chunks(window: Tensor, elements: int | None) -> Iterator[tuple[slice, slice]]:
     """Cut `[B, R, V]` into blocks of whole rows, several sequences at a time where they are short."""
     num_sequences, num_tokens, vocabulary = window.shape
-    rows = max(1, (CPU_CHUNK_ELEMENTS if window.device.type == "cpu" else CHUNK_ELEMENTS) // vocabulary)
+    rows = max(1, (elements or chunk_elements_of(window.device)) // vocabulary)
     sequences_per_chunk, tokens_per_chunk = max(1, rows // max(1, num_tokens)), max(1, min(rows, num_tokens))
     for sequence in range(0, num_sequences, sequences_per_chunk):
         for token in range(0, num_tokens, tokens_per_chunk):

@@ -30,7 +30,12 @@ def count_targets(target_mask: Tensor) -> Tensor:
 
 
 def sft_loss(
-    logits: Tensor, input_ids: Tensor, target_mask: Tensor, *, denominator: Tensor | float | None = None
+    logits: Tensor,
+    input_ids: Tensor,
+    target_mask: Tensor,
+    *,
+    denominator: Tensor | float | None = None,
+    chunk_elements: int | None = None,
 ) -> SFTLoss:
     """`-sum(log p(token | tokens before it)) / denominator` over the target tokens; 0 where there are none.
 
@@ -40,6 +45,7 @@ def sft_loss(
         target_mask: `[B, T]`, True where a token is to be learnt, predicted from those before it.
         denominator: target tokens to divide by, the global count where batches are cut (see `count_targets`); those
             of this call if None.
+        chunk_elements: as in `token_logprobs`.
     """
     if logits.shape[:-1] != input_ids.shape or input_ids.shape != target_mask.shape:
         raise ValueError(
@@ -49,8 +55,9 @@ def sft_loss(
     targets, mask = input_ids[:, 1:], target_mask[:, 1:]
     with torch.no_grad():
         is_first_choice = logits[:, :-1].argmax(-1) == targets
+    logprobs = token_logprobs(logits, targets, chunk_elements=chunk_elements)
     return SFTLoss(
-        loss=masked_mean(-token_logprobs(logits, targets), mask, denominator=denominator),
+        loss=masked_mean(-logprobs, mask, denominator=denominator),
         num_tokens=count_targets(target_mask),
         accuracy=masked_mean(is_first_choice, mask, denominator=denominator),
     )

@@ -1,6 +1,7 @@
-"""What this machine has free: memory of the machine and of its control groups, of the device, and disk.
+"""Limits of a plan: what the configuration allows, and where it is silent, what this machine has free.
 
-Left out: what the configuration allows itself (`chosen_limits`), and swap, on which nothing is planned.
+That is memory of the machine and of its control groups, memory of the device, and disk. Left out: swap, on which
+nothing is planned.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from rlhf.config.roles import engines_of
+from rlhf.config.roles import engines_of, roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.memory_plan.plan import Limits, Phase, Place, Plan
 from rlhf.memory_plan.planner import SAVED
@@ -22,31 +23,34 @@ _ROOT = Path("/")
 _FILES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # of versions 2 and 1
 
 
-def machine_limits(run: RunConfig, device: torch.device, *, computes: bool = True) -> Limits:
-    """What this machine has free.
+def limits_of(run: RunConfig, device: torch.device, *, computes: bool = True) -> Limits:
+    """The bytes that a plan may use.
 
     Args:
-        run: says where it writes.
+        run: says what it may use, and where it writes.
         device: that the plan is for.
         computes: this process is one of the ranks; one that only starts them stays beside them.
 
     Raises:
         ValueError: the plan is for a device that is not here, and the configuration does not say how large it is.
     """
-    on_device = None
-    if device.type == "cuda":
-        if not torch.cuda.is_available() and run.memory.device_gb is None:
-            raise ValueError(
-                "memory.device_gb: this machine has no CUDA device to ask; say how large the one is that the plan is "
-                "for, as in memory.device_gb=80 memory.host_gb=256."
-            )
-        is_here = torch.cuda.is_available()
-        on_device = torch.cuda.get_device_properties(device).total_memory if is_here else 0
-    return Limits(on_device, free_host() + (resident().get("RssAnon", 0) if computes else 0), _free_disk(run))
+    memory = run.memory
+    allowed = None if memory.device_gb is None else int(memory.device_gb * 1e9)
+    own = resident().get("RssAnon", 0) if computes else 0
+    host = free_host() + own if memory.host_gb is None else int(memory.host_gb * 1e9)
+    disk = _free_disk(run) if memory.disk_gb is None else int(memory.disk_gb * 1e9)
+    if device.type != "cuda":  # the CPU is the device
+        return Limits(None, host if allowed is None else min(host, allowed), disk)
+    if allowed is None and not torch.cuda.is_available():
+        raise ValueError(
+            "memory.device_gb: this machine has no CUDA device to ask; say how large the one is that the plan is "
+            "for, as in memory.device_gb=80 memory.host_gb=256."
+        )
+    return Limits(torch.cuda.get_device_properties(device).total_memory if allowed is None else allowed, host, disk)
 
 
 def free_host(root: Path = _ROOT) -> int:
-    """Bytes that can be had without swapping, of the machine and of every control group of this process.
+    """Bytes that are free without swapping, of the machine and of every control group of this process.
 
     Args:
         root: where `proc` and `sys` are.
@@ -88,31 +92,28 @@ def _file_pages(stat: Path) -> int:
 
 def full_disks(run: RunConfig, plan: Plan) -> list[str]:
     """A sentence for each file system that has no room for its part of a stage, though all together might have."""
-    most = {
-        "output_dir": max(_on_disk(phase, saved=True) for phase in plan.phases),
-        "engine.nvme_path": max(_on_disk(phase, saved=False) for phase in plan.phases),
-    }
-    paths = {engine.nvme_path for engine in engines_of(run, str(run.stage_of(plan.stage))).values() if engine.nvme_path}
-    if len(paths) > 1:  # the plan does not say which role is where
-        return []
-    needed: dict[Path, int] = defaultdict(int)
-    folders = [("output_dir", run.output_dir), *(("engine.nvme_path", path) for path in paths)]
-    for setting, folder in folders:
-        needed[_mount(Path(folder))] += plan.ranks * most[setting]
-    said = []
-    for setting, folder in folders:
-        expected, found = needed.pop(_mount(Path(folder)), 0), _free_at(Path(folder))
-        if found < expected:
-            said.append(
-                f"{plan.stage}: {setting}={folder}: found {found / 1e9:.2f} GB free, expected {expected / 1e9:.2f} GB; "
-                "free space there, or name a folder on a larger disk."
+    roles = roles_of(run, str(run.stage_of(plan.stage)))
+    disks = {role.name: role.engine_config(run).nvme_path for role in roles}
+
+    def bytes_below(folder: str, phase: Phase) -> int:
+        on_disk = [item for item in phase.items if item.place is Place.disk]
+        folders = (run.output_dir if item.part in SAVED else disks[item.role] for item in on_disk)
+        return sum(item.bytes for item, own in zip(on_disk, folders, strict=True) if own == folder)
+
+    by_mount: dict[Path, list[str]] = defaultdict(list)
+    for folder in dict.fromkeys(filter(None, [run.output_dir, *disks.values()])):
+        by_mount[_mount(Path(folder))].append(folder)
+    sentences = []
+    for folders in by_mount.values():
+        needed = sum(plan.ranks * max(bytes_below(folder, phase) for phase in plan.phases) for folder in folders)
+        free = _free_at(Path(folders[0]))
+        if free < needed:
+            setting = "output_dir" if folders[0] == run.output_dir else "engine.nvme_path"
+            sentences.append(
+                f"{plan.stage}: {setting}={folders[0]}: found {free / 1e9:.2f} GB free, "
+                f"expected {needed / 1e9:.2f} GB; free space there, or name a folder on a larger disk."
             )
-    return said
-
-
-def _on_disk(phase: Phase, *, saved: bool) -> int:
-    """Bytes of what is saved, or of what rests there."""
-    return sum(item.bytes for item in phase.items if item.place is Place.disk and (item.part in SAVED) == saved)
+    return sentences
 
 
 def _free_disk(run: RunConfig) -> int:

@@ -1,6 +1,7 @@
-"""The memory plan for people: printed, written to `plan.txt`, and the reason to refuse a run.
+"""Shows a plan, refuses a run that does not fit, and at the end of a stage compares the plan with what was measured.
 
-Left out: how it is computed (`planner.py`), and what was measured (`measured.py`).
+The plan is printed and written to `plan.txt`, its numbers to `plan.json`. Left out: how they are computed
+(`planner.py`).
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ import torch
 
 from rlhf.config.run_config import RunConfig
 from rlhf.memory_plan.advice import cheapest_change
-from rlhf.memory_plan.limits import full_disks, machine_limits
-from rlhf.memory_plan.measured import NUMBERS
-from rlhf.memory_plan.plan import Item, Limits, Phase, Place, Plan, chosen_limits
+from rlhf.memory_plan.limits import full_disks, limits_of
+from rlhf.memory_plan.plan import Item, Limits, Phase, Place, Plan
 from rlhf.memory_plan.planner import Machine, machine_of, plan_stage
-from rlhf.runtime.atomic_files import write_text
+from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World, barrier
 from rlhf.runtime.launch import under_torchrun
-from rlhf.tracking.peak_memory import resident
+from rlhf.tracking.peak_memory import peak_metrics, resident
 from rlhf.tracking.text_table import table
+from rlhf.tracking.timing import Stopwatch
 
 log = logging.getLogger(__name__)
 
-PLAN = "plan.txt"
 RUNTIME = "runtime"
+_TEXT, _NUMBERS = "plan.txt", "plan.json"
 _CUDA_CONTEXT = 600_000_000  # bytes of a process on an H100 before its first tensor: context, kernels, cuBLAS
 
 
@@ -41,17 +42,17 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     machine, limits = _here(run, ranks)
     plans = [plan_stage(run, stage, machine=machine) for stage in stages]
     log.info("%s", short_text(plans, limits))
-    texts = [full_text(plan, limits) for plan in plans]
     verdicts = [verdict(run, plan, machine=machine, limits=limits) for plan in plans]
-    folder = Path(run.output_dir)
-    write_text(folder / PLAN, "\n\n".join(f"{text}\n{said}" for text, said in zip(texts, verdicts, strict=True)) + "\n")
-    write_text(folder / NUMBERS, json.dumps({plan.stage: numbers(plan) for plan in plans}, indent=2) + "\n")
-    refused = [said for plan, said in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
-    refused += [said for plan in plans for said in full_disks(run, plan)]
+    texts = [f"{full_text(plan, limits)}\n{sentence}" for plan, sentence in zip(plans, verdicts, strict=True)]
+    write_text(Path(run.output_dir) / _TEXT, "\n\n".join(texts) + "\n")
+    found = {plan.stage: numbers(plan) for plan in plans}
+    write_text(Path(run.output_dir) / _NUMBERS, json.dumps(found, indent=2) + "\n")
+    refused = [sentence for plan, sentence in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
+    refused += [sentence for plan in plans for sentence in full_disks(run, plan)]
     if refused and run.memory.enforce:
         raise ValueError("\n".join([*refused, "memory.enforce=false starts it all the same."]))
-    for said in refused:
-        log.warning("%s", said)
+    for sentence in refused:
+        log.warning("%s", sentence)
 
 
 def show_plan(run: RunConfig, world: World, *, ranks: int) -> None:
@@ -74,39 +75,85 @@ def plan_text(run: RunConfig, *, ranks: int) -> str:
 
 
 def full_text(plan: Plan, limits: Limits) -> str:
-    """Every part of every role in every phase, a table for each place."""
+    """Every part of every role in every phase, in a table for each place."""
     where = "CUDA" if plan.is_cuda else "CPU"
     lines = [f"{plan.stage}: {plan.ranks} rank{'s' * (plan.ranks > 1)} of this machine on {where}; GB of each rank"]
-    names = {Place.device: "device", Place.host: "host" if plan.is_cuda else "memory", Place.disk: "disk"}
-    for place, name in names.items():
+    for place, available in limits.by_place():
         rows = list(_rows(plan, place))
         if len(rows) > 1:
             columns = ["role", "part", *(phase.name for phase in plan.phases)]
-            lines += ["", table(f"{name}, {_limit_text(place, limits)}", columns, rows=rows)]
+            shared = "" if place is Place.device else " by all ranks together"
+            title = f"{_name(place, limits)}, {_gb(available)} available{shared}"
+            lines += ["", table(title, columns, rows=rows)]
     return "\n".join(lines)
 
 
 def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> str:
-    """One or two sentences: whether it fits, and what would make it fit."""
+    """One or two sentences: whether the stage fits, and what would make it fit."""
     largest = plan.largest
-    place = Place.device if plan.is_cuda else Place.host
-    has = f"{plan.stage}: the largest phase is {largest.name} with {_gb(plan.needed(largest, place))} of {place}"
-    short = plan.shortages(limits)
-    if not short:
+    needs = _gb(plan.needed(largest, plan.main_place))
+    start = f"{plan.stage}: the largest phase is {largest.name} with {needs} of {plan.main_place}"
+    shortages = plan.shortages(limits)
+    if not shortages:
         full = [] if run.memory.disk_gb is not None else full_disks(run, plan)
-        return f"{has}; it does not fit on its disks. {' '.join(full)}" if full else f"{has}; it fits."
-    worst = short[0]
-    stage, ranks = str(run.stage_of(plan.stage)), machine.ranks
-    change = cheapest_change(
-        run, stage, plan=partial(plan_stage, stage=stage, machine=machine), limits=limits, ranks=ranks
+        return f"{start}; it does not fit on its disks. {' '.join(full)}" if full else f"{start}; it fits."
+    worst, stage = shortages[0], str(run.stage_of(plan.stage))
+    start += (
+        f"; it does not fit: {worst.phase} needs {_gb(worst.needed)} of {worst.place}, found {_gb(worst.available)}."
     )
-    lacks = (
-        f"{has}; it does not fit: {worst.phase} needs {_gb(worst.needed)} of {worst.place}, "
-        f"found {_gb(worst.available)}."
-    )
+    plan_again = partial(plan_stage, stage=stage, machine=machine)
+    change = cheapest_change(run, stage, plan=plan_again, limits=limits, ranks=machine.ranks)
     if change is None:
-        return f"{lacks} No setting of the engine makes it fit: use shorter sequences, a smaller model, or more ranks."
-    return f"{lacks} The cheapest change that makes it fit: {' '.join(change.settings)} ({change.cost})."
+        return f"{start} No setting of the engine makes it fit: use shorter sequences, a smaller model, or more ranks."
+    return f"{start} The cheapest change that makes it fit: {' '.join(change.settings)} ({change.cost})."
+
+
+def short_text(plans: list[Plan], limits: Limits) -> str:
+    """A line for each phase of each plan."""
+    places = [place for place, _ in limits.by_place()]
+    rows = [
+        [plan.stage, phase.name, *(phase.total(place) / 1e9 for place in places), _largest_parts(phase)]
+        for plan in plans
+        for phase in plan.phases
+    ]
+    runtime = {item.place: item.bytes for phase in plans[0].phases for item in phase.items if item.part == RUNTIME}
+    own = " and ".join(f"{count / 1e9:.2g} GB of {place}" for place, count in runtime.items())
+    title = f"Memory plan: GB of each rank, of which the process takes {own} without a model"
+    return table(title, ["stage", "phase", *(_name(place, limits) for place in places), "mostly"], rows=rows)
+
+
+def numbers(plan: Plan) -> dict[str, dict[str, int]]:
+    """Bytes of each phase by place, as they are measured: on a device tensors alone, not the context around them."""
+
+    def measured(phase: Phase, place: Place) -> int:
+        context = [
+            item for item in phase.items if place is Place.device and (item.part, item.place) == (RUNTIME, place)
+        ]
+        return phase.total(place) - sum(item.bytes for item in context)
+
+    return {phase.name: {str(place): measured(phase, place) for place in Place} for phase in plan.phases}
+
+
+def compare_with_plan(run: RunConfig, stage: str, *, world: World, timer: Stopwatch) -> dict[str, float]:
+    """Show the highest memory of each phase beside its plan, of this rank; returns both as metrics.
+
+    On a CPU the measured peaks include what the allocator has kept from earlier phases.
+    """
+    planned = read_json(Path(run.output_dir) / _NUMBERS).get(stage, {})
+    peaks = (peak_metrics(phase, peak) for phase, peak in timer.highest.items())
+    measured = {name: count for metrics in peaks for name, count in metrics.items()}
+    rows, expected = [], {}
+    for phase, places in planned.items():
+        for place in ("device", "host"):
+            found = measured.get(f"memory/{phase}_{place}_bytes")
+            if not found or not places[place]:
+                continue
+            expected[f"memory/{phase}_{place}_plan_bytes"] = float(places[place])
+            rows.append([phase, place, places[place] / 1e9, found / 1e9, f"{100 * (places[place] / found - 1):+.0f} %"])
+    if rows and world.is_main:
+        columns = ["phase", "place", "planned", "measured", "difference"]
+        log.info("%s", table(f"Memory of {stage}: highest GB of this rank", columns, rows=rows))
+    return measured | expected
 
 
 def runtime_items(device: torch.device) -> tuple[Item, ...]:
@@ -119,7 +166,7 @@ def runtime_items(device: torch.device) -> tuple[Item, ...]:
 def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
     machine = machine_of(run, ranks=ranks)
     starts_others = ranks > 1 and not under_torchrun()
-    limits = chosen_limits(run.memory, machine_limits(run, machine.device, computes=not starts_others))
+    limits = limits_of(run, machine.device, computes=not starts_others)
     return Machine(machine.device, machine.ranks, machine.local_ranks, runtime_items(machine.device)), limits
 
 
@@ -134,47 +181,15 @@ def _rows(plan: Plan, place: Place) -> Iterator[list[object]]:
     yield ["all", "", *(phase.total(place) / 1e9 for phase in plan.phases)]
 
 
-def short_text(plans: list[Plan], limits: Limits) -> str:
-    """A line for each phase."""
-    rows = [
-        [plan.stage, phase.name, *(phase.total(place) / 1e9 for place in _places(limits)), _mostly(phase)]
-        for plan in plans
-        for phase in plan.phases
-    ]
-    names = [str(place) if limits.device is not None or place is Place.disk else "memory" for place in _places(limits)]
-    runtime = {item.place: item.bytes for phase in plans[0].phases for item in phase.items if item.part == RUNTIME}
-    own = " and ".join(f"{count / 1e9:.2g} GB of {place}" for place, count in runtime.items())
-    title = f"Memory plan: GB of each rank, of which the process takes {own} without a model"
-    return table(title, ["stage", "phase", *names, "mostly"], rows=rows)
-
-
-def numbers(plan: Plan) -> dict[str, dict[str, int]]:
-    """Bytes of each phase by place, as they are measured: on a device tensors alone, not the context around them."""
-    measured = {place: [phase.total(place) for phase in plan.phases] for place in Place}
-    measured[Place.device] = [
-        sum(item.bytes for item in phase.items if item.place is Place.device and item.part != RUNTIME)
-        for phase in plan.phases
-    ]
-    return {
-        phase.name: {str(place): counts[number] for place, counts in measured.items()}
-        for number, phase in enumerate(plan.phases)
-    }
-
-
-def _places(limits: Limits) -> list[Place]:
-    return list(Place) if limits.device is not None else [Place.host, Place.disk]
-
-
-def _mostly(phase: Phase) -> str:
-    """The largest parts in memory that are not the same in every phase."""
+def _largest_parts(phase: Phase) -> str:
+    """The largest parts in memory, without what is the same in every phase."""
     items = [item for item in phase.items if item.place is not Place.disk and item.part != RUNTIME]
     items.sort(key=lambda item: item.bytes, reverse=True)
     return ", ".join(f"{item.role}'s {item.part} {item.bytes / 1e9:.2g}" for item in items[:3])
 
 
-def _limit_text(place: Place, limits: Limits) -> str:
-    available = {Place.device: limits.device or 0, Place.host: limits.host, Place.disk: limits.disk}[place]
-    return f"{_gb(available)} to be had" + ("" if place is Place.device else " by all ranks together")
+def _name(place: Place, limits: Limits) -> str:
+    return "memory" if place is Place.host and limits.device is None else str(place)
 
 
 def _gb(count: int) -> str:

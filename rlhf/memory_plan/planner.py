@@ -1,40 +1,60 @@
-"""Which models, phases and sizes a stage has, for the memory plan.
+"""Plans a stage: which of its models computes what in each phase, and what that takes beside all others at rest.
 
-| stage | phases |
-|---|---|
-| sft, reward | evaluate, train, save |
-| ppo | generate, score, train, save |
-
-Models that an earlier stage will make have the shape of what it makes them from. Lengths are those that the
-configuration allows: data that is shorter takes less. Left out: showing and judging a plan (`plan_text.py`).
+`PHASES` says which workload a model of each kind runs in each phase; `save` follows in every stage. The models of PPO
+take turns, so a phase is that of the busiest one. A model that an earlier stage will make has the shape of the model
+that it is made from. Lengths are those that the configuration allows: data that is shorter takes less. Left out:
+showing and judging a plan (`plan_text.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from rlhf.config.engine_config import EngineConfig, Precision
-from rlhf.config.model_config import LoraConfig
-from rlhf.config.ppo_config import AdvantageKind, PPOConfig
-from rlhf.config.roles import ModelKind, maker_of
-from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import RewardConfig, SupervisedConfig
+from rlhf.algorithms.logprobs import chunk_elements_of
+from rlhf.config.engine_config import Precision
+from rlhf.config.model_config import Embedded
+from rlhf.config.roles import ModelKind, Role, maker_of, roles_of
+from rlhf.config.run_config import CheckpointConfig, RunConfig
 from rlhf.engine.materialize import working_dtype
-from rlhf.memory_plan.phases import Model
-from rlhf.memory_plan.plan import Item, Phase, Place, Plan, on_one_memory, with_allowance
-from rlhf.memory_plan.states import GRADIENTS, Setting
-from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS
-from rlhf.memory_plan.workloads import Answers, PolicyLoss, Scalars, Statistics, ValueLoss, of_ppo, of_supervised
-from rlhf.models.shapes import Adapters, Shape
+from rlhf.memory_plan.model_shape import ModelShape
+from rlhf.memory_plan.plan import Item, Phase, Place, Plan
+from rlhf.memory_plan.states import GATHERED, GRADIENTS, Setting, States
+from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, Stretch, trace
+from rlhf.memory_plan.workloads import (
+    Answers,
+    Demonstrations,
+    PolicyLoss,
+    Preferences,
+    Scalars,
+    Statistics,
+    ValueLoss,
+    Workload,
+)
 from rlhf.runtime.launch import local_ranks
 
+_LM, _HEAD = ModelKind.causal_lm, ModelKind.scalar_head
+PHASES: dict[str, dict[str, dict[ModelKind, type[Workload[Any]]]]] = {
+    "sft": {"evaluate": {_LM: Demonstrations}, "train": {_LM: Demonstrations}},
+    "reward": {"evaluate": {_HEAD: Preferences}, "train": {_HEAD: Preferences}},
+    "ppo": {
+        "generate": {_LM: Answers},
+        "score": {_HEAD: Scalars, _LM: Statistics},
+        "train": {_LM: PolicyLoss, _HEAD: ValueLoss},
+    },
+}
+"""The workloads of each stage by phase and kind of model; only models that generate, or are trained, do so."""
+
 EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
-"""What is in the output folder; everything else on disk is below `engine.nvme_path`."""
-_MOVING = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
+"""Parts in the output folder; everything else on disk is below `engine.nvme_path`."""
+ALLOCATOR = "allocator"
+_COMES_AND_GOES = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
+_CPU_SLACK, _CUDA_SLACK = 0.25, 0.1
 
 
 @dataclass(frozen=True)
@@ -51,20 +71,6 @@ class Machine:
     """What a process takes before it has a model."""
 
 
-def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
-    """The memory of a stage, of its first rank, which holds the most."""
-    planner = _Planner(run, machine)
-    found = planner.ppo(run.ppo) if run.ppo is not None and stage == "ppo" else planner.supervised(stage)
-    is_cuda = machine.device.type == "cuda"
-    phases = [
-        Phase(name, (*machine.runtime, *with_allowance(items, is_cuda=is_cuda, moving=_MOVING)))
-        for name, items in found
-    ]
-    if not is_cuda:
-        phases = [Phase(phase.name, on_one_memory(phase.items)) for phase in phases]
-    return Plan(run.title(stage), machine.local_ranks, is_cuda, tuple(phases))
-
-
 def machine_of(run: RunConfig, *, ranks: int, runtime: tuple[Item, ...] = ()) -> Machine:
     """The machine that the run will use: this one, or with `engine.device=cuda` one that has a GPU."""
     wanted = run.engine.device
@@ -72,137 +78,225 @@ def machine_of(run: RunConfig, *, ranks: int, runtime: tuple[Item, ...] = ()) ->
     return Machine(torch.device("cuda" if is_cuda else "cpu"), ranks, local_ranks(ranks), runtime)
 
 
-@dataclass(frozen=True)
-class _Planner:
-    run: RunConfig
-    machine: Machine
-
-    def supervised(self, stage: str) -> Iterator[tuple[str, list[Item]]]:
-        config = getattr(self.run, stage)
-        assert isinstance(config, SupervisedConfig)
-        head = ModelKind.scalar_head if isinstance(config, RewardConfig) else ModelKind.causal_lm
-        shape = shape_of(self.run, config.init_from, head=head, num_layers=getattr(config, "num_layers", 0))
-        shape = replace(shape, dropout=config.dropout)
-        steps = config.global_batch_size // (self.machine.ranks * config.micro_batch_size)
-        role = "reward model" if head is ModelKind.scalar_head else "model"
-        model = self.model(role, shape, engine=config.engine, lora=config.lora, micro_batches=steps)
-        work = of_supervised(config)
-        yield "evaluate", model.forward(work)
-        yield "train", [*model.training(work), *self.copies([model])]
-        yield "save", self.saving([model], at_rest=model.at_rest())
-
-    def ppo(self, config: PPOConfig) -> Iterator[tuple[str, list[Item]]]:
-        models = self.models_of_ppo(config)
-        actor, critic = models["actor"], models.get("critic")
-        learning = [model for model in (actor, critic) if model is not None]
-        rows = min(config.rollout_micro_batch_size, -(-config.rollout_size // self.machine.ranks))
-        micro = config.micro_batch_size
-        answers = of_ppo(Answers, config, rows=rows)
-        statistics, scalars = (of_ppo(kind, config, rows=micro) for kind in (Statistics, Scalars))
-        judged = [(role, models[role].forward(scalars)) for role in ("reward", "critic") if role in models]
-        judged += [(role, models[role].forward(statistics)) for role in ("actor", "reference") if role in models]
-        trained = [("actor", actor.training(of_ppo(PolicyLoss, config, rows=micro)))]
-        if critic is not None:
-            trained.append(("critic", critic.training(of_ppo(ValueLoss, config, rows=micro))))
-        yield "generate", self.beside(models, [("actor", actor.generation(answers, rows=rows))])
-        yield "score", self.beside(models, judged)
-        yield "train", [*self.beside(models, trained), *self.copies(learning)]
-        at_rest = [item for model in models.values() for item in model.at_rest()]
-        yield "save", self.saving(learning, at_rest=at_rest)
-
-    def models_of_ppo(self, config: PPOConfig) -> dict[str, Model]:
-        """The roles that hold a model of their own."""
-        run = self.run
-        steps = config.minibatch_size // (self.machine.ranks * config.micro_batch_size)
-        actor = shape_of(run, config.actor, head=ModelKind.causal_lm)
-        reward = shape_of(run, config.reward, head=ModelKind.scalar_head)
-        models = {"actor": self.model("actor", actor, engine=config.engine, lora=config.lora, micro_batches=steps)}
-        if config.advantage is AdvantageKind.gae:
-            start = shape_of(run, config.critic or config.reward, head=ModelKind.scalar_head)
-            models["critic"] = self.model(
-                "critic", start, engine=config.critic_engine, lora=config.lora, micro_batches=steps
-            )
-        if config.reference_model is not None:
-            start = shape_of(run, config.reference_model, head=ModelKind.causal_lm)
-            models["reference"] = self.model("reference", start, engine=config.reference_engine)
-        return models | {"reward": self.model("reward", reward, engine=config.reward_engine)}
-
-    def model(
-        self,
-        role: str,
-        shape: Shape,
-        *,
-        engine: EngineConfig,
-        lora: LoraConfig | None = None,
-        micro_batches: int = 0,
-    ) -> Model:
-        """A model of the stage; without micro-batches it is frozen."""
-        shape = shape if lora is None else replace(shape, adapters=Adapters.of(lora))
-        setting = Setting(
-            role=role,
-            engine=engine,
-            ranks=self.machine.ranks,
-            device=self.machine.device,
-            dtype=_dtype(engine.precision, self.machine.device),
-            frozen=micro_batches == 0,
-            micro_batches=micro_batches,
-        )
-        return Model(setting, shape.whole, family=shape, plain=shape.plain)
-
-    def beside(self, models: dict[str, Model], busy: list[tuple[str, list[Item]]]) -> list[Item]:
-        """The busiest of the models that take turns, beside all others at rest."""
-        found = []
-        for role, items in busy:
-            others = [item for name, model in models.items() if name != role for item in model.at_rest()]
-            found.append([*others, *items])
-        return max(found, key=lambda items: sum(item.bytes for item in items if item.place is Place.device))
-
-    def saving(self, models: list[Model], *, at_rest: list[Item]) -> list[Item]:
-        """Exports, those of the best evaluation among them, and checkpoints."""
-        items = [*at_rest, *self.copies(models)]
-        exports = 1 + (self._num_checkpoints > 0 and self.run.checkpoint.best)
-        for model in models:
-            role, states = model.setting.role, model.states
-            share = -(-states.exported() // self.machine.local_ranks)  # the first rank writes it for all
-            items.append(Item(role, EXPORT, Place.disk, exports * share))
-            items.append(Item(role, CHECKPOINTS, Place.disk, self._num_checkpoints * states.in_a_checkpoint()))
-        return items
-
-    def copies(self, models: list[Model]) -> list[Item]:
-        """What a checkpoint copies, to be written while training goes on."""
-        if not self._num_checkpoints or not self.run.checkpoint.asynchronous:
-            return []
-        return [
-            Item(model.setting.role, "checkpoint copy", Place.host, model.states.copied_for_a_checkpoint())
-            for model in models
-        ]
-
-    @property
-    def _num_checkpoints(self) -> int:
-        """On disk at once, one that is being written among them."""
-        config = self.run.checkpoint
-        return (config.keep + config.best + 1) if config.every else 0
-
-
-def shape_of(run: RunConfig, path: str, *, head: ModelKind, num_layers: int = 0) -> Shape:
-    """The shape of the model at `path`, which an earlier stage of this folder may have yet to make.
+def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
+    """The memory of a stage, of its first rank, which holds the most.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: a model that is not there, and that no stage of the run makes.
     """
-    maker = maker_of(run, path)
-    if not (Path(path) / "config.json").exists() and maker is not None:
-        made_by = getattr(run, maker)
-        if made_by is None:
-            raise ValueError(f"{path}: there is no such model yet, and stage={maker}, which makes it, is not planned.")
-        return shape_of(run, made_by.init_from, head=head, num_layers=num_layers or getattr(made_by, "num_layers", 0))
-    if run.model.embedded is not None and path == run.model.path and not Path(path).exists():
-        return Shape(run.model.embedded, head, num_layers)
-    return Shape(path, head, num_layers)
+    models = [model_memory(run, role, machine=machine) for role in roles_of(run, stage)]
+    copies = [item for model in models for item in model.checkpoint_copy(run.checkpoint)]
+    found: dict[str, list[Item]] = {}
+    for phase, workloads in PHASES[stage].items():
+        found[phase] = _busiest(run, models, phase=phase, workloads=workloads, machine=machine)
+    found["train"] += copies
+    found["save"] = [item for model in models for item in model.at_rest()] + copies
+    found["save"] += [item for model in models for item in model.saved(run.checkpoint, machine=machine)]
+    phases = tuple(_phase(name, items, machine=machine) for name, items in found.items())
+    return Plan(run.title(stage), machine.local_ranks, machine.device.type == "cuda", phases)
 
 
-def _dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The working type; a GPU that is not here is taken to multiply bf16."""
+def _busiest(
+    run: RunConfig,
+    models: list[ModelMemory],
+    *,
+    phase: str,
+    workloads: dict[ModelKind, type[Workload[Any]]],
+    machine: Machine,
+) -> list[Item]:
+    """The items of a phase: of the model that takes most of the device, beside all others at rest."""
+    turns = []
+    for kind, workload in workloads.items():
+        for model in models:
+            if model.role.kind is not kind or not model.takes_part(phase):
+                continue
+            config = run.training_config(model.role.stage)
+            work = workload.of(config, ranks=machine.ranks, chunk_elements=chunk_elements_of(machine.device))
+            others = [item for other in models if other is not model for item in other.at_rest()]
+            turns.append([*others, *model.during(phase, work)])
+    return max(turns, key=_device_bytes)
+
+
+def _phase(name: str, items: Iterable[Item], *, machine: Machine) -> Phase:
+    """A phase with what the process takes, and what the allocator loses between tensors that come and go.
+
+    On a CPU that is a quarter of them, as measured with glibc 2.36 (benchmarks/results/plan.md); on CUDA a tenth, which
+    nobody has measured here. Whatever is on the device of a CPU machine is in the host's memory.
+    """
+    is_cuda = machine.device.type == "cuda"
+    items = [*machine.runtime, *items]
+    moving = sum(item.bytes for item in items if item.place is Place.device and item.part in _COMES_AND_GOES)
+    slack = int((_CUDA_SLACK if is_cuda else _CPU_SLACK) * moving)
+    items.append(Item("process", ALLOCATOR, Place.device, slack))
+    if not is_cuda:
+        on_host = {Place.device: Place.host}
+        items = [Item(item.role, item.part, on_host.get(item.place, item.place), item.bytes) for item in items]
+    return Phase(name, tuple(items))
+
+
+def model_memory(run: RunConfig, role: Role, *, machine: Machine) -> ModelMemory:
+    """The memory of one model of a stage."""
+    config, engine = run.training_config(role.stage), role.engine_config(run)
+    steps = -(-config.batch_size // (machine.ranks * config.micro_batch_size))
+    device, precision = machine.device, engine.precision
     if device.type == "cuda" and precision is Precision.auto and not torch.cuda.is_available():
-        return torch.bfloat16
-    return working_dtype(precision, device)
+        precision = Precision.bf16  # a GPU that is not here is taken to multiply it
+    setting = Setting(
+        role=role.name,
+        engine=engine,
+        ranks=machine.ranks,
+        device=device,
+        dtype=working_dtype(precision, device),
+        micro_batches=steps if role.is_trained else 0,
+    )
+    return ModelMemory(role, shape_of(run, role), setting)
+
+
+def shape_of(run: RunConfig, role: Role) -> ModelShape:
+    """The shape of the model of a role, which an earlier stage may have yet to make.
+
+    Raises:
+        ValueError: there is no such model, and the stage that would make it is not selected.
+    """
+    path, num_layers = role.path, role.num_layers
+    while not (Path(path) / "config.json").exists() and (maker := maker_of(run, path)) is not None:
+        if maker not in run.stages:
+            raise ValueError(f"{path}: there is no such model yet, and stage={maker}, which makes it, is not planned.")
+        start = next(made for made in roles_of(run, maker) if made.name == Path(path).name)
+        path, num_layers = start.path, num_layers or start.num_layers
+    source: str | Embedded = path
+    if run.model.embedded is not None and path == run.model.path and not Path(path).exists():
+        source = run.model.embedded
+    lora = role.lora_config(run)
+    return ModelShape(
+        source, role.kind, num_layers, dropout=role.dropout, lora=lora if lora is not None and lora.rank else None
+    )
+
+
+@dataclass(frozen=True)
+class ModelMemory:
+    """The bytes of one model at rest and at the highest moment of each computation."""
+
+    role: Role
+    shape: ModelShape
+    setting: Setting
+
+    @cached_property
+    def states(self) -> States:
+        """The bytes that do not depend on what it computes."""
+        return States(self.shape.whole, self.setting)
+
+    @property
+    def num_layers(self) -> int:
+        """How many blocks it has."""
+        return sum(self.shape.runs)
+
+    def takes_part(self, phase: str) -> bool:
+        """Whether it computes in a phase."""
+        return {"train": self.role.is_trained, "generate": self.role.generates}.get(phase, True)
+
+    def during(self, phase: str, work: Workload[Any]) -> list[Item]:
+        """At the highest moment of a phase in which it runs `work`."""
+        if phase == "train":
+            return self.training(work)
+        return self.generation(work, rows=work.rows) if phase == "generate" else self.forward(work)
+
+    def at_rest(self) -> list[Item]:
+        """Between steps, while others compute."""
+        kept = [item for item in self.states.gradients(0.0) if item.place is Place.host]
+        return [*self.states.at_rest(), *kept]
+
+    def training(self, work: Computation) -> list[Item]:
+        """At the highest moment of a step: forward, backward or update."""
+        stretches = self._trace(work, training=True, recomputes=self.setting.engine.activation_checkpointing)
+        moments = [self._in_training(stretch) for stretch in stretches if stretch.where.call >= 0]
+        update = self.states.gradients(1.0)
+        return [*self.states.at_rest(), *max([*moments, update], key=_device_bytes)]
+
+    def forward(self, work: Computation) -> list[Item]:
+        """At the highest moment of a forward without gradients."""
+        highest = max(self._trace(work), key=lambda stretch: stretch.total)
+        gathered = self._item(GATHERED, Place.device, count=self.states.gathered())
+        return [*self.at_rest(), gathered, *self._traced(highest)]
+
+    def generation(self, work: Computation, *, rows: int) -> list[Item]:
+        """At the highest moment of answering a batch of `rows` prompts."""
+        engine, states = self.setting.engine, self.states
+        streams = engine.stream_generation and engine.zero_stage == 3
+        stretch, cache = _with_cache(self._trace(work, decoding_rows=rows))
+        held = [self._item(GATHERED, Place.device, count=states.gathered() if streams else states.whole())]
+        # When rows leave, one layer's keys are copied before the others' are.
+        leaving = self._item(CACHE, Place.device, count=cache + cache // (2 * self.num_layers))
+        others = [item for item in self._traced(stretch) if item.part != CACHE]
+        return [*self.at_rest(), *held, leaving, *others]
+
+    def checkpoint_copy(self, config: CheckpointConfig) -> list[Item]:
+        """The copy that a checkpoint writes while training goes on."""
+        if not self.role.is_trained or not _num_checkpoints(config) or not config.asynchronous:
+            return []
+        return [self._item("checkpoint copy", Place.host, count=self.states.copied_for_a_checkpoint())]
+
+    def saved(self, config: CheckpointConfig, *, machine: Machine) -> list[Item]:
+        """Exports, that of the best evaluation among them, and checkpoints."""
+        if not self.role.is_trained:
+            return []
+        checkpoints = _num_checkpoints(config)
+        exports = 1 + (checkpoints > 0 and config.best)
+        share = -(-self.states.exported() // machine.local_ranks)  # the first rank writes it for all
+        return [
+            self._item(EXPORT, Place.disk, count=exports * share),
+            self._item(CHECKPOINTS, Place.disk, count=checkpoints * self.states.in_a_checkpoint()),
+        ]
+
+    def _in_training(self, stretch: Stretch) -> list[Item]:
+        states = self.states
+        items = [*self._traced(stretch), self._item(GATHERED, Place.device, count=states.gathered())]
+        items += states.gradients(self._share_of_sums(stretch))
+        if stretch.where.backward or stretch.where.place == "between":
+            items.append(self._item(GRADIENTS, Place.device, count=states.in_reduction()))
+        return items
+
+    def _share_of_sums(self, stretch: Stretch) -> float:
+        """How much of the gradient sums is there; in a later micro-batch all of it."""
+        states = self.states
+        if self.setting.micro_batches > 1:
+            return 1.0
+        if not stretch.where.backward:
+            return states.finished_before_blocks() / states.elements() if stretch.where.place == "between" else 0.0
+        per_block = (states.elements() - states.outside_blocks()) / self.num_layers
+        blocks = {"last": 1, "inner": min(2, self.num_layers)}.get(stretch.where.place, self.num_layers)
+        return (states.finished_before_blocks() + per_block * blocks) / states.elements()
+
+    def _trace(self, work: Computation, **mode: Any) -> list[Stretch]:
+        return trace(self.shape, work=work, mode=Mode(self.setting.dtype, **mode))
+
+    def _traced(self, stretch: Stretch) -> Iterator[Item]:
+        """What a stretch allocates; with activation offload the inputs of all blocks but one are on the host."""
+        offloads = self.setting.engine.activation_offload and self.setting.device.type == "cuda"
+        waiting = stretch.per_block if offloads else 0
+        for tag, count in stretch.bytes.items():
+            moved = waiting * (self.num_layers - 1) if tag == ACTIVATIONS else 0
+            yield self._item(tag, Place.device, count=count - moved)
+        yield self._item(ACTIVATIONS, Place.host, count=waiting * self.num_layers)
+
+    def _item(self, part: str, place: Place, *, count: int) -> Item:
+        return Item(self.role.name, part, place, count)
+
+
+def _num_checkpoints(config: CheckpointConfig) -> int:
+    """On disk at once, one that is being written among them."""
+    return (config.keep + config.best + 1) if config.every else 0
+
+
+def _device_bytes(items: list[Item]) -> int:
+    return sum(item.bytes for item in items if item.place is Place.device)
+
+
+def _with_cache(stretches: list[Stretch]) -> tuple[Stretch, int]:
+    """The highest stretch of generating, and the bytes of the cache, which the first forward calls activations."""
+    cache = max((stretch.bytes.get(CACHE, 0) for stretch in stretches if stretch.where.call == 1), default=0)
+    highest = max(stretches, key=lambda stretch: stretch.total)
+    if highest.where.call == 1:
+        return highest, cache
+    rest = {tag: max(0, count - (cache if tag == ACTIVATIONS else 0)) for tag, count in highest.bytes.items()}
+    return Stretch(highest.where, rest), cache

@@ -45,9 +45,13 @@ class Setting:
     """Only its type counts; the device need not be there."""
     dtype: torch.dtype
     """Of the working weights."""
-    frozen: bool
-    micro_batches: int = 1
-    """Of an optimizer step, on one rank."""
+    micro_batches: int
+    """Of an optimizer step, on one rank; 0 for a frozen model."""
+
+    @property
+    def frozen(self) -> bool:
+        """Whether the model has no optimizer."""
+        return self.micro_batches == 0
 
 
 @dataclass(frozen=True)
@@ -98,13 +102,16 @@ class States:
         return sum(unit.numel for unit in self.units) * self.setting.dtype.itemsize if self.is_sharded else 0
 
     def in_reduction(self) -> int:
-        """Device bytes of gradients on their way to their sums: a unit's whole ones, and what is sent of them."""
-        largest = max((self._trainable_numel(unit) for unit in self.units), default=0)
-        if self.setting.ranks == 1:
+        """Device bytes of gradients on their way to their sums: a unit's whole ones, and what is sent of them.
+
+        ZeRO 1 also keeps the whole fp32 sums until the last micro-batch is reduced.
+        """
+        setting, trainable = self.setting, [self._trainable_numel(unit) for unit in self.units]
+        if setting.ranks == 1:
             return 0
-        if self.is_sharded:  # whole gradients, and the fp32 copy that is sent: FSDP2 waits for one before the next
-            return largest * (self.setting.dtype.itemsize + 4)
-        return largest * 4
+        waiting = 4 * sum(trainable) if setting.engine.zero_stage == 1 and setting.micro_batches > 1 else 0
+        # Whole gradients, and the fp32 copy that is sent: FSDP2 waits for one reduction before the next.
+        return waiting + max(trainable) * (setting.dtype.itemsize + 4 if self.is_sharded else 4)
 
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; what rests on disk is not copied."""

@@ -1,27 +1,26 @@
-"""What a computation allocates, found by running its own code on tensors without values.
+"""Finds what a computation allocates by running its own code on tensors without values.
 
 A model of any architecture runs forward and backward (or decodes) under fake tensors, which have shapes, types, strides
-and storages but no memory, and every storage that is made is counted until the last tensor on it is gone. So saved
-activations, the loss's temporaries and what activation checkpointing computes again are those of the real code.
+and storages but no memory, and every storage is counted from when it is made until the last tensor on it is gone. So
+saved activations, the loss's temporaries and what activation checkpointing computes again are those of the real code.
 
-The count is kept for each stretch of the computation: before the blocks, in the first, in those between and in the
-last of them, after them, and the same in backward. Blocks are alike in most models; then two short models, of three and
-of four blocks, give every stretch of a model of any depth exactly, since each grows by the same bytes per block.
+Each part of the computation has its own count: before the blocks, in the first, in those between and in the last of
+them, after them, and the same in backward. Blocks are alike in most models; then two short models, of three and of four
+blocks, give every part of a model of any depth exactly, since each grows by the same bytes with every block.
 
-Not seen: parameters and buffers (`states.py`), their gradients once they are complete, private workspaces of
-kernels, and what the allocator loses. Fake tensors say they are on the CPU whatever the plan is for: CUDA's attention
-kernels save the same tensors.
+Not seen: parameters and buffers (`states.py`), their gradients once they are complete, private workspaces of kernels,
+and what the allocator loses. Fake tensors say that they are on the CPU whatever the plan is for: CUDA's attention
+kernels save the same tensors, and a workload chooses the chunks of the loss itself.
 """
 
 from __future__ import annotations
 
-import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,13 +28,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from rlhf.algorithms import logprobs
+from rlhf.memory_plan.model_shape import ModelShape
 from rlhf.models.model_spec import ModelSpec
+from rlhf.models.transforms import enable_activation_checkpointing
 
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits and loss", "KV cache"
-SHORT, SUM = (1, 3), 3  # blocks of two runs, or of one, that stand for longer ones, together with one more
+DECODING_CALLS = 2
+"""Forwards of a traced generation: the prompt and one token after it. Later tokens take no more."""
 
-Work = Callable[[nn.Module], Tensor | None]
+Computation = Callable[[nn.Module], Tensor | None]
 """Runs a model on a batch; what it returns is run backward."""
 
 
@@ -43,7 +44,7 @@ class Where(NamedTuple):
     """A part of a computation."""
 
     call: int
-    """Which forward of the model it belongs to, from 0."""
+    """The forward of the model that it belongs to, from 0."""
     backward: bool
     place: str
     """before, first, inner or last of the blocks; between lies after forward's last and before backward's last."""
@@ -51,121 +52,96 @@ class Where(NamedTuple):
 
 @dataclass(frozen=True)
 class Stretch:
-    """What was live at the peak of a part of a computation."""
+    """The bytes that are live at the peak of a part of a computation."""
 
     where: Where
     bytes: dict[str, int]
-    """Of each tag."""
+    """By tag: activations, logits and loss, KV cache."""
     per_block: int = 0
-    """What one block more would add to it; 0 also where the blocks differ."""
+    """What one block more would add; 0 also where the blocks differ."""
 
     @property
     def total(self) -> int:
-        """All tags."""
+        """The bytes of all tags."""
         return sum(self.bytes.values())
 
 
 @dataclass(frozen=True)
-class Prepare:
-    """How a model is brought into the state in which it is traced."""
+class Mode:
+    """The state in which a model is traced."""
 
     dtype: torch.dtype
     """Of the working weights."""
-    training: bool
+    training: bool = False
     """Training mode, else eval mode without gradients."""
-    cuda: bool = False
-    """The plan is for a CUDA device."""
-    on_module: Callable[[nn.Module], None] | None = None
-    """Done to the module first, such as switching on activation checkpointing."""
-    answer: int = 1
-    """What code finds that reads a whole number out of a tensor, such as how many rows still speak."""
-    max_calls: int = sys.maxsize
-    """Forwards of the model after which the trace ends."""
+    recomputes: bool = False
+    """Activation checkpointing is on."""
+    decoding_rows: int = 0
+    """Rows of the batch that is generated; 0 where nothing is. Code that reads a count from a tensor is told this."""
 
 
 class EnoughError(Exception):
-    """Ends the work that is traced: what is wanted has been seen."""
-
-
-class Family(Protocol):
-    """A model of which shorter ones can be made; hashable, and equal to what makes the same models."""
-
-    @property
-    def runs(self) -> tuple[int, int]:
-        """Its blocks, in two runs of which one may be empty."""
-
-    @property
-    def is_regular(self) -> bool:
-        """Whether the blocks of a run are alike."""
-
-    def with_runs(self, lower: int, upper: int) -> ModelSpec:
-        """One with so many blocks in its runs."""
+    """Ends the traced work early: everything of interest has been counted."""
 
 
 @lru_cache(maxsize=256)
-def trace(family: Family, *, work: Work, prepare: Prepare) -> list[Stretch]:
-    """The stretches of `work` on a model, in the order in which they begin; remembered, so not to be changed.
+def trace(shape: ModelShape, *, work: Computation, mode: Mode) -> list[Stretch]:
+    """The parts of `work` on a model, in the order in which they begin; remembered, so not to be changed.
 
     Args:
-        family: the model.
+        shape: the model.
         work: what is run; it makes its own batch.
-        prepare: type and mode of the model.
+        mode: type and mode of the model.
     """
 
-    def traced(*runs: int) -> list[Stretch]:
-        return _traced(family.with_runs(*runs), work, prepare=prepare)
+    def traced(runs: tuple[int, int]) -> list[Stretch]:
+        return trace_once(shape.build(runs), work, mode=mode)
 
-    runs = family.runs
-    if not family.is_regular:
-        return traced(*runs)
-    short = [min(count, most) for count, most in zip(runs, SHORT if all(runs) else (SUM, SUM), strict=True)]
-    stretches = base = traced(*short)
-    for number, count in enumerate(runs):
-        if count > short[number]:
-            longer = traced(*(length + (index == number) for index, length in enumerate(short)))
+    lower, upper = shape.runs
+    if not shape.is_regular:
+        return traced(shape.runs)
+    short = (min(lower, 1), min(upper, 3))
+    stretches = base = traced(short)
+    for run, more in enumerate((lower - short[0], upper - short[1])):
+        if more and _leaves_something(run, mode):
+            longer = traced((short[0] + (run == 0), short[1] + (run == 1)))
             assert [stretch.where for stretch in base] == [stretch.where for stretch in longer], "blocks differ"
             grown = zip(stretches, base, longer, strict=True)
-            stretches = [_deeper(found, short=a, longer=b, more=count - short[number]) for found, a, b in grown]
+            stretches = [_deeper(found, short=a, longer=b, more=more) for found, a, b in grown]
     return stretches
+
+
+def _leaves_something(run: int, mode: Mode) -> bool:
+    """Whether a block leaves tensors to later parts: in a cache, or for backward, which stops above the lower run."""
+    return bool(mode.decoding_rows) or (mode.training and run == 1)
 
 
 def _deeper(found: Stretch, *, short: Stretch, longer: Stretch, more: int) -> Stretch:
     """`found` with `more` times what `longer` has beyond `short`."""
     tags = sorted({*found.bytes, *short.bytes, *longer.bytes})
     total = {tag: found.bytes.get(tag, 0) + more * (longer.bytes.get(tag, 0) - short.bytes.get(tag, 0)) for tag in tags}
-    per_block = max(found.per_block, longer.total - short.total)
-    return Stretch(found.where, total, per_block)
+    return Stretch(found.where, total, per_block=max(found.per_block, longer.total - short.total))
 
 
-def _traced(spec: ModelSpec, work: Work, *, prepare: Prepare) -> list[Stretch]:
+def trace_once(spec: ModelSpec, work: Computation, *, mode: Mode) -> list[Stretch]:
+    """The parts of `work` on this very model, which is used up: its parameters become fake and get hooks."""
     module = spec.module
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, _chunks_of_a_gpu(prepare.cuda):
-        _make_fake(module, fake, dtype=prepare.dtype)
-        module.train(prepare.training)
-        if prepare.on_module is not None:
-            prepare.on_module(module)
-        counter = _Counter([*module.parameters(), *module.buffers()], answer=prepare.answer)
-        _Signposts(spec, counter, max_calls=prepare.max_calls)
-        with counter, torch.set_grad_enabled(prepare.training), suppress(EnoughError):
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        _make_fake(module, fake, dtype=mode.dtype)
+        module.train(mode.training)
+        if mode.recomputes:
+            enable_activation_checkpointing(module)
+        counter = _Counter([*module.parameters(), *module.buffers()], answer=mode.decoding_rows or 1)
+        _Signposts(spec, counter, max_calls=DECODING_CALLS if mode.decoding_rows else None)
+        with counter, torch.set_grad_enabled(mode.training), suppress(EnoughError):
             loss = work(module)
-            if loss is not None and prepare.training:
-                loss.backward()
+            if loss is not None and mode.training:
+                loss.backward()  # type: ignore[no-untyped-call]
     return counter.stretches()
 
 
-@contextmanager
-def _chunks_of_a_gpu(wanted: bool) -> Iterator[None]:
-    """The loss works through logits in larger pieces on CUDA, which fake tensors do not say they are on."""
-    usual = logprobs.CPU_CHUNK_ELEMENTS
-    logprobs.CPU_CHUNK_ELEMENTS = logprobs.CHUNK_ELEMENTS if wanted else usual
-    try:
-        yield
-    finally:
-        logprobs.CPU_CHUNK_ELEMENTS = usual
-
-
 def _make_fake(module: nn.Module, fake: FakeTensorMode, *, dtype: torch.dtype) -> None:
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, nn.Parameter] = {}  # by id, so that tied parameters stay tied
     for part in module.modules():
         for key, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
             if id(parameter) not in made:
@@ -176,13 +152,13 @@ def _make_fake(module: nn.Module, fake: FakeTensorMode, *, dtype: torch.dtype) -
             setattr(part, key, fake.from_tensor(buffer))
 
 
-class _Counter(TorchDispatchMode):
-    """Counts the live bytes of storages made inside it, by tag and by stretch."""
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts the live bytes of storages made inside it, by tag and by part of the computation."""
 
     def __init__(self, known: list[Tensor], *, answer: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._answer = answer
-        self._known = known  # kept alive: their storages' addresses must not be used again
+        self._known = known  # kept alive: a storage that is made must not get the address of one of theirs
         self._storages: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
         self._tag_of: dict[int, str] = {}
         self._live: dict[str, int] = {}
@@ -192,7 +168,7 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            # Code reads a number out of a tensor. A mask is not all True, for somebody pads.
+            # Code reads a number out of a tensor. A mask is not all True, for some row is padded.
             return False if args[0].dtype == torch.bool else self._answer
         out = func(*args, **(kwargs or {}))
         for value in tree_iter(out):
@@ -201,12 +177,12 @@ class _Counter(TorchDispatchMode):
         return out
 
     def enter(self, call: int, place: str, *, tag: str, backward: bool = False) -> None:
-        """A stretch begins."""
+        """A part of the computation begins; new storages get `tag`."""
         self._here, self._tag = Where(call, backward, place), tag
         self._note()
 
     def retag(self, old: str, new: str) -> None:
-        """What is live as `old` is called `new` from here on."""
+        """Live storages tagged `old` are `new` from here on."""
         for key, tag in self._tag_of.items():
             if tag == old:
                 self._tag_of[key] = new
@@ -214,11 +190,11 @@ class _Counter(TorchDispatchMode):
 
     @property
     def call(self) -> int:
-        """The model's forward that is running or has run."""
+        """The forward of the model that is running or was the last to run."""
         return self._here.call
 
     def stretches(self) -> list[Stretch]:
-        """In the order in which they began."""
+        """The peak of each part, in the order in which they began."""
         return [Stretch(where, dict(peak)) for where, peak in self._peaks.items()]
 
     def _add(self, tensor: Tensor) -> None:
@@ -226,6 +202,7 @@ class _Counter(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._storages:
             return
+        # The last tensor on a storage frees it: the reference must not keep it alive, and tells when it goes.
         self._storages[key] = weakref.ref(storage, lambda _: self._remove(key, size))
         self._tag_of[key] = self._tag
         self._live[self._tag] = self._live.get(self._tag, 0) + size
@@ -241,14 +218,10 @@ class _Counter(TorchDispatchMode):
             self._peaks[self._here] = dict(self._live)
 
 
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() >= 0
-
-
 class _Signposts:
     """Hooks on a model that tell the counter where the computation is."""
 
-    def __init__(self, spec: ModelSpec, counter: _Counter, *, max_calls: int) -> None:
+    def __init__(self, spec: ModelSpec, counter: _Counter, *, max_calls: int | None) -> None:
         self._counter = counter
         self._max_calls = max_calls
         self._last = len(spec.blocks) - 1
@@ -258,19 +231,19 @@ class _Signposts:
             block.register_forward_hook(partial(self._leave, index=index))
         for parameter in spec.module.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(_forget)
+                parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
 
     def _begin(self, module: nn.Module, args: Any) -> None:
         call = self._counter.call
         if call + 1 == self._max_calls:
             raise EnoughError
-        if call >= 0:  # what outlives a forward that nothing is learnt from is the cache
+        if call >= 0:  # without gradients, what outlives a forward is the cache
             self._counter.retag(ACTIVATIONS, CACHE)
             self._counter.retag(LOGITS, CACHE)
         self._counter.enter(call + 1, "before", tag=ACTIVATIONS)
 
     def _enter(self, block: nn.Module, args: Any, *, index: int) -> None:
-        if _in_backward():  # the block is computed again
+        if _in_backward():  # activation checkpointing computes the block again
             return
         self._counter.enter(self._counter.call, self._place(index), tag=ACTIVATIONS)
         if index == 0:
@@ -285,10 +258,12 @@ class _Signposts:
             self._counter.enter(self._counter.call, "between", tag=LOGITS)
 
     def _mark_backward(self, hidden: Tensor, place: str) -> None:
+        """Backward enters a block when the gradient of its output is there, and leaves the first with its input's."""
         if hidden.requires_grad:
-            hidden.register_hook(
-                lambda _: self._counter.enter(self._counter.call, place, backward=True, tag=ACTIVATIONS)
-            )
+            hidden.register_hook(lambda _: self._enter_backward(place))  # type: ignore[no-untyped-call]
+
+    def _enter_backward(self, place: str) -> None:
+        self._counter.enter(self._counter.call, place, backward=True, tag=ACTIVATIONS)
 
     def _place(self, index: int) -> str:
         if index == self._last:
@@ -300,6 +275,6 @@ def _in_backward() -> bool:
     return torch._C._current_graph_task_id() >= 0
 
 
-def _forget(parameter: Tensor) -> None:
-    """A complete gradient is counted by `states.py`."""
+def _drop_gradient(parameter: Tensor) -> None:
+    """Complete gradients are counted in `states.py`."""
     parameter.grad = None

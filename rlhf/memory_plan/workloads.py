@@ -1,14 +1,14 @@
-"""What the models of a stage compute, on batches of the largest size without values: the stage's own code.
+"""The computations of each stage on batches of the largest size: the stage's own code, for the planner to trace.
 
-Sequences are as long as the configuration allows, and one of them is shorter, so that there is a mask.
-Left out: what it takes (`rlhf/memory_plan/phases.py`).
+Sequences are as long as the configuration allows, and one of them is shorter, so that there is a mask. The benchmarks
+run the same workloads on real models. Left out: the bytes that they take (`trace.py`).
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from rlhf.algorithms.sft import sft_loss
 from rlhf.config.bounds import as_plain
 from rlhf.config.ppo_config import PPOConfig
-from rlhf.config.stage_configs import RewardConfig, StageConfig
+from rlhf.config.stage_configs import RewardConfig, SFTConfig, TrainingConfig
 from rlhf.evaluation.metrics import logits_of
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan.trace import EnoughError
@@ -26,101 +26,134 @@ from rlhf.training.ppo_update import policy_gradient, value_gradient
 from rlhf.training.supervised_step import Pairwise
 from rlhf.types import PPOBatch, PreferenceBatch, PromptBatch, Responses, SFTBatch
 
+Config = TypeVar("Config", bound=TrainingConfig)
+
+_NOT_TRACED = ("engine", "optimizer", "size", "lora")
+"""Ends of the names of settings that decide nothing about the tensors of a workload beyond its rows and its model."""
+
 
 @dataclass(frozen=True)
-class Work:
-    """A computation on a batch of `rows`; two are equal when they take the same memory."""
+class Workload(Generic[Config]):
+    """A computation on a batch of `rows`; two that are equal take the same memory on the same model."""
 
+    config: Config = field(compare=False, repr=False)
+    settings: str
+    """The settings that may decide which tensors a loss makes, as text, because a configuration has no hash."""
     rows: int
     num_prompt: int
     num_response: int
+    chunk_elements: int | None = None
+    """As in `token_logprobs`."""
 
-    @property
-    def length(self) -> int:
-        """Tokens of a sequence."""
-        return self.num_prompt + self.num_response
+    @classmethod
+    def of(cls, config: Config, *, ranks: int = 1, chunk_elements: int | None = None) -> Workload[Config]:
+        """The workload of one rank with this configuration."""
+        plain = {name: value for name, value in as_plain(config).items() if not name.endswith(_NOT_TRACED)}
+        sizes = cls.rows_of(config, ranks), config.max_prompt_tokens, config.max_response_tokens
+        return cls(config, json.dumps(plain, default=str), *sizes, chunk_elements)
+
+    @classmethod
+    def rows_of(cls, config: Config, ranks: int) -> int:
+        """Rows of the largest batch on one rank."""
+        return config.micro_batch_size
 
     def __call__(self, model: nn.Module) -> Tensor | None:
         """Run it; what is returned is to be run backward."""
         raise NotImplementedError
 
+    def mask(self, rows: int, num_tokens: int = 0) -> Tensor:
+        """`[rows, num_tokens]`, or `[rows, T]`, bool: one sequence ends a token before the others."""
+        mask = torch.ones(rows, num_tokens or self.num_prompt + self.num_response, dtype=torch.bool)
+        mask[-1, -1] = False
+        return mask
 
-class Demonstrations(Work):
+    def responses(self) -> dict[str, Tensor]:
+        """Fields of sequences `[B, T]` and their responses `[B, R]`."""
+        mask = self.mask(self.rows)
+        response = torch.ones(self.rows, self.num_response, dtype=torch.bool)
+        return {"sequences": mask.long(), "attention_mask": mask, "response_mask": response}
+
+    def ppo_batch(self) -> PPOBatch:
+        """A micro-batch of an update."""
+        fields = self.responses()
+        names = ("logprobs", "reference_logprobs", "values", "advantages", "returns")
+        return PPOBatch(**fields, **{name: fields["response_mask"].float() for name in names})
+
+
+class Demonstrations(Workload[SFTConfig]):
     """The loss of supervised fine-tuning."""
 
     def __call__(self, model: nn.Module) -> Tensor:
         """On demonstrations of which every token is learnt."""
-        mask = _mask(self.rows, self.length)
+        mask = self.mask(self.rows)
         batch = SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask)
-        return sft_loss(logits_of(model, batch), batch.input_ids, mask, denominator=1.0).loss
+        logits = logits_of(model, batch)
+        return sft_loss(logits, batch.input_ids, mask, denominator=1.0, chunk_elements=self.chunk_elements).loss
 
 
-@dataclass(frozen=True)
-class Preferences(Work):
+class Preferences(Workload[RewardConfig]):
     """The loss of reward modelling."""
 
-    config: RewardConfig = field(compare=False, kw_only=True)
-
     def __call__(self, model: Any) -> Tensor:
-        """On pairs."""
-        mask = _mask(2 * self.rows, self.length)
+        """On pairs, both responses in one batch."""
+        mask = self.mask(2 * self.rows)
         batch = PreferenceBatch(input_ids=mask.long(), attention_mask=mask, margin=torch.zeros(self.rows))
         return Pairwise(self.config).outcome(model, batch, denominator=torch.ones(())).loss
 
 
-@dataclass(frozen=True)
-class _OfPPO(Work):
-    """Something that PPO does with a model."""
-
-    config: PPOConfig = field(compare=False, kw_only=True)
-    settings: str = field(default="", kw_only=True)
-    """All of them but sizes and engines: what decides which terms a loss has."""
-
-
-class Statistics(_OfPPO):
+class Statistics(Workload[PPOConfig]):
     """Log-probabilities and entropies of responses: actor and reference."""
 
-    def __call__(self, model: Any) -> None:
+    def __call__(self, model: nn.Module) -> None:
         """Without gradients."""
-        response_statistics(model, self._responses(), temperature=self.config.sampling.temperature)
-
-    def _responses(self) -> Responses:
-        response = torch.ones(self.rows, self.num_response, dtype=torch.bool)
-        return Responses(**_sequences(self), response_mask=response)
+        temperature = self.config.sampling.temperature
+        batch = Responses(**self.responses())
+        response_statistics(model, batch, temperature=temperature, chunk_elements=self.chunk_elements)
 
 
-class Scalars(Statistics):
+class Scalars(Workload[PPOConfig]):
     """Scores and values: reward model and critic."""
 
-    def __call__(self, model: Any) -> None:
+    def __call__(self, model: nn.Module) -> None:
         """Without gradients."""
-        critic_values(model, self._responses(), shift=0.0)
+        critic_values(model, Responses(**self.responses()), shift=0.0)
 
 
-class PolicyLoss(_OfPPO):
+class PolicyLoss(Workload[PPOConfig]):
     """A micro-batch of the actor's update."""
 
-    def __call__(self, model: Any) -> None:
+    def __call__(self, model: nn.Module) -> None:
         """Forward and backward; ends by an exception, before ranks would have to agree on anything."""
-        policy_gradient(_Trainee(model), [ppo_batch(self)], config=self.config, denominator=torch.ones(()))  # type: ignore[arg-type]
+        policy_gradient(
+            _TracedEngine(model),  # type: ignore[arg-type]
+            [self.ppo_batch()],
+            config=self.config,
+            denominator=torch.ones(()),
+            chunk_elements=self.chunk_elements,
+        )
 
 
-class ValueLoss(_OfPPO):
+class ValueLoss(Workload[PPOConfig]):
     """A micro-batch of the critic's update."""
 
-    def __call__(self, model: Any) -> None:
-        """As the actor's."""
-        critic: Any = _Trainee(model)
+    def __call__(self, model: nn.Module) -> None:
+        """Forward and backward; ends by an exception, as the actor's."""
+        critic: Any = _TracedEngine(model)
         models = Models(actor=critic, reward=critic, reference=None, critic=critic)
-        value_gradient(models, [ppo_batch(self)], config=self.config, denominator=torch.ones(()))
+        value_gradient(models, [self.ppo_batch()], config=self.config, denominator=torch.ones(()))
 
 
-class Answers(_OfPPO):
+class Answers(Workload[PPOConfig]):
     """Responses to prompts."""
 
+    @classmethod
+    def rows_of(cls, config: PPOConfig, ranks: int) -> int:
+        """A batch of the rollout, or this rank's share where that is less."""
+        return min(config.rollout_micro_batch_size, -(-config.rollout_size // ranks))
+
     def __call__(self, model: Any) -> None:
-        """Prompts of full length, and room for responses of full length."""
-        tokens = _mask(self.rows, self.num_prompt).flip(1).long()
+        """Prompts of full length, with room for responses of full length."""
+        tokens = self.mask(self.rows, self.num_prompt).flip(1).long()  # padded on the left
         prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, -1], prompts=("",) * self.rows)
         decoding = Decoding(
             max_new_tokens=self.num_response, stop_token_ids=[0], pad_id=0, sampling=self.config.sampling
@@ -128,20 +161,7 @@ class Answers(_OfPPO):
         generate(model, prompts, decoding=decoding, seed=0)
 
 
-def of_ppo(kind: type[_OfPPO], config: PPOConfig, *, rows: int) -> Work:
-    """The work `kind` of this configuration on so many rows."""
-    plain = {name: value for name, value in as_plain(config).items() if not name.endswith(("engine", "size"))}
-    sizes = (rows, config.max_prompt_tokens, config.max_response_tokens)
-    return kind(*sizes, config=config, settings=json.dumps(plain, default=str))
-
-
-def of_supervised(config: StageConfig) -> Work:
-    """The loss of SFT or reward modelling on a micro-batch."""
-    sizes = (config.micro_batch_size, config.max_prompt_tokens, config.max_response_tokens)
-    return Preferences(*sizes, config=config) if isinstance(config, RewardConfig) else Demonstrations(*sizes)
-
-
-class _Trainee:
+class _TracedEngine:
     """Stands for an engine where a loss is run backward."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -152,24 +172,5 @@ class _Trainee:
         return self._module(*args, **kwargs)
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         raise EnoughError
-
-
-def _sequences(work: Work) -> dict[str, Tensor]:
-    mask = _mask(work.rows, work.length)
-    return {"sequences": mask.long(), "attention_mask": mask}
-
-
-def _mask(rows: int, length: int) -> Tensor:
-    """One sequence ends a token before the others."""
-    mask = torch.ones(rows, length, dtype=torch.bool)
-    mask[-1, -1] = False
-    return mask
-
-
-def ppo_batch(work: Work) -> PPOBatch:
-    """What an update of `work` learns from."""
-    response = torch.ones(work.rows, work.num_response, dtype=torch.bool)
-    names = ("logprobs", "reference_logprobs", "values", "advantages", "returns")
-    return PPOBatch(**_sequences(work), response_mask=response, **{name: response.float() for name in names})

@@ -143,7 +143,13 @@ def take_steps(**engines: Engine) -> dict[str, float]:
 
 
 def policy_gradient(
-    actor: Engine, micro_batches: list[PPOBatch], *, config: PPOConfig, denominator: Tensor, kl_coef: float = 0.0
+    actor: Engine,
+    micro_batches: list[PPOBatch],
+    *,
+    config: PPOConfig,
+    denominator: Tensor,
+    kl_coef: float = 0.0,
+    chunk_elements: int | None = None,
 ) -> dict[str, float]:
     """Backward pass of the policy loss; `denominator` is the number of response tokens in the whole minibatch.
 
@@ -154,7 +160,8 @@ def policy_gradient(
     high = config.clip_range if config.clip_range_high is None else config.clip_range_high
     for index, batch in enumerate(micro_batches, start=1):
         # logprobs and entropy [B, R], B = micro-batch
-        statistics = response_statistics(actor, batch, temperature=config.sampling.temperature)
+        temperature = config.sampling.temperature
+        statistics = response_statistics(actor, batch, temperature=temperature, chunk_elements=chunk_elements)
         result = policy_loss(
             statistics.logprobs,
             batch.logprobs,

@@ -16,7 +16,7 @@ import torch
 from rlhf.config.bounds import as_plain
 from rlhf.config.run_config import RunConfig
 from rlhf.engine.checkpoint.rng_state import seed_random_numbers
-from rlhf.memory_plan.measured import beside_plan
+from rlhf.memory_plan.plan_text import compare_with_plan
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
@@ -168,7 +168,7 @@ class Session:
                 f"{self.folder / 'metrics.jsonl'}; lower the learning rate, or set engine.precision=fp32."
             )
         self._warn_of_no_steps()
-        self.tracker.summary(record.after | beside_plan(self.run, self.title, world=self.world, timer=self.timer))
+        self.tracker.summary(record.after | compare_with_plan(self.run, self.title, world=self.world, timer=self.timer))
         best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
         self._write_records(record, best)
         if self.world.is_main:

@@ -1,4 +1,5 @@
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -125,16 +126,15 @@ def test_a_shift_of_all_logits_changes_nothing():
 
 
 @pytest.mark.parametrize("elements", [1, 17, 3 * 17, 8 * 17, 10_000])
-def test_the_size_of_a_chunk_does_not_change_the_result(monkeypatch, elements):
+def test_the_size_of_a_chunk_does_not_change_the_result(elements):
     logits = random_logits(5, 7, 17).requires_grad_()
     targets = random_targets(5, 3, vocabulary=17)
     expected = token_logprobs_and_entropy(logits, targets, temperature=0.7)
     expected_grad = torch.autograd.grad(expected.logprobs.sum() + expected.entropy.square().sum(), logits)
-    monkeypatch.setattr(module, "CPU_CHUNK_ELEMENTS", elements)
-    found = token_logprobs_and_entropy(logits, targets, temperature=0.7)
+    found = token_logprobs_and_entropy(logits, targets, temperature=0.7, chunk_elements=elements)
     assert_close(found, expected)
     assert_close(torch.autograd.grad(found.logprobs.sum() + found.entropy.square().sum(), logits), expected_grad)
-    assert_close(token_entropy(logits, num_targets=3, temperature=0.7), expected.entropy)
+    assert_close(token_entropy(logits, num_targets=3, temperature=0.7, chunk_elements=elements), expected.entropy)
 
 
 def test_no_targets_give_an_empty_result():
@@ -169,6 +169,7 @@ def test_no_fp32_copy_of_bf16_logits_is_ever_made():
     assert whole > module.CPU_CHUNK_ELEMENTS
     assert largest_fp32_tensor(token_logprobs) <= module.CPU_CHUNK_ELEMENTS
     assert largest_fp32_tensor(lambda *xs: token_logprobs_and_entropy(*xs).entropy) <= module.CPU_CHUNK_ELEMENTS
+    assert largest_fp32_tensor(partial(token_logprobs, chunk_elements=2**17)) <= 2**17
     assert largest_fp32_tensor(lambda x, t: reference_logprobs(x[:, 1:19].float(), t, 1.0)) == whole
 
 

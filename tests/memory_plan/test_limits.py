@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 
 from rlhf.config.run_config import MemoryConfig
-from rlhf.memory_plan import limits as planning_limits
-from rlhf.memory_plan import plan_text as planning_report
+from rlhf.memory_plan import limits as limits_module
+from rlhf.memory_plan import plan_text as report_module
 from rlhf.memory_plan.limits import free_host, full_disks
 from rlhf.memory_plan.plan import Item, Limits, Phase, Place, Plan
 from rlhf.tracking.peak_memory import resident
@@ -66,12 +66,12 @@ def test_pages_of_files_are_free(tmp_path, files, stat):
 def test_a_process_that_only_starts_the_ranks_needs_its_memory_itself(
     tmp_path, monkeypatch, ranks, rank_of_torchrun, ours
 ):
-    monkeypatch.setattr(planning_limits, "free_host", lambda: 20 * GB)
-    monkeypatch.setattr(planning_report, "under_torchrun", lambda: rank_of_torchrun)
+    monkeypatch.setattr(limits_module, "free_host", lambda: 20 * GB)
+    monkeypatch.setattr(report_module, "under_torchrun", lambda: rank_of_torchrun)
     run = SimpleNamespace(
         stages=[], output_dir=str(tmp_path), memory=MemoryConfig(), engine=SimpleNamespace(device="cpu")
     )
-    _, limits = planning_report._here(run, ranks)
+    _, limits = report_module._here(run, ranks)
     assert limits.host == pytest.approx(20 * GB + ours * resident()["RssAnon"], abs=50_000_000)
 
 
@@ -85,16 +85,16 @@ def test_a_small_disk_is_not_made_up_for_by_a_large_one(tmp_path, monkeypatch):
     for folder in (small, large):
         folder.mkdir()
     monkeypatch.setattr(Path, "is_mount", lambda path: path in (small, large))
-    monkeypatch.setattr(planning_limits.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[Path(path)]))
+    monkeypatch.setattr(limits_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[Path(path)]))
     free = {small: 5 * GB, large: 50 * GB}
     assert full_disks(run, plan) == [
         f"sft: engine.nvme_path={small}/x: found 5.00 GB free, expected 6.00 GB; "
         "free space there, or name a folder on a larger disk."
     ]
-    said = planning_report.verdict(run, plan, machine=None, limits=Limits(None, 9 * GB, disk=55 * GB))
+    said = report_module.verdict(run, plan, machine=None, limits=Limits(None, 9 * GB, disk=55 * GB))
     assert "does not fit on its disks. sft: engine.nvme_path=" in said
     run.memory.disk_gb = 55.0  # of another machine: nothing here says how it is divided
-    assert planning_report.verdict(run, plan, machine=None, limits=Limits(None, 9 * GB, disk=55 * GB)).endswith("fits.")
+    assert report_module.verdict(run, plan, machine=None, limits=Limits(None, 9 * GB, disk=55 * GB)).endswith("fits.")
     free[small] = 7 * GB
     assert full_disks(run, plan) == []
     monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)

@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks.plan import _measured, _supervised, compose_run, write_model
-from rlhf.memory_plan.plan import ALLOCATOR, Place
-from rlhf.memory_plan.planner import machine_of, plan_stage
+from rlhf.memory_plan.plan import Place
+from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
 
 SHAPE = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks.memory_examples import EXAMPLES, _row
+from benchmarks.memory_examples import EXAMPLES, row
 from rlhf.config.run_config import MemoryConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.advice import cheapest_change
-from rlhf.memory_plan.measured import beside_plan
 from rlhf.memory_plan.plan import Limits, Place
-from rlhf.memory_plan.plan_text import check_memory, numbers, plan_text, runtime_items
+from rlhf.memory_plan.plan_text import check_memory, compare_with_plan, numbers, plan_text, runtime_items
 from rlhf.memory_plan.planner import Machine, machine_of, plan_stage
 from rlhf.runtime.dist import World
 from rlhf.tracking.peak_memory import Peak, resident
@@ -151,7 +150,7 @@ def test_a_device_that_is_not_here_must_be_described(tmp_path):
     with pytest.raises(ValueError, match=r"memory\.device_gb"):
         plan_text(run, ranks=1)
     described = replace(run, memory=MemoryConfig(device_gb=80, host_gb=256))
-    assert "device, 80.00 GB to be had" in plan_text(described, ranks=1)
+    assert "device, 80.00 GB available" in plan_text(described, ranks=1)
 
 
 def test_measured_peaks_stand_beside_the_plan(tmp_path, smoke, caplog):
@@ -160,7 +159,7 @@ def test_measured_peaks_stand_beside_the_plan(tmp_path, smoke, caplog):
     timer = Stopwatch(World.alone().device)
     timer.highest["train"] = Peak(host=1_000)
     with caplog.at_level(logging.INFO):
-        found = beside_plan(run, "sft", world=World.alone(), timer=timer)
+        found = compare_with_plan(run, "sft", world=World.alone(), timer=timer)
     assert found == {"memory/train_host_bytes": 1_000, "memory/train_host_plan_bytes": 2_000}
     assert "+100 %" in caplog.text
 
@@ -177,5 +176,5 @@ def test_the_plan_of_a_device_stands_beside_tensors_without_the_context_around_t
 def test_the_table_of_the_documentation_is_current(tmp_path):
     """One row of it, and that no row is missing: all take minutes."""
     text = DOCS.read_text()
-    assert _row(EXAMPLES[2], tmp_path) in text
-    assert [f"| {example.shape} | `{example.overrides}` |" in text for example in EXAMPLES] == [True] * len(EXAMPLES)
+    assert row(*EXAMPLES[2], folder=tmp_path) in text
+    assert [f"| {shape} | `{settings}` |" in text for shape, settings in EXAMPLES] == [True] * len(EXAMPLES)

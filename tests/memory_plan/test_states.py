@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
+from rlhf.config.model_config import LoraConfig
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.roles import ModelKind
 from rlhf.engine.engine import build_engine
 from rlhf.engine.offload.placement import Placement
+from rlhf.memory_plan.model_shape import ModelShape
 from rlhf.memory_plan.plan import Place
 from rlhf.memory_plan.states import Setting, States
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.shapes import Adapters, Shape
 from rlhf.runtime.dist import World
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -35,10 +36,10 @@ def folder(tmp_path_factory):
     return path
 
 
-def states(folder, *, ranks=1, device=CPU, dtype=torch.bfloat16, frozen=False, micro=1, adapters=None, **engine):
+def states(folder, *, ranks=1, device=CPU, dtype=torch.bfloat16, micro=1, lora=None, **engine):
     config = EngineConfig(**({"zero_stage": 0} | engine))
-    setting = Setting("model", config, ranks, device, dtype, frozen, micro)
-    return States(Shape(str(folder), ModelKind.causal_lm, adapters=adapters).whole, setting)
+    setting = Setting("model", config, ranks, device, dtype, micro)
+    return States(ModelShape(str(folder), ModelKind.causal_lm, lora=lora).whole, setting)
 
 
 def at_rest(found):
@@ -89,8 +90,7 @@ def test_zero_3_holds_a_block_the_one_it_gathers_ahead_and_what_stays(folder):
 
 
 def test_adapters_alone_have_states(folder):
-    adapters = Adapters(rank=2, targets=("q_proj",), top_layers=0)
-    found = states(folder, adapters=adapters)
+    found = states(folder, lora=LoraConfig(rank=2, targets=["q_proj"]))
     learning = LAYERS * 2 * 2 * WIDTH
     assert at_rest(found)["moments", Place.device] == 8 * learning
     assert at_rest(found)["working parameters", Place.device] == 2 * (NUMEL + learning) + buffers(found)
@@ -101,7 +101,7 @@ def test_adapters_alone_have_states(folder):
 def test_bf16_moments_fp32_weights_and_frozen_models(folder):
     assert at_rest(states(folder, moments="bf16"))["moments", Place.device] == 4 * NUMEL
     assert ("master weights", Place.device) not in at_rest(states(folder, dtype=torch.float32))
-    assert {part for part, _ in at_rest(states(folder, frozen=True))} == {"working parameters"}
+    assert {part for part, _ in at_rest(states(folder, micro=0))} == {"working parameters"}
     assert sum(item.bytes for item in states(folder, micro=2).gradients()) == 4 * NUMEL
 
 

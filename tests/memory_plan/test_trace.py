@@ -8,10 +8,14 @@ import torch
 from torch import nn
 
 from rlhf.algorithms.sft import sft_loss
+from rlhf.config.model_config import LoraConfig
 from rlhf.config.roles import ModelKind
-from rlhf.memory_plan.trace import Prepare, _traced, trace
-from rlhf.models.shapes import Adapters, Shape
-from rlhf.models.transforms import enable_activation_checkpointing
+from rlhf.config.stage_configs import SamplingConfig
+from rlhf.generation.generate import Decoding, generate
+from rlhf.memory_plan import trace as trace_module
+from rlhf.memory_plan.model_shape import ModelShape
+from rlhf.memory_plan.trace import Mode, trace, trace_once
+from rlhf.types import PromptBatch
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 3, 40, 96, 7
 
@@ -22,7 +26,7 @@ def shape(tmp_path_factory):
     settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY}
     settings |= {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
     (folder / "config.json").write_text(json.dumps(settings | {"num_key_value_heads": 2}))
-    return Shape(str(folder), ModelKind.causal_lm)
+    return ModelShape(str(folder), ModelKind.causal_lm)
 
 
 def learn(model):
@@ -31,29 +35,55 @@ def learn(model):
     return sft_loss(logits, tokens, tokens.bool(), denominator=1.0).loss
 
 
-ADAPTED = Adapters(rank=4, targets=("all-linear",), top_layers=0)
-TOP = Adapters(rank=4, targets=("all-linear",), top_layers=4)
+def score(model):
+    learn(model)
 
 
-@pytest.mark.parametrize("adapters", [None, ADAPTED, TOP], ids=["whole", "adapters", "top adapters"])
-@pytest.mark.parametrize("recompute", [None, enable_activation_checkpointing], ids=["keeps", "recomputes"])
-def test_short_models_say_exactly_what_a_deep_one_takes(shape, adapters, recompute):
-    deep = replace(shape, adapters=adapters)
-    prepare = Prepare(torch.float32, training=True, on_module=recompute)
+def decode(model):
+    tokens = torch.ones(ROWS, LENGTH, dtype=torch.long)
+    prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, -1], prompts=("",) * ROWS)
+    decoding = Decoding(max_new_tokens=8, stop_token_ids=[0], pad_id=0, sampling=SamplingConfig())
+    generate(model, prompts, decoding=decoding, seed=0)
+
+
+ADAPTED = LoraConfig(rank=4)
+TOP = LoraConfig(rank=4, top_layers=4)
+MODES = {
+    "keeps": (learn, Mode(torch.float32, training=True)),
+    "recomputes": (learn, Mode(torch.float32, training=True, recomputes=True)),
+    "no gradients": (score, Mode(torch.float32)),
+    "decodes": (decode, Mode(torch.float32, decoding_rows=ROWS)),
+}
+
+
+@pytest.mark.parametrize("lora", [None, ADAPTED, TOP], ids=["whole", "adapters", "top adapters"])
+@pytest.mark.parametrize(("work", "mode"), MODES.values(), ids=MODES)
+def test_short_models_say_exactly_what_a_deep_one_takes(shape, lora, work, mode):
+    deep = replace(shape, lora=lora)
     assert deep.is_regular
-    expected = _traced(deep.with_runs(*deep.runs), learn, prepare=prepare)
-    found = trace(deep, work=learn, prepare=prepare)
+    expected = trace_once(deep.build(deep.runs), work, mode=mode)
+    found = trace(deep, work=work, mode=mode)
     assert [(s.where, s.total) for s in found] == [(s.where, s.total) for s in expected]
 
 
 def test_a_recomputed_model_keeps_one_input_for_each_block(shape):
     kept, recomputed = (
-        trace(shape, work=learn, prepare=Prepare(torch.float32, training=True, on_module=how))
-        for how in (None, enable_activation_checkpointing)
+        trace(shape, work=learn, mode=Mode(torch.float32, training=True, recomputes=recomputes))
+        for recomputes in (False, True)
     )
     last = [next(s for s in found if s.where == (0, False, "last")) for found in (kept, recomputed)]
     assert last[1].per_block == ROWS * LENGTH * 32 * 4
     assert last[0].per_block > 10 * last[1].per_block
+
+
+def test_what_has_been_traced_is_not_traced_again(shape, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trace_module, "trace_once", lambda *args, **kwargs: calls.append(args) or [])
+    equal = [replace(shape, num_layers=LAYERS, lora=LoraConfig(rank=3)) for _ in range(2)]
+    assert trace(equal[0], work=score, mode=Mode(torch.float32)) is trace(
+        equal[1], work=score, mode=Mode(torch.float32)
+    )
+    assert len(calls) == 1, "without gradients and cache, one short model stands for all"
 
 
 class Squares(nn.Module):
@@ -89,7 +119,7 @@ def test_counts_can_be_worked_out_by_hand():
     def work(model):
         return model(torch.ones(1000)).sum()
 
-    found = _traced(Plain(Squares(3)), work, prepare=Prepare(torch.float32, training=True))
+    found = trace_once(Plain(Squares(3)), work, mode=Mode(torch.float32, training=True))
     at = {(s.where.backward, s.where.place): s.total for s in found}
     assert at[False, "before"] == 2 * 4000
     assert at[False, "first"] == 3 * 4000
@@ -98,7 +128,7 @@ def test_counts_can_be_worked_out_by_hand():
 
 
 def test_without_gradients_only_what_is_in_use_is_live():
-    found = _traced(Plain(Squares(3)), lambda model: model(torch.ones(1000)), prepare=Prepare(torch.float32, False))
+    found = trace_once(Plain(Squares(3)), lambda model: model(torch.ones(1000)), mode=Mode(torch.float32))
     assert max(s.total for s in found) == 3 * 4000  # the caller's input, a block's and its output
 
 
@@ -109,5 +139,5 @@ def test_an_offered_count_answers_code_that_reads_numbers():
         seen.append((int(torch.ones(3, dtype=torch.long).sum()), bool(torch.ones(3, dtype=torch.bool).all())))
         return model(torch.ones(4)).sum()
 
-    _traced(Plain(Squares(2)), work, prepare=Prepare(torch.float32, training=True, answer=5))
+    trace_once(Plain(Squares(2)), work, mode=Mode(torch.float32, training=True, decoding_rows=5))
     assert seen == [(5, False)]
