@@ -1,7 +1,8 @@
 """The checks that tell when a stage goes wrong: a useless reward model, reward hacking, runaway KL, and others.
 
-Each looks at one logged row after the other, and at the answers to the held-out prompts, which are the same every time.
-See also: `alerts.py`, which runs them. Left out: stopping a run, which is a person's decision.
+`CHECKS`, at the end, is the table of them. Each looks at one logged row after the other, and at the answers to the
+held-out prompts, which are the same every time. See also: `alerts.py`, which runs them. Left out: stopping a run, which
+is a person's decision.
 """
 
 from __future__ import annotations
@@ -73,13 +74,28 @@ class Seen:
     """How many evaluations had each gold metric."""
 
 
-def run_checks(row: Row, seen: Seen, *, answers: Sequence[Row]) -> dict[str, Finding]:
-    """Run every check on one more row, and note in `seen` what later rows need.
+Look = Callable[[Row, Seen], Iterator[Finding]]
 
-    Args:
-        row: of `metrics.jsonl`.
-        seen: of its stage.
-        answers: to the held-out prompts at the row's step, which count if the row is that of an evaluation.
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that can go wrong."""
+
+    stages: tuple[str, ...]
+    look: Look
+    """Yields what a row says of it, or nothing."""
+    fine: str
+    """What holds if nothing was found."""
+    needs: str
+    """Why it was not checked, where no row says more."""
+    evaluations: int = 0
+    """How many evaluations with enough answers it takes: 0 looks at every row, 2 compares with the first one."""
+
+
+def run_checks(row: Row, seen: Seen, *, answers: Sequence[Row]) -> dict[str, Finding]:
+    """Run every check on one more row of `metrics.jsonl`, and note in `seen` what later rows need.
+
+    `answers` are those to the held-out prompts at the row's step, and count if the row is that of an evaluation.
 
     Returns:
         Findings by name, `parted:METRIC` for a gold metric, of the checks that concern the row.
@@ -137,23 +153,20 @@ def _count(row: Row, name: str) -> float:
     return max(counts, default=0.0) if shared else sum(counts)
 
 
-def _of_reward_model(row: Row, seen: Seen) -> dict[str, float]:
-    """Held-out results of the reward model: in the last row of its own stage, and repeated in the first of PPO."""
+def _of_reward_model(row: Row, key: str, *, seen: Seen) -> float | None:
+    """A held-out result of the reward model: in the last row of its own stage, and repeated in the first of PPO."""
     is_its_end = row["step"] >= seen.total_steps and "eval/score_std" in row
-    family = "eval/" if is_its_end else "reward_model/"
-    return {
-        key.removeprefix(family): value for key, value in row.items() if key.startswith(family) and is_number(value)
-    }
+    value = row.get(f"{'eval' if is_its_end else 'reward_model'}/{key}")
+    return value if is_number(value) else None
 
 
 def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
-    results = _of_reward_model(row, seen)
-    if "accuracy" not in results or "pairs" not in results:
+    accuracy, pairs = (_of_reward_model(row, key, seen=seen) for key in ("accuracy", "pairs"))
+    if accuracy is None or pairs is None:
         return
-    pairs = int(results["pairs"])
-    share = wilson(results["accuracy"] * results["pairs"], pairs)
+    share = wilson(accuracy * pairs, int(pairs))
     text = (
-        f"The reward model ranks {share.mean:.0%} of {number(pairs)} held-out pairs right (95% interval "
+        f"The reward model ranks {share.mean:.0%} of {number(int(pairs))} held-out pairs right (95% interval "
         f"{share.low:.0%} to {share.high:.0%}): as far as they tell it is no better than a coin, and PPO would "
         "learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
     )
@@ -161,7 +174,7 @@ def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
 
 
 def _scores_differ(row: Row, seen: Seen) -> Iterator[Finding]:
-    deviation = _of_reward_model(row, seen).get("score_std")
+    deviation = _of_reward_model(row, "score_std", seen=seen)
     if deviation is not None:
         text = (
             f"The reward model's scores of held-out responses deviate by {number(deviation)}, so it scores them "
@@ -310,24 +323,6 @@ _endless = _small_share(
     "do not end by themselves",
     why="a longer response may be paid better than an end; see ppo.score.missing_eos_mode",
 )
-
-
-Look = Callable[[Row, Seen], Iterator[Finding]]
-
-
-@dataclass(frozen=True)
-class Check:
-    """One thing that can go wrong."""
-
-    stages: tuple[str, ...]
-    look: Look
-    """Yields what a row says of it, or nothing."""
-    fine: str
-    """What holds if nothing was found."""
-    needs: str
-    """Why it was not checked, where no row says more."""
-    evaluations: int = 0
-    """How many evaluations with enough answers it takes: 0 looks at every row, 2 compares with the first one."""
 
 
 _TWICE = "it takes two evaluations of the same held-out prompts"

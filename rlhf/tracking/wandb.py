@@ -16,7 +16,7 @@ import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -32,18 +32,11 @@ logger = logging.getLogger(__name__)
 _REACH_SECONDS = 3.0
 _INIT_SECONDS = 20.0
 _FINISH_SECONDS = 60.0
-_NO_KEY = "there is no API key"
+_ASKED_FOR, _NO_KEY = "asked for", "there is no API key"
 
 
-class ModeChoice(NamedTuple):
-    """How W&B will be used, and why."""
-
-    mode: Literal["online", "offline"]
-    reason: str
-
-
-def choose_mode(wanted: WandbMode) -> ModeChoice:
-    """Choose online or offline, without a prompt and within a few seconds.
+def why_offline(wanted: WandbMode) -> str:
+    """Say why W&B will be offline, without a prompt and within a few seconds; empty if it will be online.
 
     Args:
         wanted: online, offline, or auto (online when there is a key and its server can be reached).
@@ -53,14 +46,11 @@ def choose_mode(wanted: WandbMode) -> ModeChoice:
     """
     assert wanted is not WandbMode.disabled, "a disabled W&B has no run"
     if wanted is WandbMode.offline:
-        return ModeChoice("offline", "asked for")
+        return _ASKED_FOR
     obstacle = _obstacle()
-    if obstacle is None:
-        is_asked = wanted is WandbMode.online
-        return ModeChoice("online", "asked for" if is_asked else "there is a key and its server answers")
-    if wanted is WandbMode.online:
+    if obstacle and wanted is WandbMode.online:
         raise _cannot_be_online(obstacle)
-    return ModeChoice("offline", obstacle)
+    return obstacle
 
 
 def default_entity() -> str:
@@ -84,7 +74,7 @@ def asking_server() -> Iterator[None]:
         ValueError: there is no key or no network, or the server refused.
     """
     obstacle = _obstacle()
-    if obstacle is not None:
+    if obstacle:
         raise ValueError(f"W&B cannot be asked: {obstacle}. Run `wandb login` or set WANDB_API_KEY; check the network.")
     try:
         yield
@@ -104,8 +94,8 @@ def _cannot_be_online(obstacle: object) -> ValueError:
     )
 
 
-def _obstacle() -> str | None:
-    """What keeps this machine from being online; None if nothing does."""
+def _obstacle() -> str:
+    """What keeps this machine from being online; empty if nothing does."""
     # mode: with WANDB_MODE=offline in the environment, login would say that there is no key.
     session = wandb.setup(wandb.Settings(silent=True, mode="online"))
     try:
@@ -115,7 +105,7 @@ def _obstacle() -> str | None:
     if not has_key:
         return _NO_KEY
     server = session.settings.base_url
-    return None if _reachable(server) else f"{server} did not answer within {_REACH_SECONDS:.0f} seconds"
+    return "" if _reachable(server) else f"{server} did not answer within {_REACH_SECONDS:.0f} seconds"
 
 
 def _reachable(url: str) -> bool:
@@ -148,12 +138,12 @@ class WandbRun:
         """Start or continue the run of `folder`, which holds its id. Group: `run_name`; W&B's files go below `root`.
 
         Raises:
-            ValueError: see `choose_mode`.
+            ValueError: online was asked for and is not possible.
         """
         # Else wandb keeps copies of tables and its own log in the home folder, and reports errors to its makers.
         os.environ["WANDB_DATA_DIR"] = os.environ["WANDB_CACHE_DIR"] = str(root / "wandb")
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-        choice = choose_mode(config.wandb)
+        offline = why_offline(config.wandb)
         arguments = {
             "project": config.project,
             "entity": config.entity,
@@ -166,7 +156,7 @@ class WandbRun:
             "dir": str(root),
         }
         self._name = f"{run_name}-{stage}"
-        self._run = _start(arguments, wanted=config.wandb, choice=choice)
+        self._run = _start(arguments, wanted=config.wandb, offline=offline)
         self._axes = axes_of(stage)
         for axis in self._axes:
             self._run.define_metric(axis, hidden=True)
@@ -237,8 +227,8 @@ def _run_id(folder: Path, stage: str) -> str:
     return found.decode().strip()
 
 
-def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: ModeChoice) -> wandb.Run:
-    """Start the run as chosen. If the server refuses and online was not insisted on, start the same run offline."""
+def _start(arguments: dict[str, Any], *, wanted: WandbMode, offline: str) -> wandb.Run:
+    """Start the run; offline, for the reason `offline`, or if the server refuses and online was not insisted on."""
     settings = wandb.Settings(
         silent=True,
         console="off",
@@ -246,7 +236,7 @@ def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: ModeChoice) 
         finish_timeout=_FINISH_SECONDS,
         finish_timeout_raises=True,
     )
-    if choice.mode == "online":
+    if not offline:
         try:
             run = wandb.init(mode="online", settings=settings, **arguments)
             logger.info("W&B: %s", run.url)
@@ -254,12 +244,12 @@ def _start(arguments: dict[str, Any], *, wanted: WandbMode, choice: ModeChoice) 
         except wandb.Error as error:
             if wanted is WandbMode.online:
                 raise _cannot_be_online(error) from error
-            choice = ModeChoice("offline", str(error))
+            offline = str(error)
             wandb.teardown()  # else the id of the attempt counts as in use
-    level = logging.INFO if choice.reason in ("asked for", _NO_KEY) else logging.WARNING
+    level = logging.INFO if offline in (_ASKED_FOR, _NO_KEY) else logging.WARNING
     folder = Path(arguments["dir"]) / "wandb"
     _repair(folder, arguments["id"])
-    logger.log(level, "W&B is offline (%s); see the charts with `wandb leet %s`.", choice.reason, folder)
+    logger.log(level, "W&B is offline (%s); see the charts with `wandb leet %s`.", offline, folder)
     return wandb.init(mode="offline", settings=settings, **arguments)
 
 

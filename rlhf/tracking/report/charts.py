@@ -1,7 +1,7 @@
-"""Charts as SVG that stands inside a page and takes its colours from it: the only user of matplotlib.
+"""Draws charts as SVG inside a page. The only user of matplotlib.
 
-Colours are drawn as stand-ins and become CSS variables, so that one chart serves a light and a dark page. Nothing that
-a model or a data set says is ever drawn; names of metrics are, made harmless. Left out: what is shown (`page.py`).
+Colours are drawn as placeholders and become the page's CSS variables, so that one chart serves a light and a dark page.
+Text of a model or a data set is never drawn; names of metrics are, escaped. Left out: what is shown (see `figures.py`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808", "#0
 _VARIABLES = {_INK: "--ink", _QUIET: "--quiet", **{c: f"--series-{i}" for i, c in enumerate(_SERIES)}}
 LINES = ("solid", "dashed", "dotted")
 DISTINCT = len(LINES) * len(_SERIES)
-"""Curves of one chart that can be told apart: by colour, then by the kind of the line."""
+"""Curves of one chart that can be told apart, by colour and then by the style of the line."""
 _TITLE_INCHES, _CHARACTER_INCHES = 0.42, 0.085  # of an axis label with its gaps, and of a digit
 _LARGEST = 1e100  # beyond, the arithmetic of axes overflows
 _SMOOTH_FROM = 21  # points of a curve that is smoothed
@@ -61,10 +61,10 @@ _STYLE: dict[Any, Any] = {
 
 @dataclass(frozen=True)
 class Frame:
-    """What stands around a chart."""
+    """Title and axes of a chart."""
 
     title: str
-    """For those who hear the page instead of seeing it."""
+    """Read out by screen readers."""
     x: str
     """Axis label with unit."""
     y: str
@@ -73,9 +73,9 @@ class Frame:
 
 
 def curves(frame: Frame, series: Mapping[str, Points], *, legend: bool = True) -> str:
-    """Lines over a common axis, with a legend where there are several; one point is drawn as a dot.
+    """Draw lines over a common axis, with a legend if there are several; one point is drawn as a dot.
 
-    A curve that jumps is drawn faint, and smoothed over it: an exponential mean of about `window` points.
+    A noisy curve is drawn faint, with its exponential mean over about `window` points on top.
     """
     with _chart(frame) as chart:
         for label, points in series.items():
@@ -92,12 +92,12 @@ def curves(frame: Frame, series: Mapping[str, Points], *, legend: bool = True) -
 
 
 def _like(line: Line2D) -> dict[str, Any]:
-    """The colour and kind of a line, for what belongs to it."""
+    """Colour and style of a line, for what belongs to it."""
     return {"color": line.get_color(), "linestyle": line.get_linestyle()}
 
 
 def window(points: Points) -> int:
-    """Points over which a curve is smoothed; 0 where there are few of them, or where neighbours differ little."""
+    """Points over which a curve is smoothed; 0 if it has few points or is smooth already."""
     if len(points) < _SMOOTH_FROM:
         return 0
     y = _columns(points)[1]
@@ -107,7 +107,7 @@ def window(points: Points) -> int:
 
 
 def smoothed(points: Points, width: int) -> list[tuple[float, float]]:
-    """The exponential mean of about `width` points up to each one, without a pull towards 0 at the beginning."""
+    """The exponential mean over about `width` points up to each one, corrected for the bias towards 0 at the start."""
     keep, total, weight, found = 1 - 2 / (width + 1), 0.0, 0.0, []
     for x, y in points:
         total, weight = keep * total + y, keep * weight + 1
@@ -116,10 +116,7 @@ def smoothed(points: Points, width: int) -> list[tuple[float, float]]:
 
 
 def frontier(frame: Frame, series: Mapping[str, Points]) -> str:
-    """Points joined in the order of training, the first in a ring, over the root of the KL divergence.
-
-    As in figure 1 of Gao et al. 2023.
-    """
+    """Draw points in the order of training over the root of the KL, the first in a ring (Gao et al. 2023, figure 1)."""
     with _chart(frame) as chart:
         for label, points in series.items():
             x, y = _columns([(math.sqrt(max(kl, 0.0)), value) for kl, value in points])
@@ -130,7 +127,7 @@ def frontier(frame: Frame, series: Mapping[str, Points]) -> str:
 
 
 def distributions(frame: Frame, samples: Mapping[str, Sequence[float]]) -> str:
-    """Histograms over common bins, as shares, so that different numbers of samples compare."""
+    """Draw histograms over common bins, as shares, so that different numbers of samples compare."""
     values = [value for group in samples.values() for value in group]
     with _chart(frame) as chart:
         low, high = min(values, default=0.0), max(values, default=1.0)
@@ -143,7 +140,7 @@ def distributions(frame: Frame, samples: Mapping[str, Sequence[float]]) -> str:
 
 
 def stacked(frame: Frame, series: Mapping[str, Points]) -> str:
-    """Areas on top of each other over the steps; a step without a value counts as zero."""
+    """Draw areas on top of each other over the steps; a step without a value counts as zero."""
     steps = sorted({x for points in series.values() for x, _ in points})
     steps = [x for x, _ in thin([(step, 0.0) for step in steps])]
     with _chart(frame, layout="constrained") as chart:
@@ -159,7 +156,7 @@ def stacked(frame: Frame, series: Mapping[str, Points]) -> str:
 
 
 def bars(frame: Frame, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """Horizontal bars: for each group, one of every name."""
+    """Draw horizontal bars: for each group, one of every name."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
     height = 0.8 / max(len(names), 1)
     with _chart(frame, layout="constrained") as chart:
@@ -174,7 +171,7 @@ def bars(frame: Frame, groups: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def thin(points: Points) -> list[tuple[float, float]]:
-    """At most `_MOST_POINTS` points: means of neighbours, the first and the last kept as they are."""
+    """At most `_MOST_POINTS` points: means of neighbours, and the first and the last as they are."""
     if len(points) <= _MOST_POINTS:
         return list(points)
     inner, step = points[1:-1], (len(points) - 2) / (_MOST_POINTS - 2)
@@ -192,7 +189,7 @@ class _Chart:
 
 @contextmanager
 def _chart(frame: Frame, layout: Literal["constrained"] | None = None) -> Iterator[_Chart]:
-    """A chart to draw in; the layout, half of the work, is for what stands outside of the axes."""
+    """A chart to draw in. `layout` fits what stands outside the axes, and takes half of the time."""
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.title}):
         figure = Figure(figsize=frame.size, layout=layout)
         chart = _Chart(figure.add_subplot())
@@ -206,7 +203,7 @@ def _chart(frame: Frame, layout: Literal["constrained"] | None = None) -> Iterat
 
 
 def _set_margins(figure: Figure, axes: Axes) -> None:
-    """Room for the axis labels and for the longest number beside the vertical axis."""
+    """Leave space for the axis labels and for the longest number beside the vertical axis."""
     width, height = figure.get_size_inches()
     longest = max((len(_short(value, 0)) for value in axes.yaxis.get_major_locator()()), default=0)
     left = _TITLE_INCHES + _CHARACTER_INCHES * longest
@@ -214,15 +211,15 @@ def _set_margins(figure: Figure, axes: Axes) -> None:
 
 
 def _inline(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` element with colours and font of the page around it."""
+    """The figure as an `<svg>` element with the colours and the font of the page."""
     file = io.StringIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text, with its own fonts
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text with its own fonts
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = printable_lines(file.getvalue())
     svg = text[text.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every chart has the same ones, and a page may have each once
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every chart has the same ids, and a page may have each once
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     label = f'<svg role="img" aria-label="{html.escape(printable(title))}" class="chart"'
