@@ -22,6 +22,7 @@ SUPERVISED = ("sft", *REWARD)
 ALL = (*SUPERVISED, *PPO)
 ACCURACY = "SFT: target tokens ranked first; reward: chosen scored higher"
 PAID = "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end"
+KL = "KL to the reference, summed over a response, mean over responses"
 ENTROPY = "entropy per token at the sampling temperature, before top-k and top-p"
 SEARCHED = "fp16: skipped steps that found the loss scale, at the start or after it grew: normal"
 SKIPPED = "steps skipped for a non-finite gradient"
@@ -72,12 +73,12 @@ METRICS: dict[str, Metric] = {
     "eval/kl": Metric("Evaluation", "nats", PPO, "KL to the reference per held-out response"),
     "eval/response_length": Metric("Evaluation", "tokens", PPO, "length of answers to held-out prompts"),
     "eval/eos_rate": Metric("Evaluation", "fraction", PPO, "answers to held-out prompts that end by themselves", 1),
-    "eval/distinct_2": Metric("Evaluation", "fraction", PPO, "different word pairs: low if answers repeat", 1),
+    "eval/distinct_2": Metric("Evaluation", "fraction", PPO, "share of different word pairs: low if answers repeat", 1),
     "reward_model/accuracy": Metric("Evaluation", "fraction", PPO, "the reward model's, at the end of its own stage"),
     "reward_model/pairs": Metric("Evaluation", "pairs", PPO, "held-out pairs behind that accuracy"),
     "reward_model/score_std": Metric("Evaluation", "score", PPO, "deviation of the reward model's held-out scores"),
     "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on", 1),
-    "objective/kl": Metric("Objective", "nats", PPO, "KL to the reference summed over a response, mean", headline=True),
+    "objective/kl": Metric("Objective", "nats", PPO, KL, headline=True),
     "objective/kl_per_token": Metric("Objective", "nats", PPO, "KL to the reference, mean over response tokens"),
     "objective/kl_clamped": Metric("Objective", "fraction", PPO, "tokens whose k2 or k3 estimate was cut at 10"),
     "objective/entropy": Metric("Objective", "nats", PPO, ENTROPY),
