@@ -36,7 +36,7 @@ GATES = {
     "yaml": ("rlhf.deepspeed.", "data.sources", "rlhf.tracking.report.index"),
     "matplotlib": ("rlhf.tracking.report.charts",),
     "jinja2": ("rlhf.tracking.report.page", "rlhf.text."),
-    "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation", "rlhf.runtime.pretrained", "rlhf.trainer"),
+    "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation", "rlhf.trainer"),
     "torch.distributed": ("rlhf.runtime.dist", "rlhf.engine"),
 }
 

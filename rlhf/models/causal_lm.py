@@ -13,7 +13,7 @@ from rlhf.models.model_folder import Checkpoint, local_folder
 from rlhf.models.model_spec import ModelSpec, assemble
 from rlhf.models.transforms import with_dropout
 from rlhf.models.weights import open_weights
-from rlhf.runtime.pretrained import reading
+from rlhf.runtime.errors import reading
 
 
 def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> ModelSpec:

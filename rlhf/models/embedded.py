@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from rlhf.config.model_config import Embedded
-from rlhf.runtime.pretrained import load_auto
+from rlhf.runtime.errors import load_auto
 
 logger = logging.getLogger(__name__)
 

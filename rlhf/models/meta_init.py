@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from rlhf.runtime.pretrained import load_auto, reading
+from rlhf.runtime.errors import load_auto, reading
 
 
 def decoder_config(folder: Path) -> PreTrainedConfig:

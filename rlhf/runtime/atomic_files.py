@@ -1,4 +1,4 @@
-"""Files of ours: written whole or not at all, read and compared with their checksums, and named when they fail."""
+"""Files that are written whole or not at all, checked against checksums, and named in the message when they fail."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from typing import Any
 from rlhf.runtime.errors import RunError, file_error
 
 Seal = dict[str, dict[str, Any]]
-"""`size` in bytes and `sha256` of each file, by its path below the folder that is sealed."""
+"""`size` in bytes and `sha256` of each file, by its path below the sealed folder."""
 
 _LARGE = 64 << 20
-"""Bytes from which hashing takes long enough to be remembered, by the time of the last change."""
+"""Bytes from which hashing takes so long that the result is remembered, as long as the file does not change."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Name `path` when the operating system refuses what is written inside; raises RunError."""
+    """Turn an error of the operating system inside into a RunError that names `path`."""
     try:
         yield
     except Exception as error:
-        said = file_error(error, f"{path} cannot be written")
-        if said is None:
+        sentence = file_error(error, f"{path} cannot be written")
+        if sentence is None:
             raise
-        raise RunError(said) from error
+        raise RunError(sentence) from error
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a whole file or nothing, and make its folder.
 
-    A lone surrogate, which UTF-8 lacks, is written as the backslash form that JSON has for it.
+    A lone surrogate, which UTF-8 cannot hold, is written with a backslash, as in JSON.
 
     Raises:
         RunError: the disk is full, or the file cannot be written.
@@ -45,17 +45,17 @@ def write_text(path: Path, text: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
-            temporary.replace(path)
+            temporary.replace(path)  # atomic: readers see the old file or the new one
         finally:
             temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path, *, mend: str = "Bring it back from a copy, or remove it.") -> dict[str, Any]:
-    """The JSON object in `path`; empty where there is no such file.
+    """The JSON object in `path`; empty if there is no such file.
 
     Args:
-        path: a file that was written whole.
-        mend: what to do about a damaged one.
+        path: a file written by `write_text`.
+        mend: what to do about a damaged one, for the message.
 
     Raises:
         ValueError: it cannot be read, was cut, or is no JSON object.
@@ -74,9 +74,9 @@ def read_json(path: Path, *, mend: str = "Bring it back from a copy, or remove i
 
 
 def seal(files: Iterable[Path], *, root: Path) -> Seal:
-    """Sizes and checksums of `files`, which are below `root`."""
+    """Sizes and checksums of `files`, all below `root`."""
     listed = sorted(files)
-    with ThreadPoolExecutor() as threads:  # hashing gives up the interpreter's lock
+    with ThreadPoolExecutor() as threads:  # hashing releases the interpreter's lock
         digests = list(threads.map(sha256, listed))
     return {
         file.relative_to(root).as_posix(): {"size": file.stat().st_size, "sha256": digest}
@@ -85,13 +85,13 @@ def seal(files: Iterable[Path], *, root: Path) -> Seal:
 
 
 def broken_seal(root: Path, expected: Seal) -> str:
-    """Which file below `root` is not what was sealed, and how that shows; empty where all are."""
+    """Which file below `root` differs from its seal, and how; empty if none does."""
     for name, known in expected.items():
         file = root / name
         if not file.is_file():
             return f"{file} is missing"
         size = file.stat().st_size
-        if size != known["size"]:
+        if size != known["size"]:  # found without reading anything
             return f"{file} has {size} bytes; expected {known['size']}"
     found = seal([root / name for name in expected], root=root)
     changed = [name for name in expected if found[name]["sha256"] != expected[name]["sha256"]]
@@ -99,7 +99,7 @@ def broken_seal(root: Path, expected: Seal) -> str:
 
 
 def sha256(file: Path) -> str:
-    """Hash of the content; a large file that nobody has touched since this process hashed it is not read again."""
+    """SHA-256 of the content; a large file that has not changed since this process hashed it is not read again."""
     status = file.stat()
     version = (status.st_ino, status.st_size, status.st_mtime_ns)
     return (_remembered if status.st_size > _LARGE else _digest)(file, version)

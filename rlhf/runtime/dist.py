@@ -1,6 +1,7 @@
 """Ranks, devices and reductions: the only user of `torch.distributed` outside `rlhf/engine/`.
 
-One rank needs no process group, and every reduction is then the identity. Left out: sharding (see `rlhf/engine/`).
+A single rank needs no process group, and every reduction is then the identity.
+See also: how ranks are started (`launch.py`) and watched (`heartbeat.py`).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from rlhf.runtime.serialization import from_bytes, to_bytes
 T = TypeVar("T")
 
 _LOOPBACK = "127.0.0.1"
-_SLACK = timedelta(minutes=1)  # a missing rank is named before a collective fails without a name
-_heartbeat: list[Heartbeat] = []  # of this process, while it is one of several ranks
+_SLACK = timedelta(minutes=1)  # so that the heartbeats name a missing rank before a collective fails without a name
+_heartbeat: list[Heartbeat] = []  # at most one: this process's, while it is one of several ranks
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,21 @@ class World:
 
     @classmethod
     def alone(cls) -> World:
-        """One process that is no rank of anything, on the CPU."""
+        """A single process without a group, on the CPU."""
         return cls(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes files and talks to people."""
+        """True on the one rank that writes files and logs."""
         return self.rank == 0
 
 
 def start(device: str = "auto", *, launch: LaunchConfig | None = None) -> World:
-    """Join the other ranks, if there are any; from here on freed memory goes back to the system (`malloc.py`).
+    """Join the other ranks, if there are any, and return freed memory to the system from now on (`malloc.py`).
 
     Args:
         device: `auto` (CUDA when there is one), `cpu` or `cuda`.
-        launch: how long the others wait for a rank.
+        launch: how long ranks wait for each other.
 
     Raises:
         ValueError: see `check_devices`.
@@ -67,14 +68,14 @@ def start(device: str = "auto", *, launch: LaunchConfig | None = None) -> World:
     on_cuda = device != "cpu" and torch.cuda.is_available()
     target = torch.device("cuda", local_rank) if on_cuda else torch.device("cpu")
     if on_cuda:
-        torch.cuda.set_device(target)
+        torch.cuda.set_device(target)  # before anything is allocated, or every rank opens a context on the first GPU
     if size > 1 and not dist.is_initialized():
         _join(target, launch or LaunchConfig())
     return World(rank=rank, size=size, local_rank=local_rank, device=target)
 
 
 def check_devices(device: str, *, ranks: int) -> None:
-    """Make sure that each of `ranks` processes on this machine gets a device of its own, where they are to use CUDA.
+    """Check that each of the `ranks` processes on this machine gets a device of its own, if they use CUDA.
 
     Raises:
         ValueError: `cuda` was asked for and there is none, or there are fewer devices than ranks.
@@ -90,19 +91,20 @@ def check_devices(device: str, *, ranks: int) -> None:
 
 
 def _join(device: torch.device, launch: LaunchConfig) -> None:
-    """Meet the other ranks, with a heartbeat from the first moment on."""
+    """Form the group, with a heartbeat from the first moment on."""
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         _stay_on_this_machine()
     timeout = timedelta(seconds=launch.timeout_s)
     store, rank, size = next(rendezvous("env://", timeout=timeout + _SLACK))
-    watched = LAUNCHER in os.environ
+    watched = LAUNCHER in os.environ  # by our own launcher; torchrun does not look for missing ranks
+    # Clones, because a connection on which one thread waits serves no other.
     monitor = None if watched else RankMonitor(store.clone(), range(size), launch=launch)
     _heartbeat[:] = [Heartbeat(store.clone(), rank, progress=_collectives, launch=launch, monitor=monitor)]
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout + _SLACK)
 
 
 def _stay_on_this_machine() -> None:
-    """Have gloo and NCCL listen on the loopback device, which no other machine reaches."""
+    """Make gloo and NCCL listen on the loopback device, which no other machine can reach."""
     loopback = next((name for _, name in socket.if_nameindex() if name.startswith("lo")), None)
     if loopback is not None:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
@@ -110,13 +112,13 @@ def _stay_on_this_machine() -> None:
 
 
 def host_store() -> tuple[Any, dict[str, str]]:
-    """A meeting place for ranks of this machine alone, and the environment in which they find it.
+    """A store for the ranks of this machine only, and the environment variables by which they find it.
 
-    It lives as long as the object. torch would listen on every network device, whatever the host name, unless it is
-    given a socket.
+    It lives as long as the returned object. Without a socket of ours, torch would listen on every network device,
+    whatever the host name.
     """
     listener = socket.create_server((_LOOPBACK, 0))
-    port = listener.getsockname()[1]
+    port = listener.getsockname()[1]  # chosen by the system, and never free for another process in between
     store = dist.TCPStore(  # type: ignore[attr-defined]
         _LOOPBACK, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
     )
@@ -125,10 +127,11 @@ def host_store() -> tuple[Any, dict[str, str]]:
 
 
 def _collectives() -> int:
-    """How many collectives this rank has begun; -1 while it joins."""
+    """How many collectives this rank has begun; -1 before it has joined."""
     if not dist.is_initialized():
         return -1
-    # A device mesh may have a group of its own beside the default one, and all of ours have every rank.
+    # A device mesh may have a group of its own besides the default one. All groups here contain every rank, so their
+    # sequence numbers can be added.
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     backends = {id(found): found for group in groups for found in map(group._get_backend, group._device_types)}
     return sum(backend._get_sequence_number_for_group() for backend in backends.values())
@@ -139,9 +142,9 @@ def _backend(device: torch.device) -> str:
 
 
 def stop() -> None:
-    """Leave the group, after everyone has arrived."""
+    """Leave the group, once all ranks have come here."""
     if dist.is_initialized():
-        barrier()
+        barrier()  # a rank that left early would take the store with it, or seem missing
         while _heartbeat:
             _heartbeat.pop().stop()
         dist.destroy_process_group()
@@ -164,49 +167,37 @@ def max_over_ranks(x: Tensor) -> Tensor:
 
 
 def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
-    total = x.detach().clone()
+    total = x.detach().clone()  # all_reduce works in place
     if dist.is_initialized():
         dist.all_reduce(total, op=op)
     return total
 
 
 def gather_objects(item: T) -> list[T]:
-    """Every rank's `item`, in the order of the ranks, on every rank: plain values and CPU tensors, no classes."""
+    """Every rank's `item`, in the order of ranks, on every rank: plain values and CPU tensors, no classes."""
     if not dist.is_initialized():
         return [item]
-    mine = _message(item)
+    mine = torch.frombuffer(bytearray(to_bytes(item)), dtype=torch.uint8)  # [bytes], on the CPU: gathered by gloo
     lengths = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
     dist.all_gather(lengths, torch.tensor([len(mine)]))
     longest = max(int(length) for length in lengths)
+    # all_gather wants tensors of one size: shorter messages are padded, and cut again below.
     messages = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
     dist.all_gather(messages, torch.cat([mine, mine.new_zeros(longest - len(mine))]))
-    return [_item(message[: int(length)]) for message, length in zip(messages, lengths, strict=True)]
+    return [from_bytes(message[: int(length)].numpy().data) for message, length in zip(messages, lengths, strict=True)]
 
 
 def broadcast_object(item: T) -> T:
     """Rank 0's `item`, on every rank: plain values and CPU tensors, no classes."""
-    if not dist.is_initialized():
-        return item
-    is_sender = dist.get_rank() == 0
-    message = _message(item) if is_sender else torch.empty(0, dtype=torch.uint8)
-    length = torch.tensor([len(message)])
-    dist.broadcast(length, src=0)
-    message = message if is_sender else message.new_empty(int(length))
-    dist.broadcast(message, src=0)
-    received: T = _item(message)
+    is_sender = not dist.is_initialized() or dist.get_rank() == 0
+    # What is sent is small, so a gather, in which the others have nothing to say, does as well as a broadcast.
+    sent: list[Any] = gather_objects(item if is_sender else None)
+    received: T = sent[0]
     return received
 
 
-def _message(item: Any) -> Tensor:
-    return torch.frombuffer(bytearray(to_bytes(item)), dtype=torch.uint8)
-
-
-def _item(message: Tensor) -> Any:
-    return from_bytes(message.numpy().data)
-
-
 def device_mesh(world: World) -> DeviceMesh:
-    """All ranks in one dimension called `ranks`; a process alone becomes a group of one."""
+    """All ranks in one dimension called `ranks`; a single process becomes a group of one."""
     if not dist.is_initialized():
         dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))

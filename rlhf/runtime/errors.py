@@ -1,4 +1,4 @@
-"""Which errors end a run in one sentence, and which are mistakes in the program and need their traceback."""
+"""Tells errors that one sentence explains to the user from mistakes in the program, which need their traceback."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import errno
 import os
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _SOURCES = Path(__file__).parents[2]
 _OURS = tuple(str(_SOURCES / name) for name in ("rlhf/", "stages/", "data/", "run_pipeline.py"))
@@ -19,17 +22,21 @@ _ADVICE = {
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _RIGHTS),
     errno.EIO: "The disk cannot be relied on: choose another.",
 }
+_NEEDS_CODE = (
+    "it needs code that it brings along, which is never run here. Choose a model that transformers knows by itself, or "
+    "convert it once where you trust its code."
+)
 
 
 class RunError(RuntimeError):
-    """Ends a run from inside: what it needs has failed, and the message says what to do.
+    """Ends a run because something it needs has failed; the message says what to do.
 
-    A disk that is full, a checkpoint that is damaged, gradients that are never finite; no mistake in the program.
+    For a full disk, a damaged checkpoint, gradients that are never finite; not for a mistake in the program.
     """
 
 
 def file_error(error: BaseException, path: object) -> str | None:
-    """What the operating system says went wrong with `path`, and what to do; None where `error` is none of its."""
+    """What the operating system reports about `path`, and what to do; None for errors of another origin."""
     number, reason = None, ""
     if isinstance(error, OSError):
         number, reason = error.errno, error.strerror or str(error)
@@ -39,10 +46,9 @@ def file_error(error: BaseException, path: object) -> str | None:
 
 
 def sentence_of(error: BaseException) -> str | None:
-    """What to tell the user; None for a mistake in the program, whose traceback says more.
+    """The message for the user; None for a mistake in the program, whose traceback says more.
 
-    A ValueError is for the user where a `raise` of these sources has made it; one that Python or a library has raised
-    by itself is not.
+    A ValueError is for the user if a `raise` in these sources made it, but not if Python or a library did.
     """
     if isinstance(error, RunError) or (isinstance(error, ValueError) and _is_raised_here(error)):
         return str(error)
@@ -52,24 +58,51 @@ def sentence_of(error: BaseException) -> str | None:
 
 
 def keep_traceback(error: BaseException, folder: Path) -> str:
-    """Write where `error` came from to a file of this rank in `folder`; returns a note that names it.
+    """Write the traceback of `error` to a file of this rank in `folder`; returns a note that names the file.
 
-    Empty where the file cannot be written either.
+    The note is empty if the file cannot be written.
     """
     rank = os.environ.get("RANK", "0")
     path = folder / ("traceback.txt" if rank == "0" else f"traceback-rank{rank}.txt")
     try:
         path.write_text("".join(traceback.format_exception(error)), encoding="utf-8", errors="backslashreplace")
-    except OSError:
+    except OSError:  # often the very disk that is full; the sentence must still reach the user
         return ""
     return f" (Where it came from is in {path}.)"
 
 
+def load_auto(auto_class: Any, path: str | Path, *, complaint: str, **options: Any) -> Any:
+    """`auto_class.from_pretrained(path)` for an `Auto...` class of transformers; runs no code of the model's own.
+
+    Args:
+        auto_class: `AutoConfig`, `AutoTokenizer`, ...
+        path: a folder, or a hub id.
+        complaint: how the sentence about a failure begins.
+        **options: more arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: `complaint`, and why: a file is missing or damaged, or the model needs code of its own.
+    """
+    with reading(complaint):
+        return auto_class.from_pretrained(path, trust_remote_code=False, **options)
+
+
+@contextmanager
+def reading(complaint: str) -> Iterator[None]:
+    """Turn any error inside into a ValueError: libraries raise errors of every kind over a damaged file."""
+    try:
+        yield
+    except Exception as error:
+        found = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{complaint} {_NEEDS_CODE if 'trust_remote_code' in str(error) else found}") from error
+
+
 def _is_raised_here(error: BaseException) -> bool:
-    trace = error.__traceback__
+    trace = error.__traceback__  # the outermost frame; the innermost raised it
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is None:
         return False
     code = trace.tb_frame.f_code
+    # `int("x")` in our sources raises at a call; only `raise` compiles to this instruction.
     return code.co_filename.startswith(_OURS) and dis.opname[code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"

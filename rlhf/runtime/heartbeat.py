@@ -1,10 +1,10 @@
-"""Name the rank that the others wait for, and end a run that waits too long.
+"""Finds the rank that the others wait for, names it in a warning, and ends a run that waits too long.
 
 In every rank a thread writes heartbeats into the store of the process group: how many it has written, and how many
 collectives the main thread has begun. A rank is missing when its heartbeats stop (it was stopped, or its machine is
-gone), or when it has begun fewer collectives than others for a while. That may be honest work, so a warning comes
-first. `launch.py` reads the heartbeats of the ranks that it started; under torchrun every rank does, on whichever
-machine, and the first one that is not missing reports.
+gone), or when it has begun fewer collectives than others for a while. It may still be computing, so a warning comes
+first. `launch.py` reads the heartbeats of the ranks it started. Under torchrun every rank reads them, on every machine,
+and the first rank that is not missing reports.
 """
 
 from __future__ import annotations
@@ -37,26 +37,26 @@ def interval(launch: LaunchConfig) -> float:
 
 
 class Heartbeat:
-    """The thread of one rank that writes its heartbeats, and with a `monitor` polls those of the others."""
+    """A thread that writes this rank's heartbeats and, with a `monitor`, polls those of the others."""
 
     def __init__(
         self, store: Any, rank: int, *, progress: Callable[[], int], launch: LaunchConfig, monitor: RankMonitor | None
     ) -> None:
-        """Begin.
+        """Start the thread.
 
         Args:
-            store: key-value store of the ranks; a connection of its own, for one that waits is of no use to others.
-            rank: of this process.
-            progress: how many collectives this rank has begun.
-            launch: how long the others wait for a rank.
-            monitor: finds missing ranks; None where the launcher does.
+            store: key-value store of the ranks; a connection of its own, because one that waits blocks other users.
+            rank: the rank of this process.
+            progress: returns how many collectives this rank has begun.
+            launch: how long ranks wait for each other.
+            monitor: finds missing ranks; None if the launcher does.
         """
         self._store, self._rank, self._progress, self._monitor = store, rank, progress, monitor
         self._interval_s = interval(launch)
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
-        atexit.register(self.stop)  # a thread that is inside the store when python ends would abort the process
+        atexit.register(self.stop)  # a thread that is inside the store when Python ends would abort the process
 
     def stop(self) -> None:
         """Write that this rank has left, and end the thread."""
@@ -67,7 +67,7 @@ class Heartbeat:
 
     def _beat(self) -> None:
         beats = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is whoever would read
+        with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would read
             while not self._end.wait(self._interval_s if beats else 0):
                 beats += 1
                 heartbeat = [beats, self._progress(), os.getpid(), socket.gethostname()]
@@ -88,7 +88,7 @@ class Heartbeat:
 class _Peer:
     """The last heartbeat of a rank.
 
-    `silent` and `behind` count polls: while the process that polls is itself stopped, no time passes.
+    `silent` and `behind` count polls instead of seconds, so that no time passes while the polling process is stopped.
     """
 
     heartbeat: Any = None
@@ -100,14 +100,14 @@ class _Peer:
         return -1 if self.heartbeat is None else int(self.heartbeat[1])
 
     def update(self, heartbeat: Any) -> None:
-        """Take the newest heartbeat, before the ranks are compared."""
+        """Set the newest heartbeat, before the ranks are compared."""
         self.silent = self.silent + 1 if heartbeat == self.heartbeat else 0
         if self.heartbeat is not None and heartbeat[1] != self.heartbeat[1]:
             self.behind = 0
         self.heartbeat = heartbeat
 
     def description(self, rank: int, *, seconds: float) -> str:
-        """What is known of a missing rank, such as "rank 1 (pid 7, stopped) has sent no heartbeat for 60 s"."""
+        """What is known about a missing rank, such as "rank 1 (pid 7, stopped) has sent no heartbeat for 60 s"."""
         if self.heartbeat is None:
             return f"rank {rank} has not joined the others for {seconds:.3g} s"
         _, _, pid, host = self.heartbeat
@@ -120,22 +120,23 @@ class RankMonitor:
     """Finds missing ranks by their heartbeats."""
 
     def __init__(self, store: Any, ranks: Iterable[int], *, launch: LaunchConfig) -> None:
-        """`store` as for a `Heartbeat`; `poll` is to be called every `interval(launch)` seconds."""
+        """Take a `store` as a `Heartbeat` does; `poll` must be called every `interval(launch)` seconds."""
         self._store, self._launch = store, launch
         self._peers = {rank: _Peer() for rank in ranks}
         self._named: set[int] = set()
 
     def poll(self, *, reporter: int | None = None) -> None:
-        """Read all heartbeats, and warn of the ranks that have newly become missing.
+        """Read all heartbeats, and log a warning about ranks that were not missing at the last poll.
 
         Args:
-            reporter: this rank, which reports only if it is the first that is not missing; None reports always.
+            reporter: this rank, which logs only if it is the first that is not missing; None always logs.
 
         Raises:
             RunError: a rank has been missing for too long.
         """
         for rank in list(self._peers):
             self._read(rank)
+        # A rank is behind only while another has begun more collectives: a long computation of all ranks is no news.
         ahead = max((peer.progress for peer in self._peers.values()), default=0)
         for peer in self._peers.values():
             peer.behind = peer.behind + 1 if peer.progress < ahead else 0
@@ -167,7 +168,7 @@ def _key(rank: int) -> str:
 
 
 def _state(pid: int) -> str:
-    """What a process of this machine does, such as ", stopped"; empty where that is not known."""
+    """What a process on this machine is doing, such as ", stopped"; empty if that is not known."""
     try:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:  # it has ended, or this is not Linux

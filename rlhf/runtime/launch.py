@@ -1,7 +1,7 @@
-"""Start the ranks of a run on this machine, watch them, and say which one failed and how.
+"""Starts the ranks of a run on this machine, watches them, and reports which one failed and how.
 
-The configuration is composed once and written to a file; the workers are handed that file, so that no rank can compute
-a different one. Left out: several machines (start torchrun on each; `rlhf/runtime/dist.py` joins them).
+The configuration is composed once and written to a file, which every rank reads, so that no rank can compute another.
+For several machines, start torchrun on each; `dist.py` joins them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rlhf.runtime.parent import LAUNCHER, end_with_parent
 
 Worker = subprocess.Popen[bytes]
 
-_GRACE_S = 30.0  # for the other ranks to say what they have to say, once one has failed
+_GRACE_S = 30.0  # for the other ranks to log their own errors, once one has failed
 _SECONDS_BETWEEN_LOOKS = 0.1
 _CAUSES: dict[int, str] = {
     signal.SIGKILL: "often out of memory",
@@ -37,7 +37,7 @@ _CAUSES: dict[int, str] = {
 
 
 def under_torchrun() -> bool:
-    """True when a launcher has said which rank this process is."""
+    """True when a launcher has set which rank this process is."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -54,9 +54,9 @@ def use_threads(threads: int, *, ranks: int) -> int:
 
 
 def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
-    """Run `script` on `launch.ranks` processes of this machine; returns what went wrong, or nothing.
+    """Run `script` on `launch.ranks` processes of this machine; returns what went wrong, or an empty string.
 
-    An interrupt is passed on as SIGTERM to each rank, and raised again when all have ended.
+    An interrupt is passed on to each rank as SIGTERM, and raised again when all have ended.
 
     Args:
         script: Python file that each rank runs.
@@ -65,6 +65,7 @@ def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
     """
     store, place = host_store()
     size = str(launch.ranks)
+    # More OpenMP threads than cores would stall each other; each rank then chooses its own (`use_threads`).
     shared = {"OMP_NUM_THREADS": "1", **os.environ, **place, LAUNCHER: str(os.getpid())}
     shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     workers: list[Worker] = []
@@ -79,23 +80,23 @@ def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
             worker.terminate()
         watch()
         raise
-    finally:  # also after another interrupt
+    finally:  # also after a second interrupt
         _end(workers)
 
 
 def _start(command: list[str], environment: dict[str, str]) -> Worker:
-    """One rank, in a session of its own, so that Ctrl-C reaches it once, through us."""
+    """Start one rank, in a session of its own, so that Ctrl-C reaches it only once, through us."""
     before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None  # a thread would not survive
     return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=before)
 
 
 def _watch(workers: list[Worker], monitor: RankMonitor, *, every_s: float) -> str:
-    """Wait until all ranks have ended, which they are made to do once one has failed or is missing for too long."""
+    """Wait until all ranks have ended, or for `_GRACE_S` after one failed, or until one is missing for too long."""
     problem, deadline, next_look = "", math.inf, time.monotonic()
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
         time.sleep(_SECONDS_BETWEEN_LOOKS)
         if problem:
-            continue
+            continue  # wait for the others to end by themselves
         problem = _failure([worker.poll() for worker in workers])
         if problem:
             deadline = time.monotonic() + _GRACE_S
@@ -109,11 +110,11 @@ def _watch(workers: list[Worker], monitor: RankMonitor, *, every_s: float) -> st
 
 
 def _failure(statuses: list[int | None]) -> str:
-    """What the exit statuses of the ranks say; a rank that a signal has ended is the cause of the others' failures."""
+    """What failed, by the ranks' exit statuses; a rank that a signal killed is the cause of the others' failures."""
     failed = {rank: status for rank, status in enumerate(statuses) if status}
     if not failed:
         return ""
-    rank = min(failed, key=lambda rank: failed[rank])
+    rank = min(failed, key=lambda rank: failed[rank])  # signals have negative numbers
     if failed[rank] > 0:
         return f"rank {rank} has failed, and says above why"
     number = -failed[rank]

@@ -1,6 +1,6 @@
-"""How the C library treats memory that is freed: given back where that costs little, so that a plan can be kept.
+"""Makes the C library return freed memory to the system where that costs little, so that a memory plan holds.
 
-Left out: page-locked buffers and those of a tier (`engine/tiers/buffers.py`).
+See also: page-locked and offload buffers, which do not come from the heap (`engine/offload/buffer_pool.py`).
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of <malloc.h>
 _LARGE = 4 << 20  # bytes
-_SMALLER = 1 << 20  # bytes: for tiers on disk, which are there to save memory
+_SMALLER = 1 << 20  # bytes: with offloading to disk, which is there to save memory
 _OF_THE_USER = "MALLOC_MMAP_THRESHOLD_"  # glibc's own variable, in bytes
-_KEPT = 16 << 20  # bytes at the end of the heap
+_KEPT = 16 << 20  # bytes at the end of the heap that stay
 
-_asked: set[bool] = set()  # whether tight: a process has one heap, whoever asks
+_asked: set[bool] = set()  # values of `tight` so far: a process has one heap, so the tightest wins
 
 
 def return_freed_memory(*, tight: bool = False) -> None:
-    """Have tensors of 4 MiB and more given back to the system when they are freed.
+    """Return tensors of 4 MiB and more to the system when they are freed.
 
-    glibc learns from the first ones that are freed to keep blocks of up to 32 MiB for later, in a heap that then fills
-    with holes: what is gathered and reduced came on top of what had been. Memory of the system costs page faults
-    instead, which are few beside what is computed with so large a tensor; with tensors of 1 MiB they took a third of a
-    step. For the whole process and for good; other C libraries are left as they are, and so is glibc where
-    MALLOC_MMAP_THRESHOLD_ is in the environment.
+    By default glibc learns from the first frees to keep blocks of up to 32 MiB for later, in a heap that fills with
+    holes, so that gathered and reduced tensors add to the peak. Fresh memory costs page faults instead, which are few
+    compared with the computation on so large a tensor; with tensors of 1 MiB they took a third of a step. The setting
+    is for the whole process and permanent. Other C libraries are not changed, nor is glibc if MALLOC_MMAP_THRESHOLD_
+    is in the environment.
 
-    To be called before a model is made: where the heap has a hole that is large enough, it is taken, whatever was
-    asked for here, and modules that are made only to be moved to meta leave one of the model's size.
+    Call it before a model is made: a large enough hole in the heap is used whatever is set here, and modules that are
+    made only to be moved to meta leave one of the model's size.
 
     Args:
         tight: from 1 MiB on.
@@ -43,10 +43,10 @@ def return_freed_memory(*, tight: bool = False) -> None:
 
 
 def trim() -> None:
-    """Give back the whole pages that are free now, once: for the end of something large that does not come again.
+    """Return all pages that are free now, once; call it after something large that does not come again.
 
-    What was read to fill a model would otherwise stay resident, between what is kept, as long as the process. Takes
-    some milliseconds.
+    Otherwise the memory used for reading a model would stay resident for the life of the process, between blocks that
+    are still used. Takes some milliseconds.
     """
     library = _glibc()
     if library is not None:

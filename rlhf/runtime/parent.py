@@ -1,7 +1,7 @@
-"""End a process when the one that started it has ended, also while it still imports.
+"""Ends a process when its parent ends, even while it is still importing.
 
-A killed run then leaves no ranks behind, which would go on writing beside those of the next one. Imports only the
-standard library: `run_pipeline.py` calls this before it imports anything large.
+Otherwise a killed run would leave ranks behind that go on writing next to those of the next run. Imports only the
+standard library, because `run_pipeline.py` calls this before it imports anything large.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import time
 
 LAUNCHER = "RLHF_LAUNCHER"
 """Environment variable with the process id of the launcher, in the ranks that it started."""
-_LIBC = ctypes.CDLL(None)  # opened before a fork, after which little may be done
+_LIBC = ctypes.CDLL(None)  # opened here, because loading it between fork and exec could deadlock
 _PR_SET_PDEATHSIG = 1
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
 def end_with_launcher() -> None:
-    """In a rank: end with the launcher, ours or torchrun; other processes are left as they are.
+    """In a rank, end when the launcher does, ours or torchrun; in other processes, do nothing.
 
     Other launchers are not followed: some start ranks from a thread that ends, which Linux counts as the parent's end.
     """
@@ -32,15 +32,15 @@ def end_with_launcher() -> None:
 
 
 def end_with_parent(parent: int) -> None:
-    """Have this process killed when `parent`, the process that started it, ends; at once where it already has.
+    """Make this process end when `parent`, the process that started it, does; at once if it already has.
 
-    On Linux the kernel does it, whatever this process is doing, and goes on after an `exec`. Elsewhere a thread looks.
+    On Linux the kernel kills it, whatever it is doing, also after an `exec`. Elsewhere a thread polls.
     """
     if sys.platform == "linux":
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     else:
         threading.Thread(target=_watch, args=(parent,), daemon=True).start()
-    if os.getppid() != parent:  # it ended before we asked
+    if os.getppid() != parent:  # it ended before the request, which then comes too late
         os._exit(1)
 
 

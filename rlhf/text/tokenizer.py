@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rlhf.runtime.pretrained import load_auto
+from rlhf.runtime.errors import load_auto
 from rlhf.text.chat_template import after_answer, turn_end
 from rlhf.text.pad_token import set_pad_token
 
