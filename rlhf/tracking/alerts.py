@@ -1,7 +1,6 @@
 """Problems of a stage: reported once each while it trains, and listed by the report afterwards.
 
-Both run the table of checks over the recorded rows, so terminal and page agree. See also: `checks.py`, which says what
-counts as a problem.
+Both run the table of checks over the recorded rows, so terminal and page agree. See also: `checks.py`, the table.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ class Alerts:
     def check(self, row: Row, answers: Sequence[Row], *, is_recorded: bool) -> dict[str, str]:
         """Return the problems that are new with `row` and the answers of its evaluation, as texts by name.
 
-        Later rows are compared with this one only if it is recorded, or if new problems are why it will be. The report,
-        which has the recorded rows alone, then says the same.
+        Later rows are compared with this one only if it is recorded, or will be because of new problems. So the report,
+        which has the recorded rows alone, finds the same.
         """
         seen = copy(self._seen)  # its dicts are shared, but only evaluations change them, and those are always recorded
         found = _problems(run_checks(row, seen, answers=answers))

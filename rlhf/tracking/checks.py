@@ -63,7 +63,7 @@ class Seen:
     answers: Sequence[Row] = ()
     """To the held-out prompts, at the step of the row that is checked."""
     first_answers: Sequence[Row] = ()
-    """Those of the first evaluation, from the second one on."""
+    """The answers of the first evaluation, from the second one on."""
     first_entropy: float | None = None
     first_bad: str = ""
     """The first number that was not finite, in words."""
@@ -83,11 +83,11 @@ class Check:
 
     stages: tuple[str, ...]
     look: Look
-    """Yields what a row says of it, or nothing."""
+    """Yields what it finds in a row, or nothing."""
     fine: str
     """What holds if nothing was found."""
     needs: str
-    """Why it was not checked, where no row says more."""
+    """Why it was not checked, if no row gives another reason."""
     evaluations: int = 0
     """How many evaluations with enough answers it takes: 0 looks at every row, 2 compares with the first one."""
 

@@ -1,4 +1,4 @@
-"""What a person sees while a stage runs: log lines, and a progress bar or plain lines. Everything goes to stderr."""
+"""Shows a running stage on the terminal: log lines, and a progress bar or plain lines. All of it goes to stderr."""
 
 from __future__ import annotations
 

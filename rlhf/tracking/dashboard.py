@@ -17,8 +17,9 @@ from typing import Any
 from rlhf.tracking.metric_registry import METRICS, STEP
 
 SECTIONS = ["Objective", "Evaluation", "Actor", "Critic", "Rollout", "Training", "Optimizer", "Throughput", "Memory"]
-"""Of the registry, in the order in which one reads a run; `Evaluation` begins with score and gold metrics over KL."""
+"""The registry's sections, in the order in which one reads a run."""
 OVER_KL = ("eval/score", "gold/*")
+"""Metrics drawn over KL too, at the start of `Evaluation`."""
 
 
 def workspace(*, entity: str, project: str, name: str, run_name: str = "") -> Any:

@@ -1,4 +1,4 @@
-"""Signs of trouble, each on numbers worked by hand, and silent on a run that goes well."""
+"""Every check on numbers worked by hand, and silent on a run that goes well."""
 
 import math
 import random
@@ -22,12 +22,12 @@ def answers(step, *, scores, gold=None, lengths=None, texts=TEXTS, ended=True, r
     ]
 
 
-def verdicts(rows, samples=(), **more):
+def results(rows, samples=(), **more):
     return {found.name: found for found in check_history(more.pop("stage", "ppo"), rows, samples=list(samples), **more)}
 
 
 def names(rows, samples=(), **more):
-    return [name for name, found in verdicts(rows, samples, **more).items() if found.state is CheckState.wrong]
+    return [name for name, found in results(rows, samples, **more).items() if found.state is CheckState.wrong]
 
 
 def evaluation(step, gold=None, **more):
@@ -47,7 +47,7 @@ def evaluated(*samples):
 SCORES = [0.0, 0.0, 1.0, 1.0] * 2 + [0.5, 0.5]  # as high for short answers as for long ones
 
 
-def test_nothing_is_said_of_a_run_that_goes_well_and_everything_was_checked():
+def test_nothing_is_reported_of_a_run_that_goes_well_and_everything_was_checked():
     rows = [
         evaluation(s, g, **{"objective/kl_per_token": 0.1, "objective/entropy": 2.0, "objective/clamped": 0.0})
         for s, g in ((0, 0.1), (9, 0.5))
@@ -55,43 +55,43 @@ def test_nothing_is_said_of_a_run_that_goes_well_and_everything_was_checked():
     rows[0] |= {"reward_model/accuracy": 0.75, "reward_model/pairs": 100.0, "reward_model/score_std": 0.8}
     first = answers(0, scores=SCORES, gold=[0.1] * 10)
     last = answers(9, scores=[score + 0.2 for score in SCORES], gold=[0.5] * 10)
-    found = verdicts(rows, first + last, total_steps=9)
+    found = results(rows, first + last, total_steps=9)
     assert {name.partition(":")[0] for name in found} == set(CHECKS)
-    assert {name for name, verdict in found.items() if verdict.state is not CheckState.fine} == set()
+    assert {name for name, result in found.items() if result.state is not CheckState.fine} == set()
 
 
-def test_nothing_is_said_of_a_run_that_has_just_begun_and_nothing_was_checked():
-    assert {found.state for found in verdicts([]).values()} == {CheckState.unchecked}
-    found = verdicts([{"step": 1, "objective/kl": 0.0}])
-    assert [name for name, verdict in found.items() if verdict.state is not CheckState.unchecked] == ["not_finite"]
+def test_nothing_is_reported_of_a_run_that_has_just_begun_and_nothing_was_checked():
+    assert {found.state for found in results([]).values()} == {CheckState.unchecked}
+    found = results([{"step": 1, "objective/kl": 0.0}])
+    assert [name for name, result in found.items() if result.state is not CheckState.unchecked] == ["not_finite"]
 
 
 def test_a_stage_has_the_checks_that_concern_it():
-    assert list(verdicts([], stage="sft")) == ["not_finite"]
-    assert list(verdicts([], stage="reward")) == ["not_finite", "coin", "flat"]
+    assert list(results([], stage="sft")) == ["not_finite"]
+    assert list(results([], stage="reward")) == ["not_finite", "coin", "flat"]
 
 
 def test_what_was_wrong_once_stays_with_its_steps():
     rows = [{"step": step, "objective/kl_per_token": kl} for step, kl in ((1, 0.1), (2, 1.5), (3, 1.2), (4, 0.2))]
-    over = verdicts(rows)["kl"]
+    over = results(rows)["kl"]
     assert (over.state, over.first, over.last, over.holds) == (CheckState.wrong, 2, 3, False)
     assert "1.2 nats per token at step 3" in over.text
-    still = verdicts(rows[:3])["kl"]
+    still = results(rows[:3])["kl"]
     assert (still.first, still.last, still.holds) == (2, 3, True)
-    again = verdicts([*rows, {"step": 5, "objective/kl_per_token": 1.1}])["kl"]
+    again = results([*rows, {"step": 5, "objective/kl_per_token": 1.1}])["kl"]
     assert (again.first, again.last, again.holds) == (2, 5, True)
 
 
 def test_too_few_answers_and_no_gold_metric_are_named_as_unchecked():
     few = [answers(step, scores=SCORES)[:3] for step in (0, 9)]
-    found = verdicts(*evaluated(*few), total_steps=9)
+    found = results(*evaluated(*few), total_steps=9)
     for name in ("repeats", "degenerate", "endless", "length", "raw_fell", "not_risen"):
         assert (found[name].state, "3 held-out prompts" in found[name].text) == (CheckState.unchecked, True), name
     assert (found["parted"].state, "data.gold" in found["parted"].text) == (CheckState.unchecked, True)
     with_gold = [evaluation(step, 1.0) for step in (0, 9)]
-    assert "3 held-out prompts" in verdicts(with_gold, sum(few, []))["parted"].text
+    assert "3 held-out prompts" in results(with_gold, sum(few, []))["parted"].text
     rows, samples = evaluated(*(answers(step, scores=SCORES) for step in (0, 9)))
-    found = verdicts(rows, samples)
+    found = results(rows, samples)
     assert (found["parted"].state, "data.gold" in found["parted"].text) == (CheckState.unchecked, True)
     assert found["repeats"].state is CheckState.fine
 
@@ -109,39 +109,39 @@ def test_too_few_answers_and_no_gold_metric_are_named_as_unchecked():
         (0.2, 1000, True),  # worse than a coin is no better
     ],
 )
-def test_a_reward_model_that_is_no_better_than_a_coin_is_said_at_its_end_and_before_ppo(accuracy, pairs, is_wrong):
+def test_a_reward_model_that_is_no_better_than_a_coin_is_reported_at_its_end_and_before_ppo(accuracy, pairs, is_wrong):
     own = {"step": 60, "eval/accuracy": accuracy, "eval/pairs": float(pairs), "eval/score_std": 1.0}
     assert names([{**own, "step": 0}, own], stage="reward", total_steps=60) == ["coin"] * is_wrong
     before = {"step": 0, "reward_model/accuracy": accuracy, "reward_model/pairs": float(pairs)}
     assert names([before]) == ["coin"] * is_wrong
-    assert f"{accuracy:.0%} of {pairs:,} held-out pairs" in verdicts([before])["coin"].text or not is_wrong
+    assert f"{accuracy:.0%} of {pairs:,} held-out pairs" in results([before])["coin"].text or not is_wrong
 
 
-def test_a_reward_model_is_not_judged_before_it_has_learnt():
+def test_a_reward_model_is_not_checked_before_it_has_learnt():
     assert names([{"step": 0, "eval/accuracy": 0.5, "eval/pairs": 16.0, "eval/score_std": 0.001}], stage="reward") == []
 
 
 @pytest.mark.parametrize(("deviation", "is_wrong"), [(0.0, True), (0.006, True), (0.09, True), (0.3, False)])
-def test_scores_that_hardly_differ_are_said(deviation, is_wrong):
+def test_scores_that_hardly_differ_are_reported(deviation, is_wrong):
     assert names([{"step": 0, "reward_model/score_std": deviation}]) == ["flat"] * is_wrong
     own = {"step": 9, "eval/score_std": deviation}
     assert names([own], stage="reward", total_steps=9) == ["flat"] * is_wrong
 
 
 @pytest.mark.parametrize("key", ["eval/clamped", "objective/clamped"])
-def test_scores_at_the_clamp_are_said(key):
+def test_scores_at_the_clamp_are_reported(key):
     assert names([{"step": 0, key: 0.2}]) == []
-    found = verdicts([{"step": 0, key: 0.69}])["clamp"]
+    found = results([{"step": 0, key: 0.69}])["clamp"]
     assert found.text.startswith("69% of the")
 
 
-def test_a_score_that_did_not_rise_is_said_at_the_end_alone():
+def test_a_score_that_did_not_rise_is_reported_at_the_end_alone():
     worse = answers(9, scores=[score - 0.5 + 0.1 * (i % 2) for i, score in enumerate(SCORES)])
     rows, samples = evaluated(answers(0, scores=SCORES), worse)
     assert names(rows, samples) == []
-    assert verdicts(rows, samples)["not_risen"].state is CheckState.unchecked
+    assert results(rows, samples)["not_risen"].state is CheckState.unchecked
     assert names(rows, samples, total_steps=9) == ["not_risen"]
-    found = verdicts(rows, samples, total_steps=9)["not_risen"]
+    found = results(rows, samples, total_steps=9)["not_risen"]
     assert "changed by -0.45 [" in found.text  # half of the prompts lose 0.5, half 0.4
     noise = answers(9, scores=[score + (1.0 if i % 2 else -0.9) for i, score in enumerate(SCORES)])
     assert "not_risen" in names(
@@ -149,11 +149,11 @@ def test_a_score_that_did_not_rise_is_said_at_the_end_alone():
     )  # +0.05 with a standard error of 0.3
 
 
-def test_a_raw_score_that_fell_while_the_paid_one_rose_is_said():
+def test_a_raw_score_that_fell_while_the_paid_one_rose_is_reported():
     first = answers(0, scores=SCORES, raw=SCORES)
     up, down = ([score + by for score in SCORES] for by in (0.5, -0.25))
     assert names(*evaluated(first, answers(9, scores=up, raw=down))) == ["raw_fell"]
-    text = verdicts(*evaluated(first, answers(9, scores=up, raw=down)))["raw_fell"].text
+    text = results(*evaluated(first, answers(9, scores=up, raw=down)))["raw_fell"].text
     assert "rose by 0.5" in text
     assert "fell by 0.25 [0.25, 0.25] over 10" in text
     assert names(*evaluated(first, answers(9, scores=up, raw=up))) == []
@@ -164,14 +164,14 @@ def test_a_raw_score_that_fell_while_the_paid_one_rose_is_said():
 FALLEN = [0.9, 0.7] * 5
 
 
-def test_score_up_and_gold_down_is_said_with_the_step_where_gold_was_best():
+def test_score_up_and_gold_down_is_reported_with_the_step_where_gold_was_best():
     rows = [evaluation(0, 0.0), evaluation(4, 1.0), evaluation(8, 0.8)]
     samples = answers(0, scores=[0.0] * 10) + answers(4, scores=[1.0] * 10, gold=[1.0] * 10)
     samples += answers(8, scores=[1.5] * 10, gold=FALLEN)
-    sign = verdicts(rows, samples)["parted:gold/rating"]
-    assert sign.state is CheckState.wrong
+    found = results(rows, samples)["parted:gold/rating"]
+    assert found.state is CheckState.wrong
     for text in ("From step 4 to step 8", "rose by 0.5", "fell by 0.2 [0.14, 0.26] over 10 prompts", "KL of 8"):
-        assert text in sign.text, sign.text
+        assert text in found.text, found.text
 
 
 def test_a_policy_that_stays_what_it_is_is_rarely_called_hacking_however_often_it_is_evaluated():
@@ -205,35 +205,35 @@ def test_both_down_or_a_fall_within_the_noise_is_not_hacking():
         ([{"step": 1, "critic/skipped_steps": 2.0}], "not_finite"),
     ],
 )
-def test_numbers_that_run_away_are_said(rows, name):
+def test_numbers_that_run_away_are_reported(rows, name):
     assert names(rows) == [name]
 
 
-def test_steps_that_find_the_loss_scale_of_fp16_are_no_sign():
+def test_steps_that_find_the_loss_scale_of_fp16_are_no_problem():
     search = {"train/grad_norm": None, "train/skipped_steps": 1.0, "train/scale_search_steps": 1.0}
     assert names([{"step": 1, **search}, {"step": 2, "train/grad_norm": 1.0, "train/scale_search_steps": 0.0}]) == []
     assert names([{"step": 1, **search, "train/loss": None}]) == ["not_finite"]
     update = {"actor/grad_norm": None, "actor/skipped_steps": 3.0, "actor/scale_search_steps": 2.0}
-    assert verdicts([{"step": 1, **update}])["not_finite"].text.split()[0] == "1"
+    assert results([{"step": 1, **update}])["not_finite"].text.split()[0] == "1"
 
 
-def test_the_first_number_that_was_none_and_all_skipped_steps_are_said():
+def test_the_first_number_that_was_none_and_all_skipped_steps_are_reported():
     rows = [{"step": 1, "actor/loss": None}, {"step": 2, "actor/skipped_steps": 2.0}, {"step": 3, "critic/loss": 1.0}]
-    found = verdicts([*rows, {"step": 4, "actor/skipped_steps": 1.0, "critic/loss": math.nan}, rows[2]])["not_finite"]
+    found = results([*rows, {"step": 4, "actor/skipped_steps": 1.0, "critic/loss": math.nan}, rows[2]])["not_finite"]
     assert found.text.startswith("actor/loss was not finite at step 1; 3 optimizer steps were skipped")
     assert (found.first, found.last, found.holds) == (1, 4, False)
 
 
-def test_reward_for_length_is_said():
+def test_reward_for_length_is_reported():
     lengths = list(range(1, 11))
     assert length_correlation(answers(0, scores=[2.0 * n for n in lengths], lengths=lengths)) == pytest.approx(1.0)
     assert length_correlation(answers(0, scores=[1.0] * 10, lengths=lengths)) is None
     assert names(*evaluated(answers(0, scores=[2.0 * n for n in lengths], lengths=lengths))) == ["length"]
-    equal = verdicts(*evaluated(answers(0, scores=[1.0] * 10, lengths=lengths)))["length"]
+    equal = results(*evaluated(answers(0, scores=[1.0] * 10, lengths=lengths)))["length"]
     assert equal.state is CheckState.unchecked
 
 
-def test_answers_that_fall_apart_are_said():
+def test_answers_that_fall_apart_are_reported():
     first = answers(0, scores=SCORES)
     same = answers(5, scores=SCORES, texts=["so good"] * 3 + TEXTS[3:])
     assert repeated_share(same) == 0.3
@@ -242,11 +242,11 @@ def test_answers_that_fall_apart_are_said():
     assert degenerate_share(stuck) == 0.3
     assert names(*evaluated(first, stuck)) == ["degenerate"]
     assert names(*evaluated(first, answers(5, scores=SCORES, ended=False))) == ["endless"]
-    recovered = verdicts(*evaluated(first, same, answers(9, scores=SCORES)))["repeats"]
+    recovered = results(*evaluated(first, same, answers(9, scores=SCORES)))["repeats"]
     assert (recovered.first, recovered.holds) == (5, False)
 
 
-def test_answers_that_were_like_that_from_the_start_are_not_a_sign():
+def test_answers_that_were_like_that_from_the_start_are_not_a_problem():
     stuck = ["so good"] * 10
     assert names(*evaluated(*(answers(step, scores=SCORES, texts=stuck) for step in (0, 5)))) == []
 
@@ -255,4 +255,4 @@ def test_answers_that_were_like_that_from_the_start_are_not_a_sign():
 def test_a_policy_without_a_critic_is_watched_like_one_of_ppo(stage):
     rows = [{"step": 1, "objective/kl_per_token": 1.2}]
     assert names(rows, stage=stage) == names(rows) == ["kl"]
-    assert verdicts(rows, stage=stage).keys() == verdicts(rows).keys()
+    assert results(rows, stage=stage).keys() == results(rows).keys()

@@ -1,6 +1,6 @@
 """One HTML file that shows a run: it needs no network and no server, and only its own script can run in it.
 
-Whatever a model or a data set says is escaped by the template, and control characters are made visible.
+Text of models and data sets is escaped by the template, and control characters are made visible.
 """
 
 from __future__ import annotations
@@ -226,8 +226,8 @@ def _compared(row: Row) -> dict[str, Any]:
     sides = {side: row[side] for side in ("model", "baseline") if isinstance(row.get(side), dict)}
     return {
         "prompt": row.get("prompt", ""),
-        "answers": {side: said.get("response", "") for side, said in sides.items()},
-        "numbers": {side: _formatted(said) for side, said in sides.items()},
+        "answers": {side: answer.get("response", "") for side, answer in sides.items()},
+        "numbers": {side: _formatted(answer) for side, answer in sides.items()},
         "preferences": _formatted(row.get("preferences")),
     }
 
