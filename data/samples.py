@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -143,3 +145,11 @@ def prompts(
         build=lambda row, sequences: [Prompt(sequences[0].input_ids, readable_prompt(row))],
     )
     return assemble(kind, data, only_held_out=held_out is not None)
+
+
+READERS: dict[str, Callable[..., Splits[Any]]] = {
+    "demonstrations": demonstrations,
+    "preferences": preferences,
+    "prompts": prompts,
+}
+"""The readers of a stage's data, by `TrainingConfig.rows`."""

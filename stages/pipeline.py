@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from rlhf.config.run_config import RunConfig
@@ -17,21 +19,15 @@ from rlhf.runtime.dist import World, broadcast_object, start, stop
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.provenance import record_start
-from stages.chat import check_chat, run_chat
-from stages.eval import run_eval
 from stages.lifecycle.signals import Stopped
 from stages.lifecycle.stage_record import check_shared, is_finished, lock_folder
 from stages.lifecycle.summary import show_results, where_it_stands, write_report
-from stages.ppo import run_ppo
-from stages.reward import run_reward
 from stages.setup.command_line import one_sentence
 from stages.setup.compatibility import check_made
 from stages.setup.compose import from_yaml, load_run, save_run, to_yaml
 from stages.setup.deepspeed_settings import with_deepspeed
 from stages.setup.preflight import preflight
-from stages.sft import run_sft
 
-STAGES = {"sft": run_sft, "reward": run_reward, "ppo": run_ppo, "eval": run_eval}
 WORKER = "--worker"
 
 
@@ -54,12 +50,16 @@ def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
             show_plan(run, world, ranks=ranks)
             return
         if run.chat is not None:
+            from stages.chat import check_chat
+
             check_chat(run, ranks=world.size)
     with one_sentence(RunError, folder=run.output_dir):
         # Chat alone writes nothing and takes no lock, so it works while a run is going on in the folder.
         if run.stages or run.uses != ["chat"]:
             run_unfinished(run, world=world, ranks=ranks, script=script)
     if run.chat is not None:
+        from stages.chat import run_chat
+
         with one_sentence(folder=run.output_dir):
             run_chat(run)
 
@@ -105,7 +105,7 @@ def stages_to_run(run: RunConfig, ranks: int) -> list[str]:
     todo = preflight(run, ranks=ranks)
     if todo:
         check_memory(run, todo, ranks=ranks)
-    return [*todo, *(use for use in run.uses if use in STAGES)]
+    return [*todo, *(use for use in run.uses if use != "chat")]
 
 
 def start_rank(run: RunConfig) -> World:
@@ -131,10 +131,16 @@ def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     stop()
 
 
+def story_of(stage: str) -> Callable[[RunConfig, World], object]:
+    """The function that runs a stage, such as `run_sft` of `stages/sft.py`; other stages are not imported."""
+    story: Callable[[RunConfig, World], object] = getattr(import_module(f"stages.{stage}"), f"run_{stage}")
+    return story
+
+
 def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
     """Run one stage, and write its report even if it failed."""
     try:
-        STAGES[stage](run, world)
+        story_of(stage)(run, world)
     except Exception:
         report_stage(run, stage, world=world)
         raise

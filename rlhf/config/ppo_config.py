@@ -85,6 +85,7 @@ class PPOConfig(TrainingConfig):
 
     batch_setting = "minibatch_size"
     micro_batch_settings = ("micro_batch_size", "rollout_micro_batch_size")
+    rows = "prompts"
     best_metric = BestMetric("eval/score", 1)
 
     actor: str = "${output_dir}/sft/model"

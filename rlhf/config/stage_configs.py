@@ -59,6 +59,8 @@ class TrainingConfig(StageConfig):
     """Name of the setting that holds the sequences of one optimizer step, over all ranks."""
     micro_batch_settings: ClassVar[tuple[str, ...]] = ("micro_batch_size",)
     """Names of the settings that trade memory for speed and leave results alone."""
+    rows: ClassVar[str]
+    """What it learns from: a key of `READERS` in `data/samples.py`."""
     row_unit: ClassVar[str] = "sequences"
     """What batch sizes count."""
     best_metric: ClassVar[BestMetric]
@@ -126,6 +128,7 @@ class SupervisedConfig(TrainingConfig):
 class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on demonstrations."""
 
+    rows = "demonstrations"
     best_metric = BestMetric("eval/loss", -1)
 
     init_from: str = "${model.path}"
@@ -138,6 +141,7 @@ class SFTConfig(SupervisedConfig):
 class RewardConfig(SupervisedConfig):
     """Reward modelling on preferences."""
 
+    rows = "preferences"
     row_unit = "pairs"
     best_metric = BestMetric("eval/accuracy", 1)
 

@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -16,25 +17,20 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from rlhf.config.eval_config import ChatConfig, EvalConfig
-from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import policy_folder
 from rlhf.config.run_config import STAGES, USES, RunConfig
-from rlhf.config.stage_configs import RewardConfig, SFTConfig
 from rlhf.runtime.atomic_files import write_text
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
 
 
-@dataclasses.dataclass(kw_only=True)
-class Schema(RunConfig):
-    """`RunConfig` during composition: it has every stage, `selected` or not."""
-
-    sft: SFTConfig | None = MISSING
-    reward: RewardConfig | None = MISSING
-    ppo: PPOConfig | None = MISSING
-    eval: EvalConfig | None = MISSING
-    chat: ChatConfig | None = MISSING
+Schema = dataclasses.make_dataclass(
+    "Schema",
+    [(stage, get_type_hints(RunConfig)[stage], MISSING) for stage in (*STAGES, *USES)],
+    bases=(RunConfig,),
+    kw_only=True,
+)
+"""`RunConfig` during composition: it has every stage, `selected` or not."""
 
 
 def register_schema() -> None:

@@ -6,12 +6,9 @@ See also: `rlhf/memory_plan/`, which checks afterwards whether the run fits into
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-from data.assemble import Splits
-from data.samples import demonstrations, preferences, prompts
+from data.samples import READERS
 from rlhf.config.bounds import accumulation, divisible
 from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.ppo_config import PPOConfig
@@ -31,7 +28,6 @@ from stages.setup.eval_checks import check_evaluation
 
 log = logging.getLogger(__name__)
 
-_READERS: dict[str, Callable[..., Splits[Any]]] = {"sft": demonstrations, "reward": preferences, "ppo": prompts}
 _FEW_PAIRS = 30
 
 
@@ -175,7 +171,7 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
     for stage in stages:
         config, first = run.training_config(stage), roles_of(run, stage)[0]
         tokenizer = stage_tokenizer(run, origin_of(run, first, todo=stages))
-        splits = _READERS[stage](run.data, config, tokenizer=tokenizer)
+        splits = READERS[config.rows](run.data, config, tokenizer=tokenizer)
         if splits.note:
             log.warning("%s", splits.note)
         check_resume(Path(run.folder(stage)), data=splits.fingerprint)
