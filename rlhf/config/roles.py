@@ -7,7 +7,7 @@ checks that the models can be used.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
@@ -29,18 +29,19 @@ class ModelKind(StrEnum):
     scalar_head = "scalar_head"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Role:
     """One model of a stage: where it starts, what it is, and which settings are its own."""
 
     stage: str
     name: str
     """What the stage calls it, such as "critic"; a model that is trained is exported under this name."""
+    _: KW_ONLY
     path: str
     """Folder or hub id that it starts from; empty where this run needs no model of its own for the role."""
-    path_setting: str
-    """Last part of the setting that names it: for a critic that starts as the reward model, "reward"."""
     kind: ModelKind
+    path_setting: str = ""
+    """Last part of the setting that gives `path`, if it is not `name`: "reward" for a critic made from that model."""
     engine: str = "engine"
     """Last part of the setting with its engine."""
     optimizer: str | None = None
@@ -58,8 +59,8 @@ class Role:
 
     @property
     def setting(self) -> str:
-        """Dotted name of the setting that names the model."""
-        return f"{self.stage}.{self.path_setting}"
+        """Dotted name of the setting that gives its path."""
+        return f"{self.stage}.{self.path_setting or self.name}"
 
     @property
     def is_trained(self) -> bool:
@@ -99,94 +100,65 @@ def _sft(run: RunConfig) -> list[Role]:
 
 
 def _reward(run: RunConfig) -> list[Role]:
-    config = run.reward
+    config, kind = run.reward, ModelKind.scalar_head
     assert config is not None
-    kind, layers = ModelKind.scalar_head, config.num_layers
-    return [_supervised("reward", config, start=config.init_from, kind=kind, num_layers=layers)]
+    return [_supervised("reward", config, start=config.init_from, kind=kind, num_layers=config.num_layers)]
 
 
 def _supervised(stage: str, config: SupervisedConfig, *, start: str, kind: ModelKind, num_layers: int = 0) -> Role:
-    return Role(
-        stage=stage,
-        name="model",
-        path=start,
-        path_setting="init_from",
-        kind=kind,
-        optimizer="optimizer",
-        num_layers=num_layers,
-        dropout=config.dropout,
-    )
+    role = Role(stage, "model", path=start, path_setting="init_from", kind=kind, optimizer="optimizer")
+    return replace(role, num_layers=num_layers, dropout=config.dropout)
 
 
 def _ppo(run: RunConfig) -> list[Role]:
     config = run.ppo
     assert config is not None
+    causal_lm, scalar_head = ModelKind.causal_lm, ModelKind.scalar_head
     has_critic = config.advantage is AdvantageKind.gae
-    return [
-        Role(
-            stage="ppo",
-            name="actor",
-            path=config.actor,
-            path_setting="actor",
-            kind=ModelKind.causal_lm,
-            optimizer="actor_optimizer",
-            generates=True,
-        ),
-        Role(
-            stage="ppo",
-            name="reference",
-            path=config.reference_model or "",  # with LoRA, the actor without its adapters
-            path_setting="reference" if config.reference else "actor",
-            kind=ModelKind.causal_lm,
-            engine="reference_engine",
-        ),
-        Role(
-            stage="ppo",
-            name="reward",
-            path=config.reward,
-            path_setting="reward",
-            kind=ModelKind.scalar_head,
-            engine="reward_engine",
-            gives_scores=True,
-        ),
-        Role(
-            stage="ppo",
-            name="critic",
-            path=(config.critic or config.reward) if has_critic else "",
-            path_setting="critic" if config.critic else "reward",
-            kind=ModelKind.scalar_head,
-            engine="critic_engine",
-            optimizer="critic_optimizer",
-        ),
-    ]
+    actor = Role("ppo", "actor", path=config.actor, kind=causal_lm, optimizer="actor_optimizer", generates=True)
+    reference = Role(
+        "ppo",
+        "reference",
+        path=config.reference_model or "",  # with LoRA, the actor without its adapters
+        path_setting="" if config.reference else "actor",
+        kind=causal_lm,
+        engine="reference_engine",
+    )
+    reward = Role("ppo", "reward", path=config.reward, kind=scalar_head, engine="reward_engine", gives_scores=True)
+    critic = Role(
+        "ppo",
+        "critic",
+        path=(config.critic or config.reward) if has_critic else "",
+        path_setting="" if config.critic else "reward",
+        kind=scalar_head,
+        engine="critic_engine",
+        optimizer="critic_optimizer",
+    )
+    return [actor, reference, reward, critic]
 
 
 def _eval(run: RunConfig) -> list[Role]:
-    config = run.eval
+    config, causal_lm = run.eval, ModelKind.causal_lm
     assert config is not None
-    paths = {"model": config.model, "baseline": config.baseline, "reference": config.reference, "reward": config.reward}
     return [
+        Role("eval", "model", path=config.model or "", kind=causal_lm, generates=True),
+        Role("eval", "baseline", path=config.baseline or "", kind=causal_lm, generates=True, optional=True),
+        Role("eval", "reference", path=config.reference or "", kind=causal_lm, optional=True),
         Role(
-            stage="eval",
-            name=name,
-            path=path or "",
-            path_setting=name,
-            kind=ModelKind.scalar_head if name == "reward" else ModelKind.causal_lm,
-            gives_scores=name == "reward",
-            generates=name in ("model", "baseline"),
-            optional=name != "model",
-        )
-        for name, path in paths.items()
+            "eval",
+            "reward",
+            path=config.reward or "",
+            kind=ModelKind.scalar_head,
+            gives_scores=True,
+            optional=True,
+        ),
     ]
 
 
 def _chat(run: RunConfig) -> list[Role]:
     assert run.chat is not None
     paths = {"model": run.chat.model or _last_policy(run), "compare_with": run.chat.compare_with}
-    return [
-        Role(stage="chat", name=name, path=path or "", path_setting=name, kind=ModelKind.causal_lm)
-        for name, path in paths.items()
-    ]
+    return [Role("chat", name, path=path or "", kind=ModelKind.causal_lm) for name, path in paths.items()]
 
 
 _ROLES: dict[str, Callable[[RunConfig], list[Role]]] = {
