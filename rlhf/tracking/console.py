@@ -6,7 +6,7 @@ import io
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -32,7 +32,7 @@ def setup_logging(world: World, *, quiet: bool = False) -> None:
     handler = logging.StreamHandler(_AboveTheBar())
     handler.setFormatter(_LineFormat("" if world.is_main else f"[rank {world.rank}] "))
     if not world.is_main:
-        handler.addFilter(_Once())
+        handler.addFilter(_first_of_each())
     root = logging.getLogger()
     for old in [old for old in root.handlers if type(old) is logging.StreamHandler]:
         root.removeHandler(old)
@@ -65,18 +65,16 @@ class _LineFormat(logging.Formatter):
         return "\n".join(map(printable, super().format(record).split("\n")))
 
 
-class _Once(logging.Filter):
-    """Lets each message through once."""
+def _first_of_each() -> Callable[[logging.LogRecord], bool]:
+    """A filter that lets each message through once."""
+    seen: set[str] = set()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._seen: set[str] = set()
+    def is_new(record: logging.LogRecord) -> bool:
+        count = len(seen)
+        seen.add(record.getMessage())
+        return len(seen) > count
 
-    def filter(self, record: logging.LogRecord) -> bool:
-        text = record.getMessage()
-        fresh = text not in self._seen
-        self._seen.add(text)
-        return fresh
+    return is_new
 
 
 def headlines(metrics: Mapping[str, float]) -> dict[str, str]:
