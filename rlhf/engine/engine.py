@@ -117,7 +117,7 @@ class Engine:
             Name and tensor; a parameter with two names (tied embeddings) once, under its first. The tensor may share
             the model's memory.
         """
-        self.flush()
+        self.flush()  # exported weights are those of all steps taken
         optimizer = self._training.optimizer if masters else None
         return self._sharding.full_tensors(partial(optimizer.read_shard, key="weight") if optimizer else None)
 
@@ -213,6 +213,7 @@ def build_engine(
     updater = adam = None
     if optimizer is not None:
         assert total_steps > 0, "the schedule needs to know its length"
+        # After `allocate`, which has replaced the parameters: hooks and stores need the final ones.
         groups = sharding.groups()
         adam = AdamW(groups, config=optimizer, engine=config, world=world, offloaded=sharding.offloaded)
         gradients = Gradients(groups, sharding, world=world, optimizer=adam)

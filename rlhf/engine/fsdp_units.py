@@ -64,7 +64,7 @@ def find_units(spec: ModelSpec, *, config: EngineConfig) -> list[FSDPUnit]:
     # The root comes first, so that every other unit takes its own parameters from it.
     unit_of = {id(parameter): unit for unit in units for part in unit.modules for parameter in part.parameters()}
     for name, parameter in spec.module.named_parameters():
-        unit = unit_of[id(parameter)]
+        unit = unit_of[id(parameter)]  # by id: a tied parameter is listed once, under its first name
         unit.names.append(name)
         unit.numel += 0 if name in persistent else parameter.numel()
     return units
@@ -108,6 +108,7 @@ def _following(units: list[FSDPUnit], config: EngineConfig) -> list[FSDPUnit]:
     prefetched, live = 0, units[0].numel
     for unit in units[1:]:
         live += unit.numel
+        # Sizes are those of whole units, so all ranks prefetch the same ones and their all-gathers match.
         if prefetched >= config.prefetch_bucket_size or live > config.max_live_parameters:
             break
         prefetched += unit.numel

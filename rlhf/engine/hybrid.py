@@ -39,6 +39,7 @@ def evaluating(module: nn.Module, sharding: Sharding) -> Iterator[nn.Module]:
 
     Forwards inside gather as the stage says: every rank must make the same number of them.
     """
+    # Per module, because a part may be in eval mode while the rest trains.
     modes = [(part, part.training) for part in module.modules()]
     module.eval()
     try:

@@ -89,7 +89,7 @@ class LossScale:
 
     def update(self, *, overflow: bool) -> None:
         """Count a step and set the factor of the next; on all ranks alike, since all agree on `overflow`."""
-        tried, could_fall, was_searching = self.value, self.can_fall, self.is_searching
+        tried, could_fall, was_searching = self.value, self.can_fall, self.is_searching  # as they were in the step
         if self._adapts:
             self._shrink() if overflow else self._grow()
         self._steps += 1
@@ -109,11 +109,13 @@ class LossScale:
         if self._patience > 1:
             self._patience -= 1  # tolerate this one: one batch may be an outlier
         else:
+            # Patience is restored in `_grow` alone: until then every overflow halves the factor.
             self.value = max(self.value / _FACTOR, self._minimum)
 
     def _grow(self) -> None:
         good_before = self._steps - self._last_overflow - 1  # good steps in a row, this one not counted
         is_due = good_before > 0 and good_before % self._window == 0
+        # Counted from the last time that the factor doubled, after which it has to prove itself again.
         self._has_settled |= good_before % self._window >= _SETTLED
         if is_due or self._consecutive:
             self._patience = self._hysteresis

@@ -160,6 +160,7 @@ def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in root.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            # By module, not by dotted name: `register_parameter` needs the owner.
             owners[id(parameter)].append((module, key))
     return owners
 
@@ -167,4 +168,4 @@ def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
 def _move_buffers(root: nn.Module, device: torch.device) -> None:
     for module in root.modules():
         for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            setattr(module, key, buffer.to(device))
+            setattr(module, key, buffer.to(device))  # never sharded, so every rank needs all of it

@@ -58,42 +58,47 @@ class ShardWriter:
     A disk's failure is kept in `error` and never raised here: all ranks decide together whether a checkpoint counts.
     """
 
-    def __init__(self, path: Path, tensors: Iterable[CheckpointTensor]) -> None:
-        """Create the file; every one of `tensors` must then be given to `write` or `stage`."""
-        self.checksums: dict[str, list[int]] = {}
+    def __init__(self, folder: Path, tensors: Iterable[CheckpointTensor], *, rank: int) -> None:
+        """Create the file of `rank`; every one of `tensors` must then be given to `write` or `stage`."""
+        self.entries: dict[str, ShardEntry] = {}
+        """What was written; complete after `wait`."""
         self.error = ""
-        self._path = path
-        self._staged: deque[tuple[str, Tensor]] = deque()  # handed to the thread by `begin`
+        self._rank, self._path = rank, folder / file_of(rank)
+        self._staged: deque[tuple[CheckpointTensor, Tensor]] = deque()  # left to the thread once `begin` was called
         self._thread: Thread | None = None
         self._cancelled = Event()
         self._file: SafetensorsFile | None = None
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            entries = [Entry(tensor.key, torch.Size(tensor.box.sizes), tensor.dtype) for tensor in tensors]
-            self._file = SafetensorsFile(path, entries)
+            folder.mkdir(parents=True, exist_ok=True)
+            # The header comes first in the file; names, shapes and types suffice for it, so no tensor is read yet.
+            header = [Entry(tensor.key, torch.Size(tensor.box.sizes), tensor.dtype) for tensor in tensors]
+            self._file = SafetensorsFile(self._path, header)
         except OSError as error:
             self._fail(error)
 
-    def start_of(self, key: str) -> int:
-        """Where the bytes of a shard begin in the file."""
-        return 0 if self._file is None else self._file.offset_of(key)
-
-    def write(self, key: str, shard: Tensor) -> None:
+    def write(self, tensor: CheckpointTensor, shard: Tensor) -> None:
         """Write a shard before returning."""
         if self._file is None or self.error or self._cancelled.is_set():
             return
         shard = shard.detach().cpu().contiguous()  # from a device: a wait for it
         data: memoryview = shard.reshape(-1).view(torch.uint8).numpy().data
-        self.checksums[key] = [zlib.crc32(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)]
+        self.entries[tensor.key] = {
+            "rank": self._rank,
+            "offsets": list(tensor.box.offsets),
+            "sizes": list(tensor.box.sizes),
+            "start": self._file.offset_of(tensor.key),
+            # Of the bytes in memory, so that a disk that stores others is found out.
+            "checksums": [zlib.crc32(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)],
+        }
         try:
-            self._file.write(key, shard)
+            self._file.write(tensor.key, shard)
         except OSError as error:
             self._fail(error)
 
-    def stage(self, key: str, shard: Tensor) -> None:
+    def stage(self, tensor: CheckpointTensor, shard: Tensor) -> None:
         """Copy a shard to host memory before returning; the thread writes the copy."""
         # A blocking copy: once it returns, training may change the original.
-        self._staged.append((key, shard.detach().to("cpu", copy=True)))
+        self._staged.append((tensor, shard.detach().to("cpu", copy=True)))
 
     def begin(self, *, asynchronous: bool) -> None:
         """Write what was staged and sync the file to the disk, in a thread or before returning."""
@@ -168,7 +173,7 @@ def _read_bytes(folder: Path, entry: ShardEntry, *, begin: int, end: int, nbytes
     try:
         with path.open("rb") as file:
             file.seek(entry["start"] + first * BLOCK)
-            for number in range(first, -(-end // BLOCK)):
+            for number in range(first, -(-end // BLOCK)):  # whole blocks, because only those have checksums
                 size = min(BLOCK, nbytes - number * BLOCK)
                 block = file.read(size)
                 _require_intact(path, block, size=size, number=number, entry=entry)
@@ -208,10 +213,11 @@ def require_files(folder: Path, tensors: dict[str, TensorEntry]) -> None:
 
 def write_index(folder: Path, content: dict[str, Any]) -> None:
     """Write `checkpoint.json` and sync it and the folder's entries to the disk."""
+    # The shards' checksums are in here, so this one covers the whole checkpoint.
     text = json.dumps({"format": _FORMAT, "crc32": _digest(content), "content": content})
     with (folder / INDEX).open("w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
+        file.flush()  # from Python's buffer to the system, which `fsync` then waits for
         os.fsync(file.fileno())
     sync_folder(folder)
 
@@ -224,6 +230,7 @@ def read_index(folder: Path) -> dict[str, Any]:
     """
     path = folder / INDEX
     try:
+        # Python's JSON reads floats exactly as it wrote them, NaN too, so the digest can be computed from the values.
         stored = json.loads(path.read_text(encoding="utf-8"))
         version, content = stored["format"], stored["content"]
         is_whole = stored["crc32"] == _digest(content)

@@ -72,7 +72,7 @@ class _PendingSave:
 
     step: int
     writer: ShardWriter
-    content: dict[str, Any]
+    content: dict[str, Any]  # of `checkpoint.json`; the shards are added when all are written
     spare: set[int]
 
 
@@ -138,29 +138,23 @@ class Checkpoints:
         Raises:
             RunError: a checkpoint could not be written, this one or the one before.
         """
-        self.settle()
+        self.settle()  # one at a time: each holds a copy of the state in host memory
         held = _by_key(tensors)
-        mine = keys_to_write(held, rank=self.world.rank)
-        writer = ShardWriter(self._partial(step) / file_of(self.world.rank), [held[key] for key in mine])
+        mine = [held[key] for key in keys_to_write(held, rank=self.world.rank)]  # a collective
+        writer = ShardWriter(self._partial(step), mine, rank=self.world.rank)
         with _agreed() as outcome:
-            for key in mine:
-                later = self.asynchronous and held[key].in_memory
-                (writer.stage if later else writer.write)(key, held[key].read())
+            for tensor in mine:
+                # A state on disk is written at once: a copy for the thread would need the memory it was offloaded from.
+                later = self.asynchronous and tensor.in_memory
+                (writer.stage if later else writer.write)(tensor, tensor.read())
         if outcome.error:
             raise RunError(f"the checkpoint of step {step} could not be made: {outcome.error}") from outcome.cause
-        writer.begin(asynchronous=self.asynchronous)
-        shards: dict[str, ShardEntry] = {
-            key: {
-                "rank": self.world.rank,
-                "offsets": list(held[key].box.offsets),
-                "sizes": list(held[key].box.sizes),
-                "start": writer.start_of(key),
-                "checksums": [],  # not known before everything is written
-            }
-            for key in mine
+        writer.begin(asynchronous=self.asynchronous)  # from here on the thread owns the writer, until `settle`
+        entries: dict[str, TensorEntry] = {
+            tensor.key: {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "shards": []}
+            for tensor in held.values()
         }
-        random, shards_of_ranks = gather_objects(random_state(self.world.device)), gather_objects(shards)
-        entries = {key: _entry(tensor, shards_of_ranks) for key, tensor in held.items()}
+        random = gather_objects(random_state(self.world.device))  # a collective; now, before training draws more
         content = {"step": step, "state": state, "random": random, "tensors": entries}
         self._pending = _PendingSave(step, writer, content, spare)
         if not self.asynchronous:
@@ -175,12 +169,13 @@ class Checkpoints:
         if self._pending is None:  # on all ranks alike
             return
         pending, self._pending = self._pending, None
-        pending.writer.wait()
-        errors = [error for error in gather_objects(pending.writer.error) if error]
-        checksums = gather_objects(pending.writer.checksums)
+        pending.writer.wait()  # joins the thread: its results may be read
+        # A collective, and the point from which every rank's bytes are on the disk.
+        found = gather_objects((pending.writer.error, pending.writer.entries))
+        errors = [error for error, _ in found if error]
         if self.world.is_main and not errors:
-            errors = self._publish(pending, checksums)
-        errors = broadcast_object(errors)  # also those of the first rank's rename
+            errors = self._publish(pending, [entries for _, entries in found])
+        errors = broadcast_object(errors)  # those of the first rank's rename, too; nobody continues before it
         if errors:
             self._give_up(pending, errors)
 
@@ -195,11 +190,12 @@ class Checkpoints:
         held = _by_key(tensors)
         _require_same(saved, held)
         with _agreed() as outcome:
-            for _, tensor in sorted(held.items()):
+            for tensor in held.values():  # in the order of the files, where the number of ranks is the same
                 if tensor.box.numel:
                     tensor.write(read_shard(tensor, saved.tensors[tensor.key], folder=saved.folder))
         if outcome.error:
             raise _damaged(saved.folder, outcome.error) from outcome.cause
+        # Last, so that nothing draws before training continues.
         random = saved.content["random"]
         set_random_state(random[self.world.rank if self.world.rank < len(random) else 0], self.world.device)
 
@@ -216,13 +212,13 @@ class Checkpoints:
         if self._pending is not None:
             self._pending.writer.cancel()
 
-    def _publish(self, pending: _PendingSave, checksums: list[dict[str, list[int]]]) -> list[str]:
-        """On the first rank: the rename that makes the checkpoint count; returns what went wrong."""
+    def _publish(self, pending: _PendingSave, entries_of_ranks: list[dict[str, ShardEntry]]) -> list[str]:
+        """On the first rank: rename the folder, which makes the checkpoint count; returns what went wrong."""
         folder, final = self._partial(pending.step), folder_of(self.folder, pending.step)
-        for key, entry in pending.content["tensors"].items():
-            for shard in entry["shards"]:
-                shard["checksums"] = checksums[shard["rank"]][key]
-        missing = [name for name in map(file_of, range(len(checksums))) if not (folder / name).exists()]
+        for entries in entries_of_ranks:
+            for key, entry in entries.items():
+                pending.content["tensors"][key]["shards"].append(entry)
+        missing = [name for name in map(file_of, range(len(entries_of_ranks))) if not (folder / name).exists()]
         if missing:
             return [f"{folder}: {', '.join(missing)} are on other machines; output_dir must be shared by all of them"]
         try:
@@ -235,7 +231,7 @@ class Checkpoints:
         return []
 
     def _give_up(self, pending: _PendingSave, errors: list[str]) -> None:
-        if self.world.is_main:
+        if self.world.is_main:  # no rank writes any more: `settle` has waited for all of them
             shutil.rmtree(self._partial(pending.step), ignore_errors=True)
         older = broadcast_object(max(steps_in(self.folder), default=-1))
         rest = f"{folder_of(self.folder, older)} is as it was: the same command goes on from it" if older >= 0 else ""
@@ -249,7 +245,7 @@ class Checkpoints:
             complete = folder_of(self.folder, step)
             going = complete.with_suffix(".removed")  # one that is half removed must not look complete
             complete.rename(going)
-            shutil.rmtree(going)
+            shutil.rmtree(going)  # may be cut short by a kill; `tidy` removes the rest
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.partial"
@@ -272,6 +268,7 @@ def open_checkpoint(folder: Path, step: int) -> SavedCheckpoint:
 
 def steps_in(folder: Path) -> list[int]:
     """Steps of the complete checkpoints in a folder, the oldest first."""
+    # By name alone: a folder gets this name when it is complete, and loses it before anything in it is removed.
     names = [_NAME.fullmatch(path.name) for path in folder.iterdir()] if folder.exists() else []
     return sorted(int(name[1]) for name in names if name)
 
@@ -291,11 +288,6 @@ def _damaged(folder: Path, reason: object) -> ValueError:
 def _by_key(tensors: Iterable[CheckpointTensor]) -> dict[str, CheckpointTensor]:
     """Those that have any elements, on whichever rank."""
     return {tensor.key: tensor for tensor in tensors if 0 not in tensor.shape}
-
-
-def _entry(tensor: CheckpointTensor, shards_of_ranks: list[dict[str, ShardEntry]]) -> TensorEntry:
-    shards = [shards[tensor.key] for shards in shards_of_ranks if tensor.key in shards]
-    return {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "shards": shards}
 
 
 def _require_same(saved: SavedCheckpoint, held: dict[str, CheckpointTensor]) -> None:
@@ -318,6 +310,7 @@ def _require_same(saved: SavedCheckpoint, held: dict[str, CheckpointTensor]) -> 
 
 
 def _free_bytes(folder: Path) -> int:
+    # The folder itself is made by the first save.
     existing = next(path for path in (folder, *folder.parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -335,7 +328,7 @@ def _agreed() -> Iterator[_Outcome]:
     outcome = _Outcome()
     try:
         yield outcome
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a RunError, or one of CUDA's
         outcome.error, outcome.cause = str(error) or type(error).__name__, error
     # A collective, which every rank reaches: one that raised before it would leave the others waiting.
     outcome.error = next(filter(None, gather_objects(outcome.error)), "")

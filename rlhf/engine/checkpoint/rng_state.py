@@ -1,4 +1,4 @@
-"""The random numbers that come next, of every generator that a stage might draw from, as plain JSON.
+"""Saves and restores, as plain JSON, every random generator that a stage might draw from.
 
 Left out: generators made from a seed where they are used (sampling, shuffling, new weights), which need no state.
 """
@@ -15,17 +15,17 @@ from torch import Tensor
 
 
 def seed_random_numbers(seed: int, *, rank: int) -> None:
-    """Begin the random numbers of a stage: they follow from its seed and rank, not from what the process did before.
+    """Seed the random numbers of a stage, so that they do not depend on what the process did before.
 
     Only torch's are drawn from (dropout), on the device too.
     """
-    torch.manual_seed(seed * 1_000_003 + rank)
+    torch.manual_seed(seed * 1_000_003 + rank)  # also CUDA's; another number for every pair of seed and rank
 
 
 def random_state(device: torch.device) -> dict[str, Any]:
-    """The state of python's, numpy's and torch's generators, and on CUDA of this rank's device."""
+    """The states of Python's, NumPy's and torch's generators, and on CUDA that of this rank's device."""
     version, numbers, gauss = random.getstate()
-    twister = np.random.get_state(legacy=False)
+    twister = np.random.get_state(legacy=False)  # a dictionary, with an array inside
     assert isinstance(twister, dict)
     state: dict[str, Any] = {
         "python": [version, list(numbers), gauss],
@@ -38,8 +38,9 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any], device: torch.device) -> None:
-    """Go on with the numbers that follow `random_state`; a state from a CPU leaves CUDA's generator as it is."""
+    """Continue with the numbers after `random_state`; a state from a CPU does not change CUDA's generator."""
     version, numbers, gauss = state["python"]
+    # JSON has made lists of the tuples, which `setstate` does not take.
     random.setstate((version, tuple(numbers), gauss))
     twister = state["numpy"]["state"]
     key = np.array(twister["key"], dtype=np.uint32)
@@ -54,4 +55,5 @@ def _text(state: Tensor) -> str:
 
 
 def _tensor(text: str) -> Tensor:
+    # A bytearray, because torch warns about memory that it may not write to.
     return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

@@ -38,7 +38,7 @@ class Box(NamedTuple):
 
     def overlap(self, other: Box) -> Box | None:
         """The elements that both boxes share; None where there are none."""
-        starts = tuple(map(max, self.offsets, other.offsets))
+        starts = tuple(map(max, self.offsets, other.offsets))  # a box of no dimensions overlaps every other one
         stops = (min(a + n, b + m) for a, n, b, m in zip(*self, *other, strict=True))
         sizes = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
         return Box(starts, sizes) if all(size > 0 for size in sizes) else None
@@ -89,6 +89,7 @@ def optimizer_tensors(optimizer: AdamW) -> list[CheckpointTensor]:
             box=_local_box(parameters[name]),
             dtype=torch.float32,
             in_memory=optimizer.in_memory(name),
+            # Looked up when it is written: a state on disk is read then, one tensor at a time.
             read=partial(optimizer.read_shard, name, part),
             write=partial(optimizer.write_shard, name, key=part),
         )
@@ -101,6 +102,7 @@ def keys_to_write(tensors: Mapping[str, CheckpointTensor], *, rank: int) -> list
 
     A shard that several ranks hold is written by one of them, the one with the least to write.
     """
+    # Empty shards are not written: with more ranks than rows, the last ranks have none.
     mine = {key: tuple(tensor.box) for key, tensor in tensors.items() if tensor.box.numel}
     held = gather_objects(mine)  # a collective; from here on every rank computes the same
     holders: dict[tuple[str, tuple[Shape, ...]], list[int]] = defaultdict(list)
@@ -111,7 +113,7 @@ def keys_to_write(tensors: Mapping[str, CheckpointTensor], *, rank: int) -> list
     chosen = set()
     # Shards of a single rank come first, because they leave no choice.
     for (key, box), ranks in sorted(holders.items(), key=lambda item: len(item[1])):
-        writer = min(ranks, key=elements.__getitem__)
+        writer = min(ranks, key=elements.__getitem__)  # the lowest rank of several: the same on all ranks
         elements[writer] += Box(*box).numel
         if writer == rank:
             chosen.add(key)
@@ -120,7 +122,7 @@ def keys_to_write(tensors: Mapping[str, CheckpointTensor], *, rank: int) -> list
 
 def _local_box(parameter: Tensor) -> Box:
     """The shard that this rank holds of `parameter`, and of its master weights and moments."""
-    rows = local_rows(parameter)
+    rows = local_rows(parameter)  # FSDP2 shards dimension 0 only
     shape = tuple(parameter.shape)
     if not shape:
         return Box((), ())
