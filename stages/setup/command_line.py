@@ -45,9 +45,8 @@ _RENAMED = {
     "no_end_kind": "missing_eos_mode",
     "against": "baseline",
     "beside": "compare_with",
-    "histograms_every": "",
 }
-"""Earlier names of settings and their present ones; empty for a setting that was removed."""
+"""Earlier names of settings and their present ones."""
 
 
 @contextmanager
@@ -212,9 +211,10 @@ def _explain(error: Exception, words: list[str]) -> str:
         return f"{key}: expected a value, found null."
     if "not in" not in text:
         return f"{key}: {text}" if key else text
+    if key == "tracking.histograms_every":
+        return f"{key}: histograms of gradients and weights are no longer recorded; remove the setting (*/grad_norm stays)."
     if (last := key.split(".")[-1]) in _RENAMED:
-        new = f"is now called {key.removesuffix(last)}{_RENAMED[last]}" if _RENAMED[last] else "was removed"
-        return f"{key}: this setting {new}."
+        return f"{key}: this setting is now called {key.removesuffix(last)}{_RENAMED[last]}."
     same_end = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]]
     same_end.sort(key=lambda known: known.split(".")[0] != key.split(".")[0])
     near = same_end[:3] or difflib.get_close_matches(key, known_keys(), n=3, cutoff=0.5)
