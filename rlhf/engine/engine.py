@@ -133,12 +133,12 @@ class Engine:
         self._sharding.close()
 
     def checkpoint_tensors(self) -> list[CheckpointTensor]:
-        """The tensors of a checkpoint, by name; `counters` are the rest of it."""
+        """The tensors of a checkpoint, by name; `counters` is its other part."""
         self._sharding.release()  # names shards: gathered parameters would count as whole ones
         return optimizer_tensors(self._training.optimizer)
 
     def counters(self) -> dict[str, Any]:
-        """The rest of a checkpoint, as JSON."""
+        """All state of a checkpoint that is not a tensor, as JSON."""
         return self._training.counters() | {"updates": self._training.optimizer.steps()}
 
     def load_counters(self, counters: dict[str, Any]) -> None:

@@ -102,12 +102,7 @@ class Sharding:
     def full_tensors(self, masters: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter whole and on the CPU, one at a time; all ranks must iterate to the end.
 
-        Args:
-            masters: returns this rank's fp32 shard of a trainable parameter, to be used instead of the working weights.
-
-        Yields:
-            Name and tensor; a parameter with two names (tied embeddings) once, under its first. The tensor may share
-            the model's memory.
+        See `Engine.full_tensors`; `masters` returns this rank's fp32 shard of a trainable parameter.
         """
         self.release()  # parameters are looked up below: while gathered, they are not DTensors
         for name, parameter in list(self.module.named_parameters()):

@@ -190,7 +190,7 @@ def gather_objects(item: T) -> list[T]:
 def broadcast_object(item: T) -> T:
     """Rank 0's `item`, on every rank: plain values and CPU tensors, no classes."""
     is_sender = not dist.is_initialized() or dist.get_rank() == 0
-    # What is sent is small, so a gather, in which the others have nothing to say, does as well as a broadcast.
+    # What is sent is small, so a gather, in which the others send None, does as well as a broadcast.
     sent: list[Any] = gather_objects(item if is_sender else None)
     received: T = sent[0]
     return received

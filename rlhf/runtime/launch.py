@@ -31,7 +31,7 @@ _CAUSES: dict[int, str] = {
     signal.SIGKILL: "often out of memory",
     signal.SIGBUS: "often a full /dev/shm or disk",
     signal.SIGSEGV: "a crash in compiled code",
-    signal.SIGABRT: "given up by compiled code, which says above why",
+    signal.SIGABRT: "aborted by compiled code, whose message is above",
     signal.SIGILL: "an instruction that this processor does not have",
 }
 
@@ -116,7 +116,7 @@ def _failure(statuses: list[int | None]) -> str:
         return ""
     rank = min(failed, key=lambda rank: failed[rank])  # signals have negative numbers
     if failed[rank] > 0:
-        return f"rank {rank} has failed, and says above why"
+        return f"rank {rank} has failed: its own error is above"
     number = -failed[rank]
     name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
     return f"rank {rank} was killed ({', '.join(filter(None, (name, _CAUSES.get(number))))})"

@@ -34,7 +34,7 @@ FULL = ("zero0", "zero1", "zero3", "zero1 nvme")
 
 
 def engine(world, root, settings):
-    """A trainable engine on the tiny model; what rests on a disk is below `root`."""
+    """A trainable engine on the tiny model; what is offloaded to a disk is below `root`."""
     return tiny.engine(world, **settings, nvme_path=f"{root}/nvme", buffer_size=8192)
 
 

@@ -100,16 +100,20 @@ def test_the_search_for_a_scale_uses_no_warm_up_and_is_said_to_be_normal(caplog)
     rates = [result.lr for result in results if not result.skipped]
     assert rates[:4] == pytest.approx([3e-3 * n / 4 for n in (1, 2, 3, 4)])
     assert engine.steps_taken == 24 - skipped
-    said = [record for record in caplog.records if record.name.startswith("rlhf")]
-    assert len(said) == skipped
-    assert {record.levelno for record in said} == {logging.INFO}
+    records = [record for record in caplog.records if record.name.startswith("rlhf")]
+    assert len(records) == skipped
+    assert {record.levelno for record in records} == {logging.INFO}
     assert (
-        said[0].getMessage().startswith("fp16: the loss scale 4294967296 overflowed; trying it again (step skipped; n")
+        records[0]
+        .getMessage()
+        .startswith("fp16: the loss scale 4294967296 overflowed; trying it again (step skipped; n")
     )
     assert (
-        said[1].getMessage().startswith("fp16: the loss scale 4294967296 overflowed; trying 2147483648 (step skipped")
+        records[1]
+        .getMessage()
+        .startswith("fp16: the loss scale 4294967296 overflowed; trying 2147483648 (step skipped")
     )
-    assert not any("learning rate" in record.getMessage() for record in said)
+    assert not any("learning rate" in record.getMessage() for record in records)
 
 
 def test_an_overflow_is_trouble_only_at_a_scale_that_has_fitted_for_a_while(caplog):

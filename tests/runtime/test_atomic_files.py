@@ -26,7 +26,7 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "message"),
     [
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "Disk quota exceeded. Make room"),
         (PermissionError(errno.EACCES, "Permission denied", "elsewhere"), "Permission denied. Allow this process"),
@@ -35,8 +35,8 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
         (Exception("No space left on device (os error 28)"), "No space left on device. Make room"),  # of tokenizers
     ],
 )
-def test_what_the_system_refuses_is_said_with_the_file(error, said):
-    with pytest.raises(RunError, match=f"^here cannot be written: {said}"), writing(Path("here")):
+def test_an_error_of_the_system_names_the_file(error, message):
+    with pytest.raises(RunError, match=f"^here cannot be written: {message}"), writing(Path("here")):
         raise error
 
 
@@ -47,14 +47,14 @@ def test_other_errors_pass(error):
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [(b'{"a": 1', "it is not JSON"), (b"", "it is not JSON"), (b"\xff{}", "it is not JSON"), (b"[1]", "found a list")],
 )
-def test_a_damaged_file_is_named(tmp_path, content, said):
+def test_a_damaged_file_is_named(tmp_path, content, message):
     path = tmp_path / "file.json"
     assert read_json(path) == {}
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{path} is damaged: {said}.*Do this\."):
+    with pytest.raises(ValueError, match=rf"{path} is damaged: {message}.*Do this\."):
         read_json(path, mend="Do this.")
 
 

@@ -65,13 +65,13 @@ class Forked:
 
 
 def watched():
-    """What the launcher says of the two, before which they say nothing."""
+    """The launcher's message about the two ranks, which report nothing themselves."""
     store, place = dist.host_store()
     workers = [Forked(place, rank) for rank in range(2)]
-    said = launch._watch(workers, RankMonitor(store, range(2), launch=SHORT), every_s=interval(SHORT))
+    message = launch._watch(workers, RankMonitor(store, range(2), launch=SHORT), every_s=interval(SHORT))
     for worker in workers:
         os.kill(worker.pid, signal.SIGKILL)
-    return said
+    return message
 
 
 def main(folder):
@@ -85,7 +85,7 @@ def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     command = [sys.executable, "-m", "tests.runtime.test_dist", str(folder)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    return {file.stem: json.loads(file.read_text()) for file in folder.iterdir()} | {"said": done.stderr}
+    return {file.stem: json.loads(file.read_text()) for file in folder.iterdir()} | {"message": done.stderr}
 
 
 def test_objects_reach_every_rank_in_order_and_nothing_is_unpickled(ranks):
@@ -106,7 +106,7 @@ def test_ranks_of_one_machine_are_closed_to_others(ranks):
 
 def test_a_stopped_rank_is_named_and_ends_the_run(ranks):
     assert ranks["statuses"] == [1, -signal.SIGKILL]  # the second is ended by whoever started both
-    warning, end = [line for line in ranks["said"].splitlines() if line.startswith("rank 1 (pid ")][:2]
+    warning, end = [line for line in ranks["message"].splitlines() if line.startswith("rank 1 (pid ")][:2]
     assert ", stopped) has" in warning
     assert " for 1 s; after launch.timeout_s=4 seconds the run ends" in warning
     assert "longer than launch.timeout_s=4, so the run ends" in end
@@ -115,7 +115,7 @@ def test_a_stopped_rank_is_named_and_ends_the_run(ranks):
 def test_the_launcher_names_a_stopped_rank_of_its_own_and_the_ranks_leave_it_to_that(ranks):
     assert ranks["watched"].startswith("rank 1 (pid ")
     assert ranks["watched"].endswith(" for 4 s, longer than launch.timeout_s=4, so the run ends")
-    assert ranks["said"].count("longer than launch.timeout_s") == 1  # where nobody watched
+    assert ranks["message"].count("longer than launch.timeout_s") == 1  # where nobody watched
 
 
 if __name__ == "__main__":

@@ -89,11 +89,11 @@ def test_a_rank_that_has_left_is_not_missing(caplog):
     assert caplog.messages == []
 
 
-@pytest.mark.parametrize(("reporter", "speaks"), [(0, False), (1, True), (2, False)])
-def test_of_the_ranks_the_first_that_is_there_speaks(caplog, reporter, speaks):
+@pytest.mark.parametrize(("reporter", "reports"), [(0, False), (1, True), (2, False)])
+def test_the_first_rank_that_is_not_missing_reports(caplog, reporter, reports):
     there = {"rank1": lambda second: (second, 7), "rank2": lambda second: (second, 7)}
     looks(5, ranks=3, reporter=reporter, rank0=lambda second: (0, 7), **there)
-    assert bool(caplog.messages) == speaks
+    assert bool(caplog.messages) == reports
 
 
 def test_a_rank_that_returns_and_goes_again_is_named_again(caplog):

@@ -44,26 +44,26 @@ def until(condition, *, seconds=60):
         time.sleep(0.02)
 
 
-def test_ranks_that_end_well_say_nothing(tmp_path):
+def test_ranks_that_end_well_have_no_message(tmp_path):
     text = "open(f'{sys.argv[1]}/{rank}', 'w').write(os.environ['WORLD_SIZE'] + os.environ['LOCAL_WORLD_SIZE'])"
     assert launch.run_ranks(script(tmp_path, text), str(tmp_path), launch=TWO) == ""
     assert [(tmp_path / str(rank)).read_text() for rank in range(2)] == ["22", "22"]
 
 
 @pytest.mark.parametrize(
-    ("death", "said"),
+    ("death", "message"),
     [
         ("os.kill(os.getpid(), signal.SIGKILL)", "rank 1 was killed (SIGKILL, often out of memory)"),
         ("os.kill(os.getpid(), signal.SIGBUS)", "rank 1 was killed (SIGBUS, often a full /dev/shm or disk)"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "rank 1 was killed (SIGSEGV, a crash in compiled code)"),
         ("os.kill(os.getpid(), signal.SIGRTMIN + 1)", f"rank 1 was killed (signal {signal.SIGRTMIN + 1})"),
-        ("sys.exit(3)", "rank 1 has failed, and says above why"),
+        ("sys.exit(3)", "rank 1 has failed: its own error is above"),
     ],
 )
-def test_a_lost_rank_is_named_with_its_signal_and_the_others_end(tmp_path, monkeypatch, death, said):
+def test_a_lost_rank_is_named_with_its_signal_and_the_others_end(tmp_path, monkeypatch, death, message):
     monkeypatch.setattr(launch, "_GRACE_S", 0.2)
     text = f"if rank == 1:\n    {death}\nopen(sys.argv[1], 'w').write(str(os.getpid()))\ntime.sleep(600)"
-    assert launch.run_ranks(script(tmp_path, text), str(tmp_path / "pid"), launch=TWO) == said
+    assert launch.run_ranks(script(tmp_path, text), str(tmp_path / "pid"), launch=TWO) == message
     assert not (tmp_path / "pid").exists() or not is_running((tmp_path / "pid").read_text())
 
 
@@ -72,19 +72,19 @@ def test_the_rank_that_was_killed_is_named_and_not_those_that_failed_because_of_
     assert launch._failure([0, None, 0, 0]) == ""
 
 
-def test_the_others_have_time_to_say_what_they_have_to_say(tmp_path):
+def test_the_others_have_time_to_log_their_own_errors(tmp_path):
     text = "if rank == 1:\n    sys.exit(1)\ntime.sleep(1)\nopen(sys.argv[1], 'w')"
-    assert launch.run_ranks(script(tmp_path, text), str(tmp_path / "said"), launch=TWO)
-    assert (tmp_path / "said").exists()
+    assert launch.run_ranks(script(tmp_path, text), str(tmp_path / "message"), launch=TWO)
+    assert (tmp_path / "message").exists()
 
 
 def test_ranks_that_never_join_are_named_and_end_with_the_time(tmp_path, caplog):
     short = LaunchConfig(ranks=2, warn_after_s=0.2, timeout_s=0.5)
     text = "open(f'{sys.argv[1]}/{rank}', 'w').write(str(os.getpid()))\ntime.sleep(600)"
-    said = launch.run_ranks(script(tmp_path, text), str(tmp_path), launch=short)
+    message = launch.run_ranks(script(tmp_path, text), str(tmp_path), launch=short)
     assert "rank 0 has not joined" in caplog.text
-    assert "rank 1 has not joined" in said
-    assert "longer than launch.timeout_s=0.5" in said
+    assert "rank 1 has not joined" in message
+    assert "longer than launch.timeout_s=0.5" in message
     assert not any(is_running(file.read_text() or 0) for file in tmp_path.glob("[01]"))
 
 

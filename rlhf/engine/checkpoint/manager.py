@@ -234,10 +234,12 @@ class Checkpoints:
         if self.world.is_main:  # no rank writes any more: `settle` has waited for all of them
             shutil.rmtree(self._partial(pending.step), ignore_errors=True)
         older = broadcast_object(max(steps_in(self.folder), default=-1))
-        rest = f"{folder_of(self.folder, older)} is as it was: the same command goes on from it" if older >= 0 else ""
+        remaining = (
+            f"{folder_of(self.folder, older)} is unchanged: the same command continues from it" if older >= 0 else ""
+        )
         raise RunError(
             f"the checkpoint of step {pending.step} could not be written: {errors[0]}. "
-            f"{rest or 'There is no older one'}. Make room, or set checkpoint.every=0 to save none."
+            f"{remaining or 'There is no older one'}. Make room, or set checkpoint.every=0 to save none."
         )
 
     def _remove(self, steps: Iterable[int]) -> None:
@@ -280,7 +282,7 @@ def folder_of(folder: Path, step: int) -> Path:
 
 def _damaged(folder: Path, reason: object) -> ValueError:
     return ValueError(
-        f"the checkpoint {folder} cannot be used: {reason}. Remove that folder to go on from an older checkpoint, "
+        f"the checkpoint {folder} cannot be used: {reason}. Remove that folder to continue from an older checkpoint, "
         f"or from the start of the stage where there is none."
     )
 

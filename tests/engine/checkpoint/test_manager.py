@@ -234,7 +234,7 @@ def test_a_full_disk_stops_the_run_and_keeps_the_older_checkpoint(tmp_path, asyn
         there = checkpoints(tmp_path / "some", asynchronous=asynchronous)
         old = {"x": torch.arange(50_000.0)}
         save(there, 1, old)
-        with pytest.raises(RuntimeError, match=r"of step 2 could not be written: .*No space.*step-000001 is as it was"):
+        with pytest.raises(RuntimeError, match=r"of step 2 could not be written: .*No space.*step-000001 is unchanged"):
             save(there, 2, {"x": torch.zeros(500_000)})
         assert [path.name for path in (tmp_path / "some").iterdir()] == ["step-000001"]
         found = {"x": torch.zeros(50_000)}

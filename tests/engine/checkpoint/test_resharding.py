@@ -75,11 +75,11 @@ def test_a_rank_that_cannot_write_stops_all_of_them_and_the_older_one_stays(runs
         message, newest, names = rank["failing"]
         assert "the checkpoint of step 2 could not be written" in message
         assert "rank-00001.safetensors: Is a directory" in message
-        assert "step-000001 is as it was" in message
+        assert "step-000001 is unchanged" in message
         assert (newest, names) == (1, ["step-000001"])
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_all_ranks_hear_of_the_damaged_file_of_one(runs, ranks):
+def test_every_rank_raises_for_the_damaged_file_of_one(runs, ranks):
     for rank in runs[ranks]:
         assert f"rank-{ranks - 1:05d}.safetensors is damaged" in rank["damaged"]
