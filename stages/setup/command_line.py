@@ -212,7 +212,7 @@ def _explain(error: Exception, words: list[str]) -> str:
     if "not in" not in text:
         return f"{key}: {text}" if key else text
     if key == "tracking.histograms_every":
-        return f"{key}: histograms of gradients and weights are no longer recorded; remove the setting (*/grad_norm stays)."
+        return f"{key}: gradients and weights have no histograms any more; remove the setting (*/grad_norm stays)."
     if (last := key.split(".")[-1]) in _RENAMED:
         return f"{key}: this setting is now called {key.removesuffix(last)}{_RENAMED[last]}."
     same_end = [known for known in known_keys() if known.split(".")[-1] == key.split(".")[-1]]
