@@ -69,7 +69,8 @@ def bare(path: Path, *, nbytes: int) -> Transfers:
 
 def ours(folder: Path, nbytes: int, tile: int, count: int) -> Transfers:
     """Tile after tile, as the optimizer travels: written behind, read ahead."""
-    file, buffers = DirectFile(folder, nbytes=nbytes, label="benchmark"), BufferPool(count, nbytes=tile)
+    buffers = BufferPool(count, nbytes=tile)
+    file = DirectFile(folder, nbytes=nbytes, pool=buffers, label="benchmark")
 
     def write() -> None:
         for offset in range(0, nbytes, tile):

@@ -59,7 +59,7 @@ class AdamKernel:
             limit: largest chunk, in elements.
         """
         self._config = config
-        self._device = device
+        self.device = device
         self._limit = max(limit // VECTOR_ELEMENTS * VECTOR_ELEMENTS, VECTOR_ELEMENTS)
         self._scratch: dict[str, Tensor] = {}  # kept: fresh pages would cost more than the casts into them
 
@@ -86,7 +86,7 @@ class AdamKernel:
             yield chunk
 
     def _chunk_size(self, slices: Sequence[ParameterSlice], *, scale: float) -> int:
-        on_cpu = self._device.type == "cpu"
+        on_cpu = self.device.type == "cpu"
         casts = any(_is_cast(tensor) for part in slices for tensor in (part.gradient, part.exp_avg, part.exp_avg_sq))
         if not casts and (scale == 1 or not on_cpu):  # nothing to keep in cache: one multi-tensor call
             return self._limit
@@ -98,7 +98,7 @@ class AdamKernel:
         if not slices:
             return
         # On the CPU the kernel writes scaled gradients back: a pass over memory, unless it is over scratch in cache.
-        scales_in_place = scale != 1 and self._device.type == "cpu"
+        scales_in_place = scale != 1 and self.device.type == "cpu"
         gradients = self._in_fp32("gradient", [part.gradient for part in slices], copy=scales_in_place)
         exp_avg = self._in_fp32("exp_avg", [part.exp_avg for part in slices])
         exp_avg_sq = self._in_fp32("exp_avg_sq", [part.exp_avg_sq for part in slices])
@@ -118,7 +118,7 @@ class AdamKernel:
             amsgrad=False,
             maximize=False,
             # The kernel divides by it. On CUDA it is filled there: no wait for the device.
-            grad_scale=None if scale == 1 else torch.full((), 1 / scale, device=self._device),
+            grad_scale=None if scale == 1 else torch.full((), 1 / scale, device=self.device),
         )
         for part, mean, square in zip(slices, exp_avg, exp_avg_sq, strict=True):
             if mean is not part.exp_avg:  # they were cast: round the new moments back
@@ -132,7 +132,7 @@ class AdamKernel:
         needed = sum(_padded(tensor.numel()) for tensor in tensors)
         scratch = self._scratch.get(role)
         if scratch is None or scratch.numel() < needed:
-            scratch = self._scratch[role] = torch.empty(needed, device=self._device)
+            scratch = self._scratch[role] = torch.empty(needed, device=self.device)
         casts, at = [], 0
         for tensor in tensors:
             casts.append(scratch[at : at + tensor.numel()])

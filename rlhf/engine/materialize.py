@@ -145,14 +145,14 @@ def _offloaded_weights(
 
 def _nvme_weights(sizes: list[int], *, config: EngineConfig, world: World) -> NvmeWeights:
     assert config.nvme_path is not None, "the settings were checked"
+    pin = config.pin_memory and world.device.type == "cuda"
     file = DirectFile(
         config.nvme_path,
         nbytes=file_bytes(sizes),
+        pool=BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=pin),
         label="working weights (engine.offload_param=nvme)",
     )
-    pin = config.pin_memory and world.device.type == "cuda"
-    pool = BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=pin)
-    return NvmeWeights(sizes, file=file, pool=pool, device=world.device)
+    return NvmeWeights(sizes, file=file, device=world.device)
 
 
 def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -80,8 +80,9 @@ def home(request, late, tmp_path):
     if request.param == "host":
         made = HostWeights(SIZES, device=DEVICE, pin=False)
     else:
-        file = DirectFile(tmp_path, nbytes=file_bytes(SIZES), label="weights")
-        made = NvmeWeights(SIZES, file=file, pool=BufferPool(request.param, nbytes=8192), device=DEVICE)
+        pool = BufferPool(request.param, nbytes=8192)
+        file = DirectFile(tmp_path, nbytes=file_bytes(SIZES), pool=pool, label="weights")
+        made = NvmeWeights(SIZES, file=file, device=DEVICE)
     yield made
     made.close()
 
@@ -108,9 +109,8 @@ def nvme_store(folder, weights, pool):
     shards = [ParameterShard("v", torch.Size((5000,)), False), ParameterShard("w", torch.Size((70, 100)), True)]
     tiles = lay_out_tiles(shards, 2048, moments=torch.float32)
     resources = NvmeResources(
-        file=DirectFile(folder, nbytes=sum(tile.nbytes for tile in tiles), label="states", device=DEVICE),
+        file=DirectFile(folder, nbytes=sum(tile.nbytes for tile in tiles), pool=pool, label="states", device=DEVICE),
         tiles=tiles,
-        pool=pool,
         stream=CopyStream(DEVICE),
         reads_ahead=True,
         writes_behind=True,

@@ -14,7 +14,6 @@ from collections import deque
 from concurrent import futures
 from threading import Lock
 from typing import Any, Protocol
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -73,12 +72,9 @@ class BufferPool:
     """
 
     def __init__(self, count: int, *, nbytes: int, pin: bool = False) -> None:
-        """Reserve the memory; pages become resident when they are first used, or at once when they are locked.
+        """Reserve `count` buffers of `nbytes`, rounded up to `ALIGNMENT`; `pin` page-locks them if there is CUDA.
 
-        Args:
-            count: how many buffers.
-            nbytes: bytes in each, rounded up to `ALIGNMENT`.
-            pin: page-lock them for CUDA; without CUDA there is nothing to lock for.
+        Pages become resident when they are first used, or at once when they are locked.
         """
         self.count, self.nbytes = count, round_up(nbytes)
         memory = _huge_pages(count * self.nbytes)
@@ -88,12 +84,11 @@ class BufferPool:
             # Lifetime: the finalizer holds the memory, which must not be unmapped while the driver believes it locked.
             self._unlock = weakref.finalize(self, _page_unlock, memory)
             self._unlock.atexit = False  # the CUDA context may be gone by then
-        self._buffers = [_own_storage(part) for part in torch.split(memory, self.nbytes)]
+        # Through numpy each buffer gets a storage of its own, whose address names it and all its views.
+        self._buffers = [torch.from_numpy(part.numpy()) for part in torch.split(memory, self.nbytes)]
         self._free = deque(range(count))
         self._transfers: list[list[Transfer]] = [[] for _ in range(count)]
         self._lock = Lock()
-        for buffer in self._buffers:
-            _POOLS[buffer.data_ptr()] = self
 
     def take(self) -> Tensor:
         """A buffer, uint8 [nbytes], with whatever it held before.
@@ -121,11 +116,6 @@ class BufferPool:
             assert index not in self._free, "this buffer was given back before"
             self._free.append(index)
 
-    @staticmethod
-    def of(buffer: Tensor) -> BufferPool | None:
-        """The pool that a buffer, or any view of it, belongs to; None for other memory."""
-        return _POOLS.get(_address(buffer))
-
     def hold(self, buffer: Tensor, transfer: Transfer) -> None:
         """Keep `buffer` (any view of it) from being handed out before `transfer` has ended."""
         index = self._index(buffer)
@@ -142,7 +132,7 @@ class BufferPool:
         self._free.clear()
 
     def _index(self, buffer: Tensor) -> int:
-        address = _address(buffer)
+        address = buffer.untyped_storage().data_ptr()  # the same for all views
         return next(i for i, own in enumerate(self._buffers) if own.data_ptr() == address)
 
 
@@ -163,11 +153,6 @@ def _huge_pages(nbytes: int) -> Tensor:
     return torch.frombuffer(memory, dtype=torch.uint8, offset=skip, count=nbytes)
 
 
-def _own_storage(part: Tensor) -> Tensor:
-    """The same bytes as a tensor whose storage is just these: its address names all its views."""
-    return torch.from_numpy(part.numpy())
-
-
 def _page_lock(memory: Tensor) -> None:
     driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     result = int(driver.cudaHostRegister(memory.data_ptr(), memory.numel(), 0))
@@ -181,10 +166,3 @@ def _page_lock(memory: Tensor) -> None:
 def _page_unlock(memory: Tensor) -> None:
     driver: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     torch.cuda.check_error(int(driver.cudaHostUnregister(memory.data_ptr())))
-
-
-def _address(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-_POOLS: WeakValueDictionary[int, BufferPool] = WeakValueDictionary()  # by the address of each buffer's storage

@@ -54,18 +54,21 @@ class InFlight(NamedTuple):
 
 
 class DirectFile:
-    """One flat file of fixed size, all zeros at first.
+    """One flat file of fixed size, all zeros at first, and the buffers that its bytes pass through.
 
     A transfer waits for an earlier one that touches the same bytes when either of them writes. A write that failed and
     was not waited for is raised by the next transfer, and by `flush`.
     """
 
-    def __init__(self, folder: str | Path, *, nbytes: int, label: str, device: torch.device | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, nbytes: int, pool: BufferPool, label: str, device: torch.device | None = None
+    ) -> None:
         """Create the file, its folder too, with all its space.
 
         Args:
             folder: on the disk to use.
             nbytes: the file's size, rounded up to `ALIGNMENT`.
+            pool: the buffers, which belong to the file from now on.
             label: what it holds, for messages.
             device: the CUDA device whose copies `write` may be told to wait for.
 
@@ -73,7 +76,7 @@ class DirectFile:
             RunError: the disk is full, or the folder cannot be made or written.
         """
         assert nbytes > 0, f"{label}: a file of {nbytes} bytes"
-        self.nbytes = round_up(nbytes)
+        self.nbytes, self.pool = round_up(nbytes), pool
         self._folder, self._label = folder, label
         self._in_flight: list[InFlight] = []
         self._lock = Lock()
@@ -93,14 +96,14 @@ class DirectFile:
             logger.warning("%s: %s has no O_DIRECT; reads go through the page cache and are slower.", label, folder)
 
     def read(self, offset: int, into: Tensor) -> ThreadTransfer:
-        """Start reading; `into` (uint8 [n], page-aligned) may not be touched until the result was waited for."""
+        """Start reading into a buffer, or whole pages of one; nobody may touch it until the result was waited for."""
         return self._start(os.preadv, into, offset=offset, after=CopyEvent())
 
     def write(self, offset: int, from_: Tensor, *, after: CopyEvent | None = None) -> ThreadTransfer:
-        """Start writing `from_` (uint8 [n], page-aligned), which may not change until the result was waited for.
+        """Start writing a buffer, or whole pages of one, which may not change until the result was waited for.
 
-        With `after`, the threads first wait for that copy into `from_`; the caller does not. Here and in `read`, both
-        `offset` and n are multiples of `ALIGNMENT`.
+        With `after`, the threads first wait for that copy into `from_`; the caller does not. Here and in `read`,
+        `offset` is a multiple of `ALIGNMENT`.
         """
         return self._start(os.pwritev, from_, offset=offset, after=after or CopyEvent())
 
@@ -114,10 +117,11 @@ class DirectFile:
             self._settle(0, self.nbytes, writes=True)
 
     def close(self) -> None:
-        """Wait for all transfers and free the space; what a write failed to store is lost with it."""
+        """Wait for all transfers, then free the space and the buffers; what a write failed to store is lost."""
         self._readers.shutdown()
         self._writers.shutdown()
         self._file.close()
+        self.pool.close()
 
     def _start(self, call: _Call, buffer: Tensor, *, offset: int, after: CopyEvent) -> ThreadTransfer:
         view = memoryview(buffer.numpy())  # type: ignore[arg-type]  # numpy declares no buffer protocol before 3.12
@@ -137,10 +141,8 @@ class DirectFile:
                 ]
             )
             self._in_flight.append(InFlight(offset, stop, writes, transfer))
-        # Lifetime: from here on the caller may give the buffer back; its pool keeps it until the transfer has ended.
-        pool = BufferPool.of(buffer)
-        if pool is not None:
-            pool.hold(buffer, transfer)
+        # Lifetime: from here on the caller may give the buffer back; the pool keeps it until the transfer has ended.
+        self.pool.hold(buffer, transfer)
         return transfer
 
     def _settle(self, start: int, stop: int, *, writes: bool) -> None:
@@ -185,7 +187,7 @@ class PlannedRead(Generic[Tag]):
     """Bytes of a file, and where in a buffer they go."""
 
     tag: Tag
-    """What the reader wants to know when the bytes are there."""
+    """What the bytes are, for the reader."""
     offset: int
     place: slice
     beside: Callable[[Tensor], CopyEvent] | None = None
@@ -193,13 +195,13 @@ class PlannedRead(Generic[Tag]):
 
 
 class PrefetchQueue(Generic[Tag]):
-    """Reads into buffers of a pool in the order that was planned, so that the next bytes arrive while one is used."""
+    """Reads a file in the order that was planned, so that the next bytes arrive while one buffer of them is used."""
 
-    def __init__(self, file: DirectFile, pool: BufferPool, *, depth: int) -> None:
-        """Read from `file`, at most `depth` reads at a time; each takes a buffer of `pool`."""
-        self._file, self._pool, self._depth = file, pool, depth
+    def __init__(self, file: DirectFile, *, depth: int) -> None:
+        """Read from `file`, at most `depth` reads at a time; each takes a buffer."""
+        self._file, self._depth = file, depth
         self._planned: deque[PlannedRead[Tag]] = deque()
-        self._started: deque[tuple[Tag, Tensor, list[Transfer]]] = deque()
+        self._started: deque[tuple[PlannedRead[Tag], Tensor, list[Transfer]]] = deque()
 
     def __len__(self) -> int:
         return len(self._started) + len(self._planned)
@@ -207,17 +209,17 @@ class PrefetchQueue(Generic[Tag]):
     @property
     def tags(self) -> list[Tag]:
         """The tags of all reads that were not taken yet, in order."""
-        return [started[0] for started in self._started] + [read.tag for read in self._planned]
+        return [read.tag for read, *_ in self._started] + [read.tag for read in self._planned]
 
     def plan(self, reads: Iterable[PlannedRead[Tag]]) -> None:
         """Read these after what is planned already."""
         self._planned.extend(reads)
 
-    def take(self, count: int) -> Iterator[tuple[Tag, Tensor]]:
-        """The next `count` reads: tag and full buffer, which the caller gives back before it asks for another."""
+    def take(self, count: int) -> Iterator[tuple[PlannedRead[Tag], Tensor]]:
+        """The next `count` reads, each with its full buffer, which the caller gives back before it asks for another."""
         for _ in range(count):
             self._start()
-            tag, buffer, transfers = self._started[0]
+            read, buffer, transfers = self._started[0]
             try:
                 for transfer in transfers:
                     transfer.wait()
@@ -225,7 +227,7 @@ class PrefetchQueue(Generic[Tag]):
                 self.cancel()  # nothing may be left of a sequence that lacks a part
                 raise
             self._started.popleft()
-            yield tag, buffer
+            yield read, buffer
         self._start()
 
     def cancel(self) -> None:
@@ -234,16 +236,16 @@ class PrefetchQueue(Generic[Tag]):
         for _, buffer, transfers in self._started:
             for transfer in transfers:
                 transfer.finish()
-            self._pool.give_back(buffer)
+            self._file.pool.give_back(buffer)
         self._started.clear()
 
     def _start(self) -> None:
         while self._planned and len(self._started) < self._depth:
-            read, buffer = self._planned.popleft(), self._pool.take()
+            read, buffer = self._planned.popleft(), self._file.pool.take()
             transfers: list[Transfer] = [self._file.read(read.offset, buffer[read.place])]
             if read.beside is not None:
                 transfers.append(read.beside(buffer))
-            self._started.append((read.tag, buffer, transfers))
+            self._started.append((read, buffer, transfers))
 
 
 def check_folder(path: str, *, nbytes: int) -> None:

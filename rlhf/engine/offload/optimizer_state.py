@@ -72,20 +72,11 @@ class OptimizerStateStore(ABC):
         *,
         kernel: AdamKernel,
         weights: ShardedWeights,
-        device: torch.device,
     ) -> None:
-        """Start with no updates taken.
-
-        Args:
-            shards: the parameters.
-            gradients: sums of their gradients.
-            kernel: AdamW on the device of the state.
-            weights: the working weights, which follow the masters.
-            device: where the kernel runs.
-        """
+        """Keep the state of `shards` where `kernel` runs; `weights` are the working weights that follow the masters."""
         self.shards, self.gradients, self.kernel, self.weights = shards, gradients, kernel, weights
         self._shards = {shard.name: shard for shard in shards}
-        self.steps = {shard.name: torch.zeros((), device=device) for shard in shards}
+        self.steps = {shard.name: torch.zeros((), device=kernel.device) for shard in shards}
         """Updates so far of each parameter, [] fp32, for the bias correction."""
 
     @property
@@ -119,16 +110,6 @@ class OptimizerStateStore(ABC):
         self.gradients.close()
 
 
-@dataclass(frozen=True)
-class StateMemory:
-    """What an in-memory store allocates."""
-
-    device: torch.device
-    moments: torch.dtype
-    in_place: Callable[[str], Tensor] | None = None
-    """Gives the flat fp32 working weights that are updated themselves; None allocates masters beside them."""
-
-
 class InMemoryStateStore(OptimizerStateStore):
     """State in the memory of one device: the model's, or the host."""
 
@@ -139,7 +120,8 @@ class InMemoryStateStore(OptimizerStateStore):
         *,
         kernel: AdamKernel,
         weights: ShardedWeights,
-        memory: StateMemory,
+        moments: torch.dtype,
+        in_place: Callable[[str], Tensor] | None = None,
         delayed: bool = False,
     ) -> None:
         """Start at zero moments.
@@ -149,20 +131,20 @@ class InMemoryStateStore(OptimizerStateStore):
             gradients: sums of their gradients, on the device of the state.
             kernel: AdamW on that device.
             weights: the working weights.
-            memory: what to allocate.
+            moments: their type.
+            in_place: gives the flat fp32 working weights that are updated themselves; None allocates masters.
             delayed: leave the write-back to the caller.
         """
-        super().__init__(shards, gradients, kernel=kernel, weights=weights, device=memory.device)
+        super().__init__(shards, gradients, kernel=kernel, weights=weights)
         self._sums = gradients
         self._taken: dict[str, Tensor] = {}
-        self._in_place, self._delayed = memory.in_place, delayed
-        self.has_masters = memory.in_place is None
+        self._in_place, self._delayed = in_place, delayed
+        self.has_masters = in_place is None
+        types = {"exp_avg": moments, "exp_avg_sq": moments} | ({"weight": torch.float32} if self.has_masters else {})
         self._state = {
-            key: {shard.name: torch.zeros(shard.numel, dtype=memory.moments, device=memory.device) for shard in shards}
-            for key in STATE_KEYS[1:]
+            key: {shard.name: torch.zeros(shard.numel, dtype=dtype, device=kernel.device) for shard in shards}
+            for key, dtype in types.items()
         }
-        if self.has_masters:
-            self._state["weight"] = {shard.name: torch.empty(shard.numel, device=memory.device) for shard in shards}
 
     def take_gradients(self) -> None:
         """Take the sums out of the accumulator."""
@@ -189,11 +171,8 @@ class InMemoryStateStore(OptimizerStateStore):
         self._tensor(name, key).copy_(shard.reshape(-1))
 
     def _slice(self, shard: ParameterShard, gradient: Tensor) -> ParameterSlice:
-        state = [self._tensor(shard.name, key) for key in STATE_KEYS]
-        weight, exp_avg, exp_avg_sq = state
-        return ParameterSlice(
-            shard.name, 0, shard.decays, self.steps[shard.name], weight, gradient, exp_avg, exp_avg_sq
-        )
+        weight, *moments = (self._tensor(shard.name, key) for key in STATE_KEYS)
+        return ParameterSlice(shard.name, 0, shard.decays, self.steps[shard.name], weight, gradient, *moments)
 
     def _tensor(self, name: str, key: str) -> Tensor:
         """One of `STATE_KEYS`, flat."""

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 from rlhf.engine.norms import squared_norm
-from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
 from rlhf.engine.offload.direct_io import DirectFile, PlannedRead, PrefetchQueue
 from rlhf.engine.offload.grad_accumulation import GradAccumulator
@@ -36,9 +35,8 @@ _Place = tuple[Tile, TileSlice]
 class NvmeResources:
     """The file of a store and what moves its bytes; shared with the gradient sums, which are in the same file."""
 
-    file: DirectFile
+    file: DirectFile  # each of its buffers at least as large as any tile
     tiles: list[Tile]
-    pool: BufferPool  # each buffer at least as large as any tile
     stream: CopyStream  # between the device and the buffers
     reads_ahead: bool
     writes_behind: bool
@@ -55,15 +53,14 @@ class NvmeResources:
 
     def read(self, reads: Sequence[PlannedRead[_Tag]]) -> Iterator[tuple[_Tag, Tensor]]:
         """Tag and full buffer of each read; the next is started before this one is used. The caller gives it back."""
-        depth = 2 if self.reads_ahead and self.pool.count > 1 else 1
-        queue = PrefetchQueue[_Tag](self.file, self.pool, depth=depth)
+        queue = PrefetchQueue[_Tag](self.file, depth=2 if self.reads_ahead and self.file.pool.count > 1 else 1)
         queue.plan(reads)
-        return queue.take(len(reads))
+        return ((read.tag, buffer) for read, buffer in queue.take(len(reads)))
 
     def write(self, tile: Tile, buffer: Tensor, *, place: slice, after: CopyEvent | None = None) -> None:
         """Write bytes of a tile from its buffer, which is given back, once `after` has filled it."""
         transfer = self.file.write(tile.offset + place.start, buffer[place], after=after)
-        self.pool.give_back(buffer)  # the pool hands it out again only after the write
+        self.file.pool.give_back(buffer)  # the pool hands it out again only after the write
         if not self.writes_behind:
             transfer.wait()
 
@@ -122,7 +119,7 @@ class NvmeGradAccumulator(GradAccumulator):
 
     def _first(self, name: str, gradient: Tensor) -> _Sum:
         for tile, part in self._places[name]:
-            buffer = self._resources.pool.take()  # waits for the disk when all buffers are on their way there
+            buffer = self._resources.file.pool.take()  # waits for the disk when all buffers are on their way there
             place = tile.gradient_bytes(part, gradient.dtype.itemsize)
             into = buffer[place].view(gradient.dtype)[: part.numel]
             copied = self._resources.stream.copy(into, gradient[part.start : part.stop])
@@ -138,8 +135,8 @@ class NvmeGradAccumulator(GradAccumulator):
             place = tile.gradient_bytes(part, 4)
             total = buffer[place].view(torch.float32)[: part.numel]
             if known != torch.float32:
-                total.copy_(_narrow_bytes(tile, buffer, part=part).view(known)[: part.numel])
-            total += _incoming_bytes(tile, buffer, part=part).view(gradient.dtype)[: part.numel]
+                total.copy_(buffer[_narrow_sum(tile, part)].view(known)[: part.numel])
+            total += buffer[_incoming(tile, part)].view(gradient.dtype)[: part.numel]
             square += squared_norm(total)
             self._resources.write(tile, buffer, place=place)
         return _Sum(torch.float32, square)
@@ -148,10 +145,10 @@ class NvmeGradAccumulator(GradAccumulator):
         """Read what is known of a slice's sum, and copy what is to be added, side by side into one buffer."""
         place = tile.gradient_bytes(part, known.itemsize)
         # A narrow sum goes beside its own place, which its fp32 version is about to fill.
-        into = place if known == torch.float32 else _narrow_place(tile, part)
+        into = place if known == torch.float32 else _narrow_sum(tile, part)
 
         def copy_gradient(buffer: Tensor) -> CopyEvent:
-            incoming = _incoming_bytes(tile, buffer, part=part).view(gradient.dtype)[: part.numel]
+            incoming = buffer[_incoming(tile, part)].view(gradient.dtype)[: part.numel]
             return self._resources.stream.copy(incoming, gradient[part.start : part.stop])
 
         return PlannedRead((tile, part), tile.offset + place.start, into, beside=copy_gradient)
@@ -170,16 +167,9 @@ class NvmeStateStore(OptimizerStateStore):
         kernel: AdamKernel,
         weights: ShardedWeights,
     ) -> None:
-        """Start at zero moments, which is what a new file holds.
-
-        Args:
-            shards: the parameters, all of `resources.tiles`.
-            resources: the file and its buffers.
-            kernel: AdamW on the CPU.
-            weights: the working weights.
-        """
+        """Start at zero moments, which is what a new file holds; `shards` are those of `resources.tiles`."""
         self._sums = NvmeGradAccumulator(resources)
-        super().__init__(shards, self._sums, kernel=kernel, weights=weights, device=torch.device("cpu"))
+        super().__init__(shards, self._sums, kernel=kernel, weights=weights)
         self._resources, self._places = resources, resources.places
 
     @property
@@ -205,23 +195,22 @@ class NvmeStateStore(OptimizerStateStore):
         reads = [self._read_state(tile, part, key=key) for tile, part in self._places[name]]
         for (tile, part), buffer in self._resources.read(reads):
             shard[part.start : part.stop].copy_(tile.state_view(buffer, key, part=part))
-            self._resources.pool.give_back(buffer)
+            self._resources.file.pool.give_back(buffer)
         return shard.view(self._shards[name].shape)
 
     def write(self, name: str, key: str, *, shard: Tensor) -> None:
         """Start to write the shard; reads of it wait for that."""
         flat = shard.reshape(-1)
         for tile, part in self._places[name]:
-            buffer = self._resources.pool.take()
+            buffer = self._resources.file.pool.take()
             tile.state_view(buffer, key, part=part).copy_(flat[part.start : part.stop])
             self._resources.write(tile, buffer, place=tile.state_bytes(key, part))
 
     def close(self) -> None:
-        """Free the file, then unlock the buffers."""
+        """Free the file and its buffers."""
         # Lifetime: after an error, copies from the device may still be on their way to a buffer that nobody waits for.
         self._resources.stream.synchronize()
         self._resources.file.close()
-        self._resources.pool.close()
 
     def _update_tiles(self, names: Set[str], update: Update) -> None:
         tiles = [tile for tile in self._resources.tiles if any(part.name in names for part in tile.slices)]
@@ -248,16 +237,12 @@ class NvmeStateStore(OptimizerStateStore):
         return ParameterSlice(part.name, part.start, shard.decays, self.steps[part.name], weight, gradient, *moments)
 
 
-def _narrow_place(tile: Tile, part: TileSlice) -> slice:
-    """Bytes of a buffer for a slice of two bytes an element, beside its gradient and its weights."""
+def _narrow_sum(tile: Tile, part: TileSlice) -> slice:
+    """Bytes of a buffer for a sum of two bytes an element, apart from its fp32 version and from what is added."""
     start = tile.state_bytes("exp_avg", part).start
     return slice(start, start + 2 * part.padded)
 
 
-def _narrow_bytes(tile: Tile, buffer: Tensor, *, part: TileSlice) -> Tensor:
-    return buffer[_narrow_place(tile, part)]
-
-
-def _incoming_bytes(tile: Tile, buffer: Tensor, *, part: TileSlice) -> Tensor:
-    """Bytes of a buffer for a slice of four bytes an element, which are not read from disk meanwhile."""
-    return buffer[tile.state_bytes("weight", part)]
+def _incoming(tile: Tile, part: TileSlice) -> slice:
+    """Bytes of a buffer for a gradient of up to four bytes an element; the sum is not read to there."""
+    return tile.state_bytes("weight", part)

@@ -42,7 +42,7 @@ from rlhf.engine.offload.copy_stream import CopyStream
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
 from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, lay_out_tiles, tile_capacity
-from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerStateStore, StateMemory, shards_of
+from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerStateStore, shards_of
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
 from rlhf.engine.offload.weights import DeviceWeights, ShardedWeights, StagedWeights
 from rlhf.runtime.dist import World
@@ -94,9 +94,8 @@ class Placement:
             DeviceGradAccumulator(),
             kernel=self._device_kernel,
             weights=self.offloaded or self._device_weights,
-            memory=StateMemory(
-                self.world.device, self._moments, in_place=None if masters else self._device_weights.shard
-            ),
+            moments=self._moments,
+            in_place=None if masters else self._device_weights.shard,
             delayed=delayed,
         )
 
@@ -109,7 +108,7 @@ class Placement:
             HostGradAccumulator(self._staging, sides=2 if delayed else 1),
             kernel=self._host_kernel,
             weights=self._host_weights,
-            memory=StateMemory(_CPU, self._moments),
+            moments=self._moments,
             delayed=delayed,
         )
 
@@ -130,13 +129,13 @@ class Placement:
         file = DirectFile(
             engine.nvme_path,
             nbytes=max(sum(tile.nbytes for tile in tiles), 1),
+            pool=BufferPool(engine.buffer_count, nbytes=nbytes, pin=self._pin),
             label="optimizer state (engine.offload_optimizer=nvme)",
             device=self.world.device,
         )
         resources = NvmeResources(
             file=file,
             tiles=tiles,
-            pool=BufferPool(engine.buffer_count, nbytes=nbytes, pin=self._pin),
             stream=CopyStream(self.world.device),
             reads_ahead=engine.pipeline_read,
             writes_behind=engine.pipeline_write,

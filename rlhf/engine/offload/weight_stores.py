@@ -9,7 +9,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,13 +50,6 @@ class WeightStore(ABC):
         """Free memory and files."""
 
 
-class _Arrival(NamedTuple):
-    """A unit on its way to the device."""
-
-    shard: Tensor
-    copied: CopyEvent
-
-
 class HostWeights(WeightStore):
     """Units in host memory, each copied to the device while the one before it computes.
 
@@ -65,27 +57,21 @@ class HostWeights(WeightStore):
     """
 
     def __init__(self, sizes: Sequence[int], *, device: torch.device, pin: bool) -> None:
-        """Reserve memory.
-
-        Args:
-            sizes: bytes of each unit; 0 for those that are kept elsewhere.
-            device: where they are used.
-            pin: page-lock the memory.
-        """
+        """Reserve memory for units of these bytes (0 for those that are kept elsewhere); `pin` page-locks it."""
         self._memory = BufferPool(1, nbytes=max(1, sum(sizes)), pin=pin)
         self._shards: Sequence[Tensor] = torch.split(self._memory.take()[: sum(sizes)], list(sizes))
         self._stream = CopyStream(device)
-        self._prefetched: dict[int, _Arrival] = {}
+        self._prefetched: dict[int, tuple[Tensor, CopyEvent]] = {}  # on their way to the device
 
     def fetch(self, unit: int, following: Sequence[int]) -> Tensor:
         """Copy the unit, unless it was prefetched, and start to copy the next one."""
         if not self._stream.is_async:
             return self._shards[unit]
-        arrival = self._prefetched.pop(unit, None) or self._start(unit)
+        shard, copied = self._prefetched.pop(unit) if unit in self._prefetched else self._start(unit)
         # One ahead is enough: a copy takes less time than a unit's compute, or the link is the limit anyway.
         self._prefetched = {other: self._prefetched.get(other) or self._start(other) for other in following[:1]}
-        self._stream.hand_over(arrival.copied)
-        return arrival.shard
+        self._stream.hand_over(copied)
+        return shard
 
     def release(self) -> None:
         """Let later copies reuse the unit's memory on the device."""
@@ -114,17 +100,9 @@ class HostWeights(WeightStore):
         self._shards = ()
         self._memory.close()
 
-    def _start(self, unit: int) -> _Arrival:
+    def _start(self, unit: int) -> tuple[Tensor, CopyEvent]:
         shard = self._stream.empty(self._shards[unit].numel())
-        return _Arrival(shard, self._stream.prefetch(shard, self._shards[unit]))
-
-
-class _Piece(NamedTuple):
-    """A part of the file that fits into a buffer."""
-
-    unit: int
-    offset: int  # in the file
-    nbytes: int  # whole sectors
+        return shard, self._stream.prefetch(shard, self._shards[unit])
 
 
 class NvmeWeights(WeightStore):
@@ -134,19 +112,12 @@ class NvmeWeights(WeightStore):
     whatever the model's size.
     """
 
-    def __init__(self, sizes: Sequence[int], *, file: DirectFile, pool: BufferPool, device: torch.device) -> None:
-        """Keep units in a file that is large enough, with buffers that nobody else uses.
-
-        Args:
-            sizes: bytes of each unit; 0 for those that are kept elsewhere.
-            file: at least `file_bytes(sizes)`.
-            pool: page-locked for a CUDA device.
-            device: where units are used.
-        """
-        self._sizes, self._pool, self._file = sizes, pool, file
+    def __init__(self, sizes: Sequence[int], *, file: DirectFile, device: torch.device) -> None:
+        """Keep units of these bytes (0 for those that are kept elsewhere) in a file of `file_bytes(sizes)`."""
+        self._sizes, self._file = sizes, file
         self._offsets = [0, *accumulate(round_up(size) for size in sizes)]
-        self._queue = PrefetchQueue[_Piece](file, pool, depth=pool.count)
-        self._writer = _ContiguousWriter(file, pool)
+        self._queue = PrefetchQueue[int](file, depth=file.pool.count)
+        self._writer = _ContiguousWriter(file)
         self._stream = CopyStream(device)
         # On the CPU the gather has copied a unit before the next one is fetched, so one piece of memory serves all.
         self._unit = torch.empty(0 if self._stream.is_async else round_up(max(sizes)), dtype=torch.uint8)
@@ -155,22 +126,22 @@ class NvmeWeights(WeightStore):
         """Copy the unit's pieces to the device as they arrive from disk; read on as far as there are buffers."""
         self._writer.finish()
         expected = [other for other in (unit, *following) if self._sizes[other]]
-        known = list(dict.fromkeys(piece.unit for piece in self._queue.tags))
+        known = list(dict.fromkeys(self._queue.tags))
         if known != expected[: len(known)]:  # another order than last time
             self._queue.cancel()
             known = []
         own = self._pieces(unit, count=self._sizes[unit])
         for other in expected[len(known) :]:
-            if other == unit or len(self._queue) < len(own) + self._pool.count:
-                self._plan(self._pieces(other, count=self._sizes[other]))
+            if other == unit or len(self._queue) < len(own) + self._file.pool.count:
+                self._queue.plan(self._pieces(other, count=self._sizes[other]))
         nbytes = round_up(self._sizes[unit])
         shard = self._stream.empty(nbytes) if self._stream.is_async else self._unit[:nbytes]
         for piece, buffer in self._queue.take(len(own)):
-            start = piece.offset - self._offsets[unit]
-            copied = self._stream.prefetch(shard[start : start + piece.nbytes], buffer[: piece.nbytes])
+            start, count = piece.offset - self._offsets[unit], piece.place.stop
+            copied = self._stream.prefetch(shard[start : start + count], buffer[:count])
             self._stream.hand_over(copied)
             copied.wait()  # Lifetime: the buffer is read into again from here on
-            self._pool.give_back(buffer)
+            self._file.pool.give_back(buffer)
         return shard
 
     def release(self) -> None:
@@ -191,14 +162,14 @@ class NvmeWeights(WeightStore):
         self._writer.finish()
         self._queue.cancel()
         pieces = self._pieces(unit, start, count=count)
-        self._plan(pieces)
+        self._queue.plan(pieces)
         first = self._offsets[unit] + start
         values = torch.empty(count, dtype=torch.uint8)
         for piece, buffer in self._queue.take(len(pieces)):
             skipped = max(0, first - piece.offset)  # the start of the first sector
             into = values[max(0, piece.offset - first) :]
-            into[: piece.nbytes - skipped] = buffer[skipped : piece.nbytes][: into.numel()]
-            self._pool.give_back(buffer)
+            into[: piece.place.stop - skipped] = buffer[skipped : piece.place.stop][: into.numel()]
+            self._file.pool.give_back(buffer)
         return values
 
     def flush(self) -> None:
@@ -207,28 +178,24 @@ class NvmeWeights(WeightStore):
         self._file.flush()
 
     def close(self) -> None:
-        """Free the file, then unlock the buffers."""
+        """Free the file and the buffers."""
         self._queue.cancel()
         self._unit = torch.empty(0)
         self._file.close()
-        self._pool.close()
 
-    def _pieces(self, unit: int, start: int = 0, *, count: int) -> list[_Piece]:
-        """The parts of the file that hold `count` bytes of a unit from `start`."""
-        first = self._offsets[unit] + start
+    def _pieces(self, unit: int, start: int = 0, *, count: int) -> list[PlannedRead[int]]:
+        """The parts of the file that hold `count` bytes of a unit from `start`: whole sectors, as a buffer holds."""
+        first, step = self._offsets[unit] + start, self._file.pool.nbytes
         base, stop = first - first % ALIGNMENT, round_up(first + count)
-        cuts = range(base, stop, self._pool.nbytes) if count else ()
-        return [_Piece(unit, cut, min(self._pool.nbytes, stop - cut)) for cut in cuts]
-
-    def _plan(self, pieces: Sequence[_Piece]) -> None:
-        self._queue.plan(PlannedRead(piece, piece.offset, slice(0, piece.nbytes)) for piece in pieces)
+        cuts = range(base, stop, step) if count else ()
+        return [PlannedRead(unit, cut, slice(0, min(step, stop - cut))) for cut in cuts]
 
 
 class _ContiguousWriter:
     """Collects bytes that follow each other in a buffer, and writes them in whole sectors."""
 
-    def __init__(self, file: DirectFile, pool: BufferPool) -> None:
-        self._file, self._pool = file, pool
+    def __init__(self, file: DirectFile) -> None:
+        self._file, self._pool = file, file.pool
         self._buffer: Tensor | None = None
         self._base = self._end = 0  # in the file: where the buffer begins, and where the next byte goes
 

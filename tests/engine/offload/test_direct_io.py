@@ -28,7 +28,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def file(tmp_path):
-    file = DirectFile(tmp_path, nbytes=40 * MIB, label="optimizer states")
+    file = DirectFile(tmp_path, nbytes=40 * MIB, pool=BufferPool(1, nbytes=1), label="optimizer states")
     yield file
     file.close()
 
@@ -74,7 +74,7 @@ def refuse(*_):
 
 
 def test_bytes_come_back_from_where_they_were_written(file):
-    buffers = BufferPool(2, nbytes=20 * MIB)  # three pieces each
+    buffers = file.pool = BufferPool(2, nbytes=20 * MIB)  # three pieces each
     written, read = buffers.take(), buffers.take()
     first = torch.randint(256, (20 * MIB,), dtype=torch.uint8)
     for offset, values in ((20 * MIB, first), (ALIGNMENT, first.flip(0))):
@@ -88,7 +88,8 @@ def test_bytes_come_back_from_where_they_were_written(file):
 
 
 def test_a_new_file_is_zeros(tmp_path):
-    file, buffer = DirectFile(tmp_path, nbytes=5000, label="states"), BufferPool(1, nbytes=1).take()
+    file = DirectFile(tmp_path, nbytes=5000, pool=BufferPool(1, nbytes=1), label="states")
+    buffer = file.pool.take()
     assert file.nbytes == 2 * ALIGNMENT == len(content(file))
     buffer.fill_(7)
     file.read(0, buffer).wait()
@@ -97,7 +98,7 @@ def test_a_new_file_is_zeros(tmp_path):
 
 
 def test_a_transfer_waits_for_an_earlier_one_of_the_same_bytes(file, slow_writes):
-    buffers = BufferPool(3, nbytes=ALIGNMENT)
+    buffers = file.pool = BufferPool(3, nbytes=ALIGNMENT)
     for value in range(1, 6):
         source, target = buffers.take(), buffers.take()
         file.write(0, source.fill_(value))
@@ -108,7 +109,7 @@ def test_a_transfer_waits_for_an_earlier_one_of_the_same_bytes(file, slow_writes
 
 
 def test_a_buffer_given_back_early_is_handed_out_only_after_its_write(file, slow_writes):
-    buffers = BufferPool(2, nbytes=MIB)
+    buffers = file.pool = BufferPool(2, nbytes=MIB)
     for tile in range(32):
         buffer = buffers.take()
         file.write(tile * MIB, buffer.fill_(tile))
@@ -149,9 +150,9 @@ def test_a_view_outlives_its_closed_buffers():
 def test_resident_memory_of_a_stream_is_that_of_its_buffers(tmp_path):
     """300 MiB through 3 x 4 MiB."""
     tiles, nbytes, count = 75, 4 * MIB, 3
-    file = DirectFile(tmp_path, nbytes=tiles * nbytes, label="stream")
+    file = DirectFile(tmp_path, nbytes=tiles * nbytes, pool=BufferPool(1, nbytes=1), label="stream")
     before, peak = _resident(), 0
-    buffers = BufferPool(count, nbytes=nbytes)
+    buffers = file.pool = BufferPool(count, nbytes=nbytes)
     for step in (1, 2):
         for tile in range(tiles):
             buffer = buffers.take()
@@ -173,7 +174,7 @@ def test_a_full_disk_is_found_when_the_file_is_made(mounted):
     with pytest.raises(
         RuntimeError, match=r"optimizer states: reserving 8388608 bytes failed: No space left.*nvme_path"
     ):
-        DirectFile(folder, nbytes=8 * MIB, label="optimizer states")
+        DirectFile(folder, nbytes=8 * MIB, pool=BufferPool(1, nbytes=1), label="optimizer states")
     assert list(folder.iterdir()) == []
     with pytest.raises(ValueError, match=r"engine\.nvme_path=.*found 0\.00 GB free, expected 0\.01 GB"):
         check_folder(str(folder), nbytes=8 * MIB)
@@ -182,10 +183,10 @@ def test_a_full_disk_is_found_when_the_file_is_made(mounted):
 def test_a_disk_that_fills_up_while_writing(mounted):
     """Space was there when the file was made; somebody else took it."""
     folder = mounted("tmpfs", "size=4m")
-    file = DirectFile(folder, nbytes=3 * MIB, label="optimizer states")
+    file = DirectFile(folder, nbytes=3 * MIB, pool=BufferPool(1, nbytes=1), label="optimizer states")
     os.truncate(file._file.fileno(), 0)
     (folder / "other").write_bytes(bytes(3 * MIB))
-    buffers = BufferPool(1, nbytes=3 * MIB)
+    buffers = file.pool = BufferPool(1, nbytes=3 * MIB)
     lost = "optimizer states: writing 3145728 bytes at 0 .*No space left on device.*free space"
     with pytest.raises(RuntimeError, match=lost):
         file.write(0, buffers.take().fill_(1)).wait()
@@ -199,7 +200,7 @@ def test_a_file_larger_than_the_limit(tmp_path):
     source = (
         "import resource\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))\n"
-        "DirectFile(sys.argv[1], nbytes=2 << 20, label='states')"
+        "DirectFile(sys.argv[1], nbytes=2 << 20, pool=BufferPool(1, nbytes=1), label='states')"
     )
     assert "states: reserving 2097152 bytes failed: File too large" in python(source, tmp_path).stderr
     assert list(tmp_path.iterdir()) == []
@@ -208,13 +209,14 @@ def test_a_file_larger_than_the_limit(tmp_path):
 @pytest.mark.parametrize("left", [0, MIB, MIB + 100])
 def test_a_truncated_file(file, left):
     os.truncate(file._file.fileno(), left)
-    buffer = BufferPool(1, nbytes=2 * MIB).take()
+    file.pool = BufferPool(1, nbytes=2 * MIB)
+    buffer = file.pool.take()
     with pytest.raises(RuntimeError, match=rf"optimizer states: reading .* at 0: found {left} bytes, expected 2097152"):
         file.read(0, buffer).wait()
 
 
 def test_an_error_of_the_disk(file, monkeypatch):
-    buffers = BufferPool(1, nbytes=MIB)
+    buffers = file.pool = BufferPool(1, nbytes=MIB)
     buffer = buffers.take()
     monkeypatch.setattr(os, "preadv", refuse)
     with pytest.raises(RuntimeError, match=r"reading 1048576 bytes at 4096 \(after 0\) failed: Input/output.*dmesg"):
@@ -223,7 +225,7 @@ def test_an_error_of_the_disk(file, monkeypatch):
 
 @pytest.mark.parametrize("then", ["take", "read", "write", "flush"])
 def test_a_failed_write_behind_is_not_lost(file, monkeypatch, then):
-    buffers = BufferPool(2, nbytes=ALIGNMENT)
+    buffers = file.pool = BufferPool(2, nbytes=ALIGNMENT)
     first, second = buffers.take(), buffers.take()
     with monkeypatch.context() as patch:
         patch.setattr(os, "pwritev", refuse)
@@ -244,7 +246,7 @@ def test_a_folder_that_cannot_be(tmp_path):
     with pytest.raises(ValueError, match=r"engine\.nvme_path=.*plain/x: cannot make files there \(Not a directory\)"):
         check_folder(str(tmp_path / "plain/x"), nbytes=1)
     with pytest.raises(RuntimeError, match=r"states: creating the file failed: Not a directory.*nvme_path"):
-        DirectFile(tmp_path / "plain/x", nbytes=1, label="states")
+        DirectFile(tmp_path / "plain/x", nbytes=1, pool=BufferPool(1, nbytes=1), label="states")
     check_folder(str(tmp_path / "new/deep"), nbytes=1)
     assert list((tmp_path / "new/deep").iterdir()) == []
 
@@ -254,7 +256,7 @@ def test_a_folder_that_cannot_be_written(mounted):
     with pytest.raises(ValueError, match=r"cannot make files there \(Read-only file system\)"):
         check_folder(str(folder), nbytes=1)
     with pytest.raises(RuntimeError, match="creating the file failed: Read-only file system"):
-        DirectFile(folder, nbytes=1, label="states")
+        DirectFile(folder, nbytes=1, pool=BufferPool(1, nbytes=1), label="states")
 
 
 def test_too_little_space(tmp_path):
@@ -282,7 +284,8 @@ def test_with_direct_access_refused_a_file_works_through_the_page_cache(tmp_path
 
 
 def _round_trip(folder):
-    file, buffers = DirectFile(folder, nbytes=MIB, label="states"), BufferPool(2, nbytes=MIB)
+    buffers = BufferPool(2, nbytes=MIB)
+    file = DirectFile(folder, nbytes=MIB, pool=buffers, label="states")
     written, read = buffers.take().random_(), buffers.take()
     file.write(0, written)
     file.read(0, read).wait()
@@ -291,7 +294,7 @@ def _round_trip(folder):
     assert list(folder.iterdir()) == []
 
 
-START = "file = DirectFile(sys.argv[1], nbytes=1, label='x'); buffer = BufferPool(1, nbytes=1).take()\n"
+START = "file = DirectFile(sys.argv[1], nbytes=1, pool=BufferPool(1, nbytes=1), label='x'); buffer = file.pool.take()\n"
 
 
 @pytest.mark.parametrize("end", ["os.kill(os.getpid(), 9)", "raise RuntimeError('the run ends badly')", "file.close()"])
@@ -311,7 +314,7 @@ def test_a_fork_that_closes_the_file_leaves_it_to_the_parent(tmp_path):
 
 
 def test_a_write_waits_for_the_copy_into_its_buffer(file):
-    buffer = BufferPool(1, nbytes=ALIGNMENT).take().zero_()
+    buffer = file.pool.take().zero_()
     event = SimpleNamespace(synchronize=lambda: buffer.fill_(9))  # the copy is made when it is waited for
     file.write(ALIGNMENT, buffer, after=CopyEvent(event)).wait()
     assert content(file)[ALIGNMENT : 2 * ALIGNMENT].unique().tolist() == [9]
@@ -320,12 +323,12 @@ def test_a_write_waits_for_the_copy_into_its_buffer(file):
 @pytest.fixture
 def planned(file):
     """A pool of three buffers, a queue that reads two ahead, and reads of six blocks, each full of its number."""
-    pool = BufferPool(3, nbytes=ALIGNMENT)
+    pool = file.pool = BufferPool(3, nbytes=ALIGNMENT)
     for block in range(6):
         buffer = pool.take()
         file.write(block * ALIGNMENT, buffer.fill_(block))
         pool.give_back(buffer)
-    queue = PrefetchQueue(file, pool, depth=2)
+    queue = PrefetchQueue(file, depth=2)
     queue.plan(PlannedRead(block, block * ALIGNMENT, slice(0, ALIGNMENT)) for block in range(6))
     return pool, queue
 
@@ -334,8 +337,8 @@ def test_reads_come_in_the_order_that_was_planned_and_go_on_after_a_pause(planne
     pool, queue = planned
     for blocks in ([0, 1, 2], [3, 4, 5]):
         assert queue.tags == list(range(blocks[0], 6))
-        for block, (tag, buffer) in zip(blocks, queue.take(3), strict=True):
-            assert (tag, buffer.unique().tolist()) == (block, [block])
+        for block, (read, buffer) in zip(blocks, queue.take(3), strict=True):
+            assert (read.tag, buffer.unique().tolist()) == (block, [block])
             pool.give_back(buffer)
     assert len(queue) == 0
 
