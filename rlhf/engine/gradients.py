@@ -113,11 +113,6 @@ class Gradients:
         for store in self._optimizer.stores:
             store.gradients.clear()
 
-    def elements(self) -> int:
-        """How many gradient elements this rank keeps on the device."""
-        local_sums = self._replicas.elements() if self._replicas else 0
-        return local_sums + sum(store.gradients.num_on_device() for store in self._optimizer.stores)
-
     def _collect_unreduced(self, unit: FSDPUnit, root: nn.Module) -> None:
         """Take the gradients of a unit's gathered parameters, which FSDP2 makes when a forward first needs them."""
 
@@ -190,9 +185,6 @@ class _ReplicaSum:
     def takes(self, name: str) -> bool:
         """Whether a parameter is a replica."""
         return name in self._group_of
-
-    def elements(self) -> int:
-        return self._sums.num_on_device()
 
     def begin(self) -> None:
         """The step's last backward begins."""

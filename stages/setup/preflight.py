@@ -14,7 +14,7 @@ from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
-from rlhf.engine.offload import direct_io as disk
+from rlhf.engine.offload.direct_io import check_nvme_path
 from rlhf.evaluation.metrics import load_gold
 from rlhf.runtime.dist import check_devices
 from rlhf.runtime.launch import local_ranks
@@ -128,7 +128,7 @@ def check_disks(run: RunConfig, stage: str) -> None:
     for engine in engines_of(run, stage).values():
         if OffloadDevice.nvme in (engine.offload_optimizer, engine.offload_param):
             assert engine.nvme_path is not None, "EngineConfig has checked it"
-            disk.check_folder(engine.nvme_path, nbytes=0)
+            check_nvme_path(engine.nvme_path)
 
 
 def check_warmup(run: RunConfig, stage: str, *, num_rows: int) -> None:

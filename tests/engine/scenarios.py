@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
 from rlhf.engine.engine import build_engine
+from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator
 from rlhf.engine.updater import StepResult
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime import dist
@@ -96,7 +97,15 @@ def at_rest(world):
 
 def holdings(engine):
     sharded = [isinstance(parameter, DTensor) for parameter in engine.module.parameters()]
-    return all(sharded), not any(sharded), engine._updater.gradients.elements()
+    return all(sharded), not any(sharded), gradients_on_device(engine)
+
+
+def gradients_on_device(engine):
+    """How many gradient elements this rank keeps there."""
+    replicas = engine._updater.gradients._replicas
+    sums = [store.gradients for store in engine._updater.optimizer.stores] + ([replicas._sums] if replicas else [])
+    on_device = [held for held in sums if isinstance(held, DeviceGradAccumulator)]
+    return sum(gradient.numel() for held in on_device for gradient in held._sums.values())
 
 
 def tied(world):

@@ -14,7 +14,6 @@ import fcntl
 import logging
 import mmap
 import os
-import shutil
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -248,28 +247,21 @@ class PrefetchQueue(Generic[Tag]):
             self._started.append((read, buffer, transfers))
 
 
-def check_folder(path: str, *, nbytes: int) -> None:
-    """Make sure before a run that files of `nbytes` together can be made in `path`; makes the folder.
+def check_nvme_path(path: str) -> None:
+    """Make sure before a run that files can be made in a folder, which is made; the memory plan checks the space.
 
     Raises:
-        ValueError: it cannot be made or written, or has too little space.
+        ValueError: it cannot be made or written.
     """
-    folder = Path(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
             pass
     except OSError as error:
         raise ValueError(
             f"engine.nvme_path={path}: cannot make files there ({error.strerror}); name a folder on a local disk "
             "that you can write."
         ) from error
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise ValueError(
-            f"engine.nvme_path={path}: found {free / 1e9:.2f} GB free, expected {nbytes / 1e9:.2f} GB; free space "
-            "there, name a folder on a larger disk, or split over more machines."
-        )
 
 
 def _bypass_page_cache(file: int) -> bool:

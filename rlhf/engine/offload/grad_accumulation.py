@@ -28,10 +28,6 @@ STAGING_BYTES = 2 * 4 * _STAGED
 class GradAccumulator(ABC):
     """Gradient sums of some parameters: flat shards, by the parameter's name."""
 
-    def num_on_device(self) -> int:
-        """Elements that it keeps on the device: none, unless a subclass does."""
-        return 0
-
     @abstractmethod
     def add(self, name: str, gradient: Tensor) -> None:
         """Add a micro-batch's flat gradient, which belongs to the accumulator from now on."""
@@ -62,10 +58,6 @@ class DeviceGradAccumulator(InMemoryGradAccumulator):
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-
-    def num_on_device(self) -> int:
-        """Elements of all sums."""
-        return sum(gradient.numel() for gradient in self._sums.values())
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Keep the first gradient as it is, add others in fp32."""
