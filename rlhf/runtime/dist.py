@@ -47,7 +47,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on the one rank that writes files and logs."""
+        """True on the one rank that writes files and reports to the user."""
         return self.rank == 0
 
 

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.engine import checkpointing
+from tests.engine.checkpoint import resharding_runs
 
 ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """By number of ranks, then by rank: what `checkpointing.py` found."""
+    """By number of ranks, then by rank: what `resharding_runs.py` found."""
     root = tmp_path_factory.mktemp("checkpoints")
-    command = [sys.executable, "-m", "tests.engine.checkpointing", str(root)]
+    command = [sys.executable, "-m", "tests.engine.checkpoint.resharding_runs", str(root)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
@@ -35,7 +35,7 @@ def plain(runs):
 def test_on_the_same_ranks_the_rest_is_the_same_bit_for_bit(runs, ranks):
     for rank in runs[ranks]:
         for name, (whole, rest) in rank["same"].items():
-            assert rest[0] == whole[0][checkpointing.SAVED_AFTER :], name
+            assert rest[0] == whole[0][resharding_runs.SAVED_AFTER :], name
             assert all(torch.equal(rest[1][key], tensor) for key, tensor in whole[1].items()), name
 
 
@@ -44,7 +44,7 @@ def test_on_other_ranks_and_stages_the_rest_is_the_same_up_to_rounding(runs, pla
     points, weights = plain
     for rank in runs[ranks]:
         for (source, name), (rest, found) in rank["other"].items():
-            expected = torch.tensor(points[checkpointing.SAVED_AFTER :])
+            expected = torch.tensor(points[resharding_runs.SAVED_AFTER :])
             torch.testing.assert_close(torch.tensor(rest), expected, rtol=1e-5, atol=1e-6, msg=f"{source} {name}")
             for key, tensor in weights.items():
                 torch.testing.assert_close(found[key], tensor, rtol=0, atol=1e-5)

@@ -1,6 +1,6 @@
 """What the tests of resharding run on several ranks: train, save, load on others, go on.
 
-python -m tests.engine.checkpointing FOLDER
+python -m tests.engine.checkpoint.resharding_runs FOLDER
 """
 
 import pickle
