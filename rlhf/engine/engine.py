@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,19 +106,15 @@ class Engine:
         self.flush()
         return hybrid.evaluating(self.module, self._sharding)
 
-    def full_tensors(self, *, masters: bool = False) -> Iterator[tuple[str, Tensor]]:
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter whole and on the CPU, one at a time; all ranks must iterate to the end.
-
-        Args:
-            masters: fp32 master weights of the trainable parameters, instead of the working weights.
 
         Yields:
             Name and tensor; a parameter with two names (tied embeddings) once, under its first. The tensor may share
             the model's memory.
         """
         self.flush()  # exported weights are those of all steps taken
-        optimizer = self._training.optimizer if masters else None
-        return self._sharding.full_tensors(partial(optimizer.read_shard, key="weight") if optimizer else None)
+        return self._sharding.full_tensors()
 
     def flush(self) -> None:
         """Finish a delayed update, so that the working weights are those of all steps taken."""

@@ -18,7 +18,7 @@ See also: which parameters form a unit (`fsdp_units.py`), and where offloaded we
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -99,16 +99,11 @@ class Sharding:
         if self.modules:
             end_forwards(self.modules)
 
-    def full_tensors(self, masters: Callable[[str], Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Yield every parameter whole and on the CPU, one at a time; all ranks must iterate to the end.
-
-        See `Engine.full_tensors`; `masters` returns this rank's fp32 shard of a trainable parameter.
-        """
+    def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """See `Engine.full_tensors`."""
         self.release()  # parameters are looked up below: while gathered, they are not DTensors
         for name, parameter in list(self.module.named_parameters()):
-            if masters is not None and parameter.requires_grad:
-                shard = masters(name)
-            elif self.offloaded is not None and name in self.offloaded:
+            if self.offloaded is not None and name in self.offloaded:
                 shard = self.offloaded.shard(name)
             else:
                 shard = local_shard(parameter)

@@ -37,13 +37,12 @@ class World:
 
     rank: int
     size: int
-    local_rank: int
     device: torch.device
 
     @classmethod
     def alone(cls) -> World:
         """A single process without a group, on the CPU."""
-        return cls(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
+        return cls(rank=0, size=1, device=torch.device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -71,7 +70,7 @@ def start(device: str = "auto", *, launch: LaunchConfig | None = None) -> World:
         torch.cuda.set_device(target)  # before anything is allocated, or every rank opens a context on the first GPU
     if size > 1 and not dist.is_initialized():
         _join(target, launch or LaunchConfig())
-    return World(rank=rank, size=size, local_rank=local_rank, device=target)
+    return World(rank=rank, size=size, device=target)
 
 
 def check_devices(device: str, *, ranks: int) -> None:

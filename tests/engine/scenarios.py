@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
+from rlhf.engine.dtensors import full_tensor, sharded_like
 from rlhf.engine.engine import build_engine
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator
 from rlhf.engine.updater import StepResult
@@ -39,15 +40,24 @@ def curve(engine, steps, *, first=0, accumulation=2):
     return points
 
 
-def weights(engine, **options):
-    return {name: tensor.clone() for name, tensor in engine.full_tensors(**options)}
+def weights(engine, *, masters=False):
+    """Every parameter, whole; with `masters`, those that are trained as their fp32 masters."""
+    found = {name: tensor.clone() for name, tensor in engine.full_tensors()}
+    return found | full_states(engine, "weight") if masters else found
+
+
+def full_states(engine, key):
+    """One entry of the optimizer's state for each trainable parameter, whole."""
+    optimizer = engine._updater.optimizer
+    parameters = {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
+    shards = ((name, p, optimizer.read_shard(name, key).to(p.device)) for name, p in parameters.items())
+    return {name: full_tensor(sharded_like(p, shard)).cpu().clone() for name, p, shard in shards}
 
 
 def first_gradient(engine):
     """The gradient that the first step saw: at step one AdamW's first moment is a tenth of it."""
-    optimizer = engine._updater.optimizer
-    moments = engine._sharding.full_tensors(lambda name: optimizer.read_shard(name, "exp_avg"))
-    return {name: moment / 0.1 for name, moment in moments if name in optimizer.names()}
+    engine._sharding.release()
+    return {name: moment / 0.1 for name, moment in full_states(engine, "exp_avg").items()}
 
 
 def parity(world):

@@ -12,7 +12,7 @@ from rlhf.engine.engine import build_engine, step_together
 from rlhf.engine.loss_scale import LossScale
 from rlhf.runtime.dist import World
 from rlhf.tracking.metric_registry import METRICS
-from tests.engine import tiny
+from tests.engine import scenarios, tiny
 
 CASES = json.loads((Path(__file__).parents[1] / "golden/deepspeed_loss_scale.json").read_text())["cases"]
 
@@ -164,14 +164,14 @@ def test_a_resumed_engine_is_where_its_schedule_was():
 def test_engines_that_share_a_scale_step_or_skip_together():
     scale = LossScale(8.0, adapts=True, hysteresis=1)
     first, second = (shared(scale) for _ in range(2))
-    before = dict(second.full_tensors(masters=True))
+    before = scenarios.weights(second, masters=True)
     ids, counts = tiny.batch(0)
     for engine, factor in ((first, float("nan")), (second, 1.0)):
         engine.backward(factor * tiny.token_loss(engine(ids), ids, counts, counts.sum()), last=True)
     results = step_together(first, second)
     assert [result.skipped for result in results] == [True, True]
     assert scale.value == 4.0
-    assert all(torch.equal(tensor, before[name]) for name, tensor in second.full_tensors(masters=True))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in scenarios.weights(second, masters=True).items())
 
 
 def shared(scale):

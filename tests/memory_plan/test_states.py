@@ -151,7 +151,7 @@ def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
     found = states(folder, ranks=100, device=CUDA, zero_stage=2, offload_optimizer="cpu", optimizer_share=share)
     groups = [group for unit in found.units if (group := unit.group(found.spec.module))]
     config = found.setting.engine
-    world = World(0, 100, 0, CUDA)
+    world = World(0, 100, CUDA)
     stores = Placement(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, offloaded=None)._split()
     local = [sum(-(-p.shape[0] // 100) * p[0].numel() for group in part for p in group.values()) for part in stores]
     parts = at_rest(found)

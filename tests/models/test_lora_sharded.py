@@ -29,7 +29,7 @@ def logits(module):
 
 def sharded_and_gathered(folder):
     module = whole_model(folder)
-    mesh = dist.device_mesh(dist.World(0, 2, 0, torch.device("cpu")))
+    mesh = dist.device_mesh(dist.World(0, 2, torch.device("cpu")))
     parts = [module, *find_blocks(module, 3)]
     for part in reversed(parts):
         fully_shard(part, mesh=mesh)

@@ -15,7 +15,7 @@ from rlhf.tracking.console import StageProgress, setup_logging
 
 
 def world(rank):
-    return World(rank=rank, size=4, local_rank=rank, device=torch.device("cpu"))
+    return World(rank=rank, size=4, device=torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)

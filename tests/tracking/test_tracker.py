@@ -25,7 +25,7 @@ def tracker(folder, *, rank=0, log_every=1, total_steps=10, progress=ProgressDis
         run_name="exp",
         run_config={"seed": 1},
         total_steps=total_steps,
-        world=World(rank=rank, size=2, local_rank=rank, device=torch.device("cpu")),
+        world=World(rank=rank, size=2, device=torch.device("cpu")),
     )
 
 

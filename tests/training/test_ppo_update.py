@@ -74,7 +74,7 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_its_own():
 def test_ranks_share_a_minibatch_equally_and_completely(size):
     minibatch = batch(num_rows=4)
     shares = [
-        share_of(minibatch, config(), world=World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu")))
+        share_of(minibatch, config(), world=World(rank=rank, size=size, device=torch.device("cpu")))
         for rank in range(size)
     ]
     assert len({len(share) for share in shares}) == 1
@@ -165,7 +165,7 @@ def test_any_number_of_a_token_that_is_not_finite_leaves_its_response_out(name):
 def test_ranks_have_equally_many_micro_batches_of_what_is_left(left, size):
     ppo = config(minibatch_size=8, micro_batch_size=2)
     minibatch = batch().rows(torch.arange(left))
-    ranks = [World(rank=rank, size=size, local_rank=rank, device=torch.device("cpu")) for rank in range(size)]
+    ranks = [World(rank=rank, size=size, device=torch.device("cpu")) for rank in range(size)]
     shares = [share_of(minibatch, ppo, world=world) for world in ranks]
     assert len({len(share) for share in shares}) == 1
     micros = [micro for share in shares for micro in share]

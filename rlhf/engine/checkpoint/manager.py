@@ -47,23 +47,13 @@ _UNFINISHED = re.compile(r"step-\d{6,}\.(partial|removed)")
 
 
 class SavedCheckpoint(NamedTuple):
-    """A complete checkpoint; its tensors are still on the disk."""
+    """A complete checkpoint, as `checkpoint.json` describes it; its tensors are still on the disk."""
 
-    step: int
     folder: Path
-    content: dict[str, Any]
-
-    @property
-    def state(self) -> dict[str, Any]:
-        """What was saved besides tensors."""
-        state: dict[str, Any] = self.content["state"]
-        return state
-
-    @property
-    def tensors(self) -> dict[str, TensorEntry]:
-        """The tensors' types, shapes and places, by name."""
-        tensors: dict[str, TensorEntry] = self.content["tensors"]
-        return tensors
+    step: int
+    state: dict[str, Any]  # what was saved besides tensors
+    random: list[dict[str, Any]]  # every rank's random numbers
+    tensors: dict[str, TensorEntry]
 
 
 @dataclass
@@ -196,8 +186,8 @@ class Checkpoints:
         if outcome.error:
             raise _damaged(saved.folder, outcome.error) from outcome.cause
         # Last, so that nothing draws before training continues.
-        random = saved.content["random"]
-        set_random_state(random[self.world.rank if self.world.rank < len(random) else 0], self.world.device)
+        rank = self.world.rank if self.world.rank < len(saved.random) else 0
+        set_random_state(saved.random[rank], self.world.device)
 
     def remove(self) -> None:
         """Remove all checkpoints."""
@@ -261,7 +251,7 @@ def open_checkpoint(folder: Path, step: int) -> SavedCheckpoint:
     """
     complete = folder_of(folder, step)
     try:
-        saved = SavedCheckpoint(step, complete, read_index(complete))
+        saved = SavedCheckpoint(complete, **read_index(complete))
         require_files(complete, saved.tensors)
         return saved
     except ValueError as error:
