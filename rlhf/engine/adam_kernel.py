@@ -24,7 +24,7 @@ from rlhf.config.optimizer_config import OptimizerConfig
 VECTOR_ELEMENTS = 64
 """No cut is made between two multiples of it; see [Note: bits]."""
 _CPU_CHUNK = 1 << 19  # elements for each thread: casts and update share the cache, calls cost little beside them
-_CUDA_CHUNK = 1 << 24  # elements: 64 MB of scratch for each cast
+CUDA_CHUNK = 1 << 24  # elements: 64 MB of scratch for each cast
 
 
 class ParameterSlice(NamedTuple):
@@ -90,7 +90,7 @@ class AdamKernel:
         casts = any(_is_cast(tensor) for part in slices for tensor in (part.gradient, part.exp_avg, part.exp_avg_sq))
         if not casts and (scale == 1 or not on_cpu):  # nothing to keep in cache: one multi-tensor call
             return self._limit
-        return min(_CPU_CHUNK * torch.get_num_threads() if on_cpu else _CUDA_CHUNK, self._limit)
+        return min(_CPU_CHUNK * torch.get_num_threads() if on_cpu else CUDA_CHUNK, self._limit)
 
     def _call(
         self, slices: list[ParameterSlice], *, lr: float, decay: float, scale: float, betas: Sequence[float]

@@ -249,23 +249,12 @@ class ModelMemory:
         ]
 
     def _in_training(self, stretch: Stretch) -> list[Item]:
-        states = self.states
+        states, place, backward = self.states, stretch.where.place, stretch.where.backward
         items = [*self._traced(stretch), self._item(GATHERED, Place.device, count=states.gathered())]
-        items += states.gradients(self._share_of_sums(stretch))
-        if stretch.where.backward or stretch.where.place == "between":
+        items += states.gradients(states.share_of_gradients(place, backward=backward))
+        if backward or place == "between":
             items.append(self._item(GRADIENTS, Place.device, count=states.in_reduction()))
         return items
-
-    def _share_of_sums(self, stretch: Stretch) -> float:
-        """How much of the gradient sums is there; in a later micro-batch all of it."""
-        states = self.states
-        if self.setting.micro_batches > 1:
-            return 1.0
-        if not stretch.where.backward:
-            return states.finished_before_blocks() / states.elements() if stretch.where.place == "between" else 0.0
-        per_block = (states.elements() - states.outside_blocks()) / self.num_layers
-        blocks = {"last": 1, "inner": min(2, self.num_layers)}.get(stretch.where.place, self.num_layers)
-        return (states.finished_before_blocks() + per_block * blocks) / states.elements()
 
     def _trace(self, work: Computation, **mode: Any) -> list[Stretch]:
         return trace(self.shape, work=work, mode=Mode(self.setting.dtype, **mode))

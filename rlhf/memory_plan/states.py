@@ -1,13 +1,14 @@
-"""What a model keeps in memory whatever it computes: arithmetic on shapes, through the code that lays states out.
+"""Bytes that a model takes whatever it computes: arithmetic on shapes, through the engine's code that lays tensors out.
 
 With N elements on each of R ranks, one rank's share of a trainable model at ZeRO 3 is `(2 + 2 + K) N / R` bytes in the
 terms of the ZeRO paper (Rajbhandari et al. 2020, section 3.1: bf16 weights and gradients, K = 12 for fp32 master
-weights and two moments); here rows are counted, so what divides by nothing is padded as the engine pads it.
-Left out: what a forward or backward allocates (`trace.py`).
+weights and two moments). Here rows are counted, so what does not divide is padded as the engine pads it. See
+[Note: offload] for the kinds of tensor. Left out: what a forward or backward allocates (`trace.py`).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,11 +17,12 @@ import torch
 from torch import nn
 
 from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
+from rlhf.engine.adam_kernel import CUDA_CHUNK
 from rlhf.engine.fsdp_units import FSDPUnit, find_units, num_offloaded, persistent_parameters, prefetched_units
 from rlhf.engine.materialize import units_in_host_memory
 from rlhf.engine.offload import grad_accumulation, weights
 from rlhf.engine.offload.buffer_pool import HUGE_PAGE
-from rlhf.engine.offload.nvme_layout import lay_out_tiles, tile_capacity
+from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, Tile, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.offloaded_weights import lay_out_units, param_offload_device, unit_bytes
 from rlhf.engine.offload.optimizer_state import ParameterShard
 from rlhf.engine.offload.weight_stores import file_bytes
@@ -29,8 +31,6 @@ from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 GATHERED, BUFFERS = "gathered weights", "buffers"
-
-_STAGED = grad_accumulation.STAGING_BYTES + weights.STAGING_BYTES  # page-locked for copies
 
 
 @dataclass(frozen=True)
@@ -48,275 +48,253 @@ class Setting:
     micro_batches: int
     """Of an optimizer step, on one rank; 0 for a frozen model."""
 
-    @property
-    def frozen(self) -> bool:
-        """Whether the model has no optimizer."""
-        return self.micro_batches == 0
-
 
 @dataclass(frozen=True)
 class States:
-    """The bytes of a model on the first rank, which holds the most rows."""
+    """The bytes of a model on the first rank, which holds the largest shards."""
 
     spec: ModelSpec
     """On meta, not sharded; `requires_grad` says what learns."""
     setting: Setting
 
     def at_rest(self) -> list[Item]:
-        """What is there between steps."""
-        items = [*self._working(), *self._optimizer(), *self._buffers()]
+        """Everything that is there between steps."""
+        items = [*self._weights(), *self._optimizer_state(), *self._staging()]
         return [item for item in items if item.bytes]
 
     def gradients(self, share: float = 1.0) -> list[Item]:
-        """The sums of a step once `share` of them is complete."""
-        on_device, away = self._split
-        bytes_each = self._sum_bytes
-        items = [self._item(GRADIENTS, Place.device, count=int(share * bytes_each * on_device * self._sides))]
+        """The gradient sums of a step once `share` of them is complete."""
+        setting, (here, away) = self.setting, self._split
+        several = setting.ranks > 1 or setting.micro_batches > 1
+        each = 4 if several else setting.dtype.itemsize  # FSDP2 reduces in fp32, and sums of several are in fp32
+        sides = 2 if setting.engine.delayed_update else 1
+        items = [self._item(GRADIENTS, Place.device, count=int(share * each * here * sides))]
         if self.offload_optimizer == OffloadDevice.cpu:  # page-locked, and kept from step to step
-            kept = self.setting.dtype.itemsize + (4 if self.setting.micro_batches > 1 else 0)
-            items.append(self._item(GRADIENTS, Place.host, count=kept * away * self._sides))
+            kept = setting.dtype.itemsize + (4 if setting.micro_batches > 1 else 0)
+            items.append(self._item(GRADIENTS, Place.host, count=kept * away * sides))
         return [item for item in items if item.bytes]
 
-    def gathered(self) -> int:
-        """Device bytes beside this rank's rows while the model computes: units of weights that are whole."""
-        if not self.is_sharded:
-            return 0
-        if self.setting.engine.zero_stage < 3:
-            return sum(unit.numel for unit in self.units) * self.setting.dtype.itemsize
-        forward = self._moving(self.units[1:])
-        backward = 0
-        if not self.setting.frozen:  # the last unit stays from forward to backward
-            backward = self.units[-1].numel + self._moving(self.units[-2:0:-1])
-        most = self.units[0].numel + max(forward, backward)
-        return (most + self._brought) * self.setting.dtype.itemsize
-
-    def _moving(self, units: list[FSDPUnit]) -> int:
-        """Elements of a unit that computes and of those that are gathered meanwhile, or of its two copies before."""
-        return max(
-            unit.numel + max(unit.numel, sum(other.numel for other in following))
-            for unit, following in zip(units, prefetched_units(units, config=self.setting.engine), strict=True)
-        )
-
-    def whole(self) -> int:
-        """Device bytes beside this rank's rows while all units are gathered."""
-        return sum(unit.numel for unit in self.units) * self.setting.dtype.itemsize if self.is_sharded else 0
+    def share_of_gradients(self, place: str, *, backward: bool) -> float:
+        """How much of the gradient sums is complete in a part of a step, see `Where`; in a later micro-batch all."""
+        if self.setting.micro_batches > 1:
+            return 1.0
+        module, blocks = self.spec.module, self.spec.blocks
+        uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
+        in_blocks = {id(p) for block in blocks for p in block.parameters()}
+        learning = {name: count for group in self._groups for name, count in group.items()}
+        outside = {name for name in learning if id(module.get_parameter(name)) not in in_blocks}
+        # Of a head or a norm behind the blocks; an embedding, and what is tied to it, gets its gradient at the end.
+        first = [
+            count
+            for name, count in learning.items()
+            if name in outside
+            and uses[id(module.get_parameter(name))] == 1
+            and not isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
+        ]
+        if not backward:
+            return sum(first) / sum(learning.values()) if place == "between" else 0.0
+        per_block = sum(count for name, count in learning.items() if name not in outside) / len(blocks)
+        finished = {"last": 1, "inner": min(2, len(blocks))}.get(place, len(blocks))
+        return (sum(first) + per_block * finished) / sum(learning.values())
 
     def in_reduction(self) -> int:
-        """Device bytes of gradients on their way to their sums: a unit's whole ones, and what is sent of them.
+        """Device bytes of gradients on their way to their sums: those of a unit, and what is sent of them.
 
-        ZeRO 1 also keeps the whole fp32 sums until the last micro-batch is reduced.
+        ZeRO 1 also keeps whole fp32 sums until the last micro-batch is reduced.
         """
-        setting, trainable = self.setting, [self._trainable_numel(unit) for unit in self.units]
+        setting, trainable = self.setting, [sum(shapes.values()) for shapes in self._whole_groups]
         if setting.ranks == 1:
             return 0
         waiting = 4 * sum(trainable) if setting.engine.zero_stage == 1 and setting.micro_batches > 1 else 0
         # Whole gradients, and the fp32 copy that is sent: FSDP2 waits for one reduction before the next.
-        return waiting + max(trainable) * (setting.dtype.itemsize + 4 if self.is_sharded else 4)
+        return waiting + max(trainable, default=0) * (setting.dtype.itemsize + 4 if self.is_sharded else 4)
+
+    def whole(self) -> int:
+        """Device bytes beside this rank's shards while all units are gathered."""
+        return sum(unit.numel for unit in self.units) * self.setting.dtype.itemsize if self.is_sharded else 0
+
+    def gathered(self) -> int:
+        """Device bytes beside this rank's shards while the model computes: gathered units, and fetched shards."""
+        if not self.is_sharded or self.setting.engine.zero_stage < 3:
+            return self.whole()
+        size, units = self.setting.dtype.itemsize, self.units
+        forward = self._in_flight(units[1:])
+        backward = 0
+        if self.setting.micro_batches:  # the last unit stays from forward to backward
+            backward = units[-1].numel + self._in_flight(units[-2:0:-1])
+        fetched = {OffloadDevice.none: 0, OffloadDevice.nvme: 1, OffloadDevice.cpu: 2}[self.offload_param]
+        # A fetched shard waits for its gather; from host memory the next one is fetched meanwhile.
+        shards = fetched * max(self._offloaded_units) // size if fetched else 0
+        return (units[0].numel + max(forward, backward) + shards) * size
 
     def copied_for_a_checkpoint(self) -> int:
-        """Host bytes of a copy of what learns, while a thread writes it; what rests on disk is not copied."""
-        learning = sum(self._split) if self.offload_optimizer != OffloadDevice.nvme else self._split[0]
-        return learning * self._saved
+        """Host bytes of a copy of what learns, while a thread writes it; state on disk is not copied."""
+        here, away = self._split
+        return (here if self.offload_optimizer == OffloadDevice.nvme else here + away) * self._checkpoint_bytes
 
     def in_a_checkpoint(self) -> int:
         """Disk bytes of this rank's share of a checkpoint."""
-        return sum(self._split) * self._saved
-
-    @property
-    def _saved(self) -> int:
-        """Bytes of an element in a checkpoint: master and moments, and beside a delayed update the working weight."""
-        return 16 if self.setting.engine.delayed_update else 12
+        return sum(self._split) * self._checkpoint_bytes
 
     def exported(self) -> int:
-        """Disk bytes of the model without this project; the first rank writes all of it.
+        """Disk bytes of the model's folder, all of which the first rank writes.
 
         Merged adapters are in fp32 where the working type would lose too much of them, which is not known before.
         """
-        plain = [p for name, p in self._parameters if ".lora_" not in name]
-        merges = len(plain) < len(self._parameters)
-        return sum(p.numel() for p in plain) * (4 if merges else self.setting.dtype.itemsize)
+        plain = [p.numel() for name, p in self._parameters.items() if ".lora_" not in name]
+        return sum(plain) * (4 if len(plain) < len(self._parameters) else self.setting.dtype.itemsize)
 
     @cached_property
     def units(self) -> list[FSDPUnit]:
-        """What travels together."""
+        """Parameters that are gathered together."""
         return find_units(self.spec, config=self.setting.engine)
 
-    @cached_property
+    @property
     def offload_param(self) -> OffloadDevice:
-        """Where working weights rest."""
+        """Where working weights are kept."""
         return param_offload_device(self.setting.engine, self.setting.device)
 
-    @cached_property
+    @property
     def offload_optimizer(self) -> OffloadDevice:
-        """Where states rest that leave the device."""
-        tier = self.setting.engine.offload_optimizer
-        return OffloadDevice.none if tier == OffloadDevice.cpu and self.setting.device.type == "cpu" else tier
+        """Where the optimizer state goes that leaves the device."""
+        wanted, on_cpu = self.setting.engine.offload_optimizer, self.setting.device.type == "cpu"
+        return OffloadDevice.none if wanted == OffloadDevice.cpu and on_cpu else wanted
 
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 holds the model."""
-        stage, alone = self.setting.engine.zero_stage, self.setting.ranks == 1
-        return stage > 0 and not (alone and self.offload_param == OffloadDevice.none)
-
-    def outside_blocks(self) -> int:
-        """Elements of this rank's rows of what learns outside the blocks."""
-        blocks = {id(p) for block in self.spec.blocks for p in block.parameters()}
-        return sum(self._local(name, p) for name, p in self._learning if id(p) not in blocks)
-
-    def finished_before_blocks(self) -> int:
-        """Of these, the elements whose gradients are complete when backward reaches the blocks."""
-        blocks = {id(p) for block in self.spec.blocks for p in block.parameters()}
-        return sum(self._local(name, p) for name, p in self._learning if id(p) not in blocks and self._is_after(name))
-
-    def elements(self) -> int:
-        """Elements of this rank's rows of what learns."""
-        return sum(self._split)
+        alone = self.setting.ranks == 1 and self.offload_param == OffloadDevice.none
+        return self.setting.engine.zero_stage > 0 and not alone
 
     @cached_property
-    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self.spec.module.named_parameters())
-
-    @property
-    def _learning(self) -> list[tuple[str, nn.Parameter]]:
-        return [] if self.setting.frozen else [(name, p) for name, p in self._parameters if p.requires_grad]
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(self.spec.module.named_parameters())
 
     @cached_property
     def _persistent(self) -> set[str]:
         return set(persistent_parameters(self.spec.module, self.setting.engine))
 
-    def _local(self, name: str, parameter: nn.Parameter) -> int:
-        """Elements of the first rank's rows."""
+    def _local(self, name: str) -> int:
+        """Elements of the first rank's shard of a parameter, which is padded to whole rows."""
+        parameter = self._parameters[name]
         if not self.is_sharded or name in self._persistent or not parameter.ndim:
             return parameter.numel()
         return -(-parameter.shape[0] // self.setting.ranks) * (parameter.numel() // parameter.shape[0])
 
-    def _is_after(self, name: str) -> bool:
-        """Whether a parameter outside the blocks belongs to what follows them."""
-        owner = self.spec.module.get_submodule(name.rpartition(".")[0])
-        tied = sum(p is self.spec.module.get_parameter(name) for p in self._with_copies)
-        return tied == 1 and not isinstance(owner, nn.Embedding)
-
     @cached_property
-    def _with_copies(self) -> list[nn.Parameter]:
-        return [p for _, p in self.spec.module.named_parameters(remove_duplicate=False)]
-
-    def _trainable_numel(self, unit: FSDPUnit) -> int:
-        return 0 if self.setting.frozen else sum(p.numel() for p in unit.group(self.spec.module).values())
-
-    @cached_property
-    def _groups(self) -> list[list[ParameterShard]]:
-        """This rank's rows of what learns, unit by unit."""
-        if self.setting.frozen:
+    def _whole_groups(self) -> list[dict[str, int]]:
+        """Elements of each parameter that learns, by unit; without units of which nothing does."""
+        if not self.setting.micro_batches:
             return []
-        found = [
-            [
-                ParameterShard(name, torch.Size([self._local(name, p)]), decays=True)
-                for name, p in unit.group(self.spec.module).items()
-            ]
-            for unit in self.units
-        ]
-        return [group for group in found if group]
+        groups = [unit.group(self.spec.module) for unit in self.units]
+        return [{name: p.numel() for name, p in group.items()} for group in groups if group]
 
-    @cached_property
-    def _split(self) -> tuple[int, int]:
-        """Elements whose states stay on the device, and those that leave it; as `Placement` cuts the groups."""
-        sizes = [sum(shape.numel for shape in group) for group in self._groups]
-        leaving = sum(sizes[: self._num_away])
-        return sum(sizes) - leaving, leaving
+    @property
+    def _groups(self) -> list[dict[str, int]]:
+        """The same of this rank's shards."""
+        return [{name: self._local(name) for name in group} for group in self._whole_groups]
 
     @cached_property
     def _num_away(self) -> int:
+        """How many of the groups leave the device, as `Placement` cuts them."""
         if self.offload_optimizer == OffloadDevice.none:
             return 0
-        sizes = [self._trainable_numel(unit) for unit in self.units]
-        return num_offloaded([size for size in sizes if size], self.setting.engine.optimizer_share)
-
-    @property
-    def _sides(self) -> int:
-        return 2 if self.setting.engine.delayed_update else 1
-
-    @property
-    def _sum_bytes(self) -> int:
-        """Of an element of a gradient sum on the device: FSDP2 reduces in fp32, and so are sums of several."""
-        several = self.setting.ranks > 1 or self.setting.micro_batches > 1
-        return 4 if several else self.setting.dtype.itemsize
-
-    def _item(self, part: str, place: Place, *, count: float) -> Item:
-        return Item(self.setting.role, part, place, int(count))
-
-    def _working(self) -> Iterator[Item]:
-        size = self.setting.dtype.itemsize
-        buffers = sum(buffer.nbytes for buffer in self.spec.module.buffers())
-        if self.offload_param == OffloadDevice.none:
-            elements = sum(self._local(name, p) for name, p in self._parameters)
-            yield self._item(WORKING, Place.device, count=elements * size + buffers)
-            return
-        resident = sum(p.numel() for name, p in self._parameters if name in self._persistent)
-        yield self._item(WORKING, Place.device, count=resident * size + buffers)
-        sizes = self._resting_units
-        kept = units_in_host_memory(sizes, config=self.setting.engine, dtype=self.setting.dtype)
-        yield self._item(WORKING, Place.host, count=sum(size for index, size in enumerate(sizes) if index in kept))
-        on_disk = [0 if index in kept else size for index, size in enumerate(sizes)]
-        yield self._item(WORKING, Place.disk, count=file_bytes(on_disk))
-        if any(on_disk):  # weights that are written run on from unit to unit
-            yield self._item(BUFFERS, Place.host, count=self._buffer_bytes(file_bytes(on_disk)))
+        return num_offloaded([sum(group.values()) for group in self._whole_groups], self.setting.engine.optimizer_share)
 
     @cached_property
-    def _resting_units(self) -> list[int]:
-        shapes = {name: p.shape for name, p in self._parameters if name not in self._persistent}
+    def _split(self) -> tuple[int, int]:
+        """Elements of this rank's shards whose state stays on the device, and of those whose state leaves it."""
+        sizes = [sum(group.values()) for group in self._groups]
+        return sum(sizes[self._num_away :]), sum(sizes[: self._num_away])
+
+    def _in_flight(self, units: list[FSDPUnit]) -> int:
+        """Elements of a unit that computes and of those gathered meanwhile, or of its two copies before."""
+        ahead = prefetched_units(units, config=self.setting.engine)
+        return max(
+            unit.numel + max(unit.numel, sum(other.numel for other in following))
+            for unit, following in zip(units, ahead, strict=True)
+        )
+
+    @cached_property
+    def _offloaded_units(self) -> list[int]:
+        """Bytes of this rank's shard of each unit, where working weights are offloaded."""
+        shapes = {name: p.shape for name, p in self._parameters.items() if name not in self._persistent}
         units = [{name: shapes[name] for name in unit.names if name in shapes} for unit in self.units]
-        slots = lay_out_units(units, ranks=self.setting.ranks, rank=0, dtype=self.setting.dtype)
-        return unit_bytes(slots, len(units))
+        return unit_bytes(lay_out_units(units, ranks=self.setting.ranks, rank=0, dtype=self.setting.dtype), len(units))
 
     @property
-    def _brought(self) -> int:
-        """Elements of rows on their way from where they rest to a gather: a unit's, and the next one's."""
-        if self.offload_param == OffloadDevice.none:
-            return 0
-        copies = 2 if self.offload_param == OffloadDevice.cpu else 1
-        return copies * max(self._resting_units) // self.setting.dtype.itemsize
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of an element in a checkpoint: master and moments, and beside a delayed update the working weight."""
+        return 16 if self.setting.engine.delayed_update else 12
 
     @property
-    def _moment_bytes(self) -> int:
-        return 2 if self.setting.engine.moments == MomentDtype.bf16 else 4
+    def _moments(self) -> torch.dtype:
+        return torch.bfloat16 if self.setting.engine.moments == MomentDtype.bf16 else torch.float32
 
-    def _optimizer(self) -> Iterator[Item]:
-        here, away = self._split
-        narrow = self.setting.dtype is not torch.float32
-        apart = narrow or self.offload_param != OffloadDevice.none or self.setting.engine.delayed_update
-        yield self._item(MASTERS, Place.device, count=4 * here if apart else 0)
-        yield self._item(MOMENTS, Place.device, count=2 * self._moment_bytes * here)
+    def _item(self, part: str, place: Place, *, count: int) -> Item:
+        return Item(self.setting.role, part, place, count)
+
+    def _weights(self) -> Iterator[Item]:
+        setting, size = self.setting, self.setting.dtype.itemsize
+        buffers = sum(buffer.nbytes for buffer in self.spec.module.buffers())
+        offloaded = self.offload_param != OffloadDevice.none
+        resident = sum(self._local(name) for name in self._parameters if not offloaded or name in self._persistent)
+        yield self._item(WORKING, Place.device, count=resident * size + buffers)
+        if not offloaded:
+            return
+        sizes = self._offloaded_units
+        in_memory = units_in_host_memory(sizes, config=setting.engine, dtype=setting.dtype)
+        on_disk = file_bytes([0 if index in in_memory else size for index, size in enumerate(sizes)])
+        yield self._item(WORKING, Place.host, count=sum(sizes[index] for index in in_memory))
+        yield self._item(WORKING, Place.disk, count=on_disk)
+        if len(in_memory) < len(sizes):  # weights that are written run on from unit to unit
+            yield self._item(BUFFERS, Place.host, count=self._pool_bytes(on_disk))
+
+    def _optimizer_state(self) -> Iterator[Item]:
+        setting, (here, away), moments = self.setting, self._split, 2 * self._moments.itemsize
+        narrow = setting.dtype is not torch.float32
+        # Without masters AdamW updates the working weights themselves.
+        masters = narrow or self.offload_param != OffloadDevice.none or setting.engine.delayed_update
+        yield self._item(MASTERS, Place.device, count=4 * here if masters else 0)
+        yield self._item(MOMENTS, Place.device, count=moments * here)
         if self.offload_optimizer == OffloadDevice.cpu:
             yield self._item(MASTERS, Place.host, count=4 * away)
-            yield self._item(MOMENTS, Place.host, count=2 * self._moment_bytes * away)
+            yield self._item(MOMENTS, Place.host, count=moments * away)
         if self.offload_optimizer == OffloadDevice.nvme and away:
-            yield from self._on_disk()
+            tiles = self._tiles()
+            elements = sum(tile.size for tile in tiles)
+            yield self._item(GRADIENTS, Place.disk, count=4 * elements)
+            yield self._item(MASTERS, Place.disk, count=4 * elements)
+            yield self._item(MOMENTS, Place.disk, count=moments * elements)
+            yield self._item(BUFFERS, Place.host, count=self._pool_bytes(max(tile.nbytes for tile in tiles)))
 
-    def _on_disk(self) -> Iterator[Item]:
-        engine = self.setting.engine
-        moments = torch.bfloat16 if engine.moments == MomentDtype.bf16 else torch.float32
-        shapes = [shape for group in self._groups[: self._num_away] for shape in group]
+    def _tiles(self) -> list[Tile]:
+        """The file of the optimizer state."""
+        engine, moments = self.setting.engine, self._moments
         capacity = tile_capacity(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
-        records = lay_out_tiles(shapes, max(capacity, 1 << 12), moments=moments)
-        elements = sum(record.size for record in records)
-        yield self._item(GRADIENTS, Place.disk, count=4 * elements)
-        yield self._item(MASTERS, Place.disk, count=4 * elements)
-        yield self._item(MOMENTS, Place.disk, count=2 * self._moment_bytes * elements)
-        yield self._item(BUFFERS, Place.host, count=self._buffer_bytes(max(record.nbytes for record in records)))
+        shards = [
+            ParameterShard(name, torch.Size([count]), decays=True)
+            for group in self._groups[: self._num_away]
+            for name, count in group.items()
+        ]
+        # A buffer too small for a page is refused when the run starts; the plan is of the smallest that is not.
+        return lay_out_tiles(shards, max(capacity, PAGE_ELEMENTS), moments=moments)
 
-    def _buffer_bytes(self, most: int) -> int:
-        """Of a set of buffers each filled up to `most`: what is touched, by huge pages, or all that is locked."""
+    def _pool_bytes(self, most: int) -> int:
+        """Of a buffer pool, each buffer filled up to `most`: all of it if page-locked, else what is touched."""
         engine = self.setting.engine
         locked = engine.pin_memory and self.setting.device.type == "cuda"
         touched = -(-most // HUGE_PAGE) * HUGE_PAGE
         return engine.buffer_count * (4 * engine.buffer_size if locked else min(4 * engine.buffer_size, touched))
 
-    def _buffers(self) -> Iterator[Item]:
+    def _staging(self) -> Iterator[Item]:
         """Page-locked memory for copies, and the optimizer's scratch."""
-        if self.setting.device.type != "cuda" or self.setting.frozen:
+        setting, (here, away) = self.setting, self._split
+        if setting.device.type != "cuda":
             return
-        if self._split[1]:
-            yield self._item(BUFFERS, Place.host, count=_STAGED)
-        if self._split[0] and (self.setting.dtype is not torch.float32 or self._moment_bytes == 2):
-            casts = 1 + (2 if self._moment_bytes == 2 else 0)
-            yield self._item(BUFFERS, Place.device, count=casts * 4 * min(1 << 24, self._split[0]))
+        if away:
+            yield self._item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + weights.STAGING_BYTES)
+        narrow_moments = self._moments is not torch.float32
+        if here and (setting.dtype is not torch.float32 or narrow_moments):
+            casts = 3 if narrow_moments else 1  # of the gradient, and of both moments
+            yield self._item(BUFFERS, Place.device, count=casts * 4 * min(CUDA_CHUNK, here))
