@@ -84,11 +84,13 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     Raises:
         ValueError: a model that is not there, and that no stage of the run makes.
     """
+    config, chunk = run.training_config(stage), chunk_elements_of(machine.device)
     models = [model_memory(run, role, machine=machine) for role in roles_of(run, stage)]
     copies = [item for model in models for item in model.checkpoint_copy(run.checkpoint)]
     found: dict[str, list[Item]] = {}
     for phase, workloads in PHASES[stage].items():
-        found[phase] = _busiest(run, models, phase=phase, workloads=workloads, machine=machine)
+        works = {kind: work.of(config, ranks=machine.ranks, chunk_elements=chunk) for kind, work in workloads.items()}
+        found[phase] = _busiest(models, phase=phase, works=works)
     found["train"] += copies
     found["save"] = [item for model in models for item in model.at_rest()] + copies
     found["save"] += [item for model in models for item in model.saved(run.checkpoint, machine=machine)]
@@ -96,24 +98,14 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     return Plan(run.title(stage), machine.local_ranks, machine.device.type == "cuda", phases)
 
 
-def _busiest(
-    run: RunConfig,
-    models: list[ModelMemory],
-    *,
-    phase: str,
-    workloads: dict[ModelKind, type[Workload[Any]]],
-    machine: Machine,
-) -> list[Item]:
+def _busiest(models: list[ModelMemory], *, phase: str, works: dict[ModelKind, Workload[Any]]) -> list[Item]:
     """The items of a phase: of the model that takes most of the device, beside all others at rest."""
     turns = []
-    for kind, workload in workloads.items():
-        for model in models:
-            if model.role.kind is not kind or not model.takes_part(phase):
-                continue
-            config = run.training_config(model.role.stage)
-            work = workload.of(config, ranks=machine.ranks, chunk_elements=chunk_elements_of(machine.device))
-            others = [item for other in models if other is not model for item in other.at_rest()]
-            turns.append([*others, *model.during(phase, work)])
+    for busy in models:
+        work = works.get(busy.role.kind)
+        if work is not None and busy.takes_part(phase):
+            parts = [model.during(phase, work) if model is busy else model.at_rest() for model in models]
+            turns.append([item for part in parts for item in part])
     return max(turns, key=_device_bytes)
 
 

@@ -2,8 +2,8 @@
 
 With N elements on each of R ranks, one rank's share of a trainable model at ZeRO 3 is `(2 + 2 + K) N / R` bytes in the
 terms of the ZeRO paper (Rajbhandari et al. 2020, section 3.1: bf16 weights and gradients, K = 12 for fp32 master
-weights and two moments). Here rows are counted, so what does not divide is padded as the engine pads it. See
-[Note: offload] for the kinds of tensor. Left out: what a forward or backward allocates (`trace.py`).
+weights and two moments). Here rows are counted, so what does not divide is padded as the engine pads it.
+See [Note: offload] for the kinds of tensor. Left out: what a forward or backward allocates (`trace.py`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The highest memory of this process while a phase lasts: what the plan is compared with.
+"""Measures the highest memory of this process in each phase, for comparison with the plan.
 
-The kernel and CUDA keep one highest value per process each, which can be read and started again. Phases nest, so what
-is read belongs to every phase that is open. Pages of files (weights that are mapped, libraries) are left out: the
-kernel drops them when memory is short. Left out: what a peak is made of (the plan says what it expects).
+The kernel and CUDA each keep one peak per process, which can be read and reset. Phases nest, so a peak that is read
+counts for every open phase. Pages of files (mapped weights, libraries) do not count: the kernel drops them when memory
+is short. Left out: what a peak consists of (the plan says what it expects).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
-_PEAK_ONLY = "5"  # what this file takes to make the highest resident size start again from the present one
+_PEAK_ONLY = "5"  # written to this file, resets the peak to the present resident size
 
 
 @dataclass
@@ -27,18 +27,18 @@ class Peak:
     """Highest bytes of this process."""
 
     host: int = 0
-    """Memory of its own, resident; on a CPU tensors are part of it."""
+    """Its own resident memory; on a CPU that includes tensors."""
     device: int = 0
     """Tensors on its CUDA device; 0 on a CPU."""
 
     def raise_to(self, other: Peak) -> None:
-        """Become the highest of both."""
+        """Take the higher of both, place by place."""
         self.host, self.device = max(self.host, other.host), max(self.device, other.device)
 
 
 @dataclass
 class PeakMeter:
-    """Reads the peaks of phases; there is one, `METER`, because there is one highest value."""
+    """Reads the peaks of phases; there is only one, `METER`, because the process has only one peak."""
 
     _open: list[Peak] = field(default_factory=list)
     _can_reset: bool = True
@@ -49,7 +49,7 @@ class PeakMeter:
         self._open.append(Peak())
 
     def end(self, device: torch.device) -> Peak:
-        """The phase that began last ends; what it reached."""
+        """The phase that began last ends; returns its peak."""
         self._read(device)
         return self._open.pop()
 
@@ -60,25 +60,25 @@ class PeakMeter:
 
     def _take_host(self) -> int:
         if not _STATUS.exists():
-            return self._highest_of_all("this system has no /proc")
+            return self._process_peak("this system has no /proc")
         status = resident()
         if "VmHWM" not in status:  # in some sandboxes
-            return self._highest_of_all(f"{_STATUS} does not tell the highest")
+            return self._process_peak(f"{_STATUS} does not tell the highest")
         highest = status["VmHWM"] - status.get("RssFile", 0)
         if self._can_reset:
             try:
                 _CLEAR.write_text(_PEAK_ONLY)
             except OSError as error:
-                self._cannot(f"{_CLEAR}: {error.strerror}")
+                self._warn_once(f"{_CLEAR}: {error.strerror}")
         return highest
 
-    def _highest_of_all(self, reason: str) -> int:
-        """The highest since the process began."""
-        self._cannot(reason)
+    def _process_peak(self, reason: str) -> int:
+        """The peak since the process began."""
+        self._warn_once(reason)
         unit = 1 if sys.platform == "darwin" else 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-    def _cannot(self, reason: str) -> None:
+    def _warn_once(self, reason: str) -> None:
         if self._can_reset:
             log.warning("memory peaks are those since the process began, not of each phase (%s)", reason)
         self._can_reset = False
