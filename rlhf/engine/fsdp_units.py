@@ -145,7 +145,7 @@ def _outer_matrices(spec: ModelSpec) -> tuple[list[FSDPUnit], list[FSDPUnit]]:
     units = before
     for part in root.modules():
         units = after if part is blocks[-1] else units
-        # One row is not worth a gather of its own, which a head of one score would be.
+        # A matrix of one row (the score head) is not worth an all-gather of its own.
         owns = id(part) in adapted or any(min(p.shape) > 1 for p in part.parameters(recurse=False) if p.ndim >= 2)
         # Tied matrices stay in the first unit: two modules use them, and a unit is gathered for one module's forward.
         if id(part) in taken | ancestors or not owns or any(uses[id(p)] > 1 for p in part.parameters()):

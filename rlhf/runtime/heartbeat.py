@@ -112,7 +112,7 @@ class _Peer:
             return f"rank {rank} has not joined the others for {seconds:.3g} s"
         _, _, pid, host = self.heartbeat
         where = f"pid {pid}{_state(pid)}" if host == socket.gethostname() else f"pid {pid} on {host}"
-        what = "has sent no heartbeat" if 2 * self.silent > self.behind else "has not come to where others wait"
+        what = "has sent no heartbeat" if 2 * self.silent > self.behind else "has not reached where others wait"
         return f"rank {rank} ({where}) {what} for {seconds:.3g} s"
 
 
@@ -136,7 +136,7 @@ class RankMonitor:
         """
         for rank in list(self._peers):
             self._read(rank)
-        # A rank is behind only while another has begun more collectives: a long computation of all ranks is no news.
+        # A rank is behind only while another has begun more collectives: a long computation of all ranks is fine.
         ahead = max((peer.progress for peer in self._peers.values()), default=0)
         for peer in self._peers.values():
             peer.behind = peer.behind + 1 if peer.progress < ahead else 0

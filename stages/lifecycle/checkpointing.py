@@ -22,7 +22,7 @@ import torch
 
 from rlhf.config.run_config import CheckpointConfig
 from rlhf.config.stage_configs import BestMetric
-from rlhf.engine.checkpoint.manager import Checkpoints, SavedCheckpoint, folder_of, open_checkpoint, steps_in
+from rlhf.engine.checkpoint.checkpoints import Checkpoints, SavedCheckpoint, folder_of, open_checkpoint, steps_in
 from rlhf.engine.checkpoint.sharded_tensors import CheckpointTensor
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World, broadcast_object, max_over_ranks
@@ -169,7 +169,7 @@ class CheckpointManager:
             raise RunError(str(error)) from error
 
     def _resume(self) -> bool:
-        self.checkpoints.tidy()
+        self.checkpoints.remove_unfinished()
         if self.config.interval_of(self.total_steps):
             size = sum(stored.nbytes for stored in self.state.tensors())
             self.checkpoints.check_space(size, count=self.config.keep + 1 + self.config.best)
@@ -203,11 +203,11 @@ class CheckpointManager:
         flags = torch.tensor([stop, self.checkpoints.is_busy, is_best], dtype=torch.int32)
         asked, busy, best = max_over_ranks(flags).tolist()
         if not busy:
-            self.checkpoints.settle()
+            self.checkpoints.finish_save()
         if asked or self._is_due(step) or (best and self._keeps_best(step)):
             self._save(step)
         if asked or step == self.total_steps:
-            self.checkpoints.settle()
+            self.checkpoints.finish_save()
         if asked:
             raise Stopped
 
@@ -236,14 +236,14 @@ class CheckpointManager:
         saves = self.config.interval_of(self.total_steps) > 0
         return saves and self.config.best and step < self.total_steps
 
-    def _spare(self) -> set[int]:
+    def _protected(self) -> set[int]:
         return {self.progress.best_step} if self.config.best else set()
 
     def _save(self, step: int) -> None:
         if step == self.saved_step:
             return
         state = self.state.state_dict() | {"progress": asdict(self.progress)}
-        self.checkpoints.save(step, self.state.tensors(), state=state, spare=self._spare())
+        self.checkpoints.save(step, self.state.tensors(), state=state, protected=self._protected())
         self.saved_step = step
 
 

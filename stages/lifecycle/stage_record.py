@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from rlhf.config.bounds import as_plain
 from rlhf.config.run_config import FOLDERS, RunConfig
-from rlhf.engine.checkpoint.manager import steps_in
+from rlhf.engine.checkpoint.checkpoints import steps_in
 from rlhf.runtime.atomic_files import Seal, broken_seal, read_json, seal, write_text
 from rlhf.runtime.dist import barrier, gather_objects
 from rlhf.tracking.jsonl_log import JsonlLog

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.engine.checkpoint.manager import Checkpoints
+from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.copy_stream import CopyStream
 from rlhf.engine.offload.weight_stores import HostWeights
@@ -197,9 +197,9 @@ def test_a_checkpoint_goes_on_with_the_same_bits(world, tmp_path, tier):
     whole, rest = (engine(world, tmp_path / "tiers", **settings) for _ in range(2))
     scenarios.curve(whole, 2)
     checkpoints = Checkpoints(tmp_path / "saved", world, keep=1, asynchronous=True)
-    checkpoints.save(2, whole.checkpoint_tensors(), state=whole.counters(), spare=set())
+    checkpoints.save(2, whole.checkpoint_tensors(), state=whole.counters(), protected=set())
     expected = scenarios.curve(whole, 2, first=2)
-    checkpoints.settle()
+    checkpoints.finish_save()
     saved = checkpoints.newest()
     checkpoints.load(saved, rest.checkpoint_tensors())
     rest.load_counters(saved.state)

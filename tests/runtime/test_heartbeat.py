@@ -59,7 +59,7 @@ def test_a_rank_that_is_stopped_is_named_once_and_then_ends_the_run(caplog):
 def test_a_rank_that_does_not_come_to_where_others_wait_is_named(caplog):
     looks(5, rank0=lambda second: (second, 7), rank1=lambda second: (second, 6))
     assert "rank 1" in caplog.text
-    assert "has not come to where others wait for 4 s" in caplog.text
+    assert "has not reached where others wait for 4 s" in caplog.text
     assert "rank 0" not in caplog.text
 
 

@@ -3,7 +3,7 @@
 Any reader of safetensors opens a rank's file; a tensor in it is that rank's shard. `checkpoint.json` holds the place of
 each shard in the whole tensor, all state that is not a tensor, and checksums. The shards are summed in blocks, so that
 a part can be read and trusted without reading the rest. Nothing is pickled.
-See also: when a checkpoint counts as complete (`manager.py`).
+See also: when a checkpoint counts as complete (`checkpoints.py`).
 """
 
 from __future__ import annotations

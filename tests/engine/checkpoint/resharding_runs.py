@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rlhf.engine.checkpoint.manager import Checkpoints
+from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
 from rlhf.runtime import dist
 from tests.engine import scenarios, tiny
@@ -44,7 +44,7 @@ def there(folder, world, *, asynchronous=True):
 
 def save(trained, folder, step):
     checkpoints = there(folder, trained.world)
-    checkpoints.save(step, trained.checkpoint_tensors(), state={"engine": trained.counters()}, spare=set())
+    checkpoints.save(step, trained.checkpoint_tensors(), state={"engine": trained.counters()}, protected=set())
     return checkpoints
 
 
@@ -61,7 +61,7 @@ def train_and_save(trained, folder):
     before = scenarios.curve(trained, SAVED_AFTER)
     checkpoints = save(trained, folder, SAVED_AFTER)
     after = scenarios.curve(trained, STEPS - SAVED_AFTER, first=SAVED_AFTER)
-    checkpoints.settle()
+    checkpoints.finish_save()
     return before + after, scenarios.weights(trained, masters=True)
 
 
@@ -107,8 +107,8 @@ def uneven(world, folder):
     everything = Box((0, 0), (4, 5))
     mine = whole[rows[0] : sum(rows)]
     checkpoints = there(folder, world)
-    checkpoints.save(1, [stored("rows", mine, part), stored("all", whole, everything)], state={}, spare=set())
-    checkpoints.settle()
+    checkpoints.save(1, [stored("rows", mine, part), stored("all", whole, everything)], state={}, protected=set())
+    checkpoints.finish_save()
     columns = Box((1, world.rank), (2, 1))
     checkpoints.load(checkpoints.newest(), [stored("rows", whole, columns), stored("all", whole, part)])
     files = [load_file(path) for path in sorted(Path(folder).rglob("rank-*.safetensors"))]
@@ -119,13 +119,13 @@ def failing(world, folder):
     """One rank cannot write: what each rank is told, and what is left."""
     checkpoints = there(folder, world)
     trained = tiny.engine(world, 0)
-    save(trained, folder, 1).settle()
+    save(trained, folder, 1).finish_save()
     if world.rank == 1:
         (Path(folder) / "step-000002.partial").mkdir()
         (Path(folder) / "step-000002.partial/rank-00001.safetensors").mkdir()  # a folder where the file should be
     dist.barrier()
     try:
-        save(trained, folder, 2).settle()
+        save(trained, folder, 2).finish_save()
         message = ""
     except RuntimeError as error:
         message = str(error)
@@ -136,7 +136,7 @@ def failing(world, folder):
 def damaged(world, folder):
     """One rank's file is damaged: what every rank is told."""
     trained = tiny.engine(world, 3)
-    save(trained, folder, 1).settle()
+    save(trained, folder, 1).finish_save()
     if world.is_main:
         file = Path(folder) / "step-000001" / f"rank-{world.size - 1:05d}.safetensors"
         data = bytearray(file.read_bytes())

@@ -18,7 +18,7 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import CheckpointConfig
 from rlhf.config.stage_configs import RewardConfig, SFTConfig
-from rlhf.engine.checkpoint.manager import Checkpoints
+from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.runtime import dist
 from rlhf.tracking.timing import Stopwatch
 from stages import pipeline
@@ -129,7 +129,7 @@ def test_the_best_models_are_those_of_a_run_that_ends_there(runs):
 
 def test_rows_that_have_changed_are_noticed_before_anything_is_loaded(tmp_path):
     there = Checkpoints(tmp_path / CHECKPOINTS, dist.World.alone(), keep=1, asynchronous=False)
-    there.save(4, [], state={"data": "these"}, spare=set())
+    there.save(4, [], state={"data": "these"}, protected=set())
     check_resume(tmp_path, data="these")
     with pytest.raises(ValueError, match=r"step-000004 was made from other rows .* remove .*checkpoints to start anew"):
         check_resume(tmp_path, data="others")
@@ -140,7 +140,7 @@ def test_a_rank_that_fails_ends_the_run_with_how_to_go_on(monkeypatch, tmp_path)
     run = composed("experiment=smoke", "stage=sft", f"output_dir={tmp_path}")
     monkeypatch.setattr(pipeline.launch, "run_ranks", lambda *args, launch: "rank 1 was killed (SIGKILL)")
     there = tmp_path / "sft" / CHECKPOINTS
-    Checkpoints(there, dist.World.alone(), keep=1, asynchronous=False).save(4, [], state={}, spare=set())
+    Checkpoints(there, dist.World.alone(), keep=1, asynchronous=False).save(4, [], state={}, protected=set())
     with pytest.raises(SystemExit) as end:
         pipeline.run_on_ranks(run, ["sft"], world=dist.World.alone(), ranks=2, script=tmp_path)
     assert "rank 1 was killed (SIGKILL); sft is saved in" in end.value.code

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.engine.checkpoint.checkpoint_files import BLOCK
-from rlhf.engine.checkpoint.manager import Checkpoints, steps_in
+from rlhf.engine.checkpoint.checkpoints import Checkpoints, steps_in
 from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
 from rlhf.runtime import dist
 
@@ -35,9 +35,9 @@ def stored(key, tensor, *, part=None, shape=None, in_memory=True):
     )
 
 
-def save(there, step, tensors, *, spare=frozenset(), **state):
-    there.save(step, [stored(key, tensor) for key, tensor in tensors.items()], state=state, spare=set(spare))
-    there.settle()
+def save(there, step, tensors, *, protected=frozenset(), **state):
+    there.save(step, [stored(key, tensor) for key, tensor in tensors.items()], state=state, protected=set(protected))
+    there.finish_save()
 
 
 def load(there, tensors):
@@ -103,11 +103,11 @@ def test_random_numbers_go_on_where_they_were(tmp_path):
 def test_training_may_change_what_is_being_saved(tmp_path):
     there, tensors = checkpoints(tmp_path, asynchronous=True), some()
     expected = {key: tensor.clone() for key, tensor in tensors.items()}
-    there.save(1, [stored(key, tensor) for key, tensor in tensors.items()], state={}, spare=set())
+    there.save(1, [stored(key, tensor) for key, tensor in tensors.items()], state={}, protected=set())
     for tensor in tensors.values():
         tensor.zero_()
     assert steps_in(tmp_path) == []
-    there.settle()
+    there.finish_save()
     found = blank(tensors)
     load(there, found)
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
@@ -143,17 +143,17 @@ def test_what_rests_on_disk_is_in_memory_one_tensor_at_a_time(tmp_path):
         CheckpointTensor(f"{n}", (1000,), part, torch.float32, in_memory=False, read=read, write=write)
         for n in range(9)
     ]
-    there.save(1, tensors, state={}, spare=set())
-    there.settle()
+    there.save(1, tensors, state={}, protected=set())
+    there.finish_save()
     there.load(there.newest(), tensors)
     assert len(most) == 18
     assert max(most) <= 2  # the one before is dropped when the next one is there
 
 
-def test_the_newest_are_kept_and_the_spared(tmp_path):
+def test_the_newest_and_the_protected_are_kept(tmp_path):
     there = checkpoints(tmp_path, keep=2)
     for step in (10, 20, 30, 40, 50):
-        save(there, step, {"x": torch.ones(2)}, spare={20})
+        save(there, step, {"x": torch.ones(2)}, protected={20})
     assert steps_in(tmp_path) == [20, 40, 50]
     there.remove()
     assert not tmp_path.exists()
@@ -166,7 +166,7 @@ def test_a_half_written_checkpoint_is_never_read_and_goes_away(tmp_path):
     shutil.copytree(tmp_path / "step-000001", tmp_path / "step-000003.removed")
     (tmp_path / "notes").mkdir()
     assert there.newest().step == 1
-    there.tidy()
+    there.remove_unfinished()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["notes", "step-000001"]
 
 
@@ -253,7 +253,7 @@ def test_a_folder_without_room_is_refused_before_the_start(tmp_path):
 
 def test_closing_gives_up_what_does_not_count_yet(tmp_path):
     there = checkpoints(tmp_path, asynchronous=True)
-    there.save(1, [stored("x", torch.ones(3, BLOCK))], state={}, spare=set())
+    there.save(1, [stored("x", torch.ones(3, BLOCK))], state={}, protected=set())
     there.close()
     assert not there.is_busy
     assert steps_in(tmp_path) == []

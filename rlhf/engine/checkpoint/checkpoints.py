@@ -4,7 +4,7 @@ All ranks write into `step-000120.partial`. When every rank's file is on the dis
 and renames the folder to `step-000120`. Anything else in there is left over from a killed run, and is removed.
 With several machines the folder must be on a file system that they share.
 
-A save only copies what is in memory; a thread writes the copy, and a later call of `settle` makes the checkpoint count.
+A save only copies what is in memory; a thread writes the copy, and a later `finish_save` makes the checkpoint count.
 States on disk are read and written one tensor at a time before `save` returns. All methods must be called by all ranks
 together, except properties and `close`; the thread never talks to other ranks.
 
@@ -63,7 +63,7 @@ class _PendingSave:
     step: int
     writer: ShardWriter
     content: dict[str, Any]  # of `checkpoint.json`; the shards are added when all are written
-    spare: set[int]
+    protected: set[int]
 
 
 @dataclass
@@ -83,7 +83,7 @@ class Checkpoints:
         """Whether this rank is still writing a checkpoint."""
         return self._pending is not None and self._pending.writer.is_busy
 
-    def tidy(self) -> None:
+    def remove_unfinished(self) -> None:
         """Remove the checkpoints that a killed run left half written or half removed."""
         if self.world.is_main and self.folder.exists():
             for path in self.folder.iterdir():
@@ -116,19 +116,21 @@ class Checkpoints:
                 f"output_dir=, lower checkpoint.keep, set checkpoint.best=false, or checkpoint.every=0 to save none."
             )
 
-    def save(self, step: int, tensors: Iterable[CheckpointTensor], *, state: dict[str, Any], spare: set[int]) -> None:
+    def save(
+        self, step: int, tensors: Iterable[CheckpointTensor], *, state: dict[str, Any], protected: set[int]
+    ) -> None:
         """Save the state after `step`; when this returns, training may change it.
 
         Args:
             step: steps taken.
             tensors: everything that is trained, under different keys; on all ranks the same keys.
             state: all other state, as JSON; the first rank's is written. Every rank's random numbers are added.
-            spare: steps of older checkpoints that are kept whatever their age.
+            protected: steps of older checkpoints that are kept whatever their age.
 
         Raises:
             RunError: a checkpoint could not be written, this one or the one before.
         """
-        self.settle()  # one at a time: each holds a copy of the state in host memory
+        self.finish_save()  # one at a time: each holds a copy of the state in host memory
         held = _by_key(tensors)
         mine = [held[key] for key in keys_to_write(held, rank=self.world.rank)]  # a collective
         writer = ShardWriter(self._partial(step), mine, rank=self.world.rank)
@@ -139,18 +141,18 @@ class Checkpoints:
                 (writer.stage if later else writer.write)(tensor, tensor.read())
         if outcome.error:
             raise RunError(f"the checkpoint of step {step} could not be made: {outcome.error}") from outcome.cause
-        writer.begin(asynchronous=self.asynchronous)  # from here on the thread owns the writer, until `settle`
+        writer.begin(asynchronous=self.asynchronous)  # from here on the thread owns the writer, until `finish_save`
         entries: dict[str, TensorEntry] = {
             tensor.key: {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "shards": []}
             for tensor in held.values()
         }
         random = gather_objects(random_state(self.world.device))  # a collective; now, before training draws more
         content = {"step": step, "state": state, "random": random, "tensors": entries}
-        self._pending = _PendingSave(step, writer, content, spare)
+        self._pending = _PendingSave(step, writer, content, protected)
         if not self.asynchronous:
-            self.settle()
+            self.finish_save()
 
-    def settle(self) -> None:
+    def finish_save(self) -> None:
         """Wait until the pending save is on every rank's disk, and make it count.
 
         Raises:
@@ -191,14 +193,14 @@ class Checkpoints:
 
     def remove(self) -> None:
         """Remove all checkpoints."""
-        assert self._pending is None, "settle first"
+        assert self._pending is None, "finish_save first"
         if self.world.is_main:
             self._remove(steps_in(self.folder))
             if self.folder.exists() and not any(self.folder.iterdir()):
                 self.folder.rmdir()
 
     def close(self) -> None:
-        """Stop writing; an unsettled save never counts. One rank may call it alone, also after an error."""
+        """Stop writing; an unfinished save never counts. One rank may call it alone, also after an error."""
         if self._pending is not None:
             self._pending.writer.cancel()
 
@@ -215,13 +217,13 @@ class Checkpoints:
             write_index(folder, pending.content)  # synced before the rename: a crash leaves all of it or none
             folder.rename(final)
             sync_folder(self.folder)  # the older ones go only when the new one cannot be lost any more
-            self._remove(set(steps_in(self.folder)[: -self.keep]) - pending.spare)
+            self._remove(set(steps_in(self.folder)[: -self.keep]) - pending.protected)
         except OSError as error:
             return [f"{folder}: {error.strerror}"]
         return []
 
     def _give_up(self, pending: _PendingSave, errors: list[str]) -> None:
-        if self.world.is_main:  # no rank writes any more: `settle` has waited for all of them
+        if self.world.is_main:  # no rank writes any more: `finish_save` has waited for all of them
             shutil.rmtree(self._partial(pending.step), ignore_errors=True)
         older = broadcast_object(max(steps_in(self.folder), default=-1))
         remaining = (
@@ -237,7 +239,7 @@ class Checkpoints:
             complete = folder_of(self.folder, step)
             going = complete.with_suffix(".removed")  # one that is half removed must not look complete
             complete.rename(going)
-            shutil.rmtree(going)  # may be cut short by a kill; `tidy` removes the rest
+            shutil.rmtree(going)  # may be cut short by a kill; `remove_unfinished` removes the rest
 
     def _partial(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.partial"
