@@ -82,7 +82,7 @@ class Gradients:
 
     def after_backward(self, *, last: bool) -> None:
         """Finish what backward started; after the last micro-batch the sums are complete."""
-        self._reduced = None  # the parameters' gradients were its only users
+        self._reduced = None  # the last group's; views of it that stores keep hold its memory
         if self._replicas and last:
             self._replicas.finish()
 
@@ -101,7 +101,7 @@ class Gradients:
         flags = [bool(failures), *(name in self._touched for name in self._parameters)]
         # One collective for the norm, the disk failures and the touched parameters; [2 + parameters] fp64.
         totals = sum_over_ranks(torch.cat([total.reshape(1), total.new_tensor(flags)]))
-        squared, failed, *counts = totals.tolist()  # the step's only wait for the device
+        squared, failed, *counts = totals.tolist()  # here the host waits for the device
         raise_failure(failures[0] if failures else None, ranks=int(failed))
         names = {name for name, count in zip(self._parameters, counts, strict=True) if count}
         # Rounded to fp32, the last bits of the fp64 sum, which depend on the order, are gone: see `norms.py`.

@@ -1,4 +1,4 @@
-"""One start of two ranks and one of four for all tests of this room."""
+"""One start of two ranks and one of four for all tests of the engine."""
 
 import fcntl
 import os

@@ -1,4 +1,4 @@
-"""What the tests of this room run on one, two and four ranks; each function returns numbers for a test to judge.
+"""What the tests of the engine run on one, two and four ranks; each function returns numbers for a test to compare.
 
 All of them go into one start of the processes, because starting takes longer than running.
 """
