@@ -11,9 +11,9 @@ from tests.ranks import run_on_ranks
 
 BOTH = (
     "parity peeked tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank frozen "
-    "tiers failing_disks resting"
+    "offload_optimizer failing_disks offload_param"
 )
-PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading tiers resting"}
+PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading offload_optimizer offload_param"}
 
 
 @pytest.fixture(scope="session")

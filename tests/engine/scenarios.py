@@ -17,8 +17,8 @@ from rlhf.engine.updater import StepResult
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime import dist
 from tests.engine import tiny
-from tests.engine.resting_scenarios import resting  # noqa: F401 - found by name
-from tests.engine.tier_runs import failing_disks, tiers  # noqa: F401 - found by name
+from tests.engine.offload.optimizer_runs import failing_disks, offload_optimizer  # noqa: F401 - found by name
+from tests.engine.offload.param_runs import offload_param  # noqa: F401 - found by name
 
 STAGES = (0, 1, 2, 3)
 

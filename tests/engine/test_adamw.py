@@ -11,12 +11,12 @@ from rlhf.runtime.dist import World
 
 # Adam's first step moves every weight by lr against the sign of its gradient; decay takes lr * 0.1 of the weight first.
 CONFIG = OptimizerConfig(lr=1.0, weight_decay=0.1, eps=0.0, betas=[0.9, 0.99])
-TIERS = ("none", "cpu", "nvme")
+DEVICES = ("none", "cpu", "nvme")
 
 
-@pytest.fixture(params=TIERS)
+@pytest.fixture(params=DEVICES)
 def optimizer(request, tmp_path, monkeypatch):
-    """`optimizer(group, masters)` with its state on each tier; on the host, copies are forced."""
+    """`optimizer(group, masters)` with its state on each offload device; on the host, copies are forced."""
     monkeypatch.setattr("rlhf.engine.offload.placement.has_own_memory", lambda device: True)
     engine = EngineConfig(zero_stage=1, offload_optimizer=request.param, nvme_path=str(tmp_path), buffer_size=8192)
     made = []

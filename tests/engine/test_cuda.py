@@ -1,7 +1,6 @@
-"""What only a CUDA device can show: every tier trains there as plain torch does, and nothing comes too early.
+"""What only a CUDA device can show: every store trains there as plain torch does, and nothing comes too early.
 
-`pytest -m gpu` on one device runs these. Gradients of one kind of kernel are the same bits wherever they go, so tiers
-whose steps the CPU takes agree bit for bit; the device's own AdamW and norms round otherwise.
+`pytest -m gpu` on one device runs these. Gradients of one kind of kernel are the same bits wherever they go, so stores whose steps the CPU takes agree bit for bit; the device's own AdamW and norms round otherwise.
 Left out: several devices, and speed (`python -m benchmarks.zero offload`).
 """
 
@@ -20,7 +19,7 @@ from rlhf.engine.offload.weight_stores import HostWeights
 from rlhf.engine.offload.weights import StagedWeights
 from rlhf.runtime import dist
 from tests.engine import plain, scenarios, tiny
-from tests.engine.offload.test_offload import late_reference
+from tests.engine.offload.test_offload_optimizer import late_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -38,7 +37,7 @@ WHOLE = {  # working weights on the device, nothing wrapped
     "one buffer": {"offload_optimizer": "nvme", **STATES, "buffer_count": 1},
     "half": {"offload_optimizer": "cpu", "optimizer_share": 0.5},
 }
-RESTING = {  # working weights elsewhere: FSDP2, on its own streams, brings each unit
+OFFLOADED = {  # working weights elsewhere: FSDP2, on its own streams, brings each unit
     "weights": {"offload_param": "cpu"},
     "cpu cpu": {"offload_param": "cpu", "offload_optimizer": "cpu"},
     "pageable cpu cpu": {"offload_param": "cpu", "offload_optimizer": "cpu", "pin_memory": False},
@@ -48,7 +47,7 @@ RESTING = {  # working weights elsewhere: FSDP2, on its own streams, brings each
 SMALL = {"small kept": {"offload_param": "cpu", "offload_optimizer": "cpu", "persistence_threshold": 100}}
 SAME_BITS = {
     "whole": [WHOLE[name] for name in ("cpu", "pageable", "nvme", "one buffer")],
-    "resting": [RESTING[name] for name in ("cpu cpu", "pageable cpu cpu", "nvme nvme", "both")],
+    "offloaded": [OFFLOADED[name] for name in ("cpu cpu", "pageable cpu cpu", "nvme nvme", "both")],
 }
 CYCLES = 100_000_000  # of a kernel that only waits: some 50 ms, far longer than any copy here
 
@@ -97,9 +96,9 @@ def plain_run(world):
     return curve, {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
 
 
-@pytest.mark.parametrize("tier", [*WHOLE, *RESTING, *SMALL])
-def test_every_tier_trains_as_plain_torch(world, plain_run, tier):
-    points, masters, weights = train(world, precision="fp32", **(WHOLE | RESTING | SMALL)[tier])
+@pytest.mark.parametrize("store", [*WHOLE, *OFFLOADED, *SMALL])
+def test_every_store_trains_as_plain_torch(world, plain_run, store):
+    points, masters, weights = train(world, precision="fp32", **(WHOLE | OFFLOADED | SMALL)[store])
     curve, expected = plain_run
     assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in curve], rel=1e-5)
     assert [norm for _, norm in points] == pytest.approx([norm for _, norm in curve], rel=1e-4)
@@ -111,9 +110,9 @@ def test_every_tier_trains_as_plain_torch(world, plain_run, tier):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("where", SAME_BITS)
-def test_tiers_that_step_on_the_cpu_agree_bit_for_bit(world, where, accumulation, precision):
+def test_stores_that_step_on_the_cpu_agree_bit_for_bit(world, where, accumulation, precision):
     options = {"precision": precision, "accumulation": accumulation, "initial_scale_power": 6}
-    expected, *others = (train(world, **options, **tier) for tier in SAME_BITS[where])
+    expected, *others = (train(world, **options, **store) for store in SAME_BITS[where])
     for found in others:
         same(found, expected)
 
@@ -121,23 +120,24 @@ def test_tiers_that_step_on_the_cpu_agree_bit_for_bit(world, where, accumulation
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_the_host_and_the_device_are_close_and_so_are_fp32_and_less(world, precision):
     exact, _, _ = train(world, precision="fp32")
-    for tier in (WHOLE["device"], WHOLE["cpu"], RESTING["cpu cpu"]):
-        points, masters, weights = train(world, precision=precision, initial_scale_power=6, **tier)
+    for store in (WHOLE["device"], WHOLE["cpu"], OFFLOADED["cpu cpu"]):
+        points, masters, weights = train(world, precision=precision, initial_scale_power=6, **store)
         assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in exact], rel=2e-2)
         for name, rows in masters.items():
             assert torch.equal(weights[name], rows.to(weights[name].dtype))
 
 
-def test_a_model_that_keeps_the_device_busy_trains_the_same_on_every_tier(world):
+def test_a_model_that_keeps_the_device_busy_trains_the_same_in_every_store(world):
     options = {"kind": {"scale": 32}, "precision": "bf16", "steps": 3, "buffer_size": 500_000}
-    device, host, disk = (train(world, offload_optimizer=tier, **options) for tier in ("none", "cpu", "nvme"))
+    device, host, disk = (train(world, offload_optimizer=store, **options) for store in ("none", "cpu", "nvme"))
     same(disk, host)
     assert [loss for loss, _ in host[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
-    brought, read = (
-        train(world, offload_optimizer=tier, offload_param=tier, **options, buffer_count=3) for tier in ("cpu", "nvme")
+    fetched, read = (
+        train(world, offload_optimizer=store, offload_param=store, **options, buffer_count=3)
+        for store in ("cpu", "nvme")
     )
-    same(read, brought)
-    assert [loss for loss, _ in brought[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
+    same(read, fetched)
+    assert [loss for loss, _ in fetched[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
 
 
 @pytest.mark.parametrize("offload_param", ["none", "cpu"])
@@ -154,9 +154,9 @@ def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(world,
     trained.close()
 
 
-@pytest.mark.parametrize("tier", ["device", "cpu", "nvme", "cpu cpu"])
-def test_an_overflow_in_fp16_halves_the_scale_and_changes_nothing_else(world, tmp_path, tier):
-    settings = {"precision": "fp16", "hysteresis": 1, "initial_scale_power": 6, **(WHOLE | RESTING)[tier]}
+@pytest.mark.parametrize("store", ["device", "cpu", "nvme", "cpu cpu"])
+def test_an_overflow_in_fp16_halves_the_scale_and_changes_nothing_else(world, tmp_path, store):
+    settings = {"precision": "fp16", "hysteresis": 1, "initial_scale_power": 6, **(WHOLE | OFFLOADED)[store]}
     trained = engine(world, tmp_path, **settings)
     tiny.train_step(trained, 0)
     before = scenarios.weights(trained, masters=True)
@@ -170,9 +170,9 @@ def test_an_overflow_in_fp16_halves_the_scale_and_changes_nothing_else(world, tm
     trained.close()
 
 
-@pytest.mark.parametrize("tier", ["device", "cpu", "cpu cpu", "nvme nvme"])
-def test_generation_in_the_middle_of_training_changes_nothing(world, tmp_path, tier):
-    settings = {"precision": "bf16", **(WHOLE | RESTING)[tier]}
+@pytest.mark.parametrize("store", ["device", "cpu", "cpu cpu", "nvme nvme"])
+def test_generation_in_the_middle_of_training_changes_nothing(world, tmp_path, store):
+    settings = {"precision": "bf16", **(WHOLE | OFFLOADED)[store]}
     busy, calm = (engine(world, tmp_path, **settings) for _ in range(2))
     ids = tiny.batch(50)[0].to(world.device)
     found = []
@@ -191,10 +191,10 @@ def test_generation_in_the_middle_of_training_changes_nothing(world, tmp_path, t
         trained.close()
 
 
-@pytest.mark.parametrize("tier", ["device", "cpu", "cpu cpu", "nvme nvme"])
-def test_a_checkpoint_goes_on_with_the_same_bits(world, tmp_path, tier):
-    settings = {"precision": "bf16", **(WHOLE | RESTING)[tier]}
-    whole, rest = (engine(world, tmp_path / "tiers", **settings) for _ in range(2))
+@pytest.mark.parametrize("store", ["device", "cpu", "cpu cpu", "nvme nvme"])
+def test_a_checkpoint_goes_on_with_the_same_bits(world, tmp_path, store):
+    settings = {"precision": "bf16", **(WHOLE | OFFLOADED)[store]}
+    whole, rest = (engine(world, tmp_path / "nvme", **settings) for _ in range(2))
     scenarios.curve(whole, 2)
     checkpoints = Checkpoints(tmp_path / "saved", world, keep=1, asynchronous=True)
     checkpoints.save(2, whole.checkpoint_tensors(), state=whole.counters(), protected=set())
@@ -208,15 +208,15 @@ def test_a_checkpoint_goes_on_with_the_same_bits(world, tmp_path, tier):
         trained.close()
 
 
-@pytest.mark.parametrize("tier", ["device", "cpu cpu"])
-def test_activations_on_the_host_are_those_that_were_computed(world, tier):
-    settings = {"activation_checkpointing": True, "precision": "bf16", **(WHOLE | RESTING)[tier]}
+@pytest.mark.parametrize("store", ["device", "cpu cpu"])
+def test_activations_on_the_host_are_those_that_were_computed(world, store):
+    settings = {"activation_checkpointing": True, "precision": "bf16", **(WHOLE | OFFLOADED)[store]}
     same(train(world, activation_offload=True, **settings), train(world, **settings))
 
 
-@pytest.mark.parametrize("tier", ["device", "cpu", "weights", "cpu cpu"])
-def test_backward_never_waits_for_the_device(world, tmp_path, tier):
-    trained = engine(world, tmp_path, precision="bf16", **(WHOLE | RESTING)[tier])
+@pytest.mark.parametrize("store", ["device", "cpu", "weights", "cpu cpu"])
+def test_backward_never_waits_for_the_device(world, tmp_path, store):
+    trained = engine(world, tmp_path, precision="bf16", **(WHOLE | OFFLOADED)[store])
     for step in range(2):  # memory is page-locked in the first
         tiny.train_step(trained, step, accumulation=1)
     ids, counts = (x.to(world.device) for x in tiny.batch(2))
@@ -234,7 +234,7 @@ def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(
     trained = engine(world, tmp_path, precision="bf16", offload_optimizer="cpu")
     tiny.train_step(trained, 0)
     stores = trained._updater.optimizer.stores
-    memory = [rows for home in stores for rows in home.gradients._sides[0].arrived.values()]
+    memory = [rows for store in stores for rows in store.gradients._sides[0].arrived.values()]
     assert len(memory) == len(list(trained.module.parameters()))
     assert all(rows.is_pinned() for rows in memory)
     ids, counts = (x.to(world.device) for x in tiny.batch(1))
@@ -246,16 +246,16 @@ def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(
 
 
 def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(world):
-    courier, count = CopyStream(world.device), 1 << 22
+    stream, count = CopyStream(world.device), 1 << 22
     buffers = BufferPool(1, nbytes=4 * count, pin=True)  # locked as long as this is held
     into = buffers.take().view(torch.float32)[:count]
     assert into.is_pinned()
     torch.cuda._sleep(CYCLES)
     gradient = torch.full((count,), 3.0, device=world.device)
-    receipt = courier.copy(into, gradient)
+    copied = stream.copy(into, gradient)
     del gradient
     rubbish = [torch.full((count,), -1.0, device=world.device) for _ in range(4)]
-    receipt.wait()
+    copied.wait()
     assert (into == 3).all()
     assert all((tensor == -1).all() for tensor in rubbish)
     buffers.close()
@@ -276,21 +276,21 @@ def test_updated_weights_arrive_after_what_still_reads_the_old_ones_and_before_w
 
 
 @pytest.mark.parametrize("own_stream", [False, True])
-def test_units_are_brought_before_they_are_used_and_not_replaced_while_they_are(world, own_stream):
+def test_units_are_fetched_before_they_are_used_and_not_replaced_while_they_are(world, own_stream):
     nbytes, units = 1 << 24, 4
-    home = HostWeights([nbytes] * units, device=world.device, pin=True)
+    store = HostWeights([nbytes] * units, device=world.device, pin=True)
     for unit in range(units):
-        home.write(unit, 0, values=torch.full((nbytes,), unit + 1, dtype=torch.uint8))
+        store.write(unit, 0, values=torch.full((nbytes,), unit + 1, dtype=torch.uint8))
     user = torch.cuda.Stream(world.device) if own_stream else torch.cuda.current_stream(world.device)
     seen = []
     for unit in [*range(units)] * 3:
         with torch.cuda.stream(user):
-            rows = home.fetch(unit, [(unit + 1) % units])
+            rows = store.fetch(unit, [(unit + 1) % units])
             torch.cuda._sleep(CYCLES // 4)
             seen.append(rows.clone())
             del rows
-            home.release()
+            store.release()
     torch.cuda.synchronize()
     for unit, found in zip([*range(units)] * 3, seen, strict=True):
         assert (found == unit + 1).all()
-    home.close()
+    store.close()

@@ -30,10 +30,10 @@ def late(monkeypatch):
 
 
 def test_the_device_is_late(late):
-    courier, into = CopyStream(DEVICE), torch.zeros(3)
-    receipt = courier.copy(into, torch.ones(3))
+    stream, into = CopyStream(DEVICE), torch.zeros(3)
+    copied = stream.copy(into, torch.ones(3))
     assert not into.any()
-    receipt.wait()
+    copied.wait()
     assert into.all()
 
 
@@ -76,7 +76,7 @@ def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
 
 
 @pytest.fixture(params=["host", 1, 3])
-def home(request, late, tmp_path):
+def store(request, late, tmp_path):
     if request.param == "host":
         made = HostWeights(SIZES, device=DEVICE, pin=False)
     else:
@@ -87,22 +87,22 @@ def home(request, late, tmp_path):
     made.close()
 
 
-def test_units_that_are_brought_have_arrived_and_are_those_written_last(home):
+def test_units_that_are_fetched_have_arrived_and_are_those_written_last(store):
     expected = [bytearray(size) for size in SIZES]
     for unit, size in enumerate(SIZES):
-        home.write(unit, 0, values=torch.zeros(size, dtype=torch.uint8))
+        store.write(unit, 0, values=torch.zeros(size, dtype=torch.uint8))
     draw = random.Random(5)
     for _ in range(200):
         unit = draw.choice([0, 1, 3, 4])
         if draw.random() < 0.3:
             values = draw.randbytes(SIZES[unit])
-            home.write(unit, 0, values=torch.frombuffer(bytearray(values), dtype=torch.uint8))
+            store.write(unit, 0, values=torch.frombuffer(bytearray(values), dtype=torch.uint8))
             expected[unit][:] = values
             continue
         following = [other for other in draw.sample([0, 1, 3, 4], 3) if other != unit]
-        brought = home.fetch(unit, following)
-        assert torch.equal(brought[: SIZES[unit]], torch.frombuffer(expected[unit], dtype=torch.uint8))
-        home.release()
+        fetched = store.fetch(unit, following)
+        assert torch.equal(fetched[: SIZES[unit]], torch.frombuffer(expected[unit], dtype=torch.uint8))
+        store.release()
 
 
 def nvme_store(folder, weights, pool):

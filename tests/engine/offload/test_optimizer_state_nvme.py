@@ -1,4 +1,4 @@
-"""A home on disk: how much memory it takes, and in which order it reads and writes."""
+"""State on disk: how much memory it takes, and in which order it reads and writes."""
 
 import gc
 from types import SimpleNamespace
@@ -129,7 +129,7 @@ def test_sub_groups_bound_what_is_loaded_at_once(optimizer, transfers, limit, ti
     assert sum(verb == "read" for verb, *_ in transfers) == tiles
 
 
-def test_a_disk_that_fails_in_backward_is_reported_once_all_ranks_can_hear_it(optimizer, monkeypatch):
+def test_a_disk_that_fails_in_backward_is_reported_once_all_ranks_can_be_told(optimizer, monkeypatch):
     adam = optimizer(TILE)
 
     def fail(*_, **__):

@@ -1,4 +1,4 @@
-"""Wherever gradients and optimizer states rest, training gives the same bits, and the numbers of plain torch."""
+"""Wherever gradients and optimizer state are kept, training gives the same bits, and the numbers of plain torch."""
 
 import threading
 
@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from rlhf.runtime import dist
-from tests.engine import plain, tier_runs, tiny
+from tests.engine import plain, tiny
+from tests.engine.offload import optimizer_runs
 
 RANKS = (1, 2, 4)
 
 
 @pytest.mark.parametrize("ranks", RANKS)
-def test_every_tier_gives_the_bits_of_the_device(on_ranks, ranks):
+def test_every_store_gives_the_bits_of_the_device(on_ranks, ranks):
     for rank in on_ranks(ranks):
-        found, _ = rank["tiers"]
-        assert len(found) == sum(len(setting.tiers) for setting in tier_runs.SETTINGS[ranks])
+        found, _ = rank["offload_optimizer"]
+        assert len(found) == sum(len(setting.stores) for setting in optimizer_runs.SETTINGS[ranks])
         assert not any(found.values()), found
 
 
@@ -26,10 +27,12 @@ def plain_curve(model, steps):
 @pytest.mark.parametrize(("ranks", "kind"), [(1, "plain"), (2, "plain"), (2, "replicas")])
 def test_twenty_steps_are_those_of_plain_torch(on_ranks, ranks, kind):
     model = tiny.reference()
-    expected = plain_curve(model, tier_runs.STEPS)
+    expected = plain_curve(model, optimizer_runs.STEPS)
     for rank in on_ranks(ranks):
         ((points, weights),) = [
-            curve for setting, curve in rank["tiers"][1].items() if (setting.kind, setting.precision) == (kind, "fp32")
+            curve
+            for setting, curve in rank["offload_optimizer"][1].items()
+            if (setting.kind, setting.precision) == (kind, "fp32")
         ]
         assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in expected], rel=1e-5)
         assert [norm for _, norm in points] == pytest.approx([norm for _, norm in expected], rel=1e-4)
@@ -48,21 +51,21 @@ def test_a_failing_disk_of_one_rank_stops_all_with_a_sentence(on_ranks, ranks, m
 
 def run(**options):
     torch.set_num_threads(1)
-    with tier_runs.memory(own="offload_optimizer" in options):
-        return tier_runs.train(dist.start("cpu"), steps=6, zero_stage=1, **options)
+    with optimizer_runs.memory(own="offload_optimizer" in options):
+        return optimizer_runs.train(dist.start("cpu"), steps=6, zero_stage=1, **options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_one_micro_batch_needs_no_sum_and_gives_the_same_everywhere(precision):
     expected = run(precision=precision, accumulation=1)
-    for tier in tier_runs.TIERS.values():
-        assert tier_runs.differences(run(precision=precision, accumulation=1, **tier), expected) == []
+    for store in optimizer_runs.STORES.values():
+        assert optimizer_runs.differences(run(precision=precision, accumulation=1, **store), expected) == []
 
 
 def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
     expected, exact = run(moments="bf16"), run()
-    for tier in tier_runs.TIERS.values():
-        assert tier_runs.differences(run(moments="bf16", **tier), expected) == []
+    for store in optimizer_runs.STORES.values():
+        assert optimizer_runs.differences(run(moments="bf16", **store), expected) == []
     losses, exact_losses = ([loss for loss, _ in points] for points in (expected[0], exact[0]))
     assert losses != exact_losses
     assert losses == pytest.approx(exact_losses, rel=1e-2)
@@ -128,8 +131,8 @@ def test_a_checkpoint_does_not_change_a_delayed_run():
 
 def check_late(model, losses, *, between, away=False):
     settings = {"offload_optimizer": "cpu", "delayed_update": True, "precision": "fp32"}
-    with tier_runs.memory(own=away):
-        points, _, weights = tier_runs.train(dist.start("cpu"), steps=8, between=between, zero_stage=1, **settings)
+    with optimizer_runs.memory(own=away):
+        points, _, weights = optimizer_runs.train(dist.start("cpu"), steps=8, between=between, zero_stage=1, **settings)
     assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-5)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=2e-5)
@@ -137,7 +140,7 @@ def check_late(model, losses, *, between, away=False):
 
 def test_a_closed_engine_leaves_no_thread_behind():
     before = set(threading.enumerate())
-    with tier_runs.memory(own=True):
+    with optimizer_runs.memory(own=True):
         engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="cpu", delayed_update=True)
         tiny.train_step(engine, 0)
         started = " ".join(thread.name for thread in set(threading.enumerate()) - before)

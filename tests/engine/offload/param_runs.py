@@ -1,4 +1,4 @@
-"""What the tests of resting weights and of grouping run on one, two and four ranks; each returns numbers to judge."""
+"""What the tests of offloaded weights and of grouping run on one, two and four ranks; each returns numbers to judge."""
 
 import copy
 import tempfile
@@ -16,7 +16,7 @@ from tests.engine import scenarios, tiny
 
 EVERYTHING = 10**9
 BUFFERS = {"buffer_count": 3, "buffer_size": 2048}  # of 8,192 bytes: a block comes in several
-TIERS = {
+STORES = {
     "device": {},
     "disk": {"offload_param": "nvme", **BUFFERS},
     "host": {"offload_param": "nvme", "parameters_in_cpu": EVERYTHING},
@@ -32,9 +32,9 @@ KINDS = {
 }
 
 
-def resting(world):
+def offload_param(world):
     """Results of the functions of this file that are for so many ranks, by name."""
-    parts = [tiers]
+    parts = [stores]
     if world.size < 4:
         parts += [kinds, disturbed, frozen, adapters, peaks]
     if world.size == 2:
@@ -43,21 +43,21 @@ def resting(world):
         return {part.__name__: part(world, folder) for part in parts}
 
 
-def trained(world, folder, tier, *, stage=3, **settings):
-    """An engine whose working weights rest in `tier`, one of `TIERS`."""
+def trained(world, folder, store, *, stage=3, **settings):
+    """An engine whose working weights are in `store`, one of `STORES`."""
     steady = tiny.optimizer_config(schedule="constant", warmup_steps=0)
-    settings = {"optimizer": steady, "nvme_path": folder} | TIERS[tier] | settings
+    settings = {"optimizer": steady, "nvme_path": folder} | STORES[store] | settings
     return tiny.engine(world, stage, **settings)
 
 
-def tiers(world, folder):
-    """Twenty steps in fp32 and two in bf16: losses and norms, weights and masters, by precision and tier."""
+def stores(world, folder):
+    """Twenty steps in fp32 and two in bf16: losses and norms, weights and masters, by precision and store."""
     found = {}
     pair = ["device", "disk"]
-    for precision, steps, names in (("fp32", 20, pair), ("bf16", 2, pair if world.size == 4 else TIERS)):
-        for tier in names:
-            engine = trained(world, folder, tier, precision=precision)
-            found[precision, tier] = (
+    for precision, steps, names in (("fp32", 20, pair), ("bf16", 2, pair if world.size == 4 else STORES)):
+        for store in names:
+            engine = trained(world, folder, store, precision=precision)
+            found[precision, store] = (
                 scenarios.curve(engine, steps),
                 scenarios.weights(engine),
                 scenarios.weights(engine, masters=True),
@@ -69,9 +69,9 @@ def kinds(world, folder):
     """The same for models and settings of several kinds, on the device and on disk."""
     found = {}
     for kind, settings in KINDS.items():
-        for tier in ("device", "disk"):
-            engine = trained(world, folder, tier, **settings)
-            found[kind, tier] = scenarios.curve(engine, 2), scenarios.weights(engine)
+        for store in ("device", "disk"):
+            engine = trained(world, folder, store, **settings)
+            found[kind, store] = scenarios.curve(engine, 2), scenarios.weights(engine)
     return found
 
 
@@ -129,7 +129,7 @@ def looks(engine, ids):
 def frozen(world, folder):
     """Of a frozen engine: logits, exported weights, and what FSDP2 remembers of forwards that had no backward."""
     ids = tiny.batch(50)[0]
-    config = EngineConfig(zero_stage=3, precision="fp32", nvme_path=folder, **TIERS["disk"])
+    config = EngineConfig(zero_stage=3, precision="fp32", nvme_path=folder, **STORES["disk"])
     engine = build_engine(tiny.spec(), config=config, world=world)
     with engine.evaluating() as model:
         logits = [model(ids) for _ in range(3)]
@@ -144,17 +144,17 @@ def gathered(engine):
 
 
 def adapters(world, folder):
-    """Real adapters on weights that rest on disk: what `scenarios.with_adapters` tells."""
+    """Real adapters on weights that are on disk: what `scenarios.with_adapters` tells."""
     shared = dist.broadcast_object(folder)
     if world.is_main:
         tiny.reference().llama.save_pretrained(shared)
     dist.barrier()
     found = {}
-    for tier in ("device", "disk"):
+    for store in ("device", "disk"):
         plan = causal_lm(shared, lora=LoraConfig(rank=4), seed=3)
-        config = EngineConfig(zero_stage=3, precision="bf16", nvme_path=folder, **TIERS[tier])
+        config = EngineConfig(zero_stage=3, precision="bf16", nvme_path=folder, **STORES[store])
         engine = build_engine(plan, config=config, world=world, optimizer=tiny.optimizer_config(lr=0.1), total_steps=10)
-        found[tier] = scenarios.with_adapters(engine, tiny.batch(50)[0])
+        found[store] = scenarios.with_adapters(engine, tiny.batch(50)[0])
     dist.barrier()
     return found
 
@@ -172,12 +172,12 @@ def live_bytes(engine):
 
 
 def peaks(world, folder):
-    """The most live bytes of parameters that forward and backward of a step see, by tier and number of blocks."""
+    """The most live bytes of parameters that forward and backward of a step see, by store and number of blocks."""
     found = {}
-    for tier in ("device", "disk"):
+    for store in ("device", "disk"):
         for layers in (4, 16):
-            engine = trained(world, folder, tier, kind={"layers": layers}, prefetch_bucket_size=1)
-            found[tier, layers] = peak_of_a_step(engine) if engine._sharding.modules else None
+            engine = trained(world, folder, store, kind={"layers": layers}, prefetch_bucket_size=1)
+            found[store, layers] = peak_of_a_step(engine) if engine._sharding.modules else None
     return found
 
 

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from tests.engine import plain, tiny
-from tests.engine.resting_scenarios import KINDS
+from tests.engine.offload.param_runs import KINDS
 
 BLOCK = sum(parameter.numel() for parameter in tiny.reference().llama.model.layers[0].parameters())
 
 
 @pytest.fixture
-def resting(on_ranks):
-    """`resting(ranks)[rank][part]`: what `resting_scenarios.part` returned there."""
-    return lambda ranks: [rank["resting"] for rank in on_ranks(ranks)]
+def runs(on_ranks):
+    """`runs(ranks)[rank][part]`: what `param_runs.part` returned there."""
+    return lambda ranks: [rank["offload_param"] for rank in on_ranks(ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -32,36 +32,36 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_twenty_steps_from_disk_are_those_of_plain_torch(resting, twenty_steps, ranks):
-    for rank in resting(ranks):
-        found, _, _ = rank["tiers"]["fp32", "disk"]
+def test_twenty_steps_from_disk_are_those_of_plain_torch(runs, twenty_steps, ranks):
+    for rank in runs(ranks):
+        found, _, _ = rank["stores"]["fp32", "disk"]
         for (loss, norm), (expected_loss, expected_norm) in zip(found, twenty_steps, strict=True):
             assert loss == pytest.approx(expected_loss, rel=1e-5)
             assert norm == pytest.approx(expected_norm, rel=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("ranks", "precision", "tier"),
+    ("ranks", "precision", "store"),
     [
         *((ranks, precision, "disk") for ranks in (1, 2, 4) for precision in ("fp32", "bf16")),
-        *((ranks, "bf16", tier) for ranks in (1, 2) for tier in ("host", "both")),
+        *((ranks, "bf16", store) for ranks in (1, 2) for store in ("host", "both")),
     ],
 )
-def test_tiers_agree_bit_for_bit(resting, ranks, precision, tier):
-    for rank in resting(ranks):
-        same(rank["tiers"][precision, tier], rank["tiers"][precision, "device"])
+def test_stores_agree_bit_for_bit(runs, ranks, precision, store):
+    for rank in runs(ranks):
+        same(rank["stores"][precision, store], rank["stores"][precision, "device"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
-def test_models_and_settings_of_all_kinds_train_from_disk_as_from_memory(resting, ranks, kind):
-    for rank in resting(ranks):
+def test_models_and_settings_of_all_kinds_train_from_disk_as_from_memory(runs, ranks, kind):
+    for rank in runs(ranks):
         same(rank["kinds"][kind, "disk"], rank["kinds"][kind, "device"])
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_nothing_between_steps_disturbs_them(resting, ranks):
-    for rank in resting(ranks):
+def test_nothing_between_steps_disturbs_them(runs, ranks):
+    for rank in runs(ranks):
         found, expected, logits, raised = rank["disturbed"]
         assert raised == 2
         assert found == expected
@@ -69,11 +69,11 @@ def test_nothing_between_steps_disturbs_them(resting, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_a_frozen_model_on_disk_judges_as_one_in_memory_and_leaves_nothing_behind(resting, ranks):
+def test_a_frozen_model_on_disk_scores_as_one_in_memory_and_leaves_nothing_behind(runs, ranks):
     model = tiny.reference()
     with torch.no_grad():
         expected = model(tiny.batch(50)[0])
-    for rank in resting(ranks):
+    for rank in runs(ranks):
         logits, exported, remembered, whole = rank["frozen"]
         assert all(torch.equal(found, expected) for found in logits)
         assert all(torch.equal(exported[name], parameter) for name, parameter in model.named_parameters())
@@ -82,8 +82,8 @@ def test_a_frozen_model_on_disk_judges_as_one_in_memory_and_leaves_nothing_behin
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_adapters_learn_on_weights_that_rest_on_disk(resting, ranks):
-    for rank in resting(ranks):
+def test_adapters_learn_on_weights_that_are_on_disk(runs, ranks):
+    for rank in runs(ranks):
         evaluated, generated, unchanged, norms = rank["adapters"]["disk"]
         expected, _, _, expected_norms = rank["adapters"]["device"]
         assert torch.equal(evaluated, expected)
@@ -93,19 +93,19 @@ def test_adapters_learn_on_weights_that_rest_on_disk(resting, ranks):
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_live_parameters_do_not_grow_with_the_model(resting, ranks):
-    for rank in resting(ranks):
+def test_live_parameters_do_not_grow_with_the_model(runs, ranks):
+    for rank in runs(ranks):
         peaks = rank["peaks"]
-        peak, at_rest = peaks["disk", 16]
-        assert at_rest == 0
+        peak, between_steps = peaks["disk", 16]
+        assert between_steps == 0
         assert peak == peaks["disk", 4][0]
         assert peak < 4 * 1.1 * BLOCK
-    in_memory = resting(2)[0]["peaks"]
+    in_memory = runs(2)[0]["peaks"]
     assert in_memory["device", 16][0] > 2 * in_memory["device", 4][0], "what is measured grows where it should"
 
 
-def test_a_reduce_bucket_saves_collectives_and_changes_no_number(resting):
-    for rank in resting(2):
+def test_a_reduce_bucket_saves_collectives_and_changes_no_number(runs):
+    for rank in runs(2):
         found = rank["collectives"]
         # root, embedding, three blocks, head; then two blocks in one; then all three
         assert [found[stage, blocks][:2] for stage in (1, 2) for blocks in (1, 2, 3)] == [(6, 6), (5, 5), (4, 4)] * 2
@@ -117,11 +117,11 @@ def test_a_reduce_bucket_saves_collectives_and_changes_no_number(resting):
                 assert point == pytest.approx(expected, rel=1e-6)
 
 
-def test_small_parameters_are_kept_whole_at_zero_three_and_their_gradients_are_summed(resting):
+def test_small_parameters_are_kept_whole_at_zero_three_and_their_gradients_are_summed(runs):
     small = {name for name, parameter in tiny.reference().named_parameters() if parameter.numel() < 33}
     names = {name for name, _ in tiny.reference().named_parameters()}
     assert small
-    for rank in resting(2):
+    for rank in runs(2):
         found, expected = rank["persistent"]
         assert found[2][:2] == (names, set())
         assert found[3][:2] == (names - small, small)
@@ -130,9 +130,9 @@ def test_small_parameters_are_kept_whole_at_zero_three_and_their_gradients_are_s
                 assert point == pytest.approx(known, rel=1e-6)
 
 
-def test_units_are_gathered_ahead_of_use_forward_and_back(resting):
+def test_units_are_gathered_ahead_of_use_forward_and_back(runs):
     # 0 root, 1 embedding, 2 to 4 blocks, 5 head: by block, what is gathered or on its way
-    for rank in resting(2):
+    for rank in runs(2):
         found = rank["ahead"]
         one = {0: [0, 2, 3], 1: [0, 3, 4], 2: [0, 4, 5]}, {2: [0, 3, 4], 1: [0, 2, 3], 0: [0, 2]}
         none = {0: [0, 2], 1: [0, 3], 2: [0, 4]}, {2: [0, 4], 1: [0, 3], 0: [0, 2]}

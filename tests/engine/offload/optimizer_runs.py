@@ -1,4 +1,4 @@
-"""Training with the optimizer's state and gradients on every tier; part of `scenarios.py`."""
+"""Training with the optimizer's state and gradients in every store; part of `scenarios.py`."""
 
 import os
 import tempfile
@@ -8,14 +8,14 @@ from typing import NamedTuple
 
 import torch
 
-from rlhf.engine.offload import placement as choice
+from rlhf.engine.offload import placement
 from rlhf.runtime import dist
 from tests.engine import tiny
 
 STEPS = 20
 STEADY = {"schedule": "constant", "warmup_steps": 0}
 SMALL = {"buffer_size": 8192}  # tiles of 2048 elements: the larger matrices are cut, the smaller ones share a tile
-TIERS = {
+STORES = {
     "cpu": {"offload_optimizer": "cpu"},
     "nvme": {"offload_optimizer": "nvme", **SMALL},
     "one buffer": {"offload_optimizer": "nvme", **SMALL, "buffer_count": 1},
@@ -24,19 +24,19 @@ TIERS = {
 
 
 class Setting(NamedTuple):
-    """What is trained on the device and on `tiers`."""
+    """What is trained on the device and in `stores`."""
 
     kind: str
     precision: str
     stage: int
     steps: int
-    tiers: tuple[str, ...]
+    stores: tuple[str, ...]
 
 
 SETTINGS = {
     1: [
         Setting("plain", "fp32", 3, STEPS, ("nvme",)),
-        Setting("odd", "bf16", 1, 4, tuple(TIERS)),
+        Setting("odd", "bf16", 1, 4, tuple(STORES)),
         Setting("tied", "bf16", 2, 3, ("cpu", "nvme")),
         Setting("adapters", "fp32", 1, 3, ("half",)),
     ],
@@ -61,11 +61,11 @@ def learns(name):
 @contextmanager
 def memory(*, own):
     """Inside, the device counts as one with memory of its own, as CUDA has, so that everything is copied; or not."""
-    known, choice.has_own_memory = choice.has_own_memory, lambda device: own
+    known, placement.has_own_memory = placement.has_own_memory, lambda device: own
     try:
         yield
     finally:
-        choice.has_own_memory = known
+        placement.has_own_memory = known
 
 
 def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **config):
@@ -108,17 +108,17 @@ def differences(found, expected):
     return wrong
 
 
-def tiers(world):
-    """What differs from the device's tier, by setting and tier; curve and weights of each setting, for a reference."""
+def offload_optimizer(world):
+    """What differs from state on the device, by setting and store; curve and weights of each setting."""
     found, curves = {}, {}
     for setting in SETTINGS[world.size]:
         settings = {"kind": setting.kind, "precision": setting.precision, "zero_stage": setting.stage}
         expected = train(world, steps=setting.steps, **settings)
         curves[setting] = expected[0], expected[2]
-        for tier in setting.tiers:
+        for store in setting.stores:
             with memory(own=True):
-                trained = train(world, steps=setting.steps, **settings, **TIERS[tier])
-            found[setting, tier] = differences(trained, expected)
+                trained = train(world, steps=setting.steps, **settings, **STORES[store])
+            found[setting, store] = differences(trained, expected)
     return found, curves
 
 
