@@ -28,7 +28,7 @@ from rlhf.engine.dtensors import local_shard
 from rlhf.engine.fsdp_units import ParameterGroup
 from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, Update
 from rlhf.engine.offload.placement import Placement
-from rlhf.engine.offload.weights import DeviceWeights, ShardedWeights
+from rlhf.engine.offload.sharded_weights import DeviceWeights, ShardedWeights
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.errors import RunError
 
@@ -97,7 +97,7 @@ class AdamW:
         Raises:
             RunError: a disk failed, on this or another rank; the weights are of no use any more.
         """
-        self.flush()
+        self.flush()  # the last delayed update, if there is one, reaches the weights before the next begins
         update = Update(touched, lr, scale, betas)
         if self._background is not None:
             for store in self.stores:
@@ -116,7 +116,7 @@ class AdamW:
         if self._is_behind:
             for store in self.stores:
                 store.write_back()
-            self._flush_weights()
+            self._flush_weights()  # Order: copies to the device may be under way on a side stream
             self._is_behind = False
 
     def close(self) -> None:
@@ -125,7 +125,7 @@ class AdamW:
             self._background.close()
         for store in self.stores:
             store.close()
-        for weights in self._distinct_weights:
+        for weights in self._distinct_weights:  # Lifetime: their copies read page-locked memory
             if weights is not self._offloaded:  # which belongs to the model
                 weights.close()
 
@@ -147,7 +147,7 @@ class AdamW:
 
     def read_shard(self, name: str, key: str) -> Tensor:
         """This rank's shard of one entry: fp32, a copy or the memory itself; "weight" is the master."""
-        self._finish()
+        self._finish()  # its thread would change the state while it is read
         if key != WORKING:
             return self._store_of[name].read(name, key)
         shape = local_shard(self._parameters[name]).shape

@@ -7,7 +7,7 @@
 | a block, or several (`reduce_bucket_size`, ZeRO 0 to 2) | all of its parameters |
 
 So at ZeRO 3, nothing larger than a block or one matrix has to be in memory at a time.
-See also: who gathers them (`sharding.py`), and where offloaded ones are kept (`offload/weights.py`).
+See also: who gathers them (`sharding.py`), and where offloaded ones are kept (`offload/weight_stores.py`).
 """
 
 from __future__ import annotations

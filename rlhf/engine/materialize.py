@@ -21,8 +21,8 @@ from rlhf.engine.dtensors import local_rows, local_shard, sharded_like
 from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.offloaded_weights import OffloadedWeights, lay_out_units, unit_bytes
+from rlhf.engine.offload.sharded_weights import DeviceWeights
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, WeightStore, file_bytes
-from rlhf.engine.offload.weights import DeviceWeights
 from rlhf.engine.sharding import Sharding
 
 if TYPE_CHECKING:

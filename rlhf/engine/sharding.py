@@ -12,7 +12,7 @@ shard, but it would keep two copies of the parameters and copy them in every ste
 FSDP2 then wraps even a single rank, because it knows when a unit is needed.
 A frozen model has no backward that ends a step: at stages 1 and 2 it stays gathered until `evaluating` or `generating`
 is left, at stage 3 each unit is freed after its forward.
-See also: which parameters form a unit (`fsdp_units.py`), and where offloaded weights are kept (`offload/weights.py`).
+See also: which parameters form a unit (`fsdp_units.py`), and offloaded weights (`offload/offloaded_weights.py`).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
 from rlhf.engine.adam_kernel import CUDA_CHUNK
 from rlhf.engine.fsdp_units import FSDPUnit, find_units, num_offloaded, persistent_parameters, prefetched_units
 from rlhf.engine.materialize import units_in_host_memory
-from rlhf.engine.offload import grad_accumulation, weights
+from rlhf.engine.offload import grad_accumulation, sharded_weights
 from rlhf.engine.offload.buffer_pool import HUGE_PAGE
 from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, Tile, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.offloaded_weights import lay_out_units, param_offload_device, unit_bytes
@@ -293,7 +293,7 @@ class States:
         if setting.device.type != "cuda":
             return
         if away:
-            yield self._item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + weights.STAGING_BYTES)
+            yield self._item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + sharded_weights.STAGING_BYTES)
         narrow_moments = self._moments is not torch.float32
         if here and (setting.dtype is not torch.float32 or narrow_moments):
             casts = 3 if narrow_moments else 1  # of the gradient, and of both moments

@@ -1,6 +1,7 @@
 """What only a CUDA device can show: every store trains there as plain torch does, and nothing comes too early.
 
-`pytest -m gpu` on one device runs these. Gradients of one kind of kernel are the same bits wherever they go, so stores whose steps the CPU takes agree bit for bit; the device's own AdamW and norms round otherwise.
+`pytest -m gpu` on one device runs these. Gradients of one kind of kernel are the same bits wherever they go, so
+stores whose steps the CPU takes agree bit for bit; the device's own AdamW and norms round otherwise.
 Left out: several devices, and speed (`python -m benchmarks.zero offload`).
 """
 
@@ -15,8 +16,8 @@ from torch import nn
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.copy_stream import CopyStream
+from rlhf.engine.offload.sharded_weights import StagedWeights
 from rlhf.engine.offload.weight_stores import HostWeights
-from rlhf.engine.offload.weights import StagedWeights
 from rlhf.runtime import dist
 from tests.engine import plain, scenarios, tiny
 from tests.engine.offload.test_offload_optimizer import late_reference
@@ -37,7 +38,7 @@ WHOLE = {  # working weights on the device, nothing wrapped
     "one buffer": {"offload_optimizer": "nvme", **STATES, "buffer_count": 1},
     "half": {"offload_optimizer": "cpu", "optimizer_share": 0.5},
 }
-OFFLOADED = {  # working weights elsewhere: FSDP2, on its own streams, brings each unit
+OFFLOADED = {  # working weights elsewhere: FSDP2, on its own streams, fetches each unit
     "weights": {"offload_param": "cpu"},
     "cpu cpu": {"offload_param": "cpu", "offload_optimizer": "cpu"},
     "pageable cpu cpu": {"offload_param": "cpu", "offload_optimizer": "cpu", "pin_memory": False},

@@ -15,8 +15,8 @@ from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedSta
 from rlhf.engine.offload.nvme_layout import lay_out_tiles
 from rlhf.engine.offload.optimizer_state import ParameterShard, Update
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
+from rlhf.engine.offload.sharded_weights import StagedWeights
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, file_bytes
-from rlhf.engine.offload.weights import StagedWeights
 from tests.engine.late_device import DEVICE, LateDevice
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, si
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
-    monkeypatch.setattr("rlhf.engine.offload.weights._STAGED", 64)
+    monkeypatch.setattr("rlhf.engine.offload.sharded_weights._STAGED", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
     rows = StagedWeights([{"w": parameter}], DEVICE, pin=False)
     for step in range(3):

@@ -78,7 +78,7 @@ class DirectFile:
         self.nbytes, self.pool = round_up(nbytes), pool
         self._folder, self._label = folder, label
         self._in_flight: list[InFlight] = []
-        self._lock = Lock()
+        self._lock = Lock()  # autograd's threads start transfers, too
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open until `close`
@@ -131,6 +131,7 @@ class DirectFile:
         writes = call is os.pwritev
         threads = self._writers if writes else self._readers
         with self._lock:
+            # Order: nothing else keeps two threads from moving the same bytes in either order.
             self._settle(offset, stop, writes=writes)
             cuts = range(0, len(view), _REQUEST)
             transfer = ThreadTransfer(
@@ -157,7 +158,7 @@ class DirectFile:
 
     def _move(self, call: _Call, view: memoryview, *, offset: int, after: CopyEvent) -> None:
         """Runs in a thread: move all bytes of `view`, in as many system calls as it takes."""
-        after.wait()
+        after.wait()  # Order: until then the bytes are on their way from the device
         done, doing = 0, "writing" if call is os.pwritev else "reading"
         while done < len(view):
             try:
@@ -166,6 +167,7 @@ class DirectFile:
                 what = f"{doing} {len(view)} bytes at {offset} (after {done})"
                 raise RunError(self._sentence(what, error)) from error
             done += moved
+            # A short transfer goes on from a sector; from anywhere else O_DIRECT cannot.
             if moved == 0 or (moved % ALIGNMENT and done < len(view)):
                 raise RunError(
                     f"{self._label}: {doing} a file in {self._folder} at {offset}: found {done} bytes, expected "
@@ -234,7 +236,7 @@ class PrefetchQueue(Generic[Tag]):
         self._planned.clear()
         for _, buffer, transfers in self._started:
             for transfer in transfers:
-                transfer.finish()
+                transfer.finish()  # Lifetime: a thread or the device still writes to the buffer
             self._file.pool.give_back(buffer)
         self._started.clear()
 

@@ -67,7 +67,7 @@ class DeviceGradAccumulator(InMemoryGradAccumulator):
         elif known.dtype == torch.float32:
             known += gradient
         else:
-            self._sums[name] = known.float().add_(gradient)
+            self._sums[name] = known.float().add_(gradient)  # the second of them: from now on in fp32
 
     def squared_norms(self) -> dict[str, Tensor]:
         """Computed on the gradients' device; on CUDA in a few calls for all."""
@@ -207,7 +207,7 @@ class HostGradAccumulator(InMemoryGradAccumulator):
 
     def take(self) -> dict[str, Tensor]:
         """The complete sums, in memory that the step after next (the next one, with one side) overwrites."""
-        taken = {name: known.wait() for name, known in self._sums.items()}
+        taken = {name: known.wait() for name, known in self._sums.items()}  # host wait: all copies and additions
         self._sums = {}
         self._sides.append(self._sides.pop(0))
         return taken
@@ -215,7 +215,7 @@ class HostGradAccumulator(InMemoryGradAccumulator):
     def clear(self) -> None:
         """Drop the sums, once nothing is on its way to their memory, which is used again."""
         for known in self._sums.values():
-            known.wait()
+            known.wait()  # Lifetime: a late copy would overwrite the next step's gradient
         self._sums = {}
 
     def close(self) -> None:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
+from rlhf.engine.offload.sharded_weights import ShardedWeights
 from rlhf.engine.offload.weight_stores import WeightStore
-from rlhf.engine.offload.weights import ShardedWeights
 
 _CACHE_LINE = 64  # bytes: every parameter begins at a multiple, as tensors of their own do
 
@@ -169,7 +169,7 @@ class OffloadedWeights(ShardedWeights):
         if start + values.numel() == slot.shape.numel():
             # The gap up to the next parameter, too: writes of a whole unit follow each other without a break.
             raw = torch.cat([raw, raw.new_zeros(slot.stop - first - raw.numel())])
-        self._retire()
+        self._retire()  # what was fetched last is used up, or outdated by this
         self._stores[slot.unit].write(slot.unit, first, values=raw)
 
     def read(self, name: str, start: int, *, count: int) -> Tensor:

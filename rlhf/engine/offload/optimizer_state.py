@@ -18,7 +18,7 @@ from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 from rlhf.engine.dtensors import local_shard
 from rlhf.engine.fsdp_units import ParameterGroup
 from rlhf.engine.offload.grad_accumulation import GradAccumulator, InMemoryGradAccumulator
-from rlhf.engine.offload.weights import ShardedWeights
+from rlhf.engine.offload.sharded_weights import ShardedWeights
 
 STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter: the fp32 master weight and the two moments."""
@@ -152,10 +152,11 @@ class InMemoryStateStore(OptimizerStateStore):
 
     def step(self, update: Update) -> None:
         """One update from the gradients that were taken, which are then freed."""
-        taken, self._taken = self._taken, {}
+        taken, self._taken = self._taken, {}  # Lifetime: gradients on the device are freed when this returns
         shards = [shard for shard in self.shards if shard.name in taken and shard.name in update.touched]
         if not shards:
             return
+        # One call for all counts: on CUDA each would be a kernel of its own.
         torch._foreach_add_([self.steps[shard.name] for shard in shards], 1)
         slices = [self._slice(shard, taken[shard.name]) for shard in shards]
         for chunk in self.kernel.update(slices, lr=update.lr, scale=update.scale, betas=update.betas):

@@ -25,7 +25,7 @@ from rlhf.engine.offload.direct_io import DirectFile, PlannedRead, PrefetchQueue
 from rlhf.engine.offload.grad_accumulation import GradAccumulator
 from rlhf.engine.offload.nvme_layout import Tile, TileSlice
 from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, ParameterShard, Update
-from rlhf.engine.offload.weights import ShardedWeights
+from rlhf.engine.offload.sharded_weights import ShardedWeights
 
 _Tag = TypeVar("_Tag")
 _Place = tuple[Tile, TileSlice]

@@ -44,7 +44,7 @@ from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGra
 from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerStateStore, shards_of
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
-from rlhf.engine.offload.weights import DeviceWeights, ShardedWeights, StagedWeights
+from rlhf.engine.offload.sharded_weights import DeviceWeights, ShardedWeights, StagedWeights
 from rlhf.runtime.dist import World
 
 _CPU = torch.device("cpu")

@@ -1,11 +1,9 @@
-"""Gradient sums on the host and rows that go back, in more pieces than there are buffers."""
+"""Gradient sums on the host, in more pieces than there are buffers."""
 
 import pytest
 import torch
-from torch import nn
 
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
-from rlhf.engine.offload.weights import StagedWeights
 
 CPU = torch.device("cpu")
 
@@ -58,21 +56,3 @@ def test_with_two_sides_sums_that_were_taken_stay_while_others_come(host):
         taken.append(sums.take()["w"])
         for old, (a, b) in zip(taken[-2:], steps[len(taken[:-2]) :], strict=False):
             assert torch.equal(old, a + b)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_staged_rows_arrive_rounded_where_they_belong(monkeypatch, dtype):
-    monkeypatch.setattr("rlhf.engine.offload.weights._STAGED", 64)
-    parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
-    rows = StagedWeights([{"w": parameter}], CPU, pin=False)
-    (values,) = gradients(1, torch.float32)
-    rows.write("w", 128, values=values)
-    values_before = values.clone()
-    values.fill_(torch.nan)
-    rows.flush()
-    flat = parameter.detach().flatten()
-    assert torch.equal(flat[128:1128], values_before.to(dtype))
-    assert not flat[:128].any()
-    assert not flat[1128:].any()
-    assert torch.equal(rows.read("w", 128, count=1000), values_before.to(dtype).float())
-    rows.close()

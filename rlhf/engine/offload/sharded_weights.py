@@ -111,4 +111,4 @@ class StagedWeights(ShardedWeights):
 
     def close(self) -> None:
         """Free the buffers, once no copy reads them."""
-        self._pool.close()
+        self._pool.close()  # waits for every copy that holds one
