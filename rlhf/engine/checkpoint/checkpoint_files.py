@@ -169,26 +169,25 @@ def _read_part(entry: ShardEntry, part: Box, *, folder: Path, dtype: torch.dtype
 
 def _read_bytes(folder: Path, entry: ShardEntry, *, begin: int, end: int, nbytes: int) -> memoryview:
     """Bytes `begin` to `end` of a shard of `nbytes`; all blocks that they are in are compared with their checksums."""
-    path, first, result = folder / file_of(entry["rank"]), begin // BLOCK, bytearray()
+    path = folder / file_of(entry["rank"])
+    start, stop = begin // BLOCK * BLOCK, min(-(-end // BLOCK) * BLOCK, nbytes)  # only whole blocks have checksums
+    data = memoryview(bytearray(stop - start))
     try:
         with path.open("rb") as file:
-            file.seek(entry["start"] + first * BLOCK)
-            for number in range(first, -(-end // BLOCK)):  # whole blocks, because only those have checksums
-                size = min(BLOCK, nbytes - number * BLOCK)
-                block = file.read(size)
-                _require_intact(path, block, size=size, number=number, entry=entry)
-                result += block
+            file.seek(entry["start"] + start)
+            count = file.readinto(data)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from error
-    return memoryview(result)[begin - first * BLOCK : end - first * BLOCK]
-
-
-def _require_intact(path: Path, block: bytes, *, size: int, number: int, entry: ShardEntry) -> None:
-    start = entry["start"] + number * BLOCK
-    if len(block) < size:
-        raise ValueError(f"{path} ends at byte {start + len(block)}; expected at least {start + size}")
-    if zlib.crc32(block) != entry["checksums"][number]:
-        raise ValueError(f"{path} is damaged: bytes {start} to {start + size} are not what was written")
+    first = entry["start"] + start  # in the file
+    if count < len(data):
+        raise ValueError(f"{path} ends at byte {first + count}; expected at least {first + len(data)}")
+    for at in range(0, len(data), BLOCK):
+        block = data[at : at + BLOCK]
+        if zlib.crc32(block) != entry["checksums"][(start + at) // BLOCK]:
+            raise ValueError(
+                f"{path} is damaged: bytes {first + at} to {first + at + len(block)} are not what was written"
+            )
+    return data[begin - start : end - start]
 
 
 def require_files(folder: Path, tensors: dict[str, TensorEntry]) -> None:
