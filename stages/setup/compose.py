@@ -31,6 +31,7 @@ Schema = dataclasses.make_dataclass(
     kw_only=True,
 )
 """`RunConfig` during composition: it has every stage, `selected` or not."""
+Schema.__module__ = __name__  # where pickle looks for it
 
 
 def register_schema() -> None:

@@ -68,7 +68,7 @@ def test_the_step_table_takes_ratios_within_a_round(tmp_path):
 
 def test_the_offload_table_takes_fractions_within_a_round(tmp_path):
     """The device takes 2 and 4 s, the host 4 and 5: fractions 0.5 and 0.8 of its speed, the median 0.65."""
-    walls = {"device": [1, 2], "cpu": [2, 2.5]}
+    walls = {"none": [1, 2], "cpu": [2, 2.5]}
     cases = []
 
     def runner(case):
