@@ -27,8 +27,8 @@ from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.memory_plan.plan import Place
-from rlhf.memory_plan.planner import ALLOCATOR, PHASES, machine_of, plan_stage
-from rlhf.memory_plan.workloads import Answers, PolicyLoss, Scalars, Statistics
+from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
+from rlhf.memory_plan.workloads import PHASES, Answers, PolicyLoss, Scalars, Statistics
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.rollout import Models, ScoreScale
 from rlhf.runtime import launch

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -167,7 +168,7 @@ def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
     machine = machine_of(run, ranks=ranks)
     starts_others = ranks > 1 and not under_torchrun()
     limits = limits_of(run, machine.device, computes=not starts_others)
-    return Machine(machine.device, machine.ranks, machine.local_ranks, runtime_items(machine.device)), limits
+    return replace(machine, runtime=runtime_items(machine.device)), limits
 
 
 def _rows(plan: Plan, place: Place) -> Iterator[list[object]]:

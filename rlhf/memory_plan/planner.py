@@ -1,9 +1,9 @@
 """Plans a stage: which of its models computes what in each phase, and what that takes beside all others at rest.
 
-`PHASES` says which workload a model of each kind runs in each phase; `save` follows in every stage. The models of PPO
-take turns, so a phase is that of the busiest one. A model that an earlier stage will make has the shape of the model
-that it is made from. Lengths are those that the configuration allows: data that is shorter takes less. Left out:
-showing and judging a plan (`plan_text.py`).
+`PHASES` (in `workloads.py`) names the phases of a stage and what its models run in them; `save` follows in every stage.
+The models of PPO take turns, so a phase takes what its busiest model takes. A model that an earlier stage will make has
+the shape of the model that it is made from. Lengths are those that the configuration allows: shorter data takes less.
+Left out: showing a plan, and refusing a run (`plan_text.py`).
 """
 
 from __future__ import annotations
@@ -26,29 +26,8 @@ from rlhf.memory_plan.model_shape import ModelShape
 from rlhf.memory_plan.plan import Item, Phase, Place, Plan
 from rlhf.memory_plan.states import GATHERED, GRADIENTS, Setting, States
 from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, Stretch, trace
-from rlhf.memory_plan.workloads import (
-    Answers,
-    Demonstrations,
-    PolicyLoss,
-    Preferences,
-    Scalars,
-    Statistics,
-    ValueLoss,
-    Workload,
-)
+from rlhf.memory_plan.workloads import PHASES, Workload
 from rlhf.runtime.launch import local_ranks
-
-_LM, _HEAD = ModelKind.causal_lm, ModelKind.scalar_head
-PHASES: dict[str, dict[str, dict[ModelKind, type[Workload[Any]]]]] = {
-    "sft": {"evaluate": {_LM: Demonstrations}, "train": {_LM: Demonstrations}},
-    "reward": {"evaluate": {_HEAD: Preferences}, "train": {_HEAD: Preferences}},
-    "ppo": {
-        "generate": {_LM: Answers},
-        "score": {_HEAD: Scalars, _LM: Statistics},
-        "train": {_LM: PolicyLoss, _HEAD: ValueLoss},
-    },
-}
-"""The workloads of each stage by phase and kind of model; only models that generate, or are trained, do so."""
 
 EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
 """Parts in the output folder; everything else on disk is below `engine.nvme_path`."""
@@ -71,11 +50,11 @@ class Machine:
     """What a process takes before it has a model."""
 
 
-def machine_of(run: RunConfig, *, ranks: int, runtime: tuple[Item, ...] = ()) -> Machine:
+def machine_of(run: RunConfig, *, ranks: int) -> Machine:
     """The machine that the run will use: this one, or with `engine.device=cuda` one that has a GPU."""
     wanted = run.engine.device
     is_cuda = wanted == "cuda" or (wanted == "auto" and torch.cuda.is_available())
-    return Machine(torch.device("cuda" if is_cuda else "cpu"), ranks, local_ranks(ranks), runtime)
+    return Machine(torch.device("cuda" if is_cuda else "cpu"), ranks, local_ranks(ranks))
 
 
 def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
@@ -85,7 +64,7 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
         ValueError: a model that is not there, and that no stage of the run makes.
     """
     config, chunk = run.training_config(stage), chunk_elements_of(machine.device)
-    models = [model_memory(run, role, machine=machine) for role in roles_of(run, stage)]
+    models = [ModelMemory.of(run, role, machine=machine) for role in roles_of(run, stage)]
     copies = [item for model in models for item in model.checkpoint_copy(run.checkpoint)]
     found: dict[str, list[Item]] = {}
     for phase, workloads in PHASES[stage].items():
@@ -126,24 +105,6 @@ def _phase(name: str, items: Iterable[Item], *, machine: Machine) -> Phase:
     return Phase(name, tuple(items))
 
 
-def model_memory(run: RunConfig, role: Role, *, machine: Machine) -> ModelMemory:
-    """The memory of one model of a stage."""
-    config, engine = run.training_config(role.stage), role.engine_config(run)
-    steps = -(-config.batch_size // (machine.ranks * config.micro_batch_size))
-    device, precision = machine.device, engine.precision
-    if device.type == "cuda" and precision is Precision.auto and not torch.cuda.is_available():
-        precision = Precision.bf16  # a GPU that is not here is taken to multiply it
-    setting = Setting(
-        role=role.name,
-        engine=engine,
-        ranks=machine.ranks,
-        device=device,
-        dtype=working_dtype(precision, device),
-        micro_batches=steps if role.is_trained else 0,
-    )
-    return ModelMemory(role, shape_of(run, role), setting)
-
-
 def shape_of(run: RunConfig, role: Role) -> ModelShape:
     """The shape of the model of a role, which an earlier stage may have yet to make.
 
@@ -172,6 +133,24 @@ class ModelMemory:
     role: Role
     shape: ModelShape
     setting: Setting
+
+    @classmethod
+    def of(cls, run: RunConfig, role: Role, *, machine: Machine) -> ModelMemory:
+        """The memory of the model in a role."""
+        config, engine = run.training_config(role.stage), role.engine_config(run)
+        steps = -(-config.batch_size // (machine.ranks * config.micro_batch_size))
+        device, precision = machine.device, engine.precision
+        if device.type == "cuda" and precision is Precision.auto and not torch.cuda.is_available():
+            precision = Precision.bf16  # a GPU that is not here is taken to multiply it
+        setting = Setting(
+            role=role.name,
+            engine=engine,
+            ranks=machine.ranks,
+            device=device,
+            dtype=working_dtype(precision, device),
+            micro_batches=steps if role.is_trained else 0,
+        )
+        return cls(role, shape_of(run, role), setting)
 
     @cached_property
     def states(self) -> States:

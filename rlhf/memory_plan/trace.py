@@ -103,17 +103,15 @@ def trace(shape: ModelShape, *, work: Computation, mode: Mode) -> list[Stretch]:
     short = (min(lower, 1), min(upper, 3))
     stretches = base = traced(short)
     for run, more in enumerate((lower - short[0], upper - short[1])):
-        if more and _leaves_something(run, mode):
+        # A block leaves tensors to later parts in a cache, for backward (the lower run is frozen), or where the
+        # configuration asks for all hidden states. Where it does not, a deeper model takes no more.
+        leaves = mode.decoding_rows or (mode.training and run == 1) or shape.whole.config.output_hidden_states
+        if more and leaves:
             longer = traced((short[0] + (run == 0), short[1] + (run == 1)))
             assert [stretch.where for stretch in base] == [stretch.where for stretch in longer], "blocks differ"
             grown = zip(stretches, base, longer, strict=True)
             stretches = [_deeper(found, short=a, longer=b, more=more) for found, a, b in grown]
     return stretches
-
-
-def _leaves_something(run: int, mode: Mode) -> bool:
-    """Whether a block leaves tensors to later parts: in a cache, or for backward, which stops above the lower run."""
-    return bool(mode.decoding_rows) or (mode.training and run == 1)
 
 
 def _deeper(found: Stretch, *, short: Stretch, longer: Stretch, more: int) -> Stretch:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from rlhf.algorithms.sft import sft_loss
 from rlhf.config.bounds import as_plain
 from rlhf.config.ppo_config import PPOConfig
+from rlhf.config.roles import ModelKind
 from rlhf.config.stage_configs import RewardConfig, SFTConfig, TrainingConfig
 from rlhf.evaluation.metrics import logits_of
 from rlhf.generation.generate import Decoding, generate
@@ -174,3 +175,16 @@ class _TracedEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         raise EnoughError
+
+
+_LM, _HEAD = ModelKind.causal_lm, ModelKind.scalar_head
+PHASES: dict[str, dict[str, dict[ModelKind, type[Workload[Any]]]]] = {
+    "sft": {"evaluate": {_LM: Demonstrations}, "train": {_LM: Demonstrations}},
+    "reward": {"evaluate": {_HEAD: Preferences}, "train": {_HEAD: Preferences}},
+    "ppo": {
+        "generate": {_LM: Answers},
+        "score": {_HEAD: Scalars, _LM: Statistics},
+        "train": {_LM: PolicyLoss, _HEAD: ValueLoss},
+    },
+}
+"""The workloads of each stage by phase and kind of model; only models that generate, or are trained, do so."""

@@ -10,12 +10,13 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from benchmarks.memory_examples import EXAMPLES, row
+from benchmarks.plan import _measured, _supervised, compose_run, write_model
 from rlhf.config.run_config import MemoryConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.advice import cheapest_change
 from rlhf.memory_plan.plan import Limits, Place
 from rlhf.memory_plan.plan_text import check_memory, compare_with_plan, numbers, plan_text, runtime_items
-from rlhf.memory_plan.planner import Machine, machine_of, plan_stage
+from rlhf.memory_plan.planner import ALLOCATOR, Machine, machine_of, plan_stage
 from rlhf.runtime.dist import World
 from rlhf.tracking.peak_memory import Peak, resident
 from rlhf.tracking.timing import Stopwatch
@@ -178,3 +179,22 @@ def test_the_table_of_the_documentation_is_current(tmp_path):
     text = DOCS.read_text()
     assert row(*EXAMPLES[2], folder=tmp_path) in text
     assert [f"| {shape} | `{settings}` |" in text for shape, settings in EXAMPLES] == [True] * len(EXAMPLES)
+
+
+def test_tensors_of_a_real_process_take_what_was_planned_within_a_tenth(tmp_path):
+    """The quick version of `python -m benchmarks.plan`."""
+    write_model(
+        tmp_path, {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
+    )
+    run = compose_run(tmp_path, _supervised("sft", 4, precision="fp32", length=32))
+    plan = plan_of(run, "sft")
+    found = _measured(run, tmp_path, ranks=1, environment={"MALLOC_MMAP_THRESHOLD_": "65536"})
+    for phase in plan.phases[:2]:
+        planned = phase.total(Place.host) - sum(item.bytes for item in phase.items if item.part == ALLOCATOR)
+        assert planned == pytest.approx(found["peaks"][phase.name]["host"] - found["runtime"], rel=0.1), phase.name
+
+
+def test_a_batch_that_the_ranks_do_not_divide_can_be_planned(tmp_path):
+    """Whether it can be run is for the checks to say."""
+    run = run_of(tmp_path, "stage=sft", "engine=zero0", "sft.global_batch_size=4", "sft.micro_batch_size=2")
+    assert plan_of(run, "sft", ranks=3).phases[1] == plan_of(run, "sft", ranks=2).phases[1]

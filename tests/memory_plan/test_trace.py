@@ -23,9 +23,7 @@ ROWS, LENGTH, VOCABULARY, LAYERS = 3, 40, 96, 7
 @pytest.fixture(scope="module")
 def shape(tmp_path_factory):
     folder = tmp_path_factory.mktemp("shape")
-    settings = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY}
-    settings |= {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
-    (folder / "config.json").write_text(json.dumps(settings | {"num_key_value_heads": 2}))
+    (folder / "config.json").write_text(json.dumps(SETTINGS))
     return ModelShape(str(folder), ModelKind.causal_lm)
 
 
@@ -54,6 +52,9 @@ MODES = {
     "no gradients": (score, Mode(torch.float32)),
     "decodes": (decode, Mode(torch.float32, decoding_rows=ROWS)),
 }
+SETTINGS = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "vocab_size": VOCABULARY}
+SETTINGS |= {"hidden_size": 32, "intermediate_size": 80, "num_hidden_layers": LAYERS, "num_attention_heads": 4}
+SETTINGS |= {"num_key_value_heads": 2}
 
 
 @pytest.mark.parametrize("lora", [None, ADAPTED, TOP], ids=["whole", "adapters", "top adapters"])
@@ -64,6 +65,15 @@ def test_short_models_say_exactly_what_a_deep_one_takes(shape, lora, work, mode)
     expected = trace_once(deep.build(deep.runs), work, mode=mode)
     found = trace(deep, work=work, mode=mode)
     assert [(s.where, s.total) for s in found] == [(s.where, s.total) for s in expected]
+
+
+def test_a_model_that_returns_all_hidden_states_keeps_them_without_gradients_too(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"output_hidden_states": True}))
+    deep = ModelShape(str(tmp_path), ModelKind.causal_lm)
+    found = trace(deep, work=score, mode=Mode(torch.float32))
+    expected = trace_once(deep.build(deep.runs), score, mode=Mode(torch.float32))
+    assert [(s.where, s.total) for s in found] == [(s.where, s.total) for s in expected]
+    assert found[-1].per_block == ROWS * LENGTH * 32 * 4
 
 
 def test_a_recomputed_model_keeps_one_input_for_each_block(shape):
