@@ -101,3 +101,17 @@ def test_a_small_disk_is_not_made_up_for_by_a_large_one(tmp_path, monkeypatch):
     free[tmp_path] = free[large] = 7 * GB
     (said,) = full_disks(run, plan)  # both on one: 2 x (3 + 1)
     assert "found 7.00 GB free, expected 8.00 GB" in said
+
+
+def test_each_role_needs_room_where_its_own_engine_writes(tmp_path, monkeypatch):
+    small, large = tmp_path / "small", tmp_path / "large"
+    for folder in (small, large):
+        folder.mkdir()
+    paths = [f"engine.nvme_path={large}/x", f"ppo.critic_engine.nvme_path={small}/x", f"output_dir={large}/y"]
+    run = composed("experiment=smoke", "engine=zero3_nvme", *paths)
+    items = tuple(Item(role, "master weights", Place.disk, 3 * GB) for role in ("actor", "critic"))
+    monkeypatch.setattr(Path, "is_mount", lambda path: path in (small, large))
+    free = {small: 2 * GB, large: 4 * GB}
+    monkeypatch.setattr(limits_module.shutil, "disk_usage", lambda path: SimpleNamespace(free=free[Path(path)]))
+    (sentence,) = full_disks(run, Plan("ppo", ranks=1, is_cuda=False, phases=(Phase("save", items),)))
+    assert f"engine.nvme_path={small}/x: found 2.00 GB free, expected 3.00 GB" in sentence
