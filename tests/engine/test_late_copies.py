@@ -105,6 +105,26 @@ def test_units_that_are_fetched_have_arrived_and_are_those_written_last(store):
         store.release()
 
 
+def test_a_unit_that_was_prefetched_and_is_written_is_fetched_again(store):
+    for unit in (0, 1):
+        store.write(unit, 0, values=torch.zeros(SIZES[unit], dtype=torch.uint8))
+    store.fetch(0, [1])
+    store._stream.synchronize()  # the device may as well be early
+    store.write(1, 0, values=torch.ones(SIZES[1], dtype=torch.uint8))
+    assert store.fetch(1, [])[: SIZES[1]].all()
+
+
+def test_a_buffer_is_read_into_again_only_when_the_device_has_its_bytes(late, monkeypatch, tmp_path):
+    monkeypatch.setattr(CopyStream, "hand_over", lambda *_: None)  # what computes may be later than the host
+    file = DirectFile(tmp_path, nbytes=40_960, pool=BufferPool(2, nbytes=8192), label="weights")
+    store, values = NvmeWeights([40_960], file=file, device=DEVICE), torch.randint(256, (40_960,), dtype=torch.uint8)
+    store.write(0, 0, values=values)
+    fetched = store.fetch(0, [])
+    store._stream.synchronize()
+    assert torch.equal(fetched, values)
+    store.close()
+
+
 def nvme_store(folder, weights, pool):
     shards = [ParameterShard("v", torch.Size((5000,)), False), ParameterShard("w", torch.Size((70, 100)), True)]
     tiles = lay_out_tiles(shards, 2048, moments=torch.float32)

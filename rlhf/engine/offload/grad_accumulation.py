@@ -213,9 +213,8 @@ class HostGradAccumulator(InMemoryGradAccumulator):
         return taken
 
     def clear(self) -> None:
-        """Drop the sums, once nothing is on its way to their memory, which is used again."""
-        for known in self._sums.values():
-            known.wait()  # Lifetime: a late copy would overwrite the next step's gradient
+        """Drop the sums; their memory is used again."""
+        # Order: copies and additions under way come before the next step's, on the same stream and the same thread.
         self._sums = {}
 
     def close(self) -> None:

@@ -140,7 +140,7 @@ class NvmeWeights(WeightStore):
             start, count = piece.offset - self._offsets[unit], piece.place.stop
             copied = self._stream.prefetch(shard[start : start + count], buffer[:count])
             self._stream.hand_over(copied)
-            copied.wait()  # Lifetime: the buffer is read into again from here on
+            self._file.pool.hold(buffer, copied)  # Lifetime: it is read into again only when the device has its bytes
             self._file.pool.give_back(buffer)
         return shard
 
