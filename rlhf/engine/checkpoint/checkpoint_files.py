@@ -118,6 +118,8 @@ class ShardWriter:
         """Wait until everything is on the disk, or `error` says why it is not."""
         if self._thread is not None:
             self._thread.join()
+        if self._file is not None and self._file.missing and not self.error:  # cancelled, or the thread has crashed
+            self.error = f"{self._path}: {len(self._file.missing)} tensors were not written"
 
     def cancel(self) -> None:
         """Do not write what is not written yet."""

@@ -15,6 +15,7 @@ from rlhf.engine.checkpoint.checkpoint_files import BLOCK
 from rlhf.engine.checkpoint.checkpoints import Checkpoints, steps_in
 from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
 from rlhf.runtime import dist
+from rlhf.runtime.errors import RunError
 
 WORLD = dist.World.alone()
 
@@ -249,6 +250,16 @@ def test_a_full_disk_stops_the_run_and_keeps_the_older_checkpoint(tmp_path, asyn
 def test_a_folder_without_room_is_refused_before_the_start(tmp_path):
     with pytest.raises(ValueError, match=r"found .* GB free, expected 3000.00 GB for checkpoints \(3 x 1000.00 GB"):
         checkpoints(tmp_path / "later").check_space(10**12, count=3)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_checkpoint_whose_thread_has_crashed_never_counts(tmp_path, monkeypatch):
+    there = checkpoints(tmp_path, asynchronous=True)
+    monkeypatch.setattr("rlhf.engine.checkpoint.checkpoint_files.zlib.crc32", lambda data: 1 / 0)
+    there.save(1, [stored("x", torch.ones(3)), stored("y", torch.ones(3))], state={}, protected=set())
+    with pytest.raises(RunError, match="could not be written: .*rank-00000.safetensors: 2 tensors were not written"):
+        there.finish_save()
+    assert steps_in(tmp_path) == []
 
 
 def test_closing_gives_up_what_does_not_count_yet(tmp_path):
