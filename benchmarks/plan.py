@@ -30,7 +30,8 @@ from rlhf.memory_plan.plan import Place
 from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
 from rlhf.memory_plan.workloads import PHASES, Answers, PolicyLoss, Scalars, Statistics
 from rlhf.models.embedded import byte_tokenizer
-from rlhf.rollout import Models, ScoreScale
+from rlhf.rewards import ScoreScale
+from rlhf.rollout import Models
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, start, stop
 from rlhf.tracking.peak_memory import METER, resident

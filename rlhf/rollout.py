@@ -1,9 +1,9 @@
-"""Prompts -> `Rollout`: what the actor says, and what the other three models think of it.
+"""From prompts to a `Rollout`: responses of the actor, log-probabilities, KL, scores and values.
 
 A rollout is gathered: every rank holds the sequences of all ranks. Advantages, whitening and metrics are then plain
-arithmetic on one batch, the same on every rank, and a minibatch can be cut from it without asking who drew which row.
-Sampling is seeded by sample, so the number of ranks does not change what is said. Left out: advantages and updates
-(see `stages/ppo.py`).
+arithmetic on one batch, the same on every rank, and a minibatch can be cut from it no matter which rank drew which row.
+Sampling is seeded by sample, so the number of ranks does not change the responses. See also: `ppo_update.py` for
+advantages and updates.
 """
 
 from __future__ import annotations
@@ -13,21 +13,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from rlhf.algorithms.kl import kl_estimate
-from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
-from rlhf.algorithms.scores import normalize_scores, penalize_unended
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine
+from rlhf.forward_passes import all_statistics, critic_values, in_pieces
 from rlhf.generation.generate import Decoding, Generated, generate
 from rlhf.models.lora import adapters_off
-from rlhf.models.positions import position_ids
-from rlhf.models.scalar_head import last_token_scores, response_values
+from rlhf.rewards import RewardSource, ScoreShaping
 from rlhf.runtime.dist import gather_objects, max_over_ranks
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.timing import Stopwatch
@@ -45,30 +43,22 @@ class Models:
     actor: Engine
     reward: Engine
     reference: Engine | None
-    """None: the actor with its adapters switched off."""
+    """None uses the actor with its adapters switched off."""
     critic: Engine | None
-    """None: advantages come from the other responses to a prompt, and values are 0."""
+    """None where advantages come from the other responses to a prompt; values are then 0."""
     value_shift: float = 0.0
-    """Subtracted from what the critic says: the mean of normalised scores, for which its head has no bias."""
+    """Subtracted from the critic's outputs: the mean of normalised scores, for which its head has no bias."""
 
     def close(self) -> None:
-        """Let go of what the engines hold outside the process."""
+        """Free what the engines hold outside the process, such as files."""
         for engine in (self.actor, self.reward, self.reference, self.critic):
             if engine is not None:
                 engine.close()
 
 
 @dataclass(frozen=True)
-class ScoreScale:
-    """Mean and standard deviation of held-out scores, in the reward model's own units."""
-
-    mean: float = 0.0
-    std: float = 1.0
-
-
-@dataclass(frozen=True)
-class Said(Responses):
-    """What the actor said on this rank, before anyone has judged it."""
+class GeneratedResponses(Responses):
+    """Responses that the actor generated on this rank, before they are scored."""
 
     sample_ids: Tensor  # [B] int64
     generation_logprobs: Tensor  # [B, R] fp32
@@ -85,52 +75,54 @@ class Collector:
     decode: Callable[[list[int]], str]
     pad_id: int
     stop_token_ids: tuple[int, ...]
-    scale: ScoreScale
+    reward: RewardSource
+    shaping: ScoreShaping
     timer: Stopwatch
 
     def collect(self, prompts: PromptBatch, *, seed: int, with_values: bool = True) -> Rollout:
-        """Answer and judge this rank's prompts `[B, P]`; every rank must call it with equally many.
+        """Generate and score responses to this rank's prompts `[B, P]`; every rank must call it with equally many.
 
         Args:
             prompts: this rank's rows.
-            seed: of the sampling; a row's draw depends on it and on the row's `sample_ids` alone.
-            with_values: False leaves the critic alone, for evaluation.
+            seed: seed of sampling; a row's draw depends on it and on the row's `sample_ids` alone.
+            with_values: False skips the critic, for evaluation.
 
         Returns:
             The rollout of all ranks, on the actor's device.
         """
         with self.timer("generate"):
-            said = self._say(prompts, seed=seed)
+            responses = self._generate(prompts, seed=seed)
         with self.timer("score"), torch.no_grad():
-            rollout = self._judge(said, with_values=with_values)
-        return gathered(rollout, pad_id=self.pad_id)
+            rollout = self._score(responses, with_values=with_values)
+        return gather_rollout(rollout, pad_id=self.pad_id)
 
-    def _say(self, prompts: PromptBatch, *, seed: int) -> Said:
+    def _generate(self, prompts: PromptBatch, *, seed: int) -> GeneratedResponses:
         decoding = Decoding(
             self.config.max_response_tokens, self.stop_token_ids, pad_id=self.pad_id, sampling=self.config.sampling
         )
         size = self.config.rollout_micro_batch_size
-        return say(self.models.actor, prompts, decoding=decoding, size=size, seed=seed)
+        return generate_responses(self.models.actor, prompts, decoding=decoding, size=size, seed=seed)
 
-    def _judge(self, said: Said, *, with_values: bool) -> Rollout:
+    def _score(self, generated: GeneratedResponses, *, with_values: bool) -> Rollout:
         with self.models.actor.evaluating() as actor:
-            logprobs, entropy = self._statistics(actor, said)
+            logprobs, entropy = self._statistics(actor, generated)
         reference_logprobs, kl = None, torch.zeros_like(logprobs)
         if self.config.measures_kl:
             with self._reference() as reference:
-                reference_logprobs, _ = self._statistics(reference, said)
+                reference_logprobs, _ = self._statistics(reference, generated)
             kl = kl_estimate(logprobs, reference_logprobs, kind=self.config.kl.kind)
-        raw_scores = scores_of(self.models.reward, said, size=self.config.micro_batch_size)
+        texts = response_texts(generated, self.decode)
+        raw_scores = self.reward.score(generated, prompts=generated.prompts, texts=texts)
         return Rollout(
-            **{field.name: getattr(said, field.name) for field in fields(said)},
+            **{field.name: getattr(generated, field.name) for field in fields(generated)},
             logprobs=logprobs,
             reference_logprobs=reference_logprobs,
-            values=self._values(said) if with_values else torch.zeros_like(logprobs),
+            values=self._values(generated) if with_values else torch.zeros_like(logprobs),
             kl=kl,
             entropy=entropy,
             raw_scores=raw_scores,
-            scores=self._scores(raw_scores, said.ended),
-            responses=texts_of(said, self.decode),
+            scores=self.shaping.scores(raw_scores, generated.ended),
+            responses=texts,
         )
 
     @contextmanager
@@ -142,93 +134,50 @@ class Collector:
         with self.models.actor.evaluating() as actor, adapters_off(actor):
             yield actor
 
-    def _statistics(self, model: Callable[..., Tensor], said: Said) -> Tensor:
+    def _statistics(self, model: Callable[..., Tensor], generated: GeneratedResponses) -> Tensor:
         temperature = self.config.sampling.temperature
-        return statistics_of(model, said, size=self.config.micro_batch_size, temperature=temperature)
+        return all_statistics(model, generated, size=self.config.micro_batch_size, temperature=temperature)
 
-    def _values(self, said: Said) -> Tensor:
+    def _values(self, generated: GeneratedResponses) -> Tensor:
         if self.models.critic is None:
-            return torch.zeros_like(said.generation_logprobs)
+            return torch.zeros_like(generated.generation_logprobs)
         with self.models.critic.evaluating() as critic:
             values = partial(critic_values, critic, shift=self.models.value_shift)
-            return _over_pieces(said, self.config.micro_batch_size, function=lambda piece: values(piece)[None])[0]
-
-    def clamped_share(self, raw_scores: Tensor) -> float:
-        """Share of responses whose score `[B]` is at the clamp, where PPO cannot tell them apart."""
-        clamp = self._clamp
-        return 0.0 if clamp is None else float((self._normalized(raw_scores).abs() >= clamp).double().mean())
-
-    @property
-    def _clamp(self) -> float | None:
-        return self.config.score.clamp if self.config.score.normalize and self.config.score.clamp else None
-
-    def _normalized(self, raw_scores: Tensor) -> Tensor:
-        return normalize_scores(raw_scores, mean=self.scale.mean, std=self.scale.std, clamp=self._clamp)
-
-    def _scores(self, raw_scores: Tensor, ended: Tensor) -> Tensor:
-        rules, scores = self.config.score, self._normalized(raw_scores)
-        return penalize_unended(scores, ended, penalty=rules.missing_eos_penalty, kind=rules.missing_eos_mode)
+            return in_pieces(generated, self.config.micro_batch_size, function=lambda piece: values(piece)[None])[0]
 
 
-def say(actor: Engine, prompts: PromptBatch, *, decoding: Decoding, size: int, seed: int) -> Said:
-    """Answer this rank's prompts `[B, P]`, `size` at once; every rank must call it with equally many.
+def generate_responses(
+    actor: Engine, prompts: PromptBatch, *, decoding: Decoding, size: int, seed: int
+) -> GeneratedResponses:
+    """Generate responses to this rank's prompts `[B, P]`, `size` at a time; every rank must call it with equally many.
 
     Args:
-        actor: who answers.
+        actor: the model that generates.
         prompts: this rank's rows.
-        decoding: what is drawn, and where it ends.
-        size: prompts that are answered at once.
-        seed: of the sampling; a row's draw depends on it and on the row's `sample_ids` alone.
+        decoding: sampling and length.
+        size: prompts per forward pass: memory, not results.
+        seed: seed of sampling; a row's draw depends on it and on the row's `sample_ids` alone.
     """
     parts = []
     with actor.generating() as model:
-        for piece in torch.arange(len(prompts.prompts)).split(size):
+        for piece in torch.split(torch.arange(len(prompts.prompts)), size):  # type: ignore[no-untyped-call]
             batch = prompts.rows(piece).to(actor.world.device)
-            answer = generate(model, batch, decoding=decoding, seed=seed, all_done=actor.all_done)
-            parts.append(_said(batch, answer))
+            answer = generate(cast(Any, model), batch, decoding=decoding, seed=seed, all_done=actor.all_done)
+            parts.append(_with_responses(batch, answer))
     num_prompt, num_response = (max(width) for width in zip(*map(widths, parts), strict=True))
-    return joined([widened(part, num_prompt, num_response=num_response, pad_id=decoding.pad_id) for part in parts])
+    return concatenated(
+        [padded_to(part, num_prompt, num_response=num_response, pad_id=decoding.pad_id) for part in parts]
+    )
 
 
-def texts_of(said: Responses, decode: Callable[[list[int]], str]) -> tuple[str, ...]:
-    """The responses as people read them, B texts."""
-    tokens = said.sequences[:, -said.response_mask.shape[1] :]
-    return tuple(decode(row[keep].tolist()) for row, keep in zip(tokens, said.response_mask, strict=True))
+def response_texts(responses: Responses, decode: Callable[[list[int]], str]) -> tuple[str, ...]:
+    """The responses as text, B of them."""
+    tokens = responses.sequences[:, -responses.response_mask.shape[1] :]
+    return tuple(decode(row[keep].tolist()) for row, keep in zip(tokens, responses.response_mask, strict=True))
 
 
-def statistics_of(model: Callable[..., Tensor], said: Responses, *, size: int, temperature: float) -> Tensor:
-    """Log-probabilities and entropies, `[2, B, R]`, 0 where masked; `size` sequences at once."""
-
-    def of(piece: Responses) -> Tensor:
-        return torch.stack(response_statistics(model, piece, temperature=temperature))
-
-    return _over_pieces(said, size, function=of)
-
-
-def scores_of(reward: Engine, said: Responses, *, size: int) -> Tensor:
-    """What a reward model says of each sequence, `[B]`, in its own units; `size` sequences at once.
-
-    Equal sequences have equal scores, which pieces of other shapes would round differently: where they are compared
-    and divided by their deviation, as in a group, such a difference would become an advantage.
-    """
-    scores = torch.zeros(len(said), device=said.sequences.device)
-    with reward.evaluating() as model:
-        for rows in said.pieces(size):
-            piece = said.rows(rows).trimmed()
-            scores[rows] = last_token_scores(_scalars(model, piece), piece.attention_mask)
-    return scores[_first_equals(said).to(scores.device)]
-
-
-def _first_equals(said: Responses) -> Tensor:
-    """For each row the first one with the same tokens, `[B]` int64 on the CPU."""
-    sequences, mask = said.sequences.cpu(), said.attention_mask.cpu()  # one wait for the device
-    first: dict[tuple[int, ...], int] = {}
-    rows = (tuple(tokens[real].tolist()) for tokens, real in zip(sequences, mask, strict=True))
-    return torch.tensor([first.setdefault(tokens, row) for row, tokens in enumerate(rows)])
-
-
-def _said(prompts: PromptBatch, answer: Generated) -> Said:
-    return Said(
+def _with_responses(prompts: PromptBatch, answer: Generated) -> GeneratedResponses:
+    return GeneratedResponses(
         sequences=torch.cat([prompts.input_ids, answer.responses], dim=1),
         attention_mask=torch.cat([prompts.attention_mask, answer.response_mask], dim=1),
         response_mask=answer.response_mask,
@@ -239,68 +188,22 @@ def _said(prompts: PromptBatch, answer: Generated) -> Said:
     )
 
 
-def _over_pieces(said: Responses, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
-    """`function` of rows of similar length without useless columns, `[K, b, r]` each, put together as `[K, B, R]`.
-
-    Training cuts its minibatches into other pieces. In fp32 that changes nothing that matters; with 16-bit weights a
-    kernel may round a row differently in another shape, so before the first update some of the new log-probabilities
-    already differ from the old ones (in bf16 every twelfth, by up to 0.2).
-    """
-    found: Tensor | None = None
-    for rows in said.pieces(size):
-        piece = said.rows(rows).trimmed()
-        values = function(piece) * piece.response_mask
-        if found is None:
-            found = values.new_zeros(len(values), *said.response_mask.shape)
-        found[:, rows, : values.shape[-1]] = values
-    assert found is not None, "a rollout has at least one row"
-    return found
-
-
-def response_statistics(
-    model: Callable[..., Any], batch: Responses, *, temperature: float, chunk_elements: int | None = None
-) -> TokenStatistics:
-    """Log-probability and entropy, `[B, R]` fp32, of the response tokens; `chunk_elements` as in `token_logprobs`.
-
-    This is the path that trains: the same call gives old, new and reference log-probabilities.
-    """
-    num_response = batch.response_mask.shape[1]
-    logits = model(
-        input_ids=batch.sequences,
-        attention_mask=batch.attention_mask,
-        position_ids=position_ids(batch.attention_mask),
-        logits_to_keep=num_response + 1,
-        use_cache=False,
-    ).logits
-    targets = batch.sequences[:, -num_response:]
-    return token_logprobs_and_entropy(logits, targets, temperature=temperature, chunk_elements=chunk_elements)
-
-
-def critic_values(critic: Callable[..., Tensor], batch: Responses, *, shift: float) -> Tensor:
-    """The critic's estimate before each response token, `[B, R]`, in units of normalised scores."""
-    return response_values(_scalars(critic, batch), batch.response_mask.shape[1]) - shift
-
-
-def _scalars(model: Callable[..., Tensor], batch: Responses) -> Tensor:
-    return model(batch.sequences, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
-
-
-def gathered(rollout: Rollout, *, pad_id: int) -> Rollout:
-    """The rollouts of all ranks as one, at a common width; every rank must call it."""
+def gather_rollout(rollout: Rollout, *, pad_id: int) -> Rollout:
+    """Concatenate the rollouts of all ranks, padded to a common width; every rank must call it."""
     device = rollout.sequences.device
     num_prompt, num_response = max_over_ranks(torch.tensor(widths(rollout), device=device)).tolist()
-    wide = widened(rollout, num_prompt, num_response=num_response, pad_id=pad_id)
-    parts = gather_objects({field.name: getattr(wide, field.name) for field in fields(wide)})
-    return joined([Rollout(**part) for part in parts]).to(device)
+    padded = padded_to(rollout, num_prompt, num_response=num_response, pad_id=pad_id)
+    parts = gather_objects({field.name: getattr(padded, field.name) for field in fields(padded)})
+    return concatenated([Rollout(**part) for part in parts]).to(device)
 
 
 def widths(batch: Responses) -> tuple[int, int]:
-    """Columns of the prompt and of the response."""
+    """Columns of the prompt P and of the response R."""
     num_response = batch.response_mask.shape[1]
     return batch.sequences.shape[1] - num_response, num_response
 
 
-def widened(batch: Batch, num_prompt: int, *, num_response: int, pad_id: int) -> Batch:
+def padded_to(batch: Batch, num_prompt: int, *, num_response: int, pad_id: int) -> Batch:
     """The same rows with more padding: prompts to `num_prompt` columns, responses to `num_response`."""
     left, right = num_prompt - widths(batch)[0], num_response - widths(batch)[1]
     columns = {}
@@ -313,8 +216,8 @@ def widened(batch: Batch, num_prompt: int, *, num_response: int, pad_id: int) ->
     return replace(batch, **columns)
 
 
-def joined(parts: Sequence[Batch]) -> Batch:
-    """Rows of equally wide batches under each other."""
+def concatenated(parts: Sequence[Batch]) -> Batch:
+    """Concatenate the rows of equally wide batches."""
 
     def join(name: str) -> Tensor | tuple[str, ...] | None:
         values = [getattr(part, name) for part in parts]
@@ -322,18 +225,19 @@ def joined(parts: Sequence[Batch]) -> Batch:
             return None
         return torch.cat(values) if isinstance(values[0], Tensor) else tuple(text for texts in values for text in texts)
 
-    return replace(parts[0], **{field.name: join(field.name) for field in fields(parts[0])})
+    columns: dict[str, Any] = {field.name: join(field.name) for field in fields(parts[0])}
+    return replace(parts[0], **columns)
 
 
 def without_bad_rows(rollout: Rollout) -> Rollout:
-    """The rollout without the rows in which some number is not finite, so that one cannot spoil the batch.
+    """Drop the rows in which some number is not finite, so that one of them cannot spoil the batch.
 
-    They are gone, not masked: they reach no forward, no gradient, no group and no statistics.
+    They are removed, not masked: they reach no forward pass, no gradient, no group and no statistics.
 
     Raises:
-        RunError: more than half of the rows are bad: the models are broken, not a sample.
+        RunError: more than half of the rows are bad, so it is the models that are broken.
     """
-    numbers = [getattr(rollout, name) for name in _JUDGED]
+    numbers = [getattr(rollout, name) for name in _NUMBERS]
     good = torch.stack([values.isfinite().view(len(rollout), -1).all(-1) for values in numbers if values is not None])
     good = good.all(0)
     if bool(good.all()):
@@ -349,4 +253,4 @@ def without_bad_rows(rollout: Rollout) -> Rollout:
     return rollout.rows(good.nonzero().flatten())
 
 
-_JUDGED = ("logprobs", "reference_logprobs", "generation_logprobs", "values", "kl", "entropy", "raw_scores", "scores")
+_NUMBERS = ("logprobs", "reference_logprobs", "generation_logprobs", "values", "kl", "entropy", "raw_scores", "scores")

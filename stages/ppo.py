@@ -25,7 +25,8 @@ from rlhf.config.run_config import RunConfig
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
-from rlhf.rollout import Collector, Models, ScoreScale, without_bad_rows
+from rlhf.rewards import RewardModel, ScoreScale, ScoreShaping
+from rlhf.rollout import Collector, Models, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
@@ -71,7 +72,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
                 metrics = update_policy(models, ppo_batch, config=config, iteration=step, kl_coef=kl.value)
             metrics |= rollout_metrics(rollout, kl_coef=kl.value, kl_kind=config.kl.kind)
             metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}
-            metrics |= {"objective/clamped": collector.clamped_share(rollout.raw_scores)}
+            metrics |= {"objective/clamped": collector.shaping.clamped_share(rollout.raw_scores)}
             metrics |= {"objective/kl_coef": kl.value, "rollout/episodes": step * config.rollout_size}
             metrics["rollout/left_out"] = config.rollout_size - len(rollout)
             if step > config.critic_warmup and config.measures_kl:
@@ -159,7 +160,8 @@ def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Col
         decode=partial(decode, session.tokenizer),
         pad_id=session.pad_id,
         stop_token_ids=stop_token_ids(session.tokenizer, getattr(models.actor.module, "generation_config", None)),
-        scale=scale,
+        reward=RewardModel(models.reward, config.micro_batch_size),
+        shaping=ScoreShaping(config.score, scale),
         timer=session.timer,
     )
 
@@ -204,5 +206,5 @@ class HeldOutEvaluator:
             rollout = collector.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
             rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
         self.session.tracker.samples(step, rows)
-        clamped = collector.clamped_share(rollout.raw_scores[: self.count])
+        clamped = collector.shaping.clamped_share(rollout.raw_scores[: self.count])
         return policy_metrics(rows) | {"eval/clamped": clamped}

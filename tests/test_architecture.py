@@ -17,6 +17,8 @@ FLOORS = [
     {"rlhf.deepspeed", "rlhf.tracking"},
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},
+    {"rlhf.forward_passes"},
+    {"rlhf.rewards"},
     {"rlhf.rollout"},
     {"rlhf.evaluation", "rlhf.chat"},
     {"rlhf.training", "rlhf.tracking.report"},

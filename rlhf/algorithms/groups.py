@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.precision import at_least_fp32
+from rlhf.algorithms.masked import at_least_fp32
 
 
 def group_advantages(

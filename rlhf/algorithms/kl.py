@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.precision import at_least_fp32
+from rlhf.algorithms.masked import at_least_fp32
 
 KL_BOUND = 10.0
 """Largest k2 or k3 estimate of a token, as in verl and OpenRLHF."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from rlhf.algorithms.precision import at_least_fp32
+from rlhf.algorithms.masked import at_least_fp32
 
 CHUNK_ELEMENTS = 2**24
 """Logits worked on at a time: 64 MiB in fp32, enough to keep a GPU busy."""

@@ -16,7 +16,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.precision import at_least_fp32
+
+def at_least_fp32(x: Tensor) -> Tensor:
+    """`x` in fp32, or in fp64 where it is fp64 already; bf16, fp16, integers and bools are promoted. Same shape.
+
+    All arithmetic here is done in that precision, whatever type the models compute in.
+    """
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def zero_masked(x: Tensor, mask: Tensor) -> Tensor:

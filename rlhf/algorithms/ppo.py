@@ -19,8 +19,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.masked import divide_by_count, is_last_counted, masked_mean, masked_moments, zero_masked
-from rlhf.algorithms.precision import at_least_fp32
+from rlhf.algorithms.masked import (
+    at_least_fp32,
+    divide_by_count,
+    is_last_counted,
+    masked_mean,
+    masked_moments,
+    zero_masked,
+)
 
 _MAX_LOG_RATIO = 20.0
 

@@ -12,8 +12,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf.algorithms.masked import divide_by_count
-from rlhf.algorithms.precision import at_least_fp32
+from rlhf.algorithms.masked import at_least_fp32, divide_by_count
 
 
 class PreferenceLoss(NamedTuple):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.precision import at_least_fp32
+from rlhf.algorithms.masked import at_least_fp32
 
 
 def normalize_scores(scores: Tensor, *, mean: float, std: float, clamp: float | None) -> Tensor:

@@ -22,8 +22,10 @@ from rlhf.config.roles import Role
 from rlhf.engine.engine import Engine
 from rlhf.evaluation.compare import ModelAnswers, PairScores
 from rlhf.evaluation.metrics import demonstration_losses, pair_scores
+from rlhf.forward_passes import all_statistics
 from rlhf.generation.generate import Decoding
-from rlhf.rollout import Said, ScoreScale, say, scores_of, statistics_of, texts_of
+from rlhf.rewards import ScoreScale, reward_model_scores
+from rlhf.rollout import GeneratedResponses, generate_responses, response_texts
 from rlhf.runtime.dist import gather_objects
 from rlhf.runtime.malloc import trim
 from rlhf.text.tokenizer import Tokenizer, decode, stop_token_ids
@@ -50,7 +52,7 @@ class HeldOutBatches:
 class LocalAnswers:
     """The responses of a model to this rank's prompts, and what was measured of them so far."""
 
-    responses: Said
+    responses: GeneratedResponses
     logprobs: Tensor  # [B, R] fp32, under the model itself, at the sampling temperature
     losses: Tensor  # [N, 2], nats and tokens of the demonstrations of all ranks
     numbers: dict[str, Tensor] = field(default_factory=dict)  # [B] each
@@ -78,7 +80,9 @@ class ModelRunner:
                 sampling=self.config.sampling,
             )
             size = self.config.micro_batch_size
-            responses = say(engine, self.data.prompts, decoding=decoding, size=size, seed=self.config.seed)
+            responses = generate_responses(
+                engine, self.data.prompts, decoding=decoding, size=size, seed=self.config.seed
+            )
             logprobs = self._logprobs(engine, responses)
             losses = demonstration_losses(engine, self.data.demonstrations)
         numbers = {"length": responses.response_mask.sum(-1).double(), "not_ended": (~responses.ended).double()}
@@ -102,7 +106,7 @@ class ModelRunner:
         log.info("eval: %s scores", role.path)
         with self._open(role) as engine:
             for answers in self.answers.values():
-                raw = scores_of(engine, answers.responses, size=self.config.micro_batch_size)
+                raw = reward_model_scores(engine, answers.responses, size=self.config.micro_batch_size)
                 answers.numbers["raw_score"] = raw.double()
                 if scale is not None:
                     normalized = normalize_scores(raw, mean=scale.mean, std=scale.std, clamp=None)
@@ -116,7 +120,7 @@ class ModelRunner:
         return {name: self._gather(answers) for name, answers in self.answers.items()}
 
     def _gather(self, answers: LocalAnswers) -> ModelAnswers:
-        texts = texts_of(answers.responses, partial(decode, self.tokenizer))
+        texts = response_texts(answers.responses, partial(decode, self.tokenizer))
         numbers = {name: column.tolist() for name, column in answers.numbers.items()}
         parts = gather_objects((texts, numbers))
         count = self.data.num_prompts  # what follows was answered again to keep the last ranks busy
@@ -126,11 +130,11 @@ class ModelRunner:
             losses=[(nats, tokens) for nats, tokens in answers.losses.tolist()],
         )
 
-    def _logprobs(self, engine: Engine, responses: Said) -> Tensor:
+    def _logprobs(self, engine: Engine, responses: GeneratedResponses) -> Tensor:
         """Log-probabilities `[B, R]`, 0 where masked, at the sampling temperature (of greedy responses, at 1)."""
         temperature = self.config.sampling.temperature or 1.0
         with engine.evaluating() as model:
-            return statistics_of(model, responses, size=self.config.micro_batch_size, temperature=temperature)[0]
+            return all_statistics(model, responses, size=self.config.micro_batch_size, temperature=temperature)[0]
 
     @contextmanager
     def _open(self, role: Role) -> Iterator[Engine]:

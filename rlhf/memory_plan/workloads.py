@@ -19,9 +19,10 @@ from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import ModelKind
 from rlhf.config.stage_configs import RewardConfig, SFTConfig, TrainingConfig
 from rlhf.evaluation.metrics import logits_of
+from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan.trace import EnoughError
-from rlhf.rollout import Models, critic_values, response_statistics
+from rlhf.rollout import Models
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import policy_gradient, value_gradient
 from rlhf.training.supervised_step import Pairwise

@@ -19,7 +19,8 @@ from rlhf.algorithms.masked import masked_mean, masked_whiten
 from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
 from rlhf.config.ppo_config import AdvantageKind, PPOConfig
 from rlhf.engine.engine import Engine, step_together
-from rlhf.rollout import Models, critic_values, response_statistics
+from rlhf.forward_passes import critic_values, response_statistics
+from rlhf.rollout import Models
 from rlhf.runtime.dist import World, max_over_ranks
 from rlhf.training.supervised_step import summed
 from rlhf.types import PPOBatch, Rollout

@@ -23,7 +23,7 @@ from rlhf.models.export import export
 from rlhf.models.model_folder import local_folder
 from rlhf.models.model_spec import ModelSpec
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.rollout import ScoreScale
+from rlhf.rewards import ScoreScale
 from rlhf.runtime.dist import World, broadcast_object
 from rlhf.text.tokenizer import Tokenizer
 from stages.lifecycle.stage_record import read_record

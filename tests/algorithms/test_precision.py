@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from rlhf.algorithms.precision import at_least_fp32
+from rlhf.algorithms.masked import at_least_fp32
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.int64, torch.bool, torch.float32])

@@ -7,9 +7,10 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.engine.engine import build_engine
+from rlhf.forward_passes import all_statistics
 from rlhf.generation.generate import Decoding
 from rlhf.models.causal_lm import causal_lm
-from rlhf.rollout import say, statistics_of
+from rlhf.rollout import generate_responses
 from rlhf.runtime.dist import World
 from rlhf.types import PromptBatch
 from tests.engine import scenarios, tiny
@@ -73,9 +74,9 @@ def gap(engine, seed=0):
     ids = torch.randint(0, 90, (32, 6))
     prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(32), prompts=("",) * 32)
     decoding = Decoding(24, [100], pad_id=0, sampling=SamplingConfig())
-    said = say(engine, prompts, decoding=decoding, size=32, seed=seed)
+    said = generate_responses(engine, prompts, decoding=decoding, size=32, seed=seed)
     with engine.evaluating() as model:
-        logprobs = statistics_of(model, said, size=32, temperature=1.0)[0]
+        logprobs = all_statistics(model, said, size=32, temperature=1.0)[0]
     return (said.generation_logprobs - logprobs)[said.response_mask].abs().mean().item()
 
 

@@ -15,10 +15,12 @@ from rlhf.config.model_config import Embedded, LoraConfig
 from rlhf.config.ppo_config import AdvantageKind, KLConfig, ScoreConfig
 from rlhf.engine.engine import build_engine
 from rlhf.evaluation.metrics import policy_metrics, rollout_metrics, sample_rows
+from rlhf.forward_passes import critic_values
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import prepare
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.rollout import Collector, Models, ScoreScale, critic_values, scores_of, without_bad_rows
+from rlhf.rewards import RewardModel, ScoreScale, ScoreShaping, reward_model_scores
+from rlhf.rollout import Collector, Models, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import decode, load_tokenizer
 from rlhf.tracking.timing import Stopwatch
@@ -61,7 +63,8 @@ def rollout_of(folder, models, ppo, ids=None):
         decode=partial(decode, tokenizer),
         pad_id=int(tokenizer.pad_token_id),
         stop_token_ids=(int(tokenizer.eos_token_id), 7, 8, 9, 10, 11, 12, 13),  # so that lengths differ
-        scale=ScoreScale(),
+        reward=RewardModel(models.reward, ppo.micro_batch_size),
+        shaping=ScoreShaping(ppo.score, ScoreScale()),
         timer=Stopwatch(torch.device("cpu")),
     )
     ids = torch.randint(20, 60, (8, 5)) if ids is None else ids
@@ -79,10 +82,8 @@ def rollout_of(folder, models, ppo, ids=None):
     ],
 )
 def test_the_share_of_scores_at_the_clamp(score, share):
-    ppo = settings(score=ScoreConfig(**score))
-    scale = ScoreScale(mean=1.0, std=0.5)
-    collector = Collector(None, ppo, decode=str, pad_id=0, stop_token_ids=(), scale=scale, timer=None)
-    assert collector.clamped_share(torch.tensor([0.0, 1.0, 1.5, 3.0])) == share
+    shaping = ScoreShaping(ScoreConfig(**score), ScoreScale(mean=1.0, std=0.5))
+    assert shaping.clamped_share(torch.tensor([0.0, 1.0, 1.5, 3.0])) == share
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -185,7 +186,7 @@ def test_equal_responses_have_equal_scores_whatever_pieces_they_are_judged_in():
 
     mask = torch.tensor([[False, True, True, True], [True] * 4, [False, True, True, True], [False, True, True, True]])
     tokens = torch.tensor([[0, 5, 6, 7], [4, 5, 6, 7], [9, 5, 6, 7], [0, 5, 6, 8]])  # rows 0 and 2 differ in padding
-    scores = scores_of(Rounding(), Responses(tokens, mask, mask[:, -2:]), size=3)
+    scores = reward_model_scores(Rounding(), Responses(tokens, mask, mask[:, -2:]), size=3)
     assert scores[0] == scores[2]
     assert scores[3] != scores[0]
     assert scores.round().tolist() == [7, 7, 7, 8]

@@ -1,0 +1,73 @@
+"""Forward passes over prompts with responses: log-probabilities, entropies, values, and the outputs of a scalar head.
+
+Rows of similar length go through a model together, without columns that are padding in all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
+from rlhf.models.positions import position_ids
+from rlhf.models.scalar_head import response_values
+from rlhf.types import Responses
+
+
+def response_statistics(
+    model: Callable[..., Any], batch: Responses, *, temperature: float, chunk_elements: int | None = None
+) -> TokenStatistics:
+    """Log-probability and entropy, `[B, R]` fp32, of the response tokens; `chunk_elements` as in `token_logprobs`.
+
+    Old, new and reference log-probabilities all come from this function, so that their ratios are 1 before an update.
+    """
+    num_response = batch.response_mask.shape[1]
+    logits = model(
+        input_ids=batch.sequences,
+        attention_mask=batch.attention_mask,
+        position_ids=position_ids(batch.attention_mask),
+        logits_to_keep=num_response + 1,  # [B, R + 1, V]: the last prompt token predicts the first response token
+        use_cache=False,
+    ).logits
+    targets = batch.sequences[:, -num_response:]
+    return token_logprobs_and_entropy(logits, targets, temperature=temperature, chunk_elements=chunk_elements)
+
+
+def all_statistics(model: Callable[..., Any], responses: Responses, *, size: int, temperature: float) -> Tensor:
+    """Log-probabilities and entropies, `[2, B, R]`, 0 where masked; `size` sequences per forward pass."""
+
+    def statistics(piece: Responses) -> Tensor:
+        return torch.stack(response_statistics(model, piece, temperature=temperature))
+
+    return in_pieces(responses, size, function=statistics)
+
+
+def critic_values(critic: Callable[..., Tensor], batch: Responses, *, shift: float) -> Tensor:
+    """The critic's estimate before each response token, `[B, R]`, in units of normalised scores."""
+    return response_values(scalar_outputs(critic, batch), batch.response_mask.shape[1]) - shift
+
+
+def scalar_outputs(model: Callable[..., Tensor], batch: Responses) -> Tensor:
+    """The output of a scalar head at every position, `[B, T]`."""
+    return model(batch.sequences, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
+
+
+def in_pieces(responses: Responses, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
+    """Apply `function` to pieces of `size` rows of similar length, trimmed; `[K, b, r]` each, together `[K, B, R]`.
+
+    Training cuts its minibatches into other pieces. In fp32 that changes nothing that matters; with 16-bit weights a
+    kernel may round a row differently in another shape, so before the first update some of the new log-probabilities
+    already differ from the old ones (in bf16 every twelfth, by up to 0.2).
+    """
+    found: Tensor | None = None
+    for rows in responses.pieces(size):
+        piece = responses.rows(rows).trimmed()
+        values = function(piece) * piece.response_mask  # [K, b, r]
+        if found is None:
+            found = values.new_zeros(len(values), *responses.response_mask.shape)
+        found[:, rows, : values.shape[-1]] = values
+    assert found is not None, "a rollout has at least one row"
+    return found
