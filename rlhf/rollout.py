@@ -160,7 +160,7 @@ def generate_responses(
     """
     parts = []
     with actor.generating() as model:
-        for piece in torch.split(torch.arange(len(prompts.prompts)), size):  # type: ignore[no-untyped-call]
+        for piece in torch.split(torch.arange(len(prompts.prompts)), size):
             batch = prompts.rows(piece).to(actor.world.device)
             answer = generate(cast(Any, model), batch, decoding=decoding, seed=seed, all_done=actor.all_done)
             parts.append(_with_responses(batch, answer))
