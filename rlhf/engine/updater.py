@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 from typing import Any, NamedTuple
 
+from rlhf.algorithms.schedules import learning_rate_multiplier
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.deepspeed.deepspeed_schedules import Betas
+from rlhf.deepspeed.deepspeed_schedules import SHAPES, Betas, DeepSpeedSchedule, deepspeed_schedule
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.gradients import GradientNorm, Gradients
 from rlhf.engine.loss_scale import LossScale
-from rlhf.engine.lr_schedule import betas_of_step, learning_rate
 from rlhf.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -54,6 +54,15 @@ class Updater:
         self._config = config
         self._total_steps = total_steps
         self._max_skipped_steps = max_skipped_steps
+        self._deepspeed_schedule: DeepSpeedSchedule | None = None
+        if config.schedule in SHAPES:
+            self._deepspeed_schedule = deepspeed_schedule(
+                config.schedule,
+                lr=config.lr,
+                warmup_steps=config.warmup_of(total_steps),
+                total_steps=total_steps,
+                options=config.schedule_options,
+            )
 
     def reduce_norm(self) -> GradientNorm:
         """The gradient norm that all ranks agree on, of the loss as it was before it was scaled."""
@@ -85,23 +94,23 @@ class Updater:
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return learning_rate(
+        config, schedule = self._config, self._deepspeed_schedule
+        if schedule is not None:
+            return schedule.lr_at(self.steps_taken)
+        return config.lr * learning_rate_multiplier(
             self.steps_taken,
-            lr=self._config.lr,
-            kind=self._config.schedule,
+            kind=config.schedule,
             total_steps=self._total_steps,
-            warmup_steps=self._config.warmup_of(self._total_steps),
-            min_ratio=self._config.min_ratio,
-            options=self._config.schedule_options,
+            warmup_steps=config.warmup_of(self._total_steps),
+            min_ratio=config.min_ratio,
         )
 
     @property
     def betas(self) -> Betas:
-        """AdamW's decay rates in the next step."""
-        config = self._config
-        return betas_of_step(
-            self.steps_taken, betas=config.betas, kind=config.schedule, options=config.schedule_options
-        )
+        """AdamW's decay rates in the next step: the run's own, unless DeepSpeed's schedule cycles them."""
+        schedule = self._deepspeed_schedule
+        cycled = None if schedule is None else schedule.betas_at(self.steps_taken)
+        return cycled or Betas(*self._config.betas)
 
     def counters(self) -> dict[str, Any]:
         """All that a resumed run needs besides tensors."""

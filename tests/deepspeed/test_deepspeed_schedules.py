@@ -6,29 +6,26 @@ from pathlib import Path
 import pytest
 
 from rlhf.deepspeed.deepspeed_schedules import SHAPES, deepspeed_schedule
-from rlhf.engine.lr_schedule import betas_of_step, learning_rate
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden/deepspeed_schedules.json").read_text())["cases"]
 LR = 3e-4
 
 
-def rates(case, **settings):
-    return [
-        learning_rate(step, lr=LR, kind=case["kind"], options=case["options"], **settings)
-        for step in range(len(case["lr"]))
-    ]
+def schedule_of(kind, options, *, lr=LR, warmup_steps=0, total_steps=999):
+    return deepspeed_schedule(kind, lr=lr, warmup_steps=warmup_steps, total_steps=total_steps, options=options)
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['kind']}-{len(case['options'])}-{len(case['lr'])}")
 def test_every_step_has_deepspeeds_rate_and_betas(case):
     options = {"warmup_num_steps": 1000, **case["options"]} if "warmup" in case["kind"] else case["options"]
-    found = rates(case | {"options": options}, total_steps=999)
-    assert found == pytest.approx(case["lr"], rel=1e-12, abs=1e-18)
-    betas = [
-        betas_of_step(step, betas=(0.9, 0.95), kind=case["kind"], options=options) for step in range(len(case["lr"]))
-    ]
-    expected = [tuple(pair) for pair in case["betas"]] if case["betas"] else [(0.9, 0.95)] * len(betas)
-    assert [value for pair in betas for value in pair] == pytest.approx([value for pair in expected for value in pair])
+    schedule, steps = schedule_of(case["kind"], options), range(len(case["lr"]))
+    assert [schedule.lr_at(step) for step in steps] == pytest.approx(case["lr"], rel=1e-12, abs=1e-18)
+    found = [schedule.betas_at(step) for step in steps]
+    if case["betas"]:
+        expected = [value for pair in case["betas"] for value in pair]
+        assert [value for pair in found for value in pair] == pytest.approx(expected)
+    else:
+        assert set(found) == {None}
 
 
 def test_every_shape_is_covered():
@@ -36,29 +33,15 @@ def test_every_shape_is_covered():
 
 
 def test_a_warm_up_loses_two_steps_as_deepspeeds_does():
-    found = [
-        learning_rate(step, lr=1.0, kind="warmup_lr", total_steps=9, warmup_steps=4, options={}) for step in range(7)
-    ]
+    schedule = schedule_of("warmup_lr", {}, lr=1.0, total_steps=9, warmup_steps=4)
+    found = [schedule.lr_at(step) for step in range(7)]
     assert found == pytest.approx([0, 0, 0.5, 0.7924812503605781, 1, 1, 1])  # log_4 of 1, 2, 3, 4
 
 
 def test_what_the_options_leave_out_is_the_runs():
     explicit = {"warmup_num_steps": 5, "total_num_steps": 12, "warmup_max_lr": 1e-3}
-    for step in range(15):
-        own = learning_rate(
-            step,
-            lr=LR,
-            kind="warmup_decay_lr",
-            total_steps=12,
-            warmup_steps=5,
-            options={"warmup_max_lr": 1e-3},
-        )
-        assert own == learning_rate(step, lr=LR, kind="warmup_decay_lr", total_steps=99, options=explicit)
-
-
-def test_the_projects_own_shapes_are_shares_of_the_rate():
-    assert learning_rate(1, lr=0.5, kind="linear", total_steps=4) == 0.5 * 0.75
-    assert betas_of_step(1, betas=(0.9, 0.95), kind="linear", options={}) == (0.9, 0.95)
+    own = schedule_of("warmup_decay_lr", {"warmup_max_lr": 1e-3}, total_steps=12, warmup_steps=5)
+    assert own == schedule_of("warmup_decay_lr", explicit, total_steps=99)
 
 
 @pytest.mark.parametrize(

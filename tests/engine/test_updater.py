@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf.engine.lr_schedule import betas_of_step, learning_rate
+from rlhf.deepspeed.deepspeed_schedules import OneCycle
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
 from tests.engine import plain, scenarios, tiny
@@ -72,8 +72,7 @@ def test_a_schedule_that_cycles_the_betas_reaches_the_update():
     optimizer = plain.adamw(model)
     for step in range(5):
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, lr=3e-3, kind="one_cycle", total_steps=10, options=cycle)
-            group["betas"] = betas_of_step(step, betas=(0.9, 0.95), kind="one_cycle", options=cycle)
+            group["lr"], group["betas"] = OneCycle(**cycle).lr_at(step), OneCycle(**cycle).betas_at(step)
         assert len({group["betas"] for group in optimizer.param_groups}) == 1
         assert group["betas"][1] == 0.99
         tiny.train_step(engine, step)
@@ -83,3 +82,10 @@ def test_a_schedule_that_cycles_the_betas_reaches_the_update():
         optimizer.step()
     for name, tensor in engine.full_tensors():
         assert torch.allclose(tensor, model.get_parameter(name), rtol=1e-4, atol=2e-6), name
+
+
+def test_the_runs_own_schedule_is_a_share_of_the_rate():
+    settings = tiny.optimizer_config(lr=0.5, schedule="linear", warmup_steps=0, betas=[0.9, 0.95])
+    updater = tiny.engine(World.alone(), 0, optimizer=settings)._updater
+    updater.steps_taken = 1
+    assert (updater.lr, updater.betas) == (0.5 * 0.9, (0.9, 0.95))  # 10 steps
