@@ -22,16 +22,13 @@ from rlhf.deepspeed.keys import (
     Path,
 )
 from rlhf.deepspeed.reader import Document, is_accelerates, leaves, read
-from rlhf.deepspeed.values import AUTO, asks, check, choice, section, switch
+from rlhf.deepspeed.values import AUTO, check, choice, section, switch
 
 COMMENTS = ("_", "comment", "//", "#")
 """How keys begin that stand for comments."""
 _PLUGIN = "deepspeed_config"
 _FILE = (_PLUGIN, "deepspeed_config_file")
 _STAGE = ("zero_optimization", "stage")
-_OLD_OFFLOADS = {"cpu_offload": "offload_optimizer", "cpu_offload_param": "offload_param"}
-_AUTO_SECTIONS = {"offload_optimizer": {"device": AUTO}, "offload_param": {"device": AUTO}, "params": AUTO}
-"""What a section means that is `auto` as a whole; any other is as if it were not there."""
 _MANY = 5  # names in an error
 
 
@@ -202,7 +199,7 @@ def _refuse_foreign(document: Document) -> None:
                 f"{document.name}: is a configuration of {trainer}, with {_some(marks)}, not one of DeepSpeed. "
                 f"{_instead(content) or f'{other}engine=zero3.'}"
             )
-    if not any(_is_known(name) for name in content):
+    if not any(TABLE.knows((name,)) for name in content):
         hints = _some(f"{name}{TABLE.hint((name,))}" for name in content)
         raise ValueError(
             f"{document.name}: found {hints} at the top level, none of which is a key of DeepSpeed; expected keys such "
@@ -210,16 +207,12 @@ def _refuse_foreign(document: Document) -> None:
         )
 
 
-def _is_known(name: str) -> bool:
-    return TABLE.find((name,)) is not None or TABLE.is_section((name,)) or name == "bfloat16"
-
-
 def _is_deepspeeds(name: str, value: Any) -> bool:
     """Whether a key at the top level is there for DeepSpeed and for nothing else."""
-    path = TABLE.canonical(("bf16" if name == "bfloat16" else name,))
+    path = TABLE.canonical((name,))
     if TABLE.is_section(path) and isinstance(value, Mapping):
-        return any(TABLE.above((*path, str(child))) or TABLE.is_section((*path, str(child))) for child in value)
-    return _is_known(path[0]) and name not in SHARED_WITH_TRAINERS
+        return any(TABLE.knows((*path, str(child))) for child in value)
+    return TABLE.knows(path) and name not in SHARED_WITH_TRAINERS
 
 
 def _instead(content: Mapping[str, Any]) -> str:
@@ -252,41 +245,15 @@ def _some(names: Iterable[str]) -> str:
 
 
 def _renewed(document: Document) -> Document:
-    """The same configuration without old names and shapes: `zero_optimization: true`, `cpu_offload`, `bfloat16`."""
-    _refuse_foreign(document)
+    """The same configuration without old names, and `zero_optimization: true` as a section."""
     new = replace(document, content=dict(document.content))
     _rename_bfloat16(new)
+    _refuse_foreign(new)
     new = replace(new, content=_renamed(new.content, (), document=new))
-    content = new.content
-    if isinstance(content.get("zero_optimization"), bool):
-        content["zero_optimization"] = {"stage": int(content["zero_optimization"])}
+    zero = new.content.get("zero_optimization")
+    if isinstance(zero, bool):
+        new.content["zero_optimization"] = {"stage": int(zero)}
         new.rename(("zero_optimization",), _STAGE)
-    zero = section(content.get("zero_optimization"), where=new.where(("zero_optimization",)))
-    if zero:
-        content["zero_optimization"] = dict(zero)
-        _replace_cpu_offload(content["zero_optimization"], new)
-        _spread_pinning(content["zero_optimization"], new)
-    return new
-
-
-def _renamed(part: Mapping[str, Any], parents: Path, *, document: Document) -> dict[str, Any]:
-    """`part` with every key under its present name."""
-    new: dict[str, Any] = {}
-    for name, value in part.items():
-        path = (*parents, str(name))
-        present = TABLE.canonical(path)
-        if present[-1] in new or (present != path and present[-1] in part):
-            raise ValueError(
-                f"{document.where(path)}: is an old name of {'.'.join(present)}, which is there too; remove one."
-            )
-        if present != path:
-            document.rename(path, present)
-        if TABLE.is_section(present) and value == AUTO:
-            value = _AUTO_SECTIONS.get(present[-1])
-            if isinstance(value, Mapping):
-                document.rename(path, (*present, *value))
-        is_section = isinstance(value, Mapping) and TABLE.is_section(present)
-        new[present[-1]] = _renamed(value, present, document=document) if is_section else value
     return new
 
 
@@ -303,37 +270,18 @@ def _rename_bfloat16(document: Document) -> None:
         document.unused.update(dict.fromkeys(paths, "the old name of bf16, which stands where it is there too"))
 
 
-def _replace_cpu_offload(zero: dict[str, Any], document: Document) -> None:
-    """`cpu_offload: true` is a block with device=cpu."""
-    for old, block in _OLD_OFFLOADS.items():
-        path = ("zero_optimization", old)
-        value = zero.pop(old, None)
-        if value is None or value == AUTO:
-            continue
-        if not switch(value, where=document.where(path)):
-            document.unused.update(dict.fromkeys(document.written_at(path), f"false: {block} decides"))
-            continue
-        given = section(zero.get(block), where=document.where(("zero_optimization", block)))
-        if asks(given) and given.get("device") not in ("cpu", AUTO):
+def _renamed(part: Mapping[str, Any], parents: Path, *, document: Document) -> dict[str, Any]:
+    """`part` with every key under its present name."""
+    new: dict[str, Any] = {}
+    for name, value in part.items():
+        path = (*parents, str(name))
+        present = TABLE.canonical(path)
+        if present[-1] in new or (present != path and present[-1] in part):
             raise ValueError(
-                f"{document.where(path)}=true: {block} is there too, with device={given.get('device', 'none')}; remove "
-                f"{old}."
+                f"{document.where(path)}: is an old name of {'.'.join(present)}, which is there too; remove one."
             )
-        zero[block] = {**given, "device": "cpu"}
-        document.rename(path, ("zero_optimization", block, "device"))
-
-
-def _spread_pinning(zero: dict[str, Any], document: Document) -> None:
-    """`cpu_offload_use_pin_memory` is `pin_memory` of each block that does not set it itself."""
-    path = ("zero_optimization", "cpu_offload_use_pin_memory")
-    pinned = zero.pop(path[-1], None)
-    if pinned is None or pinned == AUTO:
-        return
-    switch(pinned, where=document.where(path))
-    blocks = {name: zero[name] for name in _OLD_OFFLOADS.values() if isinstance(zero.get(name), Mapping)}
-    silent = [name for name, block in blocks.items() if "pin_memory" not in block]
-    for name in silent:
-        zero[name] = {"pin_memory": pinned, **zero[name]}
-        document.rename(path, ("zero_optimization", name, "pin_memory"))
-    if not silent:
-        document.unused[path] = "there is no offload block without a pin_memory of its own"
+        if present != path:
+            document.rename(path, present)
+        is_section = isinstance(value, Mapping) and TABLE.is_section(present)
+        new[present[-1]] = _renamed(value, present, document=document) if is_section else value
+    return new

@@ -127,6 +127,10 @@ class Table:
         rows = (self.find(path[:depth]) for depth in range(len(path), 0, -1))
         return next((row for row in rows if row), None)
 
+    def knows(self, path: Path) -> bool:
+        """Whether a path is a section or there is a row that decides about it."""
+        return self.is_section(path) or self.above(path) is not None
+
     def hint(self, path: Path) -> str:
         """What a misspelt key may mean, in brackets: a key of its own section, else one of its name in another."""
         *parents, name = path

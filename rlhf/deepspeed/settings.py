@@ -16,7 +16,8 @@ from rlhf.deepspeed.keys import TABLE
 from rlhf.deepspeed.values import AUTO, Origin, Reading, asks, choice, integer, number, switch
 
 _ZERO = "zero_optimization"
-_BLOCKS = ("offload_optimizer", "offload_param")
+_BLOCKS = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
+"""The offload blocks, and the switches that were there before them."""
 _HALVES = {
     **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), Precision.bf16),
     **dict.fromkeys(("fp16", "float16", "torch.float16", "half"), Precision.fp16),
@@ -34,7 +35,7 @@ def read_engine(reading: Reading, own: EngineConfig) -> None:
         ValueError: a value of the wrong type, or settings that exclude each other.
     """
     _copy(reading, own, sections=("zero_optimization.",))
-    if reading.raw(_ZERO) is not None:
+    if reading.has(_ZERO):
         _read_stage(reading, own)
     _read_precision(reading, own)
     _read_activations(reading)
@@ -49,10 +50,10 @@ def read_optimizer(reading: Reading, own: OptimizerConfig) -> None:
     _copy(reading, own, sections=("gradient_clipping",))
     if reading.raw("optimizer.type") is not None and reading.raw("optimizer.params") != AUTO:
         _read_adamw(reading, own)
-    if reading.raw("scheduler.type") not in (None, AUTO):
+    if reading.has("scheduler.type"):
         _read_schedule(reading)
     for name in ("optimizer", "scheduler"):
-        if reading.raw(name) is not None and reading.raw(f"{name}.type") is None:
+        if reading.has(name) and reading.raw(f"{name}.type") is None:
             reading.warnings.append(f"{reading.where(name)}: has no type; DeepSpeed ignores it, and so does this run")
 
 
@@ -106,8 +107,14 @@ def _read_stage(reading: Reading, own: EngineConfig) -> None:
 
 
 def _read_device(reading: Reading, block: str, *, least: int, stage: int) -> None:
-    path = f"{_ZERO}.{block}.device"
-    raw = reading.raw(path)
+    path, old = f"{_ZERO}.{block}.device", f"{_ZERO}.{_BLOCKS[block]}"
+    raw = AUTO if reading.raw(f"{_ZERO}.{block}") == AUTO else reading.raw(path)
+    if reading.value(old):
+        if raw not in ("cpu", AUTO) and asks(reading.section(f"{_ZERO}.{block}")):
+            raise ValueError(
+                f"{reading.where(old)}=true: {block} is there too, with device={raw or 'none'}; remove {_BLOCKS[block]}."
+            )
+        path, raw = old, "cpu"
     if raw == AUTO:
         return
     device = "none" if raw is None else choice(raw, among=tuple(OffloadDevice), where=reading.where(path))
@@ -122,17 +129,23 @@ def _read_blocks(reading: Reading) -> None:
     """One folder, one set of buffers and one way to lock memory serve both offload blocks."""
     blocks = [f"{_ZERO}.{block}" for block in _BLOCKS]
     on_disk = [block for block in blocks if reading.raw(f"{block}.device") == "nvme"]
-    folders = reading.given(f"{block}.nvme_path" for block in on_disk)
+    folders = {path: reading.value(path) for block in on_disk if reading.has(path := f"{block}.nvme_path")}
     if folders:
         path, folder = next(iter(folders.items()))
         reading.sets("engine.nvme_path", folder, key=path, also=folders)
         if len(set(folders.values())) > 1:
             reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {folder}")
-    for name, places in (("buffer_count", on_disk), ("pin_memory", blocks)):
-        values = {path: reading.value(path) for path in reading.given(f"{block}.{name}" for block in places)}
+    pins = [f"{block}.pin_memory" for block in blocks]
+    in_use = [
+        block for block in _BLOCKS if reading.has(f"{_ZERO}.{block}") or reading.value(f"{_ZERO}.{_BLOCKS[block]}")
+    ]
+    if not all(reading.has(f"{_ZERO}.{block}.pin_memory") for block in in_use):
+        pins.append(f"{_ZERO}.cpu_offload_use_pin_memory")
+    for setting, paths in (("buffer_count", [f"{block}.buffer_count" for block in on_disk]), ("pin_memory", pins)):
+        values = {path: reading.value(path) for path in paths if reading.has(path)}
         path = max(values, key=values.__getitem__, default="")
-        if path and (name == "pin_memory" or values[path]):
-            reading.sets(f"engine.{name}", values[path], key=path, also=values)
+        if path and (setting == "pin_memory" or values[path]):  # a buffer_count of 0 says nothing
+            reading.sets(f"engine.{setting}", values[path], key=path, also=values)
 
 
 # Precision and activations.
@@ -150,7 +163,7 @@ def _read_precision(reading: Reading, own: EngineConfig) -> None:
     casts_to = _autocast(reading, halves)
     if casts_to and not any(halves.values()):
         reading.sets("engine.precision", casts_to, key="torch_autocast.enabled", also=(_CASTS_TO, *_ENABLED))
-    elif reading.raw("fp16") is not None or reading.raw("bf16") is not None:
+    elif reading.has("fp16") or reading.has("bf16"):
         _set_precision(reading, own, halves=halves)
     if halves["fp16"] and "engine.precision" in reading.settings:
         _read_loss_scale(reading, own)
@@ -189,14 +202,14 @@ def _autocast(reading: Reading, halves: dict[str, bool]) -> Precision | None:
 def _set_precision(reading: Reading, own: EngineConfig, *, halves: dict[str, bool]) -> None:
     on = [half for half, is_on in halves.items() if is_on]
     autos = [half for half in halves if reading.raw(f"{half}.enabled") == AUTO]
-    is_silent = autos == ["fp16"] and reading.raw("bf16") is None  # fp16 is auto, and nothing is said about bf16
+    is_silent = autos == ["fp16"] and not reading.has("bf16")  # fp16 is auto, and nothing is said about bf16
     if on and on[0] not in autos:
         reading.sets("engine.precision", Precision(on[0]), key=f"{on[0]}.enabled", also=_ENABLED)
     elif on or is_silent or (autos and own.precision == Precision.fp32):
         key = f"{(on or autos)[0]}.enabled"
         reading.sets("engine.precision", own.precision, key=key, also=_ENABLED, origin=Origin.auto)
     else:
-        half = next(name for name in halves if reading.raw(name) is not None)
+        half = next(name for name in halves if reading.has(name))
         reading.sets("engine.precision", Precision.fp32, key=f"{half}.enabled", also=_ENABLED)
 
 

@@ -188,10 +188,9 @@ class Reading:
         parent, _, name = dotted.rpartition(".")
         return self.section(parent).get(name)
 
-    def given(self, paths: Iterable[str]) -> dict[str, Any]:
-        """The raw values of those of some keys that have one."""
-        values = {path: self.raw(path) for path in paths}
-        return {path: value for path, value in values.items() if value not in (None, AUTO)}
+    def has(self, dotted: str) -> bool:
+        """Whether a key or section says anything: it is neither missing nor null nor auto."""
+        return self.raw(dotted) not in (None, AUTO)
 
     def value(self, dotted: str) -> Any:
         """The value of a key by the kind in the table; None where it is not there or auto."""

@@ -101,6 +101,15 @@ def test_to_a_frozen_model_optimizer_and_scheduler_mean_nothing():
         (zero(stage="2"), {"zero_stage": 2}),
         (zero(stage="auto"), {"zero_stage": None}),
         (zero(stage=2, cpu_offload=True), {"offload_optimizer": Offload.cpu}),
+        (zero(stage=2, cpu_offload=True, cpu_offload_use_pin_memory=False),
+         {"offload_optimizer": Offload.cpu, "pin_memory": False}),
+        (zero(stage=3, cpu_offload_params=True, cpu_offload=False),
+         {"offload_param": Offload.cpu, "offload_optimizer": Offload.none}),
+        (zero(stage=3, cpu_offload_params=True, cpu_offload_use_pin_memory=True,
+              offload_optimizer={"device": "cpu", "pin_memory": False}), {"pin_memory": True}),
+        (zero(stage=3, cpu_offload_use_pin_memory=True, offload_optimizer={"device": "cpu", "pin_memory": False}),
+         {"pin_memory": False}),
+        (zero(stage=3, cpu_offload_use_pin_memory=True), {"pin_memory": None}),
         (zero(stage=1, offload_optimizer={"device": "nvme", "nvme_path": "/d"}), {"offload_optimizer": Offload.nvme}),
         (zero(stage=2, offload_optimizer=None, offload_param={"device": "none"}), {"offload_optimizer": Offload.none}),
         (zero(stage=2, offload_param={"device": "cpu"}), {"offload_param": Offload.none}),
@@ -267,6 +276,10 @@ def test_schedules(scheduler, schedule, options):
         (
             zero(stage=2, offload_optimizer={"device": "CPU"}),
             "device='CPU': expected none, cpu, nvme. Write it in lower",
+        ),
+        (
+            zero(cpu_offload=True, offload_optimizer={"device": "nvme"}),
+            "offload_optimizer is there too, with device=nv",
         ),
         (zero(stage=2, cpu_offload=True, offload_optimizer="cpu"), "offload_optimizer='cpu': expected an object"),
         (

@@ -207,7 +207,7 @@ def test_the_start_says_every_setting_with_its_origin(file, caplog):
         run_of("stage=[sft,ppo]", f"engine.deepspeed={file(content)}")
     text = caplog.text
     for line in (
-        "engine.zero_stage = 2  <- ds.json:3: zero_optimization.stage  [sft, ppo actor, ppo critic, ppo reference,",
+        "engine.zero_stage = 2  <- ds.json:3: zero_optimization.stage  [sft, ppo actor, ppo reference, ppo reward,",
         "engine.reduce_bucket_size = 0  <- ds.json:5: zero_optimization.reduce_bucket_size is auto: the run's own",
         "engine.offload_optimizer = none  <- DeepSpeed's default of ds.json: zero_optimization.offload_optimizer",
         "global_batch_size = 32  <- the batch sizes of ds.json  [sft]",
