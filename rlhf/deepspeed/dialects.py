@@ -159,7 +159,7 @@ def _joined(outer: Document, inner: Document) -> Document:
     return Document(
         inner.name,
         content,
-        places=dict.fromkeys(outer.written, outer.name) | outer.places | inner.places,
+        places=inner.places | outer.places,
         written=outer.written | inner.written,
         renamed=outer.renamed | inner.renamed,
         unused=unused,

@@ -38,7 +38,6 @@ class Resolved:
     """What a configuration means for one engine."""
 
     settings: list[Setting]
-    ignored: list[Key]
     warnings: list[str]
     fates: dict[Path, tuple[Fate, str]]
     """By the path in the file: every value that no setting comes from, with the reason."""
@@ -58,12 +57,12 @@ def resolve(document: Document, engine: EngineConfig, *, optimizer: OptimizerCon
     reading = Reading(document, warnings=list(document.notes))
     for section in TABLE.sections:
         reading.section(".".join(section))
-    ignored = _check_keys(reading, optimizer)
+    _check_keys(reading, optimizer)
     read_engine(reading, engine)
     if optimizer is not None:
         read_optimizer(reading, optimizer)
     fates = {path: _fate(document, path) for path in document.written if not _is_decided(reading, path)}
-    return Resolved(list(reading.settings.values()), ignored, reading.warnings, fates)
+    return Resolved(list(reading.settings.values()), reading.warnings, fates)
 
 
 def _is_decided(reading: Reading, path: Path) -> bool:
@@ -100,10 +99,9 @@ def _without_effect(path: Path, key: Key | None) -> tuple[Fate, str]:
     return Fate.no_effect, next(filter(None, reasons), _NOT_ASKED)
 
 
-def _check_keys(reading: Reading, optimizer: OptimizerConfig | None) -> list[Key]:
-    """The ignored keys; raises ValueError with everything that is wrong, and warns of keys that nobody reads."""
+def _check_keys(reading: Reading, optimizer: OptimizerConfig | None) -> None:
+    """Raise ValueError with everything that is wrong, and warn of keys that nobody reads."""
     problems: list[str] = []
-    ignored: list[Key] = []
     unknown: list[str] = []
     for path, value in _keys(reading.document.content, (), trains=optimizer is not None):
         key = TABLE.find(path)
@@ -113,12 +111,10 @@ def _check_keys(reading: Reading, optimizer: OptimizerConfig | None) -> list[Key
             problems.append(f"{reading.document.where(path)}: there is no such key{TABLE.hint(path)}")
         else:
             problems += _problems(reading, path, key=key, value=value, optimizer=optimizer)
-            ignored += [key] if key.decision is Decision.ignored else []
     if unknown:
         reading.warnings.append(f"{reading.document.name}: neither DeepSpeed nor this run reads {', '.join(unknown)}")
     if problems:
         raise ValueError("\n".join(problems))
-    return ignored
 
 
 def _problems(reading: Reading, path: Path, *, key: Key, value: Any, optimizer: OptimizerConfig | None) -> list[str]:

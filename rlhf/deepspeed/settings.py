@@ -16,8 +16,9 @@ from rlhf.deepspeed.keys import TABLE
 from rlhf.deepspeed.values import AUTO, Origin, Reading, asks, choice, integer, number, switch
 
 _ZERO = "zero_optimization"
-_BLOCKS = {"offload_optimizer": "cpu_offload", "offload_param": "cpu_offload_param"}
+_OLD_SWITCHES = {"offload_optimizer": f"{_ZERO}.cpu_offload", "offload_param": f"{_ZERO}.cpu_offload_param"}
 """The offload blocks, and the switches that were there before them."""
+_OLD_PIN = f"{_ZERO}.cpu_offload_use_pin_memory"
 _HALVES = {
     **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), Precision.bf16),
     **dict.fromkeys(("fp16", "float16", "torch.float16", "half"), Precision.fp16),
@@ -92,7 +93,7 @@ def _read_stage(reading: Reading, own: EngineConfig) -> None:
         raise ValueError(f"{reading.where(path)}={raw!r}: expected 0, 1, 2 or 3.")
     if raw is None:
         reading.sets("engine.zero_stage", 0, key=path, origin=Origin.default)
-    for block, least in zip(_BLOCKS, (1, 3), strict=True):
+    for block, least in zip(_OLD_SWITCHES, (1, 3), strict=True):
         _read_device(reading, block, least=least, stage=stage)
     _read_blocks(reading)
     path = f"{_ZERO}.stage3_model_persistence_threshold"
@@ -107,27 +108,29 @@ def _read_stage(reading: Reading, own: EngineConfig) -> None:
 
 
 def _read_device(reading: Reading, block: str, *, least: int, stage: int) -> None:
-    path, old = f"{_ZERO}.{block}.device", f"{_ZERO}.{_BLOCKS[block]}"
-    raw = AUTO if reading.raw(f"{_ZERO}.{block}") == AUTO else reading.raw(path)
-    if reading.value(old):
+    key = device_key = f"{_ZERO}.{block}.device"
+    raw = AUTO if reading.raw(f"{_ZERO}.{block}") == AUTO else reading.raw(key)
+    if reading.value(_OLD_SWITCHES[block]):
+        key = _OLD_SWITCHES[block]
         if raw not in ("cpu", AUTO) and asks(reading.section(f"{_ZERO}.{block}")):
+            old = key.rpartition(".")[2]
             raise ValueError(
-                f"{reading.where(old)}=true: {block} is there too, with device={raw or 'none'}; remove {_BLOCKS[block]}."
+                f"{reading.where(key)}=true: {block} is there too, with device={raw or 'none'}; remove {old}."
             )
-        path, raw = old, "cpu"
+        raw = "cpu"
     if raw == AUTO:
         return
-    device = "none" if raw is None else choice(raw, among=tuple(OffloadDevice), where=reading.where(path))
+    device = "none" if raw is None else choice(raw, among=tuple(OffloadDevice), where=reading.where(key))
     if device != "none" and stage < least:
-        reading.warnings.append(f"{reading.where(path)}={device}: has no effect at ZeRO {stage}, as in DeepSpeed")
+        reading.warnings.append(f"{reading.where(key)}={device}: has no effect at ZeRO {stage}, as in DeepSpeed")
         device = "none"
     origin = Origin.default if raw is None else Origin.file
-    reading.sets(f"engine.{block}", OffloadDevice(device), key=path, origin=origin)
+    reading.sets(f"engine.{block}", OffloadDevice(device), key=key, also=(device_key,), origin=origin)
 
 
 def _read_blocks(reading: Reading) -> None:
     """One folder, one set of buffers and one way to lock memory serve both offload blocks."""
-    blocks = [f"{_ZERO}.{block}" for block in _BLOCKS]
+    blocks = {f"{_ZERO}.{block}": old for block, old in _OLD_SWITCHES.items()}
     on_disk = [block for block in blocks if reading.raw(f"{block}.device") == "nvme"]
     folders = {path: reading.value(path) for block in on_disk if reading.has(path := f"{block}.nvme_path")}
     if folders:
@@ -135,12 +138,9 @@ def _read_blocks(reading: Reading) -> None:
         reading.sets("engine.nvme_path", folder, key=path, also=folders)
         if len(set(folders.values())) > 1:
             reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {folder}")
+    in_use = [block for block, old in blocks.items() if reading.raw(block) is not None or reading.value(old)]
     pins = [f"{block}.pin_memory" for block in blocks]
-    in_use = [
-        block for block in _BLOCKS if reading.has(f"{_ZERO}.{block}") or reading.value(f"{_ZERO}.{_BLOCKS[block]}")
-    ]
-    if not all(reading.has(f"{_ZERO}.{block}.pin_memory") for block in in_use):
-        pins.append(f"{_ZERO}.cpu_offload_use_pin_memory")
+    pins += [_OLD_PIN] if not all(reading.raw(f"{block}.pin_memory") is not None for block in in_use) else []
     for setting, paths in (("buffer_count", [f"{block}.buffer_count" for block in on_disk]), ("pin_memory", pins)):
         values = {path: reading.value(path) for path in paths if reading.has(path)}
         path = max(values, key=values.__getitem__, default="")

@@ -57,8 +57,10 @@ def with_deepspeed(run: RunConfig, *, ranks: int, overridden: Collection[str] = 
     engine = run.engine
     if engine.deepspeed is not None:
         resolved = resolve(read_deepspeed(engine.deepspeed, setting="engine.deepspeed"), engine, optimizer=None)
-        chosen = _chosen(resolved, own=engine, names=("engine",), overridden=overridden)
-        engine = _replaced(engine, _values(chosen) | {"deepspeed": None}, place="engine.deepspeed")
+        engine = replace(engine, deepspeed=None)
+        engine, _ = _applied(
+            resolved, "engine", own=engine, names=("engine",), place="engine.deepspeed", context=context
+        )
     context.report.log()
     run = replace(run, engine=engine, **stages)
     _check_schedules(run)
@@ -88,14 +90,15 @@ def _role(role: Role, context: _Context, *, label: str) -> dict[str, Any]:
     setting = _given_as(role, run)
     document = read_deepspeed(engine.deepspeed, setting=setting)
     resolved = resolve(document, engine, optimizer=optimizer)
-    names = (f"{stage}.{role.engine}", f"{stage}.engine", "engine")
-    chosen = _chosen(resolved, own=engine, names=names, overridden=context.overridden)
-    new: dict[str, Any] = {role.engine: _replaced(engine, _values(chosen) | {"deepspeed": None}, place=setting)}
+    names: tuple[str, ...] = (f"{stage}.{role.engine}", f"{stage}.engine", "engine")
+    engine = replace(engine, deepspeed=None)
+    engine, chosen = _applied(resolved, "engine", own=engine, names=names, place=setting, context=context)
+    new: dict[str, Any] = {role.engine: engine}
     if role.optimizer is not None and optimizer is not None:
-        learning = _chosen(resolved, own=optimizer, names=(f"{stage}.{role.optimizer}",), overridden=context.overridden)
-        new[role.optimizer] = _replaced(optimizer, _values(learning), place=setting)
-        new |= _batch(stage, document, context=context)
-        chosen += learning
+        names = (f"{stage}.{role.optimizer}",)
+        optimizer, more = _applied(resolved, "optimizer", own=optimizer, names=names, place=setting, context=context)
+        new |= {role.optimizer: optimizer} | _batch(stage, document, context=context)
+        chosen += more
     context.report.add(document, resolved, chosen=chosen, place=label)
     return new
 
@@ -109,33 +112,27 @@ def _given_as(role: Role, run: RunConfig) -> str:
     return f"{role.stage}.{'engine' if is_the_stages else role.engine}.deepspeed"
 
 
-def _chosen(
-    resolved: Resolved, *, own: EngineConfig | OptimizerConfig, names: tuple[str, ...], overridden: Collection[str]
-) -> list[Setting]:
-    """The settings that replace those of `own`, which the command line calls by `names`.
+def _applied(
+    resolved: Resolved, group: str, *, own: _Group, names: tuple[str, ...], place: str, context: _Context
+) -> tuple[_Group, list[Setting]]:
+    """`own` with the settings of its group, and those settings; on the command line the group has one of `names`.
 
     Raises:
-        ValueError: the command line says something else.
+        ValueError: the command line says something else, or the settings do not fit each other.
     """
-    group = "engine" if isinstance(own, EngineConfig) else "optimizer"
     chosen = []
     for setting in resolved.settings:
-        if setting.group != group:
-            continue
-        own_value = getattr(own, setting.name)
-        words = [f"{name}.{setting.name}" for name in names if f"{name}.{setting.name}" in overridden]
+        own_value = getattr(own, setting.name, None)
+        words = [word for name in names if (word := f"{name}.{setting.name}") in context.overridden]
+        if setting.group != group or (words and setting.origin is Origin.default):
+            continue  # a default of DeepSpeed's yields to the command line
         if words and own_value != setting.value and setting.origin is Origin.file:
             raise ValueError(
                 f"{words[0]}={own_value} on the command line, but {setting.value} by {setting.place}; expected one "
                 f"of the two. Drop the word on the command line, or the key in the file."
             )
-        if not words or setting.origin is not Origin.default:  # a default of DeepSpeed's yields
-            chosen.append(setting)
-    return chosen
-
-
-def _values(settings: list[Setting]) -> dict[str, Any]:
-    return {setting.name: setting.value for setting in settings}
+        chosen.append(setting)
+    return _replaced(own, {setting.name: setting.value for setting in chosen}, place=place), chosen
 
 
 def _replaced(config: _Group, values: dict[str, Any], *, place: str) -> _Group:
