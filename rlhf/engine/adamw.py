@@ -10,7 +10,7 @@ is smaller; writing back more often than each step shortens the delay, so it cha
 generation write back first (`AdamW.flush`). A checkpoint must not, or it would change the run: it holds the working
 weights as well.
 
-See also: the stores (`offload/`), gradient norms (`gradients.py`), and the learning rate (`lr_schedule.py`).
+See also: the stores (`offload/`), gradient norms (`gradients.py`), and the learning rate (`updater.py`).
 """
 
 from __future__ import annotations
