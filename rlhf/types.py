@@ -1,4 +1,4 @@
-"""The batches that travel through the pipeline, and the vocabulary they share.
+"""The vocabulary of the pipeline, and the batches that pass through it.
 
 Letters, used in every docstring: B sequences, P prompt, R response, T = P + R, V vocabulary, D width.
 
@@ -24,7 +24,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class _TensorBatch:
-    """What all batches can do: move and slice every tensor field along its first dimension."""
+    """Base of all batches: moves and slices every tensor field along its first dimension."""
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch with every tensor on `device`."""
@@ -49,7 +49,7 @@ def _selected(values: Any, index: Tensor) -> Any:
 
 @dataclass(frozen=True)
 class Responses(_TensorBatch):
-    """Prompts with their responses: what is scored and trained on."""
+    """Prompts with their responses, to be scored or trained on."""
 
     sequences: Tensor  # [B, T] int64, left-padded prompt then right-padded response
     attention_mask: Tensor  # [B, T] bool, True where a real token is
@@ -99,7 +99,7 @@ class PreferenceBatch(_TensorBatch):
 
 @dataclass(frozen=True)
 class PromptBatch(_TensorBatch):
-    """Prompts, left padded, with what the data row said of them."""
+    """Prompts, left padded, with their text and ids."""
 
     input_ids: Tensor  # [B, P] int64
     attention_mask: Tensor  # [B, P] bool, True where a real token is
@@ -109,7 +109,7 @@ class PromptBatch(_TensorBatch):
 
 @dataclass(frozen=True)
 class Rollout(Responses):
-    """What the actor said to B prompts and what the other three models think of it.
+    """Responses of the actor to B prompts, with everything that the models computed for them.
 
     Log-probabilities and entropies are those of the whole vocabulary at the sampling temperature, before top-k and
     top-p cut it, taken by the path that trains, with dropout off.
@@ -136,7 +136,7 @@ class Rollout(Responses):
 
 @dataclass(frozen=True)
 class PPOBatch(Responses):
-    """What a PPO update needs of a rollout; `rows` cuts minibatches from it, `trimmed` drops useless columns."""
+    """The part of a rollout that a PPO update needs; `rows` cuts minibatches, `trimmed` drops padding columns."""
 
     logprobs: Tensor  # [B, R] fp32, under the actor that sampled
     reference_logprobs: Tensor | None  # [B, R] fp32, under the reference; None where KL costs nothing
@@ -146,7 +146,7 @@ class PPOBatch(Responses):
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, *, advantages: Tensor, returns: Tensor) -> PPOBatch:
-        """Join a rollout with its advantages and returns, both `[B, R]`."""
+        """A rollout with its advantages and returns, both `[B, R]`."""
         own = {field.name for field in fields(rollout)}
         shared = {field.name: getattr(rollout, field.name) for field in fields(cls) if field.name in own}
         return cls(**shared, advantages=advantages, returns=returns)

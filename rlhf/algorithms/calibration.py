@@ -1,4 +1,4 @@
-"""Whether a reward model is as sure as it is right: the reliability of Bradley-Terry pairs, and what would mend it.
+"""Calibration of a reward model: does it rank as many pairs right as its confidence claims, and what would correct it.
 
 A reward model says that a response beats another with probability sigmoid(difference of their scores). Of a pair it is
 known which one people chose, so the label of (chosen, rejected) would always be 1, and a table of it could only show
@@ -27,20 +27,20 @@ _LARGEST = 1e6  # 1 / temperature
 
 @dataclass(frozen=True)
 class Bin:
-    """The pairs of which a model is about equally sure."""
+    """Pairs for which a model has about the same confidence."""
 
     low: float
-    """Smallest confidence."""
+    """Lower edge of the bin, as a confidence."""
     high: float
     confidence: float
-    """Mean of what the model claims."""
+    """Mean confidence."""
     right: float
-    """Pairs, of `count`, in which people chose what the model favours; a tie of scores counts one half."""
+    """Pairs, out of `count`, in which people chose what the model prefers; equal scores count one half."""
     count: int
 
 
 def reliability(differences: Tensor, *, bins: int = BINS) -> list[Bin]:
-    """The reliability table of pairs, empty bins left out.
+    """The reliability table of pairs, without empty bins.
 
     Args:
         differences: `[N]`, chosen minus rejected score.

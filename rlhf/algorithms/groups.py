@@ -46,7 +46,7 @@ def group_advantages(
 
 
 class _Places(NamedTuple):
-    """Where each response stands in a grid with one row for each group."""
+    """Position of each response in a grid with one row per group."""
 
     row: Tensor  # [B] int64
     column: Tensor  # [B] int64

@@ -1,4 +1,4 @@
-"""How sure a mean or a share is: 95% confidence intervals.
+"""95% confidence intervals of means and shares.
 
 A share has Wilson's interval, any other mean the percentiles of a seeded bootstrap. Left out: statistics that are no
 means, such as the share of distinct words: drawing with replacement repeats texts, and so changes what is measured.
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 Z = 1.959963984540054
-"""97.5% of a standard normal distribution lies below."""
+"""97.5th percentile of the standard normal distribution."""
 RESAMPLES = 2_000
 _AT_ONCE = 1 << 22  # draws that are held in memory
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate, and where the truth is with a confidence of 95%."""
+    """An estimate with its 95% confidence interval."""
 
     mean: float
     low: float
     high: float
     count: int
-    """Observations behind it; with none, everything else is NaN."""
+    """Number of observations; with none, everything else is NaN."""
 
 
 def wilson(successes: float, count: int) -> Interval:
@@ -56,7 +56,7 @@ def wilson(successes: float, count: int) -> Interval:
 
 
 def share_change(before: Interval, after: Interval) -> Interval:
-    """The difference of two shares, from their Wilson intervals; of the same observations twice, wider than it need be.
+    """The difference of two shares, from their Wilson intervals; too wide if both have the same observations.
 
     Method 10 of Newcombe 1998, "Interval estimation for the difference between independent proportions".
     """

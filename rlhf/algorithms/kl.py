@@ -1,4 +1,4 @@
-"""How far the actor is from the reference, and what that costs it.
+"""KL divergence of the actor from the reference, and the coefficient of its penalty.
 
 Estimators of KL(actor || reference) from the log-probabilities of tokens that the actor sampled (J. Schulman,
 "Approximating KL divergence", 2020, http://joschu.net/blog/kl-approx.html), and the two controllers of the
@@ -65,30 +65,30 @@ class KLController(Protocol):
     value: float
 
     def update(self, kl_per_sequence: float, num_sequences: int) -> None:
-        """Take note of one rollout: its KL summed over tokens and averaged over its `num_sequences` sequences."""
+        """Update after a rollout with the KL summed over tokens, averaged over its `num_sequences` sequences."""
 
     def state_dict(self) -> dict[str, float]:
-        """What a restart needs."""
+        """State for a checkpoint."""
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
 
 
 @dataclass
 class FixedKL:
-    """A coefficient that stays what it is."""
+    """A constant coefficient."""
 
     value: float
 
     def update(self, kl_per_sequence: float, num_sequences: int) -> None:
-        """Nothing to do, whatever the KL was."""
+        """Does nothing: the coefficient is constant."""
 
     def state_dict(self) -> dict[str, float]:
-        """What a restart needs."""
+        """State for a checkpoint."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.value = state["value"]
 
 
@@ -114,7 +114,7 @@ class AdaptiveKL:
                 raise ValueError(f"found ppo.kl.{name}={number} for an adaptive KL, expected a positive number")
 
     def update(self, kl_per_sequence: float, num_sequences: int) -> None:
-        """Move the coefficient after one rollout.
+        """Adapt the coefficient after one rollout.
 
         Args:
             kl_per_sequence: KL in nats, summed over tokens and averaged over the rollout of all ranks.
@@ -136,9 +136,9 @@ class AdaptiveKL:
         self.value *= factor
 
     def state_dict(self) -> dict[str, float]:
-        """What a restart needs; target and horizon belong to the configuration."""
+        """State for a checkpoint; target and horizon belong to the configuration."""
         return {"value": self.value}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Go on from a `state_dict`."""
+        """Restore a `state_dict`."""
         self.value = state["value"]

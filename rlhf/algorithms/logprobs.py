@@ -1,4 +1,4 @@
-"""From logits to the log-probability and the entropy of each token: the one place where the shift by one happens.
+"""Log-probability and entropy of each token from logits: the one place where the shift by one happens.
 
 [Note: alignment] A language model's logits at position n speak of token n + 1. The functions here take logits
 `[B, N, V]` of one of two kinds and return `[B, R]`, whose index t speaks of target t:
@@ -32,7 +32,7 @@ CPU_CHUNK_ELEMENTS = 2**20
 
 
 class TokenStatistics(NamedTuple):
-    """What the logits say of each target and of the distribution that it was drawn from."""
+    """Log-probability of each target and entropy of the distribution it was drawn from."""
 
     logprobs: Tensor  # [B, R] log-probability of each target, in nats
     entropy: Tensor  # [B, R] entropy in nats
@@ -160,7 +160,7 @@ def _window(logits: Tensor, num_targets: int) -> Tensor:
 
 
 def chunk_elements_of(device: torch.device) -> int:
-    """The logits that suit `device` at a time."""
+    """Number of logits to work on at a time on `device`."""
     return CPU_CHUNK_ELEMENTS if device.type == "cpu" else CHUNK_ELEMENTS
 
 

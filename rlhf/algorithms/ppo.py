@@ -32,14 +32,14 @@ _MAX_LOG_RATIO = 20.0
 
 
 class Advantages(NamedTuple):
-    """Generalised advantage estimates and what the critic should have said."""
+    """Generalised advantage estimates, and returns as targets of the critic."""
 
     advantages: Tensor  # [B, R], not whitened
     returns: Tensor  # [B, R], advantages + values
 
 
 class PolicyLoss(NamedTuple):
-    """The actor's loss and, detached, what became of the ratios. See [Note: accumulation]."""
+    """The actor's loss and, detached, statistics of the ratios. See [Note: accumulation]."""
 
     loss: Tensor  # scalar
     clip_fraction: Tensor  # scalar, share of tokens for which the clipped term was strictly the larger loss

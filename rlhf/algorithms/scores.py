@@ -1,4 +1,4 @@
-"""What happens to a reward model's scores before they become rewards. `[B]` in, `[B]` out, in at least fp32."""
+"""Normalises scores and penalises a missing EOS. `[B]` in, `[B]` out, in at least fp32."""
 
 from __future__ import annotations
 
