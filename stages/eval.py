@@ -23,20 +23,9 @@ from data.loader import evaluation_batches, evaluation_prompts
 from rlhf.config.bounds import as_plain
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
+from rlhf.evaluation import judges
 from rlhf.evaluation.compare import ModelAnswers, comparison, sample_rows
-from rlhf.evaluation.judges import (
-    HUMAN,
-    PAIRS_PER_CALL,
-    REWARD,
-    HumanJudge,
-    Judgement,
-    Pairs,
-    both_orders,
-    judge_by_function,
-    judge_by_scores,
-    load_judges,
-    random_order,
-)
+from rlhf.evaluation.judges import HUMAN, REWARD, HumanJudge, Judgement, Pairs
 from rlhf.evaluation.metrics import gold_values, load_gold
 from rlhf.evaluation.model_runner import HeldOutBatches, ModelRunner
 from rlhf.evaluation.result_tables import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, means, text_tables
@@ -106,8 +95,8 @@ def with_gold(run: RunConfig, answers: ModelAnswers, *, prompts: Sequence[str], 
     """On the main rank, the answers with the metrics of `data.gold`; all ranks must call it."""
     gold = load_gold(run.data.gold)
     found: dict[str, list[float]] = {f"gold/{name}": [] for name in gold}
-    for start in range(0, len(prompts), PAIRS_PER_CALL):
-        part = slice(start, start + PAIRS_PER_CALL)
+    for start in range(0, len(prompts), judges.PAIRS_PER_CALL):
+        part = slice(start, start + judges.PAIRS_PER_CALL)
         for name, metric in gold.items():
             if world.is_main:
                 responses = answers.texts[part]
@@ -126,34 +115,27 @@ def ask_judges(
         return {}
     model, baseline = answers["model"], answers["baseline"]
     pairs = Pairs(prompts, model.texts, baseline.texts)
-    questions = random_order(len(pairs), seed=config.seed)
-    functions = load_judges(config.judges)
+    questions = judges.random_order(len(pairs), seed=config.seed)
+    functions = judges.load_judges(config.judges)
     judgements: dict[str, list[Judgement]] = {}
     for name in config.judges:
         log.info("eval: %s judges", name)
         if name == REWARD:
-            judgements[name] = judge_by_scores(model.numbers["raw_score"], baseline.numbers["raw_score"], pairs=pairs)
+            scores = (found.numbers["raw_score"] for found in (model, baseline))
+            judgements[name] = judges.judge_by_scores(*scores, pairs=pairs)
             continue
         if name == HUMAN:
-            judgements[name] = person(results_folder(run)).judge(pairs, questions=questions, seed=config.seed)
+            results_folder(run).mkdir(parents=True, exist_ok=True)
+            kept = JsonlLog(results_folder(run) / JUDGEMENTS, steps=False)
+            person = HumanJudge(sys.stdin, sys.stdout, kept)
+            judgements[name] = person.judge(pairs, questions=questions, seed=config.seed)
             continue
         judgements[name] = []
-        for part in both_orders(questions):
+        for part in judges.both_orders(questions):
             if world.is_main:
-                judgements[name] += judge_by_function(name, functions[name], pairs=pairs, questions=part)
+                judgements[name] += judges.judge_by_function(name, functions[name], pairs=pairs, questions=part)
             barrier()  # after every call, as above
     return judgements
-
-
-def person(folder: Path) -> HumanJudge:
-    """The person at this terminal, or lines piped in."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def write(text: str) -> None:
-        sys.stdout.write(text)
-        sys.stdout.flush()
-
-    return HumanJudge(read=sys.stdin.readline, write=write, log=JsonlLog(folder / JUDGEMENTS, steps=False))
 
 
 def write_json(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | None = None) -> None:

@@ -76,7 +76,7 @@ class ChatModel:
             sample: number of the draw.
             on_text: called with each new piece of text; returns False to stop decoding.
         """
-        stops = stop_token_ids(self.tokenizer, self.engine.module.generation_config)
+        stops = stop_token_ids(self.tokenizer, self.engine.module.generation_config)  # type: ignore[arg-type]
         stream = TextStream(partial(decode, self.tokenizer))
 
         def on_tokens(rows: torch.Tensor, tokens: torch.Tensor) -> bool:
@@ -93,7 +93,8 @@ class ChatModel:
         batch = one_prompt(ids, sample=sample, device=self.engine.world.device)
         # A second Ctrl-C raises here, in the middle of a step that takes long; what was streamed so far is the answer.
         with suppress(KeyboardInterrupt), self.engine.generating() as model:
-            ended = bool(generate(model, batch, decoding=decoding, seed=conversation.seed, hear=on_tokens).ended[0])
+            response = generate(model, batch, decoding=decoding, seed=conversation.seed, hear=on_tokens)  # type: ignore[arg-type]
+            ended = bool(response.ended[0])
         on_text(stream.rest())
         return stream.text, ended
 

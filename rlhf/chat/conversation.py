@@ -6,10 +6,26 @@ import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.text.chat_template import Message
+
+_HELP = """\
+  /temperature T  0 takes the likeliest token
+  /top_p P        draw from the likeliest tokens with this share
+  /top_k K        draw from this many tokens, 0 from all
+  /max N          cut answers at this many tokens
+  /seed N         set the seed of the sampling, and begin its draws again
+  /system TEXT    set the system message, without text remove it
+  /plain on|off   on: no chat template, each line by itself
+  /retry          answer the last message again, with other random numbers
+  /undo           take the last message and its answer back
+  /reset          forget the conversation, keep the settings
+  /help           list the commands
+  /quit           end the chat, as /exit and Ctrl-D do
+A backslash at the end of a line continues the message on the next."""
 
 
 @dataclass
@@ -61,7 +77,7 @@ class Conversation:
             help_text = "/help lists them; // begins a message with a slash."
             return LineResult(f"{name}: there is no such command. {hint}{help_text}")
         try:
-            return COMMANDS[name].run(self, argument.strip())
+            return COMMANDS[name](self, argument.strip())
         except ValueError as error:
             return LineResult(f"{error} Nothing was changed.")
 
@@ -70,6 +86,10 @@ class Conversation:
         self.turns.append(Turn(question, self.next_sample))
         self.next_sample += 1
         return self.turns[-1]
+
+    def answered_by(self, label: str) -> list[Turn]:
+        """The turns that a model remembers, oldest first."""
+        return [turn for turn in self.turns if label in turn.answers]
 
     def take_back(self) -> str:
         """Remove the last turn that a model has answered, and return its question.
@@ -83,9 +103,43 @@ class Conversation:
                 return turn.question
         raise ValueError("Nothing was said yet.")
 
-    def answered_by(self, label: str) -> list[Turn]:
-        """The turns that a model remembers, oldest first."""
-        return [turn for turn in self.turns if label in turn.answers]
+    def _sampling(self, argument: str, *, name: str, kind: type[int] | type[float]) -> LineResult:
+        if argument:
+            change: dict[str, Any] = {name: _number(name, argument, kind=kind)}
+            self.sampling = replace(self.sampling, **change)  # checks the range
+        return LineResult(f"{name} {getattr(self.sampling, name)}")
+
+    def _max(self, argument: str) -> LineResult:
+        if argument:
+            value = int(_number("max", argument, kind=int))
+            if value < 1:
+                raise ValueError(f"/max {value}: expected 1 or more.")
+            self.max_response_tokens = value
+        return LineResult(f"answers are cut at {self.max_response_tokens} tokens")
+
+    def _seed(self, argument: str) -> LineResult:
+        if argument:
+            self.seed, self.next_sample = int(_number("seed", argument, kind=int)), 0
+        return LineResult(f"seed {self.seed}, sample {self.next_sample} comes next")
+
+    def _system(self, argument: str) -> LineResult:
+        if argument:
+            self.check_system(argument)
+        self.system = argument
+        return LineResult("the system message is set, for the whole conversation" if argument else "no system message")
+
+    def _plain(self, argument: str) -> LineResult:
+        if argument not in ("", "on", "off"):
+            raise ValueError(f"/plain {argument}: expected on or off.")
+        self.plain = argument == "on" if argument else self.plain
+        if self.plain:
+            return LineResult("plain: each line is a prompt of its own, without a chat template")
+        return LineResult("chat: the conversation goes through the chat template")
+
+    def _reset(self, argument: str) -> LineResult:
+        self.turns.clear()
+        self.next_sample = 0
+        return LineResult("forgotten; the next message begins a conversation")
 
 
 def messages(turns: Sequence[Turn], question: str, *, label: str, system: str = "") -> list[Message]:
@@ -95,26 +149,6 @@ def messages(turns: Sequence[Turn], question: str, *, label: str, system: str = 
         found.append({"role": "user", "content": turn.question})
         found.append({"role": "assistant", "content": turn.answers[label]})
     return [*found, {"role": "user", "content": question}]
-
-
-class Command(NamedTuple):
-    """What a line that begins with a slash does."""
-
-    usage: str
-    help: str
-    run: Callable[[Conversation, str], LineResult]
-
-
-def _sampling(name: str, kind: type[int] | type[float]) -> Callable[[Conversation, str], LineResult]:
-    """Show or set one field of the sampling settings, which check its range themselves."""
-
-    def run(conversation: Conversation, argument: str) -> LineResult:
-        if argument:
-            change: dict[str, Any] = {name: _number(name, argument, kind=kind)}
-            conversation.sampling = replace(conversation.sampling, **change)
-        return LineResult(f"{name} {getattr(conversation.sampling, name)}")
-
-    return run
 
 
 def _number(name: str, argument: str, *, kind: type[int] | type[float]) -> float:
@@ -128,73 +162,18 @@ def _number(name: str, argument: str, *, kind: type[int] | type[float]) -> float
     return value
 
 
-def _max(conversation: Conversation, argument: str) -> LineResult:
-    if argument:
-        value = int(_number("max", argument, kind=int))
-        if value < 1:
-            raise ValueError(f"/max {value}: expected 1 or more.")
-        conversation.max_response_tokens = value
-    return LineResult(f"answers are cut at {conversation.max_response_tokens} tokens")
-
-
-def _seed(conversation: Conversation, argument: str) -> LineResult:
-    if argument:
-        conversation.seed, conversation.next_sample = int(_number("seed", argument, kind=int)), 0
-    return LineResult(f"seed {conversation.seed}, sample {conversation.next_sample} comes next")
-
-
-def _system(conversation: Conversation, argument: str) -> LineResult:
-    if argument:
-        conversation.check_system(argument)
-    conversation.system = argument
-    return LineResult("the system message is set, for the whole conversation" if argument else "no system message")
-
-
-def _plain(conversation: Conversation, argument: str) -> LineResult:
-    if argument not in ("", "on", "off"):
-        raise ValueError(f"/plain {argument}: expected on or off.")
-    conversation.plain = argument == "on" if argument else conversation.plain
-    if conversation.plain:
-        return LineResult("plain: each line is a prompt of its own, without a chat template")
-    return LineResult("chat: the conversation goes through the chat template")
-
-
-def _undo(conversation: Conversation, argument: str) -> LineResult:
-    return LineResult(f"taken back: {conversation.take_back()}")
-
-
-def _retry(conversation: Conversation, argument: str) -> LineResult:
-    return LineResult(question=conversation.take_back())
-
-
-def _reset(conversation: Conversation, argument: str) -> LineResult:
-    conversation.turns.clear()
-    conversation.next_sample = 0
-    return LineResult("forgotten; the next message begins a conversation")
-
-
-def _help(conversation: Conversation, argument: str) -> LineResult:
-    width = max(len(command.usage) for command in COMMANDS.values())
-    lines = [f"  {command.usage:{width}}  {command.help}" for command in dict.fromkeys(COMMANDS.values())]
-    return LineResult("\n".join([*lines, "A backslash at the end of a line continues the message on the next."]))
-
-
-def _quit(conversation: Conversation, argument: str) -> LineResult:
-    return LineResult(ends=True)
-
-
-COMMANDS = {
-    "/temperature": Command("/temperature T", "0 takes the likeliest token", _sampling("temperature", float)),
-    "/top_p": Command("/top_p P", "draw from the likeliest tokens with this share", _sampling("top_p", float)),
-    "/top_k": Command("/top_k K", "draw from this many tokens, 0 from all", _sampling("top_k", int)),
-    "/max": Command("/max N", "cut answers at this many tokens", _max),
-    "/seed": Command("/seed N", "set the seed of the sampling and begin its draws again", _seed),
-    "/system": Command("/system TEXT", "set the system message, without text remove it", _system),
-    "/plain": Command("/plain on|off", "on: no chat template, each line by itself", _plain),
-    "/retry": Command("/retry", "answer the last message again, with other random numbers", _retry),
-    "/undo": Command("/undo", "take the last message and its answer back", _undo),
-    "/reset": Command("/reset", "forget the conversation, keep the settings", _reset),
-    "/help": Command("/help", "list the commands", _help),
-    "/quit": Command("/quit", "or Ctrl-D: end the chat", _quit),
+COMMANDS: dict[str, Callable[[Conversation, str], LineResult]] = {
+    "/temperature": partial(Conversation._sampling, name="temperature", kind=float),
+    "/top_p": partial(Conversation._sampling, name="top_p", kind=float),
+    "/top_k": partial(Conversation._sampling, name="top_k", kind=int),
+    "/max": Conversation._max,
+    "/seed": Conversation._seed,
+    "/system": Conversation._system,
+    "/plain": Conversation._plain,
+    "/retry": lambda conversation, _: LineResult(question=conversation.take_back()),
+    "/undo": lambda conversation, _: LineResult(f"taken back: {conversation.take_back()}"),
+    "/reset": Conversation._reset,
+    "/help": lambda conversation, _: LineResult(_HELP),
+    "/quit": lambda conversation, _: LineResult(ends=True),
+    "/exit": lambda conversation, _: LineResult(ends=True),
 }
-COMMANDS["/exit"] = COMMANDS["/quit"]

@@ -13,7 +13,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -42,7 +42,7 @@ class ModelAnswers:
     def sorted_numbers(self) -> dict[str, list[float]]:
         """The numbers in the order of `MEASURES`."""
         order = {name: place for place, name in enumerate(MEASURES)}
-        return dict(sorted(self.numbers.items(), key=lambda item: order[_measure_name(item[0])]))
+        return dict(sorted(self.numbers.items(), key=lambda item: order[_known_name(item[0])]))
 
 
 @dataclass(frozen=True)
@@ -55,23 +55,26 @@ class PairScores:
     """The part of the data that each pair belongs to; empty strings if there is none."""
 
 
-class Measure(NamedTuple):
-    """A number of each response, of which the mean is shown."""
-
-    unit: str
-    meaning: str
-
-
 MEASURES = {
-    "normalized_score": Measure(
-        "score", "raw_score less its held-out mean, over its deviation; PPO's score has a clamp and a penalty, too"
+    "normalized_score": (
+        "score",
+        "raw_score less its held-out mean, over its deviation; PPO's score has a clamp and a penalty, too",
     ),
-    "raw_score": Measure("score", "the reward model's score in its own units"),
-    "kl": Measure("nats", "KL to the reference per response, at the sampling temperature"),
-    "gold/*": Measure("", "a metric of data.gold, which no model was trained on"),
-    "length": Measure("tokens", "length of a response"),
-    "not_ended": Measure("fraction", "responses that were cut instead of ending by themselves"),
+    "raw_score": ("score", "the reward model's score in its own units"),
+    "kl": ("nats", "KL to the reference per response, at the sampling temperature"),
+    "gold/*": ("", "a metric of data.gold, which no model was trained on"),
+    "length": ("tokens", "length of a response"),
+    "not_ended": ("fraction", "responses that were cut instead of ending by themselves"),
+    "distinct_1": ("fraction", "different words as a share of all"),
+    "distinct_2": ("fraction", "different word pairs as a share of all"),
+    "repeated": ("fraction", "responses that another prompt was given too, word for word"),
+    "perplexity": ("", "of held-out demonstrations, per token"),
 }
+"""Unit and meaning of each measure, in the order in which they are shown."""
+
+
+def _known_name(name: str) -> str:
+    return name if name in MEASURES else f"{name.split('/')[0]}/*"
 
 
 def comparison(
@@ -123,51 +126,36 @@ def sample_rows(
 
 
 def measures(models: Mapping[str, ModelAnswers], *, seed: int) -> list[dict[str, Any]]:
-    """One row per measure: its meaning, its value for each of `models`, and their difference."""
-    rows = [_mean_row(name, models, seed=seed) for name in models["model"].sorted_numbers()]
-    # Of all responses together: not a mean, so without an interval.
-    shares = {side: _text_shares(found.texts) for side, found in models.items()}
-    for name, meaning in (
-        ("distinct_1", "different words as a share of all"),
-        ("distinct_2", "different word pairs as a share of all"),
-        ("repeated", "responses that another prompt was given too, word for word"),
-    ):
-        values = {side: {} if share[name] is None else {"mean": share[name]} for side, share in shares.items()}
-        rows.append({"name": name, "unit": "fraction", "meaning": meaning, **values})
+    """One row per measure: unit, meaning, and the value of each of `models` and of their difference."""
+    rows = {name: _means(name, models, seed=seed) for name in models["model"].sorted_numbers()}
+    for side, found in models.items():
+        shares = {
+            "distinct_1": distinct_ngrams(found.texts, length=1),
+            "distinct_2": distinct_ngrams(found.texts, length=2),
+            "repeated": repeated_share([{"response": text} for text in found.texts]),
+        }
+        for name, share in shares.items():  # of all responses together: not a mean, so without an interval
+            rows.setdefault(name, {})[side] = {} if share is None else {"mean": share}
     if any(tokens for _, tokens in models["model"].losses):
-        perplexity = {side: _perplexity(found.losses, seed=seed) for side, found in models.items()}
-        about = {"name": "perplexity", "unit": "", "meaning": "of held-out demonstrations, per token"}
-        rows.append({**about, **perplexity})
-    return rows
+        rows["perplexity"] = {side: _perplexity(found.losses, seed=seed) for side, found in models.items()}
+    described = {name: dict(zip(("unit", "meaning"), MEASURES[_known_name(name)], strict=True)) for name in rows}
+    return [{"name": name, **described[name], **values} for name, values in rows.items()]
 
 
-def _measure_name(name: str) -> str:
-    return name if name in MEASURES else f"{name.split('/')[0]}/*"
-
-
-def _mean_row(name: str, models: Mapping[str, ModelAnswers], *, seed: int) -> dict[str, Any]:
+def _means(name: str, models: Mapping[str, ModelAnswers], *, seed: int) -> dict[str, dict[str, Any]]:
     columns = {side: torch.tensor(found.numbers[name]) for side, found in models.items()}
     for side, column in columns.items():
         if bad := int((~column.isfinite()).sum()):
             log.warning("%s: left out %d of %d responses whose %s is not finite", side, bad, len(column), name)
     if "baseline" in columns:
         columns["difference"] = columns["model"] - columns["baseline"]  # not finite if either is not
-    values = {
-        side: wilson(float(column.sum()), len(column))
-        if name == "not_ended" and side != "difference"
-        else bootstrap_mean(column[column.isfinite()], seed=seed)
-        for side, column in columns.items()
-    }
-    return {"name": name, **MEASURES[_measure_name(name)]._asdict()} | {
-        side: asdict(value) for side, value in values.items()
-    }
-
-
-def _text_shares(texts: Sequence[str]) -> dict[str, float | None]:
     return {
-        "distinct_1": distinct_ngrams(texts, length=1),
-        "distinct_2": distinct_ngrams(texts, length=2),
-        "repeated": repeated_share([{"response": text} for text in texts]),
+        side: asdict(
+            wilson(float(column.sum()), len(column))
+            if name == "not_ended" and side != "difference"
+            else bootstrap_mean(column[column.isfinite()], seed=seed)
+        )
+        for side, column in columns.items()
     }
 
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 from rlhf.runtime.errors import RunError
 from rlhf.runtime.user_functions import load_function
@@ -145,12 +145,9 @@ def parse_preferences(answers: Any, *, count: int, name: str) -> list[float]:
         RunError: it is not a list of `count` preferences.
     """
     expected = f"expected {count} preferences, each a, b, tie or a number from -1 (B is better) to 1 (A is better)"
-    if isinstance(answers, str | bytes | dict):
-        raise RunError(f"judge {name} returned a {type(answers).__name__}; {expected}.")
-    try:
-        listed = list(answers)
-    except TypeError as error:
-        raise RunError(f"judge {name} returned {answers!r:.60}; {expected}.") from error
+    if not isinstance(answers, Iterable) or isinstance(answers, str | bytes | dict):
+        raise RunError(f"judge {name} returned {answers!r:.60}; {expected}.")
+    listed = list(answers)
     if len(listed) != count:
         raise RunError(f"judge {name} returned {len(listed)} answers to {count} pairs; {expected}.")
     preferences = []
@@ -163,7 +160,7 @@ def parse_preferences(answers: Any, *, count: int, name: str) -> list[float]:
 
 
 def _parse(answer: Any) -> float | None:
-    """None for what is not a preference."""
+    """A preference as a number; None if it is no preference."""
     if isinstance(answer, str):
         return _WORDS.get(answer.strip().lower())
     if isinstance(answer, bool) or answer is None:
@@ -179,10 +176,8 @@ def _parse(answer: Any) -> float | None:
 class HumanJudge:
     """A person at a terminal, or lines piped in."""
 
-    read: Callable[[], str]
-    """Returns the next line, empty at the end of the input."""
-    write: Callable[[str], object]
-    """Shows text."""
+    stdin: TextIO
+    stdout: TextIO
     log: JsonlLog
     """The judgements of this run and of those before."""
 
@@ -197,9 +192,9 @@ class HumanJudge:
         left = [question for question in questions if question.row not in known]
         random.Random(seed).shuffle(left)
         if left:
-            self.write(f"{len(left)} pairs to judge: a or b for the better response, t for a tie, q to stop.\n")
+            self.stdout.write(f"{len(left)} pairs to judge: a or b for the better response, t for a tie, q to stop.\n")
         for number, question in enumerate(left, start=1):
-            self.write(_question_text(pairs, question, number=f"{number} of {len(left)}"))
+            self.stdout.write(_question_text(pairs, question, number=f"{number} of {len(left)}"))
             preference = self._answer()
             if preference is None:
                 break
@@ -210,15 +205,16 @@ class HumanJudge:
     def _answer(self) -> float | None:
         """A preference for A; None where the person stops."""
         while True:
-            self.write("better: [a/b/t/q] ")
-            line = self.read()
+            self.stdout.write("better: [a/b/t/q] ")
+            self.stdout.flush()
+            line = self.stdin.readline()
             word = line.strip().lower()
             if not line or word in ("q", "quit"):
-                self.write("\n")
+                self.stdout.write("\n")
                 return None
             if word in ("a", "b", "t", "tie"):
                 return _WORDS["tie" if word == "t" else word]
-            self.write(f"{printable(line.strip())[:40]!r} is no answer. ")
+            self.stdout.write(f"{printable(line.strip())[:40]!r} is no answer. ")
 
     def _known(self, pairs: Pairs) -> dict[int, Judgement]:
         self.log.repair()

@@ -75,7 +75,7 @@ class ModelRunner:
         with self._open(role) as engine:
             decoding = Decoding(
                 self.config.max_response_tokens,
-                stop_token_ids(self.tokenizer, engine.module.generation_config),
+                stop_token_ids(self.tokenizer, engine.module.generation_config),  # type: ignore[arg-type]
                 pad_id=int(self.tokenizer.pad_token_id),
                 sampling=self.config.sampling,
             )

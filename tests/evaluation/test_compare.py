@@ -40,7 +40,7 @@ def test_means_shares_and_differences():
     assert found["normalized_score"]["model"]["low"] < 5 < found["normalized_score"]["model"]["high"]
     share = wilson(1, 4)
     assert (found["not_ended"]["model"]["low"], found["not_ended"]["model"]["high"]) == (share.low, share.high)
-    assert found["gold/x"]["meaning"] == MEASURES["gold/*"].meaning
+    assert found["gold/x"]["meaning"] == MEASURES["gold/*"][1]
 
 
 def test_a_score_that_is_not_finite_is_left_out_of_means_and_of_differences_and_said(caplog):

@@ -75,7 +75,7 @@ def test_words_and_numbers_are_preferences(answers):
     ("answers", "said"),
     [
         (["a", "b"], "2 answers to 3 pairs"),
-        ("aab", "returned a str"),
+        ("aab", "returned 'aab';"),
         (None, "returned None"),
         (["a", "b", "c"], "'c' for pair 2 of 3"),
         ([0.1, 1.5, 0.2], "1.5 for pair 1"),
@@ -116,7 +116,7 @@ def test_the_higher_score_wins_equal_responses_tie_and_what_is_not_finite_is_not
 def person(folder, lines):
     """Somebody who types `lines`, and what they have seen."""
     screen, keys = io.StringIO(), io.StringIO(lines)
-    return HumanJudge(keys.readline, screen.write, JsonlLog(folder / "judgements.jsonl", steps=False)), screen
+    return HumanJudge(keys, screen, JsonlLog(folder / "judgements.jsonl", steps=False)), screen
 
 
 def test_a_person_is_asked_blind_and_equal_responses_are_a_tie(tmp_path):
