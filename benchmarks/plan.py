@@ -28,7 +28,7 @@ from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.memory_plan.plan import Place
 from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
-from rlhf.memory_plan.workloads import PHASES, Answers, PolicyLoss, Scalars, Statistics
+from rlhf.memory_plan.workloads import PHASES, Answers, PolicyUpdate, Scalars, Statistics
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.rewards import ScoreScale
 from rlhf.rollout import Models
@@ -188,7 +188,7 @@ def _ppo_peaks(run: RunConfig, world: World) -> Peaks:
 def _ppo_step(models: Models, config: PPOConfig) -> None:
     device = models.actor.world.device
     micro_batches = range(config.minibatch_size // config.micro_batch_size)
-    batches = [PolicyLoss.of(config).ppo_batch().to(device) for _ in micro_batches]
+    batches = [PolicyUpdate.of(config).ppo_batch().to(device) for _ in micro_batches]
     count = torch.tensor(100.0, device=device)
     policy_gradient(models.actor, batches, config=config, denominator=count)
     models.actor.step()

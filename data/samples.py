@@ -92,13 +92,18 @@ def demonstrations(
 
 
 def preferences(
-    data: DataConfig, config: RewardConfig | EvalConfig, *, tokenizer: Tokenizer, held_out: LengthLimits | None = None
+    data: DataConfig,
+    config: RewardConfig | EvalConfig,
+    *,
+    tokenizer: Tokenizer,
+    held_out: LengthLimits | None = None,
+    subset_column: str = "",
 ) -> Splits[Preference]:
     """The samples of `data.reward`; a pair is dropped if either response is too long.
 
-    With `held_out`, only those to evaluate on, within these limits, and with the subset that a row names.
+    With `held_out`, only those to evaluate on, within these limits. `subset_column` names the column that says which
+    part of the data a pair belongs to.
     """
-    column = config.subset if isinstance(config, EvalConfig) else ""
 
     def tokenize(row: Row) -> list[TokenSequence]:
         chosen, rejected = tokenize_preference(tokenizer, row)
@@ -112,8 +117,8 @@ def preferences(
         limits=held_out or LengthLimits("reward", config.max_prompt_tokens, config.max_response_tokens),
         settings=("reward", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
-        build=partial(_preference, subset_column=column),
-        extra_columns=(column,) if column else (),
+        build=partial(_preference, subset_column=subset_column),
+        extra_columns=(subset_column,) if subset_column else (),
     )
     return assemble(kind, data, only_held_out=held_out is not None)
 

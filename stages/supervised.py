@@ -46,8 +46,7 @@ class SupervisedStage(Generic[Batch]):
 
 def run_supervised(run: RunConfig, world: World, *, name: str, stage: SupervisedStage[Batch]) -> StageRecord:
     """Train the model of the stage `name`, export it, and finish the stage."""
-    config = run.training_config(name)
-    assert isinstance(config, SupervisedConfig), name
+    config = run.supervised_config(name)
     (role,) = roles_of(run, name)
     tokenizer = stage_tokenizer(run, role.path)
     splits = stage.read(run.data, config, tokenizer=tokenizer)

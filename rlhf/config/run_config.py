@@ -24,7 +24,7 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import ChatConfig, EvalConfig
 from rlhf.config.model_config import ModelConfig
 from rlhf.config.ppo_config import POLICIES, PPOConfig
-from rlhf.config.stage_configs import RewardConfig, SFTConfig, StageConfig, TrainingConfig
+from rlhf.config.stage_configs import RewardConfig, SFTConfig, StageConfig, SupervisedConfig, TrainingConfig
 from rlhf.config.tracking_config import TrackingConfig
 
 STAGES = ("sft", "reward", "ppo")
@@ -162,6 +162,12 @@ class RunConfig(Settings):
         """The settings of a selected stage that trains."""
         config = getattr(self, stage)
         assert isinstance(config, TrainingConfig), f"{stage} is not selected, or does not train"
+        return config
+
+    def supervised_config(self, stage: str) -> SupervisedConfig:
+        """The settings of a selected stage that learns from examples."""
+        config = getattr(self, stage)
+        assert isinstance(config, SupervisedConfig), f"{stage} is not selected, or does not learn from examples"
         return config
 
     @property

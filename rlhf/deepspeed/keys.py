@@ -87,7 +87,7 @@ class Key:
         return cls(".".join(path), **options)
 
 
-class Table:
+class KeyTable:
     """The rows of a part of `keys.yaml`, to be looked up by path."""
 
     def __init__(self, rows: Mapping[str, Any]) -> None:
@@ -151,8 +151,8 @@ def _load() -> dict[str, Any]:
 
 
 _FILE = _load()
-TABLE = Table(_FILE["deepspeed"])
-ACCELERATE = Table(_FILE["accelerate"])
+TABLE = KeyTable(_FILE["deepspeed"])
+ACCELERATE = KeyTable(_FILE["accelerate"])
 CLOSED_SECTIONS: list[str] = _FILE["closed_sections"]
 """Where an unknown key is an error."""
 WITHOUT_EFFECT: dict[str, str] = _FILE["without_effect"]

@@ -24,7 +24,7 @@ from rlhf.config.run_config import CheckpointConfig, RunConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.model_shape import ModelShape
 from rlhf.memory_plan.plan import Item, Phase, Place, Plan
-from rlhf.memory_plan.states import GATHERED, GRADIENTS, Setting, States
+from rlhf.memory_plan.states import GATHERED, GRADIENTS, ModelSetting, States
 from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, Stretch, trace
 from rlhf.memory_plan.workloads import PHASES, Workload
 from rlhf.runtime.launch import local_ranks
@@ -132,7 +132,7 @@ class ModelMemory:
 
     role: Role
     shape: ModelShape
-    setting: Setting
+    setting: ModelSetting
 
     @classmethod
     def of(cls, run: RunConfig, role: Role, *, machine: Machine) -> ModelMemory:
@@ -142,7 +142,7 @@ class ModelMemory:
         device, precision = machine.device, engine.precision
         if device.type == "cuda" and precision is Precision.auto and not torch.cuda.is_available():
             precision = Precision.bf16  # a GPU that is not here is taken to multiply it
-        setting = Setting(
+        setting = ModelSetting(
             role=role.name,
             engine=engine,
             ranks=machine.ranks,

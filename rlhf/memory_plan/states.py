@@ -34,7 +34,7 @@ GATHERED, BUFFERS = "gathered weights", "buffers"
 
 
 @dataclass(frozen=True)
-class Setting:
+class ModelSetting:
     """A model in a run, as far as memory is concerned."""
 
     role: str
@@ -55,7 +55,7 @@ class States:
 
     spec: ModelSpec
     """On meta, not sharded; `requires_grad` says what learns."""
-    setting: Setting
+    setting: ModelSetting
 
     def at_rest(self) -> list[Item]:
         """Everything that is there between steps."""

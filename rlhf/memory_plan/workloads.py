@@ -121,7 +121,7 @@ class Scalars(Workload[PPOConfig]):
         critic_values(model, Responses(**self.responses()), shift=0.0)
 
 
-class PolicyLoss(Workload[PPOConfig]):
+class PolicyUpdate(Workload[PPOConfig]):
     """A micro-batch of the actor's update."""
 
     def __call__(self, model: nn.Module) -> None:
@@ -135,7 +135,7 @@ class PolicyLoss(Workload[PPOConfig]):
         )
 
 
-class ValueLoss(Workload[PPOConfig]):
+class ValueUpdate(Workload[PPOConfig]):
     """A micro-batch of the critic's update."""
 
     def __call__(self, model: nn.Module) -> None:
@@ -185,7 +185,7 @@ PHASES: dict[str, dict[str, dict[ModelKind, type[Workload[Any]]]]] = {
     "ppo": {
         "generate": {_LM: Answers},
         "score": {_HEAD: Scalars, _LM: Statistics},
-        "train": {_LM: PolicyLoss, _HEAD: ValueLoss},
+        "train": {_LM: PolicyUpdate, _HEAD: ValueUpdate},
     },
 }
 """The workloads of each stage by phase and kind of model; only models that generate, or are trained, do so."""

@@ -46,7 +46,7 @@ def held_out_rows(run: RunConfig, *, tokenizer: Tokenizer) -> HeldOutRows:
     pairs: list[Preference] = []
     demos: list[Demonstration] = []
     if config.reward is not None and (data.reward.train or data.reward.eval):
-        pairs = preferences(data, config, tokenizer=tokenizer, held_out=long).eval
+        pairs = preferences(data, config, tokenizer=tokenizer, held_out=long, subset_column=config.subset).eval
     if data.sft.train or data.sft.eval:
         demos = demonstrations(data, config, tokenizer=tokenizer, held_out=long).eval
     asked = prompts(data, config, tokenizer=tokenizer, held_out=short).eval

@@ -404,7 +404,10 @@ def test_who_wants_held_out_rows_only_needs_no_others(gpt, write):
         for read in STAGES.values():
             splits = read(data, config, tokenizer=gpt, held_out=held_out)
             assert (len(splits.train), len(splits.eval)) == (0, 40)
-    assert [pair.subset for pair in preferences(data, config, tokenizer=gpt, held_out=held_out).eval[:3]] == [
+    assert [
+        pair.subset
+        for pair in preferences(data, config, tokenizer=gpt, held_out=held_out, subset_column="kind").eval[:3]
+    ] == [
         "k0",
         "k1",
         "k0",

@@ -13,7 +13,7 @@ from rlhf.engine.engine import build_engine
 from rlhf.engine.offload.placement import Placement
 from rlhf.memory_plan.model_shape import ModelShape
 from rlhf.memory_plan.plan import Place
-from rlhf.memory_plan.states import Setting, States
+from rlhf.memory_plan.states import ModelSetting, States
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime.dist import World
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
 
 def states(folder, *, ranks=1, device=CPU, dtype=torch.bfloat16, micro=1, lora=None, **engine):
     config = EngineConfig(**({"zero_stage": 0} | engine))
-    setting = Setting("model", config, ranks, device, dtype, micro)
+    setting = ModelSetting("model", config, ranks, device, dtype, micro)
     return States(ModelShape(str(folder), ModelKind.causal_lm, lora=lora).whole, setting)
 
 
