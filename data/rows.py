@@ -15,13 +15,13 @@ from typing import Any
 
 from rlhf.text.chat_template import Row
 
-COLUMNS = (
+KNOWN_COLUMNS = (
     *("messages", "prompt", "completion", "chosen", "rejected", "text", "margin"),
     *("tools", "chat_template_kwargs"),
 )
-DEMONSTRATION = (("messages",), ("prompt", "completion"), ("chosen", "rejected"), ("text",))
-PREFERENCE = (("chosen", "rejected"),)
-PROMPT = (("messages",), ("chosen", "rejected"), ("prompt",))
+DEMONSTRATION_COLUMNS = (("messages",), ("prompt", "completion"), ("chosen", "rejected"), ("text",))
+PREFERENCE_COLUMNS = (("chosen", "rejected"),)
+PROMPT_COLUMNS = (("messages",), ("chosen", "rejected"), ("prompt",))
 SHOWN_PROBLEMS = 5
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data.assemble import LengthLimits, SampleKind, Splits, assemble
-from data.rows import DEMONSTRATION, PREFERENCE, PROMPT, margin_of
+from data.build_samples import LengthLimits, SampleKind, Splits, build_samples
+from data.rows import DEMONSTRATION_COLUMNS, PREFERENCE_COLUMNS, PROMPT_COLUMNS, margin_of
 from rlhf.config.data_config import DataConfig, RewrittenTurns
 from rlhf.config.eval_config import EvalConfig
 from rlhf.config.ppo_config import PPOConfig
@@ -79,7 +79,7 @@ def demonstrations(
 
     kind = SampleKind(
         stage="sft",
-        columns=DEMONSTRATION,
+        columns=DEMONSTRATION_COLUMNS,
         limits=held_out or LengthLimits("sft", config.max_prompt_tokens, config.max_response_tokens),
         settings=(
             *("sft", tokenizer_fingerprint(tokenizer)),
@@ -88,7 +88,7 @@ def demonstrations(
         tokenize=tokenize,
         build=lambda row, sequences: [Demonstration(tokens.input_ids, tokens.target_mask) for tokens in sequences],
     )
-    return assemble(kind, data, only_held_out=held_out is not None)
+    return build_samples(kind, data, only_held_out=held_out is not None)
 
 
 def preferences(
@@ -113,14 +113,14 @@ def preferences(
 
     kind = SampleKind(
         stage="reward",
-        columns=PREFERENCE,
+        columns=PREFERENCE_COLUMNS,
         limits=held_out or LengthLimits("reward", config.max_prompt_tokens, config.max_response_tokens),
         settings=("reward", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
         build=partial(_preference, subset_column=subset_column),
         extra_columns=(subset_column,) if subset_column else (),
     )
-    return assemble(kind, data, only_held_out=held_out is not None)
+    return build_samples(kind, data, only_held_out=held_out is not None)
 
 
 def _preference(row: Row, sequences: list[TokenSequence], *, subset_column: str) -> list[Preference]:
@@ -143,13 +143,13 @@ def prompts(
 
     kind = SampleKind(
         stage="ppo",
-        columns=PROMPT,
+        columns=PROMPT_COLUMNS,
         limits=held_out or LengthLimits("ppo", config.max_prompt_tokens, config.max_response_tokens),
         settings=("ppo", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
         build=lambda row, sequences: [Prompt(sequences[0].input_ids, readable_prompt(row))],
     )
-    return assemble(kind, data, only_held_out=held_out is not None)
+    return build_samples(kind, data, only_held_out=held_out is not None)
 
 
 READERS: dict[str, Callable[..., Splits[Any]]] = {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from data.formats import READABLE, arrow_rows, kind, read_file
+from data.formats import READABLE, arrow_rows, file_type, read_file
 from data.rows import ColumnSelection, SourceRows
 from rlhf.config.data_config import SourceConfig
 
@@ -45,7 +45,7 @@ def load_rows(source: SourceConfig, wanted: Collection[str] | None = None) -> So
         source: One data set.
         wanted: Our names of the columns that are kept; None keeps all.
     """
-    path, columns = find(source.path), ColumnSelection(source.columns, wanted)
+    path, columns = local_path(source.path), ColumnSelection(source.columns, wanted)
     if path is None:
         rows = _rows_of_dataset(_from_hub(source), columns, file=source.path)
     elif path.is_file():
@@ -66,13 +66,13 @@ def load_rows(source: SourceConfig, wanted: Collection[str] | None = None) -> So
     return rows
 
 
-def find(path: str) -> Path | None:
+def local_path(path: str) -> Path | None:
     """The file or folder that `path` means, or None if it can only be a hub id."""
     project = Path(str(resources.files("data"))).parent
     for candidate in (Path(path).expanduser(), project / path):
         if candidate.exists():
             return candidate
-    if kind(Path(path)) in READABLE or not HUB_ID.fullmatch(path):
+    if file_type(Path(path)) in READABLE or not HUB_ID.fullmatch(path):
         raise ValueError(
             f"data source {path}: no such file or folder in {Path.cwd()} or {project}; expected one of {READABLE} "
             "(also .gz), a folder, or a hub id such as owner/name."
@@ -179,17 +179,18 @@ def _declared_splits(config: Mapping[str, Any]) -> dict[str, list[str]]:
 def _declared_files(folder: Path, split: str, *, declared: dict[str, list[str]]) -> list[Path]:
     if split not in declared:
         raise ValueError(f"README.md has the splits {[*declared]}; expected one of them as `split`, not {split!r}.")
-    files = {file for pattern in declared[split] for file in folder.glob(pattern) if kind(file) in READABLE}
+    files = {file for pattern in declared[split] for file in folder.glob(pattern) if file_type(file) in READABLE}
     if not files:
         raise ValueError(f"README.md has split {split!r} in {declared[split]}; found no {READABLE} file there.")
     return sorted(files)
 
 
 def _named_files(folder: Path, split: str) -> list[Path]:
-    files = [file for file in sorted(folder.iterdir()) if _is_data(file)]
-    files = files or [file for file in sorted(folder.rglob("*")) if _is_data(file) and not _is_hidden(file, folder)]
+    here, below = (
+        (file for file in sorted(found) if _is_data(file, folder)) for found in (folder.iterdir(), folder.rglob("*"))
+    )
     splits: dict[str, list[Path]] = {}
-    for file in files:
+    for file in [*here] or [*below]:
         splits.setdefault(_split_of(file, folder), []).append(file)
     unnamed = splits.pop("", [])
     if not splits and unnamed:
@@ -203,7 +204,7 @@ def _named_files(folder: Path, split: str) -> list[Path]:
         logger.warning("data source %s: %s are of no split, and are not read", folder, [file.name for file in unnamed])
     chosen = splits[meant[0]]
     # The same rows may be there twice, once per folder or once per format.
-    places = {f"{file.parent.relative_to(folder)}/*{kind(file).replace('.jsonl', '.json')}" for file in chosen}
+    places = {f"{file.parent.relative_to(folder)}/*{file_type(file).replace('.jsonl', '.json')}" for file in chosen}
     if len(places) > 1:
         raise ValueError(
             f"found files of one split in {sorted(places)}; expected one place: give each as its own path."
@@ -213,7 +214,7 @@ def _named_files(folder: Path, split: str) -> list[Path]:
 
 def _split_of(file: Path, folder: Path) -> str:
     """The split that a file, or a folder that it is in, is named after; empty if there is none."""
-    names = [file.name[: file.name.lower().rindex(kind(file))], *file.relative_to(folder).parts[-2::-1]]
+    names = [file.name[: file.name.lower().rindex(file_type(file))], *file.relative_to(folder).parts[-2::-1]]
     return next((name for name in (SHARD.sub("", name) for name in names) if SPLIT_WORDS & _words(name)), "")
 
 
@@ -221,9 +222,6 @@ def _words(name: str) -> set[str]:
     return set(re.split(r"[^a-z]+", name.lower()))
 
 
-def _is_data(file: Path) -> bool:
-    return file.is_file() and kind(file) in READABLE and file.name not in METADATA and not file.name.startswith(".")
-
-
-def _is_hidden(file: Path, folder: Path) -> bool:
-    return any(part.startswith(".") for part in file.relative_to(folder).parts)
+def _is_data(file: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
+    return not hidden and file.is_file() and file_type(file) in READABLE and file.name not in METADATA

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic
 
-from data.assemble import Splits
+from data.build_samples import Splits
 from data.loader import TrainLoader, evaluation_batches
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig

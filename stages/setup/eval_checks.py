@@ -12,7 +12,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from data.assemble import LengthLimits
+from data.build_samples import LengthLimits
 from data.samples import Demonstration, Preference, Prompt, demonstrations, preferences, prompts
 from rlhf.config.eval_config import EvalConfig
 from rlhf.config.roles import origin_of, roles_of

@@ -2,18 +2,10 @@
 
 import pytest
 
-from data.rows import (
-    DEMONSTRATION,
-    PREFERENCE,
-    PROMPT,
-    BadRow,
-    FileRows,
-    SourceRows,
-    bad_rows_report,
-    check_row,
-    margin_of,
-    require_columns,
-)
+from data.rows import DEMONSTRATION_COLUMNS as DEMONSTRATION
+from data.rows import PREFERENCE_COLUMNS as PREFERENCE
+from data.rows import PROMPT_COLUMNS as PROMPT
+from data.rows import BadRow, FileRows, SourceRows, bad_rows_report, check_row, margin_of, require_columns
 
 USER = {"role": "user", "content": "hello"}
 HI = {"role": "assistant", "content": "hi"}
@@ -52,15 +44,27 @@ def test_good_rows_pass(row, columns):
         ({"messages": "hello"}, DEMONSTRATION, "`messages` is 'hello'; expected a list of messages"),
         ({"messages": []}, DEMONSTRATION, "`messages` is an empty list"),
         ({"messages": [USER, {**HI, "content": " "}]}, DEMONSTRATION, "`messages` ends with an empty message"),
-        ({"messages": [{"from": "human", "value": "a"}]}, DEMONSTRATION, r"`messages\[0\]` is .*expected {'role'"),
+        (
+            {"messages": [{"from": "human", "value": "a"}]},
+            DEMONSTRATION,
+            r"`messages\[0\]` is .*expected {'role'",
+        ),
         ({"messages": [USER, {"role": "assistant"}]}, DEMONSTRATION, r"`messages\[1\].content` is None"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, PROMPT, r"content` is \[.*expected text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            PROMPT,
+            r"content` is \[.*expected text",
+        ),
         ({"messages": ["hello"]}, DEMONSTRATION, r"`messages\[0\]` is 'hello'"),
         ({"chosen": "a", "rejected": "a"}, PREFERENCE, "`chosen` and `rejected` are identical"),
         ({"chosen": [USER, HI], "rejected": [USER, HI]}, PREFERENCE, "identical"),
         ({"chosen": "a", "rejected": ""}, PREFERENCE, "`rejected` is empty"),
         ({"prompt": "", "chosen": "a", "rejected": "b"}, PREFERENCE, "`prompt` is empty"),
-        ({"chosen": "a", "rejected": "b", "margin": "much"}, PREFERENCE, "`margin` is 'much'; expected a number"),
+        (
+            {"chosen": "a", "rejected": "b", "margin": "much"},
+            PREFERENCE,
+            "`margin` is 'much'; expected a number",
+        ),
         ({"chosen": "a", "rejected": "b", "margin": float("nan")}, PREFERENCE, "expected a finite number"),
         ({"prompt": {"role": "user"}}, PROMPT, "`prompt` is {'role': 'user'}"),
     ],

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from data.assemble import LengthLimits
+from data.build_samples import LengthLimits
 from data.samples import demonstrations, preferences, prompts
 from rlhf.config.data_config import BadRows, DataConfig, RewrittenTurns, StageDataConfig
 from rlhf.config.engine_config import EngineConfig
@@ -124,7 +124,10 @@ def test_long_rows_are_dropped_and_counted(gpt, write, caplog):
         "prompt longer than sft.max_prompt_tokens=20": 2,
         "response longer than sft.max_response_tokens=20": 1,
     }
-    assert "dropped 2 of 4 rows: prompt longer than sft.max_prompt_tokens=20" in caplog.text
+    assert (
+        "a.jsonl): dropped 3 of 4 rows\n  2 for a prompt longer than sft.max_prompt_tokens=20\n"
+        "  1 for a response longer than sft.max_response_tokens=20\n"
+    ) in caplog.text
 
 
 def test_a_pair_is_dropped_where_either_response_is_too_long(gpt, write):
@@ -297,8 +300,11 @@ def test_many_reasons_to_drop_rows_are_not_all_said(gpt, tmp_path, caplog):
     config = StageDataConfig(train=[str(tmp_path / "a.jsonl")], eval_fraction=0.0, bad_rows=BadRows.drop)
     with caplog.at_level(logging.WARNING):
         prompts(DataConfig(ppo=config), PPOConfig(**SHARED, **ROLLOUT), tokenizer=gpt)
-    assert len(caplog.records) == 6
-    assert "dropped 3 more rows for 3 more reasons" in caplog.text
+    first, *lines = caplog.text.strip().split("\n")
+    assert "dropped 8 of 9 rows" in first
+    assert len(lines) == 6
+    assert lines[0].startswith("  1 for a row that cannot be used: line 2 is not one JSON object")
+    assert lines[-1] == "  3 for 3 more reasons"
 
 
 def test_pairs_that_become_the_same_tokens_are_bad_rows(chat, write):

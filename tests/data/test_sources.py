@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.sources import files_of_split, find, load_rows
+from data.sources import files_of_split, load_rows, local_path
 from rlhf.config.data_config import SourceConfig
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d\ne"}]
@@ -117,11 +117,11 @@ def test_the_working_directory_comes_first(tmp_path, monkeypatch):
 @pytest.mark.parametrize("path", ["no/such/file.jsonl", "/no/such/folder", "typo.csv", "a/b.json.gz", "typo", "a/b/c"])
 def test_a_path_that_is_not_there_is_refused_before_any_network(path):
     with pytest.raises(ValueError, match=f"data source {path}: no such file or folder"):
-        find(path)
+        local_path(path)
 
 
 def test_a_hub_id_that_cannot_be_reached_is_refused():
-    assert find("someone/some-data.v2") is None
+    assert local_path("someone/some-data.v2") is None
     with pytest.raises(ValueError, match="neither a file nor a folder here, and the hub did not give split 'train'"):
         load("someone/some-data.v2")
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from data.row_selection import RowNumbers, hold_out, rows_of_stage, weighted
 from data.rows import (
-    COLUMNS,
+    KNOWN_COLUMNS,
     SHOWN_PROBLEMS,
     BadRow,
     ColumnSelection,
@@ -27,7 +27,7 @@ from data.rows import (
 )
 from data.sources import load_rows
 from data.token_cache import RowTokens, cached, content_key
-from rlhf.config.data_config import BadRows, DataConfig, SourceConfig
+from rlhf.config.data_config import BadRows, DataConfig, SourceConfig, StageDataConfig
 from rlhf.text.chat_template import Row
 from rlhf.text.tokenize_rows import TokenSequence
 
@@ -88,7 +88,7 @@ class SampleKind(Generic[Sample]):
     """Columns beside the known ones that `build` reads if a source has them."""
 
 
-def assemble(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: bool = False) -> Splits[Sample]:
+def build_samples(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: bool = False) -> Splits[Sample]:
     """Read, check and tokenise the data of a stage.
 
     Args:
@@ -99,20 +99,21 @@ def assemble(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: bool 
     Raises:
         ValueError: No data, rows that cannot be used, or all of them longer than the limits.
     """
-    name, sources, seed = f"data.{kind.stage}", getattr(data, kind.stage), data.split_seed
+    sources: StageDataConfig = getattr(data, kind.stage)
+    name, seed = f"data.{kind.stage}", data.split_seed
     if not sources.train and not only_held_out:
         raise ValueError(f"{name}.train is empty; expected at least one file, folder or hub id.")
-    train = _Split(kind, sources.bad_rows, data.cache_dir, name=f"{name}.train")
-    held_out = _Split(kind, sources.bad_rows, data.cache_dir, name=f"{name}.eval")
+    train = _SplitBuilder(kind, sources.bad_rows, data.cache_dir, name=f"{name}.train")
+    held_out = _SplitBuilder(kind, sources.bad_rows, data.cache_dir, name=f"{name}.eval")
     needs_train = not only_held_out or (sources.eval_fraction and not sources.eval)
     for number, source in enumerate(sources.train if needs_train else []):
-        part = _open(source, kind, data=data, where=f"{name}.train[{number}]")
+        part = _stage_rows(source, kind, data=data, where=f"{name}.train[{number}]")
         learnt, left_out = hold_out(part.numbers, 0.0 if sources.eval else sources.eval_fraction, seed=seed)
         if not only_held_out:
             train.add(part, weighted(learnt, max(source.weight, 1.0), seed=seed))
         held_out.add(part, left_out)
     for number, source in enumerate(sources.eval):
-        part = _open(source, kind, data=data, where=f"{name}.eval[{number}]")
+        part = _stage_rows(source, kind, data=data, where=f"{name}.eval[{number}]")
         held_out.add(part, weighted(part.numbers, max(source.weight, 1.0), seed=seed))
     for split in (train, held_out):
         split.require_some()
@@ -146,8 +147,8 @@ class _StageRows:
     """The source, for messages."""
 
 
-def _open(source: SourceConfig, kind: SampleKind[Sample], *, data: DataConfig, where: str) -> _StageRows:
-    rows = load_rows(source, {*COLUMNS, *kind.extra_columns})
+def _stage_rows(source: SourceConfig, kind: SampleKind[Sample], *, data: DataConfig, where: str) -> _StageRows:
+    rows = load_rows(source, {*KNOWN_COLUMNS, *kind.extra_columns})
     if rows.found:  # if there are no columns, no row could be read, and the error about the rows says more
         found = ColumnSelection(source.columns).our_names(rows.found).values()
         require_columns([*found], kind.columns, where=where)
@@ -162,7 +163,7 @@ def _open(source: SourceConfig, kind: SampleKind[Sample], *, data: DataConfig, w
 
 
 @dataclass
-class _Split(Generic[Sample]):
+class _SplitBuilder(Generic[Sample]):
     """Collects the samples of `train` or `eval` from all sources."""
 
     kind: SampleKind[Sample]
@@ -197,7 +198,11 @@ class _Split(Generic[Sample]):
             self._update_digest(tokens.get(index, []))
         turns = [sum(len(sequence.rewritten) for sequence in sequences) for sequences in tokens.values()]
         self.rewritten += Counter(turns=sum(turns), rows=sum(count > 0 for count in turns))
-        self._count(Counter(reasons.values()), where=source.where, num_rows=len(rows))
+        if reasons:
+            dropped = Counter(reasons.values())
+            self.dropped += dropped
+            head = f"{source.where}: dropped {len(reasons)} of {len(rows)} rows"
+            logger.warning("%s", "\n  ".join([head, *_listed(dropped)]))
 
     def _tokens(
         self, rows: list[Row | BadRow], source: _StageRows, *, numbers: RowNumbers
@@ -230,16 +235,16 @@ class _Split(Generic[Sample]):
             self.digest.update(np.int64(len(tokens.input_ids)).tobytes())
             self.digest.update(tokens.input_ids.tobytes() + tokens.target_mask.tobytes())
 
-    def _count(self, dropped: Counter[str], *, where: str, num_rows: int) -> None:
-        self.dropped += dropped
-        for reason, count in dropped.most_common(SHOWN_PROBLEMS):
-            logger.warning("%s: dropped %d of %d rows: %s", where, count, num_rows, reason)
-        rest = [count for _, count in dropped.most_common()[SHOWN_PROBLEMS:]]
-        if rest:
-            logger.warning("%s: dropped %d more rows for %d more reasons", where, sum(rest), len(rest))
-
     def require_some(self) -> None:
         """Raise ValueError if there were rows, and all of them were dropped."""
         if self.dropped and not self.samples:
-            reasons = "; ".join(f"{count} for a {reason}" for reason, count in self.dropped.items())
+            reasons = "; ".join(_listed(self.dropped))
             raise ValueError(f"{self.name}: all rows were dropped: {reasons}. Raise the limit or use shorter rows.")
+
+
+def _listed(dropped: Counter[str]) -> list[str]:
+    """How many rows were dropped for each reason, the most frequent reasons first."""
+    shown = dropped.most_common(SHOWN_PROBLEMS)
+    rest = dropped.total() - sum(count for _, count in shown)
+    more = [f"{rest} for {len(dropped) - SHOWN_PROBLEMS} more reasons"] * (rest > 0)
+    return [f"{count} for a {reason}" for reason, count in shown] + more
