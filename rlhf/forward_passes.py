@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
-from rlhf.models.positions import position_ids
+from rlhf.models.causal_lm import position_ids
 from rlhf.models.scalar_head import response_values
 from rlhf.types import Responses
 

@@ -93,7 +93,7 @@ class ChatModel:
         batch = one_prompt(ids, sample=sample, device=self.engine.world.device)
         # A second Ctrl-C raises here, in the middle of a step that takes long; what was streamed so far is the answer.
         with suppress(KeyboardInterrupt), self.engine.generating() as model:
-            response = generate(model, batch, decoding=decoding, seed=conversation.seed, hear=on_tokens)  # type: ignore[arg-type]
+            response = generate(model, batch, decoding=decoding, seed=conversation.seed, on_tokens=on_tokens)  # type: ignore[arg-type]
             ended = bool(response.ended[0])
         on_text(stream.rest())
         return stream.text, ended

@@ -29,7 +29,7 @@ from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.malloc import return_freed_memory, trim
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import ModelSpec
+    from rlhf.models.meta_init import ModelSpec
 
 
 class Engine:

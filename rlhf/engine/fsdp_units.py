@@ -24,7 +24,7 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.models.lora import adapted_layers
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import ModelSpec
+    from rlhf.models.meta_init import ModelSpec
 
 ParameterGroup = dict[str, nn.Parameter]
 """Parameters by name."""

@@ -26,7 +26,7 @@ from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, WeightSt
 from rlhf.engine.sharding import Sharding
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import ModelSpec
+    from rlhf.models.meta_init import ModelSpec
     from rlhf.runtime.dist import World
 
 

@@ -35,7 +35,7 @@ from rlhf.engine.offload.offloaded_weights import OffloadedWeights, param_offloa
 from rlhf.runtime.dist import World, device_mesh
 
 if TYPE_CHECKING:
-    from rlhf.models.model_spec import ModelSpec
+    from rlhf.models.meta_init import ModelSpec
 
 
 @dataclass

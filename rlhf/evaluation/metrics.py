@@ -20,7 +20,7 @@ from rlhf.algorithms.ppo import explained_variance
 from rlhf.algorithms.preference import pairwise_loss
 from rlhf.algorithms.sft import sft_loss
 from rlhf.engine.engine import Engine
-from rlhf.models.positions import position_ids
+from rlhf.models.causal_lm import position_ids
 from rlhf.models.scalar_head import last_token_scores
 from rlhf.runtime.dist import gather_objects, sum_over_ranks
 from rlhf.runtime.errors import RunError

@@ -1,7 +1,7 @@
 """Decode a batch of prompts with a cache, on this rank alone.
 
 The prompts are read once, then one token per row and forward. Rows that have ended leave the batch, so the cost follows
-the rows that still speak; what a row says depends on its prompt and its `sample_id` only, not on who is in the batch.
+the rows that are still active. A response depends on its prompt and `sample_id` only, not on the rest of the batch.
 Left out: beams, and the settings of `generation_config.json`, which would change the distribution behind PPO's back.
 """
 
@@ -20,7 +20,7 @@ from rlhf.generation.kv_cache import cache_argument, kv_cache
 from rlhf.generation.sampling import Drawn, sample, uniforms
 from rlhf.types import PromptBatch
 
-_LEAVE_AT = 8  # rows leave when one in so many has ended: each departure copies the cache of those who stay
+_DROP_AT = 8  # drop rows once one in so many has ended: each time copies the cache of the remaining ones
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def generate(
     decoding: Decoding,
     seed: int,
     all_done: Callable[[bool], bool] = bool,
-    hear: Callable[[Tensor, Tensor], bool] | None = None,
+    on_tokens: Callable[[Tensor, Tensor], bool] | None = None,
 ) -> Generated:
     """Answer every prompt once; several answers to a prompt are several rows.
 
@@ -64,10 +64,10 @@ def generate(
         prompts: B rows on the model's device, left padded.
         decoding: What is drawn, and where it ends.
         seed: With `sample_ids`, of every draw.
-        all_done: From whether this rank is done to whether all are. Ranks that need each other in every forward of the
-            model (where it is streamed, not gathered) then make equally many; by itself, a rank stops when it is done.
-        hear: Told after every step which rows `[N]` have said which tokens `[N]`, stop tokens included; False ends
-            everything there, which ranks that need each other must not do. None costs nothing.
+        all_done: Takes whether this rank is done and returns whether all are. Ranks whose forwards have collectives
+            (parameters streamed, not gathered) then run equally many; by default, a rank stops when it is done.
+        on_tokens: Called after every step with the active rows `[N]` and their new tokens `[N]`, stop tokens included.
+            Return False to stop decoding; do not when ranks decode in lockstep. None costs nothing.
 
     Returns:
         Responses, masks and log-probabilities, on the device of the prompts.
@@ -77,31 +77,32 @@ def generate(
     assert longest > 0, "a response has at least one token"
     stops = torch.tensor(list(decoding.stop_token_ids), dtype=torch.long, device=prompts.input_ids.device)
     draws = uniforms(seed, prompts.sample_ids, length=longest)
-    speakers = _Speakers(model, prompts, max_new_tokens=longest)
-    record = _Record(prompts, longest, pad_id=decoding.pad_id)
+    active_rows = _ActiveRows(model, prompts, max_new_tokens=longest)
+    outputs = _Outputs(prompts, longest, pad_id=decoding.pad_id)
     for step in range(longest):
         drawn = sample(
-            speakers.logits,
-            draws[speakers.rows, step],
+            active_rows.logits,
+            draws[active_rows.rows, step],
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
         )
         stopped = torch.isin(drawn.tokens, stops)
-        record.add(step, speakers, drawn=drawn, stopped=stopped)
-        if hear is not None and not hear(speakers.rows[speakers.speaking], drawn.tokens[speakers.speaking]):
+        outputs.add(step, active_rows, drawn=drawn, stopped=stopped)
+        active = active_rows.active
+        if on_tokens is not None and not on_tokens(active_rows.rows[active], drawn.tokens[active]):
             break
-        speakers.speaking &= ~stopped
-        # The only wait for the device in a step.
-        count = int(speakers.speaking.sum())
+        active_rows.active &= ~stopped
+        # The only wait for the device in a step (`on_tokens` may add its own).
+        count = int(active_rows.active.sum())
         if step + 1 == longest or all_done(count == 0):
             break
-        speakers.say(drawn.tokens, leaving=0 < count * _LEAVE_AT <= len(stopped) * (_LEAVE_AT - 1))
-    return record.trimmed()
+        active_rows.advance(drawn.tokens, drop_ended=0 < count * _DROP_AT <= len(stopped) * (_DROP_AT - 1))
+    return outputs.trimmed()
 
 
-class _Speakers:
-    """The N rows in the batch: which they are, what they have seen, and what they might say next."""
+class _ActiveRows:
+    """The N rows still in the batch: their numbers, cache, masks, and logits of their next tokens."""
 
     def __init__(self, model: PreTrainedModel, prompts: PromptBatch, *, max_new_tokens: int) -> None:
         # Without any masked token, transformers gives SDPA no mask, and for grouped queries that is slow on a CPU.
@@ -110,7 +111,7 @@ class _Speakers:
         mask = pad(prompts.attention_mask, (slack, 0), value=False)
         batch, self._width = input_ids.shape
         self.rows = torch.arange(batch, device=input_ids.device)  # [N] int64, their rows in the prompts
-        self.speaking = torch.ones_like(self.rows, dtype=torch.bool)  # [N]; those who have ended leave later
+        self.active = torch.ones_like(self.rows, dtype=torch.bool)  # [N]; ended rows stay until they are dropped
         self._model = model
         self._cache = kv_cache(model.config, self._width + max_new_tokens)
         self._cache_argument = cache_argument(model)
@@ -119,17 +120,17 @@ class _Speakers:
         self._position = positions[:, -1:]  # [N, 1], of the last token read
         self.logits = self._read(input_ids, positions)  # [N, V]
 
-    def say(self, tokens: Tensor, *, leaving: bool) -> None:
-        """Read `tokens` `[N]`, the next of each row; with `leaving`, rows that have ended go first."""
-        if leaving:
-            tokens = tokens[self._leave()]
+    def advance(self, tokens: Tensor, *, drop_ended: bool) -> None:
+        """Read `tokens` `[N]`, the next of each row; with `drop_ended`, rows that have ended are dropped first."""
+        if drop_ended:
+            tokens = tokens[self._drop_ended()]
         self._width += 1
         self._position = self._position + 1
         self.logits = self._read(tokens[:, None], self._position)
 
-    def _leave(self) -> Tensor:
-        stay = self.speaking.nonzero().squeeze(-1)
-        self.rows, self.speaking = self.rows[stay], self.speaking[stay]
+    def _drop_ended(self) -> Tensor:
+        stay = self.active.nonzero().squeeze(-1)
+        self.rows, self.active = self.rows[stay], self.active[stay]
         self._mask, self._position = self._mask[stay], self._position[stay]
         self._cache.batch_select_indices(stay)
         return stay
@@ -143,11 +144,12 @@ class _Speakers:
             logits_to_keep=1,
             **{self._cache_argument: self._cache},
         )
-        return output.logits[:, -1]
+        logits: Tensor = output.logits[:, -1]  # [N, 1, V] -> [N, V]
+        return logits
 
 
-class _Record:
-    """What has been said, one column per step."""
+class _Outputs:
+    """The tokens drawn so far, one column per step."""
 
     def __init__(self, prompts: PromptBatch, max_new_tokens: int, *, pad_id: int) -> None:
         shape = (len(prompts.input_ids), max_new_tokens)
@@ -157,9 +159,9 @@ class _Record:
         self._ended = self._mask[:, 0].clone()
         self._pad_id = pad_id
 
-    def add(self, step: int, speakers: _Speakers, *, drawn: Drawn, stopped: Tensor) -> None:
+    def add(self, step: int, active_rows: _ActiveRows, *, drawn: Drawn, stopped: Tensor) -> None:
         """Write the tokens of the rows that had not ended before."""
-        rows, counts = speakers.rows, speakers.speaking
+        rows, counts = active_rows.rows, active_rows.active
         self._responses[rows, step] = drawn.tokens.where(counts, self._pad_id)
         self._logprobs[rows, step] = drawn.logprobs.where(counts, 0.0)
         self._mask[rows, step] = counts

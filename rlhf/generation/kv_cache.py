@@ -14,12 +14,15 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 
-class PreallocatedLayer(DynamicLayer):
+class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     """One layer's keys and values `[B, heads, up to max_length, width of a head]`, as views of two buffers."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, max_length: int) -> None:
         """Hold up to `max_length` tokens; memory is taken when the first ones come."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.max_length = max_length
         self._buffers: tuple[Tensor, Tensor]
 

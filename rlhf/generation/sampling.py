@@ -24,7 +24,7 @@ class Drawn(NamedTuple):
 
 
 class _Hit(NamedTuple):
-    index: Tensor  # [B] int64, the interval that the uniform falls into
+    interval: Tensor  # [B] int64, the interval that the uniform falls into
     rest: Tensor  # [B] fp64 in [0, 1), where in it
 
 
@@ -106,7 +106,7 @@ def _invert(weights: Tensor, uniforms: Tensor) -> _Hit:
 def _draw(weights: Tensor, uniforms: Tensor, *, totals: Tensor) -> Tensor:
     block = _invert(totals, uniforms)
     rows = torch.arange(len(weights), device=weights.device)
-    return block.index * _BLOCK + _invert(weights[rows, block.index], block.rest).index
+    return block.interval * _BLOCK + _invert(weights[rows, block.interval], block.rest).interval
 
 
 def _draw_from_top(weights: Tensor, uniforms: Tensor, *, top_k: int, top_p: float) -> Tensor:
@@ -114,7 +114,7 @@ def _draw_from_top(weights: Tensor, uniforms: Tensor, *, top_k: int, top_p: floa
     mass = (candidates.values if top_k else weights).sum(-1, keepdim=True, dtype=torch.float64)
     before = candidates.values.cumsum(-1, dtype=torch.float64) - candidates.values
     kept = candidates.values.where(before < top_p * mass, 0.0)
-    return candidates.indices.gather(-1, _invert(kept, uniforms).index[:, None]).squeeze(-1)
+    return candidates.indices.gather(-1, _invert(kept, uniforms).interval[:, None]).squeeze(-1)
 
 
 def _most_likely(weights: Tensor, share: float) -> torch.return_types.topk:

@@ -18,7 +18,7 @@ class TextStream:
     """The text of a sequence that grows token by token, in pieces that are never taken back."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        """Nothing was said yet; `decode` makes text of tokens."""
+        """Start with no text; `decode` turns token ids into text."""
         self.text = ""
         """Every piece so far."""
         self._decode = decode

@@ -17,9 +17,8 @@ from rlhf.config.model_config import Embedded, LoraConfig
 from rlhf.config.roles import ModelKind
 from rlhf.models.causal_lm import causal_lm_module
 from rlhf.models.embedded import embedded_config
-from rlhf.models.meta_init import decoder_config
+from rlhf.models.meta_init import ModelSpec, assemble, decoder_config
 from rlhf.models.model_folder import local_folder
-from rlhf.models.model_spec import ModelSpec, assemble
 from rlhf.models.scalar_head import ScalarHeadModel, classifier_module
 from rlhf.models.transforms import first_layers, with_dropout
 

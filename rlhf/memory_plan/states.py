@@ -27,7 +27,7 @@ from rlhf.engine.offload.offloaded_weights import lay_out_units, param_offload_d
 from rlhf.engine.offload.optimizer_state import ParameterShard
 from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.memory_plan.plan import Item, Place
-from rlhf.models.model_spec import ModelSpec
+from rlhf.models.meta_init import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 GATHERED, BUFFERS = "gathered weights", "buffers"

@@ -29,7 +29,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from rlhf.memory_plan.model_shape import ModelShape
-from rlhf.models.model_spec import ModelSpec
+from rlhf.models.meta_init import ModelSpec
 from rlhf.models.transforms import enable_activation_checkpointing
 
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits and loss", "KV cache"

@@ -1,22 +1,46 @@
-"""The configuration of a decoder, and its modules before they have memory.
+"""Models before they have memory: `ModelSpec`, and the modules of a decoder built on the meta device.
 
-A skeleton has every parameter on the meta device and every buffer real, so it costs no memory at any size and needs
-only its weights to be usable. Left out: the weights (`weights.py`), adapters (`lora.py`).
+Every parameter is on meta and every buffer is real, so a model of any size costs no memory until the engine gives it
+some, sharded or not. `causal_lm.py` and `scalar_head.py` make the specs. Left out: devices, types and ranks.
+See also: `weights.py` for the values, `lora.py` for adapters.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+from rlhf.config.model_config import LoraConfig
+from rlhf.models.lora import inject
+from rlhf.models.transforms import find_blocks
+from rlhf.models.weights import NewParameter, SeededWeights, Weights
 from rlhf.runtime.errors import load_auto, reading
+
+
+@dataclass
+class ModelSpec:
+    """A model that needs only `weights` to be run."""
+
+    module: nn.Module
+    """Every parameter on meta, every buffer real."""
+    weights: Weights
+    """Covers each name of `module.named_parameters()`."""
+    blocks: list[nn.Module]
+    """The repeated transformer blocks in forward order: what is sharded, and recomputed, as one."""
+    trainable: set[str]
+    """Names of the parameters that learn; `requires_grad` agrees."""
+    config: PreTrainedConfig
+    """What an export writes."""
 
 
 def decoder_config(folder: Path) -> PreTrainedConfig:
@@ -27,7 +51,7 @@ def decoder_config(folder: Path) -> PreTrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise ValueError(f"Model folder {folder} is no model: it has no `config.json`.")
-    config = load_auto(
+    config: PreTrainedConfig = load_auto(
         AutoConfig, folder, complaint=f"Model folder {folder}: transformers cannot read its `config.json`:"
     )
     complaint = _complaint(config)
@@ -53,7 +77,7 @@ def _complaint(config: PreTrainedConfig) -> str:
     return ""
 
 
-def skeleton(auto_class: type, config: PreTrainedConfig) -> PreTrainedModel:
+def build_on_meta(auto_class: type[_BaseAutoModelClass], config: PreTrainedConfig) -> PreTrainedModel:
     """The model that `auto_class` makes of `config`, with fp32 meta parameters and real buffers.
 
     Args:
@@ -65,7 +89,9 @@ def skeleton(auto_class: type, config: PreTrainedConfig) -> PreTrainedModel:
     """
     complaint = f"Model folder {config.name_or_path}: transformers cannot make the model of its `config.json`:"
     with reading(complaint), init_empty_weights(include_buffers=False):
-        module = auto_class.from_config(copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False)
+        module: PreTrainedModel = auto_class.from_config(
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+        )
     # Moving parameters to meta one by one parts those that are tied.
     module.tie_weights()
     for child in module.modules():
@@ -73,3 +99,39 @@ def skeleton(auto_class: type, config: PreTrainedConfig) -> PreTrainedModel:
             # It would keep the pad token from learning, which in many models is the EOS.
             child.padding_idx = None
     return module
+
+
+def assemble(
+    module: nn.Module,
+    weights: Weights,
+    *,
+    config: PreTrainedConfig,
+    new: Mapping[str, NewParameter],
+    lora: LoraConfig | None,
+    seed: int,
+) -> ModelSpec:
+    """Join modules on meta and their weights, with adapters if `lora` asks for them.
+
+    Args:
+        module: Parameters on meta.
+        weights: Their values, but for those in `new`.
+        config: What an export writes.
+        new: Parameters that start from random numbers of `seed`; they learn even when the rest is frozen.
+        lora: Adapters; None or rank 0 trains every parameter.
+        seed: Of every new parameter.
+    """
+    blocks = find_blocks(module, config.num_hidden_layers)
+    trainable = {name for name, _ in module.named_parameters()}
+    if lora is not None and lora.rank > 0:
+        adapters = inject(module, lora, blocks=blocks)
+        new = {**new, **adapters}
+        trainable = set(adapters) | {name for name in trainable if name.startswith("score.")}
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name in trainable)
+    return ModelSpec(
+        module=module,
+        weights=SeededWeights(weights, new, seed=seed),
+        blocks=blocks,
+        trainable=trainable,
+        config=config,
+    )

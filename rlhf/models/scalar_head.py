@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from rlhf.config.model_config import LoraConfig
-from rlhf.models.meta_init import decoder_config, skeleton
+from rlhf.models.meta_init import ModelSpec, assemble, build_on_meta, decoder_config
 from rlhf.models.model_folder import Checkpoint, local_folder
-from rlhf.models.model_spec import ModelSpec, assemble
 from rlhf.models.transforms import first_layers, with_dropout
 from rlhf.models.weights import LoadedWeights, NewParameter, SafetensorsWeights, open_weights
 
@@ -49,7 +48,7 @@ class ScalarHeadModel(nn.Module):
         self.config = config
         self._trunk_name = classifier.base_model_prefix
         self.add_module(self._trunk_name, classifier.base_model)
-        self.score = ScalarHead(classifier.score.in_features, 1, bias=False, device="meta")
+        self.score = ScalarHead(_head_of(classifier).in_features, 1, bias=False, device="meta")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, position_ids: Tensor) -> Tensor:
         """One scalar for each position.
@@ -57,7 +56,7 @@ class ScalarHeadModel(nn.Module):
         Args:
             input_ids: `[B, T]`, padded on either side.
             attention_mask: `[B, T]`, True where a real token is.
-            position_ids: `[B, T]`, see `rlhf/models/positions.py`.
+            position_ids: `[B, T]`, see `rlhf/models/causal_lm.py`.
 
         Returns:
             `[B, T]` fp32.
@@ -67,7 +66,8 @@ class ScalarHeadModel(nn.Module):
             input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         # The sum over the one number is no view, and FSDP2 wants none: its hooks hang on what is returned.
-        return self.score(hidden).sum(-1)
+        values: Tensor = self.score(hidden).sum(-1)  # [B, T, 1] -> [B, T]
+        return values
 
 
 def scalar_head_model(
@@ -102,7 +102,7 @@ def scalar_head_model(
     classifier = classifier_module(with_dropout(config, dropout))
     config.architectures = [type(classifier).__name__]
     weights = _ScaledHead(open_weights(classifier, checkpoint, optional={HEAD}), head_scale)
-    new = {} if HEAD in weights else {HEAD: _new_head(classifier.score.in_features)}
+    new = {} if HEAD in weights else {HEAD: _new_head(_head_of(classifier).in_features)}
     logger.info("%s: %s scalar head.", folder, "new" if new else "loaded the")
     return assemble(ScalarHeadModel(classifier, config), weights, config=config, new=new, lora=lora, seed=seed)
 
@@ -171,11 +171,17 @@ def classifier_config(folder: Path, num_layers: int = 0) -> PreTrainedConfig:
 
 def classifier_module(config: PreTrainedConfig) -> PreTrainedModel:
     """The modules of a classifier of this configuration, parameters on meta; raises ValueError for an unknown head."""
-    classifier = skeleton(AutoModelForSequenceClassification, config)
+    classifier = build_on_meta(AutoModelForSequenceClassification, config)
     head = dict(classifier.named_children()).get("score")
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"{type(classifier).__name__} has no bias-free linear head named `score`; not supported.")
     return classifier
+
+
+def _head_of(classifier: PreTrainedModel) -> nn.Linear:
+    head = classifier.score
+    assert isinstance(head, nn.Linear), "`classifier_module` refuses other heads"
+    return head
 
 
 def _new_head(width: int) -> NewParameter:

@@ -1,4 +1,4 @@
-"""What can be known of a model without giving it memory: that all of it is there, readable, and fits its configuration.
+"""Validate a model folder without loading it: all files are there, readable, and fit its configuration.
 
 Left out: whether the values of its tensors mean anything.
 """
@@ -20,29 +20,29 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Facts:
-    """A model that was examined."""
+class ModelFacts:
+    """A validated model."""
 
     folder: Path
     rows: int
-    """Of its embedding: the ids of tokens that it can read are below."""
+    """Rows of its embedding: it can read token ids below this."""
     positions: int
-    """The longest sequence that it was made for."""
+    """The longest sequence that it was made for, in tokens."""
     has_scores: bool
     """Whether it has a scalar head that some training has filled."""
 
 
-def examine(folder: Path, head: ModelKind, *, num_layers: int = 0) -> Facts:
-    """Examine the model in `folder` for a use that ends with `head`.
+def validate_model(folder: Path, head: ModelKind, *, num_layers: int = 0) -> ModelFacts:
+    """Check that the model in `folder` can be loaded with the head `head`.
 
     Args:
         folder: with `config.json` and safetensors, of which only the headers are read.
-        head: what it has to end with; a scalar head may be one that is yet to be made.
+        head: the head it will be used with; a scalar head need not exist yet.
         num_layers: use only the first layers; 0 all.
 
     Raises:
         ValueError: a file is missing or damaged, tensors are missing or of another shape than `config.json` gives them,
-            or the model is none that can be used.
+            or the model cannot be used.
     """
     if (folder / "adapter_config.json").is_file():
         Checkpoint(folder)  # says first what it is, and what to do with it
@@ -58,4 +58,4 @@ def examine(folder: Path, head: ModelKind, *, num_layers: int = 0) -> Facts:
         keys = plain_keys(classifier, checkpoint, optional={HEAD})
     if keys is None:
         logger.warning("%s: transformers converts its tensors; whether all are there shows when it is loaded.", folder)
-    return Facts(folder, int(config.vocab_size), max_positions(config), has_scores=HEAD in checkpoint)
+    return ModelFacts(folder, int(config.vocab_size), max_positions(config), has_scores=HEAD in checkpoint)

@@ -115,7 +115,7 @@ def open_weights(
     one names. Such a model is loaded whole by transformers, once, and a warning says what that costs.
 
     Args:
-        module: A skeleton, before adapters.
+        module: Parameters on meta, before adapters.
         checkpoint: Where its values are.
         optional: Names that may be absent, such as the head that a causal language model lacks.
 

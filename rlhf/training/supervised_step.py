@@ -16,7 +16,7 @@ from rlhf.algorithms.sft import count_targets, sft_loss
 from rlhf.config.stage_configs import RewardConfig
 from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import logits_of
-from rlhf.models.positions import position_ids
+from rlhf.models.causal_lm import position_ids
 from rlhf.models.scalar_head import last_token_scores
 from rlhf.runtime.dist import sum_over_ranks
 from rlhf.types import PreferenceBatch, SFTBatch

@@ -18,7 +18,7 @@ from rlhf.config.roles import Role, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.models.embedded import prepare
 from rlhf.models.model_folder import local_folder
-from rlhf.models.validate import Facts, examine
+from rlhf.models.validate import ModelFacts, validate_model
 from rlhf.runtime.dist import World, broadcast_object
 from rlhf.text.tokenizer import Tokenizer, load_tokenizer, stop_token_ids, template_fingerprint
 from stages.lifecycle.session import stage_tokenizer
@@ -32,7 +32,7 @@ class _Inspector:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
-        self.facts, self.check_seal = cache(examine), cache(check_seal)
+        self.facts, self.check_seal = cache(validate_model), cache(check_seal)
         self._plain, self._own = cache(load_tokenizer), cache(partial(stage_tokenizer, run))
 
     def tokenizer(self, role: Role, folder: Path, *, is_made: bool) -> Tokenizer:
@@ -48,7 +48,7 @@ class _Inspected:
     """A model of a stage that was inspected."""
 
     role: Role
-    facts: Facts
+    facts: ModelFacts
     tokenizer: Tokenizer
     template: str | None
     """Fingerprint of the template that a stage of ours trained it with, or will; None for other models."""
@@ -137,7 +137,7 @@ def _examined(inspector: _Inspector, role: Role, *, folder: Path, is_made: bool)
     return _Inspected(role, facts, tokenizer, trained_with)
 
 
-def _check_tokens(tokenizer: Tokenizer, facts: Facts) -> None:
+def _check_tokens(tokenizer: Tokenizer, facts: ModelFacts) -> None:
     """Every token that can occur has an embedding row; one the template never writes may lack it (as in Gemma 3 1B)."""
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= facts.rows}
     if not beyond:
@@ -159,7 +159,7 @@ def _check_tokens(tokenizer: Tokenizer, facts: Facts) -> None:
     log.warning("%s: %s; a text that has one of them could not be read", facts.folder, said)
 
 
-def _check_positions(run: RunConfig, role: Role, *, facts: Facts) -> None:
+def _check_positions(run: RunConfig, role: Role, *, facts: ModelFacts) -> None:
     """The longest sequence of the stage fits into the model's positions."""
     config = run.stage_config(role.stage)
     names = config.longest_sequence()

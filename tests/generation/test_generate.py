@@ -224,12 +224,12 @@ def test_who_listens_hears_every_token_of_every_row_as_it_is_said():
     decoding = Decoding(NEW, stops, pad_id=tiny.PAD, sampling=SAMPLED)
     heard = {row: [] for row in range(8)}
 
-    def hear(rows, tokens):
+    def on_tokens(rows, tokens):
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             heard[row].append(token)
         return True
 
-    said = generate(model, prompts, decoding=decoding, seed=1, hear=hear)
+    said = generate(model, prompts, decoding=decoding, seed=1, on_tokens=on_tokens)
     assert len({len(tokens) for tokens in heard.values()}) > 1, "rows should end at different times"
     for row, mask in enumerate(said.response_mask):
         assert heard[row] == said.responses[row][mask].tolist()
@@ -240,7 +240,7 @@ def test_a_listener_ends_the_answer_where_it_stands():
     whole = answer(model, batch([6]))
     handle = model.register_forward_hook(lambda *_: forwards.append(1))
     decoding = Decoding(NEW, [], pad_id=tiny.PAD, sampling=SAMPLED)
-    said = generate(model, batch([6]), decoding=decoding, seed=1, hear=lambda rows, tokens: len(forwards) < 3)
+    said = generate(model, batch([6]), decoding=decoding, seed=1, on_tokens=lambda rows, tokens: len(forwards) < 3)
     handle.remove()
     assert said.responses.tolist() == whole.responses[:, :3].tolist()
     assert not said.ended.any()

@@ -20,9 +20,8 @@ from transformers import (
 )
 
 from rlhf.config.model_config import LoraConfig
-from rlhf.models.causal_lm import causal_lm
+from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.export import export
-from rlhf.models.positions import position_ids
 from rlhf.models.safetensors_writer import Entry, SafetensorsFile
 from rlhf.models.scalar_head import last_token_scores, scalar_head_model
 from rlhf.runtime.errors import RunError

@@ -10,9 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.model_config import LoraConfig
-from rlhf.models.causal_lm import causal_lm
+from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.lora import Survival, adapted_layers, adapters_off, fold_adapters, folds, inject
-from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import scalar_head_model
 from tests.models import tiny
 

@@ -5,8 +5,8 @@ import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from rlhf.config.model_config import LoraConfig
+from rlhf.models.causal_lm import position_ids
 from rlhf.models.export import export
-from rlhf.models.positions import position_ids
 from rlhf.models.scalar_head import last_token_scores, response_values, scalar_head_model
 from tests.models import tiny
 

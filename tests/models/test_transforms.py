@@ -8,8 +8,7 @@ from transformers import AutoModel
 
 from rlhf.config.model_config import LoraConfig
 from rlhf.models import transforms as surgery
-from rlhf.models.causal_lm import causal_lm
-from rlhf.models.positions import position_ids
+from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.models.transforms import enable_activation_checkpointing, find_blocks, first_layers, with_dropout
 from tests.models import tiny

@@ -1,6 +1,6 @@
 import torch
 
-from rlhf.models.positions import position_ids
+from rlhf.models.causal_lm import position_ids
 
 
 def test_positions_count_real_tokens_on_either_side_of_the_padding():
