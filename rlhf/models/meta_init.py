@@ -89,7 +89,7 @@ def build_on_meta(auto_class: type[_BaseAutoModelClass], config: PreTrainedConfi
     """
     complaint = f"Model folder {config.name_or_path}: transformers cannot make the model of its `config.json`:"
     with reading(complaint), init_empty_weights(include_buffers=False):
-        module: PreTrainedModel = auto_class.from_config(
+        module: PreTrainedModel = auto_class.from_config(  # type: ignore[no-untyped-call]
             copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
         )
     # Moving parameters to meta one by one parts those that are tied.
