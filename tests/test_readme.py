@@ -27,8 +27,25 @@ def test_the_readme_starts_with_two_commands():
     assert [command.split(" ")[:2] for command in commands()[:2]] == [["make", "run"], ["make", "test"]]
 
 
+def file_table():
+    """The block of the README that has one line for each file."""
+    return re.search(r"```\nrun_pipeline\.py .*?```", (ROOT / "README.md").read_text(), re.DOTALL)[0]
+
+
 def test_the_readme_is_a_page_and_not_a_book():
-    assert len((ROOT / "README.md").read_text().splitlines()) < 250
+    assert len((ROOT / "README.md").read_text().replace(file_table(), "").splitlines()) < 250
+
+
+def test_every_file_has_one_line_that_says_what_it_holds():
+    listed, folder = [], ""
+    for line in file_table().splitlines()[1:-1]:
+        indented, name, about = re.fullmatch(r"( *)(\S+) *(.*)", line).groups()
+        folder = folder if indented else name
+        if indented:
+            listed.append(folder + name)
+            assert len(about.split()) > 2, line
+    files = [file for room in ("rlhf", "stages", "data") for file in (ROOT / room).rglob("*.py")]
+    assert sorted(listed) == sorted(str(file.relative_to(ROOT)) for file in files if file.name != "__init__.py")
 
 
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith(INSTALLING)])
