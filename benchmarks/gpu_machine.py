@@ -83,7 +83,7 @@ def _pytest(bench: Bench, files: list[str]) -> str:
 
 
 def copies(bench: Bench) -> str:
-    """Copies within the device and between it and the host, products of matrices, and the disk of the nvme tier."""
+    """Copies within the device and between it and the host, products of matrices, and the NVMe disk."""
     sizes = {"megabytes": 8, "width": 256} if bench.toy else {"megabytes": 1024, "width": 8192}
     rates = bench.call(copy_rates, device=bench.device, **sizes)
     head = table(["", "rate"], [[name, value] for name, value in rates.items()])
@@ -93,7 +93,7 @@ def copies(bench: Bench) -> str:
 
 
 def disk_rates(folder: str, nbytes: int, tile: int, rounds: int) -> str:
-    """A table of reading and writing as the nvme tier does it, beside bare system calls."""
+    """A table of reading and writing as offloading to NVMe does it, beside bare system calls."""
     return zero_disk.compare(Path(folder), nbytes=nbytes, tile=tile, buffers=4, rounds=rounds)
 
 

@@ -18,7 +18,7 @@ from benchmarks.zero_case import Case
 from benchmarks.zero_report import table
 from rlhf.config.run_config import STAGES
 
-TIERS = {  # of conf/engine: ZeRO stage, tier of the optimizer, tier of the parameters
+OFFLOADS = {  # of conf/engine: ZeRO stage, where optimizer state and parameters are kept
     "zero0": (0, "none", "none"),
     "zero2_cpu": (2, "cpu", "none"),
     "zero3_cpu": (3, "cpu", "cpu"),
@@ -33,18 +33,18 @@ Losses = dict[str, list[float]]
 
 
 def smoke(bench: Bench) -> str:
-    """The pipeline on a tiny model in fp32, with the weights and states of each tier; losses beside those of zero0."""
+    """The pipeline on a tiny model in fp32, with each kind of offloading; losses beside those of zero0."""
     return _beside_zero0(
-        bench.together({name: partial(pipeline_losses, bench, name) for name in TIERS}), FP32_TOLERANCE
+        bench.together({name: partial(pipeline_losses, bench, name) for name in OFFLOADS}), FP32_TOLERANCE
     )
 
 
 def parity(bench: Bench) -> str:
-    """The same batches in bf16 over fp32 masters on every tier, beside plain PyTorch in bf16 and zero0 in fp32."""
+    """The same batches in bf16 over fp32 masters with all offloading, beside plain PyTorch in bf16 and zero0 in fp32."""
     template = Case("ours", "1M", precision="bf16", steps=3, warmup=1, sequences=2, length=16, accumulation=2)
     if not bench.toy:
         template = replace(template, size="125M", steps=8, sequences=16, length=256, device="cuda", threads=4)
-    cases = {name: _on_tier(template, name) for name in TIERS}
+    cases = {name: _offloaded(template, name) for name in OFFLOADS}
     cases["plain PyTorch"] = replace(template, contender="plain")
     cases["zero0 in fp32"] = replace(template, precision="fp32")
     what = f"{template.size}, {template.steps} steps of {template.sequences} x {template.length} tokens."
@@ -112,8 +112,8 @@ def train(case: dict[str, Any], folder: str) -> dict[str, Any]:
     return report | {"seconds": statistics.median(report["wall_seconds"][case["warmup"] :])}
 
 
-def _on_tier(template: Case, name: str) -> Case:
-    stage, offload_optimizer, offload_param = TIERS[name]
+def _offloaded(template: Case, name: str) -> Case:
+    stage, offload_optimizer, offload_param = OFFLOADS[name]
     return replace(template, stage=stage, offload_optimizer=offload_optimizer, offload_param=offload_param)
 
 
@@ -122,12 +122,14 @@ SECONDS_OF_A_ROW = {"zero3_nvme": 75.0}
 
 
 def step(bench: Bench) -> str:
-    """A step in bf16 with weights and states on every tier, beside plain PyTorch with equal arithmetic."""
+    """A step in bf16 with weights and states with all offloading, beside plain PyTorch with equal arithmetic."""
     template = Case("ours", "1M", precision="bf16", steps=2, warmup=1, sequences=2, length=16, accumulation=2)
     if not bench.toy:
         template = replace(template, size="1B", steps=5, warmup=2, sequences=32, length=1024, accumulation=4)
         template = replace(template, device="cuda", threads=os.cpu_count() or 1)
-    cases = {"plain PyTorch": replace(template, contender="plain")} | {name: _on_tier(template, name) for name in TIERS}
+    cases = {"plain PyTorch": replace(template, contender="plain")} | {
+        name: _offloaded(template, name) for name in OFFLOADS
+    }
     cases["zero2_cpu, delayed"] = replace(cases["zero2_cpu"], settings={"delayed_update": True})
     # A step of this row moves some 35 GB from and to the disk.
     cases["zero3_nvme"] = replace(cases.pop("zero3_nvme"), steps=2, warmup=1)

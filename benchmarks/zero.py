@@ -1,4 +1,4 @@
-"""What ZeRO costs here: disk, CPU Adam, steps per tier and stage, growth, a memory limit, and offloading from CUDA.
+"""What ZeRO costs here: disk, CPU Adam, steps by ZeRO stage and offloading, growth, a memory limit, CUDA.
 
 Run the parts one at a time, each replaces its section of `benchmarks/results/zero.md`:
 
@@ -10,7 +10,7 @@ Run the parts one at a time, each replaces its section of `benchmarks/results/ze
     python -m benchmarks.zero offload --sizes 500M 1B        (on a CUDA device)
 
 PYTHON is an interpreter with torch, transformers, deepspeed and ninja (`pip install deepspeed==0.19.8 ninja`;
-`libaio-dev` for its disk tier): it compiles its operators on first use, some minutes. Without it the peer is skipped.
+`libaio-dev` for NVMe): it compiles its operators on first use, some minutes. Without it the peer is skipped.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def adam(arguments: argparse.Namespace) -> str:
 
 
 def step(arguments: argparse.Namespace) -> str:
-    """Time and memory of a training step per tier and stage."""
+    """Time and memory of a training step per ZeRO stage and offloading."""
     skipped = [] if arguments.peer else ["DeepSpeed was skipped: no Python with it was named (--peer)."]
     texts = [
         zero_step.compare(

@@ -93,7 +93,7 @@ def run(case: Case, *, folder: Path, python: str = sys.executable, cap: MemoryCa
 
     Args:
         case: what to run.
-        folder: on the disk that the nvme tier uses.
+        folder: on the disk that offloading to NVMe uses.
         python: an interpreter with the packages of the contender.
         cap: memory that all its processes together may use.
 

@@ -1,4 +1,4 @@
-"""Cost of a step as the model grows, per tier, and training within a memory limit.
+"""Cost of a step as the model grows, per offloading, and training within a memory limit.
 
 Left out: the peer (see `zero_step.py`).
 """
@@ -22,7 +22,7 @@ STATE_BYTES = 16  # for each parameter: weight and gradient (bf16, or fp32 witho
 
 
 def grow(records: Records, template: Case, *, sizes: Sequence[str], rows: Sequence[str], rounds: int) -> str:
-    """Milliseconds of a step for each million parameters, and peak memory, by size and tier."""
+    """Milliseconds of a step for each million parameters, and peak memory, by size and offloading."""
     times, memory = [], []
     for name in rows:
         stage, offload_optimizer, offload_param = ROWS[name]
@@ -39,7 +39,7 @@ def grow(records: Records, template: Case, *, sizes: Sequence[str], rows: Sequen
             memory_cells.append(spread([outcome.peak_mb for outcome in outcomes], 0))
         times.append(time_cells)
         memory.append(memory_cells)
-    head = ["ZeRO, tiers", *(f"{size} ({parameters(size) / 1e6:.0f} M)" for size in sizes)]
+    head = ["ZeRO, offload", *(f"{size} ({parameters(size) / 1e6:.0f} M)" for size in sizes)]
     what = (
         f"{template.precision}, {template.ranks} rank(s), {template.sequences} x {template.length} tokens, "
         f"{rounds} rounds. A step's milliseconds for each million parameters, CPU; wall clock:"
@@ -52,7 +52,7 @@ def train_capped(case: Case, *, folder: Path, limit: int) -> str:
 
     Args:
         case: of ours.
-        folder: for the nvme tier.
+        folder: for offloading to NVMe.
         limit: bytes that all processes together may use: code, imports, buffers and page cache included.
     """
     count = parameters(case.size)

@@ -30,7 +30,7 @@ def require_cuda() -> None:
     """End the program where there is nothing to measure."""
     if not torch.cuda.is_available():
         sys.exit(
-            "benchmarks.zero offload: found no CUDA device, expected one; on a CPU machine the optimizer's host tier "
+            "benchmarks.zero offload: found no CUDA device, expected one; on a CPU machine the optimizer's host memory "
             "is the device's memory, and `python -m benchmarks.zero step` measures the others."
         )
 

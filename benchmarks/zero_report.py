@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.reviews import hardware
 
 RESULT = Path(__file__).parent / "results/zero.md"
-_TITLE = "# ZeRO: tiers, stages and the peer\n"
+_TITLE = "# ZeRO: stages, offloading and the peer\n"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -141,9 +141,9 @@ def deepspeed(case: Case, folder: Path) -> Step:
 def deepspeed_config(case: Case, disk: Path, *, largest: int) -> dict[str, Any]:
     """Its defaults; or, tuned, buckets, tiles and buffers of the model's size and the disk in large requests."""
     zero: dict[str, Any] = {"stage": case["stage"]}
-    for part, tier in (("offload_optimizer", case["offload_optimizer"]), ("offload_param", case["offload_param"])):
-        if tier != "none":
-            zero[part] = {"device": tier} | ({"nvme_path": str(disk)} if tier == "nvme" else {})
+    for part, device in (("offload_optimizer", case["offload_optimizer"]), ("offload_param", case["offload_param"])):
+        if device != "none":
+            zero[part] = {"device": device} | ({"nvme_path": str(disk)} if device == "nvme" else {})
     config = {
         "train_micro_batch_size_per_gpu": case["sequences"],
         "gradient_clipping": CLIP,

@@ -1,4 +1,4 @@
-"""A training step per tier and stage: our engine, DeepSpeed with its defaults and tuned, and PyTorch alone.
+"""A training step per ZeRO stage and offloading: our engine, DeepSpeed with its defaults and tuned, and PyTorch alone.
 
 A round runs every contender once, each in fresh processes; ratios are taken within a round. Left out: GPUs, and more
 than one machine.
@@ -13,7 +13,7 @@ from benchmarks.zero_case import Case, Outcome
 from benchmarks.zero_records import Records
 from benchmarks.zero_report import spread, table
 
-ROWS = {  # name: ZeRO stage, tier of the optimizer, tier of the parameters
+ROWS = {  # name: ZeRO stage, where optimizer state and parameters are kept
     "0": (0, "none", "none"),
     "1": (1, "none", "none"),
     "2": (2, "none", "none"),
@@ -66,7 +66,7 @@ def compare(records: Records, template: Case, *, rows: Sequence[str], rounds: in
 
 
 def _contenders(template: Case, name: str, *, peer: bool) -> list[Case]:
-    """Ours, DeepSpeed, and DeepSpeed tuned where something rests off the device."""
+    """Ours, DeepSpeed, and DeepSpeed tuned where something is offloaded."""
     stage, offload_optimizer, offload_param = ROWS[name]
     ours = replace(template, stage=stage, offload_optimizer=offload_optimizer, offload_param=offload_param)
     default = replace(ours, contender="deepspeed", settings={})
@@ -76,7 +76,7 @@ def _contenders(template: Case, name: str, *, peer: bool) -> list[Case]:
 
 def _times(rows: list[Row]) -> str:
     """Milliseconds of process time a step of all ranks, and ratios of that and of wall clock."""
-    head = ["ZeRO, tiers", "ours, CPU ms", "DeepSpeed", "tuned", "best DeepSpeed / ours", "the same by wall clock"]
+    head = ["ZeRO, offload", "ours, CPU ms", "DeepSpeed", "tuned", "best DeepSpeed / ours", "the same by wall clock"]
     head += ["speed of ZeRO-0", "by wall clock"]
     lines = []
     for row in rows:
@@ -93,7 +93,7 @@ def _times(rows: list[Row]) -> str:
 def _memory(rows: list[Row]) -> str:
     """MB above the imports, the mean of the ranks; and how far the losses are from one plain process."""
     head = [
-        "ZeRO, tiers",
+        "ZeRO, offload",
         "ours, peak MB of a step",
         "DeepSpeed",
         "tuned",
