@@ -40,7 +40,7 @@ def smoke(bench: Bench) -> str:
 
 
 def parity(bench: Bench) -> str:
-    """The same batches in bf16 over fp32 masters with all offloading, beside plain PyTorch in bf16 and zero0 in fp32."""
+    """The same batches in bf16 over fp32 masters with all offloading, beside plain PyTorch bf16 and zero0 fp32."""
     template = Case("ours", "1M", precision="bf16", steps=3, warmup=1, sequences=2, length=16, accumulation=2)
     if not bench.toy:
         template = replace(template, size="125M", steps=8, sequences=16, length=256, device="cuda", threads=4)
