@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -45,7 +46,7 @@ _NO_WHEEL = (
     "Give your own model with `model.path=FOLDER model.embedded=null`, or run `experiment=smoke`, which needs none."
 )
 
-_SHAPES: dict[Embedded, dict[str, object]] = {
+_SHAPES: dict[Embedded, dict[str, Any]] = {
     Embedded.tiny: {
         "vocab_size": 259,
         "hidden_size": 64,
@@ -119,7 +120,7 @@ def _publish(made: Path, folder: Path) -> None:
 
 
 def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerBase) -> None:
-    model.generation_config = GenerationConfig(
+    model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=model.config.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -133,7 +134,11 @@ def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokeniz
 
 def _make_tiny(folder: Path) -> None:
     tokenizer = byte_tokenizer()
-    ids = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    ids: dict[str, Any] = {
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
     config = LlamaConfig(**_SHAPES[Embedded.tiny], **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -147,7 +152,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         pad_token=_PAD,
         eos_token=_EOS,
@@ -207,6 +212,6 @@ def _convert(gguf: Path, folder: Path) -> None:
         settings.pop(stale, None)
     settings |= {"dtype": torch.bfloat16, "pad_token_id": tokenizer.pad_token_id}
     # A model that was loaded from GGUF refuses to be saved; a fresh one with its values does not.
-    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)  # type: ignore[arg-type]
     model.load_state_dict(loaded.state_dict())
     _save(folder, model, tokenizer=tokenizer)

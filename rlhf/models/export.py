@@ -12,6 +12,7 @@ import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from safetensors.torch import save_file
@@ -68,7 +69,9 @@ def export(
             plain = _plain_tensors(module, tensors, adapters=adapters, dtype=dtype, survival=survival)
             entries = _entries(module, dtype)
             _write_tensors(partial, plain, entries=entries, max_shard_bytes=max_shard_bytes)
-            _write_model_config(partial, module.config, pad_id=tokenizer.pad_token_id, dtype=_dtype_of(entries))
+            _write_model_config(
+                partial, cast(PreTrainedConfig, module.config), pad_id=tokenizer.pad_token_id, dtype=_dtype_of(entries)
+            )
             tokenizer.save_pretrained(partial)
             if isinstance(module, PreTrainedModel):
                 _write_generation_config(partial, module.generation_config, tokenizer=tokenizer)
@@ -153,8 +156,10 @@ def _write_adapter(folder: Path, module: nn.Module, *, adapters: dict[str, Tenso
     folder.mkdir()
     tensors = {lora.adapter_key(name): tensor.contiguous() for name, tensor in adapters.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata=_METADATA)
-    config = lora.exported_config(module, base=module.config.name_or_path, has_head="score.weight" in adapters)
-    config.save_pretrained(folder)
+    config = lora.exported_config(
+        module, base=cast(Any, module).config.name_or_path, has_head="score.weight" in adapters
+    )
+    config.save_pretrained(str(folder))
 
 
 def _publish(partial: Path, folder: Path) -> None:

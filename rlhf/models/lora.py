@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -38,7 +38,8 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out], with the adapter unless it is switched off."""
-        weight, bias = self.base_layer.weight, self.base_layer.bias
+        base: Any = self.base_layer
+        weight, bias = base.weight, base.bias
         weight = weight if self.fan_in_fan_out else weight.T  # [in, out]
         rows = x.flatten(0, -2)  # [N, in]
         if self.disable_adapters:  # not the layer's own forward, which may round once with the bias
@@ -81,7 +82,7 @@ def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) ->
     inject_adapter_in_model(
         PeftLoraConfig(
             r=config.rank,
-            lora_alpha=config.alpha,
+            lora_alpha=config.alpha,  # type: ignore[arg-type]  # annotated as int, used as a number
             lora_dropout=config.dropout,
             target_modules=targets,
             fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
@@ -180,7 +181,7 @@ def exported_config(module: nn.Module, *, base: str, has_head: bool) -> PeftLora
         base: Path or hub id of the model they were trained on.
         has_head: Whether the scalar head belongs to the adapter.
     """
-    settings = adapted_config(module).to_dict()
+    settings = adapted_config(module).to_dict()  # type: ignore[no-untyped-call]
     settings |= {
         "base_model_name_or_path": base,
         "task_type": TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM,
@@ -192,12 +193,17 @@ def exported_config(module: nn.Module, *, base: str, has_head: bool) -> PeftLora
 
 def adapted_config(module: nn.Module) -> PeftLoraConfig:
     """The PEFT settings that `inject` chose for `module`."""
-    return module.peft_config[ADAPTER]
+    config: PeftLoraConfig = cast(Any, module).peft_config[ADAPTER]
+    return config
 
 
 def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
     """Every linear layer but the head, by name."""
-    head = module.get_output_embeddings() if isinstance(module, PreTrainedModel) else module.get_submodule("score")
+    head = (
+        cast(Any, module).get_output_embeddings()
+        if isinstance(module, PreTrainedModel)
+        else module.get_submodule("score")
+    )
     return {
         name: child
         for name, child in module.named_modules()
@@ -219,7 +225,7 @@ def _targets(wanted: list[str], linear: Mapping[str, nn.Module]) -> list[str]:
     return leaves if _ALL_LINEAR in wanted else list(wanted)
 
 
-def _top_layers(module: nn.Module, blocks: list[nn.Module], *, count: int) -> dict[str, object]:
+def _top_layers(module: nn.Module, blocks: list[nn.Module], *, count: int) -> dict[str, Any]:
     """PEFT's way of naming the last `count` blocks; empty for all."""
     if count > len(blocks):
         raise ValueError(f"lora.top_layers={count}: expected 0 (all) to {len(blocks)}, the layers of this model.")
@@ -253,7 +259,7 @@ def _switched_off(layers: list[LoraLayer]) -> Iterator[None]:
 
 
 def _fold(layer: LoraLayer) -> Fold:
-    return Fold(scale=layer.scaling[ADAPTER], transposed=layer.fan_in_fan_out)
+    return Fold(scale=layer.scaling[ADAPTER], transposed=cast(Any, layer).fan_in_fan_out)
 
 
 @torch.no_grad()

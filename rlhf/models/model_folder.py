@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -62,7 +63,7 @@ class Checkpoint:
         self.folder = folder
         expected = _indexed(folder)
         files = sorted(set(expected.values())) if expected else [_SINGLE]
-        self._open = {file: _opened(folder / file) for file in files}
+        self._open: dict[str, Any] = {file: _opened(folder / file) for file in files}
         found = {key: file for file, handle in self._open.items() for key in handle.keys()}  # noqa: SIM118
         self._file_of = expected or found
         astray = [key for key, file in expected.items() if found.get(key) != file]
@@ -87,10 +88,12 @@ class Checkpoint:
         """Rows of the tensor `key` on the CPU in its stored type; only these rows are read from disk."""
         handle = self._handle(key)
         if not self.shape(key):
-            return handle.get_tensor(key)
-        return handle.get_slice(key)[rows]
+            tensor: Tensor = handle.get_tensor(key)
+        else:
+            tensor = handle.get_slice(key)[rows]
+        return tensor
 
-    def _handle(self, key: str) -> safe_open:
+    def _handle(self, key: str) -> Any:
         return self._open[self._file_of[key]]
 
 
@@ -107,7 +110,7 @@ def _indexed(folder: Path) -> dict[str, str]:
     raise ValueError(_no_weights(folder))
 
 
-def _opened(file: Path) -> safe_open:
+def _opened(file: Path) -> Any:
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:

@@ -74,7 +74,7 @@ class SafetensorsFile:
         entry = self.missing.pop(name)
         assert tensor.shape == entry.shape, f"{name}: {tuple(tensor.shape)} arrived, not {tuple(entry.shape)}"
         values = tensor.detach().to(entry.dtype).contiguous()
-        data = memoryview(values.reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(values.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # an array is a buffer
         offset = self.offset_of(name)
         try:
             while data:

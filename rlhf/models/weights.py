@@ -15,7 +15,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -212,9 +212,10 @@ def _load_whole(module: PreTrainedModel, checkpoint: Checkpoint, *, optional: Co
         checkpoint.folder,
         sum(parameter.numel() for parameter in module.parameters()) * 4 / 1e9,
     )
-    loaded, report = type(module).from_pretrained(
+    found: Any = type(module).from_pretrained(
         checkpoint.folder, config=copy.deepcopy(module.config), dtype="auto", output_loading_info=True
     )
+    loaded, report = found
     _require_all(module, checkpoint, missing=sorted(set(report["missing_keys"]) - set(optional)))
     present = {name: tensor for name, tensor in loaded.state_dict().items() if name not in report["missing_keys"]}
     return LoadedWeights(present)
