@@ -1,4 +1,4 @@
-"""Numbers of the configuration: the type of a setting says what it may be, and anything else is refused.
+"""Number types with bounds for settings, and arithmetic on batch sizes and steps.
 
 `lr: Positive` is finite and above 0; `top_p: Annotated[float, Bounds(0, 1, above=True)]` is above 0 and at most 1.
 A setting may be null or a list of such numbers, too. Imports nothing but the standard library.
@@ -20,12 +20,12 @@ class Bounds:
     low: float
     high: float = math.inf
     above: bool = False
-    """Whether `low` itself is left out."""
+    """Exclude `low` itself."""
     below: bool = False
-    """Whether `high` itself is left out."""
+    """Exclude `high` itself."""
 
     def hold(self, value: float) -> bool:
-        """Whether `value` is one of them; NaN and the infinities never are."""
+        """Whether `value` is within the bounds; NaN and infinities never are."""
         high_enough = value > self.low if self.above else value >= self.low
         low_enough = value < self.high if self.below else value <= self.high
         return high_enough and low_enough and is_finite(value)

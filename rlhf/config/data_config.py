@@ -1,4 +1,4 @@
-"""The settings of the data: which files each stage learns from, and what is done with rows."""
+"""Settings of the data: the files of each stage, and how their rows are used."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rlhf.config.bounds import NonNegative, Seed, Settings, ShareBelowOne, requi
 
 
 class BadRows(StrEnum):
-    """What a row that cannot be used does to a run."""
+    """The effect of a row that cannot be used."""
 
     stop = "stop"
     drop = "drop"
 
 
 class RewrittenTurns(StrEnum):
-    """What becomes of an answer that the chat template writes differently once the conversation goes on."""
+    """Treatment of an answer that the chat template renders differently once the conversation continues."""
 
     skip = "skip"
     as_generated = "as_generated"
@@ -34,7 +34,7 @@ class StageDataConfig(Settings):
     eval_fraction: ShareBelowOne = 0.05
     """Share of the training rows held out when `eval` is empty."""
     bad_rows: BadRows = BadRows.stop
-    """What a row that cannot be used (empty, chosen equal to rejected, ...) does: stop the run, or be dropped."""
+    """A row that cannot be used (empty, chosen equal to rejected, ...) stops the run, or is dropped."""
     rewritten_turns: RewrittenTurns = RewrittenTurns.skip
     """Earlier answers of demonstrations that the template rewrites, as Qwen3 leaves out their reasoning. They are not
     learnt, or (as_generated) each gives a sequence more, which ends with it: nothing is lost, at their tokens' cost."""
@@ -78,7 +78,7 @@ class SourceConfig(Settings):
 
 @dataclass(kw_only=True)
 class DataConfig(Settings):
-    """What the stages learn from."""
+    """The data of all stages."""
 
     sft: StageDataConfig = field(default_factory=StageDataConfig)
     """Demonstrations: `messages`, or `prompt` and `completion`, or `text`."""

@@ -1,4 +1,4 @@
-"""The settings of the ZeRO engine: what is split over ranks, where it rests, in which type, and how it travels.
+"""Settings of the ZeRO engine: sharding, offloading, precision, buffers and communication.
 
 Names follow DeepSpeed's where it has one; `engine.deepspeed` reads its files. Imports nothing but the standard library.
 """
@@ -22,7 +22,7 @@ class Precision(StrEnum):
 
 
 class Device(StrEnum):
-    """Where the models compute."""
+    """The device on which models compute."""
 
     auto = "auto"
     cpu = "cpu"
@@ -30,7 +30,7 @@ class Device(StrEnum):
 
 
 class OffloadDevice(StrEnum):
-    """Where a part of a model is kept while nothing computes with it; none is the device that computes."""
+    """Where a part of a model is kept between uses; none keeps it on the device that computes."""
 
     none = "none"
     cpu = "cpu"
@@ -49,15 +49,15 @@ class EngineConfig(Settings):
     """The ZeRO engine. Sizes are in elements unless they say bytes."""
 
     zero_stage: Annotated[int, Bounds(0, 3)]
-    """What is split over the ranks: 0 nothing, 1 optimizer states, 2 and gradients, 3 and parameters."""
+    """What is sharded over the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     precision: Precision = Precision.auto
     """Working weights; auto is bf16 where the device multiplies it natively, else fp32. fp16 scales the loss."""
     device: Device = Device.auto
     """auto takes CUDA when there is one."""
     offload_optimizer: OffloadDevice = OffloadDevice.none
-    """Where master weights and moments rest, and gradients after they are reduced; needs ZeRO 1 or more."""
+    """Where master weights, moments and reduced gradients are kept; needs ZeRO 1 or more."""
     offload_param: OffloadDevice = OffloadDevice.none
-    """Where working weights rest; needs ZeRO 3."""
+    """Where working weights are kept; needs ZeRO 3."""
     nvme_path: str | None = None
     """Folder on a local disk for what rests on nvme; its files are removed at the end."""
     buffer_count: Count = 4

@@ -1,4 +1,4 @@
-"""The settings of the two stages that train nothing: evaluation and chat."""
+"""Settings of evaluation and chat."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from rlhf.config.stage_configs import SamplingConfig, StageConfig
 
 @dataclass(kw_only=True)
 class EvalConfig(StageConfig):
-    """What a model says to held-out prompts, judged, and compared with what another says."""
+    """Evaluation of a model's responses to held-out prompts, and comparison with another model."""
 
     name: str | None = None
     """Keeps comparisons apart: results go to `eval/NAME`; with null they replace the last ones in `eval`."""
     model: str | None = None
-    """What is evaluated: a folder or a hub id; null becomes the policy of this run, or the newest of its folder."""
+    """Model to evaluate, a folder or a hub id; null becomes the policy of this run, or the newest in its folder."""
     baseline: str | None = "${output_dir}/sft/model"
-    """What it is compared with; null compares with nothing."""
+    """Model to compare with; null compares with nothing."""
     reference: str | None = "${output_dir}/sft/model"
-    """What KL is measured from; null measures none."""
+    """Model from which KL is measured; null measures none."""
     reward: str | None = "${output_dir}/reward/model"
     """The reward model that scores responses, and is itself examined on held-out pairs; null does without."""
     prompts: Count
@@ -30,7 +30,7 @@ class EvalConfig(StageConfig):
     max_prompt_tokens: Count
     """Prompts, of pairs and demonstrations too, that are longer are dropped."""
     max_response_tokens: Count
-    """Where generation stops."""
+    """Longest response, in tokens."""
     max_row_tokens: Count
     """Pairs and demonstrations with a longer response are dropped."""
     rows: Natural = 0
@@ -38,7 +38,7 @@ class EvalConfig(StageConfig):
     response_only: bool = True
     """Perplexity of demonstrations is that of their responses; false counts their prompts too."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How responses are drawn; with a temperature of 0 the likeliest token, and KL is then that of temperature 1."""
+    """Sampling of responses; a temperature of 0 takes the likeliest token, and KL is then that of temperature 1."""
     judges: list[str] = field(default_factory=lambda: ["reward"])
     """Who says which response is better: `reward` (the reward model), `human` (you, in the terminal), and functions of
     yours as `module:function`; see `rlhf/evaluation/judges.py`."""
@@ -60,7 +60,7 @@ class EvalConfig(StageConfig):
 
 
 class PromptStyle(StrEnum):
-    """What a model reads: a conversation in its chat template, or what was typed as it is, each line by itself."""
+    """The prompt of a chat: a conversation in the chat template, or each typed line as it is."""
 
     template = "template"
     plain = "plain"
@@ -80,6 +80,6 @@ class ChatConfig(StageConfig):
     system: str = ""
     """System message of the conversation; empty is none."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How answers are drawn; a temperature of 0 takes the likeliest token."""
+    """Sampling of answers; a temperature of 0 takes the likeliest token."""
     max_response_tokens: Count = 256
-    """Where an answer is cut."""
+    """Longest answer, in tokens."""

@@ -1,4 +1,4 @@
-"""The settings of the pretrained model and of adapters."""
+"""Settings of the pretrained model and of adapters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of AdamW and of the learning-rate schedule."""
+"""Settings of AdamW and of the learning-rate schedule."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The settings of PPO and its variants without a critic: rollouts, advantages, KL penalty, scores and losses."""
+"""Settings of PPO and its variants without a critic: rollouts, advantages, KL penalty, scores and losses."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class KLKind(StrEnum):
 
 
 class MissingEosMode(StrEnum):
-    """What the penalty does to the score of a response that never ends."""
+    """Effect of a missing EOS on the score."""
 
     set = "set"
     subtract = "subtract"
 
 
 class AdvantageKind(StrEnum):
-    """Where advantages come from: a critic (gae), or the other responses to the same prompt."""
+    """Advantage estimator: with a critic (gae), or by comparison with other responses to the same prompt."""
 
     gae = "gae"
     grpo = "grpo"
@@ -48,7 +48,7 @@ class AdvantageKind(StrEnum):
 
 
 POLICIES = ("ppo", "grpo", "rloo", "dr_grpo")
-"""What the third stage is called, after its advantages: ppo is gae."""
+"""Names of the third stage by its advantage estimator; ppo is gae."""
 
 
 @dataclass(kw_only=True)
@@ -67,14 +67,14 @@ class KLConfig(Settings):
 
 @dataclass(kw_only=True)
 class ScoreConfig(Settings):
-    """What happens to the reward model's scalar before it becomes a reward."""
+    """From the reward model's scalar to the score that PPO is paid."""
 
     normalize: bool = True
     """Subtract the held-out mean and divide by the standard deviation that the reward stage stored."""
     clamp: NonNegative = 5.0
     """Limit of a normalised score, both ways; 0 leaves it alone. Scores that are not normalised are never clamped."""
     missing_eos_mode: MissingEosMode = MissingEosMode.subtract
-    """Whether the penalty replaces the score or is subtracted from it."""
+    """The penalty replaces the score (set) or is subtracted from it."""
     missing_eos_penalty: NonNegative = 1.0
     """Penalty for a response that never ends: `set` scores it minus this."""
 
@@ -89,13 +89,13 @@ class PPOConfig(TrainingConfig):
     best_metric = BestMetric("eval/score", 1)
 
     actor: str = "${output_dir}/sft/model"
-    """Where the policy starts."""
+    """Model from which the policy starts."""
     reference: str | None = None
-    """What KL is measured from; null is the actor as it starts (with LoRA: its adapters switched off)."""
+    """Model from which KL is measured; null is the initial actor (with LoRA: its adapters switched off)."""
     reward: str = "${output_dir}/reward/model"
     """Reward model."""
     critic: str | None = None
-    """Where the value function starts; null is the reward model."""
+    """Model from which the critic starts; null is the reward model."""
     iterations: Count
     """Rollout batches, each followed by `epochs` of updates."""
     rollout_size: Count
@@ -109,13 +109,13 @@ class PPOConfig(TrainingConfig):
     minibatch_size: Count
     """Sequences in one optimizer step, over all ranks."""
     actor_optimizer: OptimizerConfig
-    """Of the policy."""
+    """AdamW of the actor."""
     critic_optimizer: OptimizerConfig
-    """Of the value function."""
+    """AdamW of the critic."""
     critic_warmup: Natural = 0
     """First iterations in which only the critic learns."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
-    """How responses are drawn."""
+    """Sampling of responses."""
     critic_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))
     """The critic's engine, unless overridden the stage's; `engine` is the actor's."""
     reference_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))
@@ -166,7 +166,7 @@ class PPOConfig(TrainingConfig):
 
     @property
     def title(self) -> str:
-        """What the stage is called in folders, tables and hints."""
+        """Name of the stage in folders, tables and hints."""
         return "ppo" if self.advantage is AdvantageKind.gae else str(self.advantage)
 
     @property

@@ -1,4 +1,4 @@
-"""Which models each stage has, in which role: the only place that knows.
+"""The models of each stage and their roles: the only place that knows.
 
 Loading, the memory plan, DeepSpeed files and every check iterate over `roles_of`. See also: `compatibility.py`, which
 checks that the models can be used.
@@ -23,7 +23,7 @@ PRODUCTS = {"sft": ("model",), "reward": ("model",), **dict.fromkeys(POLICIES, (
 
 
 class ModelKind(StrEnum):
-    """What a decoder ends with: logits over the vocabulary, or one number per position."""
+    """Head of a decoder: logits over the vocabulary, or one number per position."""
 
     causal_lm = "causal_lm"
     scalar_head = "scalar_head"
@@ -35,7 +35,7 @@ class Role:
 
     stage: str
     name: str
-    """What the stage calls it, such as "critic"; a model that is trained is exported under this name."""
+    """Name in the stage, such as "critic"; a trained model is exported under it."""
     _: KW_ONLY
     path: str
     """Folder or hub id that it starts from; empty where this run needs no model of its own for the role."""
@@ -47,7 +47,7 @@ class Role:
     optimizer: str | None = None
     """Last part of the setting with its optimizer; None for a frozen model, which has no adapters either."""
     num_layers: int = 0
-    """How many of its layers are used; 0 uses all."""
+    """Use only the first layers; 0 uses all."""
     dropout: float = 0.0
     """Every dropout probability of it."""
     gives_scores: bool = False

@@ -1,4 +1,4 @@
-"""The settings of a run: the root of the configuration, one dataclass per group of `conf/`, closed, typed, validated.
+"""Settings of a whole run: the root of the configuration, and launch, checkpoints and memory.
 
 `conf/` holds the numbers; the text under a field says its unit and its consequence. See also: the other files of this
 folder, one per group.
@@ -30,14 +30,14 @@ from rlhf.config.tracking_config import TrackingConfig
 STAGES = ("sft", "reward", "ppo")
 """The stages, in the order in which they run."""
 FOLDERS = ("sft", "reward", *POLICIES)
-"""Their folders: that of the third is called after its advantages."""
+"""Folders of the stages; the third is named after its advantage estimator."""
 USES = ("eval", "chat")
-"""What can be done with the models afterwards, in the order in which it is done; selected as stages are."""
+"""Stages that train nothing, in the order in which they run."""
 
 
 @dataclass(kw_only=True)
 class LaunchConfig(Settings):
-    """How a run is started."""
+    """Processes, threads and timeouts."""
 
     ranks: Count = 1
     """Processes on this machine; above 1 they are started from this one. Ignored when torchrun started us."""
@@ -82,7 +82,7 @@ class CheckpointConfig(Settings):
 
 @dataclass(kw_only=True)
 class MemoryConfig(Settings):
-    """What a run may use, for the plan; null takes what the machine has free."""
+    """Memory and disk that a run may use; null takes what the machine has free."""
 
     device_gb: Positive | None = None
     """GB (1e9 bytes) of each device."""
@@ -101,23 +101,23 @@ class RunConfig(Settings):
     name: str
     """Name of the run: its output folder and its W&B group."""
     output_dir: str
-    """Where everything goes (the README shows the tree)."""
+    """Folder for all output (the README shows the tree)."""
     seed: Seed = 0
     """Seed of every stage that does not set its own."""
     launch: LaunchConfig = field(default_factory=LaunchConfig)
-    """How the run is started."""
+    """Processes, threads and timeouts."""
     model: ModelConfig
     """The pretrained model."""
     engine: EngineConfig
     """The engine of every stage."""
     data: DataConfig = field(default_factory=DataConfig)
-    """What the stages learn from."""
+    """Data of all stages."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """What is shown and recorded."""
+    """Logging, W&B and the report."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When a stage saves itself, and what is kept."""
     memory: MemoryConfig = field(default_factory=MemoryConfig)
-    """What the plan may use."""
+    """Memory and disk that the run may use."""
     plan: bool = False
     """Print the memory plan and stop; no weights are loaded."""
     sft: SFTConfig | None = None
@@ -139,11 +139,11 @@ class RunConfig(Settings):
         )
 
     def title(self, stage: str) -> str:
-        """What a stage is called in folders, tables and hints: the third after its advantages."""
+        """Name of a stage in folders, tables and hints; the third is named after its advantage estimator."""
         return self.ppo.title if stage == "ppo" and self.ppo is not None else stage
 
     def folder(self, stage: str) -> str:
-        """Where a stage writes."""
+        """Output folder of a stage."""
         return f"{self.output_dir}/{self.title(stage)}"
 
     def stage_of(self, folder: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The settings of the training stages, and what all stages have in common."""
+"""Settings that all stages share, and those of SFT and reward modelling."""
 
 from __future__ import annotations
 
@@ -60,9 +60,9 @@ class TrainingConfig(StageConfig):
     micro_batch_settings: ClassVar[tuple[str, ...]] = ("micro_batch_size",)
     """Names of the settings that trade memory for speed and leave results alone."""
     rows: ClassVar[str]
-    """What it learns from: a key of `READERS` in `data/samples.py`."""
+    """Kind of training data: a key of `READERS` in `data/samples.py`."""
     row_unit: ClassVar[str] = "sequences"
-    """What batch sizes count."""
+    """Unit of batch sizes."""
     best_metric: ClassVar[BestMetric]
     """Decides which evaluation is the best one."""
 
@@ -157,7 +157,7 @@ class RewardConfig(SupervisedConfig):
 
 @dataclass(kw_only=True)
 class SamplingConfig(Settings):
-    """How responses are drawn."""
+    """Sampling of responses."""
 
     temperature: NonNegative = 1.0
     """Divides the logits, in sampling and in every log-probability; 0 would be greedy, with which PPO cannot learn."""

@@ -1,4 +1,4 @@
-"""The settings of logging, W&B and the report."""
+"""Settings of logging, W&B and the report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rlhf.config.bounds import Count, Settings
 
 
 class WandbMode(StrEnum):
-    """How W&B is used; auto is online with a key and a reachable server, else offline. It never prompts."""
+    """Mode of W&B; auto is online with a key and a reachable server, else offline. It never prompts."""
 
     auto = "auto"
     online = "online"
@@ -18,7 +18,7 @@ class WandbMode(StrEnum):
 
 
 class ProgressDisplay(StrEnum):
-    """What the terminal shows; auto is a bar on a terminal and plain lines elsewhere."""
+    """Progress display; auto is a bar on a terminal and plain lines elsewhere."""
 
     auto = "auto"
     bar = "bar"
@@ -28,16 +28,16 @@ class ProgressDisplay(StrEnum):
 
 @dataclass(kw_only=True)
 class TrackingConfig(Settings):
-    """What is shown and recorded."""
+    """Logging, W&B and the report."""
 
     wandb: WandbMode = WandbMode.auto
-    """How W&B is used."""
+    """Mode of W&B."""
     project: str = "rlhf-pipeline"
     """W&B project."""
     entity: str | None = None
     """W&B team or user; null is the key's default."""
     progress: ProgressDisplay = ProgressDisplay.auto
-    """What the terminal shows."""
+    """Progress display on the terminal."""
     log_every: Count = 1
     """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""
     report: bool = True

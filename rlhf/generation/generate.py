@@ -1,4 +1,4 @@
-"""Decode a batch of prompts with a cache, on this rank alone.
+"""Decodes a batch of prompts with a KV cache, on this rank alone.
 
 The prompts are read once, then one token per row and forward. Rows that have ended leave the batch, so the cost follows
 the rows that are still active. A response depends on its prompt and `sample_id` only, not on the rest of the batch.
@@ -35,10 +35,10 @@ class Generated:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How responses are drawn, and where they end."""
+    """Sampling and length of responses."""
 
     max_new_tokens: int
-    """Where a response that has not ended is cut."""
+    """Longest response, in tokens."""
     stop_token_ids: Sequence[int]
     """Any of these ends a response and belongs to it."""
     pad_id: int

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, in memory that is taken once.
+"""A KV cache whose memory is allocated once.
 
 transformers' own cache copies everything it holds for each new token. Layers that attend to all positions get one
 buffer of the final length here; layers with a window (Mistral, Gemma) and those of other kinds keep theirs, which are
@@ -73,5 +73,5 @@ def kv_cache(config: PreTrainedConfig, max_length: int) -> DynamicCache:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """What `model.forward` calls its cache: `past_key_values`, or `cache` in newer versions of transformers."""
+    """The name of the cache argument of `model.forward`: `past_key_values`, or `cache` in newer transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

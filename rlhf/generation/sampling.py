@@ -1,4 +1,4 @@
-"""Drawing one token from logits, with random numbers that belong to the sample and not to the batch.
+"""Draws tokens from logits, with random numbers that belong to the sample and not to the batch.
 
 Left out: repetition penalties, beams, and everything else that would make the drawn distribution one that the training
 path cannot compute.

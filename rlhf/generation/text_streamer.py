@@ -1,4 +1,4 @@
-"""Text that appears while its tokens are drawn.
+"""Streams text while its tokens are drawn.
 
 A token may end in the middle of a character, and a decoder then shows a replacement character that the next token takes
 back. So what could still change is held until it cannot. Left out: what a terminal must not see (`tracking/table.py`).
@@ -34,7 +34,7 @@ class TextStream:
         return piece
 
     def rest(self) -> str:
-        """What was held, now that nothing follows."""
+        """The text that was held back, once no token follows."""
         return self._take(self._decode(self._window))
 
     def _certain(self) -> str:

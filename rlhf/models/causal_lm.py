@@ -1,4 +1,4 @@
-"""Causal language models: the actor, the reference, and what SFT trains."""
+"""Causal language models: the actor, the reference, and the model of SFT."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:
-    """How the model in `folder` wants to generate, None where it does not say; raises ValueError for a damaged file."""
+    """The generation config in `folder`, None if there is none; raises ValueError for a damaged file."""
     if not (folder / "generation_config.json").is_file():
         return None
     with reading(f"Model folder {folder}: transformers cannot read its `generation_config.json`:"):

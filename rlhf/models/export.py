@@ -1,4 +1,4 @@
-"""Write a trained model as a folder that plain transformers loads, without ever holding the model.
+"""Writes a trained model as a folder for plain transformers, one tensor in memory at a time.
 
 Tensors arrive one at a time, are merged with their adapters, and go straight to their place in a file: what is held is
 one layer, and the adapters. The folder appears complete or not at all, and nothing in it is pickled.
@@ -96,7 +96,7 @@ def _write_tensors(
 
 
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:
-    """What the plain model has, buffers included, in the order of the modules."""
+    """The tensors of the plain model, with buffers, in the order of its modules."""
     own = [(name, p) for name, p in module.named_parameters() if ".lora_" not in name]
     plain = [(name.replace(".base_layer.", "."), p) for name, p in own]
     return [
@@ -106,7 +106,7 @@ def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:
 
 
 def _dtype_of(entries: list[Entry]) -> torch.dtype:
-    """What `config.json` calls the model's type: that of its last matrix."""
+    """The type to name in `config.json`: that of the last matrix."""
     matrices = [entry.dtype for entry in entries if len(entry.shape) > 1 and entry.name != "score.weight"]
     return matrices[-1] if matrices else torch.float32
 

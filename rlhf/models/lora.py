@@ -57,7 +57,7 @@ class AdaptedLinear(Linear):
 
 
 class Fold(NamedTuple):
-    """How an adapter joins the weight of its layer."""
+    """How an adapter is merged into the weight of its layer."""
 
     scale: float  # alpha / rank
     transposed: bool  # the weight is [in, out], as in GPT-2
@@ -116,13 +116,13 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 
 def folds(module: nn.Module) -> dict[str, Fold]:
-    """How each adapter of `module` folds into its layer, by layer name; empty without adapters."""
+    """How each adapter of `module` is merged, by layer name; empty without adapters."""
     return {name: _fold(layer) for name, layer in adapted_layers(module).items()}
 
 
 @dataclass
 class Survival:
-    """How much of what adapters change is left when the merged weights are rounded to the type they are stored in."""
+    """Measures how much of the adapters' change is left after merged weights are rounded to their stored type."""
 
     change: float = 0.0
     """Sum of squares of (alpha / rank) B A."""
@@ -174,7 +174,7 @@ def adapter_key(name: str) -> str:
 
 
 def exported_config(module: nn.Module, *, base: str, has_head: bool) -> PeftLoraConfig:
-    """What `adapter_config.json` says, so that `PeftModel.from_pretrained(base, folder)` works.
+    """The content of `adapter_config.json`, so that `PeftModel.from_pretrained(base, folder)` works.
 
     Args:
         module: A model with adapters.

@@ -40,7 +40,7 @@ class ModelSpec:
     trainable: set[str]
     """Names of the parameters that learn; `requires_grad` agrees."""
     config: PreTrainedConfig
-    """What an export writes."""
+    """The configuration that an export writes."""
 
 
 def decoder_config(folder: Path) -> PreTrainedConfig:

@@ -1,4 +1,4 @@
-"""A model on disk: find its folder, list its tensors, read some rows of one.
+"""Finds a model on disk, lists its tensors, and reads rows of one.
 
 Only safetensors are read; nothing is unpickled. Left out: what the tensors mean to a module (see `weights.py`).
 """

@@ -1,4 +1,4 @@
-"""Safetensors files written a tensor at a time, in any order, each straight to its place.
+"""Writes safetensors files one tensor at a time, in any order, each straight to its place.
 
 The header of such a file comes first and says where everything is, which follows from names, shapes and types alone.
 So nothing is collected: what is in memory is the tensor that is being written. Left out: reading (`model_folder.py`).
@@ -33,7 +33,7 @@ _ALIGNMENT = 8
 
 
 class Entry(NamedTuple):
-    """What is known of a tensor before it arrives."""
+    """Type and shape of a tensor that is still to come."""
 
     name: str
     shape: torch.Size
@@ -84,7 +84,7 @@ class SafetensorsFile:
             raise OSError(error.errno, error.strerror, self._file.name) from error
 
     def offset_of(self, name: str) -> int:
-        """Where the bytes of a tensor begin in the file."""
+        """Offset of a tensor's bytes in the file."""
         return self._data + self._start[name]
 
     def sync(self) -> None:
@@ -92,7 +92,7 @@ class SafetensorsFile:
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the file; nothing more can be written."""
         self._file.close()
 
 
@@ -129,7 +129,7 @@ class ShardedFiles:
             (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the file; nothing more can be written."""
         for file in self._files:
             file.close()
 

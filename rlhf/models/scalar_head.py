@@ -1,4 +1,4 @@
-"""One scalar per position: the reward model (its last one is the score) and the critic (each one is a value).
+"""Decoders with one scalar per position: the reward model (the last one is the score) and the critic (each is a value).
 
 The modules and their names are those of `AutoModelForSequenceClassification(num_labels=1)`, so an export is loaded by
 plain transformers and scores the same. Left out: pooling and labels, which transformers would do in `forward`.

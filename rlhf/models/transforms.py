@@ -1,4 +1,4 @@
-"""Changes to a model that do not depend on its family: fewer layers, other dropout, recomputed activations.
+"""Changes to a model of any family: fewer layers, other dropout, activation checkpointing.
 
 The first two act on the configuration before anything is built, so that what is exported describes itself.
 """

@@ -1,4 +1,4 @@
-"""Where the values of a module's parameters come from, row by row.
+"""Sources of parameter values, read row by row: files, seeds, or a model that transformers converts.
 
 A sharded engine asks for `read(name, rows)` and gets just these rows, so no rank ever holds the model:
 
