@@ -65,7 +65,7 @@ def uniforms(seed: int, sample_ids: Tensor, *, length: int) -> Tensor:
     is drawn alike in any batch, on any rank and on any device.
 
     Args:
-        seed: Of the run and the iteration.
+        seed: Seed of the run and the iteration.
         sample_ids: `[B]` int64, unique.
         length: R, response positions.
 

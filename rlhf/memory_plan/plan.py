@@ -48,11 +48,11 @@ class Limits:
     """Bytes that a plan may use."""
 
     device: int | None
-    """Of each device; None on a CPU, where it is the host."""
+    """Bytes of each device; None on a CPU, where the host is the device."""
     host: int
-    """Of the machine, for all its ranks."""
+    """Bytes of the machine's memory, for all its ranks."""
     disk: int
-    """Of the file system, for all its ranks."""
+    """Bytes of the file system, for all its ranks."""
 
     def by_place(self) -> Iterator[tuple[Place, int]]:
         """Each place that has a limit of its own, and the limit."""
@@ -78,7 +78,7 @@ class Plan:
 
     stage: str
     ranks: int
-    """Of this machine."""
+    """Ranks on this machine."""
     is_cuda: bool
     phases: tuple[Phase, ...]
 

@@ -43,9 +43,9 @@ class Machine:
     device: torch.device
     """Only its type counts: a plan can be for a machine that is elsewhere."""
     ranks: int
-    """Of the whole run."""
+    """Ranks of the whole run."""
     local_ranks: int
-    """Of them on this machine."""
+    """Ranks on this machine."""
     runtime: tuple[Item, ...] = ()
     """What a process takes before it has a model."""
 

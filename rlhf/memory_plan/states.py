@@ -44,9 +44,9 @@ class ModelSetting:
     device: torch.device
     """Only its type counts; the device need not be there."""
     dtype: torch.dtype
-    """Of the working weights."""
+    """Type of the working weights."""
     micro_batches: int
-    """Of an optimizer step, on one rank; 0 for a frozen model."""
+    """Micro-batches of an optimizer step on one rank; 0 for a frozen model."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ class States:
         return lay_out_tiles(shards, max(capacity, PAGE_ELEMENTS), moments=moments)
 
     def _pool_bytes(self, most: int) -> int:
-        """Of a buffer pool, each buffer filled up to `most`: all of it if page-locked, else what is touched."""
+        """Host bytes of a buffer pool whose buffers are filled up to `most`: all if page-locked, else what is touched."""
         engine = self.setting.engine
         locked = engine.pin_memory and self.setting.device.type == "cuda"
         touched = -(-most // HUGE_PAGE) * HUGE_PAGE

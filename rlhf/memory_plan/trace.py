@@ -71,7 +71,7 @@ class Mode:
     """The state in which a model is traced."""
 
     dtype: torch.dtype
-    """Of the working weights."""
+    """Type of the working weights."""
     training: bool = False
     """Training mode, else eval mode without gradients."""
     recomputes: bool = False

@@ -22,7 +22,7 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
         path: A folder, or a hub id.
         dropout: Every dropout probability of the model.
         lora: Adapters; None or rank 0 trains the whole model.
-        seed: Of the adapters' first values.
+        seed: Seed of the adapters' initial values.
 
     Returns:
         A spec whose module is the plain `AutoModelForCausalLM`.

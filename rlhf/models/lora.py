@@ -131,7 +131,7 @@ class Survival:
 
     @property
     def share(self) -> float:
-        """Of the change, along its own direction; 1 where there is none. Rounding at random would leave 1."""
+        """Share of the change that is left along its own direction; 1 if there is none, or if rounding were random."""
         return self.stored / self.change if self.change else 1.0
 
 

@@ -118,7 +118,7 @@ def assemble(
         config: What an export writes.
         new: Parameters that start from random numbers of `seed`; they learn even when the rest is frozen.
         lora: Adapters; None or rank 0 trains every parameter.
-        seed: Of every new parameter.
+        seed: Seed of every new parameter.
     """
     blocks = find_blocks(module, config.num_hidden_layers)
     trainable = {name for name, _ in module.named_parameters()}

@@ -87,7 +87,7 @@ def scalar_head_model(
         num_layers: Keep only the first layers of the trunk; 0 keeps all.
         dropout: Every dropout probability of the model.
         lora: Adapters; None or rank 0 trains the whole model. The head always learns.
-        seed: Of the new head and the adapters' first values.
+        seed: Seed of the new head and the adapters' initial values.
         head_scale: Factor on a loaded head: a critic predicts normalised scores, a reward model does not.
 
     Returns:

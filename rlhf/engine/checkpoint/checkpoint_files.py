@@ -158,7 +158,7 @@ def read_shard(tensor: CheckpointTensor, entry: TensorEntry, *, folder: Path) ->
 
 
 def _read_part(entry: ShardEntry, part: Box, *, folder: Path, dtype: torch.dtype) -> Tensor:
-    """The elements of `part` from a shard that contains it: of the file, only the blocks that its rows are in."""
+    """The elements of `part`, from a shard that contains it; reads only the blocks that its rows are in."""
     shard = _box(entry)
     row = Box((), shard.sizes[1:]).numel * dtype.itemsize  # bytes
     first, rows = (part.offsets[0] - shard.offsets[0], part.sizes[0]) if part.sizes else (0, 1)

@@ -280,7 +280,7 @@ def _damaged(folder: Path, reason: object) -> ValueError:
 
 
 def _by_key(tensors: Iterable[CheckpointTensor]) -> dict[str, CheckpointTensor]:
-    """Those that have any elements, on whichever rank."""
+    """The tensors that have elements on some rank."""
     return {tensor.key: tensor for tensor in tensors if 0 not in tensor.shape}
 
 

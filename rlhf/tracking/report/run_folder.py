@@ -106,9 +106,9 @@ class StageFolder:
 
     name: str
     rows: list[Row]
-    """Of `metrics.jsonl`, oldest first; each has an integer `step`."""
+    """Rows of `metrics.jsonl`, oldest first; each has an integer `step`."""
     samples: list[Row]
-    """Of `samples.jsonl`."""
+    """Rows of `samples.jsonl`."""
     before: dict[str, float]
     """Held-out metrics before training."""
     after: dict[str, float]
@@ -157,7 +157,7 @@ class RunFolder:
     plan: str
     """The memory plan, text."""
     starts: list[Row]
-    """Of `origin.jsonl`: command, machine and versions of every start, oldest first."""
+    """Rows of `origin.jsonl`: command, machine and versions of every start, oldest first."""
     evaluations: list[EvaluationFolder]
     """The one without a name first."""
     notes: list[str]
