@@ -38,7 +38,7 @@ class OffloadDevice(StrEnum):
 
 
 class MomentDtype(StrEnum):
-    """Type of AdamW's two moments at rest; updates are computed in fp32."""
+    """Type in which AdamW's two moments are stored; updates are computed in fp32."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -59,7 +59,7 @@ class EngineConfig(Settings):
     offload_param: OffloadDevice = OffloadDevice.none
     """Where working weights are kept; needs ZeRO 3."""
     nvme_path: str | None = None
-    """Folder on a local disk for what rests on nvme; its files are removed at the end."""
+    """Folder on a local disk for offloading to nvme; its files have no names and vanish with the process."""
     buffer_count: Count = 4
     """Buffers between disk and memory, of each engine and rank; 3 or more overlap reading, computing and writing."""
     buffer_size: Count = 8_000_000

@@ -43,7 +43,7 @@ class EvalConfig(StageConfig):
     """Who says which response is better: `reward` (the reward model), `human` (you, in the terminal), and functions of
     yours as `module:function`; see `rlhf/evaluation/judges.py`."""
     subset: str = "subset"
-    """Column of the preference data that says which part of it a pair belongs to, where it has one."""
+    """Column of the preference data with the name of the part that a pair belongs to, if it has one."""
 
     def longest_sequence(self) -> tuple[str, ...]:
         """The longest prompt with the longest response, which is one to score or one to read."""

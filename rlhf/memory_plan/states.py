@@ -281,7 +281,7 @@ class States:
         return lay_out_tiles(shards, max(capacity, PAGE_ELEMENTS), moments=moments)
 
     def _pool_bytes(self, most: int) -> int:
-        """Host bytes of a buffer pool whose buffers are filled up to `most`: all if page-locked, else what is touched."""
+        """Host bytes of a buffer pool filled up to `most` per buffer: all if page-locked, else what is touched."""
         engine = self.setting.engine
         locked = engine.pin_memory and self.setting.device.type == "cuda"
         touched = -(-most // HUGE_PAGE) * HUGE_PAGE

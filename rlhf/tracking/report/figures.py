@@ -142,7 +142,7 @@ def smoothing(points: charts.Points) -> str:
 
 
 def known(key: str) -> Metric:
-    """What the registry says of a metric; just its name if another version logged it."""
+    """The registry's entry of a metric; just its name if another version logged it."""
     try:
         return metric(key)
     except ValueError:
