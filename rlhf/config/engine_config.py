@@ -129,7 +129,7 @@ class EngineConfig(Settings):
         )
         require(
             OffloadDevice.nvme not in (self.offload_optimizer, self.offload_param) or bool(self.nvme_path),
-            "engine.nvme_path is missing: name a folder on a local disk for what rests on nvme.",
+            "engine.nvme_path is missing: name a folder on a local disk for offloading to nvme.",
         )
         require(
             not self.activation_offload or self.activation_checkpointing,
