@@ -62,7 +62,7 @@ def test_tiers_are_found_equal_and_our_decoding_to_be_that_of_transformers(writt
 
 
 def test_the_pipeline_and_the_tests_are_run_as_programs(tmp_path, report, monkeypatch):
-    monkeypatch.setattr(gpu_train, "TIERS", {name: gpu_train.TIERS[name] for name in ("zero0", "zero3_nvme")})
+    monkeypatch.setattr(gpu_train, "OFFLOADS", {name: gpu_train.OFFLOADS[name] for name in ("zero0", "zero3_nvme")})
     assert run(["tests", "smoke"], bench=bench(tmp_path), report=report), report.sections
     assert " skipped" in report.sections["tests"]
     assert "| zero3_nvme | 0.0e+00 | yes |" in report.sections["smoke"]
