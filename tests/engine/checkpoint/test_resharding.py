@@ -21,7 +21,7 @@ def runs(tmp_path_factory):
     command = [sys.executable, "-m", "tests.engine.checkpoint.resharding_runs", str(root)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[:9000] + "\n...\n" + done.stderr[-9000:]
     return pickle.loads((root / "found").read_bytes())
 
 
