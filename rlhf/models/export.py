@@ -15,16 +15,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models import lora
-from rlhf.models.safetensors_writer import Entry, ShardedFiles
+from rlhf.models.safetensors_writer import Entry, write_model
 from rlhf.models.weights import persistent_buffers
 from rlhf.runtime.atomic_files import writing
-
-_METADATA = {"format": "pt"}
 
 
 def export(
@@ -68,7 +65,7 @@ def export(
             partial.mkdir(parents=True)
             plain = _plain_tensors(module, tensors, adapters=adapters, dtype=dtype, survival=survival)
             entries = _entries(module, dtype)
-            _write_tensors(partial, plain, entries=entries, max_shard_bytes=max_shard_bytes)
+            write_model(partial, plain, entries=entries, max_shard_bytes=max_shard_bytes)
             _write_model_config(
                 partial, cast(PreTrainedConfig, module.config), pad_id=tokenizer.pad_token_id, dtype=_dtype_of(entries)
             )
@@ -76,29 +73,18 @@ def export(
             if isinstance(module, PreTrainedModel):
                 _write_generation_config(partial, module.generation_config, tokenizer=tokenizer)
             if adapters:
-                _write_adapter(partial / "adapter", module, adapters=adapters)
+                base = cast(Any, module).config.name_or_path
+                lora.save_adapter(partial / "adapter", module, adapters=adapters, base=base)
             _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # where it could not be finished, its room is needed
     return survival.share if adapters else None
 
 
-def _write_tensors(
-    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, entries: list[Entry], max_shard_bytes: int
-) -> None:
-    files = ShardedFiles(folder, entries, max_shard_bytes=max_shard_bytes)
-    try:
-        for name, tensor in tensors:
-            files.write(name, tensor)
-        files.finish()
-    finally:
-        files.close()
-
-
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:
     """The tensors of the plain model, with buffers, in the order of its modules."""
     own = [(name, p) for name, p in module.named_parameters() if ".lora_" not in name]
-    plain = [(name.replace(".base_layer.", "."), p) for name, p in own]
+    plain = [(lora.plain_name(name), p) for name, p in own]
     return [
         Entry(name, tensor.shape, dtype if dtype and tensor.is_floating_point() else tensor.dtype)
         for name, tensor in (*plain, *persistent_buffers(module))
@@ -120,9 +106,9 @@ def _plain_tensors(
     survival: lora.Survival,
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and tensors of the plain model, buffers included; what an adapter folder needs is put into `adapters`."""
-    folds = lora.folds(module)
-    if folds:
-        tensors = lora.fold_adapters(_set_aside(tensors, adapters), folds, dtype=dtype, survival=survival)
+    layers = lora.adapted_layers(module)
+    if layers:
+        tensors = lora.merge_adapters(_set_aside(tensors, adapters), layers, dtype=dtype, survival=survival)
     yield from tensors
     for name, buffer in persistent_buffers(module):
         yield name, buffer.cpu()
@@ -150,16 +136,6 @@ def _write_generation_config(folder: Path, config: GenerationConfig, *, tokenize
         written.eos_token_id = tokenizer.eos_token_id
     # Not `save_pretrained`: it refuses settings that published models carry, such as a temperature without sampling.
     written.to_json_file(folder / "generation_config.json")
-
-
-def _write_adapter(folder: Path, module: nn.Module, *, adapters: dict[str, Tensor]) -> None:
-    folder.mkdir()
-    tensors = {lora.adapter_key(name): tensor.contiguous() for name, tensor in adapters.items()}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata=_METADATA)
-    config = lora.exported_config(
-        module, base=cast(Any, module).config.name_or_path, has_head="score.weight" in adapters
-    )
-    config.save_pretrained(str(folder))
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -1,8 +1,8 @@
-"""Low-rank adapters (Hu et al. 2021, "LoRA") through PEFT: y = W x + (alpha / rank) B A x, with W frozen.
+"""Low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x, with W frozen.
 
-`inject` puts them in, `adapters_off` shows the base model, `fold_adapters` merges them for an export:
-W' = W + (alpha / rank) B A, summed in fp32. Training, generation and evaluation never merge: what an adapter adds is
-often smaller than the last bit of a bf16 weight, and W' rounded to bf16 is then W again.
+PEFT puts them in and writes the adapter folder; it is imported only by a run that has adapters, since importing it
+takes most of a second. Training, generation and evaluation never merge: what an adapter adds is often smaller than the
+last bit of a bf16 weight, and W + (alpha / rank) B A rounded to bf16 is then W again. Only an export merges, in fp32.
 """
 
 from __future__ import annotations
@@ -12,12 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
-from peft import LoraConfig as PeftLoraConfig
-from peft import TaskType, inject_adapter_in_model
-from peft.tuners.lora import Linear, LoraLayer
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -29,38 +28,45 @@ ADAPTER = "default"  # PEFT's name for the only adapter; it is part of parameter
 _ALL_LINEAR = "all-linear"
 
 
-class AdaptedLinear(Linear):
-    """A linear layer of PEFT in which x W and what the adapter adds are summed before they are rounded to bf16.
+class AdaptedLinear(nn.Module):
+    """A linear layer with an adapter, whose sum is rounded to bf16 once.
 
-    PEFT rounds x W first, and then loses what is smaller than half the last bit of it, as merged weights do. A bias is
-    added afterwards, with and without the adapter alike: then an adapter that adds nothing changes no bit.
+    PEFT's own layer rounds x W first, and then loses what is smaller than half the last bit of it, as merged weights
+    do. A bias is added afterwards, with and without the adapter: then an adapter that adds nothing changes no bit.
+    The parts and their names are those of the PEFT layer that `inject` made, which becomes an object of this class.
     """
+
+    base_layer: nn.Linear | Conv1D
+    lora_A: nn.ModuleDict  # noqa: N815
+    lora_B: nn.ModuleDict  # noqa: N815
+    lora_dropout: nn.ModuleDict
+    scaling: dict[str, float]  # alpha / rank
+    fan_in_fan_out: bool  # True where the weight is [in, out], as in GPT-2
+    adapter_is_off: bool = False
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in] -> [..., out], with the adapter unless it is switched off."""
-        base: Any = self.base_layer
-        weight, bias = base.weight, base.bias
-        weight = weight if self.fan_in_fan_out else weight.T  # [in, out]
-        rows = x.flatten(0, -2)  # [N, in]
-        if self.disable_adapters:  # not the layer's own forward, which may round once with the bias
-            return self._with_bias(rows @ weight, bias, like=x)
-        change = self.lora_B[ADAPTER](self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](rows)))  # [N, out]
-        # A matrix product adds to what is there in its accumulators, which are fp32, and rounds once. In place: the
-        # backward of `lora_B` does not need what it gave.
-        return self._with_bias(change.addmm_(rows, weight, beta=self.scaling[ADAPTER]), bias, like=x)
+        weight = self.weight if self.fan_in_fan_out else self.weight.T  # [in, out]
+        rows = x.flatten(0, -2)  # [..., in] -> [N, in]
+        if self.adapter_is_off:  # not the base layer's own forward, which may round once with the bias
+            out = rows @ weight  # [N, out]
+        else:
+            change = self.lora_B[ADAPTER](self.lora_A[ADAPTER](self.lora_dropout[ADAPTER](rows)))  # [N, out]
+            # A matrix product adds to what is there in its accumulators, which are fp32, and rounds once. In place: the
+            # backward of `lora_B` does not need its output.
+            out = change.addmm_(rows, weight, beta=self.scaling[ADAPTER])
+        out = out.view(*x.shape[:-1], out.shape[-1])  # [N, out] -> [..., out]
+        return out if self.bias is None else out + self.bias
 
-    @staticmethod
-    def _with_bias(found: Tensor, bias: Tensor | None, *, like: Tensor) -> Tensor:
-        """`found` [N, out] in the shape of `like` [..., in], as [..., out]."""
-        found = found.view(*like.shape[:-1], found.shape[-1])
-        return found if bias is None else found + bias
+    @property
+    def weight(self) -> Tensor:
+        """The weight of the base layer, which some models of transformers look at."""
+        return self.base_layer.weight
 
-
-class Fold(NamedTuple):
-    """How an adapter is merged into the weight of its layer."""
-
-    scale: float  # alpha / rank
-    transposed: bool  # the weight is [in, out], as in GPT-2
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias of the base layer."""
+        return self.base_layer.bias
 
 
 def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) -> dict[str, NewParameter]:
@@ -77,47 +83,47 @@ def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) ->
     Raises:
         ValueError: A target names no linear layer, or there are fewer than `top_layers` blocks.
     """
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
     linear = _linear_layers(module)
-    targets = _targets(config.targets, linear)
-    inject_adapter_in_model(
-        PeftLoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,  # type: ignore[arg-type]  # annotated as int, used as a number
-            lora_dropout=config.dropout,
-            target_modules=targets,
-            fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
-            bias="none",
-            **_top_layers(module, blocks, count=config.top_layers),
-        ),
-        module,
-        ADAPTER,
-        low_cpu_mem_usage=True,
+    settings = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # annotated as int, used as a number
+        lora_dropout=config.dropout,
+        target_modules=_targets(config.targets, linear),
+        fan_in_fan_out=any(isinstance(layer, Conv1D) for layer in linear.values()),
+        bias="none",
+        **_top_layers(module, blocks, count=config.top_layers),
     )
-    for layer in adapted_layers(module).values():
-        layer.__class__ = AdaptedLinear  # PEFT's way to choose the class differs from version to version
-    names = {name: parameter for name, parameter in module.named_parameters() if ".lora_" in name}
-    if not names:
+    inject_adapter_in_model(settings, module, ADAPTER, low_cpu_mem_usage=True)
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            cast(Any, layer).__class__ = AdaptedLinear  # PEFT's way to choose a class differs from version to version
+    adapters = {name: parameter for name, parameter in module.named_parameters() if ".lora_" in name}
+    if not adapters:
         raise ValueError(f"lora.targets={config.targets}: none of the last {config.top_layers} layers has one of them.")
-    return {name: _first_values(name, parameter) for name, parameter in names.items()}
+    return {name: _first_values(name, parameter) for name, parameter in adapters.items()}
 
 
-def adapted_layers(module: nn.Module) -> dict[str, LoraLayer]:
+def adapted_layers(module: nn.Module) -> dict[str, AdaptedLinear]:
     """The layers that have an adapter, by name."""
-    return {name: child for name, child in module.named_modules() if isinstance(child, LoraLayer)}
+    return {name: child for name, child in module.named_modules() if isinstance(child, AdaptedLinear)}
 
 
 @contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Inside, `module` is the base model; outside, it has its adapters again."""
-    layers = list(adapted_layers(module).values())
+    """Switch the adapters of `module` off while the context lasts: it computes what its base model would."""
+    layers = adapted_layers(module).values()
     assert layers, "this model has no adapters to switch off"
-    with _switched_off(layers):
+    try:
+        for layer in layers:
+            layer.adapter_is_off = True  # `requires_grad` stays as it is: the engine must not see it change
         yield
-
-
-def folds(module: nn.Module) -> dict[str, Fold]:
-    """How each adapter of `module` is merged, by layer name; empty without adapters."""
-    return {name: _fold(layer) for name, layer in adapted_layers(module).items()}
+    finally:
+        for layer in layers:
+            layer.adapter_is_off = False
 
 
 @dataclass
@@ -127,7 +133,7 @@ class Survival:
     change: float = 0.0
     """Sum of squares of (alpha / rank) B A."""
     stored: float = 0.0
-    """Scalar product of that and of what really changes in the stored weights."""
+    """Scalar product of that with the change in the stored weights."""
 
     @property
     def share(self) -> float:
@@ -135,66 +141,68 @@ class Survival:
         return self.stored / self.change if self.change else 1.0
 
 
-def fold_adapters(
+def merge_adapters(
     tensors: Iterable[tuple[str, Tensor]],
-    how: Mapping[str, Fold],
+    layers: Mapping[str, AdaptedLinear],
     *,
     dtype: torch.dtype | None = None,
     survival: Survival | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merge adapters into a stream of full tensors, under the plain names of the base model.
+    """Merge adapters into a stream of whole tensors, under the plain names of the base model.
 
     Args:
         tensors: Names of `module.named_parameters()` and whole tensors, in any order.
-        how: The `folds` of that module.
+        layers: The `adapted_layers` of that module; their parameters are not read.
         dtype: Merged weights, summed in fp32, are rounded to this type; None takes that of the weight.
         survival: What the rounding leaves is added here.
 
     Yields:
-        Plain names and tensors; of an adapted layer only the merged weight, once its three tensors have arrived.
+        Plain names and tensors; for an adapted layer only the merged weight, once its three tensors have arrived.
     """
-    survival = Survival() if survival is None else survival
+    survival = survival or Survival()
     waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors:
         layer, part = _split(name)
-        if layer not in how or part == "bias":
-            yield name.replace(".base_layer.", "."), tensor
+        if layer not in layers or part == "bias":
+            yield plain_name(name), tensor
             continue
         waiting[layer][part] = tensor
         if len(waiting[layer]) == 3:
             parts = waiting.pop(layer)
-            weight, change = parts["weight"], _change(parts["lora_A"], parts["lora_B"], how=how[layer])
+            weight, change = parts["weight"], _change(parts["lora_A"], parts["lora_B"], layer=layers[layer])
             yield f"{layer}.weight", _merge(weight, change, dtype=dtype or weight.dtype, survival=survival)
     assert not waiting, f"adapters or weights that never arrived: {sorted(waiting)[:3]}"
 
 
-def adapter_key(name: str) -> str:
-    """The key of an adapter's parameter in `adapter_model.safetensors`."""
-    return "base_model.model." + name.replace(f".{ADAPTER}.", ".")
+def plain_name(name: str) -> str:
+    """The name that a parameter of an adapted layer has in the base model."""
+    return name.replace(".base_layer.", ".")
 
 
-def exported_config(module: nn.Module, *, base: str, has_head: bool) -> PeftLoraConfig:
-    """The content of `adapter_config.json`, so that `PeftModel.from_pretrained(base, folder)` works.
+def save_adapter(folder: Path, module: nn.Module, *, adapters: Mapping[str, Tensor], base: str) -> None:
+    """Write the adapters of `module` so that `PeftModel.from_pretrained(base model, folder)` loads them.
 
     Args:
+        folder: Made here.
         module: A model with adapters.
+        adapters: The adapters' tensors by name, and the scalar head where there is one.
         base: Path or hub id of the model they were trained on.
-        has_head: Whether the scalar head belongs to the adapter.
     """
-    settings = adapted_config(module).to_dict()  # type: ignore[no-untyped-call]
-    settings |= {
+    from peft import LoraConfig as PeftLoraConfig
+    from peft import TaskType
+
+    folder.mkdir()
+    tensors = {"base_model.model." + name.replace(f".{ADAPTER}.", "."): t.contiguous() for name, t in adapters.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    injected: PeftLoraConfig = cast(Any, module).peft_config[ADAPTER]
+    has_head = "score.weight" in adapters
+    settings = injected.to_dict() | {  # type: ignore[no-untyped-call]
         "base_model_name_or_path": base,
         "task_type": TaskType.SEQ_CLS if has_head else TaskType.CAUSAL_LM,
         "modules_to_save": ["score"] if has_head else None,
         "inference_mode": True,
     }
-    return PeftLoraConfig(**settings)
-
-
-def adapted_config(module: nn.Module) -> PeftLoraConfig:
-    """The PEFT settings that `inject` chose for `module`."""
-    config: PeftLoraConfig = cast(Any, module).peft_config[ADAPTER]
-    return config
+    PeftLoraConfig(**settings).save_pretrained(str(folder))
 
 
 def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -212,6 +220,7 @@ def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _targets(wanted: list[str], linear: Mapping[str, nn.Module]) -> list[str]:
+    """The ends of names by which PEFT finds the layers to adapt."""
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     unknown = [
         target
@@ -226,7 +235,7 @@ def _targets(wanted: list[str], linear: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _top_layers(module: nn.Module, blocks: list[nn.Module], *, count: int) -> dict[str, Any]:
-    """PEFT's way of naming the last `count` blocks; empty for all."""
+    """The settings by which PEFT adapts the last `count` blocks only; none for all."""
     if count > len(blocks):
         raise ValueError(f"lora.top_layers={count}: expected 0 (all) to {len(blocks)}, the layers of this model.")
     if count == 0:
@@ -238,40 +247,23 @@ def _top_layers(module: nn.Module, blocks: list[nn.Module], *, count: int) -> di
 
 def _first_values(name: str, parameter: nn.Parameter) -> NewParameter:
     if ".lora_B." in name:
-        return NewParameter(shape=parameter.shape, fill=lambda values, generator: values.zero_())
+        return NewParameter(parameter.shape, fill=lambda values, generator: values.zero_())
     bound = 1 / math.sqrt(parameter.shape[1])
     return NewParameter(
-        shape=parameter.shape, fill=lambda values, generator: values.uniform_(-bound, bound, generator=generator)
+        parameter.shape, fill=lambda values, generator: values.uniform_(-bound, bound, generator=generator)
     )
 
 
-@contextmanager
-def _switched_off(layers: list[LoraLayer]) -> Iterator[None]:
-    # PEFT's own switch also changes requires_grad, which an engine must not see change.
-    before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, was_off in zip(layers, before, strict=True):
-            layer._disable_adapters = was_off
-
-
-def _fold(layer: LoraLayer) -> Fold:
-    return Fold(scale=layer.scaling[ADAPTER], transposed=cast(Any, layer).fan_in_fan_out)
-
-
 @torch.no_grad()
-def _change(a: Tensor, b: Tensor, *, how: Fold) -> Tensor:
-    """(alpha / rank) B A in fp32, for A [rank, in] and B [out, rank]: [out, in], or transposed."""
-    product = (b.float() @ a.float()).mul_(how.scale)
-    return product.T if how.transposed else product
+def _change(a: Tensor, b: Tensor, *, layer: AdaptedLinear) -> Tensor:
+    """(alpha / rank) B A in fp32, for A [rank, in] and B [out, rank], as the weight lies: [out, in] or [in, out]."""
+    product = (b.float() @ a.float()).mul_(layer.scaling[ADAPTER])
+    return product.T if layer.fan_in_fan_out else product
 
 
 @torch.no_grad()
 def _merge(weight: Tensor, change: Tensor, *, dtype: torch.dtype, survival: Survival) -> Tensor:
-    """`weight` + `change`, summed in fp32, then in `dtype`; `change` is used up."""
+    """`weight` + `change`, summed in fp32, then in `dtype`; `change` is overwritten."""
     merged = torch.add(weight, change)  # fp32, as `change` is
     stored = merged.to(dtype, copy=True)
     # In place, since a layer may be large: what is stored, less what was there, times what should have been added.

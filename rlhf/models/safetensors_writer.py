@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ class SafetensorsFile:
         Raises:
             OSError: with the name of the file, such as on a full disk.
         """
+        assert name in self.missing, f"{name} arrived twice, or is not part of this file"
         entry = self.missing.pop(name)
         assert tensor.shape == entry.shape, f"{name}: {tuple(tensor.shape)} arrived, not {tuple(entry.shape)}"
         values = tensor.detach().to(entry.dtype).contiguous()
@@ -96,42 +98,37 @@ class SafetensorsFile:
         self._file.close()
 
 
-class ShardedFiles:
-    """`model.safetensors`, or several with an index where that would grow too large."""
+def write_model(
+    folder: Path, tensors: Iterable[tuple[str, Tensor]], *, entries: list[Entry], max_shard_bytes: int
+) -> None:
+    """Write `model.safetensors`, or several files with an index where that would grow too large.
 
-    def __init__(self, folder: Path, entries: list[Entry], *, max_shard_bytes: int) -> None:
-        """Plan the shards, in the order of `entries`, and write their headers."""
-        shards = _shards(entries, max_shard_bytes)
-        count = len(shards)
-        names = [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
-        if count == 1:
-            names = ["model.safetensors"]
-        self._folder = folder
-        self._files = [SafetensorsFile(folder / name, shard) for name, shard in zip(names, shards, strict=True)]
-        self._file_of = {entry.name: file for file, shard in zip(self._files, shards, strict=True) for entry in shard}
-        self._index = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
-        self._total = sum(entry.nbytes for entry in entries)
-
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Put a tensor in its place."""
-        assert name in self._file_of, f"{name} is not part of the model"
-        assert name in self._file_of[name].missing, f"{name} arrived twice"
-        self._file_of[name].write(name, tensor)
-
-    def finish(self) -> None:
-        """Close all files; nothing may be missing."""
-        self.close()
-        missing = sorted(name for file in self._files for name in file.missing)
-        assert not missing, f"never arrived: {missing[:3]}"
-        if len(self._files) > 1:
-            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(self._index.items()))}
-            text = json.dumps(index, indent=2) + "\n"
-            (self._folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-    def close(self) -> None:
-        """Close the file; nothing more can be written."""
-        for file in self._files:
-            file.close()
+    Args:
+        folder: Where the files appear.
+        tensors: The tensor of each entry, in any order.
+        entries: All tensors of the model; shards follow their order.
+        max_shard_bytes: No file holds more, except for one tensor that is larger.
+    """
+    shards = _shards(entries, max_shard_bytes)
+    names = [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    index = {entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard}
+    with ExitStack() as stack:
+        files: dict[str, SafetensorsFile] = {}
+        for name, shard in zip(names, shards, strict=True):
+            files[name] = SafetensorsFile(folder / name, shard)
+            stack.callback(files[name].close)
+        for name, tensor in tensors:
+            assert name in index, f"{name} is not part of the model"
+            files[index[name]].write(name, tensor)
+    missing = sorted(name for file in files.values() for name in file.missing)
+    assert not missing, f"never arrived: {missing[:3]}"
+    if len(shards) > 1:
+        total = sum(entry.nbytes for entry in entries)
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(index.items()))}
+        text = json.dumps(content, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _shards(entries: list[Entry], max_bytes: int) -> list[list[Entry]]:

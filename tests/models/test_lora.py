@@ -1,17 +1,19 @@
 """Adapters: where they go, what they change, and that the base never does."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.model_config import LoraConfig
 from rlhf.models.causal_lm import causal_lm, position_ids
-from rlhf.models.lora import Survival, adapted_layers, adapters_off, fold_adapters, folds, inject
+from rlhf.models.lora import Survival, adapted_layers, adapters_off, inject, merge_adapters
 from rlhf.models.scalar_head import scalar_head_model
 from tests.models import tiny
 
@@ -177,7 +179,7 @@ def along(found, exact):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
-def test_folding_needs_no_order_and_gives_the_merged_weights(family, tmp_path):
+def test_merging_needs_no_order_and_gives_the_merged_weights(family, tmp_path):
     module = adapted(family, tmp_path).module
     stream = list(tiny.named_tensors(module))
     expected = {
@@ -188,9 +190,9 @@ def test_folding_needs_no_order_and_gives_the_merged_weights(family, tmp_path):
     for name, layer in adapted_layers(module).items():
         expected[f"{name}.weight"] += change_of(layer)
     for order in (stream, stream[::-1]):
-        folded = dict(fold_adapters(iter(order), folds(module)))
-        assert folded.keys() == expected.keys()
-        assert all(torch.allclose(folded[name], expected[name], rtol=1e-6, atol=1e-7) for name in expected)
+        merged = dict(merge_adapters(iter(order), adapted_layers(module)))
+        assert merged.keys() == expected.keys()
+        assert all(torch.allclose(merged[name], expected[name], rtol=1e-6, atol=1e-7) for name in expected)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -199,29 +201,29 @@ def test_what_rounding_leaves_of_the_change_is_measured(family, tmp_path):
     with torch.no_grad():
         for layer in adapted_layers(module).values():
             layer.lora_B["default"].weight.normal_(0, 1e-3)
-    how, layers = folds(module), adapted_layers(module)
+    layers = adapted_layers(module)
     for dtype in (torch.bfloat16, torch.float32):
         survival = Survival()
-        folded = dict(fold_adapters(tiny.named_tensors(module), how, dtype=dtype, survival=survival))
+        merged = dict(merge_adapters(tiny.named_tensors(module), layers, dtype=dtype, survival=survival))
         stored, change = (
             torch.cat([part.flatten() for part in parts])
             for parts in (
-                [folded[f"{name}.weight"].double() - layer.base_layer.weight for name, layer in layers.items()],
+                [merged[f"{name}.weight"].double() - layer.base_layer.weight for name, layer in layers.items()],
                 [change_of(layer) for layer in layers.values()],
             )
         )
-        assert all(folded[f"{name}.weight"].dtype is dtype for name in layers)
+        assert all(merged[f"{name}.weight"].dtype is dtype for name in layers)
         assert survival.share == pytest.approx(along(stored, change), rel=1e-5)
     assert survival.share == pytest.approx(1, abs=1e-4)
     fresh = Survival()
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_B["default"].weight.zero_()
-    list(fold_adapters(tiny.named_tensors(module), how, survival=fresh))
+    list(merge_adapters(tiny.named_tensors(module), layers, survival=fresh))
     assert fresh.share == 1.0, "there is nothing to lose"
 
 
-def test_folding_holds_one_layer_at_a_time(tmp_path):
+def test_merging_holds_one_layer_at_a_time(tmp_path):
     module = adapted("llama", tmp_path).module
     arrived = []
 
@@ -230,7 +232,7 @@ def test_folding_holds_one_layer_at_a_time(tmp_path):
             arrived.append(name)
             yield name, tensor
 
-    for name, _ in fold_adapters(stream(), folds(module)):
+    for name, _ in merge_adapters(stream(), adapted_layers(module)):
         layer = name.rpartition(".")[0]
         assert arrived[-1].startswith(layer), f"{name} was held back until {arrived[-1]}"
 
@@ -241,7 +243,7 @@ def test_a_tensor_that_never_arrives_is_noticed(tmp_path):
         item for item in tiny.named_tensors(module) if item[0] != "model.layers.1.mlp.up_proj.lora_B.default.weight"
     ]
     with pytest.raises(AssertionError, match=r"never arrived.*layers\.1\.mlp\.up_proj"):
-        list(fold_adapters(stream, folds(module)))
+        list(merge_adapters(stream, adapted_layers(module)))
 
 
 def test_dropout_of_adapters_acts_in_training_only(tmp_path):
@@ -257,7 +259,6 @@ def test_adapters_hold_the_only_gradients(tmp_path):
     module(input_ids=ids, attention_mask=mask).logits.square().mean().backward()
     with_gradient = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, _ in module.named_parameters() if ".lora_" in name}
-    assert all(isinstance(layer, LoraLayer) for layer in adapted_layers(module).values())
 
 
 def test_rank_zero_is_no_adapter(tmp_path):
@@ -283,3 +284,16 @@ def test_with_a_bias_too_an_adapter_that_adds_nothing_changes_no_bit(dtype):
         with adapters_off(layer):
             assert torch.equal(found, adapter(x))
         assert adapter(x[:0]).shape == (0, 7, 48)
+
+
+def test_a_run_without_adapters_does_not_import_peft(tmp_path):
+    tiny.save("llama", tmp_path)
+    program = (
+        "import sys, stages.pipeline; from rlhf.models.causal_lm import causal_lm; "
+        "from rlhf.config.model_config import LoraConfig; "
+        f"causal_lm({str(tmp_path)!r}); print('peft' in sys.modules); "
+        f"causal_lm({str(tmp_path)!r}, lora=LoraConfig(rank=2)); print('peft' in sys.modules)"
+    )
+    root = Path(__file__).parents[2]
+    found = subprocess.run([sys.executable, "-c", program], cwd=root, check=True, capture_output=True, text=True)
+    assert found.stdout.split() == ["False", "True"]
