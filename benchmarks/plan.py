@@ -34,7 +34,7 @@ from rlhf.rewards import ScoreScale
 from rlhf.rollout import Models
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, start, stop
-from rlhf.tracking.peak_memory import METER, resident
+from rlhf.tracking.timing import METER, resident
 from rlhf.training.ppo_update import policy_gradient, value_gradient
 from stages.lifecycle.stage_models import open_model
 from stages.ppo import load_models

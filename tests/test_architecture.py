@@ -37,7 +37,7 @@ GATES = {
     "omegaconf": ("run_pipeline", "stages"),
     "wandb": ("rlhf.tracking.",),
     "wandb_workspaces": ("rlhf.tracking.dashboard",),
-    "yaml": ("rlhf.deepspeed.", "data.sources", "rlhf.tracking.report.index"),
+    "yaml": ("rlhf.deepspeed.", "data.sources"),
     "matplotlib": ("rlhf.tracking.report.charts",),
     "jinja2": ("rlhf.tracking.report.page", "rlhf.text."),
     "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation", "rlhf.trainer"),

@@ -25,7 +25,7 @@ from rlhf.models.scalar_head import last_token_scores
 from rlhf.runtime.dist import gather_objects, sum_over_ranks
 from rlhf.runtime.errors import RunError
 from rlhf.runtime.user_functions import load_function
-from rlhf.tracking.answer_statistics import COLUMNS
+from rlhf.tracking.metric_registry import COLUMNS
 from rlhf.types import EvalBatch, PreferenceBatch, Rollout, SFTBatch
 
 log = logging.getLogger(__name__)

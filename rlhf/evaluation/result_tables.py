@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf.tracking.answer_statistics import is_number
+from rlhf.tracking.jsonl_log import is_number
 from rlhf.tracking.text_table import number, table
 
 FOLDER = "eval"

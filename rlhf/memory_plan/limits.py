@@ -17,7 +17,7 @@ from rlhf.config.roles import engines_of, roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.memory_plan.plan import Limits, Phase, Place, Plan
 from rlhf.memory_plan.planner import SAVED
-from rlhf.tracking.peak_memory import resident
+from rlhf.tracking.timing import resident
 
 _ROOT = Path("/")
 _FILES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # of versions 2 and 1

@@ -23,9 +23,8 @@ from rlhf.memory_plan.planner import Machine, machine_of, plan_stage
 from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World, barrier
 from rlhf.runtime.launch import under_torchrun
-from rlhf.tracking.peak_memory import peak_metrics, resident
 from rlhf.tracking.text_table import table
-from rlhf.tracking.timing import Stopwatch
+from rlhf.tracking.timing import Stopwatch, resident
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +140,7 @@ def compare_with_plan(run: RunConfig, stage: str, *, world: World, timer: Stopwa
     On a CPU the measured peaks include what the allocator has kept from earlier phases.
     """
     planned = read_json(Path(run.output_dir) / _NUMBERS).get(stage, {})
-    peaks = (peak_metrics(phase, peak) for phase, peak in timer.highest.items())
+    peaks = (peak.metrics(phase) for phase, peak in timer.highest.items())
     measured = {name: count for metrics in peaks for name, count in metrics.items()}
     rows, expected = [], {}
     for phase, places in planned.items():

@@ -7,28 +7,20 @@ is a person's decision.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from rlhf.algorithms.intervals import Z, wilson
-from rlhf.tracking.answer_statistics import (
-    SMALLEST_SAMPLE,
-    Row,
-    change,
-    degenerate_share,
-    endless_share,
-    is_number,
-    length_correlation,
-    repeated_share,
-    with_ends,
-)
+import torch
+
+from rlhf.algorithms.intervals import Interval, Z, bootstrap_mean, wilson
+from rlhf.tracking.jsonl_log import Row, is_number
 from rlhf.tracking.metric_registry import ALL, PPO, REWARD
-from rlhf.tracking.text_table import number
+from rlhf.tracking.text_table import number, with_ends
 
+SMALLEST_SAMPLE = 8  # responses below which nothing is concluded from their distribution
 KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
 ENTROPY_SHARE = 0.1  # of the entropy at the start
 SMALL_DEVIATION = 0.1  # a reward model prefers one of two responses that far apart with probability 0.525
@@ -36,18 +28,62 @@ CORRELATED = 0.5
 REPEATED = 0.2  # of the responses
 
 
-class CheckState(StrEnum):
-    """The outcome of a check."""
+def change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> Interval | None:
+    """Mean change of a column between two answers to the same prompts; None when too few answers have it."""
+    pairs: list[tuple[Any, Any]] = [
+        (row.get(key), other.get(key))
+        for row, other in zip(before, after, strict=False)
+        if row.get("prompt") == other.get("prompt")
+    ]
+    changes = [
+        float(new) - float(old)
+        for old, new in pairs
+        if all(isinstance(value, bool) or is_number(value) for value in (old, new))
+    ]
+    if len(changes) < SMALLEST_SAMPLE:
+        return None
+    return bootstrap_mean(torch.tensor(changes, dtype=torch.float64), seed=0)
 
-    fine = "fine"
-    wrong = "wrong"
-    unchecked = "unchecked"
+
+def length_correlation(rows: Sequence[Row]) -> float | None:
+    """Pearson's correlation of length and score; None with too few responses or when either is constant."""
+    pairs = [(row.get("length"), row.get("score")) for row in rows]
+    numbers = [(float(length), float(score)) for length, score in pairs if is_number(length) and is_number(score)]
+    if len(numbers) < SMALLEST_SAMPLE:
+        return None
+    lengths, scores = zip(*numbers, strict=True)
+    if len(set(lengths)) == 1 or len(set(scores)) == 1:
+        return None
+    return statistics.correlation(lengths, scores)
+
+
+def repeated_share(rows: Sequence[Row]) -> float:
+    """Share of responses given word for word to some other prompt too."""
+    texts = Counter(" ".join(str(row.get("response", "")).lower().split()) for row in rows)
+    return sum(count for count in texts.values() if count > 1) / max(len(rows), 1)
+
+
+def degenerate_share(rows: Sequence[Row]) -> float:
+    """Share of responses without a word, or with six words or more where half of the word pairs are repeats."""
+    return sum(_is_degenerate(str(row.get("response", ""))) for row in rows) / max(len(rows), 1)
+
+
+def endless_share(rows: Sequence[Row]) -> float:
+    """Share of responses that were cut instead of ending by themselves."""
+    return sum(not row.get("ended", True) for row in rows) / max(len(rows), 1)
+
+
+def _is_degenerate(text: str) -> bool:
+    words = text.lower().split()
+    pairs = list(zip(words, words[1:], strict=False))
+    return not words or (len(words) >= 6 and 2 * len(set(pairs)) <= len(pairs))
 
 
 class Finding(NamedTuple):
     """What a check found in one row."""
 
-    state: CheckState
+    is_wrong: bool | None
+    """None if it could not be checked."""
     text: str = ""
     """What is wrong and what it may mean, or why it was not checked."""
     metric: str = ""
@@ -58,7 +94,7 @@ class Finding(NamedTuple):
 class Seen:
     """What the checks have seen of a stage; it does not grow with the stage."""
 
-    total_steps: float = math.inf
+    total_steps: float
     """Some checks are made at the end alone, after this many steps."""
     answers: Sequence[Row] = ()
     """To the held-out prompts, at the step of the row that is checked."""
@@ -70,7 +106,7 @@ class Seen:
     skipped_steps: float = 0.0
     best: dict[str, tuple[Row, Sequence[Row]]] = field(default_factory=dict)
     """Row and answers of the evaluation with the highest value of each gold metric."""
-    evaluations: dict[str, int] = field(default_factory=dict)
+    evaluations: Counter[str] = field(default_factory=Counter)
     """How many evaluations had each gold metric."""
 
 
@@ -90,40 +126,8 @@ class Check:
     """Why it was not checked, if no row gives another reason."""
     evaluations: int = 0
     """How many evaluations with enough answers it takes: 0 looks at every row, 2 compares with the first one."""
-
-
-def run_checks(row: Row, seen: Seen, *, answers: Sequence[Row]) -> dict[str, Finding]:
-    """Run every check on one more row of `metrics.jsonl`, and note in `seen` what later rows need.
-
-    `answers` are those to the held-out prompts at the row's step, and count if the row is that of an evaluation.
-
-    Returns:
-        Findings by name, `parted:METRIC` for a gold metric, of the checks that concern the row.
-    """
-    seen.answers = answers
-    named = [(name, finding) for name, check in CHECKS.items() for finding in _look(name, check, row=row, seen=seen)]
-    if "eval/score" in row and len(answers) >= SMALLEST_SAMPLE:
-        seen.first_answers = seen.first_answers or answers
-    return {f"{name}:{finding.metric}" if finding.metric else name: finding for name, finding in named}
-
-
-def _look(name: str, check: Check, *, row: Row, seen: Seen) -> Iterable[Finding]:
-    """What a check finds in a row, or why it cannot be made."""
-    if not check.evaluations:
-        return check.look(row, seen)
-    if "eval/score" not in row:
-        return ()
-    if name == "parted" and not _gold_metrics(row):
-        return [Finding(CheckState.unchecked, "data.gold names no metric that no model was trained on")]
-    count = len(seen.answers)
-    if count < SMALLEST_SAMPLE:
-        why = f"there are answers to {count} held-out prompts, and fewer than {SMALLEST_SAMPLE} tell nothing"
-        return [Finding(CheckState.unchecked, why)]
-    return check.look(row, seen) if check.evaluations == 1 or seen.first_answers else ()
-
-
-def _wrong_if(is_wrong: bool, text: str) -> Finding:
-    return Finding(CheckState.wrong, text) if is_wrong else Finding(CheckState.fine)
+    needs_gold: bool = False
+    """Whether it takes a gold metric."""
 
 
 def _finite(row: Row, seen: Seen) -> Iterator[Finding]:
@@ -134,10 +138,9 @@ def _finite(row: Row, seen: Seen) -> Iterator[Finding]:
         seen.first_bad = f"{bad[0]} was not finite at step {row['step']}"
     texts = [seen.first_bad] if seen.first_bad else []
     if seen.skipped_steps:
-        count = number(int(seen.skipped_steps))
-        texts.append(f"{count} optimizer steps were skipped for a gradient that was not finite")
-    advice = "Lower the learning rate, or set engine.precision=fp32."
-    yield _wrong_if(bool(bad or skipped), f"{'; '.join(texts)}. {advice}")
+        texts.append(f"{int(seen.skipped_steps):,} optimizer steps were skipped for a gradient that was not finite")
+    text = f"{'; '.join(texts)}. Lower the learning rate, or set engine.precision=fp32."
+    yield Finding(bool(bad or skipped), text)
 
 
 def _is_finite(row: Row, key: str) -> bool:
@@ -166,11 +169,11 @@ def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
         return
     share = wilson(accuracy * pairs, int(pairs))
     text = (
-        f"The reward model ranks {share.mean:.0%} of {number(int(pairs))} held-out pairs right (95% interval "
+        f"The reward model ranks {share.mean:.0%} of {int(pairs):,} held-out pairs right (95% interval "
         f"{share.low:.0%} to {share.high:.0%}): as far as they tell it is no better than a coin, and PPO would "
         "learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
     )
-    yield _wrong_if(not share.low > 0.5, text)
+    yield Finding(not share.low > 0.5, text)
 
 
 def _scores_differ(row: Row, seen: Seen) -> Iterator[Finding]:
@@ -181,7 +184,7 @@ def _scores_differ(row: Row, seen: Seen) -> Iterator[Finding]:
             "nearly alike; ppo.score.normalize divides by that, and PPO would be paid for noise. Train it for "
             "longer, or with a higher learning rate, before PPO."
         )
-        yield _wrong_if(deviation < SMALL_DEVIATION, text)
+        yield Finding(deviation < SMALL_DEVIATION, text)
 
 
 def _within_clamp(row: Row, _: Seen) -> Iterator[Finding]:
@@ -192,7 +195,7 @@ def _within_clamp(row: Row, _: Seen) -> Iterator[Finding]:
                 f"{share:.0%} of the {what} at step {row['step']} have a score at the limit, ppo.score.clamp: PPO "
                 "cannot tell which of them is better. Raise ppo.score.clamp, or look at the deviation of its scores."
             )
-            yield _wrong_if(share > REPEATED, text)
+            yield Finding(share > REPEATED, text)
             return
 
 
@@ -204,22 +207,20 @@ def _kl(row: Row, _: Seen) -> Iterator[Finding]:
             "from the reference, to where the reward model was not trained to score. Raise ppo.kl.coef, or lower ppo's "
             "learning rate."
         )
-        yield _wrong_if(value > KL_PER_TOKEN, text)
+        yield Finding(value > KL_PER_TOKEN, text)
 
 
 def _entropy(row: Row, seen: Seen) -> Iterator[Finding]:
-    last = row.get("objective/entropy")
-    if not is_number(last):
-        return
-    if seen.first_entropy is None:
+    first, last = seen.first_entropy, row.get("objective/entropy")
+    if is_number(last) and first is None:
         seen.first_entropy = last
-        return
-    text = (
-        f"Entropy fell from {number(seen.first_entropy)} to {number(last)} nats per token by step {row['step']}: the "
-        "policy says nearly the same thing every time and explores no more. Raise ppo.kl.coef, or lower ppo's "
-        "learning rate."
-    )
-    yield _wrong_if(last < ENTROPY_SHARE * seen.first_entropy, text)
+    elif is_number(last) and first is not None:
+        text = (
+            f"Entropy fell from {number(first)} to {number(last)} nats per token by step {row['step']}: the policy "
+            "says nearly the same thing every time and explores no more. Raise ppo.kl.coef, or lower ppo's learning "
+            "rate."
+        )
+        yield Finding(last < ENTROPY_SHARE * first, text)
 
 
 def _risen(row: Row, seen: Seen) -> Iterator[Finding]:
@@ -227,43 +228,44 @@ def _risen(row: Row, seen: Seen) -> Iterator[Finding]:
         return
     found = change(seen.first_answers, seen.answers, key="score")
     if found is None:
-        yield Finding(CheckState.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have a score")
+        yield Finding(None, f"fewer than {SMALLEST_SAMPLE} answers have a score")
         return
     text = (
         f"The score of held-out answers has changed by {with_ends(found.mean, found.low, high=found.high)} over "
         f"{found.count} prompts from before training to its end at step {row['step']}: as far as they tell it has not "
         "risen. Look at the reward model, at ppo.kl.coef and at the learning rates."
     )
-    yield _wrong_if(found.low <= 0, text)
+    yield Finding(found.low <= 0, text)
 
 
 def _raw_score(row: Row, seen: Seen) -> Iterator[Finding]:
     raw, score = (change(seen.first_answers, seen.answers, key=key) for key in ("raw_score", "score"))
     if raw is None or score is None:
-        yield Finding(CheckState.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have both scores")
+        yield Finding(None, f"fewer than {SMALLEST_SAMPLE} answers have both scores")
         return
     text = (
         f"By step {row['step']} the score that PPO is paid for rose by {number(score.mean)} while the reward model's "
         f"own, raw_score, fell by {with_ends(-raw.mean, -raw.high, high=-raw.low)} over {raw.count} held-out prompts: "
         "the rise comes from ppo.score (the penalty for answers that do not end, the clamp), not from better answers."
     )
-    yield _wrong_if(raw.high < 0 < score.mean, text)
+    yield Finding(raw.high < 0 < score.mean, text)
 
 
-def _gold_metrics(row: Row) -> list[str]:
+def gold_metrics(row: Row) -> list[str]:
+    """The gold metrics that an evaluation has."""
     return [key for key, value in row.items() if key.startswith("gold/") and is_number(value)]
 
 
 def _gold(row: Row, seen: Seen) -> Iterator[Finding]:
-    for key in _gold_metrics(row):
-        count = seen.evaluations[key] = seen.evaluations.get(key, 0) + 1
+    for key in gold_metrics(row):
+        seen.evaluations[key] += 1
         best = seen.best.get(key)
         if best is None or row[key] > best[0][key]:
             seen.best[key] = (row, seen.answers)
             if best is not None:
-                yield Finding(CheckState.fine, metric=key)
+                yield Finding(False, metric=key)
         else:
-            yield _parted(row, key, answers=seen.answers, best=best, count=count)._replace(metric=key)
+            yield _parted(row, key, answers=seen.answers, best=best, count=seen.evaluations[key])._replace(metric=key)
 
 
 def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequence[Row]], count: int) -> Finding:
@@ -276,8 +278,9 @@ def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequ
     start, kl = best_row["step"], row.get("eval/kl")
     gold, score = (change(best_answers, answers, key=column) for column in (key, "score"))
     if gold is None or score is None:
-        return Finding(CheckState.unchecked, f"fewer than {SMALLEST_SAMPLE} answers have a score and a {key}")
-    wider = NormalDist().inv_cdf(1 - 0.025 / (count * (count - 1) ** 2)) / Z  # for a mean that is nearly normal
+        return Finding(None, f"fewer than {SMALLEST_SAMPLE} answers have a score and a {key}")
+    # The interval widens by a ratio of normal quantiles, because the mean of many answers is nearly normal.
+    wider = statistics.NormalDist().inv_cdf(1 - 0.025 / (count * (count - 1) ** 2)) / Z
     text = (
         f"From step {start} to step {row['step']} the reward model's score rose by {number(score.mean)} "
         f"while {key}, which no model was trained on, fell by {with_ends(-gold.mean, -gold.high, high=-gold.low)} over "
@@ -285,20 +288,20 @@ def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequ
         f"pleases the reward model, not what it stands for. By {key} the policy of step {start} is the best; "
         "raise ppo.kl.coef, or stop there."
     )
-    return _wrong_if(score.mean > 0 and gold.mean + wider * (gold.high - gold.mean) < 0, text)
+    return Finding(score.mean > 0 and gold.mean + wider * (gold.high - gold.mean) < 0, text)
 
 
 def _length(_: Row, seen: Seen) -> Iterator[Finding]:
     found = length_correlation(seen.answers)
     if found is None:
-        yield Finding(CheckState.unchecked, "all answers have the same length or the same score")
+        yield Finding(None, "all answers have the same length or the same score")
         return
     text = (
         f"The longer a response, the higher its score (correlation {found:.2f} over {len(seen.answers)} held-out "
         "prompts): part of the reward may be for length alone. Compare answers of equal length, or balance the "
         "preferences."
     )
-    yield _wrong_if(found > CORRELATED, text)
+    yield Finding(found > CORRELATED, text)
 
 
 def _small_share(of: Callable[[Sequence[Row]], float], what: str, *, why: str) -> Look:
@@ -307,7 +310,7 @@ def _small_share(of: Callable[[Sequence[Row]], float], what: str, *, why: str) -
     def look(row: Row, seen: Seen) -> Iterator[Finding]:
         before, after = of(seen.first_answers), of(seen.answers)
         found = f"{after:.0%} of the {len(seen.answers)} held-out responses {what} at step {row['step']} "
-        yield _wrong_if(after > max(REPEATED, before), f"{found}({before:.0%} at first): {why}.")
+        yield Finding(after > max(REPEATED, before), f"{found}({before:.0%} at first): {why}.")
 
     return look
 
@@ -324,10 +327,10 @@ _endless = _small_share(
     why="a longer response may be paid better than an end; see ppo.score.missing_eos_mode",
 )
 
-
 _TWICE = "it takes two evaluations of the same held-out prompts"
 _UNKNOWN = "the held-out results of the reward model are not known"
 _ENDS = "it takes held-out answers from before training and its end"
+_ASKED = "no held-out prompts were answered"
 _BOTH = (*REWARD, *PPO)
 CHECKS = {
     "not_finite": Check(ALL, _finite, "all numbers are finite", "nothing was logged"),
@@ -338,10 +341,8 @@ CHECKS = {
     "entropy": Check(PPO, _entropy, "entropy has not collapsed", "it takes two rows with an entropy"),
     "not_risen": Check(PPO, _risen, "the score has risen", _ENDS, evaluations=2),
     "raw_fell": Check(PPO, _raw_score, "the raw score has not fallen while the score rose", _TWICE, evaluations=2),
-    "parted": Check(PPO, _gold, "score and gold metric have not parted", _TWICE, evaluations=1),
-    "length": Check(
-        PPO, _length, "longer answers are not scored higher", "no held-out prompts were answered", evaluations=1
-    ),
+    "parted": Check(PPO, _gold, "score and gold metric have not parted", _TWICE, evaluations=1, needs_gold=True),
+    "length": Check(PPO, _length, "longer answers are not scored higher", _ASKED, evaluations=1),
     "repeats": Check(PPO, _repeats, "answers have not become repetitive", _TWICE, evaluations=2),
     "degenerate": Check(PPO, _degenerate, "answers have not fallen apart", _TWICE, evaluations=2),
     "endless": Check(PPO, _endless, "answers have not become endless", _TWICE, evaluations=2),

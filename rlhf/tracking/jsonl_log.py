@@ -10,14 +10,33 @@ import logging
 import math
 import os
 import shutil
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 from rlhf.runtime.atomic_files import writing
 
 logger = logging.getLogger(__name__)
+
+
+Row = Mapping[str, Any]
+R = TypeVar("R", bound=Row)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """True for a finite number; a whole number too large for a float counts as infinite."""
+    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_numeric and abs(value) <= sys.float_info.max
+
+
+def by_step(rows: Iterable[R]) -> dict[int, list[R]]:
+    """Group rows by their step."""
+    steps: dict[int, list[R]] = {}
+    for row in rows:
+        steps.setdefault(row["step"], []).append(row)
+    return steps
 
 
 def valid_json(value: Any) -> Any:

@@ -122,6 +122,15 @@ METRICS: dict[str, Metric] = {
     "memory/*": Metric("Memory", "bytes", ALL, "peak memory of this process in this phase, as measured or as planned"),
 }
 
+COLUMNS = {
+    "eval/score": "score",
+    "eval/raw_score": "raw_score",
+    "eval/kl": "kl",
+    "eval/response_length": "length",
+    "eval/eos_rate": "ended",
+}
+"""PPO's held-out metrics, each with the column of `samples.jsonl` that it averages; a gold metric's has its name."""
+
 
 def metric(key: str) -> Metric:
     """What the registry says of `key`.

@@ -37,6 +37,11 @@ def number(value: float) -> str:
     return f"{value:,.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
+def with_ends(mean: float, low: float, *, high: float) -> str:
+    """Format a number with the ends of its interval: `0.2 [0.14, 0.26]`."""
+    return f"{mean:.3g} [{low:.3g}, {high:.3g}]"
+
+
 def table(title: str, columns: Sequence[str], *, rows: Iterable[Sequence[object]]) -> str:
     """A text table that fits the terminal: long cells are wrapped, columns of numbers are aligned right.
 

@@ -19,10 +19,9 @@ from typing import TYPE_CHECKING, Any, Self
 from rlhf.config.tracking_config import TrackingConfig, WandbMode
 from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World
-from rlhf.tracking.alerts import Alerts
-from rlhf.tracking.answer_statistics import by_step
+from rlhf.tracking.alerts import StageChecks
 from rlhf.tracking.console import StageProgress
-from rlhf.tracking.jsonl_log import JsonlLog, valid_json
+from rlhf.tracking.jsonl_log import JsonlLog, by_step, valid_json
 from rlhf.tracking.metric_registry import check, metric
 
 if TYPE_CHECKING:
@@ -60,7 +59,7 @@ class Tracker:
         self._metrics, self._samples = JsonlLog(self.folder / "metrics.jsonl"), JsonlLog(self.folder / "samples.jsonl")
         for log in (self._metrics, self._samples):
             log.repair()
-        self._alerts: Alerts | None = None  # made with the first row: a resumed stage rewinds the files before
+        self._checks: StageChecks | None = None
         self._answers: tuple[int, Sequence[Mapping[str, Any]]] = (-1, ())
         self._progress = StageProgress(self.stage, self.total_steps, mode=self.config.progress)
         self._run = start_wandb(
@@ -93,9 +92,11 @@ class Tracker:
         row = {"step": step, "time": round(time.time(), 3), **values}
         evaluated = any(metric(key).section == "Evaluation" for key in values)
         is_recorded = evaluated or step % self.config.log_every == 0 or step >= self.total_steps
-        self._alerts = self._alerts or Alerts(self._metrics, self._samples, total_steps=self.total_steps)
+        if self._checks is None:  # made with the first row, because a resumed stage rewinds the files before
+            rows, samples = self._metrics.rows(), self._samples.rows()
+            self._checks = StageChecks(self.stage, rows, samples=samples, total_steps=self.total_steps)
         answered, answers = self._answers
-        alerts = self._alerts.check(row, answers if answered == step else (), is_recorded=is_recorded)
+        alerts = self._checks.add(row, answers if answered == step else (), is_recorded=is_recorded)
         if is_recorded or alerts:
             self._metrics.append(row)
             if self._run is not None:
@@ -160,13 +161,11 @@ class Tracker:
                     *(log.path, left, written, step),
                 )
         if step >= 0 and self._run is not None and self._run.is_offline:
-            self._log_again(self._run)
-
-    def _log_again(self, run: WandbRun) -> None:
-        for row in self._metrics.rows():
-            run.log(row["step"], {key: value for key, value in row.items() if "/" in key and value is not None})
-        for step, rows in by_step(self._samples.rows()).items():
-            run.samples(step, [{key: value for key, value in row.items() if key != "step"} for row in rows])
+            for row in self._metrics.rows():
+                values = {key: value for key, value in row.items() if "/" in key and value is not None}
+                self._run.log(row["step"], values)
+            for at, rows in by_step(self._samples.rows()).items():
+                self._run.samples(at, [{key: value for key, value in row.items() if key != "step"} for row in rows])
 
     def close(self, *, failed: bool = False) -> None:
         """Close the display and the W&B run, which takes a minute at most."""

@@ -78,12 +78,7 @@ def asking_server() -> Iterator[None]:
         raise ValueError(f"W&B cannot be asked: {obstacle}. Run `wandb login` or set WANDB_API_KEY; check the network.")
     try:
         yield
-    except (
-        wandb.Error,
-        OSError,
-        TypeError,
-        KeyError,
-    ) as error:  # its client raises the last two for a malformed answer
+    except (wandb.Error, OSError, TypeError, KeyError) as error:  # the last two for a malformed answer
         raise ValueError(f"W&B did not do it ({error}). Look at the key, the entity and the project.") from error
 
 

@@ -141,7 +141,7 @@ def _finish(command: list[str]) -> int:
 
 def _compare(folder: Path) -> str:
     """Write the page that compares the runs in `folder`; returns a line about it."""
-    from rlhf.tracking.report.index import write_index  # matplotlib, not needed before
+    from rlhf.tracking.report.page import write_index  # matplotlib, not needed before
 
     try:
         return f"{write_index(folder)} compares the runs"

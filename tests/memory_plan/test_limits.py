@@ -10,7 +10,7 @@ from rlhf.memory_plan import limits as limits_module
 from rlhf.memory_plan import plan_text as report_module
 from rlhf.memory_plan.limits import free_host, full_disks
 from rlhf.memory_plan.plan import Item, Limits, Phase, Place, Plan
-from rlhf.tracking.peak_memory import resident
+from rlhf.tracking.timing import resident
 from tests.config.test_configuration import composed
 
 GB = 1_000_000_000

@@ -18,8 +18,7 @@ from rlhf.memory_plan.plan import Limits, Place
 from rlhf.memory_plan.plan_text import check_memory, compare_with_plan, numbers, plan_text, runtime_items
 from rlhf.memory_plan.planner import ALLOCATOR, Machine, machine_of, plan_stage
 from rlhf.runtime.dist import World
-from rlhf.tracking.peak_memory import Peak, resident
-from rlhf.tracking.timing import Stopwatch
+from rlhf.tracking.timing import Peak, Stopwatch, resident
 from stages.setup.compose import CONF_DIR, register_schema, to_run
 
 DOCS = Path(__file__).parents[2] / "docs" / "memory.md"

@@ -9,7 +9,7 @@ import pytest
 CODE = """
 import torch
 from rlhf.runtime.malloc import return_freed_memory, trim
-from rlhf.tracking.peak_memory import resident
+from rlhf.tracking.timing import resident
 
 {call}
 for _ in range(3):  # glibc learns from what is freed

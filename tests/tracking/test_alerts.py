@@ -4,8 +4,7 @@ import logging
 
 import pytest
 
-from rlhf.tracking.alerts import check_history
-from rlhf.tracking.checks import CheckState
+from rlhf.tracking.alerts import StageChecks
 from rlhf.tracking.jsonl_log import JsonlLog
 from rlhf.tracking.report.run_folder import FolderReader, read_stage
 from tests.tracking.test_tracker import tracker
@@ -57,7 +56,7 @@ def test_a_row_with_an_alert_is_recorded_so_that_the_report_shows_it_too(tmp_pat
     assert len(warned()) == 1
     rows = JsonlLog(tmp_path / "ppo/metrics.jsonl").rows()
     assert [row["step"] for row in rows] == [2]
-    (verdict,) = [found for found in check_history("ppo", rows, samples=[]) if found.state is CheckState.wrong]
+    (verdict,) = [found for found in StageChecks("ppo", rows, samples=[]).results.values() if found.is_wrong]
     assert warned() == [f"ppo: {verdict.text}"]
 
 
@@ -76,7 +75,7 @@ def test_later_rows_are_not_compared_with_a_row_that_was_not_recorded(tmp_path, 
             track.log(step, {"objective/entropy": entropy})
     assert [text[:38] for text in warned()] == ["ppo: Entropy fell from 3 to 0.25 nats p"[:38]]
     rows = JsonlLog(tmp_path / "ppo/metrics.jsonl").rows()
-    (verdict,) = [found for found in check_history("ppo", rows, samples=[]) if found.state is CheckState.wrong]
+    (verdict,) = [found for found in StageChecks("ppo", rows, samples=[]).results.values() if found.is_wrong]
     assert (verdict.first, [row["step"] for row in rows]) == (6, [2, 4, 6])
 
 
@@ -90,8 +89,8 @@ def test_checks_of_the_end_are_in_the_report_of_a_stage_that_has_not_finished_to
     assert "end at step 5" in text
     stage = read_stage(FolderReader(tmp_path), "ppo")
     assert stage.summary == {"steps": 5}
-    found = check_history("ppo", stage.rows, samples=stage.samples, total_steps=stage.total_steps)
-    assert [text] == [f"ppo: {result.text}" for result in found if result.state is CheckState.wrong]
+    found = StageChecks("ppo", stage.rows, samples=stage.samples, total_steps=stage.total_steps).results
+    assert [text] == [f"ppo: {result.text}" for result in found.values() if result.is_wrong]
 
 
 def test_a_value_that_is_not_finite_is_reported_on_the_main_rank_alone(tmp_path, warned):

@@ -1,7 +1,7 @@
-"""Draws charts as SVG inside a page. The only user of matplotlib.
+"""The charts of a stage and of an evaluation, drawn as SVG inside a page. The only user of matplotlib.
 
 Colours are drawn as placeholders and become the page's CSS variables, so that one chart serves a light and a dark page.
-Text of a model or a data set is never drawn; names of metrics are, escaped. Left out: what is shown (see `figures.py`).
+Text of a model or a data set is never drawn; names of metrics are, escaped.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,9 +20,12 @@ import matplotlib
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from rlhf.config.ppo_config import POLICIES
+from rlhf.tracking.jsonl_log import by_step, is_number
+from rlhf.tracking.metric_registry import Metric, metric
+from rlhf.tracking.report.run_folder import StageFolder
 from rlhf.tracking.text_table import printable, printable_lines
 
 Points = Sequence[tuple[float, float]]
@@ -30,9 +33,7 @@ Points = Sequence[tuple[float, float]]
 _INK, _QUIET = "#010101", "#020202"
 _SERIES = ("#030303", "#040404", "#050505", "#060606", "#070707", "#080808", "#090909", "#0a0a0a")
 _VARIABLES = {_INK: "--ink", _QUIET: "--quiet", **{c: f"--series-{i}" for i, c in enumerate(_SERIES)}}
-LINES = ("solid", "dashed", "dotted")
-DISTINCT = len(LINES) * len(_SERIES)
-"""Curves of one chart that can be told apart, by colour and then by the style of the line."""
+_INCHES = 4.6, 2.6
 _TITLE_INCHES, _CHARACTER_INCHES = 0.42, 0.085  # of an axis label with its gaps, and of a digit
 _LARGEST = 1e100  # beyond, the arithmetic of axes overflows
 _SMOOTH_FROM = 21  # points of a curve that is smoothed
@@ -46,7 +47,7 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": _QUIET,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(linestyle=LINES) * cycler(color=_SERIES),
+    "axes.prop_cycle": cycler(color=_SERIES),
     "axes.grid": True,
     "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True,
@@ -57,43 +58,143 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": _QUIET,
     "legend.frameon": False,
 }
+matplotlib.rcParams.update(_STYLE)
+_OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend beside the axes
 
 
 @dataclass(frozen=True)
-class Frame:
-    """Title and axes of a chart."""
+class Chart:
+    """A chart with what stands above it."""
 
     title: str
-    """Read out by screen readers."""
-    x: str
-    """Axis label with unit."""
-    y: str
-    size: tuple[float, float] = (4.6, 2.6)
-    """Inches."""
+    caption: str
+    svg: str
 
 
-def curves(frame: Frame, series: Mapping[str, Points], *, legend: bool = True) -> str:
+@dataclass(frozen=True)
+class ChartSection:
+    """The curves of one section of the registry."""
+
+    name: str
+    charts: list[Chart]
+    is_open: bool
+
+
+def overview(stage: StageFolder) -> list[Chart]:
+    """PPO at a glance: reward against KL, and the answers before and after."""
+    costs = dict(stage.series("eval/kl"))
+    keys = [key for key in stage.logged() if key == "eval/score" or key.startswith("gold/")]
+    paths = {key: [(costs[step], value) for step, value in stage.series(key) if step in costs] for key in keys}
+    paths = {key: points for key, points in paths.items() if points}
+    found = [_reward_against_kl(paths)] if paths else []
+    answers = by_step(stage.samples)
+    if len(answers) > 1:
+        first, last = answers[min(answers)], answers[max(answers)]
+        for key, unit in (("score", "normalised score"), ("length", "tokens"), ("kl", "nats")):
+            groups = {
+                when: [float(row[key]) for row in rows if is_number(row.get(key))]
+                for when, rows in (("before", first), ("after", last))
+            }
+            if all(groups.values()):
+                caption = f"{len(first)} answers before, {len(last)} after."
+                found.append(_histograms(f"{key} of held-out answers", caption, x=unit, groups=groups))
+    return found
+
+
+def sections(stage: StageFolder) -> list[ChartSection]:
+    """A curve for each metric, by section; two points, which the table of results has too, open no section."""
+    found: dict[str, list[Chart]] = defaultdict(list)
+    is_open: dict[str, bool] = defaultdict(bool)
+    axis = axis_of(stage.name)
+    for key in stage.logged():
+        points, entry = stage.series(key), known(key)
+        is_drawn_by_cost = entry.section in ("Throughput", "Memory")
+        if is_drawn_by_cost or not points or len(points) == 1 < len(stage.rows):
+            continue
+        gaps = ", ".join(map(str, stage.gaps(key)[:5]))
+        caption = entry.meaning + smoothing(points) + (f". Not finite at {axis} {gaps}." if gaps else "")
+        unit = entry.unit or key.split("/")[-1]
+        found[entry.section].append(curves(key, caption, x=axis, y=unit, series={key: points}))
+        is_evaluated_often = entry.section == "Evaluation" and len(points) > 2
+        is_open[entry.section] |= entry.section in ("Training", "Objective") or is_evaluated_often
+    return [ChartSection(name, charts, is_open[name]) for name, charts in found.items()]
+
+
+def cost(stage: StageFolder) -> list[Chart]:
+    """Where time and memory went."""
+    axis, found = axis_of(stage.name), []
+    phases = {key.split("/")[1]: stage.series(key) for key in stage.logged() if key.startswith("timing_s/")}
+    phases.pop("step", None)
+    if phases:
+        caption = f"Seconds in each phase of every {axis}."
+        found.append(_stacked(f"Time of {stage.name}", caption, x=axis, y="seconds", series=phases))
+    speed = stage.series("perf/tokens_per_second")
+    if speed:
+        caption = f"Tokens per second, all ranks{smoothing(speed)}."
+        found.append(curves(f"Throughput of {stage.name}", caption, x=axis, y="tokens/s", series={"": speed}))
+    memory = {}
+    for phase, places in stage.planned.items():
+        for place in ("device", "host"):
+            measured, planned = stage.summary.get(f"memory/{phase}_{place}_bytes"), places.get(place)
+            if planned:
+                bars = {"planned": planned / 1e9, **({} if measured is None else {"measured": measured / 1e9})}
+                memory[f"{phase} ({place})"] = bars
+    if memory:
+        caption = "Highest memory of the first rank in each phase, as planned before the run and as measured."
+        found.append(_bars(f"Memory of {stage.name}", caption, x="GB", groups=memory))
+    return found
+
+
+def calibration(results: Mapping[str, Any], name: str) -> list[Chart]:
+    """The reliability diagram of a comparison's reward model; none without pairs."""
+    try:
+        bins = [(row["confidence"], row["right"]["mean"]) for row in results["reward_model"]["calibration"]["bins"]]
+    except (KeyError, TypeError):  # the comparison had no reward model, or the file is odd
+        return []
+    points = [(float(sure), float(right)) for sure, right in bins if is_number(sure) and is_number(right)]
+    if not points:
+        return []
+    series = {"reward model": points, "as sure as right": [(0.5, 0.5), (0.75, 0.75), (1.0, 1.0)]}
+    caption = "Below the diagonal the reward model is surer than it is right."
+    return [curves(f"Calibration {name}".strip(), caption, x="confidence", y="share that is right", series=series)]
+
+
+def axis_of(stage: str) -> str:
+    """What the steps of a stage are called."""
+    return "iteration" if stage in POLICIES else "step"
+
+
+def known(key: str) -> Metric:
+    """The registry's entry of a metric; just its name if another version logged it."""
+    try:
+        return metric(key)
+    except ValueError:
+        return Metric("Other", "", (), f"{key}: not a metric of this version")
+
+
+def curves(title: str, caption: str, *, x: str, y: str, series: Mapping[str, Points]) -> Chart:
     """Draw lines over a common axis, with a legend if there are several; one point is drawn as a dot.
 
     A noisy curve is drawn faint, with its exponential mean over about `window` points on top.
     """
-    with _chart(frame) as chart:
-        for label, points in series.items():
-            width = window(points)
-            shown = thin(smoothed(points, width) if width else points)
-            marker = "o" if len(shown) < 3 else ""
-            (line,) = chart.axes.plot(*_columns(shown), label=label, marker=marker, markersize=3, linewidth=1.5)
-            if width:
-                chart.axes.plot(*_columns(thin(points)), **_like(line), alpha=0.3, linewidth=1)
-        if legend and len(series) > 1:
-            chart.axes.legend()
-        chart.axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    return chart.svg
+    axes = _axes(x, y)
+    for label, points in series.items():
+        width = window(points)
+        shown = thin(smoothed(points, width) if width else points)
+        marker = "o" if len(shown) < 3 else ""
+        (line,) = axes.plot(*_columns(shown), label=label, marker=marker, markersize=3, linewidth=1.5)
+        if width:
+            axes.plot(*_columns(thin(points)), color=line.get_color(), alpha=0.3, linewidth=1)
+    if len(series) > 1:
+        axes.legend()
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
+    return _chart(axes, title, caption=caption)
 
 
-def _like(line: Line2D) -> dict[str, Any]:
-    """Colour and style of a line, for what belongs to it."""
-    return {"color": line.get_color(), "linestyle": line.get_linestyle()}
+def smoothing(points: Points) -> str:
+    """How a curve was smoothed, for its caption; empty if it was not."""
+    width = window(points)
+    return f". Smoothed over about {width} points; what was logged is faint" if width else ""
 
 
 def window(points: Points) -> int:
@@ -115,115 +216,98 @@ def smoothed(points: Points, width: int) -> list[tuple[float, float]]:
     return found
 
 
-def frontier(frame: Frame, series: Mapping[str, Points]) -> str:
-    """Draw points in the order of training over the root of the KL, the first in a ring (Gao et al. 2023, figure 1)."""
-    with _chart(frame) as chart:
-        for label, points in series.items():
-            x, y = _columns([(math.sqrt(max(kl, 0.0)), value) for kl, value in points])
-            (line,) = chart.axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=label)
-            chart.axes.plot(x[:1], y[:1], **_like(line), marker="o", markersize=9, fillstyle="none")
-        chart.axes.legend()
-    return chart.svg
+def thin(points: Points) -> Points:
+    """Every n-th point, so that at most `_MOST_POINTS` and the last one are left."""
+    return points if len(points) <= _MOST_POINTS else [*points[: -1 : -(-len(points) // _MOST_POINTS)], points[-1]]
 
 
-def distributions(frame: Frame, samples: Mapping[str, Sequence[float]]) -> str:
-    """Draw histograms over common bins, as shares, so that different numbers of samples compare."""
-    values = [value for group in samples.values() for value in group]
-    with _chart(frame) as chart:
-        low, high = min(values, default=0.0), max(values, default=1.0)
-        spread = (low, high) if high > low else (low - 0.5, high + 0.5)
-        for label, group in samples.items():
-            weights = [1 / len(group)] * len(group)
-            chart.axes.hist(group, bins=24, range=spread, weights=weights, label=label, alpha=0.55)
-        chart.axes.legend()
-    return chart.svg
+def _reward_against_kl(paths: Mapping[str, Points]) -> Chart:
+    """Points in the order of training over the root of the KL, the first in a ring (Gao et al. 2023, figure 1)."""
+    axes = _axes("KL to the reference, √nats per response", "mean over held-out prompts")
+    for label, points in paths.items():
+        x, y = _columns([(math.sqrt(max(kl, 0.0)), value) for kl, value in points])
+        (line,) = axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=label)
+        axes.plot(x[:1], y[:1], color=line.get_color(), marker="o", markersize=9, fillstyle="none")
+    axes.legend()
+    caption = (
+        "One point for each evaluation, joined in the order of training; the ring is the start. Where the score "
+        "goes on rising and a gold metric turns down, the policy pleases the reward model only (Gao et al. 2023)."
+    )
+    return _chart(axes, "Reward against KL", caption=caption)
 
 
-def stacked(frame: Frame, series: Mapping[str, Points]) -> str:
-    """Draw areas on top of each other over the steps; a step without a value counts as zero."""
-    steps = sorted({x for points in series.values() for x, _ in points})
-    steps = [x for x, _ in thin([(step, 0.0) for step in steps])]
-    with _chart(frame, layout="constrained") as chart:
-        values = [[dict(points).get(step, 0.0) for step in steps] for points in series.values()]
-        if len(steps) > 1:
-            chart.axes.stackplot(steps, values, labels=list(series), alpha=0.8)
-            chart.axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-        else:
-            chart.axes.barh(list(series), [sum(row) for row in values], color=_SERIES[0], alpha=0.8)
-            chart.axes.set(xlabel=frame.y, ylabel="")
-        chart.axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
-    return chart.svg
+def _histograms(title: str, caption: str, *, x: str, groups: Mapping[str, Sequence[float]]) -> Chart:
+    """Histograms over common bins, as shares, so that different numbers of samples compare."""
+    values = [value for group in groups.values() for value in group]
+    low, high = min(values), max(values)
+    spread = (low, high) if high > low else (low - 0.5, high + 0.5)
+    axes = _axes(x, "share of answers")
+    for label, group in groups.items():
+        axes.hist(group, bins=24, range=spread, weights=[1 / len(group)] * len(group), label=label, alpha=0.55)
+    axes.legend()
+    return _chart(axes, title, caption=caption)
 
 
-def bars(frame: Frame, groups: Mapping[str, Mapping[str, float]]) -> str:
-    """Draw horizontal bars: for each group, one of every name."""
+def _stacked(title: str, caption: str, *, x: str, y: str, series: Mapping[str, Points]) -> Chart:
+    """Areas on top of each other over the steps; a step without a value counts as zero."""
+    steps = sorted({step for points in series.values() for step, _ in points})
+    steps = [step for step, _ in thin([(step, 0.0) for step in steps])]
+    values = [[dict(points).get(step, 0.0) for step in steps] for points in series.values()]
+    axes = _axes(x, y, layout="constrained")
+    if len(steps) > 1:
+        axes.stackplot(steps, values, labels=list(series), alpha=0.8)
+        axes.legend(**_OUTSIDE)
+    else:
+        axes.barh(list(series), [sum(row) for row in values], color=_SERIES[0], alpha=0.8)
+        axes.set(xlabel=y, ylabel="")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    return _chart(axes, title, caption=caption)
+
+
+def _bars(title: str, caption: str, *, x: str, groups: Mapping[str, Mapping[str, float]]) -> Chart:
+    """Horizontal bars: for each group, one of every name."""
     names = list(dict.fromkeys(name for values in groups.values() for name in values))
-    height = 0.8 / max(len(names), 1)
-    with _chart(frame, layout="constrained") as chart:
-        for index, name in enumerate(names):
-            at = [row + (index - (len(names) - 1) / 2) * height for row in range(len(groups))]
-            chart.axes.barh(at, [values.get(name, 0.0) for values in groups.values()], height, label=name, alpha=0.85)
-        chart.axes.set_yticks(range(len(groups)), list(groups))
-        chart.axes.invert_yaxis()
-        chart.axes.grid(visible=False, axis="y")
-        chart.axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    return chart.svg
+    height = 0.8 / len(names)
+    axes = _axes(x, "", layout="constrained")
+    for index, name in enumerate(names):
+        at = [row + (index - (len(names) - 1) / 2) * height for row in range(len(groups))]
+        axes.barh(at, [values.get(name, 0.0) for values in groups.values()], height, label=name, alpha=0.85)
+    axes.set_yticks(range(len(groups)), list(groups))
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.legend(**_OUTSIDE)
+    return _chart(axes, title, caption=caption)
 
 
-def thin(points: Points) -> list[tuple[float, float]]:
-    """At most `_MOST_POINTS` points: means of neighbours, and the first and the last as they are."""
-    if len(points) <= _MOST_POINTS:
-        return list(points)
-    inner, step = points[1:-1], (len(points) - 2) / (_MOST_POINTS - 2)
-    cuts = [round(index * step) for index in range(_MOST_POINTS - 1)]
-    windows = [inner[start:stop] for start, stop in zip(cuts, cuts[1:], strict=False)]
-    means = [tuple(sum(column) / len(window) for column in zip(*window, strict=True)) for window in windows if window]
-    return [points[0], *((x, y) for x, y in means), points[-1]]
+def _axes(x: str, y: str, *, layout: Literal["constrained"] | None = None) -> Axes:
+    """Axes to draw in. `layout="constrained"` fits what stands outside of them, and takes half of the time."""
+    axes = Figure(figsize=_INCHES, layout=layout).add_subplot()
+    axes.set(xlabel=x, ylabel=y)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(FuncFormatter(_short))
+    return axes
 
 
-@dataclass
-class _Chart:
-    axes: Axes
-    svg: str = ""
-
-
-@contextmanager
-def _chart(frame: Frame, layout: Literal["constrained"] | None = None) -> Iterator[_Chart]:
-    """A chart to draw in. `layout` fits what stands outside the axes, and takes half of the time."""
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": frame.title}):
-        figure = Figure(figsize=frame.size, layout=layout)
-        chart = _Chart(figure.add_subplot())
-        chart.axes.set(xlabel=frame.x, ylabel=frame.y)
-        for axis in (chart.axes.xaxis, chart.axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(_short))
-        yield chart
-        if layout is None:
-            _set_margins(figure, chart.axes)
-        chart.svg = _inline(figure, frame.title)
-
-
-def _set_margins(figure: Figure, axes: Axes) -> None:
-    """Leave space for the axis labels and for the longest number beside the vertical axis."""
-    width, height = figure.get_size_inches()
-    longest = max((len(_short(value, 0)) for value in axes.yaxis.get_major_locator()()), default=0)
-    left = _TITLE_INCHES + _CHARACTER_INCHES * longest
-    figure.subplots_adjust(left=left / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.12 / height)
-
-
-def _inline(figure: Figure, title: str) -> str:
-    """The figure as an `<svg>` element with the colours and the font of the page."""
+def _chart(axes: Axes, title: str, *, caption: str) -> Chart:
+    """The chart as an `<svg>` element with the colours and the font of the page; screen readers read out its title."""
+    figure, (width, height) = axes.get_figure(root=True), _INCHES
+    assert figure is not None
+    if figure.get_layout_engine() is None:  # leave space for the longest number beside the vertical axis
+        longest = max((len(_short(value, 0)) for value in axes.yaxis.get_major_locator()()), default=0)
+        left = _TITLE_INCHES + _CHARACTER_INCHES * longest
+        figure.subplots_adjust(left=left / width, right=1 - 0.15 / width, bottom=0.5 / height, top=1 - 0.12 / height)
     file = io.StringIO()
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), matplotlib.rc_context({"svg.hashsalt": title}):  # the salt makes ids unique
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser draws the text with its own fonts
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     text = printable_lines(file.getvalue())
-    svg = text[text.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)  # every chart has the same ids, and a page may have each once
     for colour, variable in _VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
     label = f'<svg role="img" aria-label="{html.escape(printable(title))}" class="chart"'
-    return re.sub(r'(width|height)="[\d.]+pt" ', "", svg.replace("<svg", label, 1), count=2)
+    svg = re.sub(r'(width|height)="[\d.]+pt" ', "", svg.replace("<svg", label, 1), count=2)
+    return Chart(title, caption, svg)
 
 
 def _short(value: float, _position: int) -> str:

@@ -1,6 +1,7 @@
-"""One HTML file that shows a run: it needs no network and no server, and only its own script can run in it.
+"""Writes the pages: the report of a run or a stage, and the table of many runs.
 
-Text of models and data sets is escaped by the template, and control characters are made visible.
+A page is one HTML file that needs no network and no server, and only its own script can run in it. Text of models and
+data sets is escaped by the template, and control characters are made visible.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,26 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from rlhf.algorithms.intervals import Interval, share_change, wilson
+from rlhf.config.run_config import FOLDERS
 from rlhf.evaluation.result_tables import tables
-from rlhf.tracking.alerts import CheckResult, check_history
-from rlhf.tracking.answer_statistics import COLUMNS, by_step, change, is_number, with_ends
-from rlhf.tracking.checks import CHECKS, CheckState
-from rlhf.tracking.report import figures
-from rlhf.tracking.report.run_folder import EvaluationFolder, Row, RunFolder, StageFolder, numbers_in, read_run
-from rlhf.tracking.text_table import number, printable_lines
+from rlhf.runtime.atomic_files import write_text
+from rlhf.tracking.alerts import CheckResult, StageChecks
+from rlhf.tracking.checks import CHECKS, change
+from rlhf.tracking.jsonl_log import Row, by_step, is_number
+from rlhf.tracking.metric_registry import COLUMNS
+from rlhf.tracking.report import charts
+from rlhf.tracking.report.run_folder import (
+    EvaluationFolder,
+    FolderReader,
+    RunFolder,
+    StageFolder,
+    holds_run,
+    numbers_in,
+    read_run,
+)
+from rlhf.tracking.text_table import number, printable_lines, with_ends
 
-REPORT = "report.html"
+REPORT, INDEX = "report.html", "index.html"
 MOST_SAMPLES = 200  # in the page; all are in samples.jsonl
 MOST_COMPARED = 50  # of each evaluation; all are in its samples.jsonl
 
@@ -38,38 +49,72 @@ def write_report(folder: Path) -> Path:
     Raises:
         ValueError: no run is there.
     """
-    path = folder / REPORT
-    complete = path.with_suffix(".tmp")
-    complete.write_text(page(read_run(folder)), encoding="utf-8")
-    complete.replace(path)
-    return path
+    write_text(folder / REPORT, page(read_run(folder)))
+    return folder / REPORT
 
 
 def page(run: RunFolder, *, refresh: int = 0) -> str:
-    """The report as HTML; with `refresh`, browsers ask for it again after that many seconds."""
+    """The report as HTML; with `refresh`, browsers load it again after that many seconds."""
     script, policy = _part("page.js"), run.policy
     pairs = _pairs(policy) if policy else []
-    return render(
+    return _render(
         "page.html.jinja",
         run=run,
         refresh=refresh,
         written=time.strftime("%Y-%m-%d %H:%M:%S %z"),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
-        headlines=[line for stage in run.stages for line in _headlines(stage)],
+        headlines=[line for stage in run.stages for line in _results(stage)],
         checks={stage.name: _checks(stage) for stage in run.stages},
-        when=_when,
-        overview=figures.overview(policy) if policy else [],
-        sections={stage.name: figures.sections(stage) for stage in run.stages},
-        cost={stage.name: figures.cost(stage) for stage in run.stages},
+        overview=charts.overview(policy) if policy else [],
+        sections={stage.name: charts.sections(stage) for stage in run.stages},
+        cost={stage.name: charts.cost(stage) for stage in run.stages},
         evaluations=[_evaluation(found) for found in run.evaluations],
         pairs=pairs[:MOST_SAMPLES],
         pair_count=len(pairs),
+        numbers=_numbers,
         diff=difference,
     )
 
 
-def render(template: str, **content: Any) -> str:
+def write_index(folder: Path) -> Path:
+    """Write `index.html`, a table of the runs one or two levels below `folder` and their held-out results.
+
+    How their settings differ is in their names, if a sweep has named them, and in W&B.
+
+    Raises:
+        ValueError: there is no run in it.
+    """
+    runs = sorted({run for pattern in ("*", "*/*") for run in folder.glob(pattern) if holds_run(run)})
+    if not runs:
+        raise ValueError(f"{folder}: no run is there, and none in a folder of it. Expected a folder such as outputs.")
+    lines = [_run_line(run, folder) for run in runs]
+    shown = {}
+    for name in dict.fromkeys(name for line in lines for name in line["results"]):
+        entry = charts.known(name.split(" ")[1])
+        if entry.headline or " gold/" in name or name.endswith(" eval/kl"):
+            shown[name] = entry.meaning
+    content = _render("index.html.jinja", title=folder.resolve().name, lines=lines, shown=shown)
+    write_text(folder / INDEX, content)
+    return folder / INDEX
+
+
+def _run_line(run: Path, folder: Path) -> dict[str, Any]:
+    """One run of the index: its name and link, the stages it has finished and begun, and results by `STAGE KEY`."""
+    name, reader = str(run.relative_to(folder)), FolderReader(run)
+    stages = [stage for stage in FOLDERS if (run / stage).is_dir()]
+    after = {stage: numbers_in(reader.mapping(f"{stage}/stage.json", required=False).get("after")) for stage in stages}
+    return {
+        "name": name,
+        "report": f"{name}/{REPORT}" if (run / REPORT).exists() else None,
+        "finished": [stage for stage in stages if after[stage]],
+        "begun": [stage for stage in stages if not after[stage]],
+        "results": {f"{stage} {key}": number(value) for stage in stages for key, value in after[stage].items()},
+        "note": "; ".join(reader.notes),
+    }
+
+
+def _render(template: str, **content: Any) -> str:
     """Fill in a template; everything is escaped and in the style of all pages."""
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
     environment.filters["visible"] = visible
@@ -85,41 +130,30 @@ def visible(text: object) -> str:
     return printable_lines(str(text))
 
 
-@dataclass(frozen=True)
-class ResultLine:
-    """One line of the table of held-out results."""
+def _results(stage: StageFolder) -> Iterator[dict[str, str]]:
+    """The lines of the table of held-out results, each with the change and its 95% interval if that is known.
 
-    stage: str
-    metric: str
-    before: str
-    after: str
-    change: str
-    """With its 95% interval; empty if only means are known."""
-    mark: str
-    """better, worse or unclear; empty if neither direction is better. Without an interval it goes by the means."""
-    unit: str
-    meaning: str
-
-
-def _headlines(stage: StageFolder) -> Iterator[ResultLine]:
+    `mark` is better, worse or unclear, and empty if neither direction is better. Without an interval it goes by the
+    means.
+    """
     for key in dict.fromkeys([*stage.before, *stage.after]):
-        entry, before, after = figures.known(key), stage.before.get(key), stage.after.get(key)
+        entry, before, after = charts.known(key), stage.before.get(key), stage.after.get(key)
         found, mark = None, ""
         if before is not None and after is not None:
             found = _change(stage, key)
             low, high = (after - before, after - before) if found is None else (found.low, found.high)
             if entry.better and after != before:
                 mark = "unclear" if low <= 0 <= high else "better" if low * entry.better > 0 else "worse"
-        yield ResultLine(
-            stage=stage.name,
-            metric=key,
-            before="–" if before is None else number(before),
-            after="–" if after is None else number(after),
-            change="" if found is None else with_ends(found.mean, found.low, high=found.high),
-            mark=mark,
-            unit=entry.unit,
-            meaning=entry.meaning,
-        )
+        yield {
+            "stage": stage.name,
+            "metric": key,
+            "before": "–" if before is None else number(before),
+            "after": "–" if after is None else number(after),
+            "change": "" if found is None else with_ends(found.mean, found.low, high=found.high),
+            "mark": mark,
+            "unit": entry.unit,
+            "meaning": entry.meaning,
+        }
 
 
 def _change(stage: StageFolder, key: str) -> Interval | None:
@@ -135,22 +169,18 @@ def _change(stage: StageFolder, key: str) -> Interval | None:
 
 def _checks(stage: StageFolder) -> dict[str, Any]:
     """The results of all checks of a stage: `wrong`, `fine` (in words), and `unchecked` (in words, by the reason)."""
-    results = check_history(stage.name, stage.rows, samples=stage.samples, total_steps=stage.total_steps)
-    unchecked: dict[str, list[str]] = defaultdict(list)
-    for found in results:
-        if found.state is CheckState.unchecked:
-            unchecked[found.text].append(_claim(found))
-    return {
-        "wrong": [found for found in results if found.state is CheckState.wrong],
-        "fine": [_claim(found) for found in results if found.state is CheckState.fine],
-        "unchecked": dict(unchecked),
-    }
-
-
-def _claim(found: CheckResult) -> str:
-    """What holds if a check found nothing."""
-    name, _, metric = found.name.partition(":")
-    return CHECKS[name].fine.replace("gold metric", metric or "gold metric")
+    checks = StageChecks(stage.name, stage.rows, samples=stage.samples, total_steps=stage.total_steps)
+    wrong, fine, unchecked = [], [], defaultdict(list)
+    for name, found in checks.results.items():
+        check, _, metric = name.partition(":")
+        claim = CHECKS[check].fine.replace("gold metric", metric or "gold metric")
+        if found.is_wrong:
+            wrong.append({"text": found.text, "when": _when(found)})
+        elif found.is_wrong is None:
+            unchecked[found.text].append(claim)
+        else:
+            fine.append(claim)
+    return {"wrong": wrong, "fine": fine, "unchecked": dict(unchecked)}
 
 
 def _when(found: CheckResult) -> str:
@@ -161,38 +191,25 @@ def _when(found: CheckResult) -> str:
     return f"First at step {found.first}, last at step {found.last}, and no longer so after that."
 
 
-@dataclass(frozen=True)
-class AnswerPair:
-    """The answers to a held-out prompt before and after training."""
-
-    prompt: str
-    before: Row
-    after: Row
-
-    @property
-    def gained(self) -> float:
-        """Change of the score; 0 if it is not known."""
-        old, new = self.before.get("score"), self.after.get("score")
-        return float(new) - float(old) if is_number(old) and is_number(new) else 0.0
-
-    def numbers(self, row: Row) -> Iterator[tuple[str, str]]:
-        """Everything but the texts, by name."""
-        for key, value in row.items():
-            if key not in ("prompt", "response", "step"):
-                yield key, number(value) if isinstance(value, float) else str(value)
-
-
-def _pairs(stage: StageFolder) -> list[AnswerPair]:
-    """The first and the last answers to each prompt."""
+def _pairs(stage: StageFolder) -> list[dict[str, Any]]:
+    """The first and the last answer to each held-out prompt, and by how much the score rose (0 if unknown)."""
     answers = by_step(stage.samples)
     if len(answers) < 2:
         return []
-    first, last = answers[min(answers)], answers[max(answers)]
-    return [
-        AnswerPair(str(after.get("prompt", "")), before, after)
-        for before, after in zip(first, last, strict=False)
-        if before.get("prompt") == after.get("prompt")
-    ]
+    pairs = []
+    for before, after in zip(answers[min(answers)], answers[max(answers)], strict=False):
+        if before.get("prompt") == after.get("prompt"):
+            old, new = before.get("score"), after.get("score")
+            gained = float(new) - float(old) if is_number(old) and is_number(new) else 0.0
+            pairs.append({"prompt": str(after.get("prompt", "")), "before": before, "after": after, "gained": gained})
+    return pairs
+
+
+def _numbers(row: Row) -> Iterator[tuple[str, str]]:
+    """Everything of an answer but the texts, by name."""
+    for key, value in row.items():
+        if key not in ("prompt", "response", "step"):
+            yield key, number(value) if isinstance(value, float) else str(value)
 
 
 def difference(before: str, after: str) -> Markup:
@@ -200,35 +217,36 @@ def difference(before: str, after: str) -> Markup:
     old, new = before.split(), after.split()
     parts = []
     for kind, i, j, k, m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
+        gone, came = visible(" ".join(old[i:j])), visible(" ".join(new[k:m]))
         if kind == "equal":
-            parts.append(Markup("{}").format(visible(" ".join(new[k:m]))))
+            parts.append(Markup("{}").format(came))
             continue
-        if i < j:
-            parts.append(Markup("<del>{}</del>").format(visible(" ".join(old[i:j]))))
-        if k < m:
-            parts.append(Markup("<ins>{}</ins>").format(visible(" ".join(new[k:m]))))
+        if gone:
+            parts.append(Markup("<del>{}</del>").format(gone))
+        if came:
+            parts.append(Markup("<ins>{}</ins>").format(came))
     return Markup(" ").join(parts)
 
 
 def _evaluation(found: EvaluationFolder) -> dict[str, Any]:
     """One comparison of `stage=eval`: its tables, calibration, and answers side by side."""
+    samples = []
+    for row in found.samples[:MOST_COMPARED]:
+        sides = {side: row[side] for side in ("model", "baseline") if isinstance(row.get(side), dict)}
+        samples.append(
+            {
+                "prompt": row.get("prompt", ""),
+                "answers": {side: answer.get("response", "") for side, answer in sides.items()},
+                "numbers": {side: _formatted(answer) for side, answer in sides.items()},
+                "preferences": _formatted(row.get("preferences")),
+            }
+        )
     return {
         "name": found.name,
         "tables": tables(found.results, meanings=True),
-        "calibration": figures.calibration(found.results, found.name),
-        "samples": [_compared(row) for row in found.samples[:MOST_COMPARED]],
+        "calibration": charts.calibration(found.results, found.name),
+        "samples": samples,
         "sample_count": len(found.samples),
-    }
-
-
-def _compared(row: Row) -> dict[str, Any]:
-    """What both models answered to one prompt, with the numbers of each answer and the preference of each judge."""
-    sides = {side: row[side] for side in ("model", "baseline") if isinstance(row.get(side), dict)}
-    return {
-        "prompt": row.get("prompt", ""),
-        "answers": {side: answer.get("response", "") for side, answer in sides.items()},
-        "numbers": {side: _formatted(answer) for side, answer in sides.items()},
-        "preferences": _formatted(row.get("preferences")),
     }
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import FOLDERS
 from rlhf.evaluation.result_tables import FOLDER, RESULTS, SAMPLES
-from rlhf.tracking.answer_statistics import is_number
+from rlhf.tracking.jsonl_log import is_number
 
 Row = dict[str, Any]
 
@@ -44,13 +44,20 @@ class FolderReader:
         self.notes: list[str] = []
         """What is missing or could not be read, a sentence each."""
 
-    def text(self, name: str, *, required: bool = True) -> str:
-        """The whole file; empty if there is none, which is noted if it is `required`."""
-        return self._read(name, required=required) or ""
+    def text(self, name: str, *, required: bool = True) -> str | None:
+        """The whole file; None if there is none, which is noted if it is `required`."""
+        try:
+            return (self.folder / name).read_text(encoding="utf-8", errors="backslashreplace")
+        except FileNotFoundError:
+            if required:
+                self.notes.append(f"{name} is missing.")
+        except OSError as error:
+            self.notes.append(f"{name} cannot be read ({error.strerror}).")
+        return None
 
     def mapping(self, name: str, *, required: bool = True) -> dict[str, Any]:
         """A JSON object; empty if there is none."""
-        text = self._read(name, required=required)
+        text = self.text(name, required=required)
         try:
             content = {} if text is None else json.loads(text)
         except ValueError as error:
@@ -64,9 +71,9 @@ class FolderReader:
     def rows(self, name: str, *, required: bool = True, steps: bool = True) -> list[Row]:
         """The good lines of a JSONL file, in their order; with `steps`, those with a step."""
         rows, broken = [], []
-        for number, line in enumerate(self.text(name, required=required).split("\n"), start=1):
-            row = _row(line)
-            if row is not None and (not steps or _has_step(row)):
+        for number, line in enumerate((self.text(name, required=required) or "").split("\n"), start=1):
+            row = _row(line, steps=steps)
+            if row is not None:
                 rows.append(row)
             elif line.strip():
                 broken.append(str(number))
@@ -76,28 +83,15 @@ class FolderReader:
             self.notes.append(f"{name}: {len(broken)} lines are not {what} ({shown}); they were left out.")
         return rows
 
-    def _read(self, name: str, *, required: bool) -> str | None:
-        try:
-            return (self.folder / name).read_text(encoding="utf-8", errors="backslashreplace")
-        except FileNotFoundError:
-            if required:
-                self.notes.append(f"{name} is missing.")
-        except OSError as error:
-            self.notes.append(f"{name} cannot be read ({error.strerror}).")
-        return None
 
-
-def _row(line: str) -> Row | None:
+def _row(line: str, *, steps: bool) -> Row | None:
     try:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) else None
-
-
-def _has_step(row: Row) -> bool:
-    step = row.get("step")
-    return isinstance(step, int) and not isinstance(step, bool) and abs(step) < _LARGEST_STEP
+    step = row.get("step") if isinstance(row, dict) else None
+    has_step = isinstance(step, int) and not isinstance(step, bool) and abs(step) < _LARGEST_STEP
+    return row if isinstance(row, dict) and (has_step or not steps) else None
 
 
 @dataclass(frozen=True)
@@ -194,8 +188,10 @@ def read_run(folder: Path) -> RunFolder:
     return RunFolder(
         folder,
         [read_stage(reader, name, planned=plans.get(name)) for name in begun],
-        config=reader.text("config.yaml", required=bool(begun)) or reader.text("eval/config.yaml", required=False),
-        plan=reader.text("plan.txt", required=bool(begun)),
+        config=reader.text("config.yaml", required=bool(begun))
+        or reader.text("eval/config.yaml", required=False)
+        or "",
+        plan=reader.text("plan.txt", required=bool(begun)) or "",
         starts=reader.rows("origin.jsonl", steps=False),
         evaluations=[] if is_stage(folder) else _read_evaluations(reader),
         notes=reader.notes,

@@ -2,10 +2,9 @@
 
 import re
 
-from rlhf.tracking.report import charts
-from rlhf.tracking.report.charts import Frame, curves, frontier, smoothed, window
+from rlhf.tracking.report.charts import curves, overview, smoothed, window
+from rlhf.tracking.report.run_folder import StageFolder
 
-FRAME = Frame("title", "x", "y")
 ZIGZAG = [(step, float(step % 2)) for step in range(40)]
 
 
@@ -29,7 +28,8 @@ def strokes(svg):
 
 
 def test_what_was_logged_is_faint_behind_its_smoothed_curve():
-    assert strokes(curves(FRAME, {"a": ZIGZAG, "b": ZIGZAG[:5]}))[:3] == [
+    chart = curves("title", "", x="x", y="y", series={"a": ZIGZAG, "b": ZIGZAG[:5]})
+    assert strokes(chart.svg)[:3] == [
         ("var(--series-0)", ""),
         ("var(--series-0)", "; stroke-opacity: 0.3"),
         ("var(--series-1)", ""),
@@ -37,12 +37,11 @@ def test_what_was_logged_is_faint_behind_its_smoothed_curve():
 
 
 def test_the_start_of_a_path_is_a_ring_in_its_colour_and_no_text():
-    svg = frontier(FRAME, {"a": [(0.0, 1.0), (1.0, 2.0)], "b": [(0.0, 1.1), (1.0, 0.5)]})
-    assert ">start<" not in svg
-    assert {colour for colour, _ in strokes(svg)} == {"var(--series-0)", "var(--series-1)"}
-
-
-def test_runs_beyond_the_colours_differ_in_the_kind_of_their_lines():
-    svg = curves(FRAME, {str(run): [(0, run), (1, run), (2, run)] for run in range(charts.DISTINCT)}, legend=False)
-    styles = re.findall(r'<path d="[^"]*" clip-path="[^"]*" style="([^"]*)"', svg)
-    assert len({style for style in styles if "--series" in style}) == charts.DISTINCT
+    rows = [
+        {"step": 0, "eval/kl": 0.0, "eval/score": 1.0, "gold/a": 1.1},
+        {"step": 1, "eval/kl": 1.0, "eval/score": 2.0, "gold/a": 0.5},
+    ]
+    stage = StageFolder("ppo", rows, samples=[], before={}, after={}, summary={}, planned={}, is_finished=True)
+    (chart,) = overview(stage)
+    assert ">start<" not in chart.svg
+    assert {colour for colour, _ in strokes(chart.svg)} == {"var(--series-0)", "var(--series-1)"}

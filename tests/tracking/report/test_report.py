@@ -1,21 +1,17 @@
 """A report says what a run has left, whatever state that is in, and nothing in it can run but its own script."""
 
-import http.client
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import threading
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
-from rlhf.tracking.report.index import write_index
-from rlhf.tracking.report.live import server_of
-from rlhf.tracking.report.page import difference, page, visible, write_report
+from rlhf.tracking.report import __main__ as command
+from rlhf.tracking.report.page import difference, page, visible, write_index, write_report
 from rlhf.tracking.report.run_folder import read_run
 
 EVIL = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\x1b[31m\u202etxt\ud800"
@@ -279,104 +275,55 @@ def test_many_runs_have_a_line_each(run):
     assert "sft/stage.json is not JSON" in html
 
 
-def configured(folder, *, rate, seed):
-    settings = {"name": folder.name, "output_dir": str(folder), "seed": seed}
-    stages = {stage: {"seed": seed, "lr": rate, "model": f"{folder}/sft/model"} for stage in ("sft", "ppo")}
-    (folder / "config.yaml").write_text(json.dumps(settings | stages))  # JSON is YAML, too
-
-
-def test_runs_are_compared_by_what_differs_in_them_and_their_curves_lie_over_each_other(run):
-    runs = [run, run.parent / "other", run.parent / "third"]
-    for other in runs[1:]:
-        shutil.copytree(run, other)
-    for folder, rate, seed in zip(runs, (0.1, 0.2, 0.1), (0, 0, 1), strict=True):
-        configured(folder, rate=rate, seed=seed)
+def test_runs_are_compared_by_their_results(run):
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    (other / "ppo/stage.json").unlink()
     html = write_index(run.parent).read_text(encoding="utf-8")
     headings = re.findall(r"<th(?: [^>]*)?>(.*?)</th>", html)
-    assert headings[:5] == ["run", "seed +2", "sft.lr +1", "finished", "begun"]
-    for column in ("ppo eval/score", "ppo eval/kl", "ppo gold/rating"):
-        assert column in headings
+    results = ["sft eval/loss", "reward eval/accuracy", "ppo eval/score", "ppo eval/kl", "ppo gold/rating"]
+    assert headings == ["run", "finished", "begun", *results, ""]
     rows = [re.findall(r"<td[^>]*>(.*?)</td>", row) for row in re.findall(r"<tr>(<td.*?)</tr>", html, re.DOTALL)]
-    assert [row[1:3] for row in rows] == [["0", "0.1"], ["0", "0.2"], ["1", "0.1"]]
-    chart = re.search(r'<svg role="img" aria-label="ppo eval/score".*?</svg>', html, re.DOTALL)[0]
-    for number in range(3):
-        assert f"stroke: var(--series-{number})" in chart
-        assert f"border-top-color: var(--series-{number})" in rows[number][0]
-    assert "series-3" not in chart
+    assert rows[0][1:] == ["sft reward ppo", "", "0.625", "0.625", "0.75", "4", "1.25", ""]
+    assert rows[1][1:] == ["sft reward", "ppo", "0.625", "0.625", "–", "–", "–", ""]
     (policy,) = [a["content"] for tag, a in Tags(html).tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def test_a_configuration_that_cannot_be_read_breaks_no_index(run):
-    shutil.copytree(run, run.parent / "other")
-    for text in ("a: [", "- no mapping", ""):
-        (run / "config.yaml").write_text(text)
-        html = write_index(run.parent).read_text(encoding="utf-8")
-        assert ("config.yaml is not YAML" in html) == text.startswith("a:")
-
-
 def test_the_command_writes_the_report_or_says_what_is_wrong(run):
-    def call(folder):
-        command = [sys.executable, "-m", "rlhf.tracking.report", str(folder)]
-        return subprocess.run(command, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
+    def call(*words):
+        words = [sys.executable, "-m", "rlhf.tracking.report", *map(str, words)]
+        return subprocess.run(words, cwd=Path(__file__).parents[3], capture_output=True, text=True, check=False)
 
     assert call(run).stdout == f"{run / 'report.html'}\n"
     assert (run / "report.html").exists()
-    failed = call(run / "nothing")
-    assert failed.returncode == 1
-    assert failed.stderr.startswith(f"error: {run / 'nothing'}: no run is there")
+    for options in ([], ["--follow"]):
+        failed = call(run / "nothing", *options)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith(f"error: {run / 'nothing'}: no run is there")
+    assert "--serve is no longer there: use --follow" in call(run, "--serve", 8080).stderr
 
 
-def asked(server, path="/", host="127.0.0.1"):
-    connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=600)
-    connection.request("GET", path, headers={"Host": f"{host}:{server.server_port}"})
-    answer = connection.getresponse()
-    return answer.status, answer.read().decode()
+def test_a_followed_run_has_a_page_that_shows_what_it_has_written_until_its_policy_is_trained(run, monkeypatch):
+    live, record, pages = run / "live.html", run / "ppo/stage.json", []
+    finished = record.read_text()
+    record.unlink()
 
+    def go_on(seconds):
+        """Instead of waiting: look at the page, and let the run write something."""
+        pages.append((live.stat().st_mtime_ns, live.read_text()))
+        if len(pages) == 1:
+            with (run / "ppo/metrics.jsonl").open("a") as file:
+                file.write('{"step": 4, "objective/kl": 3.0}\n')
+        elif len(pages) == 3:
+            record.write_text(finished)
 
-@pytest.fixture
-def live(run):
-    """The server of a run, answering."""
-    with server_of(run, port=0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
-
-
-def test_a_live_report_follows_the_run_and_answers_this_machine_only(run, live):
-    (run / "ppo/stage.json").unlink()
-    assert live.server_address[0] == "127.0.0.1"
-    status, html = asked(live)
-    assert status == 200
-    assert "ppo at step 3" in html
-    assert '<meta http-equiv="refresh"' in html
-    with (run / "ppo/metrics.jsonl").open("a") as file:
-        file.write('{"step": 4, "objective/kl": 3.0}\n')
-    assert "ppo at step 4" in asked(live)[1]
-    assert asked(live, host="evil.example")[0] == asked(live, path="/etc/passwd")[0] == 404
-
-
-def test_a_live_report_of_a_stage_follows_it(run):
-    with server_of(run / "sft", port=0) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert 'aria-label="train/grad_norm"' not in asked(server)[1]
-        with (run / "sft/metrics.jsonl").open("a") as file:
-            file.writelines(f'{{"step": {step}, "train/grad_norm": 3.0}}\n' for step in (2, 3))
-        assert 'aria-label="train/grad_norm"' in asked(server)[1]
-        server.shutdown()
-
-
-def test_a_silent_connection_holds_up_no_other(live):
-    with socket.create_connection(live.server_address):
-        assert asked(live)[0] == 200
-
-
-def test_a_run_that_vanishes_is_said_to_be_gone_and_shown_when_it_is_back(run, live, capfd):
-    assert asked(live)[0] == 200
-    run.rename(run.parent / "elsewhere")
-    status, html = asked(live)
-    assert status == 410
-    assert "The run is gone" in html
-    (run.parent / "elsewhere").rename(run)
-    assert asked(live)[0] == 200
-    assert capfd.readouterr().err == ""
+    monkeypatch.setattr(command.time, "sleep", go_on)
+    command.follow(run)
+    assert ["ppo at step 3" in html for _, html in pages] == [True, False, False]
+    assert ["ppo at step 4" in html for _, html in pages] == [False, True, True]
+    assert all('<meta http-equiv="refresh"' in html for _, html in pages)
+    assert pages[1][0] == pages[2][0]  # nothing was written, so nothing was drawn
+    assert "ppo finished" in live.read_text()
+    assert "refresh" not in live.read_text()
+    assert not (run / "report.html").exists()
