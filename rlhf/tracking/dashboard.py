@@ -27,14 +27,12 @@ def workspace(*, entity: str, project: str, name: str, run_name: str = "") -> An
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import interface as v2
 
-    def plot(key: str, x: str) -> Any:
+    def plot(key: str, x: str = STEP) -> Any:
         entry, named = METRICS[key], {"metric_regex": f"{key[:-1]}.+"} if key.endswith("/*") else {"y": [key]}
         title = f"{entry.meaning}, over KL" if x == "eval/kl" else entry.meaning
         return v2.LinePlot(title=title, x=x, title_y=entry.unit or None, **named)
 
-    panels = {
-        section: [plot(key, m.step) for key, m in METRICS.items() if m.section == section] for section in SECTIONS
-    }
+    panels = {section: [plot(key) for key, m in METRICS.items() if m.section == section] for section in SECTIONS}
     panels["Evaluation"] = [plot(key, "eval/kl") for key in OVER_KL] + panels["Evaluation"]
     panels["Rollout"].append(v2.WeavePanelSummaryTable(table_name="samples"))
     # Escaped letter by letter: the filter's parser would change `lr=0.1` to `lr==0.1` even between quotes.

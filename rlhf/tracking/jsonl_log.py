@@ -9,9 +9,7 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
-import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
@@ -19,7 +17,6 @@ from typing import Any, TypeGuard, TypeVar
 from rlhf.runtime.atomic_files import writing
 
 logger = logging.getLogger(__name__)
-
 
 Row = Mapping[str, Any]
 R = TypeVar("R", bound=Row)
@@ -72,30 +69,26 @@ class JsonlLog:
         """
         rows = []
         for number, line in enumerate(self._lines(), start=1):
-            row = self._row(line)
-            if row is None:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if not isinstance(row, dict) or (self._steps and not isinstance(row.get("step"), int)):
                 raise ValueError(f"{self.path}:{number} is not a JSON row; remove that line.")
             rows.append(row)
         return rows
 
     def repair(self) -> None:
-        """Drop damaged lines, with a warning, so that rows can be appended; a copy keeps the file as it was.
+        """Drop a last line that a kill left half written, with a warning, so that rows can be appended.
 
-        A last line that a kill left half written is dropped without a copy.
+        Raises:
+            ValueError: another line is damaged.
         """
-        lines = self._lines()
-        good = [line for line in lines if self._row(line) is not None]
-        torn = self.path.stat().st_size - sum(map(len, lines)) if self.path.exists() else 0
-        if len(good) < len(lines):
-            copy = self.path.with_name(f"{self.path.name}.damaged-{time.time_ns()}")
-            with writing(copy):
-                shutil.copyfile(self.path, copy)
-            damaged = len(lines) - len(good)
-            logger.warning("%s: left out %d damaged lines; %s keeps them", self.path, damaged, copy)
-            self._replace(good)
-        elif torn:
+        torn = self.path.stat().st_size - sum(map(len, self._lines())) if self.path.exists() else 0
+        if torn:
             logger.warning("%s: dropped the last line, which was half written (%d bytes)", self.path, torn)
             os.truncate(self.path, self.path.stat().st_size - torn)
+        self.rows()
 
     def count(self) -> int:
         """Complete rows in the file."""
@@ -109,25 +102,13 @@ class JsonlLog:
         if not self.path.exists():
             return 0
         left = [line for line, row in zip(self._lines(), self.rows(), strict=True) if row["step"] <= step]
-        self._replace(left)
-        return len(left)
-
-    def _replace(self, lines: list[bytes]) -> None:
         shorter = self.path.with_name(self.path.name + ".tmp")
         with writing(self.path):
-            shorter.write_bytes(b"".join(lines))
+            shorter.write_bytes(b"".join(left))
             shorter.replace(self.path)
+        return len(left)
 
     def _lines(self) -> list[bytes]:
         """Complete lines; what follows the last newline is still being written, or was cut by a kill."""
         lines = self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else []
         return [line + b"\n" for line in lines]
-
-    def _row(self, line: bytes) -> dict[str, Any] | None:
-        """The row in `line`; None if it is damaged."""
-        try:
-            row = json.loads(line)
-        except ValueError:
-            return None
-        is_row = isinstance(row, dict) and (not self._steps or isinstance(row.get("step"), int))
-        return row if is_row else None

@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from rlhf.config.ppo_config import POLICIES
 
 STEP = "trainer/step"
-"""Our own axis, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""
-ITERATION = "ppo/iteration"
-"""The axis of what PPO alone logs: the same number there, under a name that says what it counts."""
+"""The axis of all curves, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""
 
 PPO = POLICIES
 REWARD = ("reward",)
@@ -43,11 +41,6 @@ class Metric:
     """1 where more is better, -1 where less is, 0 where that depends on the rest, as it does for the KL."""
     headline: bool = False
     """Whether it is shown beside the progress bar."""
-
-    @property
-    def step(self) -> str:
-        """The axis it is drawn over."""
-        return ITERATION if self.stages == PPO else STEP
 
 
 METRICS: dict[str, Metric] = {
@@ -150,11 +143,6 @@ def metrics_of(stage: str) -> dict[str, Metric]:
     return {key: entry for key, entry in METRICS.items() if stage in entry.stages}
 
 
-def axes_of(stage: str) -> list[str]:
-    """The axes that `stage` logs beside its metrics."""
-    return list(dict.fromkeys([STEP, *(entry.step for entry in metrics_of(stage).values())]))
-
-
 def check(stage: str, keys: list[str]) -> None:
     """Refuse a metric that is unknown, or that the registry gives to other stages than `stage`.
 
@@ -164,6 +152,5 @@ def check(stage: str, keys: list[str]) -> None:
     for key in keys:
         stages = metric(key).stages
         if stage not in stages:
-            raise ValueError(
-                f"stage {stage!r} logged {key!r}, which metric_registry.py registers for {', '.join(stages)}."
-            )
+            known = ", ".join(stages)
+            raise ValueError(f"stage {stage!r} logged {key!r}, which metric_registry.py registers for {known}.")

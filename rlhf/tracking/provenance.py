@@ -73,14 +73,8 @@ def _commit() -> str:
     """The commit of these sources, with a plus if files were changed since; empty if they are no checkout."""
     if not (_SOURCES / ".git").exists():
         return ""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    return f"{commit}+" if _git("status", "--porcelain", "--untracked-files=no") else commit
-
-
-def _git(*arguments: str) -> str:
-    """What git prints; empty if it is not installed or does not trust the folder."""
+    words = ["git", "-C", str(_SOURCES), "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+"]
     try:
-        done = subprocess.run(["git", "-C", str(_SOURCES), *arguments], capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        return subprocess.run(words, capture_output=True, text=True, check=False).stdout.strip()
+    except FileNotFoundError:  # git is not installed
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""

@@ -25,13 +25,14 @@ import wandb
 from rlhf.config.tracking_config import TrackingConfig, WandbMode
 from rlhf.runtime.atomic_files import write_text
 from rlhf.tracking.jsonl_log import valid_json
-from rlhf.tracking.metric_registry import STEP, axes_of, metrics_of
+from rlhf.tracking.metric_registry import STEP
 
 logger = logging.getLogger(__name__)
 
 _REACH_SECONDS = 3.0
 _INIT_SECONDS = 20.0
 _FINISH_SECONDS = 60.0
+_CLOSED = "closed"  # a file beside an offline log that was not cut by a kill
 _ASKED_FOR, _NO_KEY = "asked for", "there is no API key"
 
 
@@ -152,12 +153,8 @@ class WandbRun:
         }
         self._name = f"{run_name}-{stage}"
         self._run = _start(arguments, wanted=config.wandb, offline=offline)
-        self._axes = axes_of(stage)
-        for axis in self._axes:
-            self._run.define_metric(axis, hidden=True)
-        for family, step in {key.partition("/")[0]: entry.step for key, entry in metrics_of(stage).items()}.items():
-            self._run.define_metric(f"{family}/*", step_metric=step)
-        self._run.define_metric("samples", step_metric=STEP)
+        self._run.define_metric(STEP, hidden=True)
+        self._run.define_metric("*", step_metric=STEP)
         self._table: wandb.Table | None = None
 
     @property
@@ -167,7 +164,7 @@ class WandbRun:
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Send one row."""
-        self._run.log({**dict.fromkeys(self._axes, step), **metrics})
+        self._run.log({STEP: step, **metrics})
 
     def samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """Add rows to the table `samples`; each call sends only what is new."""
@@ -201,10 +198,13 @@ class WandbRun:
 
     def finish(self, *, failed: bool) -> None:
         """End the run. An upload that does not end in time is given up; the data stay on disk."""
+        log = Path(self._run.settings.sync_dir)
         try:
             self._run.finish(exit_code=int(failed))
+            if self.is_offline:
+                (log / _CLOSED).touch()
         except TimeoutError:
-            logger.warning("W&B did not take everything in time; run `wandb sync %s`.", self._run.settings.sync_dir)
+            logger.warning("W&B did not take everything in time; run `wandb sync %s`.", log)
 
 
 def _run_id(folder: Path, stage: str) -> str:
@@ -243,55 +243,9 @@ def _start(arguments: dict[str, Any], *, wanted: WandbMode, offline: str) -> wan
             wandb.teardown()  # else the id of the attempt counts as in use
     level = logging.INFO if offline in (_ASKED_FOR, _NO_KEY) else logging.WARNING
     folder = Path(arguments["dir"]) / "wandb"
-    _repair(folder, arguments["id"])
+    for log in folder.glob(f"offline-run-*-{arguments['id']}"):
+        # A kill tears the last record, at which `wandb sync` gives up. `Tracker.rewind` logs all rows again.
+        if not (log / _CLOSED).exists():
+            shutil.rmtree(log)
     logger.log(level, "W&B is offline (%s); see the charts with `wandb leet %s`.", offline, folder)
     return wandb.init(mode="offline", settings=settings, **arguments)
-
-
-# Repair of offline logs. W&B writes blocks of 32 KiB, so a kill tears the last record. `wandb sync` gives up at a torn
-# record, and does not even begin with the log of the resumed run.
-_HEADER = b":W&B\xe1\xbe\x00"
-_BLOCK = 32 * 1024
-_LABEL = 7  # bytes before each fragment of a record: checksum (4), length (2), kind (1)
-_FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
-
-
-def _repair(folder: Path, run_id: str) -> None:
-    """Cut torn records from the logs that a kill left of a run, and remove logs without any whole record.
-
-    A kill can cost a short run every record; `Tracker.rewind` logs them again.
-    """
-    for log in folder.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"):
-        if not cut_torn_record(log):
-            shutil.rmtree(log.parent)
-
-
-def cut_torn_record(log: Path) -> bool:
-    """Cut off a record that is not whole, and return whether any record is left.
-
-    A log in an unknown format stays as it is.
-    """
-    data = log.read_bytes()
-    size = _whole_size(data)
-    if size < len(data):
-        os.truncate(log, size)
-    return size > len(_HEADER)
-
-
-def _whole_size(data: bytes) -> int:
-    """Bytes up to the end of the last whole record."""
-    if not data.startswith(_HEADER):
-        return len(data)
-    at = end = len(_HEADER)
-    while at + _LABEL <= len(data):
-        left = _BLOCK - at % _BLOCK
-        if left < _LABEL:  # too short for a label: filled up with zeros
-            at += left
-            continue
-        kind = data[at + 6]
-        if kind not in (_FULL, _FIRST, _MIDDLE, _LAST):
-            return len(data)
-        at += _LABEL + int.from_bytes(data[at + 4 : at + 6], "little")
-        if at <= len(data) and kind in (_FULL, _LAST):
-            end = at
-    return end

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.tracking import dashboard
-from rlhf.tracking.metric_registry import METRICS
+from rlhf.tracking.metric_registry import METRICS, STEP
 from tests.tracking.test_wandb import HANGS, KEY, environment, port
 from tests.tracking.wandb_server import serving
 
@@ -81,7 +81,7 @@ def test_every_chart_is_drawn_over_what_its_metrics_are_logged_with(spec):
     for plot in (plot for found in panels(spec).values() for plot in found):
         for entry in (METRICS[key] for key in keys_of(plot)):
             over = METRICS.get(plot["xAxis"])
-            assert over.stages == entry.stages if over else plot["xAxis"] == entry.step, plot
+            assert over.stages == entry.stages if over else plot["xAxis"] == STEP, plot
 
 
 def test_sections_stand_in_the_order_in_which_a_run_is_read(spec):
@@ -93,7 +93,7 @@ def test_sections_stand_in_the_order_in_which_a_run_is_read(spec):
 def test_what_is_sent_has_the_axes_units_families_samples_and_groups(spec):
     found = panels(spec)
     (kl,) = [plot for plot in found["Objective"] if plot.get("metrics") == ["objective/kl"]]
-    assert (kl["xAxis"], kl["yAxisTitle"]) == ("ppo/iteration", "nats")
+    assert (kl["xAxis"], kl["yAxisTitle"]) == ("trainer/step", "nats")
     assert [(plot["xAxis"], keys_of(plot)) for plot in found["Evaluation"][:2]] == [
         ("eval/kl", ["eval/score"]),
         ("eval/kl", ["gold/*"]),

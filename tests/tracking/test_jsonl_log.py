@@ -79,16 +79,13 @@ def test_nothing_written_is_no_row_and_no_file(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_lines_are_kept_beside_when_the_file_is_mended(tmp_path, caplog):
-    log = log_with(tmp_path, {"step": 1}, {"step": 2}, {"step": 3}, {"step": 4})
-    lines = log.path.read_bytes().split(b"\n")
-    damaged = b"\n".join([lines[0], lines[1][:-4], lines[2].replace(b"step", b"stdp"), lines[3], b""])
+def test_a_file_with_a_damaged_line_is_not_continued_and_stays_as_it_is(tmp_path):
+    log = log_with(tmp_path, {"step": 1}, {"step": 2}, {"step": 3})
+    damaged = log.path.read_bytes().replace(b'{"step": 2}', b'{"stdp": 2}')
     log.path.write_bytes(damaged)
-    log.repair()
-    assert log.rows() == [{"step": 1}, {"step": 4}]
-    (kept,) = tmp_path.glob("rows.jsonl.damaged-*")
-    assert kept.read_bytes() == damaged
-    assert f"left out 2 damaged lines; {kept} keeps them" in caplog.text
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2 is not a JSON row; remove that line"):
+        log.repair()
+    assert log.path.read_bytes() == damaged
 
 
 def test_a_line_that_a_kill_broke_is_said(tmp_path, caplog):

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.config.run_config import FOLDERS, STAGES
 from rlhf.tracking.console import headlines
-from rlhf.tracking.metric_registry import METRICS, axes_of, check, metric, metrics_of
+from rlhf.tracking.metric_registry import METRICS, check, metric, metrics_of
 
 SUPERVISED = """train/loss train/accuracy train/grad_norm train/lr train/tokens eval/loss eval/accuracy
 perf/tokens_per_second memory/rss_bytes memory/device_bytes timing_s/train timing_s/step"""
@@ -43,24 +43,6 @@ def test_every_entry_can_be_shown_to_a_newcomer():
         assert entry.section, key
         assert entry.stages, key
         assert set(entry.stages) <= set(FOLDERS), key
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_each_family_of_a_stage_has_one_axis_which_is_no_metric_of_a_family(stage):
-    pairs = {(key.partition("/")[0], entry.step) for key, entry in metrics_of(stage).items()}
-    families = [family for family, _ in pairs]
-    assert len(families) == len(set(families))  # W&B is told of families, not of single metrics
-    assert {step for _, step in pairs} <= set(axes_of(stage))
-    assert not {axis.partition("/")[0] for axis in axes_of(stage)} & set(families)
-
-
-def test_ppo_counts_iterations_where_the_others_count_steps():
-    assert {stage: axes_of(stage) for stage in (*STAGES, "eval")} == {
-        "sft": ["trainer/step"],
-        "reward": ["trainer/step"],
-        "ppo": ["trainer/step", "ppo/iteration"],
-        "eval": ["trainer/step"],
-    }
 
 
 @pytest.mark.parametrize("stage", STAGES)
