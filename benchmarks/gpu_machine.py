@@ -19,7 +19,7 @@ from benchmarks import zero_disk
 from benchmarks.gpu_bench import ROOT, Bench, failures, seconds
 from benchmarks.reviews import hardware
 from benchmarks.zero_report import table
-from rlhf.engine.offload.buffer_pool import BufferPool
+from rlhf.engine.offload.transfers import BufferPool
 from rlhf.memory_plan.limits import free_host
 
 _PACKAGES = ("transformers", "peft", "accelerate", "datasets", "numpy", "pytest")

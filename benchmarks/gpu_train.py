@@ -130,7 +130,6 @@ def step(bench: Bench) -> str:
     cases = {"plain PyTorch": replace(template, contender="plain")} | {
         name: _offloaded(template, name) for name in OFFLOADS
     }
-    cases["zero2_cpu, delayed"] = replace(cases["zero2_cpu"], settings={"delayed_update": True})
     # A step of this row moves some 35 GB from and to the disk.
     cases["zero3_nvme"] = replace(cases.pop("zero3_nvme"), steps=2, warmup=1)
     tried = {name: _row(bench, name, case=case) for name, case in cases.items()}

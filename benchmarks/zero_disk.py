@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.zero_report import spread, table
-from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.transfers import BufferPool
 
 _REQUEST = 8 << 20
 

@@ -20,7 +20,6 @@ AIM = 0.6  # of the speed without offloading, with the optimizer on the host
 ROWS = {
     "device": {},
     "cpu": {"offload_optimizer": "cpu"},
-    "cpu, delayed": {"offload_optimizer": "cpu", "settings": {"delayed_update": True}},
     "cpu, weights too": {"offload_optimizer": "cpu", "offload_param": "cpu"},
     "nvme": {"offload_optimizer": "nvme"},
 }
@@ -42,8 +41,7 @@ def compare(records: Records, template: Case, *, rows: Sequence[str], rounds: in
     measured: dict[str, list[Outcome]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names:
-            settings = template.settings | ROWS[name].get("settings", {})
-            case = replace(template, **{**ROWS[name], "settings": settings})
+            case = replace(template, **ROWS[name])
             outcome = records.measure(case, number)
             assert outcome is not None, "only a peer may be missing"
             measured[name].append(outcome)

@@ -131,7 +131,7 @@ def critic_units(config: PPOConfig, scale: ScoreScale) -> ScoreScale:
 def shared_scale(config: PPOConfig) -> LossScale | None:
     """In fp16, one loss scale for actor and critic, so that both skip the same steps."""
     both = {config.engine.precision, config.critic_engine.precision}
-    return LossScale.of(config.engine) if both == {Precision.fp16} else None
+    return LossScale(config.engine) if both == {Precision.fp16} else None
 
 
 def prompt_loader(session: Session, samples: Sequence[Prompt]) -> PromptLoader:

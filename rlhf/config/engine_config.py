@@ -74,8 +74,6 @@ class EngineConfig(Settings):
     """Share of the elements whose states go to `offload_optimizer`; the rest stays on the device (DeepSpeed: ratio)."""
     parameters_in_cpu: Natural = 0
     """With offload_param=nvme: elements that stay in host memory instead of on disk (DeepSpeed: max_in_cpu)."""
-    delayed_update: bool = False
-    """Take the optimizer step while the next batch computes: gradients are one step stale, and the step costs less."""
     moments: MomentDtype = MomentDtype.fp32
     """bf16 halves their memory; with a second decay above about 0.99 its small changes are rounded away."""
     sub_group_size: Count = 100_000_000

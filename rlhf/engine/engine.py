@@ -17,11 +17,11 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
-from rlhf.engine.checkpoint.sharded_tensors import CheckpointTensor, optimizer_tensors
+from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, optimizer_tensors
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill, working_dtype
-from rlhf.engine.offload.offloaded_weights import param_offload_device
+from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.updater import StepResult, Updater
 from rlhf.models.transforms import enable_activation_checkpointing
@@ -90,7 +90,6 @@ class Engine:
 
     def generating(self) -> AbstractContextManager[nn.Module]:
         """Context for decoding: gathered once, in eval mode, without gradients; no forward needs another rank."""
-        self.flush()  # a delayed update would be missing from the gathered weights
         return hybrid.generating(self.module, self._sharding, streamed=self._streams)
 
     def all_done(self, done: bool) -> bool:
@@ -103,7 +102,6 @@ class Engine:
 
     def evaluating(self) -> AbstractContextManager[nn.Module]:
         """Context for forwards without training: eval mode, no gradients, all ranks together."""
-        self.flush()
         return hybrid.evaluating(self.module, self._sharding)
 
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -113,13 +111,7 @@ class Engine:
             Name and tensor; a parameter with two names (tied embeddings) once, under its first. The tensor may share
             the model's memory.
         """
-        self.flush()  # exported weights are those of all steps taken
         return self._sharding.full_tensors()
-
-    def flush(self) -> None:
-        """Finish a delayed update, so that the working weights are those of all steps taken."""
-        if self._updater is not None:
-            self._updater.optimizer.flush()
 
     def close(self) -> None:
         """Release files, threads and page-locked memory; the engine cannot be used any more."""
@@ -200,7 +192,7 @@ def build_engine(
         # On a CPU machine the inputs of recomputed blocks are in host memory already.
         offload = config.activation_offload and world.device.type == "cuda"
         enable_activation_checkpointing(module, offload=offload)
-    if param_offload_device(config, world.device) == OffloadDevice.nvme:
+    if offload_device(config.offload_param, world.device) == OffloadDevice.nvme:
         return_freed_memory(tight=True)  # weights on disk are there to save memory
     sharding = shard(spec, config=config, world=world, frozen=frozen)
     allocate(spec, sharding, config=config, dtype=dtype, world=world)
@@ -218,7 +210,7 @@ def build_engine(
             config=optimizer,
             total_steps=total_steps,
             max_skipped_steps=config.max_skipped_steps,
-            loss_scale=loss_scale or LossScale.of(config),
+            loss_scale=loss_scale or LossScale(config),
         )
     fill(spec, sharding, world=world, set_master=adam.set_master if adam else None)
     trim()  # what was read to fill the model

@@ -1,4 +1,4 @@
-"""FSDP units: the groups of parameters that are gathered, reduced, offloaded and updated together, in forward order.
+"""FSDP units: which parameters are gathered, reduced, offloaded and updated together, and how each is sharded.
 
 | unit | holds |
 |---|---|
@@ -6,19 +6,23 @@
 | a module outside the blocks that owns an untied matrix | an embedding, a head |
 | a block, or several (`reduce_bucket_size`, ZeRO 0 to 2) | all of its parameters |
 
-So at ZeRO 3, nothing larger than a block or one matrix has to be in memory at a time.
+So at ZeRO 3, nothing larger than a block or one matrix has to be in memory at a time. Units are in forward order.
+
+FSDP2 shards dimension 0 evenly: every rank holds `ceil(size / ranks)` rows of a parameter, the last ranks fewer or
+none. A tensor that is not a DTensor is held whole by every rank, and counts as its own shard.
 See also: who gathers them (`sharding.py`), and where offloaded ones are kept (`offload/weight_stores.py`).
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.models.lora import adapted_layers
@@ -77,21 +81,6 @@ def persistent_parameters(module: nn.Module, config: EngineConfig) -> ParameterG
     return {name: p for name, p in module.named_parameters() if p.numel() < config.persistence_threshold}
 
 
-def num_offloaded(sizes: Sequence[int], share: float) -> int:
-    """How many of the first groups to offload so that `share` of all elements is: whole groups, rounded up.
-
-    Args:
-        sizes: elements of each whole group, not of a shard, so that all ranks cut at the same place.
-        share: of them, 0 to 1.
-    """
-    wanted, before = share * sum(sizes), 0
-    for number, size in enumerate(sizes):
-        if before >= wanted:
-            return number
-        before += size
-    return len(sizes)
-
-
 def prefetched_units(units: list[FSDPUnit], *, config: EngineConfig) -> list[list[FSDPUnit]]:
     """For each of `units`, those after it that are gathered while it computes.
 
@@ -101,6 +90,50 @@ def prefetched_units(units: list[FSDPUnit], *, config: EngineConfig) -> list[lis
     if not config.overlap_comm:
         return [[] for _ in units]
     return [_following(units[index:], config) for index in range(len(units))]
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard, sharing memory with `tensor`; the tensor itself when it is not sharded."""
+    tensor = tensor.detach()
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def local_rows(parameter: Tensor) -> range:
+    """The rows of the whole parameter that this rank holds; a scalar is one row."""
+    total = parameter.shape[0] if parameter.ndim else 1
+    if not isinstance(parameter, DTensor):
+        return range(total)
+    return rows_of(total, ranks=parameter.device_mesh.size(), rank=parameter.device_mesh.get_local_rank())
+
+
+def rows_of(total: int, *, ranks: int, rank: int) -> range:
+    """The rows of `total` that a rank holds."""
+    share = -(-total // ranks)
+    return range(min(rank * share, total), min((rank + 1) * share, total))
+
+
+def sharded_like(parameter: Tensor, shard: Tensor) -> Tensor:
+    """A tensor sharded as `parameter` is, whose local shard is `shard` and shares its memory."""
+    if not isinstance(parameter, DTensor):
+        return shard
+    # Shape and stride are given because ranks may hold unequal shards, or none: they cannot be inferred from one.
+    return DTensor.from_local(
+        shard,
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,  # a check would be a collective for each parameter
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
+
+
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor on every rank; a collective, so all ranks must call it in the same order."""
+    tensor = tensor.detach()
+    if not isinstance(tensor, DTensor):
+        return tensor
+    whole: Tensor = tensor.full_tensor()  # all-gather
+    return whole
 
 
 def _following(units: list[FSDPUnit], config: EngineConfig) -> list[FSDPUnit]:

@@ -27,9 +27,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.engine.adamw import AdamW, raise_failure
-from rlhf.engine.dtensors import local_shard
-from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup
+from rlhf.engine.adamw import AdamW
+from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup, local_shard
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator
 from rlhf.engine.sharding import Sharding
 from rlhf.runtime.dist import World, sum_over_ranks
@@ -96,15 +95,14 @@ class Gradients:
         """
         stores, device = self._optimizer.stores, self._world.device
         squares = {name: square for store in stores for name, square in store.gradients.squared_norms().items()}
-        failures = [store.failure for store in stores if store.failure is not None]
         total = _sum([squares[name] / self._copies[name] for name in self._parameters if name in squares], device)
-        flags = [bool(failures), *(name in self._touched for name in self._parameters)]
+        flags = [self._optimizer.failure is not None, *(name in self._touched for name in self._parameters)]
         # One collective for the norm, the disk failures and the touched parameters; [2 + parameters] fp64.
         totals = sum_over_ranks(torch.cat([total.reshape(1), total.new_tensor(flags)]))
         squared, failed, *counts = totals.tolist()  # here the host waits for the device
-        raise_failure(failures[0] if failures else None, ranks=int(failed))
+        self._optimizer.raise_failure(ranks=int(failed))
         names = {name for name, count in zip(self._parameters, counts, strict=True) if count}
-        # Rounded to fp32, the last bits of the fp64 sum, which depend on the order, are gone: see `norms.py`.
+        # Rounded to fp32, the last bits of the fp64 sum, which depend on the order, are gone: see [Note: norms].
         return GradientNorm(torch.tensor(squared, dtype=torch.float64).sqrt().float().item(), names)
 
     def clear(self) -> None:

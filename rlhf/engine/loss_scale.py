@@ -15,56 +15,26 @@ from rlhf.config.engine_config import EngineConfig, Precision
 logger = logging.getLogger(__name__)
 
 _FACTOR = 2.0
+_STATE = ("value", "_patience", "_steps", "_last_overflow", "_has_settled")
 _SETTLED = 10  # good steps in a row; fewer may be luck: a factor on the verge fits some batches and not the next
 
 
 class LossScale:
     """What the loss is multiplied by before backward, and gradients are divided by before the step."""
 
-    def __init__(
-        self,
-        value: float = 1.0,
-        *,
-        adapts: bool = False,
-        window: int = 1000,
-        hysteresis: int = 2,
-        consecutive: bool = False,
-        minimum: float = 1.0,
-    ) -> None:
-        """Start at `value`.
-
-        Args:
-            value: the factor.
-            adapts: False keeps it fixed.
-            window: good steps after which the next good one doubles the factor.
-            hysteresis: overflows since the factor last doubled, the last of which halves it, as does each one after.
-            consecutive: forget overflows after every good step, not only when the factor doubles.
-            minimum: the factor does not fall below this.
-        """
-        self.value = value
-        self._adapts = adapts
-        self._window = window
-        self._hysteresis = hysteresis
-        self._consecutive = consecutive
-        self._minimum = minimum
-        self._patience = hysteresis  # overflows left until one halves the factor
+    def __init__(self, config: EngineConfig) -> None:
+        """Start as an engine with these settings does."""
+        is_fp16 = config.precision == Precision.fp16
+        self.value = (config.loss_scale or 2.0**config.initial_scale_power) if is_fp16 else 1.0
+        self._adapts = is_fp16 and config.loss_scale == 0
+        self._window = config.loss_scale_window  # good steps after which the next good one doubles the factor
+        self._hysteresis = config.hysteresis
+        self._consecutive = config.consecutive_hysteresis
+        self._minimum = config.min_loss_scale
+        self._patience = config.hysteresis  # overflows left until one halves the factor
         self._steps = 0
         self._last_overflow = -1
         self._has_settled = False  # no overflow for `_SETTLED` steps, since the start or since the factor last doubled
-
-    @classmethod
-    def of(cls, config: EngineConfig) -> LossScale:
-        """The loss scale of an engine with these settings."""
-        if config.precision != Precision.fp16:
-            return cls()
-        return cls(
-            config.loss_scale or 2.0**config.initial_scale_power,
-            adapts=config.loss_scale == 0,
-            window=config.loss_scale_window,
-            hysteresis=config.hysteresis,
-            consecutive=config.consecutive_hysteresis,
-            minimum=config.min_loss_scale,
-        )
 
     @property
     def can_fall(self) -> bool:
@@ -125,18 +95,9 @@ class LossScale:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resumed run needs, as JSON."""
-        return {
-            "value": self.value,
-            "patience": self._patience,
-            "steps": self._steps,
-            "last_overflow": self._last_overflow,
-            "has_settled": self._has_settled,
-        }
+        return {name.removeprefix("_"): getattr(self, name) for name in _STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict()`."""
-        self.value = state["value"]
-        self._patience = state["patience"]
-        self._steps = state["steps"]
-        self._last_overflow = state["last_overflow"]
-        self._has_settled = state["has_settled"]
+        for name in _STATE:
+            setattr(self, name, state[name.removeprefix("_")])

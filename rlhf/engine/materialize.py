@@ -17,12 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice, Precision
-from rlhf.engine.dtensors import local_rows, local_shard, sharded_like
-from rlhf.engine.offload.buffer_pool import BufferPool
-from rlhf.engine.offload.direct_io import DirectFile
-from rlhf.engine.offload.offloaded_weights import OffloadedWeights, lay_out_units, unit_bytes
-from rlhf.engine.offload.sharded_weights import DeviceWeights
-from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, WeightStore, file_bytes
+from rlhf.engine.fsdp_units import local_rows, local_shard, sharded_like
+from rlhf.engine.offload.placement import offload_weights
 from rlhf.engine.sharding import Sharding
 
 if TYPE_CHECKING:
@@ -37,11 +33,11 @@ def working_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     rank on machines of one kind, gets the same answer.
     """
     if precision == Precision.auto:
-        return torch.bfloat16 if multiplies_bf16(device) else torch.float32
+        return torch.bfloat16 if _multiplies_bf16(device) else torch.float32
     return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}[precision]
 
 
-def multiplies_bf16(device: torch.device) -> bool:
+def _multiplies_bf16(device: torch.device) -> bool:
     """True when `device` has instructions for bf16 products and need not emulate them."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -71,7 +67,7 @@ def allocate(spec: ModelSpec, sharding: Sharding, *, config: EngineConfig, dtype
         else:
             replace(parameter, torch.empty(local_shard(parameter).shape, dtype=dtype, device=world.device))
     if offloaded:
-        sharding.offloaded = _offloaded_weights(sharding, config=config, dtype=dtype, world=world)
+        sharding.offloaded = offload_weights(module, sharding.units, config=config, dtype=dtype, world=world)
         for name, parameter in offloaded.items():
             # A placeholder without memory, which fetches the shard when FSDP2 gathers it.
             replace(parameter, sharding.offloaded.placeholder(name, world.device))
@@ -90,7 +86,8 @@ def fill(
         set_master: takes the name and fp32 shard of each trainable parameter, as precise as the model's files are.
     """
     for name, parameter in spec.module.named_parameters():
-        shard = spec.weights.read(name, local_rows(parameter))  # [rows of this rank, ...]
+        rows = local_rows(parameter)
+        shard = spec.weights.read(name, slice(rows.start, rows.stop))  # [rows of this rank, ...]
         expected = local_shard(parameter).shape
         assert shard.shape == expected, f"{name}: {tuple(shard.shape)} for {tuple(expected)}"
         if sharding.offloaded is not None and name in sharding.offloaded:
@@ -101,58 +98,6 @@ def fill(
             set_master(name, shard.float())  # not from the working weights, which are rounded
     if sharding.offloaded is not None:
         sharding.offloaded.flush()  # writes may still be on their way to the disk
-
-
-def units_in_host_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
-    """The offloaded units kept in host memory: all, or with nvme the first ones up to `parameters_in_cpu` elements.
-
-    Args:
-        sizes: bytes of each unit.
-        config: says where working weights are offloaded to.
-        dtype: type of the working weights.
-    """
-    if config.offload_param == OffloadDevice.cpu:
-        return set(range(len(sizes)))
-    chosen, left = set(), config.parameters_in_cpu * dtype.itemsize
-    for index, size in enumerate(sizes):
-        if size <= left:
-            chosen.add(index)
-            left -= size
-    return chosen
-
-
-def _offloaded_weights(
-    sharding: Sharding, *, config: EngineConfig, dtype: torch.dtype, world: World
-) -> OffloadedWeights:
-    """Memory and files for the sharded parameters, unit by unit, in host memory or on disk."""
-    module = sharding.module
-    sharded = {name: p.shape for name, p in module.named_parameters() if isinstance(p, DTensor)}
-    shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in sharding.units]
-    slots = lay_out_units(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
-    sizes = unit_bytes(slots, len(shapes))
-    in_memory = units_in_host_memory(sizes, config=config, dtype=dtype)
-    pin = config.pin_memory and world.device.type == "cuda"
-    # Both stores are asked by unit, so each is laid out for all units, with size 0 for those in the other.
-    on_host = [size if index in in_memory else 0 for index, size in enumerate(sizes)]
-    on_disk = [size if index not in in_memory else 0 for index, size in enumerate(sizes)]
-    host = HostWeights(on_host, device=world.device, pin=pin)
-    stores: list[WeightStore] = [host] * len(sizes)
-    if any(on_disk):
-        disk = _nvme_weights(on_disk, config=config, world=world)
-        stores = [host if size == 0 else disk for size in on_disk]
-    return OffloadedWeights(slots, stores, dtype=dtype, others=DeviceWeights([dict(module.named_parameters())]))
-
-
-def _nvme_weights(sizes: list[int], *, config: EngineConfig, world: World) -> NvmeWeights:
-    assert config.nvme_path is not None, "the settings were checked"
-    pin = config.pin_memory and world.device.type == "cuda"
-    file = DirectFile(
-        config.nvme_path,
-        nbytes=file_bytes(sizes),
-        pool=BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=pin),
-        label="working weights (engine.offload_param=nvme)",
-    )
-    return NvmeWeights(sizes, file=file, device=world.device)
 
 
 def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

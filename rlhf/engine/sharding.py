@@ -12,7 +12,7 @@ shard, but it would keep two copies of the parameters and copy them in every ste
 FSDP2 then wraps even a single rank, because it knows when a unit is needed.
 A frozen model has no backward that ends a step: at stages 1 and 2 it stays gathered until `evaluating` or `generating`
 is left, at stage 3 each unit is freed after its forward.
-See also: which parameters form a unit (`fsdp_units.py`), and offloaded weights (`offload/offloaded_weights.py`).
+See also: which parameters form a unit (`fsdp_units.py`), and offloaded weights (`offload/working_weights.py`).
 """
 
 from __future__ import annotations
@@ -28,10 +28,19 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.engine.dtensors import full_tensor, local_shard, sharded_like
 from rlhf.engine.fsdp_private import end_forwards, gather_on_compute_stream, hook_keys
-from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup, find_units, persistent_parameters, prefetched_units
-from rlhf.engine.offload.offloaded_weights import OffloadedWeights, param_offload_device
+from rlhf.engine.fsdp_units import (
+    FSDPUnit,
+    ParameterGroup,
+    find_units,
+    full_tensor,
+    local_shard,
+    persistent_parameters,
+    prefetched_units,
+    sharded_like,
+)
+from rlhf.engine.offload.placement import offload_device
+from rlhf.engine.offload.working_weights import OffloadedWeights
 from rlhf.runtime.dist import World, device_mesh
 
 if TYPE_CHECKING:
@@ -121,11 +130,11 @@ class Sharding:
 
 def shard(spec: ModelSpec, *, config: EngineConfig, world: World, frozen: bool) -> Sharding:
     """Shard a model that is still on meta over all ranks, unit by unit."""
-    offload_device = param_offload_device(config, world.device)
+    away = offload_device(config.offload_param, world.device)
     units = find_units(spec, config=config)
-    sharding = Sharding(spec.module, units, config.zero_stage, frozen, offload_device)
+    sharding = Sharding(spec.module, units, config.zero_stage, frozen, away)
     names = [name for name, _ in spec.module.named_parameters()]
-    if config.zero_stage == 0 or (world.size == 1 and offload_device == OffloadDevice.none):
+    if config.zero_stage == 0 or (world.size == 1 and away == OffloadDevice.none):
         sharding.replicas = set(names) if world.size > 1 else set()
         return sharding
     persistent = persistent_parameters(spec.module, config)

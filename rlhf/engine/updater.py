@@ -80,8 +80,6 @@ class Updater:
         result = StepResult(
             norm, self.lr, skip, scale.value if scale.is_used else None, is_search=skip and scale.is_searching
         )
-        # Also before a skipped step, so that a delayed update is never more than one step late.
-        self.optimizer.flush()
         if not skip:
             # The optimizer applies the factor as it reads each gradient: no pass over memory for clipping.
             factor = self._clip(norm) / scale.value

@@ -18,19 +18,20 @@ from torch import nn
 
 from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
 from rlhf.engine.adam_kernel import CUDA_CHUNK
-from rlhf.engine.fsdp_units import FSDPUnit, find_units, num_offloaded, persistent_parameters, prefetched_units
-from rlhf.engine.materialize import units_in_host_memory
-from rlhf.engine.offload import grad_accumulation, sharded_weights
-from rlhf.engine.offload.buffer_pool import HUGE_PAGE
+from rlhf.engine.fsdp_units import FSDPUnit, find_units, persistent_parameters, prefetched_units
+from rlhf.engine.offload import grad_accumulation, working_weights
 from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, Tile, lay_out_tiles, tile_capacity
-from rlhf.engine.offload.offloaded_weights import lay_out_units, param_offload_device, unit_bytes
 from rlhf.engine.offload.optimizer_state import ParameterShard
+from rlhf.engine.offload.placement import num_offloaded, offload_device, units_in_host_memory
+from rlhf.engine.offload.transfers import HUGE_PAGE
 from rlhf.engine.offload.weight_stores import file_bytes
+from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
 from rlhf.memory_plan.plan import Item, Place
 from rlhf.models.meta_init import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 GATHERED, BUFFERS = "gathered weights", "buffers"
+_CHECKPOINT_BYTES = 12  # of an element: master and two moments
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,10 @@ class States:
         setting, (here, away) = self.setting, self._split
         several = setting.ranks > 1 or setting.micro_batches > 1
         each = 4 if several else setting.dtype.itemsize  # FSDP2 reduces in fp32, and sums of several are in fp32
-        sides = 2 if setting.engine.delayed_update else 1
-        items = [self._item(GRADIENTS, Place.device, count=int(share * each * here * sides))]
+        items = [self._item(GRADIENTS, Place.device, count=int(share * each * here))]
         if self.offload_optimizer == OffloadDevice.cpu:  # page-locked, and kept from step to step
             kept = setting.dtype.itemsize + (4 if setting.micro_batches > 1 else 0)
-            items.append(self._item(GRADIENTS, Place.host, count=kept * away * sides))
+            items.append(self._item(GRADIENTS, Place.host, count=kept * away))
         return [item for item in items if item.bytes]
 
     def share_of_gradients(self, place: str, *, backward: bool) -> float:
@@ -130,11 +130,11 @@ class States:
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; state on disk is not copied."""
         here, away = self._split
-        return (here if self.offload_optimizer == OffloadDevice.nvme else here + away) * self._checkpoint_bytes
+        return (here if self.offload_optimizer == OffloadDevice.nvme else here + away) * _CHECKPOINT_BYTES
 
     def in_a_checkpoint(self) -> int:
         """Disk bytes of this rank's share of a checkpoint."""
-        return sum(self._split) * self._checkpoint_bytes
+        return sum(self._split) * _CHECKPOINT_BYTES
 
     def exported(self) -> int:
         """Disk bytes of the model's folder, all of which the first rank writes.
@@ -152,13 +152,12 @@ class States:
     @property
     def offload_param(self) -> OffloadDevice:
         """Where working weights are kept."""
-        return param_offload_device(self.setting.engine, self.setting.device)
+        return offload_device(self.setting.engine.offload_param, self.setting.device)
 
     @property
     def offload_optimizer(self) -> OffloadDevice:
         """Where the optimizer state goes that leaves the device."""
-        wanted, on_cpu = self.setting.engine.offload_optimizer, self.setting.device.type == "cpu"
-        return OffloadDevice.none if wanted == OffloadDevice.cpu and on_cpu else wanted
+        return offload_device(self.setting.engine.offload_optimizer, self.setting.device)
 
     @property
     def is_sharded(self) -> bool:
@@ -223,11 +222,6 @@ class States:
         return unit_bytes(lay_out_units(units, ranks=self.setting.ranks, rank=0, dtype=self.setting.dtype), len(units))
 
     @property
-    def _checkpoint_bytes(self) -> int:
-        """Bytes of an element in a checkpoint: master and moments, and beside a delayed update the working weight."""
-        return 16 if self.setting.engine.delayed_update else 12
-
-    @property
     def _moments(self) -> torch.dtype:
         return torch.bfloat16 if self.setting.engine.moments == MomentDtype.bf16 else torch.float32
 
@@ -254,7 +248,7 @@ class States:
         setting, (here, away), moments = self.setting, self._split, 2 * self._moments.itemsize
         narrow = setting.dtype is not torch.float32
         # Without masters AdamW updates the working weights themselves.
-        masters = narrow or self.offload_param != OffloadDevice.none or setting.engine.delayed_update
+        masters = narrow or self.offload_param != OffloadDevice.none
         yield self._item(MASTERS, Place.device, count=4 * here if masters else 0)
         yield self._item(MOMENTS, Place.device, count=moments * here)
         if self.offload_optimizer == OffloadDevice.cpu:
@@ -293,7 +287,7 @@ class States:
         if setting.device.type != "cuda":
             return
         if away:
-            yield self._item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + sharded_weights.STAGING_BYTES)
+            yield self._item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + working_weights.STAGING_BYTES)
         narrow_moments = self._moments is not torch.float32
         if here and (setting.dtype is not torch.float32 or narrow_moments):
             casts = 3 if narrow_moments else 1  # of the gradient, and of both moments

@@ -22,8 +22,8 @@ import torch
 
 from rlhf.config.run_config import CheckpointConfig
 from rlhf.config.stage_configs import BestMetric
+from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor
 from rlhf.engine.checkpoint.checkpoints import Checkpoints, SavedCheckpoint, folder_of, open_checkpoint, steps_in
-from rlhf.engine.checkpoint.sharded_tensors import CheckpointTensor
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World, broadcast_object, max_over_ranks
 from rlhf.runtime.errors import RunError

@@ -15,7 +15,7 @@ import torch
 
 from rlhf.config.bounds import as_plain
 from rlhf.config.run_config import RunConfig
-from rlhf.engine.checkpoint.rng_state import seed_random_numbers
+from rlhf.engine.checkpoint.checkpoint_state import seed_random_numbers
 from rlhf.memory_plan.plan_text import compare_with_plan
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World

@@ -41,7 +41,7 @@ _FREE_IN_ENGINES = (
     *("reduce_bucket_size", "prefetch_bucket_size", "max_live_parameters", "persistence_threshold", "overlap_comm"),
     *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps"),
 )
-"""They change memory, speed and when a run gives up, but no results, unlike precision, moments or delayed updates."""
+"""They change memory, speed and when a run gives up, but no results, unlike precision or moments."""
 
 
 @dataclass(frozen=True)

@@ -292,7 +292,7 @@ def test_schedules(scheduler, schedule, options):
         (zero(offload_optimzer={"device": "cpu"}), "did you mean zero_optimization.offload_optimizer"),
         (zero(stage=2, offload_optimizer="cpu"), "offload_optimizer='cpu': expected an object"),
         (zero(stage=3, zero_quantized_gradients=True), "zero_quantized_gradients=True: cannot be honoured"),
-        (zero(zenflow={"topk_ratio": 0.1}), "zenflow: cannot be honoured.*delayed_update"),
+        (zero(zenflow={"topk_ratio": 0.1}), "zenflow: cannot be honoured.*old gradients"),
         ({"fp16": True}, "fp16=True: expected an object"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "expected one of them"),
         ({"fp16": {"enabled": "FP16,"}}, "a text without quotes|A text without quotes"),

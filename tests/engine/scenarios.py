@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
-from rlhf.engine.dtensors import full_tensor, sharded_like
 from rlhf.engine.engine import build_engine
+from rlhf.engine.fsdp_units import full_tensor, sharded_like
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator
 from rlhf.engine.updater import StepResult
 from rlhf.models.causal_lm import causal_lm
@@ -148,7 +148,7 @@ def adapters(world):
     found = {}
     for stage in STAGES:
         engine = tiny.engine(world, stage, learns=is_adapter)
-        found[stage] = curve(engine, 3), weights(engine), set(engine._updater.optimizer.names())
+        found[stage] = curve(engine, 3), weights(engine), {name for name, _ in engine._updater.optimizer.entries()}
     return found
 
 

@@ -164,17 +164,3 @@ def test_buffers_too_small_for_a_tile_are_refused_with_the_least_that_works(tmp_
             continue
         with pytest.raises(ValueError, match=f"engine.buffer_size={size}: expected {least}"):
             adamw(group, engine)
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"offload_optimizer": "none"}, "expected engine.offload_optimizer=cpu, found none"),
-        ({"offload_optimizer": "nvme", "nvme_path": "here"}, "expected engine.offload_optimizer=cpu, found nvme"),
-        ({"offload_optimizer": "cpu", "optimizer_share": 0.5}, "expected engine.optimizer_share=1, found 0.5"),
-    ],
-)
-def test_delayed_updates_are_refused_where_they_make_no_sense(settings, message):
-    engine = EngineConfig(zero_stage=1, delayed_update=True, **settings)
-    with pytest.raises(ValueError, match=message):
-        adamw(matrix_and_vector(), engine)

@@ -14,13 +14,11 @@ import torch
 from torch import nn
 
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
-from rlhf.engine.offload.buffer_pool import BufferPool
-from rlhf.engine.offload.copy_stream import CopyStream
-from rlhf.engine.offload.sharded_weights import StagedWeights
+from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import HostWeights
+from rlhf.engine.offload.working_weights import StagedWeights
 from rlhf.runtime import dist
 from tests.engine import plain, scenarios, tiny
-from tests.engine.offload.test_offload_optimizer import late_reference
 
 pytestmark = [
     pytest.mark.gpu,
@@ -141,20 +139,6 @@ def test_a_model_that_keeps_the_device_busy_trains_the_same_in_every_store(world
     assert [loss for loss, _ in fetched[0]] == pytest.approx([loss for loss, _ in device[0]], rel=1e-2)
 
 
-@pytest.mark.parametrize("offload_param", ["none", "cpu"])
-def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(world, tmp_path, offload_param):
-    losses, model = late_reference(STEPS)
-    trained = engine(
-        world, tmp_path, precision="fp32", offload_optimizer="cpu", offload_param=offload_param, delayed_update=True
-    )
-    points = scenarios.curve(trained, STEPS)
-    assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-4)
-    weights = scenarios.weights(trained)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=1e-4)
-    trained.close()
-
-
 @pytest.mark.parametrize("store", ["device", "cpu", "nvme", "cpu cpu"])
 def test_an_overflow_in_fp16_halves_the_scale_and_changes_nothing_else(world, tmp_path, store):
     settings = {"precision": "fp16", "hysteresis": 1, "initial_scale_power": 6, **(WHOLE | OFFLOADED)[store]}
@@ -235,15 +219,15 @@ def test_gradients_of_an_offloaded_step_leave_the_device_for_page_locked_memory(
     trained = engine(world, tmp_path, precision="bf16", offload_optimizer="cpu")
     tiny.train_step(trained, 0)
     stores = trained._updater.optimizer.stores
-    memory = [rows for store in stores for rows in store.gradients._sides[0].arrived.values()]
+    memory = [arrived for store in stores for arrived in store.gradients._arrived.values()]
     assert len(memory) == len(list(trained.module.parameters()))
-    assert all(rows.is_pinned() for rows in memory)
+    assert all(arrived.is_pinned() for arrived in memory)
     ids, counts = (x.to(world.device) for x in tiny.batch(1))
     trained.backward(tiny.token_loss(trained(ids), ids, counts, counts.sum()), last=True)
     assert scenarios.gradients_on_device(trained) == 0
     assert all(parameter.grad is None for parameter in trained.module.parameters())
     trained.close()
-    assert not any(rows.is_pinned() for rows in memory)
+    assert not any(arrived.is_pinned() for arrived in memory)
 
 
 def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(world):
@@ -264,16 +248,16 @@ def test_a_gradient_that_is_let_go_is_copied_before_its_memory_is_used_again(wor
 
 def test_updated_weights_arrive_after_what_still_reads_the_old_ones_and_before_what_follows(world):
     parameter = nn.Parameter(torch.zeros(1 << 23, device=world.device, dtype=torch.bfloat16))
-    rows = StagedWeights([{"w": parameter}], world.device, pin=True)
+    weights = StagedWeights([{"w": parameter}], world.device, pin=True)
     for step in range(4):
         torch.cuda._sleep(CYCLES)
         before = parameter.detach().clone()
-        rows.write("w", 0, values=torch.full((1 << 23,), step + 1.0))
-        rows.flush()
+        weights.write("w", 0, values=torch.full((1 << 23,), step + 1.0))
+        weights.flush()
         after = parameter.detach().clone()
         assert (before == step).all()
         assert (after == step + 1).all()
-    rows.close()
+    weights.close()
 
 
 @pytest.mark.parametrize("own_stream", [False, True])
@@ -286,10 +270,10 @@ def test_units_are_fetched_before_they_are_used_and_not_replaced_while_they_are(
     seen = []
     for unit in [*range(units)] * 3:
         with torch.cuda.stream(user):
-            rows = store.fetch(unit, [(unit + 1) % units])
+            fetched = store.fetch(unit, [(unit + 1) % units])
             torch.cuda._sleep(CYCLES // 4)
-            seen.append(rows.clone())
-            del rows
+            seen.append(fetched.clone())
+            del fetched
             store.release()
     torch.cuda.synchronize()
     for unit, found in zip([*range(units)] * 3, seen, strict=True):

@@ -8,15 +8,14 @@ from torch import nn
 
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
-from rlhf.engine.offload.buffer_pool import BufferPool
-from rlhf.engine.offload.copy_stream import CopyStream
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedStaging
 from rlhf.engine.offload.nvme_layout import lay_out_tiles
 from rlhf.engine.offload.optimizer_state import ParameterShard, Update
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
-from rlhf.engine.offload.sharded_weights import StagedWeights
+from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, file_bytes
+from rlhf.engine.offload.working_weights import StagedWeights
 from tests.engine.late_device import DEVICE, LateDevice
 
 CPU = torch.device("cpu")
@@ -43,10 +42,9 @@ def gradients(count, step, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("sides", [1, 2])
-def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, sides, dtype):
+def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, dtype):
     monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._STAGED", 64)
-    sums = HostGradAccumulator(PinnedStaging(DEVICE, pin=False), sides=sides)
+    sums = HostGradAccumulator(PinnedStaging(DEVICE, pin=False))
     for step, count in enumerate((1, 2, 5, 1, 3)):
         for name in ("v", "w"):
             for gradient in gradients(count, step, dtype):
@@ -63,16 +61,16 @@ def test_sums_on_the_host_are_complete_when_they_are_taken(late, monkeypatch, si
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_are_there_once_the_rows_were_flushed(late, monkeypatch, dtype):
-    monkeypatch.setattr("rlhf.engine.offload.sharded_weights._STAGED", 64)
+def test_weights_are_there_once_they_were_flushed(late, monkeypatch, dtype):
+    monkeypatch.setattr("rlhf.engine.offload.working_weights._STAGED", 64)
     parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
-    rows = StagedWeights([{"w": parameter}], DEVICE, pin=False)
+    weights = StagedWeights([{"w": parameter}], DEVICE, pin=False)
     for step in range(3):
         (values,) = gradients(1, step, torch.float32)
-        rows.write("w", 128, values=values)
-        rows.flush()
+        weights.write("w", 128, values=values)
+        weights.flush()
         assert torch.equal(parameter.detach().flatten()[128:1128], values.to(dtype))
-    rows.close()
+    weights.close()
 
 
 @pytest.fixture(params=["host", 1, 3])

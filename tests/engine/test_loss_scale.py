@@ -17,9 +17,19 @@ from tests.engine import scenarios, tiny
 CASES = json.loads((Path(__file__).parents[1] / "golden/deepspeed_loss_scale.json").read_text())["cases"]
 
 
+def adaptive(power, **settings):
+    """An adaptive scale that starts at two to this power."""
+    return LossScale(EngineConfig(zero_stage=0, precision="fp16", initial_scale_power=power, **settings))
+
+
 def scaler(case):
-    names = ("window", "hysteresis", "consecutive", "minimum")
-    return LossScale(case["initial"], adapts=True, **{name: case[name] for name in names})
+    return adaptive(
+        case["initial"].bit_length() - 1,
+        loss_scale_window=case["window"],
+        hysteresis=case["hysteresis"],
+        consecutive_hysteresis=case["consecutive"],
+        min_loss_scale=case["minimum"],
+    )
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -43,15 +53,15 @@ def test_a_resumed_scale_goes_on_as_if_nothing_had_happened(case):
 
 
 def test_only_an_adaptive_scale_above_its_minimum_can_fall():
-    assert LossScale(4.0, adapts=True, minimum=2.0).can_fall
-    assert not LossScale(2.0, adapts=True, minimum=2.0).can_fall
-    assert not LossScale(4.0).can_fall
+    assert adaptive(2, min_loss_scale=2.0).can_fall
+    assert not adaptive(1, min_loss_scale=2.0).can_fall
+    assert not adaptive(2, loss_scale=4.0).can_fall
 
 
 def test_settings_choose_the_scale():
-    assert LossScale.of(EngineConfig(zero_stage=0, precision="bf16")).value == 1
-    assert LossScale.of(EngineConfig(zero_stage=0, precision="fp16", initial_scale_power=12)).value == 4096
-    fixed = LossScale.of(EngineConfig(zero_stage=0, precision="fp16", loss_scale=128))
+    assert LossScale(EngineConfig(zero_stage=0, precision="bf16")).value == 1
+    assert LossScale(EngineConfig(zero_stage=0, precision="fp16", initial_scale_power=12)).value == 4096
+    fixed = LossScale(EngineConfig(zero_stage=0, precision="fp16", loss_scale=128))
     fixed.update(overflow=True)
     assert fixed.value == 128
     assert not fixed.can_fall
@@ -118,7 +128,7 @@ def test_the_search_for_a_scale_uses_no_warm_up_and_is_said_to_be_normal(caplog)
 
 def test_an_overflow_is_trouble_only_at_a_scale_that_has_fitted_for_a_while(caplog):
     caplog.set_level(logging.INFO)
-    scale = LossScale(2.0**20, adapts=True, window=20, hysteresis=1)
+    scale = adaptive(20, loss_scale_window=20, hysteresis=1)
     good = "." * 11
     for mark in f"xx.x.x{good}xx{good}xxx" + "." * 21 + f"x.x{good}x":
         scale.update(overflow=mark == "x")
@@ -162,7 +172,7 @@ def test_a_resumed_engine_is_where_its_schedule_was():
 
 
 def test_engines_that_share_a_scale_step_or_skip_together():
-    scale = LossScale(8.0, adapts=True, hysteresis=1)
+    scale = adaptive(3, hysteresis=1)
     first, second = (shared(scale) for _ in range(2))
     before = scenarios.weights(second, masters=True)
     ids, counts = tiny.batch(0)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.config.run_config import LaunchConfig
-from rlhf.engine.checkpoint.rng_state import random_state
+from rlhf.engine.checkpoint.checkpoint_state import random_state
 from rlhf.runtime.serialization import from_bytes, to_bytes
 
 

@@ -205,7 +205,8 @@ def test_schedules_count_the_updates_of_each_model():
 
 
 def test_a_step_of_actor_and_critic_logs_their_loss_scale_and_what_the_search_for_it_skipped():
-    scale = LossScale(2.0**40, adapts=True, hysteresis=1)
+    settings = EngineConfig(zero_stage=0, precision="fp16", initial_scale_power=40, hysteresis=1)
+    scale = LossScale(settings)
     engines = {}
     for name in ("actor", "critic"):
         engine = build_engine(

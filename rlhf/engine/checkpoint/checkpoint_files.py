@@ -1,8 +1,8 @@
 """The files of a checkpoint: one safetensors file of each rank, and `checkpoint.json`, which says what is where.
 
-Any reader of safetensors opens a rank's file; a tensor in it is that rank's shard. `checkpoint.json` holds the place of
-each shard in the whole tensor, all state that is not a tensor, and checksums. The shards are summed in blocks, so that
-a part can be read and trusted without reading the rest. Nothing is pickled.
+Any reader of safetensors opens a rank's file; a tensor in it is that rank's shard. `checkpoint.json` holds the rows of
+each shard in the whole tensor, all state that is not a tensor, and checksums. Every block of a shard has its own, so
+that some rows can be read and trusted without reading the rest. Nothing is pickled.
 See also: when a checkpoint counts as complete (`checkpoints.py`).
 """
 
@@ -20,21 +20,20 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor
 
-from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
+from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor
 from rlhf.models.safetensors_writer import Entry, SafetensorsFile
 
 BLOCK = 4 << 20
 """Bytes that share a checksum."""
 INDEX = "checkpoint.json"
-_FORMAT = 2
+_FORMAT = 3
 
 
 class ShardEntry(TypedDict):
     """One shard in `checkpoint.json`."""
 
     rank: int  # that wrote it
-    offsets: list[int]  # of its first element in the whole tensor
-    sizes: list[int]
+    rows: list[int]  # of the whole tensor: the first, and the one after the last
     start: int  # of its bytes in the rank's file
     checksums: list[int]  # crc32 of each block
 
@@ -71,7 +70,7 @@ class ShardWriter:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             # The header comes first in the file; names, shapes and types suffice for it, so no tensor is read yet.
-            header = [Entry(tensor.key, torch.Size(tensor.box.sizes), tensor.dtype) for tensor in tensors]
+            header = [Entry(tensor.key, tensor.shard_shape, tensor.dtype) for tensor in tensors]
             self._file = SafetensorsFile(self._path, header)
         except OSError as error:
             self._fail(error)
@@ -80,12 +79,11 @@ class ShardWriter:
         """Write a shard before returning."""
         if self._file is None or self.error or self._cancelled.is_set():
             return
-        shard = shard.detach().cpu().contiguous()  # from a device: a wait for it
+        shard = shard.detach().cpu().contiguous()  # from a device: the host waits for it
         data: memoryview = shard.reshape(-1).view(torch.uint8).numpy().data
         self.entries[tensor.key] = {
             "rank": self._rank,
-            "offsets": list(tensor.box.offsets),
-            "sizes": list(tensor.box.sizes),
+            "rows": [tensor.rows.start, tensor.rows.stop],
             "start": self._file.offset_of(tensor.key),
             # Of the bytes in memory, so that a disk that stores others is found out.
             "checksums": [zlib.crc32(data[at : at + BLOCK]) for at in range(0, len(data), BLOCK)],
@@ -102,12 +100,13 @@ class ShardWriter:
 
     def begin(self, *, asynchronous: bool) -> None:
         """Write what was staged and sync the file to the disk, in a thread or before returning."""
-        if asynchronous:
-            # Only files are touched in the thread: a collective there could meet one of the main thread's.
-            self._thread = Thread(target=self._finish, name="checkpoint", daemon=True)
-            self._thread.start()
-        else:
+        if not asynchronous:
             self._finish()
+            return
+        # Only files are touched in the thread: a collective there could meet one of the main thread's.
+        self._thread = Thread(target=self._finish, name="checkpoint")
+        # Lifetime: no daemon. Python joins it at exit; one that was cut off inside torch would abort the process.
+        self._thread.start()
 
     @property
     def is_busy(self) -> bool:
@@ -117,7 +116,7 @@ class ShardWriter:
     def wait(self) -> None:
         """Wait until everything is on the disk, or `error` says why it is not."""
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join()  # what it wrote to `entries` and `error` may be read from here on
         if self._file is not None and self._file.missing and not self.error:  # cancelled, or the thread has crashed
             self.error = f"{self._path}: {len(self._file.missing)} tensors were not written"
 
@@ -127,6 +126,7 @@ class ShardWriter:
         self.wait()
 
     def _finish(self) -> None:
+        """Runs in the thread."""
         while self._staged:
             self.write(*self._staged.popleft())  # popped, so that its memory is freed once it is written
         if self._file is not None:
@@ -146,27 +146,21 @@ def read_shard(tensor: CheckpointTensor, entry: TensorEntry, *, folder: Path) ->
     Raises:
         ValueError: a file is missing or damaged, or the saved shards do not cover this one.
     """
-    result, missing = torch.empty(tensor.box.sizes, dtype=tensor.dtype), tensor.box.numel
+    result, missing = torch.empty(tensor.shard_shape, dtype=tensor.dtype), len(tensor.rows)
+    by_row = result.view(len(tensor.rows), -1)  # [rows, elements of a row]; a scalar becomes [1, 1]
+    row_bytes = by_row.shape[1] * tensor.dtype.itemsize
     for saved in entry["shards"]:
-        part = tensor.box.overlap(_box(saved))
-        if part is not None:
-            tensor.box.view(result, part).copy_(_read_part(saved, part, folder=folder, dtype=tensor.dtype))
-            missing -= part.numel
+        first, stop = saved["rows"]
+        shared = range(max(first, tensor.rows.start), min(stop, tensor.rows.stop))  # empty where they do not overlap
+        if shared:
+            begin, end = ((row - first) * row_bytes for row in (shared.start, shared.stop))
+            data = _read_bytes(folder, saved, begin=begin, end=end, nbytes=(stop - first) * row_bytes)
+            into = by_row[shared.start - tensor.rows.start :][: len(shared)]
+            into.copy_(torch.frombuffer(data, dtype=tensor.dtype).view(into.shape))
+            missing -= len(shared)
     if missing:
         raise ValueError(f"the files do not cover {tensor.key}")
     return result
-
-
-def _read_part(entry: ShardEntry, part: Box, *, folder: Path, dtype: torch.dtype) -> Tensor:
-    """The elements of `part`, from a shard that contains it; reads only the blocks that its rows are in."""
-    shard = _box(entry)
-    row = Box((), shard.sizes[1:]).numel * dtype.itemsize  # bytes
-    first, rows = (part.offsets[0] - shard.offsets[0], part.sizes[0]) if part.sizes else (0, 1)
-    data = _read_bytes(folder, entry, begin=first * row, end=(first + rows) * row, nbytes=shard.numel * dtype.itemsize)
-    found = torch.frombuffer(data, dtype=dtype).reshape(rows, *shard.sizes[1:])  # whole rows
-    for dim in range(1, len(part.sizes)):
-        found = found.narrow(dim, part.offsets[dim] - shard.offsets[dim], part.sizes[dim])
-    return found.reshape(part.sizes)  # [] for a scalar
 
 
 def _read_bytes(folder: Path, entry: ShardEntry, *, begin: int, end: int, nbytes: int) -> memoryview:
@@ -200,9 +194,9 @@ def require_files(folder: Path, tensors: dict[str, TensorEntry]) -> None:
     """
     ends: dict[int, int] = {}
     for tensor in tensors.values():
-        itemsize = getattr(torch, tensor["dtype"]).itemsize
+        row_bytes = torch.Size(tensor["shape"][1:]).numel() * getattr(torch, tensor["dtype"]).itemsize
         for shard in tensor["shards"]:
-            end = shard["start"] + torch.Size(shard["sizes"]).numel() * itemsize
+            end = shard["start"] + (shard["rows"][1] - shard["rows"][0]) * row_bytes
             ends[shard["rank"]] = max(end, ends.get(shard["rank"], 0))
     for rank, end in sorted(ends.items()):
         path = folder / file_of(rank)
@@ -257,10 +251,6 @@ def sync_folder(folder: Path) -> None:
 def dtype_name(dtype: torch.dtype) -> str:
     """A type as `checkpoint.json` has it, such as "float32"."""
     return str(dtype).removeprefix("torch.")
-
-
-def _box(entry: ShardEntry) -> Box:
-    return Box(tuple(entry["offsets"]), tuple(entry["sizes"]))
 
 
 def _digest(content: dict[str, Any]) -> int:

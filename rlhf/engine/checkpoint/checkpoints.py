@@ -35,8 +35,7 @@ from rlhf.engine.checkpoint.checkpoint_files import (
     sync_folder,
     write_index,
 )
-from rlhf.engine.checkpoint.rng_state import random_state, set_random_state
-from rlhf.engine.checkpoint.sharded_tensors import CheckpointTensor, keys_to_write
+from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, keys_to_write, random_state, set_random_state
 from rlhf.runtime.dist import World, barrier, broadcast_object, gather_objects
 from rlhf.runtime.errors import RunError
 
@@ -108,7 +107,8 @@ class Checkpoints:
             ValueError: `count` checkpoints of `nbytes` do not fit below the folder, beside what is there.
         """
         present = sum(file.stat().st_size for file in self.folder.rglob("*") if file.is_file())
-        free, expected = _free_bytes(self.folder), nbytes * count - present
+        existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+        free, expected = shutil.disk_usage(existing).free, nbytes * count - present
         if free < expected:
             raise ValueError(
                 f"{self.folder}: found {free / 1e9:.2f} GB free, expected {expected / 1e9:.2f} GB for checkpoints "
@@ -183,7 +183,7 @@ class Checkpoints:
         _require_same(saved, held)
         with _agreed() as outcome:
             for tensor in held.values():  # in the order of the files, where the number of ranks is the same
-                if tensor.box.numel:
+                if tensor.rows:
                     tensor.write(read_shard(tensor, saved.tensors[tensor.key], folder=saved.folder))
         if outcome.error:
             raise _damaged(saved.folder, outcome.error) from outcome.cause
@@ -301,12 +301,6 @@ def _require_same(saved: SavedCheckpoint, held: dict[str, CheckpointTensor]) -> 
             f"the checkpoint {saved.folder} is of another model ({'; '.join(differing[:3])}{more}). "
             f"Use the model and lora settings of the saved run, or remove that folder to start anew."
         )
-
-
-def _free_bytes(folder: Path) -> int:
-    # The folder itself is made by the first save.
-    existing = next(path for path in (folder, *folder.parents) if path.exists())
-    return shutil.disk_usage(existing).free
 
 
 @dataclass

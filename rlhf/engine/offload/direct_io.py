@@ -25,8 +25,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.engine.offload.buffer_pool import ALIGNMENT, BufferPool, ThreadTransfer, Transfer, round_up
-from rlhf.engine.offload.copy_stream import CopyEvent, threads_on
+from rlhf.engine.offload.transfers import ALIGNMENT, BufferPool, CopyEvent, ThreadTransfer, round_up, threads_on
 from rlhf.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -191,8 +190,6 @@ class PlannedRead(Generic[Tag]):
     """What the bytes are, for the reader."""
     offset: int
     place: slice
-    beside: Callable[[Tensor], CopyEvent] | None = None
-    """Starts a copy of something else into the same buffer when the read starts."""
 
 
 class PrefetchQueue(Generic[Tag]):
@@ -202,10 +199,7 @@ class PrefetchQueue(Generic[Tag]):
         """Read from `file`, at most `depth` reads at a time; each takes a buffer."""
         self._file, self._depth = file, depth
         self._planned: deque[PlannedRead[Tag]] = deque()
-        self._started: deque[tuple[PlannedRead[Tag], Tensor, list[Transfer]]] = deque()
-
-    def __len__(self) -> int:
-        return len(self._started) + len(self._planned)
+        self._started: deque[tuple[PlannedRead[Tag], Tensor, ThreadTransfer]] = deque()
 
     @property
     def tags(self) -> list[Tag]:
@@ -220,10 +214,9 @@ class PrefetchQueue(Generic[Tag]):
         """The next `count` reads, each with its full buffer, which the caller gives back before it asks for another."""
         for _ in range(count):
             self._start()
-            read, buffer, transfers = self._started[0]
+            read, buffer, transfer = self._started[0]
             try:
-                for transfer in transfers:
-                    transfer.wait()
+                transfer.wait()
             except RuntimeError:
                 self.cancel()  # nothing may be left of a sequence that lacks a part
                 raise
@@ -234,19 +227,15 @@ class PrefetchQueue(Generic[Tag]):
     def cancel(self) -> None:
         """Drop everything that was planned; reads that were started must end before their buffers are free."""
         self._planned.clear()
-        for _, buffer, transfers in self._started:
-            for transfer in transfers:
-                transfer.finish()  # Lifetime: a thread or the device still writes to the buffer
+        for _, buffer, transfer in self._started:
+            transfer.finish()  # Lifetime: a thread still writes to the buffer
             self._file.pool.give_back(buffer)
         self._started.clear()
 
     def _start(self) -> None:
         while self._planned and len(self._started) < self._depth:
             read, buffer = self._planned.popleft(), self._file.pool.take()
-            transfers: list[Transfer] = [self._file.read(read.offset, buffer[read.place])]
-            if read.beside is not None:
-                transfers.append(read.beside(buffer))
-            self._started.append((read, buffer, transfers))
+            self._started.append((read, buffer, self._file.read(read.offset, buffer[read.place])))
 
 
 def check_nvme_path(path: str) -> None:

@@ -1,28 +1,61 @@
-"""Sums of gradients over the micro-batches of a step, in the memory of the device or of the host.
+"""Sums of gradients over the micro-batches of a step, in the memory of the device or of the host, and their norms.
 
 The first micro-batch's gradient is kept in its own type; only a second one makes an fp32 sum of it. So a step of one
 micro-batch needs no fp32 copy, and gives the same numbers as if there were one.
+
+[Note: norms] A squared norm is summed in fp32 over blocks of 2048 elements and in fp64 over blocks, so that it does not
+depend on where a shard was cut (at multiples of a block) or kept, but for the last bits of the fp64 sum. Rounded to
+fp32 it is the same number, and clipping by it gives the same weights with every state store of a CPU machine. (CUDA
+sums the norms of gradients that stay there in fp32.)
 See also: sums on disk (`optimizer_state_nvme.py`).
 """
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from rlhf.engine.norms import squared_norm
-from rlhf.engine.offload.buffer_pool import BufferPool, ThreadTransfer
-from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream, threads_on
+from rlhf.engine.offload.transfers import BufferPool, CopyEvent, CopyStream, ThreadTransfer, threads_on
 
+BLOCK = 2048  # elements; see [Note: norms]
+_TILE = 1 << 18  # elements that are cast at once on the CPU: they stay in cache
 _STAGED = 1 << 23  # elements of a staging buffer
 STAGING_BYTES = 2 * 4 * _STAGED
 """Page-locked memory that a device's `PinnedStaging` takes for steps of several micro-batches."""
+
+
+def squared_norm(shard: Tensor) -> Tensor:
+    """Sum of squares of a flat tensor of any floating type: [] fp64 on its device."""
+    total = torch.zeros((), dtype=torch.float64, device=shard.device)
+    step = _TILE if shard.device.type == "cpu" else max(shard.numel(), 1)
+    for tile in torch.split(shard, step):
+        whole = tile.numel() // BLOCK * BLOCK
+        if shard.device.type == "cpu" and shard.dtype != torch.float32:
+            # A norm that casts as it goes is many times slower than a cast in cache and a norm.
+            tile = _scratch(tile.numel()).copy_(tile)
+        for blocks in (tile[:whole].view(-1, BLOCK), tile[whole:].view(1, -1)):
+            if blocks.numel():
+                norms = torch.linalg.vector_norm(blocks, dim=1, dtype=torch.float32)  # [blocks]
+                total += norms.double().square_().sum()
+    return total
+
+
+def _scratch(count: int) -> Tensor:
+    """This thread's memory for a tile, [count] fp32: pages of a fresh one would cost more than the norm."""
+    if not hasattr(_OWN, "tile"):
+        _OWN.tile = torch.empty(_TILE)
+    tile: Tensor = _OWN.tile
+    return tile[:count]
+
+
+_OWN = threading.local()
 
 
 class GradAccumulator(ABC):
@@ -40,20 +73,12 @@ class GradAccumulator(ABC):
     def clear(self) -> None:
         """Drop the sums."""
 
-    @abstractmethod
     def close(self) -> None:
         """Free memory and threads."""
+        self.clear()
 
 
-class InMemoryGradAccumulator(GradAccumulator):
-    """Sums that a step takes as tensors."""
-
-    @abstractmethod
-    def take(self) -> dict[str, Tensor]:
-        """The complete sums; what is added from now on belongs to the next step."""
-
-
-class DeviceGradAccumulator(InMemoryGradAccumulator):
+class DeviceGradAccumulator(GradAccumulator):
     """Sums in the memory where the gradients are made."""
 
     def __init__(self) -> None:
@@ -77,7 +102,7 @@ class DeviceGradAccumulator(InMemoryGradAccumulator):
         return {name: norm.double().square() for name, norm in zip(self._sums, norms, strict=True)}
 
     def take(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
-        """The sums themselves, of `names` or all."""
+        """The sums themselves, of `names` or all; what is added from now on belongs to the next step."""
         taken = {name: gradient for name, gradient in self._sums.items() if names is None or name in names}
         self._sums = {name: gradient for name, gradient in self._sums.items() if name not in taken}
         return taken
@@ -85,10 +110,6 @@ class DeviceGradAccumulator(InMemoryGradAccumulator):
     def clear(self) -> None:
         """Free the memory."""
         self._sums = {}
-
-    def close(self) -> None:
-        """Free the memory."""
-        self.clear()
 
 
 class PinnedStaging:
@@ -108,19 +129,24 @@ class PinnedStaging:
         pool = self._new_pool(1, max(numel * dtype.itemsize, 1))  # PyTorch's own allocator rounds up to powers of two
         return pool.take()[: numel * dtype.itemsize].view(dtype)
 
-    def widen(self, total: Tensor, arrived: Tensor, *, copied: CopyEvent) -> Future[None]:
-        """Make fp32 `total` a copy of `arrived`, once that is there; the caller does not wait."""
-        return self._thread.submit(_once, copied, total.copy_, values=arrived)
+    def once(self, copied: CopyEvent, update: Callable[[Tensor], Tensor], *, values: Tensor) -> Future[None]:
+        """Have the thread call `update(values)` once `copied` has filled `values`; the caller does not wait.
+
+        Calls are carried out in order.
+        """
+
+        def work() -> None:
+            copied.wait()  # Order: until then the bytes are on their way from the device
+            update(values)
+
+        return self._thread.submit(work)
 
     def add(self, total: Tensor, gradient: Tensor) -> Future[None]:
-        """Add a gradient of the device to fp32 `total` on the host, both flat and not empty; the caller does not wait.
-
-        Calls are carried out in order; the result is that of the last part.
-        """
+        """Add a gradient of the device to fp32 `total` on the host, both flat and not empty; returns the last part."""
         for part, into in zip(torch.split(gradient, _STAGED), torch.split(total, _STAGED), strict=True):
             buffer = self._buffers.take()  # waits for the addition that used it before the last one
             staged = buffer.view(part.dtype)[: part.numel()]
-            added = self._thread.submit(_once, self.stream.copy(staged, part), into.add_, values=staged)
+            added = self.once(self.stream.copy(staged, part), into.add_, values=staged)
             # Lifetime: the buffer is copied into and then read by the thread; both have ended once `added` has.
             self._buffers.hold(buffer, ThreadTransfer([added]))
             self._buffers.give_back(buffer)
@@ -144,12 +170,6 @@ class PinnedStaging:
         return self._pinned[-1]
 
 
-def _once(copied: CopyEvent, update: Callable[[Tensor], Tensor], *, values: Tensor) -> None:
-    """Runs in the thread: the host may read `values` only when they have arrived."""
-    copied.wait()
-    update(values)
-
-
 @dataclass
 class _HostSum:
     """One parameter's sum on the host."""
@@ -161,28 +181,22 @@ class _HostSum:
     adding: Future[None] | None = None  # the last addition
 
     def wait(self) -> Tensor:
-        """The complete sum."""
+        """The complete sum; the host waits for copies and additions."""
         self.copied.wait()
         if self.adding is not None:
             self.adding.result()
         return self.arrived if self.total is None else self.total
 
 
-@dataclass
-class _Side:
-    """Host memory for one step's sums, kept from step to step: page-locked memory is slow to get."""
-
-    arrived: dict[str, Tensor] = field(default_factory=dict)
-    totals: dict[str, Tensor] = field(default_factory=dict)
-
-
-class HostGradAccumulator(InMemoryGradAccumulator):
+class HostGradAccumulator(GradAccumulator):
     """Sums on the host of gradients that a device makes and frees, copied and added while backward goes on."""
 
-    def __init__(self, staging: PinnedStaging, *, sides: int = 1) -> None:
-        """Start empty; with two `sides`, sums that were taken stay as they are while the next step's are added."""
+    def __init__(self, staging: PinnedStaging) -> None:
+        """Start empty."""
         self._staging = staging
-        self._sides = [_Side() for _ in range(sides)]
+        # Host memory for the sums, kept from step to step: page-locked memory is slow to get.
+        self._arrived: dict[str, Tensor] = {}
+        self._totals: dict[str, Tensor] = {}
         self._sums: dict[str, _HostSum] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
@@ -193,11 +207,10 @@ class HostGradAccumulator(InMemoryGradAccumulator):
             return
         known.square = None
         if known.total is None:
-            totals = self._sides[0].totals
-            if name not in totals:
-                totals[name] = torch.empty(gradient.numel())
-            known.total = totals[name]
-            known.adding = self._staging.widen(known.total, known.arrived, copied=known.copied)
+            if name not in self._totals:
+                self._totals[name] = torch.empty(gradient.numel())
+            known.total = self._totals[name]
+            known.adding = self._staging.once(known.copied, known.total.copy_, values=known.arrived)  # widens to fp32
         if gradient.numel():
             known.adding = self._staging.add(known.total, gradient)
 
@@ -206,10 +219,9 @@ class HostGradAccumulator(InMemoryGradAccumulator):
         return {name: squared_norm(s.wait()) if s.square is None else s.square for name, s in self._sums.items()}
 
     def take(self) -> dict[str, Tensor]:
-        """The complete sums, in memory that the step after next (the next one, with one side) overwrites."""
-        taken = {name: known.wait() for name, known in self._sums.items()}  # host wait: all copies and additions
+        """The complete sums, in memory that the next step's gradients overwrite."""
+        taken = {name: known.wait() for name, known in self._sums.items()}
         self._sums = {}
-        self._sides.append(self._sides.pop(0))
         return taken
 
     def clear(self) -> None:
@@ -219,13 +231,12 @@ class HostGradAccumulator(InMemoryGradAccumulator):
 
     def close(self) -> None:
         """Close what all accumulators of the device share, too: they go together."""
-        self._sums, self._sides = {}, []
+        self._sums, self._arrived, self._totals = {}, {}, {}
         self._staging.close()
 
     def _first(self, name: str, gradient: Tensor) -> _HostSum:
-        arrived = self._sides[0].arrived.get(name)
+        arrived = self._arrived.get(name)
         if arrived is None or arrived.dtype != gradient.dtype:
-            arrived = self._staging.empty(gradient.numel(), gradient.dtype)
-            self._sides[0].arrived[name] = arrived
+            arrived = self._arrived[name] = self._staging.empty(gradient.numel(), gradient.dtype)
         square = squared_norm(gradient)  # before the copy: the device forgets the gradient after it
         return _HostSum(arrived, self._staging.stream.copy(arrived, gradient), square)

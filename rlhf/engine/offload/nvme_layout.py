@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.engine.norms import BLOCK
+from rlhf.engine.offload.grad_accumulation import BLOCK
 from rlhf.engine.offload.optimizer_state import STATE_KEYS, ParameterShard
 
 PAGE_ELEMENTS = BLOCK  # a page of what has two bytes an element, two pages of fp32; no slice starts between
@@ -63,12 +63,13 @@ class Tile:
         """Byte where the gradients end and the state begins."""
         return 4 * self.size
 
-    def state_bytes(self, key: str, part: TileSlice) -> slice:
-        """Bytes of one of a slice's `STATE_KEYS` in the tile."""
+    def state_bytes(self, key: str, part: TileSlice, *, itemsize: int = 0) -> slice:
+        """Bytes of one of a slice's `STATE_KEYS` in the tile; the first of them, for elements of so many bytes."""
         width = 4 if key == "weight" else self.moments.itemsize
         index = STATE_KEYS.index(key)  # fp32 weights come first, then the moments, which may be narrower
         start = self.state_start + (4 * self.size if index else 0) + max(index - 1, 0) * width * self.size
-        return slice(start + width * part.at, start + width * (part.at + part.padded))
+        first = start + width * part.at
+        return slice(first, first + (itemsize or width) * part.padded)
 
     def gradient_bytes(self, part: TileSlice, itemsize: int) -> slice:
         """Bytes of a slice's gradient; see [Note: narrow gradients]."""
@@ -86,28 +87,22 @@ def lay_out_tiles(shards: Sequence[ParameterShard], capacity: int, *, moments: t
 
     A parameter that does not fit into the rest of a tile continues in the next one.
     """
-    tiles: list[Tile] = []
-    slices: list[TileSlice] = []
-    offset = used = 0
-
-    def close() -> None:
-        nonlocal offset, used
-        if slices:
-            tiles.append(Tile(offset, used, tuple(slices), moments))
-            offset += tiles[-1].nbytes
-        slices.clear()
-        used = 0
-
+    contents: list[list[TileSlice]] = []
+    used = capacity  # of the last tile: there is none yet
     for shard in shards:
         start = 0
         while start < shard.numel:
             if used == capacity:
-                close()
+                contents.append([])
+                used = 0
             part = TileSlice(shard.name, start, min(start + capacity - used, shard.numel), used)
-            slices.append(part)
+            contents[-1].append(part)
             used += part.padded
             start = part.stop
-    close()
+    tiles: list[Tile] = []
+    for slices in contents:
+        offset = tiles[-1].offset + tiles[-1].nbytes if tiles else 0
+        tiles.append(Tile(offset, slices[-1].at + slices[-1].padded, tuple(slices), moments))
     return tiles
 
 

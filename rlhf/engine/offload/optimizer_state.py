@@ -8,17 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
-from rlhf.engine.dtensors import local_shard
-from rlhf.engine.fsdp_units import ParameterGroup
-from rlhf.engine.offload.grad_accumulation import GradAccumulator, InMemoryGradAccumulator
-from rlhf.engine.offload.sharded_weights import ShardedWeights
+from rlhf.engine.fsdp_units import ParameterGroup, local_shard
+from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, GradAccumulator, HostGradAccumulator
+from rlhf.engine.offload.working_weights import ShardedWeights
 
 STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
 """What is kept of each parameter: the fp32 master weight and the two moments."""
@@ -44,8 +42,7 @@ def shards_of(group: ParameterGroup) -> list[ParameterShard]:
     ]
 
 
-@dataclass(frozen=True)
-class Update:
+class Update(NamedTuple):
     """One optimizer step, the same for all stores."""
 
     touched: Collection[str]  # names of the parameters that have a gradient on some rank
@@ -74,8 +71,8 @@ class OptimizerStateStore(ABC):
         weights: ShardedWeights,
     ) -> None:
         """Keep the state of `shards` where `kernel` runs; `weights` are the working weights that follow the masters."""
-        self.shards, self.gradients, self.kernel, self.weights = shards, gradients, kernel, weights
-        self._shards = {shard.name: shard for shard in shards}
+        self.shards = {shard.name: shard for shard in shards}
+        self.gradients, self.kernel, self.weights = gradients, kernel, weights
         self.steps = {shard.name: torch.zeros((), device=kernel.device) for shard in shards}
         """Updates so far of each parameter, [] fp32, for the bias correction."""
 
@@ -85,12 +82,8 @@ class OptimizerStateStore(ABC):
         return None
 
     @abstractmethod
-    def take_gradients(self) -> None:
-        """Fix the sums for `step`: gradients that are added later belong to another one."""
-
-    @abstractmethod
     def step(self, update: Update) -> None:
-        """Update the state, and, unless updates are delayed, the working weights."""
+        """Update the state and the working weights from the gradient sums, which are then dropped."""
 
     @abstractmethod
     def read(self, name: str, key: str) -> Tensor:
@@ -99,11 +92,6 @@ class OptimizerStateStore(ABC):
     @abstractmethod
     def write(self, name: str, key: str, *, shard: Tensor) -> None:
         """Set it; working weights do not follow."""
-
-    def write_back(self) -> None:
-        """Round all masters into the working weights."""
-        for shard in self.shards:
-            self.weights.write(shard.name, 0, values=self.read(shard.name, "weight").view(-1))
 
     def close(self) -> None:
         """Free files, threads and page-locked memory."""
@@ -116,13 +104,12 @@ class InMemoryStateStore(OptimizerStateStore):
     def __init__(
         self,
         shards: Sequence[ParameterShard],
-        gradients: InMemoryGradAccumulator,
+        gradients: DeviceGradAccumulator | HostGradAccumulator,
         *,
         kernel: AdamKernel,
         weights: ShardedWeights,
         moments: torch.dtype,
         in_place: Callable[[str], Tensor] | None = None,
-        delayed: bool = False,
     ) -> None:
         """Start at zero moments.
 
@@ -133,12 +120,9 @@ class InMemoryStateStore(OptimizerStateStore):
             weights: the working weights.
             moments: their type.
             in_place: gives the flat fp32 working weights that are updated themselves; None allocates masters.
-            delayed: leave the write-back to the caller.
         """
         super().__init__(shards, gradients, kernel=kernel, weights=weights)
-        self._sums = gradients
-        self._taken: dict[str, Tensor] = {}
-        self._in_place, self._delayed = in_place, delayed
+        self._sums, self._in_place = gradients, in_place
         self.has_masters = in_place is None
         types = {"exp_avg": moments, "exp_avg_sq": moments} | ({"weight": torch.float32} if self.has_masters else {})
         self._state = {
@@ -146,26 +130,22 @@ class InMemoryStateStore(OptimizerStateStore):
             for key, dtype in types.items()
         }
 
-    def take_gradients(self) -> None:
-        """Take the sums out of the accumulator."""
-        self._taken = self._sums.take()
-
     def step(self, update: Update) -> None:
-        """One update from the gradients that were taken, which are then freed."""
-        taken, self._taken = self._taken, {}  # Lifetime: gradients on the device are freed when this returns
-        shards = [shard for shard in self.shards if shard.name in taken and shard.name in update.touched]
+        """One update; on the host, the working weights are sent while later chunks are computed."""
+        taken = self._sums.take()  # Lifetime: gradients on the device are freed when this returns
+        shards = [shard for name, shard in self.shards.items() if name in taken and name in update.touched]
         if not shards:
             return
         # One call for all counts: on CUDA each would be a kernel of its own.
         torch._foreach_add_([self.steps[shard.name] for shard in shards], 1)
         slices = [self._slice(shard, taken[shard.name]) for shard in shards]
         for chunk in self.kernel.update(slices, lr=update.lr, scale=update.scale, betas=update.betas):
-            if self.has_masters and not self._delayed:
+            if self.has_masters:
                 self.weights.write_back(chunk)  # while the chunk is in cache
 
     def read(self, name: str, key: str) -> Tensor:
         """The memory itself where it is fp32, else a copy."""
-        return self._tensor(name, key).float().view(self._shards[name].shape)
+        return self._tensor(name, key).float().view(self.shards[name].shape)
 
     def write(self, name: str, key: str, *, shard: Tensor) -> None:
         """Copy the shard here."""

@@ -19,16 +19,14 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
-from rlhf.engine.norms import squared_norm
-from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
 from rlhf.engine.offload.direct_io import DirectFile, PlannedRead, PrefetchQueue
-from rlhf.engine.offload.grad_accumulation import GradAccumulator
+from rlhf.engine.offload.grad_accumulation import GradAccumulator, squared_norm
 from rlhf.engine.offload.nvme_layout import Tile, TileSlice
 from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, ParameterShard, Update
-from rlhf.engine.offload.sharded_weights import ShardedWeights
+from rlhf.engine.offload.transfers import CopyEvent, CopyStream
+from rlhf.engine.offload.working_weights import ShardedWeights
 
 _Tag = TypeVar("_Tag")
-_Place = tuple[Tile, TileSlice]
 
 
 @dataclass
@@ -43,9 +41,9 @@ class NvmeResources:
     failure: RuntimeError | None = None  # the first error of the disk
 
     @cached_property
-    def places(self) -> dict[str, list[_Place]]:
+    def places(self) -> dict[str, list[tuple[Tile, TileSlice]]]:
         """The slices of each parameter, in order, and their tiles."""
-        found: dict[str, list[_Place]] = defaultdict(list)
+        found: dict[str, list[tuple[Tile, TileSlice]]] = defaultdict(list)
         for tile in self.tiles:
             for part in tile.slices:
                 found[part.name].append((tile, part))
@@ -60,7 +58,7 @@ class NvmeResources:
     def write(self, tile: Tile, buffer: Tensor, *, place: slice, after: CopyEvent | None = None) -> None:
         """Write bytes of a tile from its buffer, which is given back, once `after` has filled it."""
         transfer = self.file.write(tile.offset + place.start, buffer[place], after=after)
-        self.file.pool.give_back(buffer)  # the pool hands it out again only after the write
+        self.file.pool.give_back(buffer)  # Lifetime: the pool hands it out again only after the write
         if not self.writes_behind:
             transfer.wait()
 
@@ -86,36 +84,21 @@ class NvmeGradAccumulator(GradAccumulator):
     def __init__(self, resources: NvmeResources) -> None:
         """Start empty."""
         self._resources, self._places = resources, resources.places
-        self._sums: dict[str, _Sum] = {}
+        self.sums: dict[str, _Sum] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Write the gradient, or add it to what was written."""
         if self._resources.failure is None:
             with self._resources.remember_failure():
-                self._sums[name] = self._add(name, gradient) if name in self._sums else self._first(name, gradient)
+                self.sums[name] = self._add(name, gradient) if name in self.sums else self._first(name, gradient)
 
     def squared_norms(self) -> dict[str, Tensor]:
         """Known since the sums were written."""
-        return {name: known.square for name, known in self._sums.items()}
+        return {name: known.square for name, known in self.sums.items()}
 
     def clear(self) -> None:
         """Drop the sums; their bytes will be overwritten."""
-        self._sums = {}
-
-    def close(self) -> None:
-        """Do nothing: the store closes the file and the buffers."""
-
-    def names(self) -> set[str]:
-        """The parameters that have a sum."""
-        return set(self._sums)
-
-    def bytes_in(self, tile: Tile, part: TileSlice) -> slice:
-        """Where the sum of a slice is in its tile."""
-        return tile.gradient_bytes(part, self._sums[part.name].dtype.itemsize)
-
-    def view(self, buffer: Tensor, tile: Tile, *, part: TileSlice) -> Tensor:
-        """The sum of a slice, [numel], in a buffer that holds the tile."""
-        return buffer[self.bytes_in(tile, part)].view(self._sums[part.name].dtype)[: part.numel]
+        self.sums = {}
 
     def _first(self, name: str, gradient: Tensor) -> _Sum:
         for tile, part in self._places[name]:
@@ -129,29 +112,26 @@ class NvmeGradAccumulator(GradAccumulator):
 
     def _add(self, name: str, gradient: Tensor) -> _Sum:
         """Read the sum of each slice, add on the host, and write it back in fp32."""
-        known, square = self._sums[name].dtype, torch.zeros((), dtype=torch.float64)
-        reads = [self._read_sum(*place, known=known, gradient=gradient) for place in self._places[name]]
-        for (tile, part), buffer in self._resources.read(reads):
+        known, square = self.sums[name].dtype, torch.zeros((), dtype=torch.float64)
+        reads = []
+        for tile, part in self._places[name]:
+            stored = tile.gradient_bytes(part, known.itemsize)
+            # A narrow sum is read to the place of a moment: its fp32 version is about to fill its own.
+            into = stored if known == torch.float32 else tile.state_bytes("exp_avg", part, itemsize=known.itemsize)
+            reads.append(PlannedRead((tile, part, into), tile.offset + stored.start, into))
+        for (tile, part, into), buffer in self._resources.read(reads):
+            # The place of the weight, which a sum is never read to, holds up to four bytes an element.
+            incoming = buffer[tile.state_bytes("weight", part)].view(gradient.dtype)[: part.numel]
+            copied = self._resources.stream.copy(incoming, gradient[part.start : part.stop])
             place = tile.gradient_bytes(part, 4)
             total = buffer[place].view(torch.float32)[: part.numel]
             if known != torch.float32:
-                total.copy_(buffer[_narrow_sum(tile, part)].view(known)[: part.numel])
-            total += buffer[_incoming(tile, part)].view(gradient.dtype)[: part.numel]
+                total.copy_(buffer[into].view(known)[: part.numel])
+            copied.wait()  # the host waits for the device, while the disk reads the next slice
+            total += incoming
             square += squared_norm(total)
             self._resources.write(tile, buffer, place=place)
         return _Sum(torch.float32, square)
-
-    def _read_sum(self, tile: Tile, part: TileSlice, *, known: torch.dtype, gradient: Tensor) -> PlannedRead[_Place]:
-        """Read what is known of a slice's sum, and copy what is to be added, side by side into one buffer."""
-        place = tile.gradient_bytes(part, known.itemsize)
-        # A narrow sum goes beside its own place, which its fp32 version is about to fill.
-        into = place if known == torch.float32 else _narrow_sum(tile, part)
-
-        def copy_gradient(buffer: Tensor) -> CopyEvent:
-            incoming = buffer[_incoming(tile, part)].view(gradient.dtype)[: part.numel]
-            return self._resources.stream.copy(incoming, gradient[part.start : part.stop])
-
-        return PlannedRead((tile, part), tile.offset + place.start, into, beside=copy_gradient)
 
 
 class NvmeStateStore(OptimizerStateStore):
@@ -168,8 +148,8 @@ class NvmeStateStore(OptimizerStateStore):
         weights: ShardedWeights,
     ) -> None:
         """Start at zero moments, which is what a new file holds; `shards` are those of `resources.tiles`."""
-        self._sums = NvmeGradAccumulator(resources)
-        super().__init__(shards, self._sums, kernel=kernel, weights=weights)
+        self._accumulator = NvmeGradAccumulator(resources)
+        super().__init__(shards, self._accumulator, kernel=kernel, weights=weights)
         self._resources, self._places = resources, resources.places
 
     @property
@@ -177,26 +157,25 @@ class NvmeStateStore(OptimizerStateStore):
         """The first error of the disk."""
         return self._resources.failure
 
-    def take_gradients(self) -> None:
-        """Do nothing: updates of state on disk are never delayed, so no gradient comes before the step ends."""
-
     def step(self, update: Update) -> None:
         """One pass over the tiles that have a gradient; an error of the disk is remembered, see `failure`."""
-        names = self._sums.names().intersection(update.touched)
+        names = self._accumulator.sums.keys() & set(update.touched)
         for name in names:
             self.steps[name] += 1
         with self._resources.remember_failure():
             self._update_tiles(names, update)
-        self._sums.clear()
+        self.gradients.clear()
 
     def read(self, name: str, key: str) -> Tensor:
         """This rank's shard, as a copy."""
-        shard = torch.empty(self._shards[name].numel)
-        reads = [self._read_state(tile, part, key=key) for tile, part in self._places[name]]
+        shard, reads = torch.empty(self.shards[name].numel), []
+        for tile, part in self._places[name]:
+            place = tile.state_bytes(key, part)
+            reads.append(PlannedRead((tile, part), tile.offset + place.start, place))
         for (tile, part), buffer in self._resources.read(reads):
             shard[part.start : part.stop].copy_(tile.state_view(buffer, key, part=part))
             self._resources.file.pool.give_back(buffer)
-        return shard.view(self._shards[name].shape)
+        return shard.view(self.shards[name].shape)
 
     def write(self, name: str, key: str, *, shard: Tensor) -> None:
         """Start to write the shard; reads of it wait for that."""
@@ -213,36 +192,25 @@ class NvmeStateStore(OptimizerStateStore):
         self._resources.file.close()
 
     def _update_tiles(self, names: Set[str], update: Update) -> None:
-        tiles = [tile for tile in self._resources.tiles if any(part.name in names for part in tile.slices)]
-        for tile, buffer in self._resources.read([self._read_tile(tile, names) for tile in tiles]):
+        reads = []
+        for tile in self._resources.tiles:
+            gradients = [self._gradient_bytes(tile, part) for part in tile.slices if part.name in names]
+            if gradients:  # read the tile from its first gradient on
+                start = min(place.start for place in gradients)
+                reads.append(PlannedRead(tile, tile.offset + start, slice(start, tile.nbytes)))
+        for tile, buffer in self._resources.read(reads):
             slices = [self._slice(tile, part, buffer=buffer) for part in tile.slices if part.name in names]
             for chunk in self.kernel.update(slices, lr=update.lr, scale=update.scale, betas=update.betas):
                 self.weights.write_back(chunk)  # while the chunk is in cache
             # Slices without a gradient go back as they came.
             self._resources.write(tile, buffer, place=slice(tile.state_start, tile.nbytes))
 
-    def _read_tile(self, tile: Tile, names: Set[str]) -> PlannedRead[Tile]:
-        """A tile from its first gradient on."""
-        start = min(self._sums.bytes_in(tile, part).start for part in tile.slices if part.name in names)
-        return PlannedRead(tile, tile.offset + start, slice(start, tile.nbytes))
-
-    def _read_state(self, tile: Tile, part: TileSlice, *, key: str) -> PlannedRead[_Place]:
-        place = tile.state_bytes(key, part)
-        return PlannedRead((tile, part), tile.offset + place.start, place)
+    def _gradient_bytes(self, tile: Tile, part: TileSlice) -> slice:
+        return tile.gradient_bytes(part, self._accumulator.sums[part.name].dtype.itemsize)
 
     def _slice(self, tile: Tile, part: TileSlice, *, buffer: Tensor) -> ParameterSlice:
-        gradient = self._sums.view(buffer, tile, part=part)
+        dtype = self._accumulator.sums[part.name].dtype
+        gradient = buffer[self._gradient_bytes(tile, part)].view(dtype)[: part.numel]
         weight, *moments = (tile.state_view(buffer, key, part=part) for key in STATE_KEYS)
-        shard = self._shards[part.name]
-        return ParameterSlice(part.name, part.start, shard.decays, self.steps[part.name], weight, gradient, *moments)
-
-
-def _narrow_sum(tile: Tile, part: TileSlice) -> slice:
-    """Bytes of a buffer for a sum of two bytes an element, apart from its fp32 version and from what is added."""
-    start = tile.state_bytes("exp_avg", part).start
-    return slice(start, start + 2 * part.padded)
-
-
-def _incoming(tile: Tile, part: TileSlice) -> slice:
-    """Bytes of a buffer for a gradient of up to four bytes an element; the sum is not read to there."""
-    return tile.state_bytes("weight", part)
+        decays = self.shards[part.name].decays
+        return ParameterSlice(part.name, part.start, decays, self.steps[part.name], weight, gradient, *moments)

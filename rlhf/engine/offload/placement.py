@@ -1,4 +1,4 @@
-"""Chooses where each group of parameters keeps its optimizer state: on the device, in host memory, or in a file.
+"""Chooses where optimizer state and working weights are kept: on the device, in host memory, or in a file.
 
 [Note: offload] A training step touches five kinds of tensor. With ZeRO, a rank holds its *shard* of each: its rows of
 every parameter. Parameters that one FSDP module gathers together are a *unit*, or a *group* where only those that learn
@@ -22,6 +22,8 @@ tensors pass through staging buffers on their way to the device that computes:
 | cpu | the same | host memory; gradients and weights travel, the step runs on the CPU |
 | nvme | a file | a file; gradients and weights travel, the step runs on the CPU |
 
+`offload_param` moves the working weights alone: each unit is fetched when FSDP2 gathers it.
+
 No store changes a number: on one kind of processor every choice trains the same weights, bit for bit.
 """
 
@@ -32,22 +34,56 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
-from rlhf.engine.fsdp_units import ParameterGroup, num_offloaded
-from rlhf.engine.offload.buffer_pool import BufferPool
-from rlhf.engine.offload.copy_stream import CopyStream
+from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
 from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerStateStore, shards_of
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
-from rlhf.engine.offload.sharded_weights import DeviceWeights, ShardedWeights, StagedWeights
+from rlhf.engine.offload.transfers import BufferPool, CopyStream
+from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, WeightStore, file_bytes
+from rlhf.engine.offload.working_weights import (
+    DeviceWeights,
+    OffloadedWeights,
+    ShardedWeights,
+    StagedWeights,
+    lay_out_units,
+    unit_bytes,
+)
 from rlhf.runtime.dist import World
 
 _CPU = torch.device("cpu")
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """Whether `device` computes in other memory than the host's."""
+    return device.type == "cuda"
+
+
+def offload_device(wanted: OffloadDevice, device: torch.device) -> OffloadDevice:
+    """Where tensors of a model on `device` go; `none` where host memory is the device's memory anyway."""
+    return OffloadDevice.none if wanted == OffloadDevice.cpu and not has_own_memory(device) else wanted
+
+
+def num_offloaded(sizes: Sequence[int], share: float) -> int:
+    """How many of the first groups to offload so that `share` of all elements is: whole groups, rounded up.
+
+    Args:
+        sizes: elements of each whole group, not of a shard, so that all ranks cut at the same place.
+        share: of them, 0 to 1.
+    """
+    wanted, before = share * sum(sizes), 0
+    for number, size in enumerate(sizes):
+        if before >= wanted:
+            return number
+        before += size
+    return len(sizes)
 
 
 @dataclass(frozen=True)
@@ -61,34 +97,35 @@ class Placement:
     offloaded: ShardedWeights | None
     """Working weights that are not kept on the device; None where all are."""
 
-    @property
-    def offload_device(self) -> OffloadDevice:
-        """Where the groups go that leave the device; `none` where none needs to."""
-        is_here = self.engine.offload_optimizer == OffloadDevice.cpu and not has_own_memory(self.world.device)
-        return OffloadDevice.none if is_here else self.engine.offload_optimizer
-
     def stores(self) -> list[OptimizerStateStore]:
         """A store for each group, or one file for all, in the order of the forward pass.
 
         Raises:
-            ValueError: settings that exclude each other.
+            ValueError: the buffers are too small.
             RunError: the disk is too small.
         """
-        self._check()
-        away, here = self._split()
+        away, here = self.split()
         stores: list[OptimizerStateStore] = []
-        if away and self.offload_device == OffloadDevice.nvme:
+        if away and self.engine.offload_optimizer == OffloadDevice.nvme:
             stores.append(self._on_nvme(away))  # one file for all: reading ahead does not end with a group
         elif away:
             stores += [self._on_host(group) for group in away]
         return stores + [self._on_device(group) for group in here]
 
+    def split(self) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
+        """The first groups, which leave the device, and the last ones, which stay."""
+        if offload_device(self.engine.offload_optimizer, self.world.device) == OffloadDevice.none:
+            return [], list(self.groups)
+        # Whole sizes, not those of shards: all ranks must split alike.
+        sizes = [sum(p.numel() for p in group.values()) for group in self.groups]
+        away = num_offloaded(sizes, self.engine.optimizer_share)
+        return list(self.groups[:away]), list(self.groups[away:])
+
     def _on_device(self, group: ParameterGroup) -> OptimizerStateStore:
         """State in the memory of the model's device."""
-        delayed = self.engine.delayed_update
         is_narrow = any(parameter.dtype != torch.float32 for parameter in group.values())
-        # Without masters AdamW updates the working weights themselves, which must be fp32, here, and not a step late.
-        masters = delayed or self.offloaded is not None or is_narrow
+        # Without masters AdamW updates the working weights themselves, which must be fp32 and here.
+        masters = self.offloaded is not None or is_narrow
         return InMemoryStateStore(
             shards_of(group),
             DeviceGradAccumulator(),
@@ -96,28 +133,23 @@ class Placement:
             weights=self.offloaded or self._device_weights,
             moments=self._moments,
             in_place=None if masters else self._device_weights.shard,
-            delayed=delayed,
         )
 
     def _on_host(self, group: ParameterGroup) -> OptimizerStateStore:
         """State in host memory, of a model on a CUDA device."""
-        delayed = self.engine.delayed_update
         return InMemoryStateStore(
             shards_of(group),
-            # A delayed step reads its gradients while the next step's are added: they need memory of their own.
-            HostGradAccumulator(self._staging, sides=2 if delayed else 1),
+            HostGradAccumulator(self._staging),
             kernel=self._host_kernel,
             weights=self._host_weights,
             moments=self._moments,
-            delayed=delayed,
         )
 
     def _on_nvme(self, groups: Sequence[ParameterGroup]) -> OptimizerStateStore:
         """State in one file."""
         shards = [shard for group in groups for shard in shards_of(group)]
         engine, moments = self.engine, self._moments
-        nbytes = 4 * engine.buffer_size
-        capacity = tile_capacity(nbytes, engine.sub_group_size, moments=moments)
+        capacity = tile_capacity(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
         if capacity == 0:
             least = -(-PAGE_ELEMENTS * (8 + 2 * moments.itemsize) // 4)
             raise ValueError(
@@ -125,26 +157,19 @@ class Placement:
                 "millions are fast."
             )
         tiles = lay_out_tiles(shards, capacity, moments=moments)
-        assert engine.nvme_path is not None, "the settings were checked"
-        file = DirectFile(
-            engine.nvme_path,
-            nbytes=max(sum(tile.nbytes for tile in tiles), 1),
-            pool=BufferPool(engine.buffer_count, nbytes=nbytes, pin=self._pin),
-            label="optimizer state (engine.offload_optimizer=nvme)",
-            device=self.world.device,
-        )
         resources = NvmeResources(
-            file=file,
+            file=_open_file(
+                engine,
+                self.world.device,
+                label="optimizer state (engine.offload_optimizer=nvme)",
+                nbytes=sum(tile.nbytes for tile in tiles),
+            ),
             tiles=tiles,
             stream=CopyStream(self.world.device),
             reads_ahead=engine.pipeline_read,
             writes_behind=engine.pipeline_write,
         )
         return NvmeStateStore(shards, resources, kernel=self._host_kernel, weights=self._host_weights)
-
-    @property
-    def _pin(self) -> bool:
-        return self.engine.pin_memory and has_own_memory(self.world.device)
 
     @property
     def _moments(self) -> torch.dtype:
@@ -160,7 +185,7 @@ class Placement:
 
     @cached_property
     def _staging(self) -> PinnedStaging:
-        return PinnedStaging(self.world.device, pin=self._pin)
+        return PinnedStaging(self.world.device, pin=_pins(self.engine, self.world.device))
 
     @cached_property
     def _device_weights(self) -> DeviceWeights:
@@ -172,35 +197,67 @@ class Placement:
         if self.offloaded is not None:
             return self.offloaded
         if has_own_memory(self.world.device):
-            return StagedWeights(self.groups, self.world.device, pin=self._pin)
+            return StagedWeights(self.groups, self.world.device, pin=_pins(self.engine, self.world.device))
         return self._device_weights
 
-    def _split(self) -> tuple[list[ParameterGroup], list[ParameterGroup]]:
-        """The first groups, which leave the device, and the last ones, which stay."""
-        if self.offload_device == OffloadDevice.none:
-            return [], list(self.groups)
-        # Whole sizes, not those of shards: all ranks must split alike.
-        sizes = [sum(p.numel() for p in group.values()) for group in self.groups]
-        away = num_offloaded(sizes, self.engine.optimizer_share)
-        return list(self.groups[:away]), list(self.groups[away:])
 
-    def _check(self) -> None:
-        engine = self.engine
-        if not engine.delayed_update:
-            return
-        if engine.offload_optimizer != OffloadDevice.cpu:
-            raise ValueError(
-                f"engine.delayed_update=true: expected engine.offload_optimizer=cpu, found {engine.offload_optimizer}; "
-                "on the device a step has nothing to overlap with, and on disk the next gradients would replace those "
-                "that it reads."
-            )
-        if engine.optimizer_share < 1:
-            raise ValueError(
-                f"engine.delayed_update=true: expected engine.optimizer_share=1, found {engine.optimizer_share}; "
-                "a model of which one part is a step ahead of the rest is not a training method that anybody described."
-            )
+def units_in_host_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
+    """The offloaded units kept in host memory: all, or with nvme the first ones up to `parameters_in_cpu` elements.
+
+    Args:
+        sizes: bytes of each unit.
+        config: says where working weights are offloaded to.
+        dtype: type of the working weights.
+    """
+    if config.offload_param == OffloadDevice.cpu:
+        return set(range(len(sizes)))
+    chosen, left = set(), config.parameters_in_cpu * dtype.itemsize
+    for index, size in enumerate(sizes):
+        if size <= left:
+            chosen.add(index)
+            left -= size
+    return chosen
 
 
-def has_own_memory(device: torch.device) -> bool:
-    """Whether `device` computes in other memory than the host's."""
-    return device.type == "cuda"
+def offload_weights(
+    module: nn.Module, units: Sequence[FSDPUnit], *, config: EngineConfig, dtype: torch.dtype, world: World
+) -> OffloadedWeights:
+    """Memory and files for the sharded parameters, unit by unit, in host memory or on disk.
+
+    Raises:
+        RunError: the disk is too small.
+    """
+    parameters = dict(module.named_parameters())
+    sharded = {name: parameter.shape for name, parameter in parameters.items() if isinstance(parameter, DTensor)}
+    shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in units]
+    slots = lay_out_units(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
+    sizes = unit_bytes(slots, len(shapes))
+    in_memory = units_in_host_memory(sizes, config=config, dtype=dtype)
+    # Both stores are asked by unit, so each is laid out for all units, with size 0 for those in the other.
+    on_host = [size if index in in_memory else 0 for index, size in enumerate(sizes)]
+    on_disk = [size if index not in in_memory else 0 for index, size in enumerate(sizes)]
+    host = HostWeights(on_host, device=world.device, pin=_pins(config, world.device))
+    stores: list[WeightStore] = [host] * len(sizes)
+    if any(on_disk):
+        file = _open_file(
+            config, world.device, label="working weights (engine.offload_param=nvme)", nbytes=file_bytes(on_disk)
+        )
+        disk = NvmeWeights(on_disk, file=file, device=world.device)
+        stores = [host if size == 0 else disk for size in on_disk]
+    return OffloadedWeights(slots, stores, dtype=dtype, others=DeviceWeights([parameters]))
+
+
+def _pins(config: EngineConfig, device: torch.device) -> bool:
+    return config.pin_memory and has_own_memory(device)
+
+
+def _open_file(config: EngineConfig, device: torch.device, *, label: str, nbytes: int) -> DirectFile:
+    """A file below `engine.nvme_path`, and its buffers."""
+    assert config.nvme_path is not None, "the settings were checked"
+    return DirectFile(
+        config.nvme_path,
+        nbytes=max(nbytes, 1),
+        pool=BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=_pins(config, device)),
+        label=label,
+        device=device,
+    )

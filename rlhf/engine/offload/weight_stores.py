@@ -1,7 +1,7 @@
 """Stores of offloaded working weights, by FSDP unit: in page-locked host memory, or in a file.
 
 A unit is a number here, and its shard is bytes. While one unit computes, the next ones are copied or read.
-See also: which bytes are which parameter, and which unit follows (`offloaded_weights.py`).
+See also: which bytes are which parameter, and which unit follows (`working_weights.py`).
 """
 
 from __future__ import annotations
@@ -13,29 +13,28 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from rlhf.engine.offload.buffer_pool import ALIGNMENT, BufferPool, round_up
-from rlhf.engine.offload.copy_stream import CopyEvent, CopyStream
 from rlhf.engine.offload.direct_io import DirectFile, PlannedRead, PrefetchQueue
+from rlhf.engine.offload.transfers import ALIGNMENT, BufferPool, CopyEvent, CopyStream, round_up
 
 
 class WeightStore(ABC):
     """Keeps the shards of units, and brings them to the device."""
 
+    def __init__(self, device: torch.device) -> None:
+        """Bring units to `device`."""
+        self._stream = CopyStream(device)
+
     @abstractmethod
     def fetch(self, unit: int, following: Sequence[int]) -> Tensor:
         """A unit's bytes on the device, uint8, ready for the current stream; starts to fetch those that follow."""
 
-    @abstractmethod
     def release(self) -> None:
-        """Declare that every use of what was fetched last is queued by now."""
-
-    @abstractmethod
-    def drop_prefetched(self) -> None:
-        """Drop what was fetched ahead of use."""
+        """Let later copies reuse the device memory fetched last: every use of it is queued by now."""
+        self._stream.release()
 
     @abstractmethod
     def write(self, unit: int, start: int, *, values: Tensor) -> None:
-        """Replace bytes from `start` by `values` [n], of any device."""
+        """Replace bytes from `start` by `values` [n], of any device; what was fetched ahead is dropped."""
 
     @abstractmethod
     def read(self, unit: int, start: int, *, count: int) -> Tensor:
@@ -47,7 +46,7 @@ class WeightStore(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free memory and files."""
+        """Free memory and files, once nothing is under way."""
 
 
 class HostWeights(WeightStore):
@@ -58,9 +57,9 @@ class HostWeights(WeightStore):
 
     def __init__(self, sizes: Sequence[int], *, device: torch.device, pin: bool) -> None:
         """Reserve memory for units of these bytes (0 for those that are kept elsewhere); `pin` page-locks it."""
+        super().__init__(device)
         self._memory = BufferPool(1, nbytes=max(1, sum(sizes)), pin=pin)
         self._shards: Sequence[Tensor] = torch.split(self._memory.take()[: sum(sizes)], list(sizes))
-        self._stream = CopyStream(device)
         self._prefetched: dict[int, tuple[Tensor, CopyEvent]] = {}  # on their way to the device
 
     def fetch(self, unit: int, following: Sequence[int]) -> Tensor:
@@ -73,18 +72,9 @@ class HostWeights(WeightStore):
         self._stream.hand_over(copied)
         return shard
 
-    def release(self) -> None:
-        """Let later copies reuse the unit's memory on the device."""
-        self._stream.release()
-
-    def drop_prefetched(self) -> None:
-        """Wait for the copies under way, and free their memory."""
-        self._stream.synchronize()
-        self._prefetched.clear()
-
     def write(self, unit: int, start: int, *, values: Tensor) -> None:
         """Overwrite the memory."""
-        self.drop_prefetched()  # no copy may read what changes, nor be used when it is outdated
+        self._drop_prefetched()  # no copy may read what changes, nor be used when it is outdated
         self._shards[unit][start : start + values.numel()].copy_(values)
 
     def read(self, unit: int, start: int, *, count: int) -> Tensor:
@@ -95,10 +85,14 @@ class HostWeights(WeightStore):
         """Do nothing: writes are complete when they return."""
 
     def close(self) -> None:
-        """Unlock and free the memory, once no copy reads it."""
-        self.drop_prefetched()
+        """Unlock and free the memory."""
+        self._drop_prefetched()
         self._shards = ()
         self._memory.close()
+
+    def _drop_prefetched(self) -> None:
+        self._stream.synchronize()  # Lifetime: a copy under way still reads the host's memory and fills the device's
+        self._prefetched.clear()
 
     def _start(self, unit: int) -> tuple[Tensor, CopyEvent]:
         shard = self._stream.empty(self._shards[unit].numel())
@@ -114,11 +108,11 @@ class NvmeWeights(WeightStore):
 
     def __init__(self, sizes: Sequence[int], *, file: DirectFile, device: torch.device) -> None:
         """Keep units of these bytes (0 for those that are kept elsewhere) in a file of `file_bytes(sizes)`."""
+        super().__init__(device)
         self._sizes, self._file = sizes, file
         self._offsets = [0, *accumulate(round_up(size) for size in sizes)]
         self._queue = PrefetchQueue[int](file, depth=file.pool.count)
         self._writer = _ContiguousWriter(file)
-        self._stream = CopyStream(device)
         # On the CPU the gather has copied a unit before the next one is fetched, so one piece of memory serves all.
         self._unit = torch.empty(0 if self._stream.is_async else round_up(max(sizes)), dtype=torch.uint8)
 
@@ -132,7 +126,7 @@ class NvmeWeights(WeightStore):
             known = []
         own = self._pieces(unit, count=self._sizes[unit])
         for other in expected[len(known) :]:
-            if other == unit or len(self._queue) < len(own) + self._file.pool.count:
+            if other == unit or len(self._queue.tags) < len(own) + self._file.pool.count:
                 self._queue.plan(self._pieces(other, count=self._sizes[other]))
         nbytes = round_up(self._sizes[unit])
         shard = self._stream.empty(nbytes) if self._stream.is_async else self._unit[:nbytes]
@@ -143,14 +137,6 @@ class NvmeWeights(WeightStore):
             self._file.pool.hold(buffer, copied)  # Lifetime: it is read into again only when the device has its bytes
             self._file.pool.give_back(buffer)
         return shard
-
-    def release(self) -> None:
-        """Let later copies reuse the unit's memory on the device."""
-        self._stream.release()
-
-    def drop_prefetched(self) -> None:
-        """Wait for the reads under way, and free their buffers."""
-        self._queue.cancel()
 
     def write(self, unit: int, start: int, *, values: Tensor) -> None:
         """Collect the bytes in a buffer, which is written when it is full or the bytes no longer follow each other."""
@@ -163,14 +149,13 @@ class NvmeWeights(WeightStore):
         self._queue.cancel()
         pieces = self._pieces(unit, start, count=count)
         self._queue.plan(pieces)
-        first = self._offsets[unit] + start
-        values = torch.empty(count, dtype=torch.uint8)
+        skipped = (self._offsets[unit] + start) % ALIGNMENT  # the start of the first sector
+        sectors = torch.empty(round_up(skipped + count), dtype=torch.uint8)
         for piece, buffer in self._queue.take(len(pieces)):
-            skipped = max(0, first - piece.offset)  # the start of the first sector
-            into = values[max(0, piece.offset - first) :]
-            into[: piece.place.stop - skipped] = buffer[skipped : piece.place.stop][: into.numel()]
+            at = piece.offset - pieces[0].offset
+            sectors[at : at + piece.place.stop] = buffer[piece.place]
             self._file.pool.give_back(buffer)
-        return values
+        return sectors[skipped : skipped + count]
 
     def flush(self) -> None:
         """Write what is collected, and wait for the disk."""

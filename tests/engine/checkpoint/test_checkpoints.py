@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf.engine.checkpoint.checkpoint_files import BLOCK
+from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor
 from rlhf.engine.checkpoint.checkpoints import Checkpoints, steps_in
-from rlhf.engine.checkpoint.sharded_tensors import Box, CheckpointTensor
 from rlhf.runtime import dist
 from rlhf.runtime.errors import RunError
 
@@ -24,16 +24,10 @@ def checkpoints(folder, *, keep=2, asynchronous=False):
     return Checkpoints(folder, WORLD, keep=keep, asynchronous=asynchronous)
 
 
-def stored(key, tensor, *, part=None, shape=None, in_memory=True):
-    return CheckpointTensor(
-        key,
-        shape or tuple(tensor.shape),
-        part or Box((0,) * tensor.ndim, tuple(tensor.shape)),
-        tensor.dtype,
-        in_memory,
-        read=lambda: tensor,
-        write=tensor.copy_,
-    )
+def stored(key, tensor, *, rows=None, shape=None):
+    shape = shape or tuple(tensor.shape)
+    rows = rows or range(shape[0] if shape else 1)
+    return CheckpointTensor(key, shape, rows, tensor.dtype, True, read=lambda: tensor, write=tensor.copy_)
 
 
 def save(there, step, tensors, *, protected=frozenset(), **state):
@@ -83,8 +77,7 @@ def test_the_files_are_safetensors_and_one_json(tmp_path):
     index = json.loads((folder / "checkpoint.json").read_text())["content"]["tensors"]
     assert index["b"]["shards"][0] | {"start": 0, "checksums": []} == {
         "rank": 0,
-        "offsets": [0, 0],
-        "sizes": [2, 3],
+        "rows": [0, 2],
         "start": 0,
         "checksums": [],
     }
@@ -114,15 +107,25 @@ def test_training_may_change_what_is_being_saved(tmp_path):
     assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
-@pytest.mark.parametrize("box", [Box((0, 0), (9, 7)), Box((3, 2), (4, 3)), Box((8, 6), (1, 1)), Box((2, 0), (5, 7))])
-def test_any_part_of_a_tensor_can_be_read(tmp_path, box):
+@pytest.mark.parametrize("rows", [range(9), range(3, 7), range(8, 9), range(2)])
+def test_any_rows_of_a_tensor_can_be_read(tmp_path, rows):
     whole = torch.arange(63.0).reshape(9, 7)
     there = checkpoints(tmp_path)
     save(there, 1, {"x": whole})
-    found = torch.full(box.sizes, -1.0)
-    there.load(there.newest(), [stored("x", found, part=box, shape=(9, 7))])
-    (row, column), (rows, columns) = box
-    assert torch.equal(found, whole[row : row + rows, column : column + columns])
+    found = torch.full((len(rows), 7), -1.0)
+    there.load(there.newest(), [stored("x", found, rows=rows, shape=(9, 7))])
+    assert torch.equal(found, whole[rows.start : rows.stop])
+
+
+def test_rows_behind_the_first_block_are_read_without_it(tmp_path):
+    whole = torch.arange(BLOCK // 2).reshape(-1, 8).float()  # two blocks
+    there = checkpoints(tmp_path)
+    save(there, 1, {"x": whole})
+    file = tmp_path / "step-000001/rank-00000.safetensors"
+    flip(file, file.stat().st_size - whole.nbytes + 5)
+    found, rows = torch.zeros(3, 8), range(len(whole) - 3, len(whole))
+    there.load(there.newest(), [stored("x", found, rows=rows, shape=tuple(whole.shape))])
+    assert torch.equal(found, whole[-3:])
 
 
 def test_what_rests_on_disk_is_in_memory_one_tensor_at_a_time(tmp_path):
@@ -138,10 +141,9 @@ def test_what_rests_on_disk_is_in_memory_one_tensor_at_a_time(tmp_path):
         alive.append(weakref.ref(tensor))
         most.append(sum(ref() is not None for ref in alive))
 
-    part = Box((0,), (1000,))
     there = checkpoints(tmp_path, asynchronous=True)
     tensors = [
-        CheckpointTensor(f"{n}", (1000,), part, torch.float32, in_memory=False, read=read, write=write)
+        CheckpointTensor(f"{n}", (1000,), range(1000), torch.float32, in_memory=False, read=read, write=write)
         for n in range(9)
     ]
     there.save(1, tensors, state={}, protected=set())

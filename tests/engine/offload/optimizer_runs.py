@@ -68,7 +68,7 @@ def memory(*, own):
         placement.has_own_memory = known
 
 
-def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **config):
+def train(world, *, kind="plain", steps=STEPS, accumulation=2, **config):
     """Loss and norm of each step, masters, and working weights, all of this rank's rows."""
     options = {"zero_stage": 3, "precision": "bf16"} | config
     stage = options.pop("zero_stage")
@@ -86,10 +86,7 @@ def train(world, *, kind="plain", steps=STEPS, accumulation=2, between=None, **c
             loss, result = tiny.train_step(engine, step % 10, accumulation=accumulation)
             total = dist.sum_over_ranks(torch.tensor(loss, dtype=torch.float64)).item()
             points.append((total, result.grad_norm))
-            if between is not None:
-                between(engine)
         adam = engine._updater.optimizer
-        adam.flush()
         state = {(name, part): adam.read_shard(name, part).clone() for name, part in adam.entries()}
         whole = {name: tensor.clone() for name, tensor in engine.full_tensors()}
         on_disk = any(not store.in_memory for store in adam.stores)

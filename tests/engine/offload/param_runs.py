@@ -9,7 +9,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.model_config import LoraConfig
 from rlhf.engine.engine import build_engine
-from rlhf.engine.offload.offloaded_weights import OffloadedShard
+from rlhf.engine.offload.working_weights import OffloadedShard
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime import dist
 from tests.engine import scenarios, tiny

@@ -76,7 +76,7 @@ def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
 def test_a_share_of_the_elements_stays_on_the_device():
     engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="nvme", nvme_path="/dev/shm", optimizer_share=0.4)
     groups, stores = engine._updater.optimizer.groups, engine._updater.optimizer.stores
-    away = [shard.name for store in stores if not store.in_memory for shard in store.shards]
+    away = [name for store in stores if not store.in_memory for name in store.shards]
     sizes = [sum(parameter.numel() for parameter in group.values()) for group in groups]
     count = next(k for k in range(len(groups) + 1) if [name for group in groups[:k] for name in group] == away)
     assert 0 < count < len(groups), "the first groups leave, the last stay"
@@ -84,67 +84,12 @@ def test_a_share_of_the_elements_stays_on_the_device():
     engine._updater.optimizer.close()
 
 
-def late_reference(steps, *, flushes=()):
-    """Plain torch that applies each step's clipped gradient when the next one is there, or at a flush."""
-    model = tiny.reference()
-    optimizer = plain.adamw(model)
-    late, losses = None, []
-
-    def apply():
-        for parameter, gradient in zip(model.parameters(), late or [], strict=late is not None):
-            parameter.grad = gradient
-        if late is not None:
-            optimizer.step()
-
-    for step in range(steps):
-        ids, counts = tiny.batch(step % 10)
-        loss = tiny.token_loss(model(ids), ids, counts, counts.sum())
-        gradients = list(torch.autograd.grad(loss, list(model.parameters())))
-        norm = torch.nn.utils.get_total_norm(gradients)
-        apply()
-        late = [gradient * min(1.0, 0.5 / (norm.item() + 1e-6)) for gradient in gradients]
-        losses.append(loss.item())
-        if step in flushes:
-            apply()
-            late = None
-    apply()
-    return losses, model
-
-
-@pytest.mark.parametrize("flushes", [(), (2, 3)])
-@pytest.mark.parametrize("away", [False, True])
-def test_delayed_updates_are_plain_torch_with_each_gradient_one_step_late(flushes, away):
-    losses, model = late_reference(8, flushes=flushes)
-    steps = iter(range(8))
-
-    def between(engine):
-        if next(steps) in flushes:
-            engine._updater.optimizer.flush()
-
-    check_late(model, losses, between=between, away=away)
-
-
-def test_a_checkpoint_does_not_change_a_delayed_run():
-    losses, model = late_reference(8)
-    check_late(model, losses, between=lambda engine: [stored.read() for stored in engine.checkpoint_tensors()])
-
-
-def check_late(model, losses, *, between, away=False):
-    settings = {"offload_optimizer": "cpu", "delayed_update": True, "precision": "fp32"}
-    with optimizer_runs.memory(own=away):
-        points, _, weights = optimizer_runs.train(dist.start("cpu"), steps=8, between=between, zero_stage=1, **settings)
-    assert [loss for loss, _ in points] == pytest.approx(losses, rel=1e-5)
-    for name, parameter in model.named_parameters():
-        torch.testing.assert_close(weights[name], parameter.detach(), rtol=0, atol=2e-5)
-
-
 def test_a_closed_engine_leaves_no_thread_behind():
     before = set(threading.enumerate())
     with optimizer_runs.memory(own=True):
-        engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="cpu", delayed_update=True)
+        engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="cpu")
         tiny.train_step(engine, 0)
         started = " ".join(thread.name for thread in set(threading.enumerate()) - before)
         assert "gradient sums" in started
-        assert "delayed update" in started
         engine.close()
     assert set(threading.enumerate()) <= before

@@ -10,8 +10,8 @@ from torch import nn
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adamw import AdamW
-from rlhf.engine.norms import squared_norm
 from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.grad_accumulation import squared_norm
 from rlhf.runtime.dist import World
 
 TILE = 2048

@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from rlhf.engine.offload.buffer_pool import BufferPool
 from rlhf.engine.offload.direct_io import DirectFile
+from rlhf.engine.offload.transfers import BufferPool
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, file_bytes
 
 CPU = torch.device("cpu")

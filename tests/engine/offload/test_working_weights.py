@@ -1,15 +1,17 @@
-"""Offloaded weights: which unit is fetched next, and which bytes of it are which parameter."""
+"""Working weights: which unit is fetched next, which bytes are which parameter, and what the host writes in pieces."""
 
 import pytest
 import torch
+from torch import nn
 
-from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.engine.offload.offloaded_weights import (
+from rlhf.config.engine_config import OffloadDevice
+from rlhf.engine.offload.placement import offload_device
+from rlhf.engine.offload.working_weights import (
     OffloadedShard,
     OffloadedWeights,
     PrefetchOrder,
+    StagedWeights,
     lay_out_units,
-    param_offload_device,
     unit_bytes,
 )
 from tests.engine.offload.test_weight_stores import CPU, host_weights, nvme_weights
@@ -55,7 +57,7 @@ def test_a_rank_gets_its_shard_back_rounded_and_padded_for_the_gather(tmp_path, 
         offloaded.write(name, 0, values=values)
         offloaded.write(name, count // 2, values=values[count // 2 :] * 2)
         expected = torch.cat([values[: count // 2], values[count // 2 :] * 2]).bfloat16()
-        assert torch.equal(offloaded.read(name, 0, count=count), expected.float())
+        assert torch.equal(offloaded.shard(name).flatten(), expected)
         padded = offloaded.take(name)
         assert padded.shape == {"a": (2, 3), "b": (3,), "c": (1, 2)}[name]
         assert torch.equal(padded.flatten()[:count], expected)
@@ -85,6 +87,23 @@ def test_weights_that_are_elsewhere_have_a_shape_and_say_where_to_read_their_val
 
 
 def test_the_memory_of_a_cpu_machine_is_that_of_its_device():
-    config = EngineConfig(zero_stage=3, offload_param=OffloadDevice.cpu)
-    assert param_offload_device(config, CPU) == OffloadDevice.none
-    assert param_offload_device(config, torch.device("cuda")) == OffloadDevice.cpu
+    assert offload_device(OffloadDevice.cpu, CPU) == OffloadDevice.none
+    assert offload_device(OffloadDevice.nvme, CPU) == OffloadDevice.nvme
+    assert offload_device(OffloadDevice.cpu, torch.device("cuda")) == OffloadDevice.cpu
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_staged_weights_arrive_rounded_where_they_belong(monkeypatch, dtype):
+    monkeypatch.setattr("rlhf.engine.offload.working_weights._STAGED", 64)
+    parameter = nn.Parameter(torch.zeros(30, 40, dtype=dtype))
+    weights = StagedWeights([{"w": parameter}], CPU, pin=False)
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    weights.write("w", 128, values=values)
+    values_before = values.clone()
+    values.fill_(torch.nan)
+    weights.flush()
+    flat = parameter.detach().flatten()
+    assert torch.equal(flat[128:1128], values_before.to(dtype))
+    assert not flat[:128].any()
+    assert not flat[1128:].any()
+    weights.close()

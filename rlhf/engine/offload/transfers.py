@@ -1,8 +1,12 @@
-"""A fixed set of host buffers through which offloaded tensors travel between disk, host and device.
+"""Transfers between disk, host and device: the buffers they pass through, and the stream and threads that make them.
 
-They are all the memory that such transfers may use: take a buffer, fill it, start a transfer, give it back. The pool
-hands a buffer out again only after every transfer that was said to `hold` it.
-See also: what starts transfers (`direct_io.py`, `copy_stream.py`).
+A `BufferPool` is all the memory that transfers may use: take a buffer, fill it, start a transfer, give it back. The
+pool hands it out again only after every transfer that was declared with `hold`.
+
+A `CopyStream` copies between host memory and a device beside compute. A copy is asynchronous only from or to
+page-locked host memory; with other memory it is correct but slower. On a CPU device every copy is made at once, and
+there is nothing to wait for.
+See also: files (`direct_io.py`).
 """
 
 from __future__ import annotations
@@ -63,6 +67,28 @@ class ThreadTransfer:
         self.finish()  # all parts first: after an error no thread may still touch the buffer
         for part in self._parts:
             part.result()
+
+
+class CopyEvent:
+    """The moment at which a copy is complete; a `Transfer`, so a `BufferPool` can hold a buffer until then."""
+
+    def __init__(self, event: torch.cuda.Event | None = None) -> None:
+        """Wrap an event recorded after the copy; None for a copy that is already made."""
+        self.event = event
+
+    @property
+    def done(self) -> bool:
+        """True once both ends of the copy are free, without waiting for it."""
+        return self.event is None or bool(self.event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> None:
+        """Block this thread until both ends of the copy may be used on the host."""
+        if self.event is not None:
+            self.event.synchronize()
+
+    def finish(self) -> None:
+        """Same as `wait`: a copy does not fail by itself."""
+        self.wait()
 
 
 class BufferPool:
@@ -134,6 +160,98 @@ class BufferPool:
     def _index(self, buffer: Tensor) -> int:
         address = buffer.untyped_storage().data_ptr()  # the same for all views
         return next(i for i, own in enumerate(self._buffers) if own.data_ptr() == address)
+
+
+class CopyStream:
+    """One side stream of a device. There are two ways to order its copies against compute.
+
+    `copy` moves what compute has just produced, or will overwrite: it follows everything queued on the current stream.
+
+    `prefetch` must not wait for compute, which is busy with the previous unit. It writes to memory from `empty`, which
+    no other stream knows; `hand_over` makes the current stream wait for the copy, and `release` makes later copies
+    wait for what the current stream has queued by then, so that the memory may be freed and reused.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Open a stream on `device`, if it is a CUDA device."""
+        self._device = device
+        self._stream: torch.cuda.Stream | None = None
+        if device.type == "cuda":
+            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            self._user = torch.cuda.current_stream(device)  # the stream of the last `hand_over`
+
+    @property
+    def is_async(self) -> bool:
+        """False on the CPU, where a copy is complete when the call returns."""
+        return self._stream is not None
+
+    def copy(self, into: Tensor, from_: Tensor) -> CopyEvent:
+        """Start a copy after all that is queued on the current stream.
+
+        Neither end may be changed on the host before the event was waited for. The device's end may be freed at once.
+        """
+        if self._stream is None:
+            into.copy_(from_)
+            return CopyEvent()
+        # Order: the current stream may still be writing `from_`, or reading the old values of `into`.
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._stream):
+            into.copy_(from_, non_blocking=True)
+        for tensor in (into, from_):
+            if tensor.is_cuda:
+                # Lifetime: without this the allocator could reuse freed memory before the copy has run.
+                tensor.record_stream(self._stream)
+        return CopyEvent(self._stream.record_event())
+
+    def join(self) -> None:
+        """Make the current stream wait for all copies so far; the host does not wait."""
+        if self._stream is not None:
+            torch.cuda.current_stream(self._device).wait_stream(self._stream)
+
+    def empty(self, nbytes: int) -> Tensor:
+        """Memory for `prefetch`, uint8 [nbytes] on the device."""
+        if self._stream is None:
+            return torch.empty(nbytes, dtype=torch.uint8)
+        # Lifetime: memory belongs to the stream it was allocated on. Freed, it is reused only by later copies here,
+        # and `release` orders those after the last use, so `record_stream` is not needed.
+        with torch.cuda.stream(self._stream):
+            return torch.empty(nbytes, dtype=torch.uint8, device=self._device)
+
+    def prefetch(self, into: Tensor, from_: Tensor) -> CopyEvent:
+        """Start a copy beside compute, from host memory to memory from `empty`; `from_` must stay unchanged."""
+        if self._stream is None:
+            into.copy_(from_)
+            return CopyEvent()
+        with torch.cuda.stream(self._stream):  # no wait for the current stream: nothing there touches `into`
+            into.copy_(from_, non_blocking=True)
+        return CopyEvent(self._stream.record_event())
+
+    def hand_over(self, copied: CopyEvent) -> None:
+        """Make the current stream wait for a `prefetch`; the host does not wait."""
+        if copied.event is not None:
+            self._user = torch.cuda.current_stream(self._device)  # FSDP2 gathers on a stream of its own
+            self._user.wait_event(copied.event)
+
+    def release(self) -> None:
+        """Declare that every use of the memory handed over last is queued by now."""
+        if self._stream is not None:
+            # Order: a later copy may get the same memory, and must not overwrite it while it is being read.
+            self._stream.wait_event(self._user.record_event())
+
+    def synchronize(self) -> None:
+        """Block this thread until all copies so far are made."""
+        if self._stream is not None:
+            self._stream.synchronize()
+
+
+def threads_on(device: torch.device | None, count: int, *, name: str) -> futures.ThreadPoolExecutor:
+    """A pool of threads that may wait for events of `device`.
+
+    A new thread starts on the first CUDA device, where merely waiting would create a context of several hundred MB.
+    """
+    if device is None or device.type != "cuda":
+        return futures.ThreadPoolExecutor(count, name)
+    return futures.ThreadPoolExecutor(count, name, initializer=torch.cuda.set_device, initargs=(device,))
 
 
 def round_up(nbytes: int) -> int:

@@ -1,13 +1,15 @@
-"""Working weights kept off the device: the shards of an FSDP unit are fetched when FSDP2 gathers it.
+"""Working weights as the optimizer writes them: by parameter, this rank's shard, on the device or offloaded.
 
-Each rank stores its shard of a unit contiguously, padded as FSDP2 wants it, so fetching a unit is one copy. While a
-unit computes, the units that followed it last time are prefetched. A fetched shard is dropped as soon as the all-gather
-has consumed it. The optimizer hands updated weights back through `write`.
-See also: the memory and the files that they are kept in (`weight_stores.py`).
+All take fp32 values and round them to the working type. Offloaded weights are fetched when FSDP2 gathers them. Each
+rank stores its shard of a unit contiguously, padded as FSDP2 wants it, so fetching a unit is one copy. While a unit
+computes, the units that followed it last time are prefetched. A fetched shard is dropped as soon as the all-gather has
+consumed it.
+See also: the memory and the files of offloaded units (`weight_stores.py`), and [Note: offload].
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +18,86 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.engine.offload.sharded_weights import ShardedWeights
+from rlhf.engine.adam_kernel import ParameterSlice
+from rlhf.engine.fsdp_units import ParameterGroup, local_shard, rows_of
+from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import WeightStore
 
-_CACHE_LINE = 64  # bytes: every parameter begins at a multiple, as tensors of their own do
+_BUFFERS = 4
+_STAGED = 1 << 22  # elements of a staging buffer
+STAGING_BYTES = _BUFFERS * 4 * _STAGED
+"""Page-locked memory of `StagedWeights`."""
+_CACHE_LINE = 64  # bytes: every offloaded parameter begins at a multiple, as tensors of their own do
 
 
-def param_offload_device(config: EngineConfig, device: torch.device) -> OffloadDevice:
-    """Where working weights are kept; on a CPU machine host memory is the device's memory."""
-    if config.offload_param == OffloadDevice.cpu and device.type == "cpu":
-        return OffloadDevice.none
-    return config.offload_param
+class ShardedWeights(ABC):
+    """This rank's shards of the working weights, flat, by the parameter's name."""
+
+    @abstractmethod
+    def write(self, name: str, start: int, *, values: Tensor) -> None:
+        """Make `values` [n], rounded to the working type, the elements from `start` of a shard."""
+
+    def write_back(self, slices: Sequence[ParameterSlice]) -> None:
+        """Write the updated masters of `slices`."""
+        for part in slices:
+            self.write(part.name, part.start, values=part.weight)
+
+    def flush(self) -> None:  # noqa: B027 - most have nothing to do
+        """Make what is queued or called from now on see all writes so far."""
+
+    def close(self) -> None:  # noqa: B027
+        """Free memory and files, other than the model's own."""
+
+
+class DeviceWeights(ShardedWeights):
+    """Weights on the device where the optimizer computes, too."""
+
+    def __init__(self, groups: Sequence[ParameterGroup]) -> None:
+        """Serve the parameters of `groups`."""
+        self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
+
+    def shard(self, name: str) -> Tensor:
+        """The elements themselves, flat; FSDP2 may move them, so they are looked up each time."""
+        return local_shard(self._parameters[name]).view(-1)
+
+    def write(self, name: str, start: int, *, values: Tensor) -> None:
+        """Round `values` into the weights, on the current stream, as the forward that reads them."""
+        self.shard(name)[start : start + values.numel()].copy_(values)
+
+    def write_back(self, slices: Sequence[ParameterSlice]) -> None:
+        """All slices in one call to the device."""
+        shards = {name: self.shard(name) for name in {part.name for part in slices}}
+        into = [shards[part.name][part.start : part.start + part.weight.numel()] for part in slices]
+        torch._foreach_copy_(into, [part.weight for part in slices])
+
+
+class StagedWeights(ShardedWeights):
+    """Weights on a device, written from the host through page-locked buffers on a stream of their own."""
+
+    def __init__(self, groups: Sequence[ParameterGroup], device: torch.device, *, pin: bool) -> None:
+        """Serve the parameters of `groups`, on `device`; `pin` page-locks the buffers."""
+        self._weights = DeviceWeights(groups)
+        self._stream = CopyStream(device)
+        self._pool = BufferPool(_BUFFERS, nbytes=4 * _STAGED, pin=pin and device.type == "cuda")
+
+    def write(self, name: str, start: int, *, values: Tensor) -> None:
+        """Round on the host, where `values` are in cache, and send the rounded ones."""
+        shard = self._weights.shard(name)
+        for part in torch.split(values, _STAGED):
+            buffer = self._pool.take()  # waits for the copy that used it last
+            staged = buffer.view(shard.dtype)[: part.numel()].copy_(part)
+            # Order: the copy follows a forward that is queued and still reads the old weights.
+            self._pool.hold(buffer, self._stream.copy(shard[start : start + part.numel()], staged))
+            self._pool.give_back(buffer)
+            start += part.numel()
+
+    def flush(self) -> None:
+        """Make the current stream wait for what was sent: the next forward reads the new weights."""
+        self._stream.join()
+
+    def close(self) -> None:
+        """Free the buffers, once no copy reads them."""
+        self._pool.close()  # waits for every copy that holds one
 
 
 @dataclass(frozen=True)
@@ -56,11 +126,11 @@ def lay_out_units(
     for unit, shapes in enumerate(units):
         start = 0
         for name, shape in shapes.items():
-            share = -(-shape[0] // ranks)
-            own = max(0, min(share, shape[0] - rank * share))
-            padded = torch.Size((share, *shape[1:]))
+            own, padded = (
+                torch.Size((len(rows_of(shape[0], ranks=ranks, rank=holder)), *shape[1:])) for holder in (rank, 0)
+            )
             stop = start + -(-padded.numel() * dtype.itemsize // _CACHE_LINE) * _CACHE_LINE
-            slots[name] = ShardSlot(unit, start, stop, torch.Size((own, *shape[1:])), padded)
+            slots[name] = ShardSlot(unit, start, stop, own, padded)
             start = stop
     return slots
 
@@ -121,14 +191,14 @@ class OffloadedWeights(ShardedWeights):
             slots: where each parameter lies.
             stores: the store of each unit; units may share one.
             dtype: type of the working weights.
-            others: the parameters that have no slot.
+            others: the parameters that have no slot, because they stay on the device.
         """
         self.dtype = dtype
         self._slots, self._stores, self._others = slots, stores, others
         self._distinct = list(dict.fromkeys(stores))
         self._order = PrefetchOrder(len(stores))
         self._fetched: Tensor | None = None  # the unit whose parameters are being handed out, uint8 [bytes]
-        self._waiting: dict[str, ShardSlot] = {}  # its parameters that were not handed out yet
+        self._waiting: set[str] = set()  # its parameters that were not handed out yet
         self._used: WeightStore | None = None  # where it came from
 
     def __contains__(self, name: object) -> bool:
@@ -143,7 +213,7 @@ class OffloadedWeights(ShardedWeights):
         slot = self._slots[name]
         if name not in self._waiting:
             self._fetch(slot.unit)
-        del self._waiting[name]
+        self._waiting.remove(name)
         assert self._fetched is not None
         nbytes = slot.padded.numel() * self.dtype.itemsize
         # bytes -> elements -> [rows of the first rank, ...]
@@ -152,12 +222,6 @@ class OffloadedWeights(ShardedWeights):
             self._fetched = None  # Lifetime: the shards share its memory, which goes with the last of them
         return shard
 
-    def drop_prefetched(self) -> None:
-        """Drop what was fetched ahead of use: nothing is computed for a while, or weights change."""
-        self._retire()
-        for store in self._distinct:
-            store.drop_prefetched()
-
     def write(self, name: str, start: int, *, values: Tensor) -> None:
         """Write to the parameter's store; not while a forward or backward runs."""
         if name not in self._slots:
@@ -165,35 +229,27 @@ class OffloadedWeights(ShardedWeights):
             return
         slot, values = self._slots[name], values.detach().to(self.dtype)
         first = slot.start + start * self.dtype.itemsize
-        raw = values.contiguous().view(torch.uint8)
+        raw = values.contiguous().view(torch.uint8)  # [elements] -> [bytes]
         if start + values.numel() == slot.shape.numel():
             # The gap up to the next parameter, too: writes of a whole unit follow each other without a break.
             raw = torch.cat([raw, raw.new_zeros(slot.stop - first - raw.numel())])
         self._retire()  # what was fetched last is used up, or outdated by this
         self._stores[slot.unit].write(slot.unit, first, values=raw)
 
-    def read(self, name: str, start: int, *, count: int) -> Tensor:
-        """A copy on the host."""
-        if name not in self._slots:
-            return self._others.read(name, start, count=count)
-        slot, size = self._slots[name], self.dtype.itemsize
-        raw = self._stores[slot.unit].read(slot.unit, slot.start + start * size, count=count * size)
-        return raw.view(self.dtype).float()
-
     def shard(self, name: str) -> Tensor:
         """A copy of this rank's shard, in its shape and type, on the host."""
-        shape = self._slots[name].shape
-        return self.read(name, 0, count=shape.numel()).to(self.dtype).view(shape)
+        slot = self._slots[name]
+        nbytes = slot.shape.numel() * self.dtype.itemsize
+        return self._stores[slot.unit].read(slot.unit, slot.start, count=nbytes).view(self.dtype).view(slot.shape)
 
     def flush(self) -> None:
         """Wait until all writes have reached their store."""
-        self._others.flush()
         for store in self._distinct:
             store.flush()
 
     def close(self) -> None:
         """Free memory and files."""
-        self.drop_prefetched()
+        self._retire()
         for store in self._distinct:
             store.close()
 
@@ -203,11 +259,11 @@ class OffloadedWeights(ShardedWeights):
         store = self._stores[unit]
         following = [other for other in self._order.ahead() if self._stores[other] is store]
         self._fetched, self._used = store.fetch(unit, following), store
-        self._waiting = {name: slot for name, slot in self._slots.items() if slot.unit == unit}
+        self._waiting = {name for name, slot in self._slots.items() if slot.unit == unit}
 
     def _retire(self) -> None:
         """Let the store reuse the memory of the last unit: FSDP2 has queued the gather that reads it."""
-        self._fetched, self._waiting = None, {}
+        self._fetched, self._waiting = None, set()
         if self._used is not None:
             self._used.release()
             self._used = None
