@@ -51,13 +51,7 @@ class AdamKernel:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, algorithm 2) on one device."""
 
     def __init__(self, config: OptimizerConfig, device: torch.device, *, limit: int = sys.maxsize) -> None:
-        """Set up for one device.
-
-        Args:
-            config: betas, eps and weight decay are used here.
-            device: where all slices are.
-            limit: largest chunk, in elements.
-        """
+        """Update slices that are on `device`, at most `limit` elements at a time."""
         self._config = config
         self.device = device
         self._limit = max(limit // VECTOR_ELEMENTS * VECTOR_ELEMENTS, VECTOR_ELEMENTS)

@@ -35,12 +35,7 @@ class AdamW:
     ) -> None:
         """Start at zero moments; masters are undefined until `set_master` was called for every parameter.
 
-        Args:
-            groups: the parameters that learn, in the order of the forward pass.
-            config: betas, eps and weight decay; its learning rate and schedule are not used here.
-            engine: where state is kept, and what goes with it.
-            world: this rank among the others.
-            offloaded: working weights that are not kept on the device; None where all are.
+        `groups` are in the order of the forward pass; `offloaded` are working weights that are not kept on the device.
 
         Raises:
             ValueError: the buffers are too small.
@@ -92,11 +87,7 @@ class AdamW:
         return next((store.failure for store in self.stores if store.failure is not None), None)
 
     def raise_failure(self, *, ranks: int) -> None:
-        """Raise this rank's failure, or, where only others failed, that they did.
-
-        Args:
-            ranks: how many failed; all ranks know.
-        """
+        """Raise this rank's failure, or, where only others of the `ranks` that failed did, that they have."""
         if self.failure is not None:
             raise self.failure
         if ranks:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +24,10 @@ from rlhf.engine.materialize import allocate, fill, working_dtype
 from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.updater import StepResult, Updater
+from rlhf.models.meta_init import ModelSpec
 from rlhf.models.transforms import enable_activation_checkpointing
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.malloc import return_freed_memory, trim
-
-if TYPE_CHECKING:
-    from rlhf.models.meta_init import ModelSpec
 
 
 class Engine:

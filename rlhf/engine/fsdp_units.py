@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,9 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.models.lora import adapted_layers
-
-if TYPE_CHECKING:
-    from rlhf.models.meta_init import ModelSpec
+from rlhf.models.meta_init import ModelSpec
 
 ParameterGroup = dict[str, nn.Parameter]
 """Parameters by name."""
@@ -87,9 +84,17 @@ def prefetched_units(units: list[FSDPUnit], *, config: EngineConfig) -> list[lis
     At least one and then more, until they hold `prefetch_bucket_size` elements, but never so many that together with
     the computing unit there are more than `max_live_parameters`.
     """
-    if not config.overlap_comm:
-        return [[] for _ in units]
-    return [_following(units[index:], config) for index in range(len(units))]
+    ahead: list[list[FSDPUnit]] = [[] for _ in units]
+    for index, chosen in enumerate(ahead if config.overlap_comm else ()):
+        prefetched, live = 0, units[index].numel
+        for unit in units[index + 1 :]:
+            live += unit.numel
+            # Sizes are those of whole units, so all ranks prefetch the same ones and their all-gathers match.
+            if prefetched >= config.prefetch_bucket_size or live > config.max_live_parameters:
+                break
+            prefetched += unit.numel
+            chosen.append(unit)
+    return ahead
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -134,19 +139,6 @@ def full_tensor(tensor: Tensor) -> Tensor:
         return tensor
     whole: Tensor = tensor.full_tensor()  # all-gather
     return whole
-
-
-def _following(units: list[FSDPUnit], config: EngineConfig) -> list[FSDPUnit]:
-    chosen: list[FSDPUnit] = []
-    prefetched, live = 0, units[0].numel
-    for unit in units[1:]:
-        live += unit.numel
-        # Sizes are those of whole units, so all ranks prefetch the same ones and their all-gathers match.
-        if prefetched >= config.prefetch_bucket_size or live > config.max_live_parameters:
-            break
-        prefetched += unit.numel
-        chosen.append(unit)
-    return chosen
 
 
 def _buckets(blocks: list[nn.Module], config: EngineConfig) -> Iterator[FSDPUnit]:

@@ -45,14 +45,7 @@ class Gradients:
     """Collects the gradients that backward makes, until the step is taken."""
 
     def __init__(self, groups: list[ParameterGroup], sharding: Sharding, *, world: World, optimizer: AdamW) -> None:
-        """Put a hook on every parameter.
-
-        Args:
-            groups: the trainable parameters.
-            sharding: how the model is sharded.
-            world: this rank among the others.
-            optimizer: its stores are given the gradients.
-        """
+        """Put a hook on every parameter of `groups`; the stores of `optimizer` are given the gradients."""
         self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
         self._optimizer = optimizer
         self._world = world

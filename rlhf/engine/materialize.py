@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +19,8 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice, Precision
 from rlhf.engine.fsdp_units import local_rows, local_shard, sharded_like
 from rlhf.engine.offload.placement import offload_weights
 from rlhf.engine.sharding import Sharding
-
-if TYPE_CHECKING:
-    from rlhf.models.meta_init import ModelSpec
-    from rlhf.runtime.dist import World
+from rlhf.models.meta_init import ModelSpec
+from rlhf.runtime.dist import World
 
 
 def working_dtype(precision: Precision, device: torch.device) -> torch.dtype:

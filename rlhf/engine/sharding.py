@@ -21,7 +21,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,8 @@ from rlhf.engine.fsdp_units import (
 )
 from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.offload.working_weights import OffloadedWeights
+from rlhf.models.meta_init import ModelSpec
 from rlhf.runtime.dist import World, device_mesh
-
-if TYPE_CHECKING:
-    from rlhf.models.meta_init import ModelSpec
 
 
 @dataclass

@@ -20,8 +20,8 @@ from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
 from rlhf.engine.adam_kernel import CUDA_CHUNK
 from rlhf.engine.fsdp_units import FSDPUnit, find_units, persistent_parameters, prefetched_units
 from rlhf.engine.offload import grad_accumulation, working_weights
-from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, Tile, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.optimizer_state import ParameterShard
+from rlhf.engine.offload.optimizer_state_nvme import PAGE_ELEMENTS, Tile, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.placement import num_offloaded, offload_device, units_in_host_memory
 from rlhf.engine.offload.transfers import HUGE_PAGE
 from rlhf.engine.offload.weight_stores import file_bytes

@@ -10,9 +10,8 @@ from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedStaging
-from rlhf.engine.offload.nvme_layout import lay_out_tiles
 from rlhf.engine.offload.optimizer_state import ParameterShard, Update
-from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
+from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore, lay_out_tiles
 from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, file_bytes
 from rlhf.engine.offload.working_weights import StagedWeights

@@ -98,11 +98,8 @@ class ShardWriter:
         # A blocking copy: once it returns, training may change the original.
         self._staged.append((tensor, shard.detach().to("cpu", copy=True)))
 
-    def begin(self, *, asynchronous: bool) -> None:
-        """Write what was staged and sync the file to the disk, in a thread or before returning."""
-        if not asynchronous:
-            self._finish()
-            return
+    def begin(self) -> None:
+        """Have a thread write what was staged and sync the file to the disk."""
         # Only files are touched in the thread: a collective there could meet one of the main thread's.
         self._thread = Thread(target=self._finish, name="checkpoint")
         # Lifetime: no daemon. Python joins it at exit; one that was cut off inside torch would abort the process.

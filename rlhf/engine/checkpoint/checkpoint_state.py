@@ -16,17 +16,15 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.engine.adamw import AdamW
 from rlhf.engine.fsdp_units import local_rows
 from rlhf.runtime.dist import gather_objects
-
-if TYPE_CHECKING:
-    from rlhf.engine.adamw import AdamW
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,6 @@ class Checkpoints:
                 (writer.stage if later else writer.write)(tensor, tensor.read())
         if outcome.error:
             raise RunError(f"the checkpoint of step {step} could not be made: {outcome.error}") from outcome.cause
-        writer.begin(asynchronous=self.asynchronous)  # from here on the thread owns the writer, until `finish_save`
         entries: dict[str, TensorEntry] = {
             tensor.key: {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "shards": []}
             for tensor in held.values()
@@ -149,6 +148,8 @@ class Checkpoints:
         random = gather_objects(random_state(self.world.device))  # a collective; now, before training draws more
         content = {"step": step, "state": state, "random": random, "tensors": entries}
         self._pending = _PendingSave(step, writer, content, protected)
+        # Lifetime: from here on the thread owns the writer and what was staged, until `finish_save` or `close`.
+        writer.begin()
         if not self.asynchronous:
             self.finish_save()
 

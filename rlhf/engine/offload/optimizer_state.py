@@ -111,15 +111,9 @@ class InMemoryStateStore(OptimizerStateStore):
         moments: torch.dtype,
         in_place: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """Start at zero moments.
+        """Start at zero moments of the type `moments`, on the device of `kernel`, where the gradients must be, too.
 
-        Args:
-            shards: the parameters.
-            gradients: sums of their gradients, on the device of the state.
-            kernel: AdamW on that device.
-            weights: the working weights.
-            moments: their type.
-            in_place: gives the flat fp32 working weights that are updated themselves; None allocates masters.
+        `in_place` gives the flat fp32 working weights that are updated themselves; None allocates masters.
         """
         super().__init__(shards, gradients, kernel=kernel, weights=weights)
         self._sums, self._in_place = gradients, in_place

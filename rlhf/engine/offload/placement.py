@@ -43,9 +43,14 @@ from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
-from rlhf.engine.offload.nvme_layout import PAGE_ELEMENTS, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerStateStore, shards_of
-from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
+from rlhf.engine.offload.optimizer_state_nvme import (
+    PAGE_ELEMENTS,
+    NvmeResources,
+    NvmeStateStore,
+    lay_out_tiles,
+    tile_capacity,
+)
 from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, WeightStore, file_bytes
 from rlhf.engine.offload.working_weights import (
@@ -74,9 +79,7 @@ def offload_device(wanted: OffloadDevice, device: torch.device) -> OffloadDevice
 def num_offloaded(sizes: Sequence[int], share: float) -> int:
     """How many of the first groups to offload so that `share` of all elements is: whole groups, rounded up.
 
-    Args:
-        sizes: elements of each whole group, not of a shard, so that all ranks cut at the same place.
-        share: of them, 0 to 1.
+    `sizes` are the elements of whole groups, not of shards, so that all ranks cut at the same place.
     """
     wanted, before = share * sum(sizes), 0
     for number, size in enumerate(sizes):
@@ -116,7 +119,6 @@ class Placement:
         """The first groups, which leave the device, and the last ones, which stay."""
         if offload_device(self.engine.offload_optimizer, self.world.device) == OffloadDevice.none:
             return [], list(self.groups)
-        # Whole sizes, not those of shards: all ranks must split alike.
         sizes = [sum(p.numel() for p in group.values()) for group in self.groups]
         away = num_offloaded(sizes, self.engine.optimizer_share)
         return list(self.groups[:away]), list(self.groups[away:])
@@ -204,10 +206,7 @@ class Placement:
 def units_in_host_memory(sizes: list[int], *, config: EngineConfig, dtype: torch.dtype) -> set[int]:
     """The offloaded units kept in host memory: all, or with nvme the first ones up to `parameters_in_cpu` elements.
 
-    Args:
-        sizes: bytes of each unit.
-        config: says where working weights are offloaded to.
-        dtype: type of the working weights.
+    `sizes` are the bytes of each unit, `dtype` is the type of the working weights.
     """
     if config.offload_param == OffloadDevice.cpu:
         return set(range(len(sizes)))

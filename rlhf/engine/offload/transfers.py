@@ -17,7 +17,7 @@ import weakref
 from collections import deque
 from concurrent import futures
 from threading import Lock
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,20 +26,6 @@ logger = logging.getLogger(__name__)
 
 ALIGNMENT = 4096  # bytes: O_DIRECT wants memory, offsets and lengths in multiples of a disk's sector, at most this
 HUGE_PAGE = 2 << 20  # bytes; the block layer splits a request over ordinary pages, which halves the speed or worse
-
-
-class Transfer(Protocol):
-    """Something under way that uses a buffer."""
-
-    @property
-    def done(self) -> bool:
-        """True when it has ended, well or badly."""
-
-    def finish(self) -> None:
-        """Wait for its end, well or bad."""
-
-    def wait(self) -> None:
-        """Wait for its end, and raise what went wrong."""
 
 
 class ThreadTransfer:
@@ -59,18 +45,14 @@ class ThreadTransfer:
         futures.wait(self._parts)
 
     def wait(self) -> None:
-        """Wait for the end of all parts.
-
-        Raises:
-            RuntimeError: one failed: which file, where, what was found and expected, what to do.
-        """
+        """Wait for the end of all parts, and raise what went wrong in one."""
         self.finish()  # all parts first: after an error no thread may still touch the buffer
         for part in self._parts:
             part.result()
 
 
 class CopyEvent:
-    """The moment at which a copy is complete; a `Transfer`, so a `BufferPool` can hold a buffer until then."""
+    """The moment at which a copy is complete."""
 
     def __init__(self, event: torch.cuda.Event | None = None) -> None:
         """Wrap an event recorded after the copy; None for a copy that is already made."""
@@ -89,6 +71,10 @@ class CopyEvent:
     def finish(self) -> None:
         """Same as `wait`: a copy does not fail by itself."""
         self.wait()
+
+
+Transfer = ThreadTransfer | CopyEvent
+"""Something under way that uses a buffer."""
 
 
 class BufferPool:

@@ -4,7 +4,7 @@ All take fp32 values and round them to the working type. Offloaded weights are f
 rank stores its shard of a unit contiguously, padded as FSDP2 wants it, so fetching a unit is one copy. While a unit
 computes, the units that followed it last time are prefetched. A fetched shard is dropped as soon as the all-gather has
 consumed it.
-See also: the memory and the files of offloaded units (`weight_stores.py`), and [Note: offload].
+See [Note: offload], and the memory and the files of offloaded units (`weight_stores.py`).
 """
 
 from __future__ import annotations
@@ -114,14 +114,7 @@ class ShardSlot:
 def lay_out_units(
     units: Sequence[Mapping[str, torch.Size]], *, ranks: int, rank: int, dtype: torch.dtype
 ) -> dict[str, ShardSlot]:
-    """Where the shards of `rank` go.
-
-    Args:
-        units: for each unit, its parameters' whole shapes by name.
-        ranks: how many share a parameter.
-        rank: whose shards.
-        dtype: type of the working weights.
-    """
+    """Where the shards of `rank` go; `units` has, for each unit, its parameters' whole shapes by name."""
     slots: dict[str, ShardSlot] = {}
     for unit, shapes in enumerate(units):
         start = 0
