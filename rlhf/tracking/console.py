@@ -14,7 +14,7 @@ from tqdm import tqdm
 from rlhf.config.tracking_config import ProgressDisplay
 from rlhf.runtime.dist import World
 from rlhf.tracking.metric_registry import metric
-from rlhf.tracking.text_table import number, printable
+from rlhf.tracking.text_table import number, printable_lines
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class _LineFormat(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         record.label = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
-        return "\n".join(map(printable, super().format(record).split("\n")))
+        return printable_lines(super().format(record))
 
 
 def _first_of_each() -> Callable[[logging.LogRecord], bool]:

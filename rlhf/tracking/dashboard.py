@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections import defaultdict
 from typing import Any
 
 from rlhf.tracking.metric_registry import METRICS, STEP
 
-SECTIONS = ["Objective", "Evaluation", "Actor", "Critic", "Rollout", "Training", "Optimizer", "Throughput", "Memory"]
-"""The registry's sections, in the order in which one reads a run."""
 OVER_KL = ("eval/score", "gold/*")
 """Metrics drawn over KL too, at the start of `Evaluation`."""
 
@@ -32,7 +31,9 @@ def workspace(*, entity: str, project: str, name: str, run_name: str = "") -> An
         title = f"{entry.meaning}, over KL" if x == "eval/kl" else entry.meaning
         return v2.LinePlot(title=title, x=x, title_y=entry.unit or None, **named)
 
-    panels = {section: [plot(key) for key, m in METRICS.items() if m.section == section] for section in SECTIONS}
+    panels = defaultdict(list)
+    for key, entry in METRICS.items():
+        panels[entry.section].append(plot(key))
     panels["Evaluation"] = [plot(key, "eval/kl") for key in OVER_KL] + panels["Evaluation"]
     panels["Rollout"].append(v2.WeavePanelSummaryTable(table_name="samples"))
     # Escaped letter by letter: the filter's parser would change `lr=0.1` to `lr==0.1` even between quotes.

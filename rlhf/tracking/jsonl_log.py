@@ -1,6 +1,7 @@
 """A JSONL file that only grows, survives a kill, and can be taken back to an earlier step.
 
-Each row is one line, and is with the operating system when `append` returns. Left out: what the rows mean.
+Each row is one line, and is with the operating system when `append` returns. Beside it: what every reader of rows
+needs, such as grouping them by step. Left out: what the rows mean.
 """
 
 from __future__ import annotations

@@ -44,15 +44,16 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
-    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", -1, headline=True),
-    "train/accuracy": Metric("Training", "fraction", SUPERVISED, ACCURACY, 1, headline=True),
-    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch", 1),
-    "train/grad_norm": Metric("Training", "", SUPERVISED, "global gradient norm before clipping"),
-    "train/lr": Metric("Training", "", SUPERVISED, "learning rate of the step"),
-    "train/tokens": Metric("Training", "tokens", SUPERVISED, "real tokens in the step's global batch"),
-    "train/skipped_steps": Metric("Training", "steps", SUPERVISED, SKIPPED),
-    "train/loss_scale": Metric("Training", "", SUPERVISED, "fp16: factor on the loss of the step"),
-    "train/scale_search_steps": Metric("Training", "steps", SUPERVISED, SEARCHED),
+    "objective/kl": Metric("Objective", "nats", PPO, KL, headline=True),
+    "objective/kl_per_token": Metric("Objective", "nats", PPO, "KL to the reference, mean over response tokens"),
+    "objective/kl_clamped": Metric("Objective", "fraction", PPO, "tokens whose k2 or k3 estimate was cut at 10"),
+    "objective/entropy": Metric("Objective", "nats", PPO, ENTROPY),
+    "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
+    "objective/clamped": Metric("Objective", "fraction", PPO, "responses whose score is at the clamp"),
+    "objective/raw_scores": Metric("Objective", "score", PPO, "the reward model's own scalar", headline=True),
+    "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
+    "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
+    "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
     "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", -1, headline=True),
     "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token", -1),
     "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", 1, headline=True),
@@ -71,16 +72,6 @@ METRICS: dict[str, Metric] = {
     "reward_model/pairs": Metric("Evaluation", "pairs", PPO, "held-out pairs behind that accuracy"),
     "reward_model/score_std": Metric("Evaluation", "score", PPO, "deviation of the reward model's held-out scores"),
     "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on", 1),
-    "objective/kl": Metric("Objective", "nats", PPO, KL, headline=True),
-    "objective/kl_per_token": Metric("Objective", "nats", PPO, "KL to the reference, mean over response tokens"),
-    "objective/kl_clamped": Metric("Objective", "fraction", PPO, "tokens whose k2 or k3 estimate was cut at 10"),
-    "objective/entropy": Metric("Objective", "nats", PPO, ENTROPY),
-    "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
-    "objective/clamped": Metric("Objective", "fraction", PPO, "responses whose score is at the clamp"),
-    "objective/raw_scores": Metric("Objective", "score", PPO, "the reward model's own scalar", headline=True),
-    "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
-    "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
-    "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
     "actor/loss": Metric("Actor", "", PPO, "clipped surrogate loss, mean over the iteration's updates"),
     "actor/approxkl_avg": Metric("Actor", "nats", PPO, "KL per token from the sampling policy, over the updates"),
     "actor/clipfrac_avg": Metric("Actor", "fraction", PPO, "response tokens whose ratio was clipped"),
@@ -92,6 +83,21 @@ METRICS: dict[str, Metric] = {
     "critic/loss": Metric("Critic", "", PPO, "clipped value loss, mean over the iteration's updates"),
     "critic/clipfrac_avg": Metric("Critic", "fraction", PPO, "response tokens whose value was clipped"),
     "critic/explained_variance": Metric("Critic", "fraction", PPO, "share of the returns' variance that it predicts"),
+    "rollout/response_length": Metric("Rollout", "tokens", PPO, "counted tokens of a response, mean", headline=True),
+    "rollout/eos_rate": Metric("Rollout", "fraction", PPO, "responses that end by themselves"),
+    "rollout/episodes": Metric("Rollout", "responses", PPO, "responses drawn since the start of the stage"),
+    "rollout/left_out": Metric("Rollout", "responses", PPO, "responses left out for numbers that are not finite"),
+    "rollout/logprob_gap_max": Metric("Rollout", "nats", PPO, "generation path against training path, largest gap"),
+    "rollout/logprob_gap_mean": Metric("Rollout", "nats", PPO, "generation path against training path, mean gap"),
+    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", -1, headline=True),
+    "train/accuracy": Metric("Training", "fraction", SUPERVISED, ACCURACY, 1, headline=True),
+    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch", 1),
+    "train/grad_norm": Metric("Training", "", SUPERVISED, "global gradient norm before clipping"),
+    "train/lr": Metric("Training", "", SUPERVISED, "learning rate of the step"),
+    "train/tokens": Metric("Training", "tokens", SUPERVISED, "real tokens in the step's global batch"),
+    "train/skipped_steps": Metric("Training", "steps", SUPERVISED, SKIPPED),
+    "train/loss_scale": Metric("Training", "", SUPERVISED, "fp16: factor on the loss of the step"),
+    "train/scale_search_steps": Metric("Training", "steps", SUPERVISED, SEARCHED),
     "actor/grad_norm": Metric("Optimizer", "", PPO, "actor's gradient norm before clipping"),
     "actor/lr": Metric("Optimizer", "", PPO, "actor's learning rate"),
     "actor/skipped_steps": Metric("Optimizer", "steps", PPO, SKIPPED),
@@ -102,18 +108,13 @@ METRICS: dict[str, Metric] = {
     "critic/skipped_steps": Metric("Optimizer", "steps", PPO, SKIPPED),
     "critic/loss_scale": Metric("Optimizer", "", PPO, "fp16: factor on the critic's loss, the smallest of the updates"),
     "critic/scale_search_steps": Metric("Optimizer", "steps", PPO, SEARCHED),
-    "rollout/response_length": Metric("Rollout", "tokens", PPO, "counted tokens of a response, mean", headline=True),
-    "rollout/eos_rate": Metric("Rollout", "fraction", PPO, "responses that end by themselves"),
-    "rollout/episodes": Metric("Rollout", "responses", PPO, "responses drawn since the start of the stage"),
-    "rollout/left_out": Metric("Rollout", "responses", PPO, "responses left out for numbers that are not finite"),
-    "rollout/logprob_gap_max": Metric("Rollout", "nats", PPO, "generation path against training path, largest gap"),
-    "rollout/logprob_gap_mean": Metric("Rollout", "nats", PPO, "generation path against training path, mean gap"),
     "timing_s/*": Metric("Throughput", "seconds", ALL, "time spent in this phase of the step"),
     "perf/tokens_per_second": Metric("Throughput", "tokens/s", ALL, "tokens per second of the whole step, all ranks"),
     "memory/rss_bytes": Metric("Memory", "bytes", ALL, "resident memory of this process"),
     "memory/device_bytes": Metric("Memory", "bytes", ALL, "memory that PyTorch holds of this process's GPU"),
     "memory/*": Metric("Memory", "bytes", ALL, "peak memory of this process in this phase, as measured or as planned"),
 }
+"""Every metric by its key. The dashboard shows the sections in the order in which they begin here."""
 
 COLUMNS = {
     "eval/score": "score",
@@ -136,11 +137,6 @@ def metric(key: str) -> Metric:
     if found is None or name == "*":
         raise ValueError(f"metric {key!r} is not registered; add it to METRICS in metric_registry.py.")
     return found
-
-
-def metrics_of(stage: str) -> dict[str, Metric]:
-    """The part of the registry that `stage` logs, in the registry's order."""
-    return {key: entry for key, entry in METRICS.items() if stage in entry.stages}
 
 
 def check(stage: str, keys: list[str]) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rlhf.config.tracking_config import TrackingConfig, WandbMode
@@ -148,7 +147,7 @@ class Tracker:
         """Delete the rows after `step`, which a resumed stage will log again; -1 deletes all.
 
         W&B cannot take rows back: online, the repeated steps are drawn twice. Offline, a resumed run starts a new log,
-        and a kill has cost the old one its last block. So the new log gets all rows again and is complete.
+        and that of a killed one is removed. So the new log gets all rows again and is complete.
         """
         if not self.world.is_main:
             return
@@ -167,22 +166,16 @@ class Tracker:
             for at, rows in by_step(self._samples.rows()).items():
                 self._run.samples(at, [{key: value for key, value in row.items() if key != "step"} for row in rows])
 
-    def close(self, *, failed: bool = False) -> None:
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         """Close the display and the W&B run, which takes a minute at most."""
         if not self.world.is_main:
             return
         self._progress.close()
         if self._run is not None:
-            self._run.finish(failed=failed)
-            self._run = None
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close(failed=kind is not None)
+            self._run.finish(failed=kind is not None)
 
 
 def start_wandb(

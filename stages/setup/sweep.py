@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
+from rlhf.runtime.errors import RunError
 from rlhf.runtime.parent import end_with_parent
 from stages.setup.command_line import check_overrides, choices_of
 
@@ -145,5 +146,5 @@ def _compare(folder: Path) -> str:
 
     try:
         return f"{write_index(folder)} compares the runs"
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunError) as error:
         return f"there is no page that compares the runs: {error}"

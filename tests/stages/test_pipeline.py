@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from rlhf.tracking.metric_registry import metrics_of
+from rlhf.tracking.metric_registry import METRICS
 from tests.tracking.test_wandb import records
 
 ROOT = Path(__file__).parents[2]
@@ -97,8 +97,8 @@ def test_a_stage_logs_what_the_registry_says_and_nothing_else(one_rank, stage):
     folder, _ = one_rank
     logged = {name for row in rows(folder / stage / "metrics.jsonl") for name in row} - {"step", "time"}
     elsewhere = {"memory/device_bytes", "actor/kl_clamped"}  # on a GPU, in grpo; the others in fp16
-    elsewhere |= {name for name in metrics_of(stage) if name.endswith(("/loss_scale", "/scale_search_steps"))}
-    registered = set(metrics_of(stage)) - elsewhere
+    elsewhere |= {name for name in METRICS if name.endswith(("/loss_scale", "/scale_search_steps"))}
+    registered = {name for name, entry in METRICS.items() if stage in entry.stages} - elsewhere
     families = {name for name in registered if name.endswith("/*")}
     assert registered - families <= logged
     of_families = logged - registered  # memory/rss_bytes is an entry of its own, and none of memory/*

@@ -252,7 +252,7 @@ def _stacked(title: str, caption: str, *, x: str, y: str, series: Mapping[str, P
     """Areas on top of each other over the steps; a step without a value counts as zero."""
     steps = sorted({step for points in series.values() for step, _ in points})
     steps = [step for step, _ in thin([(step, 0.0) for step in steps])]
-    values = [[dict(points).get(step, 0.0) for step in steps] for points in series.values()]
+    values = [[found.get(step, 0.0) for step in steps] for found in map(dict, series.values())]
     axes = _axes(x, y, layout="constrained")
     if len(steps) > 1:
         axes.stackplot(steps, values, labels=list(series), alpha=0.8)

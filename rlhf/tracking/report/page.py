@@ -117,7 +117,7 @@ def _run_line(run: Path, folder: Path) -> dict[str, Any]:
 def _render(template: str, **content: Any) -> str:
     """Fill in a template; everything is escaped and in the style of all pages."""
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
-    environment.filters["visible"] = visible
+    environment.filters |= {"visible": visible, "numbers": _formatted}
     return environment.get_template(template).render(style=Markup(_part("page.css")), **content)
 
 
@@ -230,22 +230,11 @@ def difference(before: str, after: str) -> Markup:
 
 def _evaluation(found: EvaluationFolder) -> dict[str, Any]:
     """One comparison of `stage=eval`: its tables, calibration, and answers side by side."""
-    samples = []
-    for row in found.samples[:MOST_COMPARED]:
-        sides = {side: row[side] for side in ("model", "baseline") if isinstance(row.get(side), dict)}
-        samples.append(
-            {
-                "prompt": row.get("prompt", ""),
-                "answers": {side: answer.get("response", "") for side, answer in sides.items()},
-                "numbers": {side: _formatted(answer) for side, answer in sides.items()},
-                "preferences": _formatted(row.get("preferences")),
-            }
-        )
     return {
         "name": found.name,
         "tables": tables(found.results, meanings=True),
         "calibration": charts.calibration(found.results, found.name),
-        "samples": samples,
+        "samples": found.samples[:MOST_COMPARED],
         "sample_count": len(found.samples),
     }
 

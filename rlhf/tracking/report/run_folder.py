@@ -14,9 +14,7 @@ from typing import Any
 from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import FOLDERS
 from rlhf.evaluation.result_tables import FOLDER, RESULTS, SAMPLES
-from rlhf.tracking.jsonl_log import is_number
-
-Row = dict[str, Any]
+from rlhf.tracking.jsonl_log import Row, is_number
 
 _LARGEST_STEP = 2**53  # above, a float skips steps
 
