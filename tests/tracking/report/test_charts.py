@@ -2,7 +2,9 @@
 
 import re
 
-from rlhf.tracking.report.charts import curves, overview, smoothed, window
+import pytest
+
+from rlhf.tracking.report.charts import curves, overview, smoothed, thin, window
 from rlhf.tracking.report.run_folder import StageFolder
 
 ZIGZAG = [(step, float(step % 2)) for step in range(40)]
@@ -21,6 +23,15 @@ def test_only_long_curves_that_jump_are_smoothed():
     assert window(ZIGZAG[:20]) == 0
     assert window([(step, step / 40) for step in range(40)]) == 0
     assert window([(step, 1.0) for step in range(40)]) == 0
+
+
+@pytest.mark.parametrize("count", [1, 400, 401, 800, 12345])
+def test_a_long_curve_keeps_its_ends_and_few_points_between(count):
+    points = [(step, float(step)) for step in range(count)]
+    found = thin(points)
+    assert (found[0], found[-1]) == (points[0], points[-1])
+    assert found == sorted(set(found))
+    assert min(count, 200) <= len(found) <= 401
 
 
 def strokes(svg):
