@@ -21,7 +21,7 @@ class CheckResult:
     is_wrong: bool | None = None
     """None if it could not be checked."""
     text: str = ""
-    """What is wrong, or why it was not checked."""
+    """The problem, or why it was not checked."""
     first: int = 0
     """Step at which it was first wrong."""
     last: int = 0
@@ -91,7 +91,7 @@ class StageChecks:
 
 
 def _findings(check: Check, row: Row, *, seen: Seen) -> Iterable[Finding]:
-    """What a check finds in a row, or why it cannot be made."""
+    """The findings of a check in a row, or why it cannot be made."""
     if not check.evaluations:
         return check.look(row, seen)
     if "eval/score" not in row:

@@ -80,19 +80,19 @@ def _is_degenerate(text: str) -> bool:
 
 
 class Finding(NamedTuple):
-    """What a check found in one row."""
+    """The result of a check in one row."""
 
     is_wrong: bool | None
     """None if it could not be checked."""
     text: str = ""
-    """What is wrong and what it may mean, or why it was not checked."""
+    """The problem and what it may mean, or why it was not checked."""
     metric: str = ""
     """The gold metric, where there is one finding for each."""
 
 
 @dataclass
 class Seen:
-    """What the checks have seen of a stage; it does not grow with the stage."""
+    """The memory of the checks between rows; it does not grow with the stage."""
 
     total_steps: float
     """Some checks are made at the end alone, after this many steps."""
@@ -121,7 +121,7 @@ class Check:
     look: Look
     """Yields what it finds in a row, or nothing."""
     fine: str
-    """What holds if nothing was found."""
+    """The claim that holds if nothing was found."""
     needs: str
     """Why it was not checked, if no row gives another reason."""
     evaluations: int = 0

@@ -28,7 +28,7 @@ SKIPPED = "steps skipped for a non-finite gradient"
 
 @dataclass(frozen=True)
 class Metric:
-    """What is known of a metric before anyone logs it."""
+    """The description of a metric."""
 
     section: str
     """Heading under which dashboard and report show it."""
@@ -127,7 +127,7 @@ COLUMNS = {
 
 
 def metric(key: str) -> Metric:
-    """What the registry says of `key`.
+    """The registry's entry of `key`.
 
     Raises:
         ValueError: the registry has no such metric.

@@ -91,7 +91,7 @@ def _cannot_be_online(obstacle: object) -> ValueError:
 
 
 def _obstacle() -> str:
-    """What keeps this machine from being online; empty if nothing does."""
+    """The reason why this machine cannot be online; empty if it can."""
     # mode: with WANDB_MODE=offline in the environment, login would say that there is no key.
     session = wandb.setup(wandb.Settings(silent=True, mode="online"))
     try:
@@ -105,7 +105,7 @@ def _obstacle() -> str:
 
 
 def _reachable(url: str) -> bool:
-    """Whether the server, or the proxy in front of it, accepts a connection."""
+    """True if the server, or the proxy in front of it, accepts a connection."""
     server = urlsplit(url)
     proxy = None if proxy_bypass(server.hostname or "") else getproxies().get(server.scheme)
     if proxy:
@@ -159,7 +159,7 @@ class WandbRun:
 
     @property
     def is_offline(self) -> bool:
-        """Whether no server has seen what was logged before."""
+        """True if no server has seen what was logged before."""
         return bool(self._run.offline)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

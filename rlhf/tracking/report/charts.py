@@ -121,7 +121,7 @@ def sections(stage: StageFolder) -> list[ChartSection]:
 
 
 def cost(stage: StageFolder) -> list[Chart]:
-    """Where time and memory went."""
+    """The charts of time and memory."""
     axis, found = axis_of(stage.name), []
     phases = {key.split("/")[1]: stage.series(key) for key in stage.logged() if key.startswith("timing_s/")}
     phases.pop("step", None)
@@ -160,7 +160,7 @@ def calibration(results: Mapping[str, Any], name: str) -> list[Chart]:
 
 
 def axis_of(stage: str) -> str:
-    """What the steps of a stage are called."""
+    """The name of a stage's steps, for axes and captions."""
     return "iteration" if stage in POLICIES else "step"
 
 

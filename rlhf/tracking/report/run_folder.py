@@ -20,17 +20,17 @@ _LARGEST_STEP = 2**53  # above, a float skips steps
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a stage or an evaluation has begun in `folder`."""
+    """True if a stage or an evaluation has begun in `folder`."""
     return any((folder / stage).is_dir() for stage in (*FOLDERS, FOLDER))
 
 
 def is_stage(folder: Path) -> bool:
-    """Whether `folder` is that of a stage."""
+    """True if `folder` is that of a stage."""
     return folder.name in FOLDERS and (folder / "metrics.jsonl").exists()
 
 
 def can_report(folder: Path) -> bool:
-    """Whether there is something to report of `folder`: it is that of a run, or of a stage."""
+    """True if `folder` is that of a run or of a stage, of which there can be a report."""
     return holds_run(folder) or is_stage(folder)
 
 
@@ -40,7 +40,7 @@ class FolderReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.notes: list[str] = []
-        """What is missing or could not be read, a sentence each."""
+        """Files that are missing or could not be read, a sentence each."""
 
     def text(self, name: str, *, required: bool = True) -> str | None:
         """The whole file; None if there is none, which is noted if it is `required`."""
@@ -94,7 +94,7 @@ def _row(line: str, *, steps: bool) -> Row | None:
 
 @dataclass(frozen=True)
 class StageFolder:
-    """What one stage left."""
+    """The files of one stage."""
 
     name: str
     rows: list[Row]
@@ -131,7 +131,7 @@ class StageFolder:
 
 @dataclass(frozen=True)
 class EvaluationFolder:
-    """What one comparison of `stage=eval` left."""
+    """The files of one comparison of `stage=eval`."""
 
     name: str
     results: dict[str, Any]
@@ -140,7 +140,7 @@ class EvaluationFolder:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """What a run left."""
+    """The files of a run."""
 
     folder: Path
     stages: list[StageFolder]
@@ -153,7 +153,7 @@ class RunFolder:
     evaluations: list[EvaluationFolder]
     """The one without a name first."""
     notes: list[str]
-    """What is missing or could not be read."""
+    """Files that are missing or could not be read, a sentence each."""
 
     @property
     def name(self) -> str:
