@@ -32,7 +32,7 @@ from rlhf.runtime.parent import end_with_parent
 ROOT = Path(__file__).parents[1]
 ALONE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "HYDRA_FULL_ERROR": "1"}
 """No network, whatever this shell has set."""
-_LAST = 4000  # characters of what a process said that are shown when it fails
+_LAST = 4000  # characters of a process's output that are shown when it fails
 
 
 class Tried(NamedTuple):
@@ -83,7 +83,7 @@ class Bench:
         """The result of a module's function, arguments and result being JSON, from a process of its own.
 
         Raises:
-            RuntimeError: it failed, or took longer than there is time; the end of what it said.
+            RuntimeError: it failed, or took longer than there is time; the end of its output.
         """
         if not self.isolated:
             return function(**arguments)
@@ -94,7 +94,7 @@ class Bench:
             return json.loads(out.read_text())
 
     def run(self, command: Sequence[str], *, allowed: Sequence[int] = (0,)) -> str:
-        """What a command says on both its streams; it and all it has started are killed when the time is over.
+        """What a command writes to both its streams; it and all it has started are killed when the time is over.
 
         Raises:
             RuntimeError: its exit status is none of `allowed`, or the time was over.
@@ -122,12 +122,12 @@ class Bench:
                     os.killpg(process.pid, signal.SIGKILL)
                     process.wait()
             log.seek(0)
-            said = log.read()
+            output = log.read()
         if status not in allowed:
             took = time.monotonic() - before
             how = f"ended with {status}" if status is not None else f"was stopped after {took:.0f} s: no time is left"
-            raise RuntimeError(f"{_name(command)} {how}\n\n{said[-_LAST:].strip()}")
-        return said
+            raise RuntimeError(f"{_name(command)} {how}\n\n{output[-_LAST:].strip()}")
+        return output
 
     def attempt(self, job: Callable[[], Any]) -> Tried:
         """What a job returns, or why it failed."""

@@ -78,8 +78,8 @@ def _pytest(bench: Bench, files: list[str]) -> str:
     # A test that hangs is found by where its threads are; plugins for that may not be there.
     options = "-m gpu -q --tb=short --durations=5 -p no:cacheprovider -o faulthandler_timeout=60"
     command = [sys.executable, "-m", "pytest", *options.split(), *files]
-    said = bench.run(command, allowed=(0, 1)).strip()  # 1: tests have failed
-    return f"**{said.splitlines()[-1].strip('= ')}**\n\n```\n{said[-8000:]}\n```"
+    output = bench.run(command, allowed=(0, 1)).strip()  # 1: tests have failed
+    return f"**{output.splitlines()[-1].strip('= ')}**\n\n```\n{output[-8000:]}\n```"
 
 
 def copies(bench: Bench) -> str:

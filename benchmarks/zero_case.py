@@ -115,10 +115,10 @@ def run(case: Case, *, folder: Path, python: str = sys.executable, cap: MemoryCa
                 processes.append(subprocess.Popen(start, env=environment, cwd=ROOT, stdout=log, stderr=log))
         failed = _wait(processes)
         if failed is not None:
-            said = (place / f"log{failed}").read_text()[-3000:]
+            log = (place / f"log{failed}").read_text()[-3000:]
             code = processes[failed].returncode
             why = " (killed: the memory limit is too low)" if cap and code == -9 else ""
-            raise RuntimeError(f"{case}: rank {failed} ended with {code}{why}:\n{said}")
+            raise RuntimeError(f"{case}: rank {failed} ended with {code}{why}:\n{log}")
         reports = [json.loads((place / f"rank{rank}.json").read_text()) for rank in range(case.ranks)]
     return Outcome.of(reports, warmup=case.warmup)
 

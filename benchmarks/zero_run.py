@@ -36,7 +36,7 @@ BATCHES = 4  # come again and again, so that there is something to learn
 PACKAGES = {"ours": "rlhf.engine.engine", "deepspeed": "deepspeed", "plain": "torch"}
 
 Case = dict[str, Any]
-Step = Callable[[int], float]  # trains on the batch of this number, and says the loss of this rank's share
+Step = Callable[[int], float]  # trains on the batch of this number, and returns the loss of this rank's share
 
 
 def main() -> None:
@@ -157,8 +157,8 @@ def deepspeed_config(case: Case, disk: Path, *, largest: int) -> dict[str, Any]:
         if "offload_optimizer" in zero:
             zero["offload_optimizer"]["pin_memory"] = True
         if "offload_param" in zero:
-            room = {"pin_memory": True, "buffer_count": 4, "buffer_size": int(1.05 * largest), "max_in_cpu": 0}
-            zero["offload_param"] |= room
+            buffers = {"pin_memory": True, "buffer_count": 4, "buffer_size": int(1.05 * largest), "max_in_cpu": 0}
+            zero["offload_param"] |= buffers
         config["aio"] = {"block_size": 8 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True}
     return config
 

@@ -121,9 +121,9 @@ def test_a_chosen_section_replaces_its_own_and_an_unknown_one_is_answered_with_a
     monkeypatch.setattr(sys, "argv", [*command, "speed"])
     with pytest.raises(SystemExit):
         gpu.main()
-    said = capsys.readouterr().err
-    assert "invalid choice: 'speed'" in said
-    assert all(name in said for name in SECTIONS)
+    error = capsys.readouterr().err
+    assert "invalid choice: 'speed'" in error
+    assert all(name in error for name in SECTIONS)
 
 
 def test_what_a_cpu_did_does_not_pass_for_what_a_gpu_did(monkeypatch):

@@ -133,7 +133,7 @@ def test_small_updates_add_up_in_the_masters_and_only_then_reach_bf16(optimizer)
 def test_a_state_goes_from_one_optimizer_to_another_tensor_by_tensor(optimizer):
     generator = torch.Generator().manual_seed(0)
     start = {"big": torch.randn(70, 90, generator=generator), "one": torch.ones(1), "none": torch.ones(0, 4)}
-    groups = [{name: nn.Parameter(rows.bfloat16()) for name, rows in start.items()} for _ in range(2)]
+    groups = [{name: nn.Parameter(tensor.bfloat16()) for name, tensor in start.items()} for _ in range(2)]
     first, second = optimizer(groups[0], start.items()), optimizer(groups[1])
     gradients = [{n: torch.randn(p.shape, generator=generator) for n, p in start.items()} for _ in range(4)]
     for gradient in gradients[:2]:

@@ -80,7 +80,7 @@ def train(world, *, steps=STEPS, accumulation=2, **config):
 def same(found, expected):
     assert found[0] == expected[0]
     for part in (1, 2):
-        assert all(torch.equal(rows, expected[part][name]) for name, rows in found[part].items())
+        assert all(torch.equal(tensor, expected[part][name]) for name, tensor in found[part].items())
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_every_store_trains_as_plain_torch(world, plain_run, store):
     curve, expected = plain_run
     assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in curve], rel=1e-5)
     assert [norm for _, norm in points] == pytest.approx([norm for _, norm in curve], rel=1e-4)
-    for name, rows in expected.items():
-        torch.testing.assert_close(masters[name], rows, rtol=0, atol=1e-4)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(masters[name], tensor, rtol=0, atol=1e-4)
         assert torch.equal(weights[name], masters[name])
 
 
@@ -122,8 +122,8 @@ def test_the_host_and_the_device_are_close_and_so_are_fp32_and_less(world, preci
     for store in (WHOLE["device"], WHOLE["cpu"], OFFLOADED["cpu cpu"]):
         points, masters, weights = train(world, precision=precision, initial_scale_power=6, **store)
         assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in exact], rel=2e-2)
-        for name, rows in masters.items():
-            assert torch.equal(weights[name], rows.to(weights[name].dtype))
+        for name, tensor in masters.items():
+            assert torch.equal(weights[name], tensor.to(weights[name].dtype))
 
 
 def test_a_model_that_keeps_the_device_busy_trains_the_same_in_every_store(world):
@@ -148,10 +148,10 @@ def test_an_overflow_in_fp16_halves_the_scale_and_changes_nothing_else(world, tm
     assert tiny.train_step(trained, 1, spoil=True)[1].skipped
     assert trained.loss_scale.value == 32
     after = scenarios.weights(trained, masters=True)
-    assert all(torch.equal(rows, before[name]) for name, rows in after.items())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in after.items())
     assert not tiny.train_step(trained, 1)[1].skipped
     after = scenarios.weights(trained, masters=True)
-    assert not any(torch.equal(rows, before[name]) for name, rows in after.items())
+    assert not any(torch.equal(tensor, before[name]) for name, tensor in after.items())
     trained.close()
 
 

@@ -74,10 +74,10 @@ def gap(engine, seed=0):
     ids = torch.randint(0, 90, (32, 6))
     prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(32), prompts=("",) * 32)
     decoding = Decoding(24, [100], pad_id=0, sampling=SamplingConfig())
-    said = generate_responses(engine, prompts, decoding=decoding, size=32, seed=seed)
+    responses = generate_responses(engine, prompts, decoding=decoding, size=32, seed=seed)
     with engine.evaluating() as model:
-        logprobs = all_statistics(model, said, size=32, temperature=1.0)[0]
-    return (said.generation_logprobs - logprobs)[said.response_mask].abs().mean().item()
+        logprobs = all_statistics(model, responses, size=32, temperature=1.0)[0]
+    return (responses.generation_logprobs - logprobs)[responses.response_mask].abs().mean().item()
 
 
 def test_small_adapters_do_not_widen_the_gap_between_generation_and_training(tmp_path):

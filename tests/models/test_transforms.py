@@ -7,7 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModel
 
 from rlhf.config.model_config import LoraConfig
-from rlhf.models import transforms as surgery
+from rlhf.models import transforms
 from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.models.transforms import enable_activation_checkpointing, find_blocks, first_layers, with_dropout
@@ -137,7 +137,7 @@ def test_with_offload_nothing_but_the_inputs_of_blocks_is_moved_to_the_host(tmp_
     def recorded(*, pin_memory):
         return saved_tensors_hooks(lambda tensor: moved.append(tuple(tensor.shape)) or tensor, lambda tensor: tensor)
 
-    monkeypatch.setattr(surgery, "save_on_cpu", recorded)
+    monkeypatch.setattr(transforms, "save_on_cpu", recorded)
     enable_activation_checkpointing(plain)
     enable_activation_checkpointing(offloading, offload=True)
     for module in (plain, offloading):

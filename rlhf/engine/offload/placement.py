@@ -131,7 +131,7 @@ class Placement:
         return InMemoryStateStore(
             shards_of(group),
             DeviceGradAccumulator(),
-            kernel=self._device_kernel,
+            kernel=self._device_kernel,  # queued on the current stream, as the forward that follows
             weights=self.offloaded or self._device_weights,
             moments=self._moments,
             in_place=None if masters else self._device_weights.shard,
@@ -139,6 +139,7 @@ class Placement:
 
     def _on_host(self, group: ParameterGroup) -> OptimizerStateStore:
         """State in host memory, of a model on a CUDA device."""
+        # A store of its own for each group, so that its step need not wait for the gradients of all others.
         return InMemoryStateStore(
             shards_of(group),
             HostGradAccumulator(self._staging),
@@ -159,15 +160,11 @@ class Placement:
                 "millions are fast."
             )
         tiles = lay_out_tiles(shards, capacity, moments=moments)
+        nbytes = max(sum(tile.nbytes for tile in tiles), 1)  # 1 where this rank's shards are all empty
         resources = NvmeResources(
-            file=_open_file(
-                engine,
-                self.world.device,
-                label="optimizer state (engine.offload_optimizer=nvme)",
-                nbytes=sum(tile.nbytes for tile in tiles),
-            ),
+            file=_open_file("optimizer state (engine.offload_optimizer=nvme)", nbytes, config=engine, world=self.world),
             tiles=tiles,
-            stream=CopyStream(self.world.device),
+            stream=CopyStream(self.world.device),  # gradients leave the device on it while backward goes on
             reads_ahead=engine.pipeline_read,
             writes_behind=engine.pipeline_write,
         )
@@ -185,7 +182,7 @@ class Placement:
     def _host_kernel(self) -> AdamKernel:
         return AdamKernel(self.config, _CPU, limit=self.engine.sub_group_size)
 
-    @cached_property
+    @cached_property  # Lifetime: one for all groups, which are closed together
     def _staging(self) -> PinnedStaging:
         return PinnedStaging(self.world.device, pin=_pins(self.engine, self.world.device))
 
@@ -238,9 +235,8 @@ def offload_weights(
     host = HostWeights(on_host, device=world.device, pin=_pins(config, world.device))
     stores: list[WeightStore] = [host] * len(sizes)
     if any(on_disk):
-        file = _open_file(
-            config, world.device, label="working weights (engine.offload_param=nvme)", nbytes=file_bytes(on_disk)
-        )
+        label = "working weights (engine.offload_param=nvme)"
+        file = _open_file(label, file_bytes(on_disk), config=config, world=world)
         disk = NvmeWeights(on_disk, file=file, device=world.device)
         stores = [host if size == 0 else disk for size in on_disk]
     return OffloadedWeights(slots, stores, dtype=dtype, others=DeviceWeights([parameters]))
@@ -250,13 +246,8 @@ def _pins(config: EngineConfig, device: torch.device) -> bool:
     return config.pin_memory and has_own_memory(device)
 
 
-def _open_file(config: EngineConfig, device: torch.device, *, label: str, nbytes: int) -> DirectFile:
-    """A file below `engine.nvme_path`, and its buffers."""
+def _open_file(label: str, nbytes: int, *, config: EngineConfig, world: World) -> DirectFile:
+    """A file of this rank below `engine.nvme_path`, and its buffers."""
     assert config.nvme_path is not None, "the settings were checked"
-    return DirectFile(
-        config.nvme_path,
-        nbytes=max(nbytes, 1),
-        pool=BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=_pins(config, device)),
-        label=label,
-        device=device,
-    )
+    pool = BufferPool(config.buffer_count, nbytes=4 * config.buffer_size, pin=_pins(config, world.device))
+    return DirectFile(config.nvme_path, nbytes=nbytes, pool=pool, label=label, device=world.device)

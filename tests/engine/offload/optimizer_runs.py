@@ -69,7 +69,7 @@ def memory(*, own):
 
 
 def train(world, *, kind="plain", steps=STEPS, accumulation=2, **config):
-    """Loss and norm of each step, masters, and working weights, all of this rank's rows."""
+    """Loss and norm of each step, masters, and working weights, all of them this rank's shards."""
     options = {"zero_stage": 3, "precision": "bf16"} | config
     stage = options.pop("zero_stage")
     if kind == "adapters":
@@ -101,7 +101,7 @@ def differences(found, expected):
     wrong = [f"step {i}: {a} is not {b}" for i, (a, b) in enumerate(zip(found[0], expected[0], strict=True)) if a != b]
     for part in (1, 2):
         assert found[part].keys() == expected[part].keys()
-        wrong += [f"{key}" for key, rows in found[part].items() if not torch.equal(rows, expected[part][key])]
+        wrong += [f"{key}" for key, shard in found[part].items() if not torch.equal(shard, expected[part][key])]
     return wrong
 
 

@@ -1,4 +1,4 @@
-"""What the tests of offloaded weights and of grouping run on one, two and four ranks; each returns numbers to judge."""
+"""What the tests of offloaded weights and of grouping run on one, two and four ranks; each returns numbers to compare."""
 
 import copy
 import tempfile

@@ -69,8 +69,8 @@ def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
     losses, exact_losses = ([loss for loss, _ in points] for points in (expected[0], exact[0]))
     assert losses != exact_losses
     assert losses == pytest.approx(exact_losses, rel=1e-2)
-    moments = [rows for (_, part), rows in expected[1].items() if part != "weight"]
-    assert all(torch.equal(rows, rows.bfloat16().float()) for rows in moments)
+    moments = [shard for (_, part), shard in expected[1].items() if part != "weight"]
+    assert all(torch.equal(shard, shard.bfloat16().float()) for shard in moments)
 
 
 def test_a_share_of_the_elements_stays_on_the_device():
