@@ -123,8 +123,8 @@ def test_a_cuda_optimizer_on_the_host(folder):
 
 
 def test_buffers_are_all_the_host_memory_of_a_tier_on_disk(folder):
-    offloading = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/disk"}
-    parts = at_rest(states(folder, device=CUDA, buffer_count=3, buffer_size=1_000_000, **offloading))
+    offload = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/disk"}
+    parts = at_rest(states(folder, device=CUDA, buffer_count=3, buffer_size=1_000_000, **offload))
     assert parts["working parameters", Place.disk] >= 2 * NUMEL
     assert parts["moments", Place.disk] >= 8 * NUMEL
     assert not [key for key in parts if key[0] in ("moments", "master weights") and key[1] is not Place.disk]
@@ -133,9 +133,9 @@ def test_buffers_are_all_the_host_memory_of_a_tier_on_disk(folder):
 
 def test_buffers_are_resident_as_far_as_they_are_filled(folder):
     """Weights and states of 6 MB and less pass through buffers of 400 MB; page-locked ones are resident whole."""
-    offloading = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/disk"}
+    offload = {"zero_stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "nvme_path": "/disk"}
     found = {
-        device: at_rest(states(folder, device=device, buffer_count=3, buffer_size=100_000_000, **offloading))
+        device: at_rest(states(folder, device=device, buffer_count=3, buffer_size=100_000_000, **offload))
         for device in (CPU, CUDA)
     }
     huge = 2 << 20
@@ -200,12 +200,12 @@ def test_files_of_a_real_engine_are_as_large_as_planned(tmp_path):
         total_steps=10,
     )
     found = sum(store._resources.file.nbytes for store in engine._updater.optimizer.stores)
-    offloading = {
+    offload = {
         "zero_stage": 1,
         "offload_optimizer": "nvme",
         "nvme_path": str(tmp_path / "disk"),
         "buffer_size": 100_000,
     }
-    planned = sum(item.bytes for item in states(tmp_path / "model", **offloading).at_rest() if item.place is Place.disk)
+    planned = sum(item.bytes for item in states(tmp_path / "model", **offload).at_rest() if item.place is Place.disk)
     assert found == pytest.approx(planned, abs=4096)
     del engine

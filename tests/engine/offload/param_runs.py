@@ -1,4 +1,4 @@
-"""What the tests of offloaded weights and of grouping run on one, two and four ranks; each returns numbers to compare."""
+"""What the tests of offloaded weights and of units run on one, two and four ranks; each returns numbers to compare."""
 
 import copy
 import tempfile
