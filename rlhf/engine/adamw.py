@@ -87,7 +87,7 @@ class AdamW:
         return next((store.failure for store in self.stores if store.failure is not None), None)
 
     def raise_failure(self, *, ranks: int) -> None:
-        """Raise this rank's failure, or, where only others of the `ranks` that failed did, that they have."""
+        """Raise this rank's failure, or, where only others failed, that `ranks` of them did."""
         if self.failure is not None:
             raise self.failure
         if ranks:

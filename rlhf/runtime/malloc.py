@@ -1,6 +1,6 @@
 """Makes the C library return freed memory to the system where that costs little, so that a memory plan holds.
 
-See also: page-locked and offload buffers, which do not come from the heap (`engine/offload/buffer_pool.py`).
+See also: page-locked and offload buffers, which do not come from the heap (`engine/offload/transfers.py`).
 """
 
 from __future__ import annotations
