@@ -13,6 +13,7 @@ from pathlib import Path
 
 from rlhf.config.run_config import RunConfig
 from rlhf.config.tracking_config import ProgressDisplay
+from rlhf.deepspeed.apply import with_deepspeed
 from rlhf.memory_plan.plan_text import check_memory, show_plan
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, broadcast_object, start, stop
@@ -25,7 +26,6 @@ from stages.lifecycle.summary import show_results, where_it_stands, write_report
 from stages.setup.command_line import one_sentence
 from stages.setup.compatibility import check_made
 from stages.setup.compose import from_yaml, load_run, save_run, to_yaml
-from stages.setup.deepspeed_settings import with_deepspeed
 from stages.setup.preflight import preflight
 
 WORKER = "--worker"

@@ -14,15 +14,19 @@ from typing import Any
 
 from rlhf.deepspeed.keys import (
     ACCELERATE,
+    AUTO,
     INSTEAD_OF_ACCELERATES,
     SHARED_WITH_TRAINERS,
     TABLE,
     TRAINERS,
     Decision,
     Path,
+    check_value,
+    choice,
+    section,
+    switch,
 )
 from rlhf.deepspeed.reader import Document, is_accelerates, leaves, read
-from rlhf.deepspeed.values import AUTO, check, choice, section, switch
 
 COMMENTS = ("_", "comment", "//", "#")
 """How keys begin that stand for comments."""
@@ -90,7 +94,7 @@ def _take(path: Path, document: Document, *, new: Document) -> None:
         new.notes.append(f"{document.name}: neither Accelerate nor this run reads {'.'.join(path)}")
         return
     if value is not None:
-        check(value, key=key, path=path, where=document.where)
+        check_value(value, key=key, path=path, where=document.where)
     if key.setting:
         new.renamed[path] = tuple(key.setting.split("."))
         is_none = value == "none" and path[-1].endswith("_path")

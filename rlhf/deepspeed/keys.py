@@ -1,4 +1,4 @@
-"""What becomes of every key of a DeepSpeed configuration: the rows of `keys.yaml`, looked up by path.
+"""What becomes of every key of a DeepSpeed configuration: the rows of `keys.yaml`, looked up by path and read.
 
 `python -m rlhf.deepspeed.keys > docs/deepspeed.md` writes the page that shows them.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path as FilePath
@@ -163,6 +164,138 @@ TRAINERS: dict[str, list[str]] = _FILE["trainers"]
 """Keys at the top level that only configurations of a trainer have."""
 SHARED_WITH_TRAINERS: list[str] = _FILE["shared_with_trainers"]
 """Keys at the top level that DeepSpeed and trainers have."""
+
+
+# Values.
+
+AUTO = "auto"
+_ON, _OFF = ("true", "on", "yes", "y", "t", "1"), ("false", "off", "no", "n", "f", "0")
+_TYPES: dict[Kind, tuple[Callable[[Any], bool], str]] = {
+    Kind.text: (lambda value: not isinstance(value, Mapping | list), "a text"),
+    Kind.folder: (lambda value: isinstance(value, str), "the path of a folder on a local disk"),
+    Kind.items: (lambda value: isinstance(value, list | tuple), "a list"),
+    Kind.other: (lambda value: True, ""),
+}
+"""Kinds whose values are taken as they are: the test, and what is expected."""
+
+
+def read_value(value: Any, kind: Kind, *, where: str, among: tuple[str, ...] = (), least: float = 0) -> Any:
+    """`value` as `kind`, by DeepSpeed's rules (5e8 and "3" are whole numbers); a number is at least `least`.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    if kind in (Kind.integer, Kind.number):
+        return (integer if kind is Kind.integer else number)(value, where=where, least=least)
+    if kind in (Kind.switch, Kind.section):
+        return (switch if kind is Kind.switch else section)(value, where=where)
+    if kind is Kind.choice:
+        return choice(str(value).lower(), among=among, where=where)
+    fits, expected = _TYPES[kind]
+    if not fits(value):
+        raise _unfit(value, where, expected=expected)
+    return value
+
+
+def check_value(value: Any, *, key: Key, path: Path, where: Callable[[Path], str]) -> None:
+    """Check a value, not null or auto, also where nothing here depends on it.
+
+    Args:
+        value: what the file has.
+        key: the row that decides about it.
+        path: where the value is.
+        where: gives the place of a path, for errors.
+
+    Raises:
+        ValueError: DeepSpeed would not take it.
+    """
+    # A number that is ignored may be negative or infinite, as in DeepSpeed.
+    least = -math.inf if key.decision is Decision.ignored else 0
+    fields = key.fields or {}
+    if ".".join(path) != key.path:  # a key in a section that is one row
+        read_value(value, fields.get(path[-1], Kind.other), where=where(path), least=least)
+        return
+    read_value(value, key.kind, where=where(path), among=key.among, least=least)
+    for name, kind in fields.items():
+        if value.get(name) not in (None, AUTO):
+            read_value(value[name], kind, where=where((*path, name)), least=least)
+
+
+def integer(value: Any, *, where: str, least: float = 0) -> int:
+    """A whole number, however it is written, of `least` or more."""
+    found = value if isinstance(value, int) and value >= least else number(value, where=where, least=least)
+    if isinstance(found, float) and not found.is_integer():
+        raise _unfit(value, where, expected="a whole number")
+    return int(found)
+
+
+def number(value: Any, *, where: str, least: float = 0) -> float:
+    """A number of `least` or more, finite unless there is no least."""
+    try:
+        found = float(value) if isinstance(value, int | float | str) else math.nan
+    except (ValueError, OverflowError):
+        found = math.nan
+    if not (found >= least and (math.isfinite(found) or least == -math.inf)):
+        raise _unfit(value, where, expected="a number, or auto" if least < 0 else "a number of 0 or more, or auto")
+    return found
+
+
+def switch(value: Any, *, where: str) -> bool:
+    """A bool, which may be written as a text or as 1 or 0."""
+    word = str(int(value) if isinstance(value, float) and value in (0, 1) else value).lower()
+    if word not in _ON + _OFF:
+        raise _unfit(value, where, expected="true or false, or auto")
+    return word in _ON
+
+
+def choice(value: Any, *, among: tuple[str, ...], where: str) -> str:
+    """One of several words."""
+    if value not in among:
+        raise _unfit(value, where, expected=", ".join(among))
+    return str(value)
+
+
+def section(value: Any, *, where: str) -> Mapping[str, Any]:
+    """An object; null and auto are an empty one."""
+    if value is None or value == AUTO:
+        return {}
+    if not isinstance(value, Mapping):
+        raise _unfit(value, where, expected="an object, as in {...}")
+    return value
+
+
+def _unfit(value: Any, where: str, *, expected: str) -> ValueError:
+    hint = ""
+    if isinstance(value, str) and value.endswith(","):
+        hint = " A text without quotes goes to the end of its line, comma included."
+    elif isinstance(value, str) and value.lower() in expected.split(", "):
+        hint = " Write it in lower case."
+    elif isinstance(value, str) and value.isupper():
+        hint = " Is it a placeholder that was to be filled in?"
+    return ValueError(f"{where}={value!r}: expected {expected}.{hint}")
+
+
+def is_refused(key: Key, value: Any) -> bool:
+    """Whether a value of a refused key asks for what is not here."""
+    if value is None or value == AUTO:
+        return False
+    if key.allowed:
+        return value not in key.allowed and str(value).lower() not in {str(word).lower() for word in key.allowed}
+    return asks(value)
+
+
+def asks(value: Any) -> bool:
+    """Whether a value asks for anything: a section does unless it is empty or everything in it is switched off."""
+    if not isinstance(value, Mapping):
+        return bool(value) and value != AUTO and str(value).lower() not in _OFF
+    switches = [value[name] for name in ("enabled", "shared_parameters") if name in value]
+    if switches:
+        return asks(switches[0])
+    parts = [part for part in value.values() if isinstance(part, Mapping)]
+    return any(map(asks, parts)) if parts else bool(value)
+
+
+# The documentation.
 
 
 def page() -> str:

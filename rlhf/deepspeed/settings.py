@@ -6,27 +6,96 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import fields
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, NamedTuple
 
 from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice, Precision
 from rlhf.config.optimizer_config import OptimizerConfig, Schedule
-from rlhf.deepspeed.deepspeed_schedules import SHAPES
-from rlhf.deepspeed.keys import TABLE
-from rlhf.deepspeed.values import AUTO, Origin, Reading, asks, choice, integer, number, switch
+from rlhf.deepspeed.arithmetic import SHAPES
+from rlhf.deepspeed.keys import AUTO, TABLE, Path, asks, choice, integer, number, read_value, section, switch
+from rlhf.deepspeed.reader import Document
 
 _ZERO = "zero_optimization"
 _OLD_SWITCHES = {"offload_optimizer": f"{_ZERO}.cpu_offload", "offload_param": f"{_ZERO}.cpu_offload_param"}
 """The offload blocks, and the switches that were there before them."""
-_OLD_PIN = f"{_ZERO}.cpu_offload_use_pin_memory"
-_HALVES = {
-    **dict.fromkeys(("bf16", "bfloat16", "torch.bfloat16"), Precision.bf16),
-    **dict.fromkeys(("fp16", "float16", "torch.float16", "half"), Precision.fp16),
-}
 _ENABLED = ("fp16.enabled", "bf16.enabled")
-_CASTS_TO = "torch_autocast.dtype"
-_SCHEDULES = {shape.__name__: Schedule(kind) for kind, shape in SHAPES.items()}
+SCHEDULES = {shape.__name__: Schedule(kind) for kind, shape in SHAPES.items()}
+"""The schedule by its name in DeepSpeed."""
 _TORCH_WEIGHT_DECAY = 0.01
+
+
+class Origin(StrEnum):
+    """Why a setting has its value, as a text about the key."""
+
+    file = "{}"
+    auto = "{} is auto: the run's own"
+    default = "DeepSpeed's default of {}"
+
+
+class Setting(NamedTuple):
+    """What a configuration sets a setting to."""
+
+    value: Any
+    origin: Origin
+    place: str
+    """File, line and key."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A configuration under present names, and the settings that have been read from it so far."""
+
+    document: Document
+    settings: dict[str, Setting] = field(default_factory=dict)
+    """By dotted name, which begins with `engine` or `optimizer`."""
+    warnings: list[str] = field(default_factory=list)
+    decided: set[Path] = field(default_factory=set)
+    """Keys that a setting comes from."""
+
+    def section(self, dotted: str) -> dict[str, Any]:
+        """The content of a section; empty where it is not there."""
+        value: Any = self.document.content
+        path = _path(dotted)
+        for depth, name in enumerate(path, start=1):
+            value = section(value.get(name), where=self.document.where(path[:depth]))
+        return dict(value)
+
+    def raw(self, dotted: str) -> Any:
+        """The value of a key as it is written, None where it is not there."""
+        parent, _, name = dotted.rpartition(".")
+        return self.section(parent).get(name)
+
+    def has(self, dotted: str) -> bool:
+        """Whether a key or section says anything: it is neither missing nor null nor auto."""
+        return self.raw(dotted) not in (None, AUTO)
+
+    def value(self, dotted: str) -> Any:
+        """The value of a key by the kind in the table; None where it is not there or auto."""
+        raw, key = self.raw(dotted), TABLE.find(_path(dotted))
+        assert key is not None, dotted
+        return None if raw in (None, AUTO) else read_value(raw, key.kind, where=self.where(dotted), among=key.among)
+
+    def where(self, dotted: str) -> str:
+        """Where a key is written, for messages."""
+        return self.document.where(_path(dotted))
+
+    def sets(
+        self, setting: str, value: Any, *, key: str, also: Iterable[str] = (), origin: Origin = Origin.file
+    ) -> None:
+        """Note that `key`, and the keys of `also` as far as they are there, decide a setting by its dotted name."""
+        paths = [_path(dotted) for dotted in (key, *also)]
+        self.decided.update(paths if origin is not Origin.default else [])
+        written = dict.fromkeys(place for path in paths for place in self.document.written_at(path))
+        first = self.where(key)
+        others = [".".join(place) for place in written if place in self.document.written]
+        place = ", ".join([first, *(other for other in others if not first.endswith(f": {other}"))])
+        self.settings[setting] = Setting(value, origin, place)
+
+
+def _path(dotted: str) -> Path:
+    return tuple(dotted.split(".")) if dotted else ()
 
 
 def read_engine(reading: Reading, own: EngineConfig) -> None:
@@ -38,8 +107,14 @@ def read_engine(reading: Reading, own: EngineConfig) -> None:
     _copy(reading, own, sections=("zero_optimization.",))
     if reading.has(_ZERO):
         _read_stage(reading, own)
-    _read_precision(reading, own)
-    _read_activations(reading)
+    if reading.has("fp16") or reading.has("bf16"):
+        _read_precision(reading, own)
+    names = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints")
+    asked = [path for name in names if reading.value(path := f"activation_checkpointing.{name}")]
+    if asked:
+        reading.sets("engine.activation_checkpointing", True, key=asked[0], also=asked)
+    if "activation_checkpointing.cpu_checkpointing" in asked:
+        reading.sets("engine.activation_offload", True, key="activation_checkpointing.cpu_checkpointing")
 
 
 def read_optimizer(reading: Reading, own: OptimizerConfig) -> None:
@@ -93,8 +168,8 @@ def _read_stage(reading: Reading, own: EngineConfig) -> None:
         raise ValueError(f"{reading.where(path)}={raw!r}: expected 0, 1, 2 or 3.")
     if raw is None:
         reading.sets("engine.zero_stage", 0, key=path, origin=Origin.default)
-    for block, least in zip(_OLD_SWITCHES, (1, 3), strict=True):
-        _read_device(reading, block, least=least, stage=stage)
+    _read_device(reading, "offload_optimizer", least=1, stage=stage)
+    _read_device(reading, "offload_param", least=3, stage=stage)
     _read_blocks(reading)
     path = f"{_ZERO}.stage3_model_persistence_threshold"
     limit = reading.value(path)
@@ -130,78 +205,28 @@ def _read_device(reading: Reading, block: str, *, least: int, stage: int) -> Non
 
 def _read_blocks(reading: Reading) -> None:
     """One folder, one set of buffers and one way to lock memory serve both offload blocks."""
-    blocks = {f"{_ZERO}.{block}": old for block, old in _OLD_SWITCHES.items()}
+    blocks = [f"{_ZERO}.{block}" for block in _OLD_SWITCHES]
     on_disk = [block for block in blocks if reading.raw(f"{block}.device") == "nvme"]
-    folders = {path: reading.value(path) for block in on_disk if reading.has(path := f"{block}.nvme_path")}
-    if folders:
-        path, folder = next(iter(folders.items()))
-        reading.sets("engine.nvme_path", folder, key=path, also=folders)
-        if len(set(folders.values())) > 1:
-            reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {folder}")
-    in_use = [block for block, old in blocks.items() if reading.raw(block) is not None or reading.value(old)]
-    pins = [f"{block}.pin_memory" for block in blocks]
-    pins += [_OLD_PIN] if not all(reading.raw(f"{block}.pin_memory") is not None for block in in_use) else []
-    for setting, paths in (("buffer_count", [f"{block}.buffer_count" for block in on_disk]), ("pin_memory", pins)):
-        values = {path: reading.value(path) for path in paths if reading.has(path)}
-        path = max(values, key=values.__getitem__, default="")
-        if path and (setting == "pin_memory" or values[path]):  # a buffer_count of 0 says nothing
-            reading.sets(f"engine.{setting}", values[path], key=path, also=values)
+    for name, users in (("nvme_path", on_disk), ("buffer_count", on_disk), ("pin_memory", blocks)):
+        values = {path: reading.value(path) for block in users if reading.has(path := f"{block}.{name}")}
+        # The optimizer's folder, or the larger number: memory is pinned where one block says so.
+        path = next(iter(values), "") if name == "nvme_path" else max(values, key=values.__getitem__, default="")
+        if path and (values[path] or name != "buffer_count"):  # a buffer_count of 0 says nothing
+            reading.sets(f"engine.{name}", values[path], key=path, also=values)
+        if name == "nvme_path" and len(set(values.values())) > 1:
+            reading.warnings.append(f"nvme_path differs between the two blocks; all goes to {values[path]}")
 
 
-# Precision and activations.
+# Precision.
 
 
 def _read_precision(reading: Reading, own: EngineConfig) -> None:
-    halves = {
-        "fp16": _is_on(reading, "fp16", own_says=own.precision == Precision.fp16),
-        "bf16": _is_on(reading, "bf16", own_says=own.precision in (Precision.bf16, Precision.auto)),
-    }
-    if all(halves.values()):
-        if AUTO not in map(reading.raw, _ENABLED):
-            raise ValueError(f"{reading.where('fp16.enabled')}=true and bf16.enabled=true: expected one of them.")
-        halves["fp16" if reading.raw("fp16.enabled") == AUTO else "bf16"] = False
-    casts_to = _autocast(reading, halves)
-    if casts_to and not any(halves.values()):
-        reading.sets("engine.precision", casts_to, key="torch_autocast.enabled", also=(_CASTS_TO, *_ENABLED))
-    elif reading.has("fp16") or reading.has("bf16"):
-        _set_precision(reading, own, halves=halves)
-    if halves["fp16"] and "engine.precision" in reading.settings:
-        _read_loss_scale(reading, own)
-    if halves["bf16"] and reading.value("bf16.bf16_optimizer_states"):
-        reading.sets("engine.moments", MomentDtype.bf16, key="bf16.bf16_optimizer_states")
-    _check_parameters(reading)
-
-
-def _is_on(reading: Reading, section: str, *, own_says: bool) -> bool:
-    path = f"{section}.enabled"
-    return own_says if reading.raw(path) == AUTO else bool(reading.value(path))
-
-
-def _autocast(reading: Reading, halves: dict[str, bool]) -> Precision | None:
-    """What `torch_autocast` computes in, if it is on; a half that is only `auto` gives way to it.
-
-    Raises:
-        ValueError: it is another precision than that of a half that the file switches on.
-    """
-    if not reading.value("torch_autocast.enabled"):
-        return None
-    raw = reading.raw(_CASTS_TO)
-    word = None if raw in (None, AUTO) else choice(raw, among=tuple(_HALVES), where=reading.where(_CASTS_TO))
-    for half, is_on in halves.items():
-        if word is None or not is_on or _HALVES[word] == half:
-            continue
-        if reading.raw(f"{half}.enabled") != AUTO:
-            raise ValueError(
-                f"{reading.where(_CASTS_TO)}={raw}: but {half}.enabled=true; expected one precision. Make the former "
-                f"{half} too, or switch one of the two off."
-            )
-        halves[half] = False
-    return _HALVES[word or "bf16"]
-
-
-def _set_precision(reading: Reading, own: EngineConfig, *, halves: dict[str, bool]) -> None:
-    on = [half for half, is_on in halves.items() if is_on]
-    autos = [half for half in halves if reading.raw(f"{half}.enabled") == AUTO]
+    own_says = {"fp16": own.precision == Precision.fp16, "bf16": own.precision in (Precision.bf16, Precision.auto)}
+    autos = [half for half in own_says if reading.raw(f"{half}.enabled") == AUTO]
+    on = [half for half in own_says if (own_says[half] if half in autos else reading.value(f"{half}.enabled"))]
+    if len(on) == 2 and not autos:
+        raise ValueError(f"{reading.where('fp16.enabled')}=true and bf16.enabled=true: expected one of them.")
+    on = [half for half in on if len(on) == 1 or half not in autos]  # auto gives way
     is_silent = autos == ["fp16"] and not reading.has("bf16")  # fp16 is auto, and nothing is said about bf16
     if on and on[0] not in autos:
         reading.sets("engine.precision", Precision(on[0]), key=f"{on[0]}.enabled", also=_ENABLED)
@@ -209,42 +234,19 @@ def _set_precision(reading: Reading, own: EngineConfig, *, halves: dict[str, boo
         key = f"{(on or autos)[0]}.enabled"
         reading.sets("engine.precision", own.precision, key=key, also=_ENABLED, origin=Origin.auto)
     else:
-        half = next(name for name in halves if reading.has(name))
+        half = next(name for name in own_says if reading.has(name))
         reading.sets("engine.precision", Precision.fp32, key=f"{half}.enabled", also=_ENABLED)
-
-
-def _read_loss_scale(reading: Reading, own: EngineConfig) -> None:
-    _copy(reading, own, sections=("fp16.",))
-    given = reading.section("fp16")
-    for key in TABLE:
-        if key.path.startswith("fp16.") and key.setting and key.path.partition(".")[2] not in given:
-            reading.sets(key.setting, key.default, key=key.path, origin=Origin.default)
-
-
-def _check_parameters(reading: Reading) -> None:
-    """Raises ValueError where `data_types.param_dtype` is another precision than the rest of the file, as DeepSpeed."""
-    path = "data_types.param_dtype"
-    raw, setting = reading.raw(path), reading.settings.get("engine.precision")
-    if raw in (None, AUTO) or setting is None or setting.value == Precision.auto:
-        return
-    if _HALVES.get(str(raw).lower(), Precision.fp32) != setting.value:
-        raise ValueError(
-            f"{reading.where(path)}={raw}: but {setting.value} by {setting.place}; expected the same. Remove the first."
-        )
-
-
-def _read_activations(reading: Reading) -> None:
-    names = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints")
-    asked = [path for name in names if reading.value(path := f"activation_checkpointing.{name}")]
-    if asked:
-        reading.sets("engine.activation_checkpointing", True, key=asked[0], also=asked)
-    if "activation_checkpointing.cpu_checkpointing" in asked:
-        reading.sets("engine.activation_offload", True, key="activation_checkpointing.cpu_checkpointing")
+    if on == ["fp16"]:
+        _copy(reading, own, sections=("fp16.",))
+        written = reading.section("fp16")
+        for row in TABLE:
+            if row.path.startswith("fp16.") and row.setting and row.path.removeprefix("fp16.") not in written:
+                reading.sets(row.setting, row.default, key=row.path, origin=Origin.default)
+    if on == ["bf16"] and reading.value("bf16.bf16_optimizer_states"):
+        reading.sets("engine.moments", MomentDtype.bf16, key="bf16.bf16_optimizer_states")
 
 
 # AdamW and its schedule.
-
-
 def _is_decoupled(reading: Reading) -> bool:
     """Whether weight decay is AdamW's: the type AdamW decides that whatever adam_w_mode says, as in DeepSpeed."""
     mode = reading.raw("optimizer.params.adam_w_mode")
@@ -271,12 +273,12 @@ def _read_adamw(reading: Reading, own: OptimizerConfig) -> None:
 
 def _read_schedule(reading: Reading) -> None:
     kind = reading.raw("scheduler.type")
-    if not isinstance(kind, str) or kind not in _SCHEDULES:
+    if not isinstance(kind, str) or kind not in SCHEDULES:
         raise ValueError(
-            f"{reading.where('scheduler.type')}={kind!r}: expected one of {', '.join(_SCHEDULES)}. For another shape "
+            f"{reading.where('scheduler.type')}={kind!r}: expected one of {', '.join(SCHEDULES)}. For another shape "
             f"leave the section out and set optimizer.schedule."
         )
-    shape = {field.name: str(field.type) for field in fields(SHAPES[_SCHEDULES[kind]]) if field.name != "lr"}
+    shape = {field.name: str(field.type) for field in fields(SHAPES[SCHEDULES[kind]]) if field.name != "lr"}
     options: dict[str, Any] = {}
     for name in reading.section("scheduler.params"):
         path = f"scheduler.params.{name}"
@@ -287,7 +289,7 @@ def _read_schedule(reading: Reading) -> None:
     says_nothing = reading.raw("scheduler.params") != AUTO and reading.raw("scheduler.params.warmup_num_steps") is None
     if "warmup_num_steps" in shape and says_nothing:
         options["warmup_num_steps"] = 1000
-    reading.sets("optimizer.schedule", _SCHEDULES[kind], key="scheduler.type")
+    reading.sets("optimizer.schedule", SCHEDULES[kind], key="scheduler.type")
     params = [f"scheduler.params.{name}" for name in options]
     reading.sets("optimizer.schedule_options", options, key="scheduler.params", also=params)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from rlhf.algorithms.schedules import learning_rate_multiplier
 from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.deepspeed.deepspeed_schedules import SHAPES, Betas, DeepSpeedSchedule, deepspeed_schedule
+from rlhf.deepspeed.arithmetic import SHAPES, DeepSpeedSchedule, deepspeed_schedule
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.gradients import GradientNorm, Gradients
 from rlhf.engine.loss_scale import LossScale
@@ -83,7 +83,7 @@ class Updater:
         if not skip:
             # The optimizer applies the factor as it reads each gradient: no pass over memory for clipping.
             factor = self._clip(norm) / scale.value
-            self.optimizer.step(touched, lr=result.lr, scale=factor, betas=self.betas)
+            self.optimizer.step(touched, lr=result.lr, scale=factor)
             self.steps_taken += 1
         self.gradients.clear()
         self._count(skipped=skip, norm=norm)
@@ -102,13 +102,6 @@ class Updater:
             warmup_steps=config.warmup_of(self._total_steps),
             min_ratio=config.min_ratio,
         )
-
-    @property
-    def betas(self) -> Betas:
-        """AdamW's decay rates in the next step: the run's own, unless DeepSpeed's schedule cycles them."""
-        schedule = self._deepspeed_schedule
-        cycled = None if schedule is None else schedule.betas_at(self.steps_taken)
-        return cycled or Betas(*self._config.betas)
 
     def counters(self) -> dict[str, Any]:
         """All that a resumed run needs besides tensors."""

@@ -10,10 +10,10 @@ import pytest
 
 from rlhf.config.engine_config import Precision
 from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.deepspeed.apply import with_deepspeed
 from rlhf.deepspeed.keys import TABLE, Decision, Kind
 from rlhf.deepspeed.reader import leaves
-from stages.setup.deepspeed_settings import with_deepspeed
-from tests.stages.setup.test_deepspeed_settings import composed
+from tests.deepspeed.test_apply import composed
 
 _BY_KIND = {
     Kind.integer: 7,
@@ -36,8 +36,6 @@ _OWN_VALUES = {
     "scheduler.params.warmup_max_lr": 0.2,
     "scheduler.params.warmup_num_steps": 3,
     "scheduler.params.warmup_type": "linear",
-    "torch_autocast.dtype": "bfloat16",
-    "data_types.param_dtype": "auto",  # it would have to fit the rest
     "zero_optimization.stage": 3,
     "zero_optimization.offload_optimizer.device": "cpu",
     "zero_optimization.offload_param.device": "cpu",
@@ -73,8 +71,6 @@ def configuration(chosen, *, draw=None):
     both = [content.get(half, {}).get("enabled") for half in ("fp16", "bf16")]
     if None not in both:
         content["fp16"]["enabled"] = False
-    if content.get("fp16", {}).get("enabled") and "torch_autocast" in content:
-        content["torch_autocast"]["dtype"] = "float16"
     return content
 
 
@@ -84,7 +80,7 @@ def said_of(content, caplog, *, stage="sft"):
     run = composed(f"stage={stage}")
     config = getattr(run, stage)
     engine = dataclasses.replace(config.engine, deepspeed=content)
-    with caplog.at_level(logging.INFO, logger="stages.setup.deepspeed_settings"):
+    with caplog.at_level(logging.INFO, logger="rlhf.deepspeed.apply"):
         with_deepspeed(dataclasses.replace(run, **{stage: dataclasses.replace(config, engine=engine)}), ranks=1)
     return caplog.text
 
@@ -127,7 +123,7 @@ def test_every_key_in_company_has_a_line(seed, caplog):
     [
         {"bf16": {"enabled": True}, "bfloat16": {"enabled": False}, "fp16": {"enabled": False, "loss_scale": 0}},
         {"bf16": {"enabled": True}, "fp16": {"enabled": "auto", "hysteresis": 2, "min_loss_scale": 1}},
-        {"fp16": {"enabled": False, "loss_scale": 3, "auto_cast": True}, "torch_autocast": {"enabled": True}},
+        {"fp16": {"enabled": False, "loss_scale": 3, "auto_cast": True}, "torch_autocast": {"enabled": False}},
         {"fp16": "auto", "bf16": None, "zero_optimization": True, "scheduler": None, "optimizer": "auto"},
         {"zero_optimization": {"stage": 2, "cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
         {"zero_optimization": {"stage": 3, "cpu_offload": False, "cpu_offload_params": True,
@@ -141,8 +137,8 @@ def test_every_key_in_company_has_a_line(seed, caplog):
         {"optimizer": {"params": {"lr": 1, "betas": [0, 1]}}, "scheduler": {"params": {"warmup_num_steps": 3}}},
         {"optimizer": {"type": "AdamW", "params": "auto"}, "gradient_clipping": None, "amp": {"enabled": False}},
         {"data_efficiency": {"enabled": False, "data_routing": {"enabled": True, "random_ltd": {"x": 1}}}},
-        {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": [1], "decay_lr_rate": "auto",
-                                                      "last_batch_iteration": -1, "cycle_second_step_size": None}}},
+        {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0.1], "warmup_type": "odd",
+                                                      "warmup_num_steps": "auto", "last_batch_iteration": -1}}},
         {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": None},
         {"activation_checkpointing": {"partition_activations": True, "cpu_checkpointing": True, "profile": False,
                                       "contiguous_memory_optimization": False, "number_checkpoints": 0}},
@@ -164,7 +160,7 @@ def test_a_value_that_one_model_uses_is_not_said_to_have_no_effect(caplog):
 
 def test_what_the_command_line_says_too_keeps_its_line(caplog):
     run = composed("engine.deepspeed={zero_optimization: {stage: 3}}", "stage=sft", "engine.zero_stage=3")
-    with caplog.at_level(logging.INFO, logger="stages.setup.deepspeed_settings"):
+    with caplog.at_level(logging.INFO, logger="rlhf.deepspeed.apply"):
         with_deepspeed(run, ranks=1, overridden=["engine.zero_stage"])
     assert "engine.zero_stage = 3  <- engine.deepspeed: zero_optimization.stage" in caplog.text
 

@@ -15,12 +15,12 @@ from hydra import compose, initialize_config_dir
 
 from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.optimizer_config import Schedule
+from rlhf.deepspeed.apply import with_deepspeed
 from stages.lifecycle.stage_record import settings_of
 from stages.setup.command_line import overridden_keys
 from stages.setup.compose import CONF_DIR, load_run, register_schema, save_run, to_run
-from stages.setup.deepspeed_settings import with_deepspeed
 
-ROOT = Path(__file__).parents[3]
+ROOT = Path(__file__).parents[2]
 GENERAL = ["experiment=custom", "model.path=somewhere"]
 OFFLOAD = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}, "bf16": {"enabled": True}}
 
@@ -86,7 +86,7 @@ def test_a_mapping_does_as_well_as_a_file():
 
 
 def test_a_mapping_is_called_what_it_was_given_as_and_said_once(caplog):
-    with caplog.at_level(logging.INFO, logger="stages.setup.deepspeed_settings"):
+    with caplog.at_level(logging.INFO, logger="rlhf.deepspeed.apply"):
         run_of("stage=[sft,ppo]", "engine.deepspeed={zero_optimization: {stage: 2}, stepss_per_print: 1}")
     assert (
         caplog.text.count("engine.zero_stage = 2  <- engine.deepspeed: zero_optimization.stage  [sft, ppo actor") == 1
@@ -183,7 +183,8 @@ def test_a_batch_size_of_the_command_line_stands_where_the_file_gives_the_other(
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, ["stage=sft"],
          r"engine\.nvme_path is missing.*With the values of engine\.deepspeed"),
         ("{a: 1\n a: 2}", ["stage=sft"], r"ds\.json:2: a is there twice"),
-        ({}, ["stage=sft", "sft.optimizer.schedule=one_cycle"], r"sft\.optimizer\.schedule_options: .*lacks cycle_min"),
+        ({}, ["stage=sft", "sft.optimizer.schedule=warmup_lr", "++sft.optimizer.schedule_options.total_num_steps=3"],
+         r"sft\.optimizer\.schedule_options: .*found total_num_steps, expected some of lr, warmup_num_steps"),
     ],
 )  # fmt: skip
 def test_values_that_the_run_cannot_have_are_refused(file, content, overrides, sentence):
@@ -203,7 +204,7 @@ def test_the_start_says_every_setting_with_its_origin(file, caplog):
         "train_batch_size": 32,
         "wall_clock_breakdwn": False,
     }
-    with caplog.at_level(logging.INFO, logger="stages.setup.deepspeed_settings"):
+    with caplog.at_level(logging.INFO, logger="rlhf.deepspeed.apply"):
         run_of("stage=[sft,ppo]", f"engine.deepspeed={file(content)}")
     text = caplog.text
     for line in (
