@@ -83,7 +83,7 @@ def test_a_schedule_of_deepspeed_reaches_the_update():
 
 
 def test_the_runs_own_schedule_is_a_share_of_the_rate():
-    settings = tiny.optimizer_config(lr=0.5, schedule="linear", warmup_steps=0, betas=[0.9, 0.95])
+    settings = tiny.optimizer_config(lr=0.5, schedule="linear", warmup_steps=0)
     updater = tiny.engine(World.alone(), 0, optimizer=settings)._updater
     updater.steps_taken = 1
-    assert (updater.lr, updater.betas) == (0.5 * 0.9, (0.9, 0.95))  # 10 steps
+    assert updater.lr == 0.5 * 0.9  # 10 steps
