@@ -77,7 +77,7 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
 def ours(case: Case, folder: Path) -> Step:
     """Our engine."""
     from rlhf.config.engine_config import EngineConfig
-    from rlhf.config.optimizer_config import OptimizerConfig
+    from rlhf.config.stage_configs import OptimizerConfig
     from rlhf.engine.engine import build_engine
     from rlhf.models.causal_lm import causal_lm_module
     from rlhf.models.meta_init import assemble

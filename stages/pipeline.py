@@ -11,8 +11,7 @@ from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from rlhf.config.run_config import RunConfig
-from rlhf.config.tracking_config import ProgressDisplay
+from rlhf.config.run_config import ProgressDisplay, RunConfig
 from rlhf.deepspeed.apply import with_deepspeed
 from rlhf.memory_plan.plan_text import check_memory, show_plan
 from rlhf.runtime import launch

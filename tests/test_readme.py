@@ -114,7 +114,7 @@ def smaller(command, checkout):
 
 def own_files(folder):
     """A model and data of the user's in the working directory."""
-    from rlhf.config.model_config import Embedded
+    from rlhf.config.run_config import Embedded
     from rlhf.models.embedded import prepare
 
     prepare(Embedded.tiny, folder / "model")

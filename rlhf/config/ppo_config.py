@@ -19,8 +19,7 @@ from rlhf.config.bounds import (
     require,
 )
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.config.stage_configs import BestMetric, SamplingConfig, TrainingConfig, inherited
+from rlhf.config.stage_configs import BestMetric, OptimizerConfig, SamplingConfig, TrainingConfig, inherited
 
 
 class KLKind(StrEnum):

@@ -12,11 +12,9 @@ from enum import StrEnum
 from pathlib import Path
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.model_config import LoraConfig
-from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.ppo_config import POLICIES, AdvantageKind
 from rlhf.config.run_config import STAGES, RunConfig
-from rlhf.config.stage_configs import SupervisedConfig
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SupervisedConfig
 
 PRODUCTS = {"sft": ("model",), "reward": ("model",), **dict.fromkeys(POLICIES, ("actor", "critic"))}
 """Names of the models that each stage leaves in its folder, and those of its best evaluation in `best/` there."""

@@ -1,4 +1,4 @@
-"""Settings of a whole run: the root of the configuration, and launch, checkpoints and memory.
+"""Settings of a whole run: the root of the configuration, and model, tracking, launch, checkpoints and memory.
 
 `conf/` holds the numbers; the text under a field says its unit and its consequence. See also: the other files of this
 folder, one per group.
@@ -7,6 +7,7 @@ folder, one per group.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from rlhf.config.bounds import (
     Count,
@@ -22,10 +23,66 @@ from rlhf.config.bounds import (
 from rlhf.config.data_config import DataConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import ChatConfig, EvalConfig
-from rlhf.config.model_config import ModelConfig
 from rlhf.config.ppo_config import POLICIES, PPOConfig
 from rlhf.config.stage_configs import RewardConfig, SFTConfig, StageConfig, SupervisedConfig, TrainingConfig
-from rlhf.config.tracking_config import TrackingConfig
+
+
+class Embedded(StrEnum):
+    """Models that the project can make without a model hub."""
+
+    smollm2 = "smollm2"
+    tiny = "tiny"
+
+
+@dataclass(kw_only=True)
+class ModelConfig(Settings):
+    """The pretrained model that the run starts from."""
+
+    path: str
+    """A folder, or a hub id such as `Qwen/Qwen3-0.6B` (the only thing that makes the run use the network)."""
+    embedded: Embedded | None = None
+    """Make this model at `path` first, if the folder is not there; null when `path` already is a model."""
+    chat_template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template; null keeps the tokenizer's own."""
+    pad_token: str | None = None
+    """Token to pad with; null finds one that never occurs in a text (see `rlhf/text/tokenizer.py`)."""
+
+
+class WandbMode(StrEnum):
+    """Mode of W&B; auto is online with a key and a reachable server, else offline. It never prompts."""
+
+    auto = "auto"
+    online = "online"
+    offline = "offline"
+    disabled = "disabled"
+
+
+class ProgressDisplay(StrEnum):
+    """Progress display; auto is a bar on a terminal and plain lines elsewhere."""
+
+    auto = "auto"
+    bar = "bar"
+    plain = "plain"
+    quiet = "quiet"
+
+
+@dataclass(kw_only=True)
+class TrackingConfig(Settings):
+    """Logging, W&B and the report."""
+
+    wandb: WandbMode = WandbMode.auto
+    """Mode of W&B."""
+    project: str = "rlhf-pipeline"
+    """W&B project."""
+    entity: str | None = None
+    """W&B team or user; null is the key's default."""
+    progress: ProgressDisplay = ProgressDisplay.auto
+    """Progress display on the terminal."""
+    log_every: Count = 1
+    """Optimizer steps (in PPO: iterations) between two rows of `metrics.jsonl`."""
+    report: bool = True
+    """Write `report.html` after each stage and of the whole run: some seconds each."""
+
 
 STAGES = ("sft", "reward", "ppo")
 """The stages, in the order in which they run."""

@@ -13,10 +13,9 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.roles import Role, all_roles
 from rlhf.config.run_config import RunConfig
-from rlhf.config.stage_configs import StageConfig
+from rlhf.config.stage_configs import OptimizerConfig, StageConfig
 from rlhf.deepspeed.arithmetic import MICRO, SHAPES, STEPS, TRAIN, Batch, deepspeed_schedule, has_numbers, solve_batch
 from rlhf.deepspeed.dialects import COMMENTS, read_deepspeed
 from rlhf.deepspeed.keys import (

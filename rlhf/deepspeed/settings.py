@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice, Precision
-from rlhf.config.optimizer_config import OptimizerConfig, Schedule
+from rlhf.config.stage_configs import OptimizerConfig, Schedule
 from rlhf.deepspeed.arithmetic import SHAPES
 from rlhf.deepspeed.keys import AUTO, TABLE, Path, asks, choice, integer, number, read_value, section, switch
 from rlhf.deepspeed.reader import Document

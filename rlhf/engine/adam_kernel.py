@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 
 VECTOR_ELEMENTS = 64
 """No cut is made between two multiples of it; see [Note: bits]."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.fsdp_units import ParameterGroup
 from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, Update
 from rlhf.engine.offload.placement import Placement

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, optimizer_tensors

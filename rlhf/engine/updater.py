@@ -6,7 +6,7 @@ import logging
 from typing import Any, NamedTuple
 
 from rlhf.algorithms.schedules import learning_rate_multiplier
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.deepspeed.arithmetic import SHAPES, DeepSpeedSchedule, deepspeed_schedule
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.gradients import GradientNorm, Gradients

@@ -1,7 +1,7 @@
 """Compares two models by their responses to the same prompts, and measures how good a reward model is.
 
 Plain lists come in, plain dictionaries go out and into `results.json`. A share has Wilson's interval, a mean that of a
-bootstrap over prompts (`algorithms/intervals.py`). The difference of two models is taken prompt by prompt, so what a
+bootstrap over prompts (`algorithms/statistics.py`). The difference of two models is taken prompt by prompt, so what a
 prompt does to both of them cancels. Left out: tests of significance, and win rates corrected for length by a regression
 (Dubois et al. 2024, arXiv:2404.04475); the win rates of longer and of shorter responses are given instead.
 """
@@ -17,8 +17,14 @@ from typing import Any
 
 import torch
 
-from rlhf.algorithms.calibration import expected_calibration_error, fitted_temperature, preference_nll, reliability
-from rlhf.algorithms.intervals import bootstrap_mean, wilson
+from rlhf.algorithms.statistics import (
+    bootstrap_mean,
+    expected_calibration_error,
+    fitted_temperature,
+    preference_nll,
+    reliability,
+    wilson,
+)
 from rlhf.config.bounds import as_plain
 from rlhf.config.eval_config import EvalConfig
 from rlhf.evaluation.judges import Judgement

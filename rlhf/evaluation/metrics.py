@@ -17,8 +17,7 @@ from torch import Tensor
 from rlhf.algorithms.kl import clamped
 from rlhf.algorithms.masked import masked_mean
 from rlhf.algorithms.ppo import explained_variance
-from rlhf.algorithms.preference import pairwise_loss
-from rlhf.algorithms.sft import sft_loss
+from rlhf.algorithms.supervised_losses import pairwise_loss, sft_loss
 from rlhf.engine.engine import Engine
 from rlhf.models.causal_lm import position_ids
 from rlhf.models.scalar_head import last_token_scores

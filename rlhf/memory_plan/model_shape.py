@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlhf.config.model_config import Embedded, LoraConfig
 from rlhf.config.roles import ModelKind
+from rlhf.config.run_config import Embedded
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm_module
 from rlhf.models.embedded import embedded_config
 from rlhf.models.meta_init import ModelSpec, assemble, decoder_config

@@ -18,9 +18,8 @@ import torch
 
 from rlhf.algorithms.logprobs import chunk_elements_of
 from rlhf.config.engine_config import Precision
-from rlhf.config.model_config import Embedded
 from rlhf.config.roles import ModelKind, Role, maker_of, roles_of
-from rlhf.config.run_config import CheckpointConfig, RunConfig
+from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.model_shape import ModelShape
 from rlhf.memory_plan.plan import Item, Phase, Place, Plan

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf.algorithms.sft import sft_loss
+from rlhf.algorithms.supervised_losses import sft_loss
 from rlhf.config.bounds import as_plain
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import ModelKind

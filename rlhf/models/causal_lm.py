@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.meta_init import ModelSpec, assemble, build_on_meta, decoder_config
 from rlhf.models.model_folder import Checkpoint, local_folder
 from rlhf.models.transforms import with_dropout

@@ -32,7 +32,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rlhf.config.model_config import Embedded
+from rlhf.config.run_config import Embedded
 from rlhf.runtime.errors import load_auto
 
 logger = logging.getLogger(__name__)

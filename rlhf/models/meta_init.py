@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.lora import inject
 from rlhf.models.transforms import find_blocks
 from rlhf.models.weights import NewParameter, SeededWeights, Weights

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.meta_init import ModelSpec, assemble, build_on_meta, decoder_config
 from rlhf.models.model_folder import Checkpoint, local_folder
 from rlhf.models.transforms import first_layers, with_dropout

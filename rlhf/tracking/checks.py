@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.algorithms.intervals import Interval, Z, bootstrap_mean, wilson
+from rlhf.algorithms.statistics import Interval, Z, bootstrap_mean, wilson
 from rlhf.tracking.jsonl_log import Row, is_number
 from rlhf.tracking.metric_registry import ALL, PPO, REWARD
 from rlhf.tracking.text_table import number, with_ends

@@ -11,7 +11,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from rlhf.config.tracking_config import ProgressDisplay
+from rlhf.config.run_config import ProgressDisplay
 from rlhf.runtime.dist import World
 from rlhf.tracking.metric_registry import metric
 from rlhf.tracking.text_table import number, printable_lines

@@ -15,7 +15,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-from rlhf.config.tracking_config import TrackingConfig, WandbMode
+from rlhf.config.run_config import TrackingConfig, WandbMode
 from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World
 from rlhf.tracking.alerts import StageChecks

@@ -22,7 +22,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import wandb
 
-from rlhf.config.tracking_config import TrackingConfig, WandbMode
+from rlhf.config.run_config import TrackingConfig, WandbMode
 from rlhf.runtime.atomic_files import write_text
 from rlhf.tracking.jsonl_log import valid_json
 from rlhf.tracking.metric_registry import STEP

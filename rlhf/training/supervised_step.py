@@ -11,8 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.preference import pairwise_loss
-from rlhf.algorithms.sft import count_targets, sft_loss
+from rlhf.algorithms.supervised_losses import count_targets, pairwise_loss, sft_loss
 from rlhf.config.stage_configs import RewardConfig
 from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import logits_of

@@ -4,7 +4,7 @@ import pytest
 
 from rlhf.chat.chat_model import ChatModel, labels
 from rlhf.chat.conversation import Conversation, Turn, messages
-from rlhf.config.model_config import Embedded
+from rlhf.config.run_config import Embedded
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.models.embedded import prepare
 from rlhf.text.tokenize_rows import tokenize_prompt

@@ -18,17 +18,13 @@ from rlhf.config import (
     data_config,
     engine_config,
     eval_config,
-    model_config,
-    optimizer_config,
     ppo_config,
     run_config,
     stage_configs,
-    tracking_config,
 )
 from rlhf.config.bounds import Settings, accumulation, as_plain, bounds_of
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.model_config import LoraConfig
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig
 from stages.setup.command_line import check_overrides, known_keys
 from stages.setup.compose import CONF_DIR, load_run, register_schema, save_run, to_run
 
@@ -37,12 +33,9 @@ MODULES = (
     data_config,
     engine_config,
     eval_config,
-    model_config,
-    optimizer_config,
     ppo_config,
     run_config,
     stage_configs,
-    tracking_config,
 )
 GENERAL = ["experiment=custom", "model.path=somewhere"]
 

@@ -8,9 +8,7 @@ import pytest
 from data.loader import PromptLoader, TrainLoader, evaluation_batches, evaluation_prompts
 from data.samples import Prompt
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.model_config import LoraConfig
-from rlhf.config.optimizer_config import OptimizerConfig
-from rlhf.config.stage_configs import SFTConfig
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SFTConfig
 
 WORDS = ["x" * (1 + index * 7 % 13) + f"-{index}" for index in range(23)]
 

@@ -10,10 +10,8 @@ from data.samples import demonstrations, preferences, prompts
 from rlhf.config.data_config import BadRows, DataConfig, RewrittenTurns, StageDataConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import EvalConfig
-from rlhf.config.model_config import LoraConfig
-from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.ppo_config import PPOConfig
-from rlhf.config.stage_configs import RewardConfig, SFTConfig
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, RewardConfig, SFTConfig
 from rlhf.text.tokenizer import decode, load_tokenizer
 from tests import fakes
 

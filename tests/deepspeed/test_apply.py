@@ -14,7 +14,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from rlhf.config.engine_config import OffloadDevice, Precision
-from rlhf.config.optimizer_config import Schedule
+from rlhf.config.stage_configs import Schedule
 from rlhf.deepspeed.apply import with_deepspeed
 from stages.lifecycle.stage_record import settings_of
 from stages.setup.command_line import overridden_keys

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf.config.engine_config import EngineConfig, Precision
 from rlhf.config.engine_config import OffloadDevice as Offload
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.deepspeed.apply import fate_of, resolve
 from rlhf.deepspeed.dialects import read_deepspeed
 from rlhf.deepspeed.reader import parse

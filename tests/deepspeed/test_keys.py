@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.deepspeed.keys import TABLE, Decision, page
 
 ROOT = Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import re
 import pytest
 
 from rlhf.config.engine_config import Precision
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.deepspeed.apply import with_deepspeed
 from rlhf.deepspeed.keys import TABLE, Decision, Kind
 from rlhf.deepspeed.reader import leaves

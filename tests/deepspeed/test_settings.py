@@ -6,7 +6,7 @@ import pytest
 
 from rlhf.config.engine_config import EngineConfig, MomentDtype, Precision
 from rlhf.config.engine_config import OffloadDevice as Offload
-from rlhf.config.optimizer_config import OptimizerConfig, Schedule
+from rlhf.config.stage_configs import OptimizerConfig, Schedule
 from rlhf.deepspeed.apply import fate_of, resolve
 from rlhf.deepspeed.dialects import read_deepspeed
 from rlhf.deepspeed.keys import TABLE

@@ -9,7 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.fsdp_units import full_tensor, sharded_like
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator

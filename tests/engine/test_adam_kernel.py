@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.adam_kernel import VECTOR_ELEMENTS, AdamKernel, ParameterSlice
 
 CONFIG = OptimizerConfig(lr=1e-3, weight_decay=0.1, betas=[0.9, 0.95])

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.model_config import LoraConfig
-from rlhf.config.stage_configs import SamplingConfig
+from rlhf.config.stage_configs import LoraConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.forward_passes import all_statistics
 from rlhf.generation.generate import Decoding

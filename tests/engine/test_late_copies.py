@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedStaging

@@ -7,10 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from rlhf.algorithms.sft import sft_loss
-from rlhf.config.model_config import LoraConfig
+from rlhf.algorithms.supervised_losses import sft_loss
 from rlhf.config.roles import ModelKind
-from rlhf.config.stage_configs import SamplingConfig
+from rlhf.config.stage_configs import LoraConfig, SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan import trace as trace_module
 from rlhf.memory_plan.model_shape import ModelShape

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlhf.config.model_config import Embedded
+from rlhf.config.run_config import Embedded
 from rlhf.models import embedded
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import byte_tokenizer, prepare

@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.export import export
 from rlhf.models.safetensors_writer import Entry, SafetensorsFile

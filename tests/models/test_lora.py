@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.lora import Survival, adapted_layers, adapters_off, inject, merge_adapters
 from rlhf.models.scalar_head import scalar_head_model
@@ -290,7 +290,7 @@ def test_a_run_without_adapters_does_not_import_peft(tmp_path):
     tiny.save("llama", tmp_path)
     program = (
         "import sys, stages.pipeline; from rlhf.models.causal_lm import causal_lm; "
-        "from rlhf.config.model_config import LoraConfig; "
+        "from rlhf.config.stage_configs import LoraConfig; "
         f"causal_lm({str(tmp_path)!r}); print('peft' in sys.modules); "
         f"causal_lm({str(tmp_path)!r}, lora=LoraConfig(rank=2)); print('peft' in sys.modules)"
     )

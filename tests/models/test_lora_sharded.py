@@ -3,7 +3,7 @@
 import torch
 from torch.distributed.fsdp import fully_shard
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.transforms import find_blocks
 from rlhf.runtime import dist

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForSequenceClassification
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import position_ids
 from rlhf.models.export import export
 from rlhf.models.scalar_head import last_token_scores, response_values, scalar_head_model

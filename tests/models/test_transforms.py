@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from transformers import AutoModel
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models import transforms
 from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.scalar_head import scalar_head_model

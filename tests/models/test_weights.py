@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.model_folder import Checkpoint
 from rlhf.models.scalar_head import scalar_head_model

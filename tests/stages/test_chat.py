@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from rlhf.chat.chat_model import one_prompt
 from rlhf.chat.terminal import Terminal, escaped
-from rlhf.config.model_config import Embedded
 from rlhf.config.roles import roles_of
+from rlhf.config.run_config import Embedded
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.models.embedded import prepare

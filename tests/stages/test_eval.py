@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from rlhf.config.model_config import Embedded
 from rlhf.config.roles import roles_of
+from rlhf.config.run_config import Embedded
 from rlhf.evaluation.model_runner import ModelRunner
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export

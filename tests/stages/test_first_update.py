@@ -11,8 +11,9 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import EngineConfig, Precision
-from rlhf.config.model_config import Embedded, LoraConfig
 from rlhf.config.ppo_config import AdvantageKind, KLConfig, ScoreConfig
+from rlhf.config.run_config import Embedded
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.engine.engine import build_engine
 from rlhf.evaluation.metrics import policy_metrics, rollout_metrics, sample_rows
 from rlhf.forward_passes import critic_values

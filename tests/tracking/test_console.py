@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from rlhf.config.tracking_config import ProgressDisplay
+from rlhf.config.run_config import ProgressDisplay
 from rlhf.runtime.dist import World
 from rlhf.tracking.console import StageProgress, setup_logging
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlhf.config.tracking_config import ProgressDisplay, TrackingConfig, WandbMode
+from rlhf.config.run_config import ProgressDisplay, TrackingConfig, WandbMode
 from rlhf.runtime.dist import World
 from rlhf.tracking.jsonl_log import JsonlLog
 from rlhf.tracking.tracker import Tracker, requested_mode

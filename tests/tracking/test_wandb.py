@@ -23,7 +23,7 @@ HANGS = 600
 
 CHOOSE = """
 import sys
-from rlhf.config.tracking_config import WandbMode
+from rlhf.config.run_config import WandbMode
 from rlhf.tracking.wandb import why_offline
 for wanted in sys.argv[1:]:
     try:
@@ -36,7 +36,7 @@ for wanted in sys.argv[1:]:
 RUN = """
 import logging, sys
 from pathlib import Path
-from rlhf.config.tracking_config import TrackingConfig, WandbMode
+from rlhf.config.run_config import TrackingConfig, WandbMode
 from rlhf.tracking import wandb as gate
 logging.basicConfig(level=logging.INFO, format="%(levelname)s %(message)s")
 gate._INIT_SECONDS = 500.0  # no test but one is about time
@@ -226,7 +226,7 @@ TRACK = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from rlhf.config.tracking_config import TrackingConfig, WandbMode
+from rlhf.config.run_config import TrackingConfig, WandbMode
 from rlhf.runtime.dist import World
 from rlhf.tracking.tracker import Tracker
 first, resumed = int(sys.argv[2]), int(sys.argv[3])

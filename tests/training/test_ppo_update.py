@@ -7,10 +7,8 @@ import pytest
 import torch
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.model_config import LoraConfig
-from rlhf.config.optimizer_config import OptimizerConfig
 from rlhf.config.ppo_config import AdvantageKind, KLConfig, PPOConfig
-from rlhf.config.stage_configs import SamplingConfig
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.rollout import without_bad_rows

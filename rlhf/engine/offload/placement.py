@@ -38,7 +38,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup
 from rlhf.engine.offload.direct_io import DirectFile

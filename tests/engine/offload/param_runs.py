@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.model_config import LoraConfig
+from rlhf.config.stage_configs import LoraConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.offload.working_weights import OffloadedShard
 from rlhf.models.causal_lm import causal_lm

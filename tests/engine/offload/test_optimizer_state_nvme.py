@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import squared_norm

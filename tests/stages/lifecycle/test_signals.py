@@ -7,8 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.collate import collate_demonstrations, collate_prompts
 from data.samples import Demonstration, Prompt
 from rlhf.config.engine_config import EngineConfig, Precision
-from rlhf.config.optimizer_config import OptimizerConfig, Schedule
-from rlhf.config.stage_configs import SamplingConfig
+from rlhf.config.stage_configs import OptimizerConfig, SamplingConfig, Schedule
 from rlhf.engine.engine import build_engine
 from rlhf.generation.generate import Decoding, generate
 from rlhf.models.causal_lm import causal_lm

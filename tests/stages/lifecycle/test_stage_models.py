@@ -8,8 +8,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rlhf.config.engine_config import EngineConfig, Precision
-from rlhf.config.model_config import Embedded, LoraConfig
-from rlhf.config.optimizer_config import OptimizerConfig
+from rlhf.config.run_config import Embedded
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig
 from rlhf.engine.engine import build_engine
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import prepare

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from rlhf.config.model_config import Embedded
 from rlhf.config.roles import maker_of
+from rlhf.config.run_config import Embedded
 from rlhf.models.embedded import prepare
 from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import load_tokenizer, template_fingerprint

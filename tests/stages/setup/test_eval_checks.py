@@ -7,7 +7,7 @@ import sys
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.config.model_config import Embedded
+from rlhf.config.run_config import Embedded
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification
 
-from rlhf.config.model_config import Embedded
+from rlhf.config.run_config import Embedded
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
