@@ -18,7 +18,7 @@ import signal
 import sys
 from pathlib import Path
 
-from rlhf.runtime.parent import end_with_launcher
+from rlhf.runtime.process import end_with_launcher
 
 end_with_launcher()  # before the imports, which take seconds
 

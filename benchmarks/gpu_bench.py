@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.runtime.parent import end_with_parent
+from rlhf.runtime.process import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 ALONE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "HYDRA_FULL_ERROR": "1"}

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from rlhf.runtime import dist
-from rlhf.runtime.parent import end_with_parent
+from rlhf.runtime.process import end_with_parent
 
 ROOT = Path(__file__).parents[1]
 

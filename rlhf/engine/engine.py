@@ -27,7 +27,7 @@ from rlhf.engine.updater import StepResult, Updater
 from rlhf.models.meta_init import ModelSpec
 from rlhf.models.transforms import enable_activation_checkpointing
 from rlhf.runtime.dist import World, sum_over_ranks
-from rlhf.runtime.malloc import return_freed_memory, trim
+from rlhf.runtime.process import return_freed_memory, trim
 
 
 class Engine:

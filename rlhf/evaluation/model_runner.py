@@ -27,7 +27,7 @@ from rlhf.generation.generate import Decoding
 from rlhf.rewards import ScoreScale, reward_model_scores
 from rlhf.rollout import GeneratedResponses, generate_responses, response_texts
 from rlhf.runtime.dist import gather_objects
-from rlhf.runtime.malloc import trim
+from rlhf.runtime.process import trim
 from rlhf.text.tokenizer import Tokenizer, decode, stop_token_ids
 from rlhf.types import EvalBatch, PreferenceBatch, PromptBatch, SFTBatch
 

@@ -33,12 +33,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing, and make its folder.
+    """Write a whole file or nothing, and make its folder; RunError if it cannot be written.
 
     A lone surrogate, which UTF-8 cannot hold, is written with a backslash, as in JSON.
-
-    Raises:
-        RunError: the disk is full, or the file cannot be written.
     """
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
@@ -53,12 +50,8 @@ def write_text(path: Path, text: str) -> None:
 def read_json(path: Path, *, mend: str = "Bring it back from a copy, or remove it.") -> dict[str, Any]:
     """The JSON object in `path`; empty if there is no such file.
 
-    Args:
-        path: a file written by `write_text`.
-        mend: what to do about a damaged one, for the message.
-
     Raises:
-        ValueError: it cannot be read, was cut, or is no JSON object.
+        ValueError: it cannot be read, was cut, or is no JSON object; the message ends with `mend`, what to do then.
     """
     try:
         content = json.loads(path.read_bytes())

@@ -1,11 +1,12 @@
-"""Ranks, devices and reductions: the only user of `torch.distributed` outside `rlhf/engine/`.
+"""Ranks, devices, reductions and messages: the only user of `torch.distributed` outside `rlhf/engine/`.
 
-A single rank needs no process group, and every reduction is then the identity.
-See also: how ranks are started (`launch.py`) and watched (`heartbeat.py`).
+A single rank needs no process group, and every reduction is then the identity. Messages are never pickled, so a
+received one cannot name code. See also: how ranks are started (`launch.py`) and watched (`heartbeat.py`).
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from dataclasses import dataclass
@@ -14,15 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load, save
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from rlhf.config.run_config import LaunchConfig
 from rlhf.runtime.heartbeat import Heartbeat, RankMonitor
-from rlhf.runtime.malloc import return_freed_memory
-from rlhf.runtime.parent import LAUNCHER
-from rlhf.runtime.serialization import from_bytes, to_bytes
+from rlhf.runtime.process import LAUNCHER, return_freed_memory
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ class World:
 
 
 def start(device: str = "auto", *, launch: LaunchConfig | None = None) -> World:
-    """Join the other ranks, if there are any, and return freed memory to the system from now on (`malloc.py`).
+    """Join the other ranks, if there are any, and return freed memory to the system from now on.
 
     Args:
         device: `auto` (CUDA when there is one), `cpu` or `cuda`.
@@ -87,6 +87,10 @@ def check_devices(device: str, *, ranks: int) -> None:
             f"launch.ranks: found {ranks} ranks and {count} CUDA device(s) on this machine, expected a device for each "
             f"rank; start {count} (torchrun: --nproc-per-node={count}), or set engine.device=cpu."
         )
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _join(device: torch.device, launch: LaunchConfig) -> None:
@@ -136,10 +140,6 @@ def _collectives() -> int:
     return sum(backend._get_sequence_number_for_group() for backend in backends.values())
 
 
-def _backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
 def stop() -> None:
     """Leave the group, once all ranks have come here."""
     if dist.is_initialized():
@@ -155,6 +155,13 @@ def barrier() -> None:
         dist.barrier()
 
 
+def device_mesh(world: World) -> DeviceMesh:
+    """All ranks in one dimension called `ranks`; a single process becomes a group of one."""
+    if not dist.is_initialized():
+        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
+
+
 def sum_over_ranks(x: Tensor) -> Tensor:
     """Elementwise sum of every rank's `x`, as a new tensor."""
     return _reduced(x, dist.ReduceOp.SUM)
@@ -168,8 +175,11 @@ def max_over_ranks(x: Tensor) -> Tensor:
 def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     total = x.detach().clone()  # all_reduce works in place
     if dist.is_initialized():
-        dist.all_reduce(total, op=op)
+        dist.all_reduce(total, op=op)  # every rank must come here
     return total
+
+
+# ---- messages
 
 
 def gather_objects(item: T) -> list[T]:
@@ -178,12 +188,14 @@ def gather_objects(item: T) -> list[T]:
         return [item]
     mine = torch.frombuffer(bytearray(to_bytes(item)), dtype=torch.uint8)  # [bytes], on the CPU: gathered by gloo
     lengths = [torch.empty(1, dtype=torch.int64) for _ in range(dist.get_world_size())]
-    dist.all_gather(lengths, torch.tensor([len(mine)]))
+    dist.all_gather(lengths, torch.tensor([len(mine)]))  # the first of two collectives
     longest = max(int(length) for length in lengths)
     # all_gather wants tensors of one size: shorter messages are padded, and cut again below.
     messages = [torch.empty(longest, dtype=torch.uint8) for _ in lengths]
     dist.all_gather(messages, torch.cat([mine, mine.new_zeros(longest - len(mine))]))
-    return [from_bytes(message[: int(length)].numpy().data) for message, length in zip(messages, lengths, strict=True)]
+    return [
+        from_bytes(message[: int(length)].numpy().tobytes()) for message, length in zip(messages, lengths, strict=True)
+    ]
 
 
 def broadcast_object(item: T) -> T:
@@ -195,8 +207,56 @@ def broadcast_object(item: T) -> T:
     return received
 
 
-def device_mesh(world: World) -> DeviceMesh:
-    """All ranks in one dimension called `ranks`; a single process becomes a group of one."""
-    if not dist.is_initialized():
-        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
+def to_bytes(value: Any) -> bytes:
+    """`value` as a safetensors file in memory: its tensors, and as one more tensor the JSON of everything else.
+
+    It holds None, bool, int, float, str, CPU tensors, and lists, tuples and dictionaries of them, which come back bit
+    for bit. Left out: objects of classes; send their fields.
+
+    Raises:
+        TypeError: it holds anything else.
+    """
+    tensors: list[Tensor] = []
+    text = json.dumps(_packed(value, tensors)).encode()
+    # Clones, because safetensors refuses tensors that share memory.
+    named = {
+        str(number): tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for number, tensor in enumerate(tensors)
+    }
+    return save({"json": torch.frombuffer(bytearray(text), dtype=torch.uint8), **named})
+
+
+def from_bytes(data: bytes) -> Any:
+    """The value that `to_bytes` was given."""
+    tensors = load(data)
+    return _unpacked(json.loads(tensors["json"].numpy().tobytes()), tensors)
+
+
+def _packed(value: Any, tensors: list[Tensor]) -> Any:
+    """`value` as JSON; what JSON lacks becomes a dictionary of one key, and tensors are appended to `tensors`."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": str(len(tensors) - 1)}
+    if type(value) is list:
+        return [_packed(item, tensors) for item in value]
+    if type(value) is tuple:
+        return {"tuple": [_packed(item, tensors) for item in value]}
+    if type(value) is dict:
+        return {"dict": [[_packed(key, tensors), _packed(item, tensors)] for key, item in value.items()]}
+    raise TypeError(f"a {type(value).__name__} cannot be sent to other ranks: send plain values and tensors")
+
+
+def _unpacked(packed: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of `_packed`."""
+    if isinstance(packed, list):
+        return [_unpacked(item, tensors) for item in packed]
+    if not isinstance(packed, dict):
+        return packed
+    ((kind, content),) = packed.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "tuple":
+        return tuple(_unpacked(item, tensors) for item in content)
+    return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in content}

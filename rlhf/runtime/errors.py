@@ -74,14 +74,8 @@ def keep_traceback(error: BaseException, folder: Path) -> str:
 def load_auto(auto_class: Any, path: str | Path, *, complaint: str, **options: Any) -> Any:
     """`auto_class.from_pretrained(path)` for an `Auto...` class of transformers; runs no code of the model's own.
 
-    Args:
-        auto_class: `AutoConfig`, `AutoTokenizer`, ...
-        path: a folder, or a hub id.
-        complaint: how the sentence about a failure begins.
-        **options: more arguments of `from_pretrained`.
-
     Raises:
-        ValueError: `complaint`, and why: a file is missing or damaged, or the model needs code of its own.
+        ValueError: begins with `complaint`, and says why: a file is missing or damaged, or needs code of its own.
     """
     with reading(complaint):
         return auto_class.from_pretrained(path, trust_remote_code=False, **options)

@@ -21,12 +21,12 @@ from rlhf.config.run_config import LaunchConfig
 from rlhf.runtime.dist import host_store
 from rlhf.runtime.errors import RunError
 from rlhf.runtime.heartbeat import RankMonitor, interval
-from rlhf.runtime.parent import LAUNCHER, end_with_parent
+from rlhf.runtime.process import LAUNCHER, end_with_parent
 
 Worker = subprocess.Popen[bytes]
 
 _GRACE_S = 30.0  # for the other ranks to log their own errors, once one has failed
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_POLLS = 0.1
 _CAUSES: dict[int, str] = {
     signal.SIGKILL: "often out of memory",
     signal.SIGBUS: "often a full /dev/shm or disk",
@@ -63,7 +63,7 @@ def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
         *arguments: its command line.
         launch: how many processes, and how long they wait for each other.
     """
-    store, place = host_store()
+    store, place = host_store()  # lives as long as the ranks
     size = str(launch.ranks)
     # More OpenMP threads than cores would stall each other; each rank then chooses its own (`use_threads`).
     shared = {"OMP_NUM_THREADS": "1", **os.environ, **place, LAUNCHER: str(os.getpid())}
@@ -81,27 +81,31 @@ def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
         watch()
         raise
     finally:  # also after a second interrupt
-        _end(workers)
+        for worker in workers:
+            worker.kill()  # does nothing to one that has ended
+        for worker in workers:
+            worker.wait()
 
 
 def _start(command: list[str], environment: dict[str, str]) -> Worker:
     """Start one rank, in a session of its own, so that Ctrl-C reaches it only once, through us."""
-    before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None  # a thread would not survive
+    # On Linux alone: elsewhere a thread would watch the parent, and no thread survives the exec.
+    before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
     return subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=before)
 
 
 def _watch(workers: list[Worker], monitor: RankMonitor, *, every_s: float) -> str:
     """Wait until all ranks have ended, or for `_GRACE_S` after one failed, or until one is missing for too long."""
-    problem, deadline, next_look = "", math.inf, time.monotonic()
+    problem, deadline, next_poll = "", math.inf, time.monotonic()
     while any(worker.poll() is None for worker in workers) and time.monotonic() < deadline:
-        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        time.sleep(_SECONDS_BETWEEN_POLLS)
         if problem:
             continue  # wait for the others to end by themselves
         problem = _failure([worker.poll() for worker in workers])
         if problem:
             deadline = time.monotonic() + _GRACE_S
-        elif time.monotonic() >= next_look:
-            next_look = time.monotonic() + every_s
+        elif time.monotonic() >= next_poll:
+            next_poll = time.monotonic() + every_s
             try:
                 monitor.poll()
             except RunError as error:
@@ -120,11 +124,3 @@ def _failure(statuses: list[int | None]) -> str:
     number = -failed[rank]
     name = next((known.name for known in signal.Signals if known == number), f"signal {number}")
     return f"rank {rank} was killed ({', '.join(filter(None, (name, _CAUSES.get(number))))})"
-
-
-def _end(workers: list[Worker]) -> None:
-    """Kill the ranks that have not ended."""
-    for worker in workers:
-        worker.kill()
-    for worker in workers:
-        worker.wait()

@@ -23,7 +23,7 @@ from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 
 from rlhf.runtime.errors import RunError
-from rlhf.runtime.parent import end_with_parent
+from rlhf.runtime.process import end_with_parent
 from stages.setup.command_line import check_overrides, choices_of
 
 _LONGEST_NAME = 120

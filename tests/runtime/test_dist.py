@@ -4,19 +4,25 @@ Started once as a process of its own: `python -m tests.runtime.test_dist FOLDER`
 """
 
 import json
+import math
 import os
+import pickle
+import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlhf.config.run_config import LaunchConfig
+from rlhf.engine.checkpoint.checkpoint_state import random_state
 from rlhf.runtime import dist, launch
 from rlhf.runtime.heartbeat import RankMonitor, interval
-from rlhf.runtime.parent import LAUNCHER
+from rlhf.runtime.process import LAUNCHER
 from tests.ranks import ROOT, forbid_unpickling, fork_ranks, fork_until_death
 from tests.runtime.test_launch import listening
 
@@ -116,6 +122,54 @@ def test_the_launcher_names_a_stopped_rank_of_its_own_and_the_ranks_leave_it_to_
     assert ranks["watched"].startswith("rank 1 (pid ")
     assert ranks["watched"].endswith(" for 4 s, longer than launch.timeout_s=4, so the run ends")
     assert ranks["message"].count("longer than launch.timeout_s") == 1  # where nobody watched
+
+
+# ---- messages: they come back as they were, and cannot name code
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, True, 0, -(1 << 80), 0.1, 5e-324, math.inf, "", "\u2028 \ud800 \N{GRINNING FACE}"),
+        *([], (), {}, [(), [[]], {}], {3: [1, 2], "3": (None,), (1, 2): {"tensor": ["dict", "tuple"]}}),
+    ],
+    ids=repr,
+)
+def test_plain_values_come_back_with_their_types(value):
+    found = dist.from_bytes(dist.to_bytes(value))
+    assert repr(found) == repr(value)
+    assert type(found) is type(value)
+
+
+def test_tensors_come_back_bit_for_bit():
+    bits = torch.randint(0, 256, (7, 16), dtype=torch.uint8)
+    dtypes = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8)
+    tensors = [bits.view(dtype) for dtype in dtypes]  # among them NaNs of all kinds
+    tensors += [bits > 99, torch.tensor(3.0), torch.empty(0, 5), bits[:, ::3].T]
+    odd = (tensors, "abc", {"last": torch.ones(1)})  # nothing is aligned
+    found, text, rest = dist.from_bytes(dist.to_bytes(odd))
+    assert (text, rest["last"].item()) == ("abc", 1.0)
+    for one, two in zip(tensors, found, strict=True):
+        assert (one.dtype, one.shape) == (two.dtype, two.shape)
+        assert one.contiguous().reshape(-1).view(torch.uint8).equal(two.reshape(-1).view(torch.uint8))
+    found[0].zero_()  # memory of its own
+
+
+def test_random_numbers_can_be_sent():
+    random.gauss(), np.random.standard_normal()  # each keeps one for later
+    state = random_state(torch.device("cpu"))
+    assert dist.from_bytes(dist.to_bytes(state)) == state
+
+
+@pytest.mark.parametrize("value", [LaunchConfig(), {1, 2}, b"bytes", np.float64(1), print, [object()]])
+def test_nothing_else_can_be_sent(value):
+    with pytest.raises(TypeError, match="cannot be sent to other ranks"):
+        dist.to_bytes(value)
+
+
+def test_a_pickle_is_no_message():
+    with pytest.raises(SafetensorError, match="header"):
+        dist.from_bytes(pickle.dumps({"a": 1}) + bytes(100))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 
 from rlhf.rollout import Collector
 from rlhf.runtime.dist import broadcast_object
-from rlhf.runtime.parent import end_with_parent
+from rlhf.runtime.process import end_with_parent
 from rlhf.tracking.tracker import Tracker
 from stages.lifecycle.signals import Stopped
 from stages.pipeline import run_stages, start_rank

@@ -8,7 +8,7 @@ import pytest
 
 CODE = """
 import torch
-from rlhf.runtime.malloc import return_freed_memory, trim
+from rlhf.runtime.process import return_freed_memory, trim
 from rlhf.tracking.timing import resident
 
 {call}
