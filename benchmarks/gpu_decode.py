@@ -119,7 +119,7 @@ def _row(model: PreTrainedModel, batch: int, *, prompt: int, new: int, rate: flo
 
 def _ours(model: PreTrainedModel, ids: Tensor) -> Answer:
     mask, numbers = torch.ones_like(ids, dtype=torch.bool), torch.arange(len(ids), device=ids.device)
-    prompts = PromptBatch(ids, mask, numbers, prompts=("",) * len(ids))
+    prompts = PromptBatch(ids, mask, numbers, prompts=("",) * len(ids), columns=({},) * len(ids))
 
     def answer(count: int) -> Tensor:
         decoding = Decoding(count, [], pad_id=0, sampling=SamplingConfig(temperature=0.0))

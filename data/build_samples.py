@@ -1,4 +1,4 @@
-"""From the sources of a stage to its samples: split, hold out, weigh, tokenise, drop what is too long.
+"""From the sources of a stage to its samples: choose rows, hold some out, weigh, tokenise, drop what is too long.
 
 A row is tokenised once, however often its weight repeats it, and nothing is ever truncated.
 """
@@ -6,15 +6,16 @@ A row is tokenised once, however often its weight repeats it, and nothing is eve
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
-from data.row_selection import RowNumbers, hold_out, rows_of_stage, weighted
 from data.rows import (
     KNOWN_COLUMNS,
     SHOWN_PROBLEMS,
@@ -23,6 +24,7 @@ from data.rows import (
     SourceRows,
     bad_rows_report,
     check_row,
+    further_columns,
     require_columns,
 )
 from data.sources import load_rows
@@ -36,6 +38,7 @@ logger = logging.getLogger(__name__)
 STAGES = ("sft", "reward", "ppo")
 """In the order of `data.stage_split`."""
 
+RowNumbers = NDArray[np.int64]
 Sample = TypeVar("Sample")
 
 
@@ -48,7 +51,7 @@ class Splits(Generic[Sample]):
     dropped: dict[str, int]
     """Reason -> rows that were left out for it."""
     fingerprint: str
-    """Hash of every token in `train` and `eval`, in order."""
+    """Hash of every token in `train` and `eval`, in order, and of their rows' further columns."""
     note: str = ""
     """A warning that the user should read once; empty if there is none."""
 
@@ -77,15 +80,15 @@ class SampleKind(Generic[Sample]):
 
     stage: str
     """Its name under `data`."""
-    columns: Sequence[Sequence[str]]
+    alternatives: Sequence[Sequence[str]]
     """Sets of columns, one of which a row must fill."""
     limits: LengthLimits
     settings: Sequence[str]
     """Everything besides the row that decides how it is tokenised."""
     tokenize: Callable[[Row], list[TokenSequence]]
     build: Callable[[Row, list[TokenSequence]], list[Sample]]
-    extra_columns: Sequence[str] = ()
-    """Columns beside the known ones that `build` reads if a source has them."""
+    further_columns: Collection[str] | None = ()
+    """Columns beside the known ones that `build` finds in a row if the source has them; None for all."""
 
 
 def build_samples(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: bool = False) -> Splits[Sample]:
@@ -103,8 +106,8 @@ def build_samples(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: 
     name, seed = f"data.{kind.stage}", data.split_seed
     if not sources.train and not only_held_out:
         raise ValueError(f"{name}.train is empty; expected at least one file, folder or hub id.")
-    train = _SplitBuilder(kind, sources.bad_rows, data.cache_dir, name=f"{name}.train")
-    held_out = _SplitBuilder(kind, sources.bad_rows, data.cache_dir, name=f"{name}.eval")
+    train = _SplitBuilder(kind, sources.bad_rows, data.cache_dir)
+    held_out = _SplitBuilder(kind, sources.bad_rows, data.cache_dir)
     needs_train = not only_held_out or (sources.eval_fraction and not sources.eval)
     for number, source in enumerate(sources.train if needs_train else []):
         part = _stage_rows(source, kind, data=data, where=f"{name}.train[{number}]")
@@ -115,8 +118,10 @@ def build_samples(kind: SampleKind[Sample], data: DataConfig, *, only_held_out: 
     for number, source in enumerate(sources.eval):
         part = _stage_rows(source, kind, data=data, where=f"{name}.eval[{number}]")
         held_out.add(part, weighted(part.numbers, max(source.weight, 1.0), seed=seed))
-    for split in (train, held_out):
-        split.require_some()
+    for split, builder in (("train", train), ("eval", held_out)):
+        if builder.dropped and not builder.samples:
+            reasons = "; ".join(_listed(builder.dropped))
+            raise ValueError(f"{name}.{split}: all rows were dropped: {reasons}. Raise the limit or use shorter rows.")
     digest = f"{train.digest.hexdigest()}|{held_out.digest.hexdigest()}"
     return Splits(
         train=train.samples,
@@ -137,6 +142,17 @@ def _note(rewritten: Counter[str], name: str) -> str:
     )
 
 
+def _listed(dropped: Counter[str]) -> list[str]:
+    """How many rows were dropped for each reason, the most frequent reasons first."""
+    shown = dropped.most_common(SHOWN_PROBLEMS)
+    rest = dropped.total() - sum(count for _, count in shown)
+    more = [f"{rest} for {len(dropped) - SHOWN_PROBLEMS} more reasons"] * (rest > 0)
+    return [f"{count} for a {reason}" for reason, count in shown] + more
+
+
+# ---- which rows of a source a stage uses, and how often: numbers alone
+
+
 @dataclass(frozen=True)
 class _StageRows:
     """The rows of one source that belong to a stage."""
@@ -148,10 +164,11 @@ class _StageRows:
 
 
 def _stage_rows(source: SourceConfig, kind: SampleKind[Sample], *, data: DataConfig, where: str) -> _StageRows:
-    rows = load_rows(source, {*KNOWN_COLUMNS, *kind.extra_columns})
+    wanted = None if kind.further_columns is None else {*KNOWN_COLUMNS, *kind.further_columns}
+    rows = load_rows(source, wanted)
     if rows.found:  # if there are no columns, no row could be read, and the error about the rows says more
         found = ColumnSelection(source.columns).our_names(rows.found).values()
-        require_columns([*found], kind.columns, where=where)
+        require_columns([*found], kind.alternatives, where=where)
     numbers = rows_of_stage(len(rows), data.stage_split, position=STAGES.index(kind.stage), seed=data.split_seed)
     if len(numbers) == 0:
         raise ValueError(f"data.stage_split={data.stage_split} leaves {kind.stage} none of {len(rows)} rows.")
@@ -162,6 +179,63 @@ def _stage_rows(source: SourceConfig, kind: SampleKind[Sample], *, data: DataCon
     return _StageRows(rows, numbers, f"{where} ({source.path})")
 
 
+def rows_of_stage(num_rows: int, shares: Sequence[float], *, position: int, seed: int) -> RowNumbers:
+    """The rows of the stage at `position`, in the order of DeepSpeed-Chat's `--data_split`.
+
+    The same numbers as its `get_raw_dataset_split_index`: boundaries are running sums of rounded shares, moved together
+    until the last one fits, over a permutation by `numpy.random.RandomState(seed)`. One difference: with a handful of
+    rows a boundary can become negative there, which gives rows to two stages; here it is 0.
+
+    Args:
+        num_rows: Rows of the data set.
+        shares: `data.stage_split`, of any sum; empty gives every stage all rows in their own order.
+        position: 0, 1 or 2 for sft, reward and ppo.
+        seed: `data.split_seed`.
+    """
+    if not shares:
+        return np.arange(num_rows)
+    counts = [round(share / sum(shares) * float(num_rows)) for share in shares]
+    bounds = np.concatenate([[0], np.cumsum(counts)])
+    bounds[1:] -= bounds[-1] - num_rows
+    start, end = bounds.clip(min=0)[position : position + 2]
+    order = np.arange(num_rows)
+    np.random.RandomState(seed).shuffle(order)
+    return order[start:end]
+
+
+def hold_out(rows: RowNumbers, fraction: float, *, seed: int) -> tuple[RowNumbers, RowNumbers]:
+    """Split `rows` into those to train on and `fraction` of them to evaluate on: at least one, never all.
+
+    Each part keeps its order. The choice depends on the number of rows and `seed` alone, so stages that read the same
+    file with the same fraction hold out the same rows.
+    """
+    count = min(max(round(fraction * len(rows)), fraction > 0), max(len(rows) - 1, 0))
+    held_out = np.zeros(len(rows), dtype=bool)
+    held_out[np.random.default_rng(seed).permutation(len(rows))[:count]] = True
+    return rows[~held_out], rows[held_out]
+
+
+def weighted(rows: RowNumbers, weight: float, *, seed: int) -> RowNumbers:
+    """`rows` as often as `weight` says: 0.5 takes half of them, 2 takes each twice, 1.5 all and half of them again.
+
+    `seed` decides which half, and a larger fraction contains a smaller one. The order of `rows` is kept.
+
+    Raises:
+        ValueError: `weight` is not positive, or so small that no row is left.
+    """
+    if not weight > 0:
+        raise ValueError(f"weight={weight}: expected a positive number; leave the data set out to use none of it.")
+    whole = int(weight)
+    extra = round((weight - whole) * len(rows))
+    if len(rows) > 0 and whole == 0 and extra == 0:
+        raise ValueError(f"weight={weight}: less than one of {len(rows)} rows; expected at least {1 / len(rows):.2g}.")
+    drawn = np.sort(np.random.default_rng(seed).permutation(len(rows))[:extra])
+    return np.concatenate([rows] * whole + [rows[drawn]])
+
+
+# ---- from rows to samples
+
+
 @dataclass
 class _SplitBuilder(Generic[Sample]):
     """Collects the samples of `train` or `eval` from all sources."""
@@ -169,7 +243,6 @@ class _SplitBuilder(Generic[Sample]):
     kind: SampleKind[Sample]
     bad_rows: BadRows
     cache_dir: str | None
-    name: str
     samples: list[Sample] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     rewritten: Counter[str] = field(default_factory=Counter)
@@ -182,26 +255,26 @@ class _SplitBuilder(Generic[Sample]):
             return
         distinct, order = np.unique(numbers, return_inverse=True)
         rows = [source.rows[number] for number in distinct.tolist()]
-        samples: dict[int, list[Sample]] = {}
-        tokens: dict[int, RowTokens] = {}
-        reasons: dict[int, str] = {}
-        for index, (row, result) in enumerate(zip(rows, self._tokens(rows, source, numbers=distinct), strict=True)):
-            if isinstance(result, BadRow):
-                reasons[index] = f"row that cannot be used: {result.reason}"
-            elif reason := self.kind.limits.broken_by(result):
-                reasons[index] = reason
+        used: dict[int, tuple[Row, RowTokens]] = {}
+        dropped: Counter[str] = Counter()
+        for index, (row, tokens) in enumerate(zip(rows, self._tokens(rows, source, numbers=distinct), strict=True)):
+            if isinstance(tokens, BadRow):
+                dropped[f"row that cannot be used: {tokens.reason}"] += 1
+            elif reason := self.kind.limits.broken_by(tokens):
+                dropped[reason] += 1
             else:
                 assert not isinstance(row, BadRow), "a bad row has no tokens"
-                samples[index], tokens[index] = self.kind.build(row, result), result
+                used[index] = row, tokens
+        samples = {index: self.kind.build(row, tokens) for index, (row, tokens) in used.items()}
         for index in order.tolist():
-            self.samples += samples.get(index, [])
-            self._update_digest(tokens.get(index, []))
-        turns = [sum(len(sequence.rewritten) for sequence in sequences) for sequences in tokens.values()]
+            if index in used:
+                self.samples += samples[index]
+                self._update_digest(*used[index])
+        turns = [sum(len(sequence.rewritten) for sequence in tokens) for _, tokens in used.values()]
         self.rewritten += Counter(turns=sum(turns), rows=sum(count > 0 for count in turns))
-        if reasons:
-            dropped = Counter(reasons.values())
-            self.dropped += dropped
-            head = f"{source.where}: dropped {len(reasons)} of {len(rows)} rows"
+        self.dropped += dropped
+        if dropped:
+            head = f"{source.where}: dropped {dropped.total()} of {len(rows)} rows"
             logger.warning("%s", "\n  ".join([head, *_listed(dropped)]))
 
     def _tokens(
@@ -210,11 +283,8 @@ class _SplitBuilder(Generic[Sample]):
         """The tokens of each row; raises ValueError for bad rows unless they are to be dropped."""
         key = content_key(rows, self.kind.settings) if self.cache_dir else ""
         results = cached(self.cache_dir, key, make=lambda: [self._tokenize(row) for row in rows])
-        bad = [
-            (source.rows.place(number), result)
-            for number, result in zip(numbers.tolist(), results, strict=True)
-            if isinstance(result, BadRow)
-        ]
+        pairs = zip(numbers.tolist(), results, strict=True)
+        bad = [(source.rows.place(number), result) for number, result in pairs if isinstance(result, BadRow)]
         if bad and self.bad_rows is BadRows.stop:
             raise ValueError(bad_rows_report(bad, where=source.where, num_rows=len(rows)))
         return results
@@ -223,28 +293,16 @@ class _SplitBuilder(Generic[Sample]):
         if isinstance(row, BadRow):
             return row
         try:
-            check_row(row, self.kind.columns)
+            check_row(row, self.kind.alternatives)
             return self.kind.tokenize(row)
         except ValueError as error:
             return BadRow(str(error))
         except RecursionError:
             return BadRow("a value is nested too deeply to be written out.")
 
-    def _update_digest(self, sequences: Sequence[TokenSequence]) -> None:
+    def _update_digest(self, row: Row, sequences: RowTokens) -> None:
         for tokens in sequences:
             self.digest.update(np.int64(len(tokens.input_ids)).tobytes())
             self.digest.update(tokens.input_ids.tobytes() + tokens.target_mask.tobytes())
-
-    def require_some(self) -> None:
-        """Raise ValueError if there were rows, and all of them were dropped."""
-        if self.dropped and not self.samples:
-            reasons = "; ".join(_listed(self.dropped))
-            raise ValueError(f"{self.name}: all rows were dropped: {reasons}. Raise the limit or use shorter rows.")
-
-
-def _listed(dropped: Counter[str]) -> list[str]:
-    """How many rows were dropped for each reason, the most frequent reasons first."""
-    shown = dropped.most_common(SHOWN_PROBLEMS)
-    rest = dropped.total() - sum(count for _, count in shown)
-    more = [f"{rest} for {len(dropped) - SHOWN_PROBLEMS} more reasons"] * (rest > 0)
-    return [f"{count} for a {reason}" for reason, count in shown] + more
+        if columns := further_columns(row):
+            self.digest.update(json.dumps(columns, sort_keys=True, default=str).encode())

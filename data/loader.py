@@ -1,7 +1,10 @@
-"""Deals samples to ranks and steps.
+"""From samples to the batches of each rank and step. The only file that pads.
 
 The rows of a step follow from the seed and the number of the step alone, never from the number of ranks or the size of
 a micro-batch. So results do not depend on the machine, and resuming needs nothing but the step.
+
+A batch is as long as its longest row. Sequences are padded on the right; prompts on the left, so that every response
+starts in the same column. Masks come from lengths and never from the pad token, which may be the EOS.
 """
 
 from __future__ import annotations
@@ -9,17 +12,68 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from data.collate import collate_prompts
-from data.samples import Prompt
+from data.samples import Demonstration, Preference, Prompt
 from rlhf.config.bounds import accumulation, divisible
-from rlhf.types import EvalBatch, PromptBatch
+from rlhf.types import EvalBatch, PreferenceBatch, PromptBatch, SFTBatch
 
 Sample = TypeVar("Sample", bound=Sized)
 Batch = TypeVar("Batch")
+
+
+# ---- samples of any lengths become rectangles
+
+
+class Padded(NamedTuple):
+    """Rows of one length."""
+
+    values: Tensor  # [B, T], the dtype of the rows
+    mask: Tensor  # [B, T] bool, True where a row had a value
+
+
+def pad(rows: Sequence[NDArray[Any]], fill: float, *, left: bool = False) -> Padded:
+    """Bring `rows`, B arrays of any lengths, to the length of the longest with `fill`."""
+    lengths = np.array([len(row) for row in rows])
+    columns = np.arange(lengths.max())
+    mask = columns >= lengths.max() - lengths[:, None] if left else columns < lengths[:, None]
+    values = np.full(mask.shape, fill, dtype=rows[0].dtype)
+    values[mask] = np.concatenate(rows)
+    return Padded(torch.from_numpy(values), torch.from_numpy(mask))
+
+
+def collate_demonstrations(samples: Sequence[Demonstration], pad_id: int) -> SFTBatch:
+    """B demonstrations, right padded."""
+    tokens = pad([sample.input_ids for sample in samples], pad_id)
+    targets = pad([sample.target_mask for sample in samples], False)
+    return SFTBatch(input_ids=tokens.values.long(), attention_mask=tokens.mask, target_mask=targets.values)
+
+
+def collate_preferences(samples: Sequence[Preference], pad_id: int) -> PreferenceBatch:
+    """B preferences as 2B sequences, right padded: all chosen ones, then the rejected."""
+    tokens = pad([*(sample.chosen for sample in samples), *(sample.rejected for sample in samples)], pad_id)
+    margin = torch.tensor([sample.margin for sample in samples], dtype=torch.float32)
+    return PreferenceBatch(input_ids=tokens.values.long(), attention_mask=tokens.mask, margin=margin)
+
+
+def collate_prompts(samples: Sequence[Prompt], sample_ids: Sequence[int], *, pad_id: int) -> PromptBatch:
+    """B prompts, left padded; `sample_ids` are B numbers that seed the sampling of each row."""
+    tokens = pad([sample.input_ids for sample in samples], pad_id, left=True)
+    return PromptBatch(
+        input_ids=tokens.values.long(),
+        attention_mask=tokens.mask,
+        sample_ids=torch.tensor(sample_ids, dtype=torch.int64),
+        prompts=tuple(sample.text for sample in samples),
+        columns=tuple(sample.columns for sample in samples),
+    )
+
+
+# ---- which rows a step has
 
 
 @lru_cache(maxsize=4)
@@ -88,10 +142,6 @@ class TrainLoader(Generic[Sample, Batch]):
         self.step = state["step"]
 
 
-def _fill(rows: list[Sample], size: int) -> list[Sample]:
-    return rows + rows[-1:] * (size - len(rows))
-
-
 def evaluation_batches(
     samples: Sequence[Sample],
     collate: Callable[[Sequence[Sample]], Batch],
@@ -109,7 +159,8 @@ def evaluation_batches(
     batches = []
     for start in range(0, len(rows), size * ranks):
         own = rows[start + rank * size : start + (rank + 1) * size]
-        batches.append(EvalBatch(collate(_fill(own or rows[-1:], size)), len(own)))
+        filler = rows[-1:] * (size - len(own))
+        batches.append(EvalBatch(collate(own + filler), len(own)))
     return batches
 
 

@@ -1,6 +1,6 @@
-"""The rows of a data set, what each of them must hold, and the one error that names all bad ones.
+"""The rows of a data set, the checks of their columns and values, and the one error that names all bad rows.
 
-Which roles a conversation may have is checked later, in `rlhf/text/tokenize_rows.py`.
+See also: `rlhf/text/tokenize_rows.py`, which checks the roles of a conversation.
 """
 
 from __future__ import annotations
@@ -98,14 +98,13 @@ class SourceRows:
         return self.files[index], number - (self._ends[index - 1] if index else 0)
 
 
-def require_columns(found: Sequence[str], alternatives: Sequence[Sequence[str]], *, where: str) -> None:
-    """Raise ValueError unless all columns of one alternative were found.
+def further_columns(row: Row) -> dict[str, Any]:
+    """The columns that only the user's own functions read, such as a reference answer."""
+    return {name: value for name, value in row.items() if name not in KNOWN_COLUMNS}
 
-    Args:
-        found: Columns of the data set.
-        alternatives: Sets of columns, one of which is needed.
-        where: Dotted name of the source, such as `data.sft.train[0]`.
-    """
+
+def require_columns(found: Sequence[str], alternatives: Sequence[Sequence[str]], *, where: str) -> None:
+    """Raise ValueError unless all columns of one alternative were found in the source called `where`."""
     if not any(set(names) <= set(found) for names in alternatives):
         likely = next((names for names in alternatives if "prompt" in names), alternatives[-1])
         raise ValueError(
@@ -178,7 +177,7 @@ def shortened(text: str) -> str:
 
 
 def bad_rows_report(bad: Sequence[tuple[str, BadRow]], *, where: str, num_rows: int) -> str:
-    """An error message with the places of all rows that cannot be used, by reason.
+    """The error message about rows that cannot be used: their places, by reason.
 
     Args:
         bad: Each bad row with its place in the data set.
@@ -189,8 +188,7 @@ def bad_rows_report(bad: Sequence[tuple[str, BadRow]], *, where: str, num_rows: 
     for place, row in bad:
         places.setdefault(row.reason, []).append(place)
     lines = [f"  row {_first_of(rows)}: {reason}" for reason, rows in [*places.items()][:SHOWN_PROBLEMS]]
-    if len(places) > SHOWN_PROBLEMS:
-        lines.append(f"  and {len(places) - SHOWN_PROBLEMS} more reasons")
+    lines += [f"  and {len(places) - SHOWN_PROBLEMS} more reasons"] * (len(places) > SHOWN_PROBLEMS)
     setting = ".".join([*where.split(".")[:2], "bad_rows"])
     head = f"{where}: {len(bad)} of {num_rows} rows cannot be used (from row 0); repair them or set {setting}=drop:"
     return "\n".join([head, *lines])

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.build_samples import LengthLimits, SampleKind, Splits, build_samples
-from data.rows import DEMONSTRATION_COLUMNS, PREFERENCE_COLUMNS, PROMPT_COLUMNS, margin_of
+from data.rows import DEMONSTRATION_COLUMNS, PREFERENCE_COLUMNS, PROMPT_COLUMNS, further_columns, margin_of
 from rlhf.config.data_config import DataConfig, RewrittenTurns
 from rlhf.config.eval_config import EvalConfig
 from rlhf.config.ppo_config import PPOConfig
@@ -58,6 +57,7 @@ class Prompt:
 
     input_ids: NDArray[np.int32]  # [P]
     text: str  # for people to read
+    columns: Mapping[str, Any] = field(default_factory=dict)  # further columns of the row, such as a reference answer
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -79,7 +79,7 @@ def demonstrations(
 
     kind = SampleKind(
         stage="sft",
-        columns=DEMONSTRATION_COLUMNS,
+        alternatives=DEMONSTRATION_COLUMNS,
         limits=held_out or LengthLimits("sft", config.max_prompt_tokens, config.max_response_tokens),
         settings=(
             *("sft", tokenizer_fingerprint(tokenizer)),
@@ -111,30 +111,35 @@ def preferences(
             raise ValueError("`chosen` and `rejected` become the same tokens; expected one to be better.")
         return [chosen, rejected]
 
+    def build(row: Row, sequences: list[TokenSequence]) -> list[Preference]:
+        chosen, rejected = sequences
+        subset = row.get(subset_column) if subset_column else None
+        return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), "" if subset is None else str(subset))]
+
     kind = SampleKind(
         stage="reward",
-        columns=PREFERENCE_COLUMNS,
+        alternatives=PREFERENCE_COLUMNS,
         limits=held_out or LengthLimits("reward", config.max_prompt_tokens, config.max_response_tokens),
         settings=("reward", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
-        build=partial(_preference, subset_column=subset_column),
-        extra_columns=(subset_column,) if subset_column else (),
+        build=build,
+        further_columns=(subset_column,) if subset_column else (),
     )
     return build_samples(kind, data, only_held_out=held_out is not None)
 
 
-def _preference(row: Row, sequences: list[TokenSequence], *, subset_column: str) -> list[Preference]:
-    chosen, rejected = sequences
-    subset = row.get(subset_column) if subset_column else None
-    return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), "" if subset is None else str(subset))]
-
-
 def prompts(
-    data: DataConfig, config: PPOConfig | EvalConfig, *, tokenizer: Tokenizer, held_out: LengthLimits | None = None
+    data: DataConfig,
+    config: PPOConfig | EvalConfig,
+    *,
+    tokenizer: Tokenizer,
+    held_out: LengthLimits | None = None,
+    columns: Collection[str] | None = (),
 ) -> Splits[Prompt]:
     """The samples of `data.ppo`; rows that also have responses give their prompts.
 
-    With `held_out`, only those to evaluate on, within these limits.
+    With `held_out`, only those to evaluate on, within these limits. `columns` names further columns that a `Prompt`
+    keeps of its row as they are; None keeps all, and a value that cannot be read makes its row a bad one.
     """
 
     def tokenize(row: Row) -> list[TokenSequence]:
@@ -143,11 +148,12 @@ def prompts(
 
     kind = SampleKind(
         stage="ppo",
-        columns=PROMPT_COLUMNS,
+        alternatives=PROMPT_COLUMNS,
         limits=held_out or LengthLimits("ppo", config.max_prompt_tokens, config.max_response_tokens),
         settings=("ppo", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
-        build=lambda row, sequences: [Prompt(sequences[0].input_ids, readable_prompt(row))],
+        build=lambda row, sequences: [Prompt(sequences[0].input_ids, readable_prompt(row), further_columns(row))],
+        further_columns=columns,
     )
     return build_samples(kind, data, only_held_out=held_out is not None)
 

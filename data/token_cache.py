@@ -1,25 +1,23 @@
 """Stores tokenised rows on disk under a key made of all that decides their tokens: rows, tokenizer, settings.
 
-One Arrow file per key, `KEY.CHECKSUM.arrow`, with a row per sequence. It is written under a temporary name and renamed,
-so it is complete or absent and several ranks may write the same one. Nothing is pickled and nothing is ever out of
-date; old files can be deleted at any time.
+There is one Arrow file per key, `KEY.CHECKSUM.arrow`, with a row per sequence. It is complete or absent, so several
+ranks may write the same one, and it is never out of date. Old files can be deleted at any time. Nothing is pickled.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from data.rows import BadRow
-from rlhf.runtime.atomic_files import writing
+from data.rows import KNOWN_COLUMNS, BadRow
+from rlhf.runtime.atomic_files import write_bytes
 from rlhf.text.chat_template import Row
 from rlhf.text.tokenize_rows import TokenSequence
 
-FORMAT = 4
+FORMAT = 5
 """Raise it when rows come to be tokenised, or stored, differently."""
 
 RowTokens = list[TokenSequence]
@@ -30,7 +28,9 @@ def content_key(rows: Iterable[Row | BadRow], settings: Iterable[str]) -> str:
     digest = hashlib.sha256(json.dumps([FORMAT, *settings]).encode())
     for row in rows:
         # Columns in any order, but not the keys inside a value: templates write those in their order.
-        content = row.reason if isinstance(row, BadRow) else sorted(row.items())
+        content = (
+            row.reason if isinstance(row, BadRow) else [(name, row[name]) for name in KNOWN_COLUMNS if name in row]
+        )
         digest.update(json.dumps(content, default=str).encode())
     return digest.hexdigest()
 
@@ -40,10 +40,7 @@ def cached(
 ) -> Sequence[RowTokens | BadRow]:
     """The tokens of each row stored in `folder` under `key`; else those from `make`, stored unless a row is bad.
 
-    Args:
-        folder: `data.cache_dir`; None makes them every time.
-        key: From `content_key`.
-        make: Called if nothing is stored.
+    Without a `folder` (`data.cache_dir`) they are made every time.
     """
     stored = sorted(Path(folder).glob(f"{key}.*.arrow")) if folder is not None else []
     if stored:
@@ -70,14 +67,7 @@ def _write(folder: Path, key: str, *, rows: Sequence[RowTokens]) -> None:
     arrow = pa.BufferOutputStream()
     feather.write_feather(pa.table(columns), arrow)
     content = arrow.getvalue()
-    file, unfinished = folder / f"{key}.{_checksum(content)}.arrow", folder / f"{key}.{uuid.uuid4().hex}.tmp"
-    with writing(file):
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            unfinished.write_bytes(content)
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+    write_bytes(folder / f"{key}.{_checksum(content)}.arrow", memoryview(content))
 
 
 def _read(file: Path) -> list[RowTokens]:

@@ -10,11 +10,12 @@ Letters, used in every docstring: B sequences, P prompt, R response, T = P + R, 
   positions hold 0, never a sentinel.
 
 All classes are frozen; `to(device)` and `rows(index)` return new ones (a `PreferenceBatch` is
-not cut by rows). Left out: padding (see `data/collate.py`).
+not cut by rows). Left out: padding (see `data/loader.py`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Generic, Self, TypeVar
 
@@ -99,12 +100,13 @@ class PreferenceBatch(_TensorBatch):
 
 @dataclass(frozen=True)
 class PromptBatch(_TensorBatch):
-    """Prompts, left padded, with their text and ids."""
+    """Prompts, left padded, with their text, ids and further columns."""
 
     input_ids: Tensor  # [B, P] int64
     attention_mask: Tensor  # [B, P] bool, True where a real token is
     sample_ids: Tensor  # [B] int64, unique in the run: seeds the sampling of this row, whatever rank it is on
     prompts: tuple[str, ...]  # B texts, for people to read
+    columns: tuple[Mapping[str, Any], ...]  # B rows' further columns, for reward functions; {} where none are kept
 
 
 @dataclass(frozen=True)

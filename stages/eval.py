@@ -18,8 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from data.collate import collate_demonstrations, collate_preferences
-from data.loader import evaluation_batches, evaluation_prompts
+from data.loader import collate_demonstrations, collate_preferences, evaluation_batches, evaluation_prompts
 from rlhf.config.bounds import as_plain
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig

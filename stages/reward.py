@@ -5,7 +5,7 @@ Left out: several objectives, ordinal ratings. Run: `python run_pipeline.py stag
 
 from __future__ import annotations
 
-from data.collate import collate_preferences
+from data.loader import collate_preferences
 from data.samples import preferences
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import evaluate_preferences

@@ -6,7 +6,7 @@ Run: `python run_pipeline.py stage=sft`.
 
 from __future__ import annotations
 
-from data.collate import collate_demonstrations
+from data.loader import collate_demonstrations
 from data.samples import demonstrations
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import evaluate_language

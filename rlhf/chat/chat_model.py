@@ -105,7 +105,8 @@ class ChatModel:
 def one_prompt(ids: Sequence[int], *, sample: int, device: torch.device) -> PromptBatch:
     """A batch of one prompt."""
     tokens = torch.tensor([list(ids)], device=device)  # [1, P]
-    return PromptBatch(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.tensor([sample], device=device), ("",))
+    mask, sample_ids = torch.ones_like(tokens, dtype=torch.bool), torch.tensor([sample], device=device)
+    return PromptBatch(tokens, mask, sample_ids, prompts=("",), columns=({},))
 
 
 def chat_tokenizer(path: str, *, chat_template: str | None) -> Tokenizer:

@@ -156,7 +156,8 @@ class Answers(Workload[PPOConfig]):
     def __call__(self, model: Any) -> None:
         """Prompts of full length, with room for responses of full length."""
         tokens = self.mask(self.rows, self.num_prompt).flip(1).long()  # padded on the left
-        prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, -1], prompts=("",) * self.rows)
+        texts = ("",) * self.rows
+        prompts = PromptBatch(tokens, tokens.bool(), tokens[:, -1], prompts=texts, columns=({},) * self.rows)
         decoding = Decoding(
             max_new_tokens=self.num_response, stop_token_ids=[0], pad_id=0, sampling=self.config.sampling
         )

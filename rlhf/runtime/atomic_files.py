@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import uuid
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -33,15 +34,17 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a whole file or nothing, and make its folder; RunError if it cannot be written.
+    """`write_bytes` of text; a lone surrogate, which UTF-8 cannot hold, is written with a backslash, as in JSON."""
+    write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
-    A lone surrogate, which UTF-8 cannot hold, is written with a backslash, as in JSON.
-    """
-    temporary = path.with_name(path.name + ".tmp")
+
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Write a whole file or nothing, and make its folder; RunError if it cannot be written."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.tmp")  # other ranks may write the same file
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace", newline="\n")
+            temporary.write_bytes(content)
             temporary.replace(path)  # atomic: readers see the old file or the new one
         finally:
             temporary.unlink(missing_ok=True)

@@ -430,6 +430,39 @@ def test_held_out_rows_are_those_that_training_left_out(gpt, write):
     assert (none.train, none.eval) == ([], [])
 
 
+COLUMNS = {"answer": 7, "cases": [{"in": "x", "out": None}, 1.5], "deep": {"a": [True, "é"]}, "id": None}
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_further_columns_travel_with_a_prompt_as_they_are(gpt, write, tmp_path, cached):
+    file = write("a.jsonl", [{"prompt": "a"} | COLUMNS, {"prompt": "b", "completion": "c", "answer": "8"}])
+    data = DataConfig(
+        ppo=StageDataConfig(train=[file], eval=[file]), cache_dir=str(tmp_path / "cache") if cached else None
+    )
+    config = PPOConfig(**SHARED, **ROLLOUT)
+    kept = {
+        name: [prompts(data, config, tokenizer=gpt, columns=columns) for _ in range(2)]
+        for name, columns in {"all": None, "one": ["answer", "missing"], "none": ()}.items()
+    }
+    for found in kept["all"]:
+        assert [dict(prompt.columns) for prompt in found.train] == [COLUMNS, {"answer": "8"}]
+    for found in kept["one"]:
+        assert [dict(prompt.columns) for prompt in found.eval] == [{"answer": 7}, {"answer": "8"}]
+    for found in kept["none"]:
+        assert [dict(prompt.columns) for prompt in found.train] == [{}, {}]
+    assert len({found.fingerprint for pair in kept.values() for found in pair}) == 3
+    assert not cached or len(list((tmp_path / "cache").iterdir())) == 1  # the tokens are the same
+
+
+def test_a_further_column_that_is_kept_must_be_readable(gpt, tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "a", "answer": "\\ud83d"}\n')
+    data = DataConfig(ppo=StageDataConfig(train=[str(file)], eval_fraction=0.0))
+    assert len(prompts(data, PPOConfig(**SHARED, **ROLLOUT), tokenizer=gpt).train) == 1
+    with pytest.raises(ValueError, match="row 0: `answer` has half of a character"):
+        prompts(data, PPOConfig(**SHARED, **ROLLOUT), tokenizer=gpt, columns=["answer"])
+
+
 def test_subsets_do_not_move_what_training_sees(gpt, write):
     plain = preferences(
         DataConfig(reward=StageDataConfig(train=[write("a.jsonl", PAIRS)])),

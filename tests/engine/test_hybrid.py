@@ -71,7 +71,9 @@ def gap(engine, seed=0):
     """Mean distance of the log-probabilities of generation and of the path that trains."""
     torch.manual_seed(seed)
     ids = torch.randint(0, 90, (32, 6))
-    prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(32), prompts=("",) * 32)
+    prompts = PromptBatch(
+        ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(32), prompts=("",) * 32, columns=({},) * 32
+    )
     decoding = Decoding(24, [100], pad_id=0, sampling=SamplingConfig())
     responses = generate_responses(engine, prompts, decoding=decoding, size=32, seed=seed)
     with engine.evaluating() as model:

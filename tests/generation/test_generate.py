@@ -21,7 +21,8 @@ NEW = 14  # with the prompts, more than twice the window of the sliding layers
 def batch(lengths=LENGTHS, *, width=None, first_id=0):
     ids, mask = tiny.padded(lengths, side="left", width=width)
     sample_ids = torch.arange(first_id, first_id + len(lengths))
-    return PromptBatch(input_ids=ids, attention_mask=mask, sample_ids=sample_ids, prompts=("",) * len(lengths))
+    texts, columns = ("",) * len(lengths), ({},) * len(lengths)
+    return PromptBatch(ids, mask, sample_ids, prompts=texts, columns=columns)
 
 
 def answer(model, prompts, *, stops=(), sampling=SAMPLED, new=NEW, seed=1, pad_id=tiny.PAD):
@@ -132,6 +133,7 @@ def test_repeated_rows_differ_by_their_sample_alone():
         attention_mask=prompts.attention_mask,
         sample_ids=torch.tensor([3, 4, 3]),
         prompts=prompts.prompts,
+        columns=prompts.columns,
     )
     said = answer(model, prompts).responses
     assert torch.equal(said[0], said[2])

@@ -38,7 +38,7 @@ def score(model):
 
 def decode(model):
     tokens = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, -1], prompts=("",) * ROWS)
+    prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, -1], prompts=("",) * ROWS, columns=({},) * ROWS)
     decoding = Decoding(max_new_tokens=8, stop_token_ids=[0], pad_id=0, sampling=SamplingConfig())
     generate(model, prompts, decoding=decoding, seed=0)
 

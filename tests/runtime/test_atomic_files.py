@@ -18,7 +18,7 @@ def full(*_, **__):
 def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path, monkeypatch):
     path = tmp_path / "new/file.json"
     write_text(path, "old \ud800")
-    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(RunError, match=r"file\.json cannot be written: No space left on device\. Make room there"):
         write_text(path, "new")
     assert path.read_bytes() == b"old \\ud800"

@@ -71,7 +71,8 @@ def rollout_of(folder, models, ppo, ids=None):
     ids = torch.randint(20, 60, (8, 5)) if ids is None else ids
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[::2, :2] = False
-    return collector.collect(PromptBatch(ids, mask, sample_ids=torch.arange(8), prompts=("x",) * 8), seed=0)
+    prompts = PromptBatch(ids, mask, sample_ids=torch.arange(8), prompts=("x",) * 8, columns=({},) * 8)
+    return collector.collect(prompts, seed=0)
 
 
 @pytest.mark.parametrize(

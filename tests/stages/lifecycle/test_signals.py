@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data.collate import collate_demonstrations, collate_prompts
+from data.loader import collate_demonstrations, collate_prompts
 from data.samples import Demonstration, Prompt
 from rlhf.config.engine_config import EngineConfig, Precision
 from rlhf.config.stage_configs import OptimizerConfig, SamplingConfig, Schedule

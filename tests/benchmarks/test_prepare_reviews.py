@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from benchmarks.prepare_reviews import Review, clean, cut, openings, parse, preferences, share
 from data.gold import REVIEWS
-from data.prepare_reviews import Review, clean, cut, openings, parse, preferences, share
 
 FILES = sorted(path.name for path in REVIEWS.glob("*.jsonl"))
 

@@ -1,13 +1,13 @@
 """Makes the bundled movie-review data from the source distribution of `vaderSentiment` (PyPI, MIT).
 
-    python -m data.prepare_reviews [FOLDER]        # downloads 2.4 MB, writes the JSONL files
+    python -m benchmarks.prepare_reviews [FOLDER]        # downloads 2.4 MB, writes the JSONL files
 
 The archive holds 10,605 sentences from movie reviews, each rated from -4 to +4 by 15 to 29 people (Hutto & Gilbert,
 ICWSM-14; sentences collected by Pang & Lee). Every split depends on a hash of the text, so the same archive always
 gives the same files, and no sentence is in two of these:
 
 * test: held-out perplexity, preferences, judge ratings and the openings that evaluation prompts are taken from;
-* gold: ratings that only the independent judge of `data/gold.py` is fitted to;
+* gold: ratings that only the independent metric of `data/gold.py` is fitted to;
 * reward: ratings that become preferences, chosen and rejected being two sentences with the same opening.
 
 SFT learns the words of gold and reward sentences, never their ratings. Left out: the archive's tweets, product reviews
@@ -179,4 +179,4 @@ def write(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "reviews")
+    write(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parents[1] / "data/reviews")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.row_selection import hold_out, rows_of_stage, weighted
+from data.build_samples import hold_out, rows_of_stage, weighted
 
 SHARES = [2, 4, 4]
 
