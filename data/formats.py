@@ -1,8 +1,8 @@
 """Reads one file of rows: JSON, JSON lines, CSV or Parquet.
 
-Each row keeps the keys, types and nulls that it has in the file: rows are not merged into one schema. A row that
-cannot be read becomes a `BadRow` with its place and the reason, and counts like the others. Unwanted columns are left
-out before their values are looked at. Every field of a CSV stays text. Nothing is unpickled.
+Each row keeps the keys, types and nulls that it has in the file: rows are not merged into one schema. A row that cannot
+be read becomes a `BadRow` with the reason, in its place. Columns that nobody wants are dropped before their values are
+looked at. Every field of a CSV stays text. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -50,11 +50,7 @@ def file_type(path: Path) -> str:
 
 
 def read_file(path: Path, columns: ColumnSelection) -> FileRows:
-    """The rows of a file.
-
-    Raises:
-        ValueError: The file as a whole cannot be read.
-    """
+    """The rows of a file; ValueError if the file as a whole cannot be read."""
     if file_type(path) not in READABLE:
         raise ValueError(f"data source {path}: found a {path.suffix or 'nameless'} file; expected one of {READABLE}.")
     try:
@@ -72,7 +68,7 @@ def read_file(path: Path, columns: ColumnSelection) -> FileRows:
 
 
 def _opened(path: Path) -> TextIO:
-    """The text of a file; bytes that are not UTF-8 become halves of characters, see `_text_problem`."""
+    """The text of a file; bytes that are not UTF-8 become halves of characters, see `_problem`."""
     opened = partial(gzip.open, path) if path.suffix == ".gz" else path.open
     newline = "" if file_type(path) == ".csv" else "\n"
     return cast(TextIO, opened(mode="rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline))
@@ -264,15 +260,19 @@ def _until_damage(rows: Iterable[Any]) -> Iterator[Any]:
 
 
 def _checked(row: dict[str, Any]) -> Row | BadRow:
-    problems = (f"`{name}` {problem}" for name, value in row.items() if (problem := _problem(value)))
-    problem = next(problems, "")
-    return BadRow(problem) if problem else row
+    """The row, or the first problem of its values."""
+    bad = (BadRow(f"`{name}` {problem}") for name, value in row.items() if (problem := _problem(value)))
+    return next(bad, row)
 
 
 def _problem(value: Any, depth: int = 0) -> str:
     """Why a value, or anything inside it, cannot be used; empty if it can."""
     if isinstance(value, str):
-        return "" if value.isascii() else _text_problem(value)
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"has half of a character, or bytes that are not UTF-8, at character {error.start}"
+        return ""
     if isinstance(value, _HugeInteger):
         return f"holds a number of more than {sys.get_int_max_str_digits()} digits"
     if not isinstance(value, dict | list):
@@ -281,11 +281,3 @@ def _problem(value: Any, depth: int = 0) -> str:
         return f"is nested more than {MAX_NESTING} deep"
     items = [*value, *value.values()] if isinstance(value, dict) else value
     return next((problem for item in items if (problem := _problem(item, depth + 1))), "")
-
-
-def _text_problem(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        return f"has half of a character, or bytes that are not UTF-8, at character {error.start}"
-    return ""

@@ -1,9 +1,9 @@
-"""Finds and reads one data set: a file, a folder, or a hub id. `data/rows.py` checks what the rows hold.
+"""Finds and reads one data set: a file, a folder, or a hub id.
 
-A folder is what `save_to_disk` writes, a clone of a hub data set, or files of one's own. The `configs` of a README.md
-tell which of its files hold which split, as on the hub; else their names do: `train.jsonl`,
-`train_sft-00000-of-00003.parquet` and `test/0.csv` are of the splits train, train_sft and test. Where several splits
-could be meant, the user chooses.
+A folder is written by `save_to_disk`, is a clone of a hub data set, or holds the user's own files. The `configs` of its
+README.md tell which files hold which split, as on the hub; without them the names do: `train.jsonl`,
+`train_sft-00000-of-00003.parquet` and `test/0.csv` belong to the splits train, train_sft and test. Where several splits
+could be meant, the user chooses. See also: `formats.py` (reads a file), `rows.py` (checks the rows).
 """
 
 from __future__ import annotations
@@ -37,23 +37,17 @@ SHARD = re.compile(r"[-_.]?\d+-of-\d+.*$|([-_.]?\d+)+$")
 
 
 def load_rows(source: SourceConfig, wanted: Collection[str] | None = None) -> SourceRows:
-    """The rows of a source, its columns renamed as `source.columns` says.
+    """The rows of a source, its columns renamed as `source.columns` says; keeps those that are `wanted`, None all.
 
     A relative path is looked for in the working directory, then beside this project's packages.
-
-    Args:
-        source: One data set.
-        wanted: Our names of the columns that are kept; None keeps all.
     """
     path, columns = local_path(source.path), ColumnSelection(source.columns, wanted)
-    if path is None:
-        rows = _rows_of_dataset(_from_hub(source), columns, file=source.path)
-    elif path.is_file():
-        rows = SourceRows([read_file(path, columns)])
-    elif (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        rows = _rows_of_dataset(_saved(path, source), columns, file=path.name)
+    if path is None or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+        table = (_from_hub(source) if path is None else _saved(path, source)).with_format("arrow")[:]  # mapped, unread
+        file = source.path if path is None else path.name
+        rows = SourceRows([arrow_rows(table, columns, file=file, found=table.column_names)])
     else:
-        files = files_of_split(path, source.split, name=source.name)
+        files = [path] if path.is_file() else files_of_split(path, source.split, name=source.name)
         rows = SourceRows([read_file(file, columns) for file in files])
     if len(rows) == 0:
         raise ValueError(f"data source {source.path}: no rows; expected at least one.")
@@ -96,7 +90,7 @@ def _from_hub(source: SourceConfig) -> Dataset:
 
 
 def _saved(folder: Path, source: SourceConfig) -> Dataset:
-    """A folder of `save_to_disk`."""
+    """The data set in a folder that `save_to_disk` wrote."""
     import datasets
     import pyarrow as pa
 
@@ -109,11 +103,6 @@ def _saved(folder: Path, source: SourceConfig) -> Dataset:
     if source.split not in saved:
         raise ValueError(f"data source {folder}: found splits {[*saved]}; expected {source.split!r} (`split`).")
     return saved[source.split]
-
-
-def _rows_of_dataset(dataset: Dataset, columns: ColumnSelection, *, file: str) -> SourceRows:
-    table = dataset.with_format("arrow")[:]  # of its memory-mapped files, so nothing is read yet
-    return SourceRows([arrow_rows(table, columns, file=file, found=table.column_names)])
 
 
 # ---- the files of a split in a folder
@@ -133,9 +122,14 @@ def files_of_split(folder: Path, split: str, *, name: str | None) -> list[Path]:
     try:
         config = _configuration(folder, name)
         declared = _declared_splits(config)
-        if declared:
-            return _declared_files(folder, split, declared=declared)
-        return _named_files(folder / str(config.get("data_dir", ".")), split)
+        if not declared:
+            return _named_files(folder / str(config.get("data_dir", ".")), split)
+        if split not in declared:
+            raise ValueError(f"README.md has the splits {[*declared]}; expected one of them as `split`, not {split!r}.")
+        files = {file for pattern in declared[split] for file in folder.glob(pattern) if file_type(file) in READABLE}
+        if not files:
+            raise ValueError(f"README.md has split {split!r} in {declared[split]}; found no {READABLE} file there.")
+        return sorted(files)
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"data source {folder}: `configs` in README.md is not as on the hub ({error!r}).") from error
     except ValueError as error:
@@ -176,21 +170,10 @@ def _declared_splits(config: Mapping[str, Any]) -> dict[str, list[str]]:
     return splits
 
 
-def _declared_files(folder: Path, split: str, *, declared: dict[str, list[str]]) -> list[Path]:
-    if split not in declared:
-        raise ValueError(f"README.md has the splits {[*declared]}; expected one of them as `split`, not {split!r}.")
-    files = {file for pattern in declared[split] for file in folder.glob(pattern) if file_type(file) in READABLE}
-    if not files:
-        raise ValueError(f"README.md has split {split!r} in {declared[split]}; found no {READABLE} file there.")
-    return sorted(files)
-
-
 def _named_files(folder: Path, split: str) -> list[Path]:
-    here, below = (
-        (file for file in sorted(found) if _is_data(file, folder)) for found in (folder.iterdir(), folder.rglob("*"))
-    )
+    here = [file for file in sorted(folder.iterdir()) if _is_data(file, folder)]
     splits: dict[str, list[Path]] = {}
-    for file in [*here] or [*below]:
+    for file in here or [file for file in sorted(folder.rglob("*")) if _is_data(file, folder)]:
         splits.setdefault(_split_of(file, folder), []).append(file)
     unnamed = splits.pop("", [])
     if not splits and unnamed:
@@ -213,7 +196,7 @@ def _named_files(folder: Path, split: str) -> list[Path]:
 
 
 def _split_of(file: Path, folder: Path) -> str:
-    """The split that a file, or a folder that it is in, is named after; empty if there is none."""
+    """The split in the name of a file, or of a folder that it is in; empty if there is none."""
     names = [file.name[: file.name.lower().rindex(file_type(file))], *file.relative_to(folder).parts[-2::-1]]
     return next((name for name in (SHARD.sub("", name) for name in names) if SPLIT_WORDS & _words(name)), "")
 

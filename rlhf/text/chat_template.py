@@ -61,7 +61,7 @@ def after_answer(tokenizer: PreTrainedTokenizerBase, template: str, *, name: str
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """A chat template, and what a row gives it besides messages."""
+    """A chat template with the variables that a row gives it besides messages."""
 
     tokenizer: PreTrainedTokenizerBase
     template: str

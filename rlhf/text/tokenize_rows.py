@@ -1,11 +1,11 @@
-"""Tokenises rows: demonstrations, preferences and prompts become tokens, with a mask of those that are learnt.
+"""Tokenises demonstrations, preferences and prompts, and marks the tokens that are learnt.
 
 A row has one of these forms, with strings (standard) or lists of messages (conversational):
 
     messages | prompt, completion | prompt, chosen, rejected | chosen, rejected | text | prompt
 
-Only this file and `chat_template.py` know about roles. Left out: padding (`data/collate.py`), truncation (`data/`
-drops rows that are too long), and content that is not text.
+Only this file and `chat_template.py` know about roles. Left out: truncation (`data/` drops rows that are too long), and
+content that is not text. See also: padding (`data/loader.py`).
 """
 
 from __future__ import annotations
@@ -41,13 +41,10 @@ class TokenSequence(NamedTuple):
 
 
 def tokenize_demonstration(tokenizer: Tokenizer, row: Row, *, response_only: bool) -> TokenSequence:
-    """Tokenise a response to imitate, with the token that ends it.
+    """Tokenise a response to imitate, with the token that ends it; without `response_only` the prompt is learnt too.
 
-    Args:
-        tokenizer: From `load_tokenizer`.
-        row: `messages` (every assistant turn is a target, unless the template has rewritten it), or `prompt` and
-            `completion`, or a preference (its chosen response), or `text` (all of it).
-        response_only: False makes targets of the prompts too.
+    The targets are every assistant turn of `messages`, unless the template has rewritten it; or the `completion`, or
+    the chosen response of a preference; or all of `text`.
     """
     prompt, response = _demonstration(row, bos=tokenizer.bos_token)
     sequence = _begin_with_prompt(tokenizer, row, prompt=prompt, learn_turns=_has(row, "messages"))
@@ -156,7 +153,7 @@ def _alike(prompt: TextOrMessages, response: TextOrMessages | None) -> tuple[Any
 
 
 def _last_response(messages: list[Message]) -> tuple[list[Message], list[Message]]:
-    """The messages before the last assistant turn, and that turn; later ones are not learnt."""
+    """The messages before the last assistant turn, and that turn; later messages are not learnt."""
     turns = [index for index, message in enumerate(messages) if message["role"] == ASSISTANT]
     if not turns:
         raise ValueError(f"`messages` has roles {[m['role'] for m in messages]}; expected an assistant turn.")
@@ -201,10 +198,13 @@ class _GrowingSequence:
 
     tokenizer: Tokenizer
     bos: list[int] = field(default_factory=list)
-    text: str = ""
-    ids: list[int] = field(default_factory=list)
-    learnt: list[bool] = field(default_factory=list)
     rewritten: list[int] = field(default_factory=list)  # messages that should be learnt and cannot
+    text: str = ""
+    ids: list[int] = field(init=False)
+    learnt: list[bool] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids, self.learnt = [*self.bos], [False] * len(self.bos)
 
     def add(self, piece: str, *, learn: bool) -> None:
         """Append `piece` tokenised as part of the whole or, if that would change earlier tokens, on its own."""
@@ -231,7 +231,7 @@ def _begin_with_prompt(
     if isinstance(prompt, str):
         bos = [] if prompt.startswith(tokenizer.bos_token or "\0") else tokenizer("", verbose=False).input_ids[:1]
         bos = [token for token in bos if token == tokenizer.bos_token_id]
-        sequence = _GrowingSequence(tokenizer, bos=bos, ids=[*bos], learnt=[False] * len(bos))
+        sequence = _GrowingSequence(tokenizer, bos)
         sequence.add(prompt, learn=False)
         return sequence
     if not prompt or prompt[-1]["role"] == ASSISTANT:
@@ -243,7 +243,7 @@ def _begin_with_prompt(
     with nullcontext() if learn_turns else suppress(ValueError):  # turns that are not learnt only say where to cut
         turns = template.assistant_turns(prompt, text)
     if learn_turns:
-        _require_no_ends(prompt, tokenizer)
+        _require_no_end(prompt, tokenizer)
     sequence = _GrowingSequence(tokenizer, rewritten=turns.rewritten if learn_turns else [])
     sequence.add_spans(text, turns.spans, learn=learn_turns)
     return sequence
@@ -277,7 +277,7 @@ def _add_text(sequence: _GrowingSequence, text: str, *, is_all: bool) -> None:
 
 def _add_messages(sequence: _GrowingSequence, row: Row, *, prompt: list[Message], response: list[Message]) -> None:
     """Append the messages of a response, up to the end of the last assistant turn."""
-    _require_no_ends(response, sequence.tokenizer)
+    _require_no_end(response, sequence.tokenizer)
     template, messages = ChatTemplate.of(sequence.tokenizer, row), [*prompt, *response]
     text = template.render(messages)
     turns = template.assistant_turns(messages, text, first=len(prompt))
@@ -291,29 +291,28 @@ def _add_messages(sequence: _GrowingSequence, row: Row, *, prompt: list[Message]
     sequence.add_spans(text[: turns.spans[-1].end if turns.spans else 0], turns.spans, learn=True)
 
 
-def _stop_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+def _stop_texts(tokenizer: Tokenizer) -> list[str]:
     """The texts that are encoded to stop tokens."""
-    return _texts_of(tokenizer, stop_token_ids(tokenizer))
+    known = _added_tokens(tokenizer)
+    return [known[token] for token in stop_token_ids(tokenizer) if token in known]
 
 
 @lru_cache(maxsize=16)
-def _texts_of(tokenizer: Tokenizer, stops: tuple[int, ...]) -> tuple[str, ...]:
-    known = tokenizer.added_tokens_decoder
-    return tuple(known[token].content for token in stops if token in known)
+def _added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
+    return {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}  # slow to ask for
 
 
-def _require_no_end(text: str, tokenizer: Tokenizer) -> None:
-    """Raise ValueError if an answer holds the text of a token that would end it."""
-    found = [end for end in _stop_texts(tokenizer) if end in text]
+def _require_no_end(answer: TextOrMessages, tokenizer: Tokenizer) -> None:
+    """Raise ValueError if an answer, or an assistant's message, holds the text of a token that would end it."""
+    # All of a message, because tool calls may hold such a text too.
+    texts = (
+        [answer]
+        if isinstance(answer, str)
+        else [json.dumps(m, ensure_ascii=False, default=str) for m in answer if m["role"] == ASSISTANT]
+    )
+    found = [end for text in texts for end in _stop_texts(tokenizer) if end in text]
     if found:
         raise ValueError(
             f"an answer holds the text {found[0]!r}, which becomes the token that ends answers, so that it would end "
             "there; expected another way to write it, or none."
         )
-
-
-def _require_no_ends(messages: list[Message], tokenizer: Tokenizer) -> None:
-    for message in messages:
-        if message["role"] == ASSISTANT:
-            # All of the message, because tool calls may hold such a text too.
-            _require_no_end(json.dumps(message, ensure_ascii=False, default=str), tokenizer)
