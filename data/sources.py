@@ -130,7 +130,7 @@ def files_of_split(folder: Path, split: str, *, name: str | None) -> list[Path]:
         if not files:
             raise ValueError(f"README.md has split {split!r} in {declared[split]}; found no {READABLE} file there.")
         return sorted(files)
-    except (AttributeError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, TypeError, OSError) as error:
         raise ValueError(f"data source {folder}: `configs` in README.md is not as on the hub ({error!r}).") from error
     except ValueError as error:
         raise ValueError(f"data source {folder}: {error}") from error

@@ -83,7 +83,7 @@ def readable_prompt(row: Row) -> str:
     if isinstance(prompt, str):
         return prompt
     lines = [f"{message['role']}: {message.get('content', '')}" for message in prompt]
-    return "\n".join(lines) if len(prompt) > 1 else str(prompt[0]["content"])
+    return "\n".join(lines) if len(prompt) > 1 else str(prompt[0].get("content", ""))
 
 
 # ---- prompt and responses of a row
@@ -140,6 +140,8 @@ def _value(row: Row, name: str) -> Any:
     value = row.get(name)
     if value is None or isinstance(value, str):
         return value
+    if not isinstance(value, list) or not all(isinstance(message, dict) for message in value):
+        raise ValueError(f"`{name}` is {repr(value)[:80]}; expected text or a list of messages.")
     return [{key: item for key, item in message.items() if item is not None} for message in value]
 
 

@@ -340,6 +340,11 @@ def test_rewritten_turns_are_counted_or_learnt_in_sequences_of_their_own(write, 
         assert {decode(tokenizer, sample.input_ids[sample.target_mask]) for sample in splits.train} == {"a"}
 
 
+def test_a_column_that_is_read_beside_the_needed_ones_is_named_too(gpt, write):
+    with pytest.raises(ValueError, match="row 0: `completion` is 3; expected text or a list of messages"):
+        samples("ppo", [write("a.jsonl", [{"prompt": "a", "completion": 3}])], tokenizer=gpt)
+
+
 def test_only_demonstrations_have_rewritten_turns():
     with pytest.raises(ValueError, match="data.ppo.rewritten_turns: only demonstrations have it"):
         DataConfig(ppo=StageDataConfig(rewritten_turns=RewrittenTurns.as_generated))
