@@ -259,7 +259,9 @@ def test_a_default_configuration_need_not_be_named(tmp_path):
     assert found(folder(tmp_path / "two", *names, card=card.format("other", "  default: true\n"))) == ["a/train.csv"]
 
 
-@pytest.mark.parametrize("configs", ["{a: 1}", "[1]", "[{data_files: [{path: x}]}]", "[{data_files: 3}]", "[{data_dir: gone}]"])
+@pytest.mark.parametrize(
+    "configs", ["{a: 1}", "[1]", "[{data_files: [{path: x}]}]", "[{data_files: 3}]", "[{data_dir: gone}]"]
+)
 def test_a_card_that_makes_no_sense_is_named(tmp_path, configs):
     path = folder(tmp_path, "train.csv", card=f"---\nconfigs: {configs}\n---\n")
     assert "README.md" in refusal(path)
