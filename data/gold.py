@@ -1,4 +1,4 @@
-"""Independent judges of a movie review, so that a rising reward-model score can be believed or doubted.
+"""Metrics of a movie review that are independent of the reward model, so that its rising score can be checked.
 
 Neither shares a label or a weight with the reward model: `predicted_rating` is a bag-of-words regression fitted to
 human ratings that the reward model never saw, `lexicon` is VADER's word list and rules. Left out: any judge of fluency,

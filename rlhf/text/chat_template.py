@@ -31,8 +31,8 @@ class TextSpan(NamedTuple):
 class AssistantTurns(NamedTuple):
     """The assistant's turns in a rendered conversation."""
 
-    spans: list[TextSpan]  # of the turns whose text is as it was generated, their ends included
-    rewritten: list[int]  # numbers of the messages whose text is not as it was generated
+    spans: list[TextSpan]  # turns still rendered as they were generated, with the token that ends them
+    rewritten: list[int]  # numbers of the messages that are now rendered differently
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
