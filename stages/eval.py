@@ -35,7 +35,7 @@ from rlhf.tracking.jsonl_log import JsonlLog, valid_json
 from rlhf.tracking.tracker import start_wandb
 from stages.lifecycle.session import stage_tokenizer
 from stages.lifecycle.stage_models import open_model, stored_scale
-from stages.setup.eval_checks import HeldOutRows, held_out_rows
+from stages.setup.preflight import HeldOutRows, held_out_rows
 
 log = logging.getLogger(__name__)
 

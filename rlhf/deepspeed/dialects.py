@@ -12,20 +12,8 @@ from dataclasses import replace
 from pathlib import Path as FilePath
 from typing import Any
 
-from rlhf.deepspeed.keys import (
-    ACCELERATE,
-    AUTO,
-    INSTEAD_OF_ACCELERATES,
-    SHARED_WITH_TRAINERS,
-    TABLE,
-    TRAINERS,
-    Decision,
-    Path,
-    check_value,
-    choice,
-    section,
-    switch,
-)
+from rlhf.deepspeed import keys
+from rlhf.deepspeed.keys import ACCELERATE, AUTO, TABLE, Decision, Path, check_value, choice, section, switch
 from rlhf.deepspeed.reader import Document, is_accelerates, leaves, read
 
 COMMENTS = ("_", "comment", "//", "#")
@@ -108,7 +96,7 @@ def _require_deepspeed(document: Document) -> None:
     kind = "NO" if raw is False else str(raw).upper()  # NO without quotes is false in YAML
     if kind == "DEEPSPEED" and document.content.get("compute_environment") != "AMAZON_SAGEMAKER":
         return
-    advice = INSTEAD_OF_ACCELERATES.get(
+    advice = keys.INSTEAD_OF_ACCELERATES.get(
         kind, "choose the engine here, as in engine=zero2 or engine=zero3, and start with launch.ranks"
     )
     raise ValueError(
@@ -195,7 +183,7 @@ def _refuse_foreign(document: Document) -> None:
     content = {name: value for name, value in document.content.items() if not name.startswith(COMMENTS)}
     if not content or any(_is_deepspeeds(name, value) for name, value in content.items()):
         return
-    for trainer, names in TRAINERS.items():
+    for trainer, names in keys.TRAINERS.items():
         marks = [name for name in content if name in names]
         if marks:
             other = "Give the DeepSpeed file that belongs to it, or choose the engine here, as in engine=zero2 or "
@@ -216,7 +204,7 @@ def _is_deepspeeds(name: str, value: Any) -> bool:
     path = TABLE.canonical((name,))
     if TABLE.is_section(path) and isinstance(value, Mapping):
         return any(TABLE.knows((*path, str(child))) for child in value)
-    return TABLE.knows(path) and name not in SHARED_WITH_TRAINERS
+    return TABLE.knows(path) and name not in keys.SHARED_WITH_TRAINERS
 
 
 def _instead(content: Mapping[str, Any]) -> str:

@@ -23,7 +23,7 @@ from stages import eval as evaluate
 from stages.eval import held_out_batches, run_eval
 from stages.lifecycle.stage_models import open_model, stored_scale
 from stages.lifecycle.stage_record import StageRecord, write_record
-from stages.setup.eval_checks import check_evaluation, held_out_rows
+from stages.setup.preflight import check_evaluation, held_out_rows
 from tests.config.test_configuration import composed
 from tests.models import tiny
 from tests.ranks import run_on_ranks
