@@ -14,7 +14,7 @@ from data.rows import DEMONSTRATION_COLUMNS, PREFERENCE_COLUMNS, PROMPT_COLUMNS,
 from rlhf.config.data_config import DataConfig, RewrittenTurns
 from rlhf.config.eval_config import EvalConfig
 from rlhf.config.ppo_config import PPOConfig
-from rlhf.config.stage_configs import RewardConfig, SFTConfig
+from rlhf.config.stage_configs import SFTConfig, SupervisedConfig
 from rlhf.text.chat_template import Row
 from rlhf.text.tokenize_rows import (
     TokenSequence,
@@ -93,7 +93,7 @@ def demonstrations(
 
 def preferences(
     data: DataConfig,
-    config: RewardConfig | EvalConfig,
+    config: SupervisedConfig | EvalConfig,
     *,
     tokenizer: Tokenizer,
     held_out: LengthLimits | None = None,

@@ -10,18 +10,15 @@ from data.samples import preferences
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import evaluate_preferences
 from rlhf.runtime.dist import World
-from rlhf.training.supervised_step import Pairwise
 from stages.lifecycle.stage_record import StageRecord
 from stages.supervised import SupervisedStage, run_supervised
 
 
 def run_reward(run: RunConfig, world: World) -> StageRecord:
     """Train `reward/model`; its record holds the held-out mean and deviation by which PPO normalises scores."""
-    assert run.reward is not None
     stage = SupervisedStage(
         read=preferences,
         collate=collate_preferences,
-        objective=Pairwise(run.reward),
         evaluate=evaluate_preferences,
         score_units=lambda after: (after["eval/score_mean"], after["eval/score_std"]),
     )

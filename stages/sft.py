@@ -11,14 +11,11 @@ from data.samples import demonstrations
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import evaluate_language
 from rlhf.runtime.dist import World
-from rlhf.training.supervised_step import NextToken
 from stages.lifecycle.stage_record import StageRecord
 from stages.supervised import SupervisedStage, run_supervised
 
 
 def run_sft(run: RunConfig, world: World) -> StageRecord:
     """Train `sft/model`."""
-    stage = SupervisedStage(
-        read=demonstrations, collate=collate_demonstrations, objective=NextToken(), evaluate=evaluate_language
-    )
+    stage = SupervisedStage(read=demonstrations, collate=collate_demonstrations, evaluate=evaluate_language)
     return run_supervised(run, world, name="sft", stage=stage)

@@ -1,6 +1,7 @@
 """The training stage that SFT and reward modelling share: one optimizer step per batch, evaluations in between.
 
-A story (`sft.py`, `reward.py`) says what is different: its data, its objective and its held-out metrics.
+A story (`sft.py`, `reward.py`) says what is different, its data and its held-out metrics; the stage's settings name the
+objective.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rlhf.config.run_config import RunConfig
 from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World
-from rlhf.training.supervised_step import Batch, Objective, take_step
+from rlhf.training.supervised_step import Batch, objective_of, take_step
 from rlhf.types import EvalBatch
 from stages.lifecycle.checkpointing import TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer
@@ -36,8 +37,6 @@ class SupervisedStage(Generic[Batch]):
     """Reads, checks and tokenises the data."""
     collate: Callable[..., Batch]
     """Pads samples to a batch."""
-    objective: Objective[Batch]
-    """The loss and its metrics."""
     evaluate: Callable[[Engine, Sequence[EvalBatch[Batch]]], Metrics]
     """Computes held-out metrics; a collective."""
     score_units: Callable[[Metrics], tuple[float, float]] | None = None
@@ -73,9 +72,10 @@ def _train(
     eval_every: int,
 ) -> None:
     """Take one optimizer step for each remaining item of `loader`."""
+    objective = objective_of(session.run.supervised_config(session.stage))
     for step, micro_batches in session.steps(loader):
         with session.timer("train"):
-            metrics = take_step(engine, micro_batches, objective=stage.objective)
+            metrics = take_step(engine, micro_batches, objective=objective)
         evaluation: Metrics = {}
         if session.evaluates_at(step, eval_every):
             with session.timer("evaluate"):

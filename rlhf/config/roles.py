@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import KW_ONLY, dataclass, replace
-from enum import StrEnum
 from pathlib import Path
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.ppo_config import POLICIES, AdvantageKind
-from rlhf.config.run_config import STAGES, RunConfig
-from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SupervisedConfig
+from rlhf.config.run_config import STAGES, SUPERVISED, RunConfig
+from rlhf.config.stage_configs import LoraConfig, ModelKind, OptimizerConfig
 
-PRODUCTS = {"sft": ("model",), "reward": ("model",), **dict.fromkeys(POLICIES, ("actor", "critic"))}
+PRODUCTS = {**dict.fromkeys(SUPERVISED, ("model",)), **dict.fromkeys(POLICIES, ("actor", "critic"))}
 """Names of the models that each stage leaves in its folder, and those of its best evaluation in `best/` there."""
-
-
-class ModelKind(StrEnum):
-    """Head of a decoder: logits over the vocabulary, or one number per position."""
-
-    causal_lm = "causal_lm"
-    scalar_head = "scalar_head"
 
 
 @dataclass(frozen=True)
@@ -89,23 +81,15 @@ def roles_of(run: RunConfig, stage: str) -> list[Role]:
 
 def all_roles(run: RunConfig, stage: str) -> list[Role]:
     """The roles of `stage`, also those that need no model of their own in this run but have settings."""
-    return _ROLES[stage](run)
+    return _supervised(run, stage) if stage in SUPERVISED else _ROLES[stage](run)
 
 
-def _sft(run: RunConfig) -> list[Role]:
-    assert run.sft is not None
-    return [_supervised("sft", run.sft, start=run.sft.init_from, kind=ModelKind.causal_lm)]
-
-
-def _reward(run: RunConfig) -> list[Role]:
-    config, kind = run.reward, ModelKind.scalar_head
-    assert config is not None
-    return [_supervised("reward", config, start=config.init_from, kind=kind, num_layers=config.num_layers)]
-
-
-def _supervised(stage: str, config: SupervisedConfig, *, start: str, kind: ModelKind, num_layers: int = 0) -> Role:
-    role = Role(stage, "model", path=start, path_setting="init_from", kind=kind, optimizer="optimizer")
-    return replace(role, num_layers=num_layers, dropout=config.dropout)
+def _supervised(run: RunConfig, stage: str) -> list[Role]:
+    config = run.supervised_config(stage)
+    role = Role(
+        stage, "model", path=config.init_from, path_setting="init_from", kind=config.kind, optimizer="optimizer"
+    )
+    return [replace(role, num_layers=config.layers_kept, dropout=config.dropout)]
 
 
 def _ppo(run: RunConfig) -> list[Role]:
@@ -160,8 +144,6 @@ def _chat(run: RunConfig) -> list[Role]:
 
 
 _ROLES: dict[str, Callable[[RunConfig], list[Role]]] = {
-    "sft": _sft,
-    "reward": _reward,
     "ppo": _ppo,
     "eval": _eval,
     "chat": _chat,

@@ -84,10 +84,12 @@ class TrackingConfig(Settings):
     """Write `report.html` after each stage and of the whole run: some seconds each."""
 
 
-STAGES = ("sft", "reward", "ppo")
+SUPERVISED: dict[str, type[SupervisedConfig]] = {"sft": SFTConfig, "reward": RewardConfig}
+"""The stages that learn from examples, in the order in which they run, with their settings."""
+STAGES = (*SUPERVISED, "ppo")
 """The stages, in the order in which they run."""
-FOLDERS = ("sft", "reward", *POLICIES)
-"""Folders of the stages; the third is named after its advantage estimator."""
+FOLDERS = (*SUPERVISED, *POLICIES)
+"""Folders of the stages; the last is named after its advantage estimator."""
 USES = ("eval", "chat")
 """Stages that train nothing, in the order in which they run."""
 

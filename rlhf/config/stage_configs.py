@@ -103,6 +103,13 @@ def inherited(cls: type[T], group: str) -> T:
     return cls(**{name: f"${{{group}.{name}}}" for name in vars(cls)["__dataclass_fields__"]})
 
 
+class ModelKind(StrEnum):
+    """Head of a decoder: logits over the vocabulary, or one number per position."""
+
+    causal_lm = "causal_lm"
+    scalar_head = "scalar_head"
+
+
 class BestMetric(NamedTuple):
     """The held-out metric by which one evaluation is better than another."""
 
@@ -167,9 +174,19 @@ class TrainingConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class SupervisedConfig(TrainingConfig):
-    """The settings that SFT and reward training share."""
+    """The settings of a stage that learns from examples: of SFT and of reward training.
+
+    What differs is named here, and the memory plan, the roles and the metrics follow from it.
+    """
 
     batch_setting = "global_batch_size"
+    kind: ClassVar[ModelKind]
+    """Head of the model that is trained."""
+    objective: ClassVar[str]
+    """Its loss: a key of `OBJECTIVES` in `rlhf/training/supervised_step.py`."""
+
+    init_from: str
+    """Model that training starts from."""
 
     optimizer: OptimizerConfig
     """AdamW and its schedule."""
@@ -190,6 +207,11 @@ class SupervisedConfig(TrainingConfig):
         super().__post_init__()
         require(self.max_steps > 0 or self.epochs > 0, f"epochs={self.epochs}: expected a number above 0.")
 
+    @property
+    def layers_kept(self) -> int:
+        """Layers of the trunk that are used, the first ones; 0 is all."""
+        return 0
+
     def steps(self, num_rows: int) -> int:
         """Optimizer steps: `max_steps` where it is set, else as many as see every row `epochs` times."""
         return self.max_steps or max(1, math.ceil(round(self.epochs * num_rows / self.global_batch_size, 6)))
@@ -204,6 +226,8 @@ class SFTConfig(SupervisedConfig):
     """Supervised fine-tuning on demonstrations."""
 
     rows = "demonstrations"
+    kind = ModelKind.causal_lm
+    objective = "next_token"
     best_metric = BestMetric("eval/loss", -1)
 
     init_from: str = "${model.path}"
@@ -217,6 +241,8 @@ class RewardConfig(SupervisedConfig):
     """Reward modelling on preferences."""
 
     rows = "preferences"
+    kind = ModelKind.scalar_head
+    objective = "pairwise"
     row_unit = "pairs"
     best_metric = BestMetric("eval/accuracy", 1)
 
@@ -228,6 +254,11 @@ class RewardConfig(SupervisedConfig):
     """Weight of the squared sum of both scores, which keeps scores near zero (Eisenstein et al. 2023)."""
     use_margin: bool = False
     """Require the score difference to exceed the data's `margin` (Touvron et al. 2023)."""
+
+    @property
+    def layers_kept(self) -> int:
+        """As `num_layers` says."""
+        return self.num_layers
 
 
 @dataclass(kw_only=True)

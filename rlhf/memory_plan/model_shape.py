@@ -13,9 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from rlhf.config.roles import ModelKind
 from rlhf.config.run_config import Embedded
-from rlhf.config.stage_configs import LoraConfig
+from rlhf.config.stage_configs import LoraConfig, ModelKind
 from rlhf.models.causal_lm import causal_lm_module
 from rlhf.models.embedded import embedded_config
 from rlhf.models.meta_init import ModelSpec, assemble, decoder_config

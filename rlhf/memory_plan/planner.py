@@ -18,8 +18,9 @@ import torch
 
 from rlhf.algorithms.logprobs import chunk_elements_of
 from rlhf.config.engine_config import Precision
-from rlhf.config.roles import ModelKind, Role, maker_of, roles_of
+from rlhf.config.roles import Role, maker_of, roles_of
 from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
+from rlhf.config.stage_configs import ModelKind
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.model_shape import ModelShape
 from rlhf.memory_plan.plan import Item, Phase, Place, Plan

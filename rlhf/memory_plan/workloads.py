@@ -13,19 +13,17 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf.algorithms.supervised_losses import sft_loss
 from rlhf.config.bounds import as_plain
 from rlhf.config.ppo_config import PPOConfig
-from rlhf.config.roles import ModelKind
-from rlhf.config.stage_configs import RewardConfig, SFTConfig, TrainingConfig
-from rlhf.evaluation.metrics import logits_of
+from rlhf.config.run_config import SUPERVISED
+from rlhf.config.stage_configs import ModelKind, SupervisedConfig, TrainingConfig
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan.trace import EnoughError
 from rlhf.rollout import Models
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import policy_gradient, value_gradient
-from rlhf.training.supervised_step import Pairwise
+from rlhf.training.supervised_step import objective_of
 from rlhf.types import PPOBatch, PreferenceBatch, PromptBatch, Responses, SFTBatch
 
 Config = TypeVar("Config", bound=TrainingConfig)
@@ -82,25 +80,35 @@ class Workload(Generic[Config]):
         return PPOBatch(**fields, **{name: fields["response_mask"].float() for name in names})
 
 
-class Demonstrations(Workload[SFTConfig]):
-    """The loss of supervised fine-tuning."""
-
-    def __call__(self, model: nn.Module) -> Tensor:
-        """On demonstrations of which every token is learnt."""
-        mask = self.mask(self.rows)
-        batch = SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask)
-        logits = logits_of(model, batch)
-        return sft_loss(logits, batch.input_ids, mask, denominator=1.0, chunk_elements=self.chunk_elements).loss
-
-
-class Preferences(Workload[RewardConfig]):
-    """The loss of reward modelling."""
+class Examples(Workload[SupervisedConfig]):
+    """The loss of a stage that learns from examples."""
 
     def __call__(self, model: Any) -> Tensor:
-        """On pairs, both responses in one batch."""
+        """On its largest batch."""
+        objective = objective_of(self.config, chunk_elements=self.chunk_elements)
+        return objective.outcome(model, self.batch(), denominator=torch.ones(())).loss
+
+    def batch(self) -> SFTBatch | PreferenceBatch:
+        """The examples of a micro-batch."""
+        raise NotImplementedError
+
+
+class Demonstrations(Examples):
+    """Demonstrations of which every token is learnt."""
+
+    def batch(self) -> SFTBatch:
+        """One sequence each."""
+        mask = self.mask(self.rows)
+        return SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask)
+
+
+class Preferences(Examples):
+    """Pairs of responses."""
+
+    def batch(self) -> PreferenceBatch:
+        """Both responses in one batch."""
         mask = self.mask(2 * self.rows)
-        batch = PreferenceBatch(input_ids=mask.long(), attention_mask=mask, margin=torch.zeros(self.rows))
-        return Pairwise(self.config).outcome(model, batch, denominator=torch.ones(())).loss
+        return PreferenceBatch(input_ids=mask.long(), attention_mask=mask, margin=torch.zeros(self.rows))
 
 
 class Statistics(Workload[PPOConfig]):
@@ -180,9 +188,12 @@ class _TracedEngine:
 
 
 _LM, _HEAD = ModelKind.causal_lm, ModelKind.scalar_head
+_EXAMPLES: dict[str, type[Examples]] = {"demonstrations": Demonstrations, "preferences": Preferences}
 PHASES: dict[str, dict[str, dict[ModelKind, type[Workload[Any]]]]] = {
-    "sft": {"evaluate": {_LM: Demonstrations}, "train": {_LM: Demonstrations}},
-    "reward": {"evaluate": {_HEAD: Preferences}, "train": {_HEAD: Preferences}},
+    **{
+        stage: dict.fromkeys(("evaluate", "train"), {settings.kind: _EXAMPLES[settings.rows]})
+        for stage, settings in SUPERVISED.items()
+    },
     "ppo": {
         "generate": {_LM: Answers},
         "score": {_HEAD: Scalars, _LM: Statistics},

@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.config.roles import ModelKind
+from rlhf.config.stage_configs import ModelKind
 from rlhf.models.causal_lm import causal_lm_module, generation_config
 from rlhf.models.meta_init import decoder_config, max_positions
 from rlhf.models.model_folder import Checkpoint

@@ -10,14 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlhf.config.ppo_config import POLICIES
+from rlhf.config.run_config import SUPERVISED
 
 STEP = "trainer/step"
 """The axis of all curves, which a resumed run continues: optimizer steps in SFT and reward, iterations in PPO."""
 
 PPO = POLICIES
 REWARD = ("reward",)
-SUPERVISED = ("sft", *REWARD)
-ALL = (*SUPERVISED, *PPO)
+PAIRS = tuple(stage for stage, settings in SUPERVISED.items() if settings.rows == "preferences")
+EXAMPLES = tuple(SUPERVISED)
+ALL = (*EXAMPLES, *PPO)
 ACCURACY = "SFT: target tokens ranked first; reward: chosen scored higher"
 PAID = "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end"
 KL = "KL to the reference, summed over a response, mean over responses"
@@ -54,13 +56,13 @@ METRICS: dict[str, Metric] = {
     "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
     "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
     "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
-    "eval/loss": Metric("Evaluation", "nats", SUPERVISED, "loss on held-out data", -1, headline=True),
+    "eval/loss": Metric("Evaluation", "nats", EXAMPLES, "loss on held-out data", -1, headline=True),
     "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token", -1),
-    "eval/accuracy": Metric("Evaluation", "fraction", SUPERVISED, "accuracy on held-out data", 1, headline=True),
-    "eval/margin": Metric("Evaluation", "score", REWARD, "chosen minus rejected score, mean over held-out pairs", 1),
+    "eval/accuracy": Metric("Evaluation", "fraction", EXAMPLES, "accuracy on held-out data", 1, headline=True),
+    "eval/margin": Metric("Evaluation", "score", PAIRS, "chosen minus rejected score, mean over held-out pairs", 1),
     "eval/score_mean": Metric("Evaluation", "score", REWARD, "mean held-out score, which PPO subtracts"),
     "eval/score_std": Metric("Evaluation", "score", REWARD, "deviation of the held-out scores, which PPO divides by"),
-    "eval/pairs": Metric("Evaluation", "pairs", REWARD, "held-out pairs behind the accuracy"),
+    "eval/pairs": Metric("Evaluation", "pairs", PAIRS, "held-out pairs behind the accuracy"),
     "eval/score": Metric("Evaluation", "score", PPO, PAID, 1, headline=True),
     "eval/raw_score": Metric("Evaluation", "score", PPO, "the reward model's own score of held-out answers", 1),
     "eval/clamped": Metric("Evaluation", "fraction", PPO, "held-out answers whose score is at the clamp", -1),
@@ -89,15 +91,15 @@ METRICS: dict[str, Metric] = {
     "rollout/left_out": Metric("Rollout", "responses", PPO, "responses left out for numbers that are not finite"),
     "rollout/logprob_gap_max": Metric("Rollout", "nats", PPO, "generation path against training path, largest gap"),
     "rollout/logprob_gap_mean": Metric("Rollout", "nats", PPO, "generation path against training path, mean gap"),
-    "train/loss": Metric("Training", "nats", SUPERVISED, "loss of the step's global batch", -1, headline=True),
-    "train/accuracy": Metric("Training", "fraction", SUPERVISED, ACCURACY, 1, headline=True),
-    "train/margin": Metric("Training", "score", REWARD, "chosen minus rejected score, mean over the batch", 1),
-    "train/grad_norm": Metric("Training", "", SUPERVISED, "global gradient norm before clipping"),
-    "train/lr": Metric("Training", "", SUPERVISED, "learning rate of the step"),
-    "train/tokens": Metric("Training", "tokens", SUPERVISED, "real tokens in the step's global batch"),
-    "train/skipped_steps": Metric("Training", "steps", SUPERVISED, SKIPPED),
-    "train/loss_scale": Metric("Training", "", SUPERVISED, "fp16: factor on the loss of the step"),
-    "train/scale_search_steps": Metric("Training", "steps", SUPERVISED, SEARCHED),
+    "train/loss": Metric("Training", "nats", EXAMPLES, "loss of the step's global batch", -1, headline=True),
+    "train/accuracy": Metric("Training", "fraction", EXAMPLES, ACCURACY, 1, headline=True),
+    "train/margin": Metric("Training", "score", PAIRS, "chosen minus rejected score, mean over the batch", 1),
+    "train/grad_norm": Metric("Training", "", EXAMPLES, "global gradient norm before clipping"),
+    "train/lr": Metric("Training", "", EXAMPLES, "learning rate of the step"),
+    "train/tokens": Metric("Training", "tokens", EXAMPLES, "real tokens in the step's global batch"),
+    "train/skipped_steps": Metric("Training", "steps", EXAMPLES, SKIPPED),
+    "train/loss_scale": Metric("Training", "", EXAMPLES, "fp16: factor on the loss of the step"),
+    "train/scale_search_steps": Metric("Training", "steps", EXAMPLES, SEARCHED),
     "actor/grad_norm": Metric("Optimizer", "", PPO, "actor's gradient norm before clipping"),
     "actor/lr": Metric("Optimizer", "", PPO, "actor's learning rate"),
     "actor/skipped_steps": Metric("Optimizer", "steps", PPO, SKIPPED),

@@ -6,13 +6,13 @@ Losses are divided by counts over the whole step, so micro-batches and ranks cha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.supervised_losses import count_targets, pairwise_loss, sft_loss
-from rlhf.config.stage_configs import RewardConfig
+from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import logits_of
 from rlhf.models.causal_lm import position_ids
@@ -21,7 +21,6 @@ from rlhf.runtime.dist import sum_over_ranks
 from rlhf.types import PreferenceBatch, SFTBatch
 
 Batch = TypeVar("Batch", SFTBatch, PreferenceBatch)
-BatchIn = TypeVar("BatchIn", SFTBatch, PreferenceBatch, contravariant=True)
 
 
 class LossAndMetrics(NamedTuple):
@@ -31,19 +30,24 @@ class LossAndMetrics(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class Objective(Protocol[BatchIn]):
+class Objective(Generic[Batch]):
     """A training objective: its loss, and the count that its loss is divided by."""
 
-    def count(self, batch: BatchIn) -> Tensor:
+    def __init__(self, config: SupervisedConfig, *, chunk_elements: int | None = None) -> None:
+        """Args: `config`: the stage's settings; `chunk_elements`: as in `token_logprobs`."""
+        self.config: Any = config
+        self.chunk_elements = chunk_elements
+
+    def count(self, batch: Batch) -> Tensor:
         """This micro-batch's part of the step's denominator: target tokens, or pairs."""
-        ...
+        raise NotImplementedError
 
-    def outcome(self, engine: Engine, batch: BatchIn, *, denominator: Tensor) -> LossAndMetrics:
+    def outcome(self, engine: Engine, batch: Batch, *, denominator: Tensor) -> LossAndMetrics:
         """Loss and metrics of a micro-batch, divided by the step's denominator."""
-        ...
+        raise NotImplementedError
 
 
-class NextToken:
+class NextToken(Objective[SFTBatch]):
     """Next-token prediction on the target tokens of demonstrations."""
 
     def count(self, batch: SFTBatch) -> Tensor:
@@ -53,15 +57,18 @@ class NextToken:
     def outcome(self, engine: Engine, batch: SFTBatch, *, denominator: Tensor) -> LossAndMetrics:
         """Cross-entropy of the target tokens."""
         logits = logits_of(engine, batch)
-        result = sft_loss(logits, batch.input_ids, batch.target_mask, denominator=denominator)
+        result = sft_loss(
+            logits,
+            batch.input_ids,
+            batch.target_mask,
+            denominator=denominator,
+            chunk_elements=self.chunk_elements,
+        )
         return LossAndMetrics(result.loss, {"train/accuracy": result.accuracy})
 
 
-class Pairwise:
+class Pairwise(Objective[PreferenceBatch]):
     """Score the chosen response above the rejected one (Bradley and Terry 1952)."""
-
-    def __init__(self, config: RewardConfig) -> None:
-        self._config = config
 
     def count(self, batch: PreferenceBatch) -> Tensor:
         """Pairs of a micro-batch."""
@@ -74,11 +81,20 @@ class Pairwise:
         result = pairwise_loss(
             chosen,
             rejected,
-            margin=batch.margin if self._config.use_margin else None,
-            center_coef=self._config.center_coef,
+            margin=batch.margin if self.config.use_margin else None,
+            center_coef=self.config.center_coef,
             denominator=denominator,
         )
         return LossAndMetrics(result.loss, {"train/accuracy": result.accuracy, "train/margin": result.margin})
+
+
+OBJECTIVES: dict[str, type[Objective[Any]]] = {"next_token": NextToken, "pairwise": Pairwise}
+"""The objectives by the name that a stage's settings give."""
+
+
+def objective_of(config: SupervisedConfig, *, chunk_elements: int | None = None) -> Objective[Any]:
+    """The objective of a stage; training and the memory plan run the same one."""
+    return OBJECTIVES[config.objective](config, chunk_elements=chunk_elements)
 
 
 def take_step(engine: Engine, micro_batches: Sequence[Batch], *, objective: Objective[Batch]) -> dict[str, float]:

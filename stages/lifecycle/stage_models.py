@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from rlhf.config.ppo_config import PPOConfig
-from rlhf.config.roles import ModelKind, Role
+from rlhf.config.roles import Role
 from rlhf.config.run_config import RunConfig
+from rlhf.config.stage_configs import ModelKind
 from rlhf.engine.engine import Engine, build_engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.models.causal_lm import causal_lm

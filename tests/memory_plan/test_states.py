@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
-from rlhf.config.roles import ModelKind
-from rlhf.config.stage_configs import LoraConfig, OptimizerConfig
+from rlhf.config.stage_configs import LoraConfig, ModelKind, OptimizerConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.offload.placement import Placement
 from rlhf.memory_plan.model_shape import ModelShape

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from rlhf.algorithms.supervised_losses import sft_loss
-from rlhf.config.roles import ModelKind
-from rlhf.config.stage_configs import LoraConfig, SamplingConfig
+from rlhf.config.stage_configs import LoraConfig, ModelKind, SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan import trace as trace_module
 from rlhf.memory_plan.model_shape import ModelShape

@@ -7,14 +7,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from data.loader import collate_demonstrations, collate_prompts
 from data.samples import Demonstration, Prompt
 from rlhf.config.engine_config import EngineConfig, Precision
-from rlhf.config.stage_configs import OptimizerConfig, SamplingConfig, Schedule
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SamplingConfig, Schedule, SFTConfig
 from rlhf.engine.engine import build_engine
 from rlhf.generation.generate import Decoding, generate
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime.dist import World
 from rlhf.text.tokenize_rows import tokenize_demonstration, tokenize_prompt
 from rlhf.text.tokenizer import load_tokenizer, stop_token_ids
-from rlhf.training.supervised_step import NextToken, take_step
+from rlhf.training.supervised_step import objective_of, take_step
 from tests import fakes
 
 ROWS = [{"prompt": "ab", "completion": " cd"}, {"prompt": "ba", "completion": " dc dc"}]
@@ -37,8 +37,10 @@ def test_a_model_learns_to_stop_although_pad_is_eos(tmp_path):
     rows = [tokenize_demonstration(tokenizer, row, response_only=True) for row in ROWS]
     samples = [Demonstration(row.input_ids, row.target_mask) for row in rows]
     batch = collate_demonstrations(samples, pad_id=int(tokenizer.pad_token_id))
+    sizes = {"micro_batch_size": 1, "global_batch_size": 1, "max_prompt_tokens": 9, "max_response_tokens": 9}
+    config = SFTConfig(lora=LoraConfig(rank=0), optimizer=OptimizerConfig(lr=5e-3), **sizes)
     for _ in range(60):
-        take_step(engine, [batch], objective=NextToken())
+        take_step(engine, [batch], objective=objective_of(config))
 
     prompts = [Prompt(np.array(tokenize_prompt(tokenizer, row)), row["prompt"]) for row in ROWS]
     with engine.generating() as model:

@@ -1,0 +1,18 @@
+import pytest
+
+from data.samples import READERS
+from rlhf.config.run_config import SUPERVISED
+from rlhf.memory_plan.workloads import PHASES
+from rlhf.tracking.metric_registry import ALL
+from rlhf.training.supervised_step import OBJECTIVES
+from stages.pipeline import story_of
+
+
+@pytest.mark.parametrize("stage", SUPERVISED)
+def test_a_stage_that_learns_from_examples_is_described_by_its_settings(stage):
+    settings = SUPERVISED[stage]
+    assert settings.objective in OBJECTIVES
+    assert settings.rows in READERS
+    assert list(PHASES[stage]["train"]) == [settings.kind]
+    assert stage in ALL
+    assert story_of(stage).__name__ == f"run_{stage}"
