@@ -191,6 +191,8 @@ class PromptLoader:
     pad_id: int
     iteration: int = 0
     """Iterations handed out so far."""
+    drawn: int = 0
+    """Batches of prompts handed out so far: one for each iteration, and those from `further`."""
 
     def __post_init__(self) -> None:
         assert len(self.samples) > 0, "no prompts to answer"
@@ -204,20 +206,25 @@ class PromptLoader:
     def __iter__(self) -> Iterator[PromptBatch]:
         while self.iteration < self.iterations:
             self.iteration += 1
-            yield self.batch(self.iteration - 1)
+            yield self.further()
 
-    def batch(self, iteration: int) -> PromptBatch:
-        """The prompts of this rank in `iteration`, counted from 0; sample ids are unique in the run."""
+    def further(self) -> PromptBatch:
+        """The next batch of prompts, in the middle of an iteration too; the following ones come after it."""
+        self.drawn += 1
+        return self.batch(self.drawn - 1)
+
+    def batch(self, number: int) -> PromptBatch:
+        """This rank's prompts in the batch `number`, counted from 0; sample ids are unique in the run."""
         count = self.rollout_size // self.samples_per_prompt
-        numbers = shuffled_rows(len(self.samples), self.seed, start=iteration * count, count=count)
+        numbers = shuffled_rows(len(self.samples), self.seed, start=number * count, count=count)
         own = range(self.rank * self.rollout_size // self.ranks, (self.rank + 1) * self.rollout_size // self.ranks)
         prompts = [self.samples[numbers[row // self.samples_per_prompt]] for row in own]
-        return collate_prompts(prompts, [iteration * self.rollout_size + row for row in own], pad_id=self.pad_id)
+        return collate_prompts(prompts, [number * self.rollout_size + row for row in own], pad_id=self.pad_id)
 
     def state_dict(self) -> dict[str, int]:
         """The position to resume from."""
-        return {"iteration": self.iteration}
+        return {"iteration": self.iteration, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Resume from the position in `state`."""
-        self.iteration = state["iteration"]
+        self.iteration, self.drawn = state["iteration"], state["drawn"]

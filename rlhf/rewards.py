@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.scores import normalize_scores, penalize_unended
+from rlhf.algorithms.scores import normalize_scores, penalize_overlong, penalize_unended
 from rlhf.config.ppo_config import ScoreConfig
 from rlhf.engine.engine import Engine
 from rlhf.forward_passes import scalar_outputs
@@ -79,15 +79,25 @@ class ScoreScale:
 
 @dataclass(frozen=True)
 class ScoreShaping:
-    """From raw scores to what PPO is paid: normalise, clamp, and penalise a missing EOS."""
+    """From raw scores to what PPO is paid: normalise, clamp, and penalise a missing EOS and overlong responses."""
 
     config: ScoreConfig
     scale: ScoreScale
+    limit: int
+    """Most tokens that a response may have."""
 
-    def scores(self, raw_scores: Tensor, ended: Tensor) -> Tensor:
-        """Scores `[B]` from raw scores `[B]`, and `ended` `[B]` bool: True where a response ended with an EOS."""
+    def scores(self, raw_scores: Tensor, ended: Tensor, *, lengths: Tensor) -> Tensor:
+        """Scores `[B]` of responses.
+
+        Args:
+            raw_scores: `[B]`.
+            ended: `[B]` bool, True where a response ended with an EOS.
+            lengths: `[B]`, tokens of each response.
+        """
         config, scores = self.config, self._normalized(raw_scores)
-        return penalize_unended(scores, ended, penalty=config.missing_eos_penalty, kind=config.missing_eos_mode)
+        scores = penalize_unended(scores, ended, penalty=config.missing_eos_penalty, kind=config.missing_eos_mode)
+        share, penalty = config.overlong_share, config.overlong_penalty
+        return penalize_overlong(scores, lengths, limit=self.limit, share=share, penalty=penalty)
 
     def clamped_share(self, raw_scores: Tensor) -> float:
         """Share of responses whose score `[B]` is at the clamp, where PPO cannot tell them apart."""

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlhf.algorithms.groups import groups_that_differ
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine
@@ -121,7 +122,7 @@ class Collector:
             kl=kl,
             entropy=entropy,
             raw_scores=raw_scores,
-            scores=self.shaping.scores(raw_scores, generated.ended),
+            scores=self.shaping.scores(raw_scores, generated.ended, lengths=generated.response_mask.sum(-1)),
             responses=texts,
         )
 
@@ -227,6 +228,44 @@ def concatenated(parts: Sequence[Batch]) -> Batch:
 
     columns: dict[str, Any] = {field.name: join(field.name) for field in fields(parts[0])}
     return replace(parts[0], **columns)
+
+
+def replace_equal_groups(
+    rollout: Rollout, more: Callable[[], Rollout], *, config: PPOConfig, pad_id: int
+) -> tuple[Rollout, dict[str, float]]:
+    """Replace groups whose scores are all equal, which teach nothing, by groups of further prompts.
+
+    That is DAPO's dynamic sampling (Yu et al. 2025, arXiv:2503.14476, section 3.2). With groups missing after
+    `ppo.dynamic_sampling` further rollouts, the batch is smaller; where no group differs, the first rollout is kept.
+
+    Args:
+        rollout: of all ranks.
+        more: collects a rollout of further prompts; every rank calls it equally often, since all see the same scores.
+        config: size of a rollout and of its groups.
+        pad_id: the padding token.
+
+    Returns:
+        A rollout of at most `ppo.rollout_size` rows in whole groups, and metrics.
+    """
+    parts = [_varied(rollout, config)]
+    metrics = {"rollout/groups_equal": 1 - len(parts[0]) / len(rollout), "rollout/further_rollouts": 0.0}
+    while sum(map(len, parts)) < config.rollout_size and metrics["rollout/further_rollouts"] < config.dynamic_sampling:
+        parts.append(_varied(more(), config))
+        metrics["rollout/further_rollouts"] += 1
+    num_prompt, num_response = (max(width) for width in zip(*map(widths, parts), strict=True))
+    joined = concatenated([padded_to(part, num_prompt, num_response=num_response, pad_id=pad_id) for part in parts])
+    if len(joined) == 0:
+        return rollout, metrics
+    groups = joined.sample_ids // config.samples_per_prompt
+    if len(joined) > config.rollout_size:  # a group at the border is left out whole
+        beyond = groups[config.rollout_size]
+        joined = joined.rows((groups[: config.rollout_size] != beyond).nonzero().flatten())
+    return joined, metrics
+
+
+def _varied(rollout: Rollout, config: PPOConfig) -> Rollout:
+    groups = rollout.sample_ids // config.samples_per_prompt
+    return rollout.rows(groups_that_differ(rollout.scores, groups).nonzero().flatten())
 
 
 def without_bad_rows(rollout: Rollout) -> Rollout:

@@ -145,6 +145,9 @@ class PPOBatch(Responses):
     values: Tensor  # [B, R] fp32, of the critic before the update
     advantages: Tensor  # [B, R] fp32
     returns: Tensor  # [B, R] fp32
+    loss_mask: Tensor | None = None  # [B, R] bool, True where a token counts in the actor's loss; None: all that count
+    correction: Tensor | None = None  # [B, R] fp32, importance weights of tokens in the actor's loss; None: 1
+    loss_weights: Tensor | None = None  # [B, R] fp32, what a token is multiplied by in the sum that is the loss
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, *, advantages: Tensor, returns: Tensor) -> PPOBatch:

@@ -26,13 +26,13 @@ from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
 from rlhf.rewards import RewardModel, ScoreScale, ScoreShaping
-from rlhf.rollout import Collector, Models, without_bad_rows
+from rlhf.rollout import Collector, Models, replace_equal_groups, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
-from rlhf.training.ppo_update import advantages_of, update_policy
-from rlhf.types import PPOBatch, PromptBatch
+from rlhf.training.ppo_update import advantages_of, mismatch_metrics, training_batch, update_policy
+from rlhf.types import PromptBatch, Rollout
 from stages.lifecycle.checkpointing import TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer
 from stages.lifecycle.stage_models import known_quality, open_model, score_scale, stored_scale
@@ -63,18 +63,19 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
         state = TrainingState(learners(models), {"kl": kl, "loader": loader}, splits.fingerprint)
         session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known_quality(config.reward))
         for step, batch in session.steps(loader):
-            rollout = without_bad_rows(collector.collect(batch, seed=config.seed))  # B sequences, on every rank alike
+            rollout, drawn = next_rollout(collector, batch, loader=loader)  # B sequences, on every rank alike
             # Rewards, advantages and returns are [B, R]; masked positions hold 0.
-            rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=kl.value)
-            advantages, returns = advantages_of(rollout, rewards, config=config)
-            ppo_batch = PPOBatch.from_rollout(rollout, advantages=advantages, returns=returns)
+            price = 0.0 if config.kl.in_loss else kl.value  # reward lost per nat
+            rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=price)
+            estimate = advantages_of(rollout, rewards, config=config)
+            ppo_batch = training_batch(rollout, estimate, config=config, dtype=models.actor.dtype)
             with session.timer("train"):
                 metrics = update_policy(models, ppo_batch, config=config, iteration=step, kl_coef=kl.value)
-            metrics |= rollout_metrics(rollout, kl_coef=kl.value, kl_kind=config.kl.kind)
-            metrics |= critic_metrics(rollout, returns) if models.critic is not None else {}
+            metrics |= rollout_metrics(rollout, kl_coef=price, kl_kind=config.kl.kind)
+            metrics |= mismatch_metrics(rollout, ppo_batch)
+            metrics |= critic_metrics(rollout, estimate.returns) if models.critic is not None else {}
             metrics |= {"objective/clamped": collector.shaping.clamped_share(rollout.raw_scores)}
-            metrics |= {"objective/kl_coef": kl.value, "rollout/episodes": step * config.rollout_size}
-            metrics["rollout/left_out"] = config.rollout_size - len(rollout)
+            metrics |= drawn | {"objective/kl_coef": kl.value}
             if step > config.critic_warmup and config.measures_kl:
                 kl.update(metrics["objective/kl"], len(rollout))
             evaluates = session.evaluates_at(step, config.eval_every)
@@ -84,6 +85,31 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
         session.export()
         units = (models.value_shift, 1.0)  # mean and deviation of the critic's outputs
         return session.finish(score_units=None if models.critic is None else lambda _: units)
+
+
+def next_rollout(
+    collector: Collector, prompts: PromptBatch, *, loader: PromptLoader
+) -> tuple[Rollout, dict[str, float]]:
+    """The rollout of an iteration, and metrics of how it was drawn.
+
+    Args:
+        collector: generates and scores.
+        prompts: this rank's.
+        loader: gives further prompts, which later iterations will not see, if groups of equal scores are replaced.
+    """
+    config = collector.config
+
+    def collect(batch: PromptBatch) -> Rollout:
+        return without_bad_rows(collector.collect(batch, seed=config.seed))
+
+    rollout, metrics = collect(prompts), {}
+    left_out = config.rollout_size - len(rollout)
+    if config.dynamic_sampling:
+        rollout, metrics = replace_equal_groups(
+            rollout, lambda: collect(loader.further()), config=config, pad_id=collector.pad_id
+        )
+    episodes = loader.drawn * config.rollout_size
+    return rollout, metrics | {"rollout/left_out": left_out, "rollout/episodes": episodes}
 
 
 def learners(models: Models) -> dict[str, Engine]:
@@ -161,7 +187,7 @@ def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Col
         pad_id=session.pad_id,
         stop_token_ids=stop_token_ids(session.tokenizer, getattr(models.actor.module, "generation_config", None)),
         reward=RewardModel(models.reward, config.micro_batch_size),
-        shaping=ScoreShaping(config.score, scale),
+        shaping=ScoreShaping(config.score, scale, config.max_response_tokens),
         timer=session.timer,
     )
 

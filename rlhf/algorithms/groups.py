@@ -10,39 +10,65 @@ from torch import Tensor
 from rlhf.algorithms.masked import at_least_fp32
 
 
-def group_advantages(
-    scores: Tensor, *, kind: str, group_size: int | None = None, groups: Tensor | None = None, eps: float = 1e-4
-) -> Tensor:
+def group_advantages(scores: Tensor, *, groups: Tensor, baseline: str, scale: str = "none", eps: float) -> Tensor:
     """Advantage of each response over its group, `[B]`. Equal scores give exactly 0, and so does a group of one.
 
-    * "grpo": `(score - mean) / (std + eps)` (Shao et al. 2024, arXiv:2402.03300), with the sample standard deviation
-      (divided by the group's size - 1) that TRL, verl and OpenRLHF all use; their eps are 1e-4, 1e-6 and 1e-9.
-    * "dr_grpo": `score - mean`, which does not favour prompts whose scores are close (Liu et al. 2025,
+    Baselines:
+
+    * "mean": `score - mean of the group`. With scale "group" that is GRPO (Shao et al. 2024, arXiv:2402.03300, section
+      4.1.2); with "none" Dr. GRPO, which does not favour prompts whose scores are close (Liu et al. 2025,
       arXiv:2503.20783).
-    * "rloo": `score - mean of the others` (Ahmadian et al. 2024, arXiv:2402.14740).
+    * "others": `score - mean of the others`, which is leave-one-out (Ahmadian et al. 2024, arXiv:2402.14740).
+
+    Scales:
+
+    * "group": divided by the group's standard deviation + eps; the sample deviation (divided by the group's size - 1)
+      that TRL, verl and OpenRLHF all use, with eps 1e-4, 1e-6 and 1e-9.
+    * "batch": divided by the sample deviation of all scores + eps, so that a group whose scores nearly agree is not
+      amplified (Liu et al. 2025, "Tricks or traps", arXiv:2508.08221).
+    * "none": in the units of the scores.
 
     Args:
         scores: `[B]`, finite.
-        kind: "grpo", "dr_grpo" or "rloo".
-        group_size: responses per prompt, at least 2, where they stand in consecutive rows.
-        groups: `[B]` int64, equal for the responses to one prompt, where groups have lost members. Give one of both.
-        eps: added to the standard deviation.
+        groups: `[B]` int64, equal for the responses to one prompt.
+        baseline: "mean" or "others".
+        scale: "group", "batch" or "none".
+        eps: added to a standard deviation.
     """
-    places = _places(_numbers(scores, group_size) if groups is None else groups)
-    values = _grid(at_least_fp32(scores), places)
-    counted = _grid(torch.ones_like(scores, dtype=torch.bool), places)
+    scores = at_least_fp32(scores)
+    places = _places(groups)
+    values, counted = _grid(scores, places), _grid(torch.ones_like(scores, dtype=torch.bool), places)
     sizes = counted.sum(-1, keepdim=True)
+    others = (sizes - 1).clamp(min=1)
     offsets = (values - values[:, :1]) * counted  # measured from the group's first score: equal scores are exactly 0
     centered = (offsets - offsets.sum(-1, keepdim=True) / sizes) * counted
-    others = (sizes - 1).clamp(min=1)
-    if kind == "grpo":
-        deviation = (centered.square().sum(-1, keepdim=True) / others).sqrt()
-        centered = centered / (deviation + eps)
-    elif kind == "rloo":
+    deviation = (centered.square().sum(-1, keepdim=True) / others).sqrt()
+    if baseline == "others":
         centered = centered * (sizes / others)  # s_i - sum_{j != i} s_j / (n - 1) = (s_i - mean) n / (n - 1)
-    elif kind != "dr_grpo":
-        raise ValueError(f'found group advantage "{kind}", expected "grpo", "dr_grpo" or "rloo"')
+    elif baseline != "mean":
+        raise ValueError(f'found group baseline "{baseline}", expected "mean" or "others"')
+    if scale == "group":
+        centered = centered / (deviation + eps)
+    elif scale == "batch":
+        centered = centered / ((scores - scores[0]).std(correction=min(1, len(scores) - 1)) + eps)
+    elif scale != "none":
+        raise ValueError(f'found scale "{scale}" of group advantages, expected "group", "batch" or "none"')
     return centered[places.row, places.column]
+
+
+def groups_that_differ(scores: Tensor, groups: Tensor) -> Tensor:
+    """True for the responses whose group has more than one score, `[B]` bool: the others have no advantage.
+
+    Args:
+        scores: `[B]`, finite.
+        groups: `[B]` int64, equal for the responses to one prompt.
+    """
+    _, group, sizes = torch.unique(groups, return_inverse=True, return_counts=True)
+    lowest, highest = (
+        scores.new_zeros(len(sizes)).scatter_reduce(0, group, scores, kind, include_self=False)
+        for kind in ("amin", "amax")
+    )  # [groups]
+    return (highest > lowest)[group]
 
 
 class _Places(NamedTuple):
@@ -65,15 +91,3 @@ def _grid(values: Tensor, places: _Places) -> Tensor:
     """`[B]` as `[groups, size of the largest]`, 0 where a group has no more members."""
     grid = values.new_zeros(int(places.row.max()) + 1, int(places.column.max()) + 1)
     return grid.index_put((places.row, places.column), values)
-
-
-def _numbers(scores: Tensor, group_size: int | None) -> Tensor:
-    """The number of each row's group, `[B]`, where consecutive rows form one."""
-    if group_size is None or group_size < 2:
-        raise ValueError(f"found groups of {group_size}, expected at least 2 responses per prompt to compare")
-    if scores.dim() != 1 or scores.shape[0] % group_size:
-        raise ValueError(
-            f"found scores of shape {tuple(scores.shape)}, expected [B] with B a multiple of {group_size}, "
-            "the number of responses per prompt"
-        )
-    return torch.arange(len(scores), device=scores.device) // group_size

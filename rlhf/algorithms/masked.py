@@ -65,6 +65,22 @@ def masked_mean(x: Tensor, mask: Tensor, *, denominator: Tensor | float | None =
     return divide_by_count(zero_masked(x, mask).sum(), mask.bool().sum() if denominator is None else denominator)
 
 
+def weighted_sum(
+    x: Tensor, mask: Tensor, *, weights: Tensor | None, denominator: Tensor | float | None = None
+) -> Tensor:
+    """Sum of the counted values times their weights, a scalar in at least fp32; without weights the `masked_mean`.
+
+    Args:
+        x: `[...]`.
+        mask: `[...]`, True where a value counts.
+        weights: `[...]` of a whole minibatch, such as `aggregation_weights`; None divides by `denominator` instead.
+        denominator: as for `masked_mean`.
+    """
+    if weights is None:
+        return masked_mean(x, mask, denominator=denominator)
+    return (zero_masked(x, mask) * zero_masked(weights, mask)).sum()
+
+
 def is_last_counted(mask: Tensor) -> Tensor:
     """True at the last counted position of each row, `[B, R]` bool; a row that counts nothing has none.
 

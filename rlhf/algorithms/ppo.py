@@ -1,12 +1,14 @@
 """Proximal policy optimisation on tokens: rewards, advantages and the two losses.
 
 Sources: Schulman et al. 2017 (PPO, arXiv:1707.06347), Schulman et al. 2016 (GAE, arXiv:1506.02438), Ye et al. 2020
-(dual clip, arXiv:1912.09729), Yu et al. 2025 (DAPO's higher upper bound, arXiv:2503.14476).
+(dual clip, arXiv:1912.09729), Yu et al. 2025 (DAPO's higher upper bound, arXiv:2503.14476), Zheng et al. 2025 (GSPO's
+ratio of sequences, arXiv:2507.18071), MiniMax 2025 (CISPO, arXiv:2506.13585).
 
 [Note: accumulation] Losses and fractions are sums over counted tokens divided by a denominator. With the default, the
 counted tokens of the call, they are means. Given the count of the global batch, the results of all micro-batches and
-ranks *add up* to the global mean, and so do the gradients. Two numbers do not add up: `ratio_max` combines by its
-maximum, and the explained variance is taken over the whole batch, see `explained_variance`.
+ranks *add up* to the global mean, and so do the gradients. The actor's loss may take weights of the global batch
+instead (`loss_weights.py`), which add up likewise. Two numbers do not add up: `ratio_max` combines by its maximum, and
+the explained variance is taken over the whole batch, see `explained_variance`.
 
 Left out: whitening (`masked`), the KL (`kl`), an entropy bonus, which is `masked_mean` of the entropy that `logprobs`
 gives, and everything that knows of models or ranks.
@@ -14,6 +16,7 @@ gives, and everything that knows of models or ranks.
 
 from __future__ import annotations
 
+from dataclasses import KW_ONLY, dataclass
 from typing import NamedTuple
 
 import torch
@@ -25,6 +28,7 @@ from rlhf.algorithms.masked import (
     is_last_counted,
     masked_mean,
     masked_moments,
+    weighted_sum,
     zero_masked,
 )
 
@@ -42,7 +46,7 @@ class PolicyLoss(NamedTuple):
     """The actor's loss and, detached, statistics of the ratios. See [Note: accumulation]."""
 
     loss: Tensor  # scalar
-    clip_fraction: Tensor  # scalar, share of tokens for which the clipped term was strictly the larger loss
+    clip_fraction: Tensor  # scalar, share of tokens for which clipping changed the loss (cispo: the weight)
     approx_kl: Tensor  # scalar, KL(old || new) by Schulman's k3: mean of (ratio - 1) - log ratio, never negative
     ratio_mean: Tensor  # scalar, 1 at the first update
     ratio_max: Tensor  # scalar, over this call's counted tokens; 0 where there are none
@@ -99,17 +103,49 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     return Advantages(advantages=advantages, returns=advantages + values)
 
 
+@dataclass(frozen=True)
+class Surrogate:
+    """How the ratio of new to old probability enters the actor's loss.
+
+    Attributes:
+        clip_range: the ratio is clipped to 1 -+ this, or to `(1 - low, 1 + high)` for a pair.
+        kind: "clip" is PPO's minimum of the clipped and the unclipped term (arXiv:1707.06347, eq. 7). "cispo" clips the
+            ratio as a constant weight of `-A log p`, so that every token keeps its gradient (arXiv:2506.13585, eq. 4).
+        ratio: "token" has a ratio for each token; "sequence" one for each response, the geometric mean of those of its
+            tokens (arXiv:2507.18071, eq. 7).
+        dual_clip: if given, a number c > 1: where the advantage is negative, a clipped surrogate is at most
+            `-c * advantage` (arXiv:1912.09729, eq. 5).
+    """
+
+    clip_range: float | tuple[float, float]
+    _: KW_ONLY
+    kind: str = "clip"
+    ratio: str = "token"
+    dual_clip: float | None = None
+
+    def __post_init__(self) -> None:
+        _clip_bounds(self.clip_range)
+        if self.kind not in ("clip", "cispo"):
+            raise ValueError(f'found policy loss "{self.kind}", expected "clip" or "cispo"')
+        if self.ratio not in ("token", "sequence"):
+            raise ValueError(f'found a ratio of "{self.ratio}", expected "token" or "sequence"')
+        if self.dual_clip is not None and not self.dual_clip > 1:
+            raise ValueError(
+                f"found ppo.dual_clip={self.dual_clip}, expected a number above 1, or null to leave it out"
+            )
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
     advantages: Tensor,
     mask: Tensor,
     *,
-    clip_range: float | tuple[float, float],
-    dual_clip: float | None = None,
+    surrogate: Surrogate,
+    weights: Tensor | None = None,
     denominator: Tensor | float | None = None,
 ) -> PolicyLoss:
-    """Clipped surrogate loss of the actor (arXiv:1707.06347, eq. 7), with the sign to minimise.
+    """The actor's loss, with the sign to minimise.
 
     The log-ratio is clamped to +-20, with gradient 0 beyond, so that one token gone astray gives neither inf nor NaN.
 
@@ -118,25 +154,33 @@ def policy_loss(
         old_logprobs: `[B, R]` under the actor that sampled.
         advantages: `[B, R]`.
         mask: `[B, R]`, True where a token counts.
-        clip_range: the ratio is clipped to 1 -+ this, or to `(1 - low, 1 + high)` for a pair.
-        dual_clip: if given, a number c > 1: where the advantage is negative the loss is at most `-c * advantage`
-            (arXiv:1912.09729, eq. 5).
-        denominator: what to divide the sums by; the counted tokens of this call if None.
+        surrogate: kind of loss, of ratio and of clipping.
+        weights: `[B, R]`, what each token counts in the loss, which is their sum; None is the mean.
+        denominator: what to divide the sums of the statistics by, and of the loss without weights; the counted tokens
+            of this call if None.
     """
-    low, high = _clip_bounds(clip_range)
-    log_ratio = zero_masked(logprobs, mask) - zero_masked(old_logprobs, mask)
+    low, high = _clip_bounds(surrogate.clip_range)
+    logprobs, advantages = zero_masked(logprobs, mask), zero_masked(advantages, mask)
+    log_ratio = logprobs - zero_masked(old_logprobs, mask)
+    if surrogate.ratio == "sequence":
+        means = log_ratio.sum(-1, keepdim=True) / mask.bool().sum(-1, keepdim=True).clamp(min=1)  # [B, 1]
+        log_ratio = zero_masked(means.expand_as(log_ratio), mask)
     log_ratio = log_ratio.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-    advantages = zero_masked(advantages, mask)
     ratio = log_ratio.exp()  # r = p_new / p_old
-    unclipped = -advantages * ratio  # -A r
-    clipped = -advantages * ratio.clamp(1 - low, 1 + high)  # -A clip(r, 1 - low, 1 + high)
-    surrogate = torch.maximum(unclipped, clipped)
-    if dual_clip is not None:
-        surrogate = _dual_clipped(surrogate, advantages, bound=dual_clip)
+    within = ratio.clamp(1 - low, 1 + high)
+    if surrogate.kind == "cispo":
+        losses = -within.detach() * advantages * logprobs  # -sg[clip(r)] A log p
+        cut = within != ratio
+    else:
+        unclipped, clipped = -advantages * ratio, -advantages * within  # -A r, -A clip(r, 1 - low, 1 + high)
+        losses, cut = torch.maximum(unclipped, clipped), clipped > unclipped
+    if surrogate.kind == "clip" and surrogate.dual_clip is not None:
+        # A bad token grown likely cannot dominate the loss: min(loss, -c A) where A < 0.
+        losses = torch.where(advantages < 0, torch.minimum(losses, -surrogate.dual_clip * advantages), losses)
     ratio, log_ratio = ratio.detach(), log_ratio.detach()
     return PolicyLoss(
-        loss=masked_mean(surrogate, mask, denominator=denominator),
-        clip_fraction=masked_mean(clipped > unclipped, mask, denominator=denominator),
+        loss=weighted_sum(losses, mask, weights=weights, denominator=denominator),
+        clip_fraction=masked_mean(cut, mask, denominator=denominator),
         approx_kl=masked_mean(torch.expm1(log_ratio) - log_ratio, mask, denominator=denominator),
         ratio_mean=masked_mean(ratio, mask, denominator=denominator),
         ratio_max=_largest(zero_masked(ratio, mask)),
@@ -202,13 +246,6 @@ def _clip_bounds(clip_range: float | tuple[float, float]) -> tuple[float, float]
     if not (low >= 0 and high >= 0):
         raise ValueError(f"found clip_range {clip_range}, expected a number of at least 0, or two of them (low, high)")
     return low, high
-
-
-def _dual_clipped(surrogate: Tensor, advantages: Tensor, *, bound: float) -> Tensor:
-    """min(surrogate, -c A) where A < 0: a bad token grown likely cannot dominate the loss."""
-    if not bound > 1:
-        raise ValueError(f"found ppo.dual_clip={bound}, expected a number above 1, or null to leave it out")
-    return torch.where(advantages < 0, torch.minimum(surrogate, -bound * advantages), surrogate)
 
 
 def _largest(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Normalises scores and penalises a missing EOS. `[B]` in, `[B]` out, in at least fp32."""
+"""Normalises scores and penalises a missing EOS and overlong responses. `[B]` in, `[B]` out, in at least fp32."""
 
 from __future__ import annotations
 
@@ -50,3 +50,22 @@ def penalize_unended(scores: Tensor, ended: Tensor, *, penalty: float, kind: str
     if kind == "subtract":
         return torch.where(ended.bool(), scores, scores - penalty)
     raise ValueError(f'found ppo.score.missing_eos_mode="{kind}", expected "set" or "subtract"')
+
+
+def penalize_overlong(scores: Tensor, lengths: Tensor, *, limit: int, share: float, penalty: float) -> Tensor:
+    """Lower the score of responses near the length limit, `[B]` (DAPO, Yu et al. 2025, arXiv:2503.14476, eq. 13).
+
+    The last `share` of `limit` tokens is the buffer: over it the loss grows linearly from 0 to `penalty`.
+
+    Args:
+        scores: `[B]`.
+        lengths: `[B]`, tokens of each response, at most `limit`.
+        limit: most tokens that a response may have.
+        share: length of the buffer as a share of `limit`, 0 to 1; 0 changes nothing.
+        penalty: what a response of `limit` tokens loses, at least 0, in the units of `scores`.
+    """
+    buffer = share * limit
+    if not buffer:
+        return at_least_fp32(scores)
+    beyond = (lengths - (limit - buffer)).clamp(min=0)  # tokens inside the buffer
+    return at_least_fp32(scores) - penalty * beyond / buffer

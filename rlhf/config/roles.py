@@ -11,7 +11,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.ppo_config import POLICIES, AdvantageKind
+from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import STAGES, SUPERVISED, RunConfig
 from rlhf.config.stage_configs import LoraConfig, ModelKind, OptimizerConfig
 
@@ -96,7 +96,6 @@ def _ppo(run: RunConfig) -> list[Role]:
     config = run.ppo
     assert config is not None
     causal_lm, scalar_head = ModelKind.causal_lm, ModelKind.scalar_head
-    has_critic = config.advantage is AdvantageKind.gae
     actor = Role("ppo", "actor", path=config.actor, kind=causal_lm, optimizer="actor_optimizer", generates=True)
     reference = Role(
         "ppo",
@@ -110,7 +109,7 @@ def _ppo(run: RunConfig) -> list[Role]:
     critic = Role(
         "ppo",
         "critic",
-        path=(config.critic or config.reward) if has_critic else "",
+        path=(config.critic or config.reward) if config.has_critic else "",
         path_setting="" if config.critic else "reward",
         kind=scalar_head,
         engine="critic_engine",

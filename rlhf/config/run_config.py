@@ -89,7 +89,7 @@ SUPERVISED: dict[str, type[SupervisedConfig]] = {"sft": SFTConfig, "reward": Rew
 STAGES = (*SUPERVISED, "ppo")
 """The stages, in the order in which they run."""
 FOLDERS = (*SUPERVISED, *POLICIES)
-"""Folders of the stages; the last is named after its advantage estimator."""
+"""Folders of the stages; the last is named after its variant."""
 USES = ("eval", "chat")
 """Stages that train nothing, in the order in which they run."""
 
@@ -198,7 +198,7 @@ class RunConfig(Settings):
         )
 
     def title(self, stage: str) -> str:
-        """Name of a stage in folders, tables and hints; the third is named after its advantage estimator."""
+        """Name of a stage in folders, tables and hints; the third is named after its variant."""
         return self.ppo.title if stage == "ppo" and self.ppo is not None else stage
 
     def folder(self, stage: str) -> str:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rlhf.algorithms.groups import group_advantages
 from rlhf.algorithms.kl import clamped, kl_estimate
-from rlhf.algorithms.masked import masked_mean, masked_whiten
-from rlhf.algorithms.ppo import Advantages, gae, policy_loss, value_loss
-from rlhf.config.ppo_config import AdvantageKind, PPOConfig
+from rlhf.algorithms.loss_weights import aggregation_weights, mismatch_weights
+from rlhf.algorithms.masked import masked_mean, masked_whiten, weighted_sum
+from rlhf.algorithms.ppo import Advantages, Surrogate, gae, policy_loss, value_loss
+from rlhf.config.ppo_config import AdvantageKind, AdvantageScale, MismatchCorrection, PPOConfig
 from rlhf.engine.engine import Engine, step_together
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.rollout import Models
@@ -25,28 +26,59 @@ from rlhf.runtime.dist import World, max_over_ranks
 from rlhf.training.supervised_step import summed
 from rlhf.types import PPOBatch, Rollout
 
-KL_IN_LOSS = (AdvantageKind.grpo, AdvantageKind.dr_grpo)
-"""Advantage kinds whose KL penalty is in the loss instead of in the reward."""
-
 
 def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Advantages:
-    """Advantages and returns `[B, R]`: from the critic, or from the other responses to the same prompt.
+    """Advantages and returns `[B, R]`: from the critic, the bare returns, or the other responses to the same prompt.
 
-    A group's advantage is the same for each token of a response and is never whitened, which would weigh responses by
-    their lengths. rloo compares score and KL penalty together, as its paper does. grpo and dr_grpo compare scores
-    alone: their KL is in the loss (see `policy_gradient`), for a group of equal scores must not learn from KL noise.
-    Responses that were left out of the rollout are left out of their group.
+    A group's advantage is the same for each token of a response, and compares whole rewards: the score, and the KL
+    penalty where that is in the reward. Responses that were left out of the rollout are left out of their group.
     """
     mask = rollout.response_mask
-    if config.advantage is AdvantageKind.gae:
-        estimate = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
-        if config.whiten:
-            estimate = estimate._replace(advantages=masked_whiten(estimate.advantages, mask))
-        return estimate
-    totals = rewards.sum(-1) if config.advantage is AdvantageKind.rloo else rollout.scores
-    groups = rollout.sample_ids // config.samples_per_prompt
-    per_response = group_advantages(totals, groups=groups, kind=config.advantage, eps=config.advantage_eps)
-    return Advantages(advantages=per_response[:, None] * mask, returns=totals[:, None] * mask)
+    if config.compares_groups:
+        totals = rewards.sum(-1)  # [B, R] -> [B]
+        per_response = group_advantages(
+            totals,
+            groups=rollout.sample_ids // config.samples_per_prompt,
+            baseline="mean" if config.advantage is AdvantageKind.grpo else "others",
+            scale="none" if config.scale_advantages is AdvantageScale.whiten else config.scale_advantages,
+            eps=config.advantage_eps,
+        )
+        estimate = Advantages(advantages=per_response[:, None] * mask, returns=totals[:, None] * mask)
+    else:  # without a critic values are 0, and with lambda 1 the estimate is then the return
+        lam = config.lam if config.has_critic else 1.0
+        estimate = gae(rewards, rollout.values, mask, gamma=config.gamma, lam=lam)
+    if config.scale_advantages is AdvantageScale.whiten:
+        estimate = estimate._replace(advantages=masked_whiten(estimate.advantages, mask))
+    return estimate
+
+
+def training_batch(rollout: Rollout, estimate: Advantages, *, config: PPOConfig, dtype: torch.dtype) -> PPOBatch:
+    """What the updates on a rollout need; `dtype` is that in which the actor computes.
+
+    It decides once which tokens count in the actor's loss, and their importance weights for the difference between the
+    paths that generate and that train. The critic learns from all of them.
+    """
+    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    if config.mask_truncated:
+        batch = replace(batch, loss_mask=rollout.response_mask & rollout.ended[:, None])
+    kind, bounds = config.mismatch.kind(dtype == torch.float32), (config.mismatch.low, config.mismatch.high)
+    if kind is not MismatchCorrection.none:
+        weights = mismatch_weights(
+            rollout.logprobs, rollout.generation_logprobs, rollout.response_mask, kind=kind, bounds=bounds
+        )
+        batch = replace(batch, correction=weights)
+    return batch
+
+
+def mismatch_metrics(rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
+    """How far the path that trains is from the one that generated, and what the correction does about it."""
+    mask = rollout.response_mask
+    ratio = (rollout.logprobs - rollout.generation_logprobs).exp()  # [B, R]
+    metrics = {"rollout/mismatch_mean": float(masked_mean(ratio, mask)), "rollout/mismatch_max": float(ratio.max())}
+    if batch.correction is not None:
+        metrics["rollout/mismatch_weight"] = float(masked_mean(batch.correction, mask))
+        metrics["rollout/mismatch_left_out"] = float(masked_mean(batch.correction == 0, mask))
+    return metrics
 
 
 def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PPOBatch]:
@@ -81,19 +113,25 @@ def update_policy(
         batch: the rollout of all ranks.
         config: sizes, clips and coefficients.
         iteration: number of the iteration, from 1: seeds the order of minibatches, and ends the critic's warm-up.
-        kl_coef: weight of the KL in the loss, for the advantage kinds in `KL_IN_LOSS`.
+        kl_coef: weight of the KL in the loss, if `ppo.kl.in_loss` puts it there.
     """
     actor = models.actor if iteration > config.critic_warmup else None
     learning = {name: engine for name, engine in (("actor", actor), ("critic", models.critic)) if engine is not None}
     history: list[dict[str, float]] = []
-    epochs = 0
-    while epochs < config.epochs and not _exceeds_target_kl(history, config.target_kl):
-        epochs += 1
-        for minibatch in minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epochs):
-            history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef))
+    for minibatch in _all_minibatches(batch, config, iteration=iteration):
+        history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef))
+        if config.target_kl is not None and history[-1].get("actor/approxkl_avg", 0.0) > config.target_kl:
+            break  # on all ranks: the KL is that of the whole minibatch
     for engine in learning.values():  # updates that target_kl skipped still count for the learning-rate schedule
         engine.advance(config.updates_per_iteration - len(history))
-    return _over_updates(history) | ({} if actor is None else {"actor/epochs": float(epochs)})
+    epochs = len(history) / -(-len(batch) // config.minibatch_size)
+    return _over_updates(history) | ({} if actor is None else {"actor/epochs": epochs})
+
+
+def _all_minibatches(batch: PPOBatch, config: PPOConfig, *, iteration: int) -> Iterator[PPOBatch]:
+    """Those of all epochs; each epoch has an order of its own."""
+    for epoch in range(1, config.epochs + 1):
+        yield from minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epoch)
 
 
 def update(
@@ -103,7 +141,9 @@ def update(
 
     If both share a loss scale (fp16), they step together: neither may train on a batch that the other has skipped.
     """
-    micro_batches = share_of(minibatch, config, world=models.actor.world)
+    counted = minibatch.response_mask if minibatch.loss_mask is None else minibatch.loss_mask
+    weights = aggregation_weights(counted, kind=config.loss_aggregation, length=config.max_response_tokens)
+    micro_batches = share_of(replace(minibatch, loss_weights=weights), config, world=models.actor.world)
     denominator = minibatch.response_mask.sum().clamp(min=1)
     together = len({id(engine.loss_scale) for engine in learning.values()}) < len(learning)
     measured: dict[str, float] = {}
@@ -116,10 +156,6 @@ def update(
         measured |= value_gradient(models, micro_batches, config=config, denominator=denominator)
         measured |= take_steps(**learning) if together else take_steps(critic=learning["critic"])
     return measured
-
-
-def _exceeds_target_kl(history: list[dict[str, float]], target_kl: float | None) -> bool:
-    return bool(history) and target_kl is not None and history[-1].get("actor/approxkl_avg", 0.0) > target_kl
 
 
 _COMBINED: dict[str, Callable[[list[float]], float]] = {
@@ -152,35 +188,46 @@ def policy_gradient(
     kl_coef: float = 0.0,
     chunk_elements: int | None = None,
 ) -> dict[str, float]:
-    """Backward pass of the policy loss; `denominator` is the number of response tokens in the whole minibatch.
+    """Backward pass of the policy loss.
 
-    For grpo and dr_grpo the loss also has `kl_coef` times the k3 estimate of KL(actor || reference), whose gradient
-    pulls towards the reference where that of k1 would be noise (Shao et al. 2024, eq. 4).
+    With `ppo.kl.in_loss`, the loss also has `kl_coef` times the estimate of KL(actor || reference), in which the
+    gradient of k3 pulls towards the reference where that of k1 would be noise (Shao et al. 2024, eq. 4).
+
+    Args:
+        actor: the model in training.
+        micro_batches: this rank's, with `loss_weights` of the whole minibatch.
+        config: kind of loss, clips and coefficients.
+        denominator: response tokens in the whole minibatch, by which statistics are divided.
+        kl_coef: price of a nat in the loss.
+        chunk_elements: logits at once, see `response_statistics`.
     """
     outcomes, largest = [], torch.zeros((), device=actor.world.device)
     high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    surrogate = Surrogate(
+        (config.clip_range, high), kind=config.policy_loss, ratio=config.ratio, dual_clip=config.dual_clip
+    )
     for index, batch in enumerate(micro_batches, start=1):
         # logprobs and entropy [B, R], B = micro-batch
         temperature = config.sampling.temperature
         statistics = response_statistics(actor, batch, temperature=temperature, chunk_elements=chunk_elements)
+        mask, weights = batch.response_mask, batch.loss_weights
         result = policy_loss(
             statistics.logprobs,
             batch.logprobs,
             batch.advantages,
-            batch.response_mask,
-            clip_range=(config.clip_range, high),
-            dual_clip=config.dual_clip,
+            mask,
+            surrogate=surrogate,
+            weights=weights if batch.correction is None or weights is None else weights * batch.correction,
             denominator=denominator,
         )
-        entropy = masked_mean(statistics.entropy, batch.response_mask, denominator=denominator)
-        loss = result.loss
+        loss, penalty = result.loss, {}
         if config.entropy_coef:
-            loss = loss - config.entropy_coef * entropy
-        penalty = {}
-        if config.advantage in KL_IN_LOSS and batch.reference_logprobs is not None:
-            kl = kl_estimate(statistics.logprobs, batch.reference_logprobs, kind="k3")
-            loss = loss + kl_coef * masked_mean(kl, batch.response_mask, denominator=denominator)
-            cut = masked_mean(clamped(kl, kind="k3"), batch.response_mask, denominator=denominator)
+            bonus = weighted_sum(statistics.entropy, mask, weights=weights, denominator=denominator)
+            loss = loss - config.entropy_coef * bonus
+        if config.kl.in_loss and batch.reference_logprobs is not None:
+            kl = kl_estimate(statistics.logprobs, batch.reference_logprobs, kind=config.kl.kind)
+            loss = loss + kl_coef * weighted_sum(kl, mask, weights=weights, denominator=denominator)
+            cut = masked_mean(clamped(kl, kind=config.kl.kind), mask, denominator=denominator)
             penalty = {"actor/kl_clamped": cut}
         actor.backward(loss, last=index == len(micro_batches))
         largest = torch.maximum(largest, result.ratio_max)
@@ -190,7 +237,7 @@ def policy_gradient(
                 "actor/clipfrac_avg": result.clip_fraction,
                 "actor/approxkl_avg": result.approx_kl,
                 "actor/ratio_mean": result.ratio_mean,
-                "actor/entropy": entropy.detach(),
+                "actor/entropy": masked_mean(statistics.entropy.detach(), mask, denominator=denominator),
                 **penalty,
             }
         )

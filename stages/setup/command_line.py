@@ -45,6 +45,7 @@ _RENAMED = {
     "no_end_kind": "missing_eos_mode",
     "against": "baseline",
     "beside": "compare_with",
+    "whiten": "scale_advantages",
 }
 """Earlier names of settings and their present ones."""
 
@@ -173,8 +174,8 @@ def _check_choice(group: str, chosen: list[Any], *, line: str) -> None:
 def _check_stages(words: list[str]) -> None:
     selection = composed([word for word in words if word.startswith("stage=")])
     selected = {stage: stage for stage in (*STAGES, *USES) if is_selected(selection, stage)}
-    if "ppo" in selected and (kind := str(selection.ppo.advantage)) in POLICIES:
-        selected["ppo"] = kind
+    if "ppo" in selected:
+        selected["ppo"] = str(selection.ppo.variant)
     for word in words:
         name = word.partition("=")[0].lstrip("+~")
         stage = name.split(".")[0]

@@ -5,7 +5,8 @@ import torch
 from torch import tensor
 from torch.testing import assert_close
 
-from rlhf.algorithms.ppo import explained_variance, gae, policy_loss, token_rewards, value_loss
+from rlhf.algorithms.loss_weights import aggregation_weights
+from rlhf.algorithms.ppo import Surrogate, explained_variance, gae, policy_loss, token_rewards, value_loss
 
 NAN = float("nan")
 
@@ -159,7 +160,7 @@ COUNTED = tensor([[True, True, True, True, False]])
 
 def test_policy_loss_by_hand():
     # max(-A r, -A clip(r)): max(-1.5, -1.2), max(1.5, 1.2), max(0.5, 0.8), max(-1.8, -1.8)
-    result = policy_loss(RATIOS.log(), torch.zeros(1, 5), ADVANTAGES, COUNTED, clip_range=0.2)
+    result = policy_loss(RATIOS.log(), torch.zeros(1, 5), ADVANTAGES, COUNTED, surrogate=Surrogate(0.2))
     assert_close(result.loss, tensor((-1.2 + 1.5 + 0.8 - 1.8) / 4))
     assert_close(result.clip_fraction, tensor(0.5))  # the first and the third
     k3 = [r - 1 - math.log(r) for r in (1.5, 1.5, 0.5, 0.9)]
@@ -171,7 +172,7 @@ def test_policy_loss_by_hand():
 def test_the_upper_bound_may_be_higher():
     arguments = tensor([[1.5, 0.5]]).log(), torch.zeros(1, 2), tensor([[1.0, -1.0]]), tensor([[True, True]])
     # The losses are max(-1.5, -1.28) and max(0.5, 0.8).
-    assert_close(policy_loss(*arguments, clip_range=(0.2, 0.28)).loss, tensor((-1.28 + 0.8) / 2))
+    assert_close(policy_loss(*arguments, surrogate=Surrogate((0.2, 0.28))).loss, tensor((-1.28 + 0.8) / 2))
 
 
 def test_dual_clip_bounds_the_loss_of_bad_tokens_only():
@@ -182,15 +183,15 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens_only():
         tensor([[-1.0, 1.0, -1.0]]),
         torch.ones(1, 3, dtype=torch.bool),
     )
-    assert_close(policy_loss(*arguments, clip_range=0.2).loss, tensor((5 - 1.2 + 2) / 3))
-    assert_close(policy_loss(*arguments, clip_range=0.2, dual_clip=3.0).loss, tensor((3 - 1.2 + 2) / 3))
+    assert_close(policy_loss(*arguments, surrogate=Surrogate(0.2)).loss, tensor((5 - 1.2 + 2) / 3))
+    assert_close(policy_loss(*arguments, surrogate=Surrogate(0.2, dual_clip=3.0)).loss, tensor((3 - 1.2 + 2) / 3))
 
 
 def test_the_first_update_has_ratio_1_and_the_policy_gradient():
     old, advantages = random_tensors(2, 4, 6)
     mask = random_mask(4, 6)
     logprobs = old.clone().requires_grad_()
-    result = policy_loss(logprobs, old, advantages, mask, clip_range=0.2)
+    result = policy_loss(logprobs, old, advantages, mask, surrogate=Surrogate(0.2))
     result.loss.backward()
     assert result.ratio_mean.item() == 1.0
     assert result.ratio_max.item() == 1.0
@@ -201,7 +202,7 @@ def test_the_first_update_has_ratio_1_and_the_policy_gradient():
 
 def test_clipped_tokens_have_no_gradient_and_the_others_do():
     logprobs = RATIOS.log().requires_grad_()
-    policy_loss(logprobs, torch.zeros(1, 5), ADVANTAGES, COUNTED, clip_range=0.2).loss.backward()
+    policy_loss(logprobs, torch.zeros(1, 5), ADVANTAGES, COUNTED, surrogate=Surrogate(0.2)).loss.backward()
     # d(-A r) / d log r = -A r where not clipped, over 4 tokens; masked tokens 0, though their advantage is NaN.
     assert_close(logprobs.grad, tensor([[0.0, 1.5 / 4, 0.0, -1.8 / 4, 0.0]]))
 
@@ -211,7 +212,7 @@ def test_clipped_tokens_have_no_gradient_and_the_others_do():
 def test_one_token_gone_astray_gives_neither_inf_nor_nan(log_ratio, advantage):
     logprobs = tensor([[log_ratio, 0.0]], requires_grad=True)
     result = policy_loss(
-        logprobs, torch.zeros(1, 2), tensor([[advantage, 1.0]]), tensor([[True, True]]), clip_range=0.2
+        logprobs, torch.zeros(1, 2), tensor([[advantage, 1.0]]), tensor([[True, True]]), surrogate=Surrogate(0.2)
     )
     result.loss.backward()
     assert all(field.isfinite() for field in result)
@@ -223,7 +224,9 @@ def test_where_nothing_counts_loss_and_gradient_are_zero(denominator):
     logprobs = torch.full((2, 3), NAN, requires_grad=True)
     mask = torch.zeros(2, 3, dtype=torch.bool)
     garbage = torch.full((2, 3), math.inf)
-    result = policy_loss(logprobs, garbage, garbage, mask, clip_range=0.2, dual_clip=3.0, denominator=denominator)
+    result = policy_loss(
+        logprobs, garbage, garbage, mask, surrogate=Surrogate(0.2, dual_clip=3.0), denominator=denominator
+    )
     result.loss.backward()
     assert [field.item() for field in result] == [0.0] * 5
     assert logprobs.grad.abs().max() == 0
@@ -232,7 +235,7 @@ def test_where_nothing_counts_loss_and_gradient_are_zero(denominator):
 def test_half_precision_logprobs_are_compared_in_fp32():
     # 0.00390625 = 2^-8: exp of it rounds to 1.0 in bf16
     logprobs = tensor([[0.00390625]], dtype=torch.bfloat16)
-    result = policy_loss(logprobs, torch.zeros(1, 1), tensor([[1.0]]), tensor([[True]]), clip_range=0.2)
+    result = policy_loss(logprobs, torch.zeros(1, 1), tensor([[1.0]]), tensor([[True]]), surrogate=Surrogate(0.2))
     assert result.loss.dtype == torch.float32
     assert_close(result.ratio_mean, tensor(math.exp(0.00390625)))
 
@@ -243,13 +246,12 @@ MICRO_BATCHES = (slice(0, 1), slice(1, 2), slice(2, 6))  # the second counts not
 def test_policy_losses_with_the_global_count_add_up_to_the_whole():
     old, noise, advantages = random_tensors(3, 6, 5)
     mask, logprobs = random_mask(6, 5), (old + noise).requires_grad_()
-    whole = policy_loss(logprobs, old, advantages, mask, clip_range=0.2, dual_clip=3.0)
+    whole = policy_loss(logprobs, old, advantages, mask, surrogate=Surrogate(0.2, dual_clip=3.0))
     (whole_grad,) = torch.autograd.grad(whole.loss, logprobs)
     parts = [
         policy_loss(
             *(x[rows] for x in (logprobs, old, advantages, mask)),
-            clip_range=0.2,
-            dual_clip=3.0,
+            surrogate=Surrogate(0.2, dual_clip=3.0),
             denominator=mask.sum(),
         )
         for rows in MICRO_BATCHES
@@ -264,17 +266,69 @@ def test_masked_positions_equal_absent_positions():
     old, noise, advantages = random_tensors(3, 6, 5)
     mask = random_mask(6, 5)
     alone = [x[mask][None] for x in (old + noise, old, advantages, mask)]
-    assert_close(policy_loss(old + noise, old, advantages, mask, clip_range=0.2), policy_loss(*alone, clip_range=0.2))
+    assert_close(
+        policy_loss(old + noise, old, advantages, mask, surrogate=Surrogate(0.2)),
+        policy_loss(*alone, surrogate=Surrogate(0.2)),
+    )
+
+
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_of_its_tokens():
+    # sqrt(2 * 1/8) = 1/2 for the first row and, over one token, 1.5 for the second.
+    logprobs = tensor([[2.0, 1 / 8], [1.5, 9.0]]).log().requires_grad_()
+    mask, advantages = tensor([[True, True], [True, False]]), tensor([[1.0, 1.0], [1.0, NAN]])
+    weights = aggregation_weights(mask, kind="sequence_mean", length=2)
+    surrogate = Surrogate((0.6, 0.4), ratio="sequence")
+    result = policy_loss(logprobs, torch.zeros(2, 2), advantages, mask, surrogate=surrogate, weights=weights)
+    assert_close(result.loss, tensor(-(0.5 + 1.4) / 2))
+    result.loss.backward()
+    # The first: d(-s / 2) / d log p_t = -(s / 2) (1 / 2 tokens) for each; the second is clipped.
+    assert_close(logprobs.grad, tensor([[-0.125, -0.125], [0.0, 0.0]]))
+    assert_close(result.clip_fraction, tensor(1 / 3))
+
+
+def test_cispo_clips_the_weight_and_keeps_the_gradient():
+    # Weights 1.25 (clipped from 4), 0.5 and 1: -w A log p with A = 1, -2, 1.
+    logprobs = tensor([[4.0, 0.5, 1.0]]).log().requires_grad_()
+    advantages, mask = tensor([[1.0, -2.0, 1.0]]), torch.ones(1, 3, dtype=torch.bool)
+    surrogate = Surrogate((1.0, 0.25), kind="cispo")
+    result = policy_loss(logprobs, torch.zeros(1, 3), advantages, mask, surrogate=surrogate)
+    assert_close(result.loss, tensor((-1.25 * math.log(4) + 2 * 0.5 * math.log(0.5)) / 3))
+    result.loss.backward()
+    assert_close(logprobs.grad, tensor([[-1.25, 1.0, -1.0]]) / 3)
+    assert_close(result.clip_fraction, tensor(1 / 3))
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("kind", ["clip", "cispo"])
+@pytest.mark.parametrize("mean", ["token_mean", "sequence_mean", "constant"])
+def test_losses_with_the_weights_of_a_minibatch_add_up_to_the_whole(ratio, kind, mean):
+    old, noise, advantages = random_tensors(3, 6, 5)
+    mask, logprobs = random_mask(6, 5), (old + noise).requires_grad_()
+    weights = aggregation_weights(mask, kind=mean, length=5)
+    surrogate = Surrogate(0.2, kind=kind, ratio=ratio)
+    whole = policy_loss(logprobs, old, advantages, mask, surrogate=surrogate, weights=weights).loss
+    parts = [
+        policy_loss(
+            *(x[rows] for x in (logprobs, old, advantages, mask)), surrogate=surrogate, weights=weights[rows]
+        ).loss
+        for rows in MICRO_BATCHES
+    ]
+    assert_close(sum(parts), whole)
+    assert_close(torch.autograd.grad(sum(parts), logprobs)[0], torch.autograd.grad(whole, logprobs)[0])
 
 
 def test_settings_that_make_no_sense_are_refused():
     arguments = [torch.zeros(1, 1)] * 3 + [torch.ones(1, 1, dtype=torch.bool)]
+    with pytest.raises(ValueError, match='policy loss "sapo", expected "clip" or "cispo"'):
+        Surrogate(0.2, kind="sapo")
+    with pytest.raises(ValueError, match='a ratio of "word", expected "token" or "sequence"'):
+        Surrogate(0.2, ratio="word")
     with pytest.raises(ValueError, match="found clip_range -0.1"):
-        policy_loss(*arguments, clip_range=-0.1)
+        policy_loss(*arguments, surrogate=Surrogate(-0.1))
     with pytest.raises(ValueError, match=r"found clip_range \(0.2, -0.1\)"):
-        policy_loss(*arguments, clip_range=(0.2, -0.1))
+        policy_loss(*arguments, surrogate=Surrogate((0.2, -0.1)))
     with pytest.raises(ValueError, match="found ppo.dual_clip=1.0, expected a number above 1"):
-        policy_loss(*arguments, clip_range=0.2, dual_clip=1.0)
+        policy_loss(*arguments, surrogate=Surrogate(0.2, dual_clip=1.0))
 
 
 # ---- value_loss and explained_variance

@@ -238,8 +238,8 @@ def test_a_rate_that_is_given_stands_with_and_without_adapters():
         assert composed("stage=sft", f"sft.lora.rank={rank}", "sft.optimizer.lr=0.5").sft.optimizer.lr == 0.5
 
 
-@pytest.mark.parametrize("kind", ["grpo", "rloo", "dr_grpo"])
-def test_the_third_stage_is_called_after_its_advantages(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["grpo", "rloo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce_pp"])
+def test_the_third_stage_is_called_after_its_variant(kind, tmp_path):
     run = composed(f"stage=[sft,{kind},eval]", f"output_dir={tmp_path}")
     assert (run.title("ppo"), run.folder("ppo"), run.title("sft")) == (kind, f"{tmp_path}/{kind}", "sft")
     assert run.eval.model == f"{tmp_path}/{kind}/actor"

@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import EngineConfig, Precision
-from rlhf.config.ppo_config import AdvantageKind, KLConfig, ScoreConfig
+from rlhf.config.ppo_config import AdvantageKind, AdvantageScale, KLConfig, ScoreConfig
 from rlhf.config.run_config import Embedded
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.engine.engine import build_engine
@@ -25,7 +25,7 @@ from rlhf.rollout import Collector, Models, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import decode, load_tokenizer
 from rlhf.tracking.timing import Stopwatch
-from rlhf.training.ppo_update import advantages_of, update_policy
+from rlhf.training.ppo_update import advantages_of, training_batch, update_policy
 from rlhf.types import PPOBatch, PromptBatch, Responses
 from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.ppo import load_models
@@ -65,7 +65,7 @@ def rollout_of(folder, models, ppo, ids=None):
         pad_id=int(tokenizer.pad_token_id),
         stop_token_ids=(int(tokenizer.eos_token_id), 7, 8, 9, 10, 11, 12, 13),  # so that lengths differ
         reward=RewardModel(models.reward, ppo.micro_batch_size),
-        shaping=ScoreShaping(ppo.score, ScoreScale()),
+        shaping=ScoreShaping(ppo.score, ScoreScale(), ppo.max_response_tokens),
         timer=Stopwatch(torch.device("cpu")),
     )
     ids = torch.randint(20, 60, (8, 5)) if ids is None else ids
@@ -73,6 +73,12 @@ def rollout_of(folder, models, ppo, ids=None):
     mask[::2, :2] = False
     prompts = PromptBatch(ids, mask, sample_ids=torch.arange(8), prompts=("x",) * 8, columns=({},) * 8)
     return collector.collect(prompts, seed=0)
+
+
+def estimator(kind):
+    """Settings of an advantage estimator; those of groups are not whitened."""
+    scale = AdvantageScale.whiten if kind == "gae" else AdvantageScale.none
+    return {"advantage": AdvantageKind(kind), "scale_advantages": scale}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +90,7 @@ def rollout_of(folder, models, ppo, ids=None):
     ],
 )
 def test_the_share_of_scores_at_the_clamp(score, share):
-    shaping = ScoreShaping(ScoreConfig(**score), ScoreScale(mean=1.0, std=0.5))
+    shaping = ScoreShaping(ScoreConfig(**score), ScoreScale(mean=1.0, std=0.5), limit=8)
     assert shaping.clamped_share(torch.tensor([0.0, 1.0, 1.5, 3.0])) == share
 
 
@@ -126,16 +132,26 @@ def test_before_training_kl_is_0_and_both_paths_agree(folder):
             assert values[~mask].abs().max() == 0
 
 
-def test_micro_batches_do_not_change_an_update(folder):
+VARIANTS = ("ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "reinforce_pp")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_micro_batches_do_not_change_an_update(folder, variant):
+    published = composed("experiment=smoke", f"stage={variant}").ppo
+    names = ("advantage", "scale_advantages", "policy_loss", "ratio", "loss_aggregation", "clip_range_high", "kl")
+    chosen = {name: getattr(published, name) for name in names}
+
     def after(micro_batch_size):
-        ppo = settings(epochs=2, minibatch_size=8, micro_batch_size=micro_batch_size)
+        ppo = settings(epochs=2, minibatch_size=8, micro_batch_size=micro_batch_size, samples_per_prompt=4, **chosen)
         models = four_models(folder, ppo)
         torch.manual_seed(1)
         rollout = rollout_of(folder, models, ppo)
         rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
         estimate = advantages_of(rollout, rewards, config=ppo)
-        batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
-        return update_policy(models, batch, config=ppo, iteration=1), dict(models.actor.full_tensors())
+        batch = training_batch(rollout, estimate, config=ppo, dtype=torch.bfloat16)
+        models = models if ppo.has_critic else replace(models, critic=None)
+        metrics = update_policy(models, batch, config=ppo, iteration=1, kl_coef=0.1)
+        return metrics, dict(models.actor.full_tensors())
 
     whole, cut = after(8), after(2)
     assert cut[0] == pytest.approx(whole[0], rel=1e-3, abs=1e-5)
@@ -154,7 +170,7 @@ def test_generated_tokens_are_those_that_are_scored(folder):
 
 @pytest.mark.parametrize("kind", ["gae", "rloo"])
 def test_a_response_that_breaks_a_model_reaches_neither_gradients_nor_metrics(folder, kind):
-    ppo = settings(epochs=1, minibatch_size=8, advantage=AdvantageKind(kind), samples_per_prompt=2)
+    ppo = settings(epochs=1, minibatch_size=8, samples_per_prompt=2, **estimator(kind))
     models = four_models(folder, ppo)
     broken = 61  # a token at which actor and critic say NaN, and of which their gradients would be NaN, too
     for engine in (models.actor, models.critic):
@@ -196,9 +212,7 @@ def test_equal_responses_have_equal_scores_whatever_pieces_they_are_judged_in():
 
 @pytest.mark.parametrize("kind", ["gae", "grpo"])
 def test_a_kl_that_costs_nothing_needs_no_reference(folder, kind):
-    ppo = settings(
-        epochs=1, minibatch_size=8, advantage=AdvantageKind(kind), samples_per_prompt=2, kl=KLConfig(coef=0.0)
-    )
+    ppo = settings(epochs=1, minibatch_size=8, samples_per_prompt=2, kl=KLConfig(coef=0.0), **estimator(kind))
     assert ppo.reference_model is None
     assert not ppo.measures_kl
     models = replace(four_models(folder, ppo), reference=None)
@@ -243,3 +257,13 @@ def test_an_evaluation_keeps_every_answer_and_leaves_broken_numbers_out_of_its_m
     assert (found["eval/score"], found["eval/kl"], found["eval/response_length"]) == (2.0, 0.5, 3.0)
     assert "left out 1 of 3 responses" in caplog.text
     assert math.isnan(policy_metrics([{**row, "kl": math.inf}])["eval/score"])
+
+
+def test_a_kl_beyond_the_target_ends_the_updates_in_the_middle_of_an_epoch(folder):
+    ppo = settings(epochs=2, minibatch_size=2, target_kl=1e-9)
+    models = four_models(folder, ppo)
+    rollout = rollout_of(folder, models, ppo)
+    rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
+    batch = training_batch(rollout, advantages_of(rollout, rewards, config=ppo), config=ppo, dtype=torch.float32)
+    # The first minibatch has ratio 1; the second sees what its update changed, and is the last of four.
+    assert update_policy(models, batch, config=ppo, iteration=1)["actor/epochs"] == 0.5

@@ -250,7 +250,7 @@ def test_answers_that_were_like_that_from_the_start_are_not_a_problem():
     assert names(*evaluated(*(answers(step, scores=SCORES, texts=stuck) for step in (0, 5)))) == []
 
 
-@pytest.mark.parametrize("stage", ["grpo", "rloo", "dr_grpo"])
+@pytest.mark.parametrize("stage", ["grpo", "rloo", "dr_grpo", "dapo"])
 def test_a_policy_without_a_critic_is_watched_like_one_of_ppo(stage):
     rows = [{"step": 1, "objective/kl_per_token": 1.2}]
     assert names(rows, stage=stage) == names(rows) == ["kl"]

@@ -1,20 +1,30 @@
 """The PPO update on real engines: the first minibatch changes nothing by itself, and sizes do not change gradients."""
 
+import math
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 
+from rlhf.algorithms.ppo import Advantages
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.ppo_config import AdvantageKind, KLConfig, PPOConfig
+from rlhf.config.ppo_config import (
+    AdvantageKind,
+    AdvantageScale,
+    KLConfig,
+    MismatchConfig,
+    MismatchCorrection,
+    PolicyLossKind,
+    PPOConfig,
+)
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.loss_scale import LossScale
-from rlhf.rollout import without_bad_rows
+from rlhf.rollout import concatenated, replace_equal_groups, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import _over_updates as over_updates
-from rlhf.training.ppo_update import advantages_of, minibatches, share_of, take_steps
+from rlhf.training.ppo_update import advantages_of, minibatches, mismatch_metrics, share_of, take_steps, training_batch
 from rlhf.types import PPOBatch, Rollout
 from tests.engine import tiny
 
@@ -88,25 +98,108 @@ def test_trimming_drops_only_columns_that_are_padding_everywhere():
     assert trimmed.attention_mask.tolist() == [[True, True, True, False], [True, True, True, True]]
 
 
-def test_a_group_of_equal_scores_learns_nothing_whatever_its_kl():
-    scores = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 2.0, 0.0, 2.0])
-    noise = torch.randn(8, 4) * batch().response_mask
-    for kind in ("grpo", "dr_grpo"):
-        ppo = config(advantage=AdvantageKind(kind), samples_per_prompt=4)
-        estimate = advantages_of(_rollout(scores), noise, config=ppo)
+def test_a_group_of_equal_rewards_learns_nothing():
+    rewards = torch.zeros(8, 4)
+    rewards[:, 0] = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0, 2.0, 0.0, 2.0])
+    for scale in ("group", "none"):
+        estimate = advantages_of(_rollout(torch.zeros(8)), rewards, config=grouped("grpo", scale))
         assert estimate.advantages[:4].abs().max() == 0
         # Scores 0 2 0 2: mean 1, sample deviation sqrt(4/3); the shortest response has one token.
-        expected = -1 / ((4 / 3) ** 0.5 + 1e-4) if kind == "grpo" else -1.0
+        expected = -1 / ((4 / 3) ** 0.5 + 1e-4) if scale == "group" else -1.0
         assert estimate.advantages[4].tolist() == pytest.approx([expected, 0, 0, 0], abs=1e-5)
 
 
 def test_leave_one_out_compares_what_the_reward_says_of_whole_responses():
-    ppo = config(advantage=AdvantageKind.rloo, samples_per_prompt=4)
     rewards = torch.zeros(8, 4)
     rewards[:, 0] = torch.tensor([1.0, 2.0, 3.0, 6.0, 0.0, 0.0, 0.0, 4.0])
-    estimate = advantages_of(_rollout(torch.zeros(8)), rewards, config=ppo)
+    estimate = advantages_of(_rollout(torch.zeros(8)), rewards, config=grouped("rloo", "none"))
     # 6 against the mean of 1, 2 and 3; and not whitened, so the number stays.
     assert estimate.advantages[3].tolist() == pytest.approx([4, 4, 4, 4])
+
+
+def test_without_a_critic_the_advantage_of_a_token_is_its_whitened_return():
+    rewards = torch.zeros(8, 4)
+    rewards[3] = torch.tensor([1.0, 0.0, 0.0, 4.0])
+    ppo = config(advantage=AdvantageKind.reinforce_pp, gamma=0.5, lam=0.1)
+    estimate = advantages_of(_rollout(torch.zeros(8)), rewards, config=ppo)
+    assert estimate.returns[3].tolist() == [1.5, 1.0, 2.0, 4.0]  # 1 + 4 / 8, 4 / 4, 4 / 2, 4
+    counted = estimate.advantages[batch().response_mask]
+    assert counted.mean().item() == pytest.approx(0, abs=1e-6)
+    assert counted.var(correction=0).item() == pytest.approx(1, rel=1e-5)
+
+
+def grouped(advantage, scale, **changes):
+    return config(
+        advantage=AdvantageKind(advantage), scale_advantages=AdvantageScale(scale), samples_per_prompt=4, **changes
+    )
+
+
+def estimate_of(rollout):
+    zeros = torch.zeros(len(rollout), 4)
+    return Advantages(advantages=zeros, returns=zeros)
+
+
+def test_truncated_responses_count_for_the_critic_but_not_for_the_actor():
+    rollout = replace(_rollout(torch.ones(8)), ended=torch.arange(8) != 3)
+    kept = training_batch(rollout, estimate_of(rollout), config=config(), dtype=torch.float32)
+    assert kept.loss_mask is None
+    masked = training_batch(rollout, estimate_of(rollout), config=config(mask_truncated=True), dtype=torch.float32)
+    assert masked.loss_mask.sum(-1).tolist() == [1, 2, 3, 0, 1, 2, 3, 4]
+    assert torch.equal(masked.response_mask, rollout.response_mask)
+
+
+@pytest.mark.parametrize(
+    ("correction", "dtype", "weight"),
+    [("auto", torch.float32, None), ("auto", torch.bfloat16, 2.0), ("token_mask", torch.float32, 0.0)],
+)
+def test_the_mismatch_is_corrected_where_the_paths_differ(correction, dtype, weight):
+    generated = torch.zeros(8, 4)
+    generated[7, 3] = -1.0  # training finds that token e times as likely
+    rollout = replace(_rollout(torch.ones(8)), generation_logprobs=generated)
+    ppo = config(mismatch=MismatchConfig(correction=MismatchCorrection(correction)))
+    found = training_batch(rollout, estimate_of(rollout), config=ppo, dtype=dtype)
+    metrics = mismatch_metrics(rollout, found)
+    assert metrics["rollout/mismatch_max"] == pytest.approx(math.e)
+    assert metrics["rollout/mismatch_mean"] == pytest.approx((19 + math.e) / 20)  # 20 tokens
+    if weight is None:
+        assert found.correction is None
+        assert "rollout/mismatch_weight" not in metrics
+        return
+    assert found.correction[7].tolist() == [1, 1, 1, weight]
+    assert metrics["rollout/mismatch_weight"] == pytest.approx((19 + weight) / 20)
+    assert metrics["rollout/mismatch_left_out"] == pytest.approx(0 if weight else 1 / 20)
+
+
+def test_groups_of_equal_scores_are_replaced_by_further_prompts():
+    ppo = grouped("grpo", "group", rollout_size=12, minibatch_size=4, dynamic_sampling=3)
+
+    def rollout(first, scores):
+        rows = torch.tensor(scores)
+        parts = [_rollout(rows[:8]), _rollout(torch.cat([rows[8:], torch.zeros(4)])).rows(torch.arange(4))]
+        found = concatenated(parts)
+        return replace(found, sample_ids=torch.arange(first, first + 12))
+
+    more = iter([rollout(12, [5.0] * 12), rollout(24, [0.0, 1, 0, 0, 2, 2, 2, 2, 3, 3, 3, 4])])
+    first = rollout(0, [1.0, 1, 1, 1, 0, 0, 0, 1, 2, 2, 2, 2])
+    found, metrics = replace_equal_groups(first, lambda: next(more), config=ppo, pad_id=0)
+    assert found.sample_ids.tolist() == [4, 5, 6, 7, 24, 25, 26, 27, 32, 33, 34, 35]
+    assert metrics == {"rollout/groups_equal": pytest.approx(2 / 3), "rollout/further_rollouts": 2}
+    # A limit that is reached leaves fewer groups, and where none differ the first rollout stays.
+    short = replace(ppo, dynamic_sampling=1)
+    found, metrics = replace_equal_groups(first, lambda: rollout(12, [5.0] * 12), config=short, pad_id=0)
+    assert found.sample_ids.tolist() == [4, 5, 6, 7]
+    same = rollout(0, [1.0] * 12)
+    found, metrics = replace_equal_groups(same, lambda: rollout(12, [5.0] * 12), config=ppo, pad_id=0)
+    assert found.sample_ids.tolist() == list(range(12))
+    assert metrics["rollout/further_rollouts"] == 3
+
+
+def test_a_group_at_the_border_is_left_out_whole():
+    ppo = grouped("grpo", "group", dynamic_sampling=1)
+    seven = replace(_rollout(torch.arange(8.0)), sample_ids=torch.arange(8)).rows(torch.tensor([0, 1, 2, 4, 5, 6, 7]))
+    further = replace(_rollout(torch.arange(8.0)), sample_ids=torch.arange(8, 16))
+    found, _ = replace_equal_groups(seven, lambda: further, config=ppo, pad_id=0)
+    assert found.sample_ids.tolist() == [0, 1, 2, 4, 5, 6, 7]  # one row was free, and a group has four
 
 
 def _rollout(scores):
@@ -134,18 +227,18 @@ def _rollout(scores):
 NAN = float("nan")
 
 
-@pytest.mark.parametrize("kind", ["grpo", "dr_grpo", "rloo"])
-def test_one_response_with_a_nan_is_left_out_and_many_stop_the_run(kind):
+@pytest.mark.parametrize(("kind", "scale"), [("grpo", "group"), ("grpo", "none"), ("rloo", "none")])
+def test_one_response_with_a_nan_is_left_out_and_many_stop_the_run(kind, scale):
     clean = without_bad_rows(_rollout(torch.tensor([3.0, 3.0, 3.0, NAN, 1.0, 2.0, 3.0, 6.0])))
     assert clean.scores.tolist() == [3, 3, 3, 1, 2, 3, 6]
     assert clean.responses == tuple("abcefgh")
-    ppo = config(advantage=AdvantageKind(kind), samples_per_prompt=4)
     rewards = torch.zeros(7, 4)
     rewards[:, 0] = clean.scores
-    found = advantages_of(clean, rewards, config=ppo).advantages[:, 0]
+    found = advantages_of(clean, rewards, config=grouped(kind, scale)).advantages[:, 0]
     assert found[:3].tolist() == [0, 0, 0]  # the others of its group agree
     # 6 over the mean of 1, 2, 3 and 6, whose deviations -2, -1, 0, 3 have the sample variance 14 / 3.
-    assert found[6].item() == pytest.approx({"grpo": 3 / (14 / 3) ** 0.5, "dr_grpo": 3, "rloo": 4}[kind], rel=1e-4)
+    expected = {"grpo": 3 / ((14 / 3) ** 0.5 if scale == "group" else 1), "rloo": 4}[kind]
+    assert found[6].item() == pytest.approx(expected, rel=1e-4)
     with pytest.raises(RuntimeError, match="5 of 8 responses"):
         without_bad_rows(_rollout(torch.tensor([NAN] * 5 + [1.0] * 3)))
 
@@ -183,6 +276,10 @@ def test_what_is_left_of_a_rollout_makes_as_many_minibatches_of_nearly_equal_siz
     [
         ({"dual_clip": 0.5}, "dual_clip=0.5"),
         ({"clip_range": -1.0}, "clip_range=-1.0"),
+        ({"dual_clip": 3.0, "policy_loss": PolicyLossKind.cispo}, "ppo.dual_clip=3.0 bounds the clipped surrogate"),
+        ({"scale_advantages": AdvantageScale.group}, "ppo.scale_advantages=group divides by the deviation"),
+        ({"dynamic_sampling": 2}, "ppo.dynamic_sampling=2 replaces groups of equal scores"),
+        ({"mismatch": MismatchConfig(high=0.5)}, "ppo.mismatch: found low=0.0 and high=0.5"),
         ({"value_clip_range": 0.0}, "value_clip_range=0.0"),
         ({"gamma": 2.0}, "gamma=2.0"),
         ({"lam": -0.1}, "lam=-0.1"),
