@@ -102,7 +102,8 @@ def next_rollout(
     def collect(batch: PromptBatch) -> Rollout:
         return without_bad_rows(collector.collect(batch, seed=config.seed))
 
-    rollout, metrics = collect(prompts), {}
+    rollout = collect(prompts)
+    metrics: dict[str, float] = {}
     left_out = config.rollout_size - len(rollout)
     if config.dynamic_sampling:
         rollout, metrics = replace_equal_groups(

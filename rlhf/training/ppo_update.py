@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.algorithms.groups import group_advantages
 from rlhf.algorithms.kl import clamped, kl_estimate
+from rlhf.algorithms.logprobs import TokenStatistics
 from rlhf.algorithms.loss_weights import aggregation_weights, mismatch_weights
 from rlhf.algorithms.masked import masked_mean, masked_whiten, weighted_sum
 from rlhf.algorithms.ppo import Advantages, Surrogate, gae, policy_loss, value_loss
@@ -188,10 +190,7 @@ def policy_gradient(
     kl_coef: float = 0.0,
     chunk_elements: int | None = None,
 ) -> dict[str, float]:
-    """Backward pass of the policy loss.
-
-    With `ppo.kl.in_loss`, the loss also has `kl_coef` times the estimate of KL(actor || reference), in which the
-    gradient of k3 pulls towards the reference where that of k1 would be noise (Shao et al. 2024, eq. 4).
+    """Backward pass of the actor's loss.
 
     Args:
         actor: the model in training.
@@ -202,47 +201,64 @@ def policy_gradient(
         chunk_elements: logits at once, see `response_statistics`.
     """
     outcomes, largest = [], torch.zeros((), device=actor.world.device)
-    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
-    surrogate = Surrogate(
-        (config.clip_range, high), kind=config.policy_loss, ratio=config.ratio, dual_clip=config.dual_clip
-    )
+    temperature = config.sampling.temperature
     for index, batch in enumerate(micro_batches, start=1):
         # logprobs and entropy [B, R], B = micro-batch
-        temperature = config.sampling.temperature
         statistics = response_statistics(actor, batch, temperature=temperature, chunk_elements=chunk_elements)
-        mask, weights = batch.response_mask, batch.loss_weights
-        result = policy_loss(
-            statistics.logprobs,
-            batch.logprobs,
-            batch.advantages,
-            mask,
-            surrogate=surrogate,
-            weights=weights if batch.correction is None or weights is None else weights * batch.correction,
-            denominator=denominator,
-        )
-        loss, penalty = result.loss, {}
-        if config.entropy_coef:
-            bonus = weighted_sum(statistics.entropy, mask, weights=weights, denominator=denominator)
-            loss = loss - config.entropy_coef * bonus
-        if config.kl.in_loss and batch.reference_logprobs is not None:
-            kl = kl_estimate(statistics.logprobs, batch.reference_logprobs, kind=config.kl.kind)
-            loss = loss + kl_coef * weighted_sum(kl, mask, weights=weights, denominator=denominator)
-            cut = masked_mean(clamped(kl, kind=config.kl.kind), mask, denominator=denominator)
-            penalty = {"actor/kl_clamped": cut}
-        actor.backward(loss, last=index == len(micro_batches))
+        result = actor_loss(statistics, batch, config=config, denominator=denominator, kl_coef=kl_coef)
+        actor.backward(result.loss, last=index == len(micro_batches))
         largest = torch.maximum(largest, result.ratio_max)
-        outcomes.append(
-            {
-                "actor/loss": result.loss.detach(),
-                "actor/clipfrac_avg": result.clip_fraction,
-                "actor/approxkl_avg": result.approx_kl,
-                "actor/ratio_mean": result.ratio_mean,
-                "actor/entropy": masked_mean(statistics.entropy.detach(), mask, denominator=denominator),
-                **penalty,
-            }
-        )
+        outcomes.append(result.outcome)
     # Collectives: sums and the maximum over ranks; float() waits for the device, once per minibatch.
     return summed(outcomes) | {"actor/ratio_max": float(max_over_ranks(largest))}
+
+
+class ActorLoss(NamedTuple):
+    """The actor's loss on a micro-batch."""
+
+    loss: Tensor  # scalar, with entropy bonus and KL
+    outcome: dict[str, Tensor]  # detached metrics, which add up to those of the minibatch
+    ratio_max: Tensor  # scalar
+
+
+def actor_loss(
+    statistics: TokenStatistics, batch: PPOBatch, *, config: PPOConfig, denominator: Tensor, kl_coef: float
+) -> ActorLoss:
+    """The policy loss, less the entropy bonus, plus the KL if `ppo.kl.in_loss` puts it there.
+
+    The KL in the loss pulls by the gradient of its estimate: that of k3 towards the reference, where that of k1 would
+    be noise (Shao et al. 2024, eq. 4). Arguments as for `policy_gradient`.
+    """
+    mask, weights = batch.response_mask, batch.loss_weights
+    high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    result = policy_loss(
+        statistics.logprobs,
+        batch.logprobs,
+        batch.advantages,
+        mask,
+        surrogate=Surrogate(
+            (config.clip_range, high), kind=config.policy_loss, ratio=config.ratio, dual_clip=config.dual_clip
+        ),
+        weights=weights if batch.correction is None or weights is None else weights * batch.correction,
+        denominator=denominator,
+    )
+    outcome = {
+        "actor/loss": result.loss.detach(),
+        "actor/clipfrac_avg": result.clip_fraction,
+        "actor/approxkl_avg": result.approx_kl,
+        "actor/ratio_mean": result.ratio_mean,
+        "actor/entropy": masked_mean(statistics.entropy.detach(), mask, denominator=denominator),
+    }
+    loss = result.loss
+    if config.entropy_coef:
+        bonus = weighted_sum(statistics.entropy, mask, weights=weights, denominator=denominator)
+        loss = loss - config.entropy_coef * bonus
+    if config.kl.in_loss and batch.reference_logprobs is not None:
+        kl = kl_estimate(statistics.logprobs, batch.reference_logprobs, kind=config.kl.kind)
+        loss = loss + kl_coef * weighted_sum(kl, mask, weights=weights, denominator=denominator)
+        cut = clamped(kl, kind=config.kl.kind)
+        outcome["actor/kl_clamped"] = masked_mean(cut, mask, denominator=denominator)
+    return ActorLoss(loss, outcome, result.ratio_max)
 
 
 def value_gradient(

@@ -109,7 +109,7 @@ def run(*words, **environment):
 def test_help_begins_with_sentences_and_shows_choices_and_settings():
     shown = run("--help").stdout
     assert shown.startswith("The whole of RLHF: supervised fine-tuning")
-    assert "stage: chat, dr_grpo, eval, grpo" in shown
+    assert "stage: chat, cispo, dapo, dr_grpo, eval, grpo, gspo" in shown
     assert "zero_stage: 0" in shown
 
 
