@@ -14,8 +14,8 @@ import torch
 from hydra import compose, initialize_config_dir
 
 from rlhf.config.run_config import RunConfig
-from rlhf.memory_plan.plan import Item, Limits, Place
-from rlhf.memory_plan.planner import Machine, plan_stage
+from rlhf.memory_plan.planner import Limits, Machine, plan_stage
+from rlhf.memory_plan.states import Item, Place
 from stages.setup.compose import CONF_DIR, register_schema, to_run
 
 GB = 1_000_000_000

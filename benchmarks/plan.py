@@ -26,9 +26,9 @@ from hydra import compose, initialize_config_dir
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.memory_plan.plan import Place
 from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
-from rlhf.memory_plan.workloads import PHASES, Answers, PolicyUpdate, Scalars, Statistics
+from rlhf.memory_plan.states import Place
+from rlhf.memory_plan.workloads import PHASES, Workload, generation, policy_update, scalars, statistics
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.rewards import ScoreScale
 from rlhf.rollout import Models
@@ -143,7 +143,7 @@ def _peak_of(function: Callable[[], None], world: World) -> dict[str, int]:
 def _supervised_peaks(run: RunConfig, stage: str, world: World) -> Peaks:
     config, (role,) = run.training_config(stage), roles_of(run, stage)
     engine = open_model(run, role, world=world, total_steps=100)
-    work = PHASES[stage]["train"][role.kind].of(config)
+    work = Workload.of(PHASES[stage]["train"][role.name], config)
     steps = config.batch_size // (world.size * config.micro_batch_size)
 
     def evaluate() -> None:
@@ -169,13 +169,13 @@ def _ppo_peaks(run: RunConfig, world: World) -> Peaks:
 
     def generate() -> None:
         with models.actor.generating() as model, world.device:
-            Answers.of(config)(model)
+            Workload.of(generation, config)(model)
 
     def score() -> None:
-        judges = [(models.actor, Statistics), (models.reference, Statistics)]
-        for engine, workload in [*judges, (models.reward, Scalars), (models.critic, Scalars)]:
+        judges = [(models.actor, statistics), (models.reference, statistics)]
+        for engine, compute in [*judges, (models.reward, scalars), (models.critic, scalars)]:
             with engine.evaluating() as model, world.device:
-                workload.of(config)(model)
+                Workload.of(compute, config)(model)
 
     def train() -> None:
         for _ in range(STEPS):
@@ -188,7 +188,7 @@ def _ppo_peaks(run: RunConfig, world: World) -> Peaks:
 def _ppo_step(models: Models, config: PPOConfig) -> None:
     device = models.actor.world.device
     micro_batches = range(config.minibatch_size // config.micro_batch_size)
-    batches = [PolicyUpdate.of(config).ppo_batch().to(device) for _ in micro_batches]
+    batches = [Workload.of(policy_update, config).ppo_batch().to(device) for _ in micro_batches]
     count = torch.tensor(100.0, device=device)
     policy_gradient(models.actor, batches, config=config, denominator=count)
     models.actor.step()

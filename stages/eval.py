@@ -9,28 +9,40 @@ Run: `python run_pipeline.py stage=eval`, or after the stages, `'stage=[sft,rewa
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from data.loader import collate_demonstrations, collate_preferences, evaluation_batches, evaluation_prompts
+from rlhf.algorithms.scores import normalize_scores
 from rlhf.config.bounds import as_plain
-from rlhf.config.roles import roles_of
+from rlhf.config.eval_config import EvalConfig
+from rlhf.config.roles import Role, roles_of
 from rlhf.config.run_config import RunConfig
+from rlhf.engine.engine import Engine
 from rlhf.evaluation import judges
-from rlhf.evaluation.compare import ModelAnswers, comparison, sample_rows
-from rlhf.evaluation.judges import HUMAN, REWARD, HumanJudge, Judgement, Pairs
-from rlhf.evaluation.metrics import gold_values, load_gold
-from rlhf.evaluation.model_runner import HeldOutBatches, ModelRunner
+from rlhf.evaluation.compare import ModelAnswers, PairScores, comparison, sample_rows
+from rlhf.evaluation.judges import HUMAN, PAIRS_PER_CALL, REWARD, HumanJudge, Judgement, Pairs
+from rlhf.evaluation.metrics import demonstration_losses, gold_values, load_gold, pair_scores
 from rlhf.evaluation.result_tables import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, means, text_tables
+from rlhf.forward_passes import all_statistics
+from rlhf.generation.generate import Decoding
+from rlhf.rewards import reward_model_scores
+from rlhf.rollout import GeneratedResponses, generate_responses, response_texts
 from rlhf.runtime.atomic_files import write_text
-from rlhf.runtime.dist import World, barrier
-from rlhf.text.tokenizer import Tokenizer
+from rlhf.runtime.dist import World, barrier, gather_objects
+from rlhf.runtime.process import trim
+from rlhf.text.tokenizer import Tokenizer, decode, stop_token_ids
 from rlhf.tracking.jsonl_log import JsonlLog, valid_json
 from rlhf.tracking.tracker import start_wandb
 from stages.lifecycle.session import stage_tokenizer
@@ -42,31 +54,30 @@ log = logging.getLogger(__name__)
 
 def run_eval(run: RunConfig, world: World) -> None:
     """Evaluate `eval.model`, and compare it with `eval.baseline`."""
-    config, roles = run.eval, {role.name: role for role in roles_of(run, "eval")}
-    assert config is not None
+    roles = {role.name: role for role in roles_of(run, "eval")}
     tokenizer = stage_tokenizer(run, roles["model"].path)
     rows = held_out_rows(run, tokenizer=tokenizer)
-    batches = held_out_batches(rows, tokenizer, micro_batch_size=config.micro_batch_size, world=world)
-    runner = ModelRunner(partial(open_model, run, world=world), config, tokenizer, batches)
+    runner = ModelRunner(run, world, tokenizer=tokenizer, rows=rows)
     for role in roles.values():
         if role.generates:
             runner.generate(role)
     if "reference" in roles:
         runner.measure_kl(roles["reference"])
-    pair_scores = None
-    if "reward" in roles:
-        pair_scores = runner.score(roles["reward"], scale=stored_scale(roles["reward"].path))
+    reward_scores = runner.score(roles["reward"]) if "reward" in roles else None
     prompts = tuple(prompt.text for prompt in rows.prompts)
     answers = {name: with_gold(run, found, prompts=prompts, world=world) for name, found in runner.gathered().items()}
     judgements = ask_judges(run, answers, prompts=prompts, world=world)
     if world.is_main:
-        results = comparison(config, answers, pair_scores=pair_scores, judgements=judgements)
-        samples = list(sample_rows(prompts, answers, judgements=judgements))
-        write_json(results_folder(run) / SAMPLES, samples)
-        write_json(results_folder(run) / RESULTS, [results], indent=2)
-        for text in text_tables(results):
-            log.info("%s", text)
-        log.info("everything is in %s", results_folder(run))
+        results = comparison(runner.config, answers, pair_scores=reward_scores, judgements=judgements)
+        samples = sample_rows(prompts, answers, judgements=judgements)
+        folder = results_folder(run)
+        lines = [json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False) for row in samples]
+        write_text(folder / SAMPLES, "".join(f"{line}\n" for line in lines))
+        text = json.dumps(valid_json(results), ensure_ascii=False, allow_nan=False, indent=2)
+        write_text(folder / RESULTS, f"{text}\n")
+        for table in text_tables(results):
+            log.info("%s", table)
+        log.info("everything is in %s", folder)
         send_to_wandb(run, results, samples=samples)
     barrier()
 
@@ -77,29 +88,116 @@ def results_folder(run: RunConfig) -> Path:
     return Path(run.output_dir) / FOLDER / (run.eval.name or "")
 
 
-def held_out_batches(rows: HeldOutRows, tokenizer: Tokenizer, *, micro_batch_size: int, world: World) -> HeldOutBatches:
-    """This rank's part of the held-out rows."""
-    pad_id = int(tokenizer.pad_token_id)
-    batches = partial(evaluation_batches, micro_batch_size=micro_batch_size, rank=world.rank, ranks=world.size)
-    return HeldOutBatches(
-        prompts=evaluation_prompts(rows.prompts, rank=world.rank, ranks=world.size, pad_id=pad_id),
-        num_prompts=len(rows.prompts),
-        demonstrations=batches(rows.demonstrations, partial(collate_demonstrations, pad_id=pad_id)),
-        pairs=batches(rows.pairs, partial(collate_preferences, pad_id=pad_id)),
-        subsets=[pair.subset for item in batches(rows.pairs, list) for pair in item.batch[: item.count]],
-    )
+@dataclass
+class LocalAnswers:
+    """The responses of a model to this rank's prompts, and what was measured of them so far."""
+
+    responses: GeneratedResponses
+    logprobs: Tensor  # [B, R] fp32, under the model itself, at the sampling temperature
+    losses: Tensor  # [N, 2], nats and tokens of the demonstrations of all ranks
+    numbers: dict[str, Tensor] = field(default_factory=dict)  # [B] each
+
+
+class ModelRunner:
+    """Runs the models, one in memory at a time; all ranks call everything alike.
+
+    A model is opened, does all it is needed for, and is closed before the next. Its responses stay on the rank that
+    generated them until `gathered` collects those of all ranks.
+    """
+
+    def __init__(self, run: RunConfig, world: World, *, tokenizer: Tokenizer, rows: HeldOutRows) -> None:
+        assert run.eval is not None
+        self.run, self.world, self.tokenizer, self.rows = run, world, tokenizer, rows
+        self.config: EvalConfig = run.eval
+        self.answers: dict[str, LocalAnswers] = {}
+        """By the name of the role."""
+
+    def generate(self, role: Role) -> None:
+        """Let a language model answer the prompts, and measure its losses on the demonstrations."""
+        log.info("eval: %s answers", role.path)
+        config, pad_id = self.config, int(self.tokenizer.pad_token_id)
+        prompts = evaluation_prompts(self.rows.prompts, rank=self.world.rank, ranks=self.world.size, pad_id=pad_id)
+        with self._open(role) as engine:
+            stops = stop_token_ids(self.tokenizer, engine.module.generation_config)  # type: ignore[arg-type]
+            decoding = Decoding(config.max_response_tokens, stops, pad_id=pad_id, sampling=config.sampling)
+            size = config.micro_batch_size
+            responses = generate_responses(engine, prompts, decoding=decoding, size=size, seed=config.seed)
+            logprobs = self._logprobs(engine, responses)
+            losses = demonstration_losses(engine, self._batches(self.rows.demonstrations, collate_demonstrations))
+        numbers = {"length": responses.response_mask.sum(-1).double(), "not_ended": (~responses.ended).double()}
+        self.answers[role.name] = LocalAnswers(responses, logprobs, losses, numbers)
+
+    def measure_kl(self, role: Role) -> None:
+        """Measure the KL of every response to a reference model, in nats."""
+        log.info("eval: KL to %s", role.path)
+        with self._open(role) as engine:
+            for answers in self.answers.values():
+                ratio = answers.logprobs - self._logprobs(engine, answers.responses)
+                answers.numbers["kl"] = ratio.double().sum(-1)  # [B, R] -> [B]
+
+    def score(self, role: Role) -> PairScores:
+        """Let a reward model score every response, normalised too if its scale is known, and the held-out pairs."""
+        log.info("eval: %s scores", role.path)
+        scale, pairs = stored_scale(role.path), self._batches(self.rows.pairs, collate_preferences)
+        with self._open(role) as engine:
+            for answers in self.answers.values():
+                raw = reward_model_scores(engine, answers.responses, size=self.config.micro_batch_size)
+                answers.numbers["raw_score"] = raw.double()
+                if scale is not None:
+                    normalized = normalize_scores(raw, mean=scale.mean, std=scale.std, clamp=None)
+                    answers.numbers["normalized_score"] = normalized.double()
+            chosen, rejected = pair_scores(engine, pairs).tolist() if pairs else ([], [])
+        own = self._batches(self.rows.pairs, lambda rows, pad_id: list(rows))  # the same rows in the same order
+        subsets = gather_objects([pair.subset for item in own for pair in item.batch[: item.count]])
+        return PairScores(chosen, rejected, [name for part in subsets for name in part])
+
+    def gathered(self) -> dict[str, ModelAnswers]:
+        """The answers of all ranks in the order of the prompts, by the name of the role."""
+        return {name: self._gather(answers) for name, answers in self.answers.items()}
+
+    def _gather(self, answers: LocalAnswers) -> ModelAnswers:
+        texts = response_texts(answers.responses, partial(decode, self.tokenizer))
+        numbers = {name: column.tolist() for name, column in answers.numbers.items()}
+        parts = gather_objects((texts, numbers))
+        count = len(self.rows.prompts)  # what follows was answered again to keep the last ranks busy
+        return ModelAnswers(
+            texts=tuple(text for texts, _ in parts for text in texts)[:count],
+            numbers={name: [value for _, part in parts for value in part[name]][:count] for name in numbers},
+            losses=[(nats, tokens) for nats, tokens in answers.losses.tolist()],
+        )
+
+    def _logprobs(self, engine: Engine, responses: GeneratedResponses) -> Tensor:
+        """Log-probabilities `[B, R]`, 0 where masked, at the sampling temperature (of greedy responses, at 1)."""
+        temperature = self.config.sampling.temperature or 1.0
+        with engine.evaluating() as model:
+            return all_statistics(model, responses, size=self.config.micro_batch_size, temperature=temperature)[0]
+
+    def _batches(self, samples: Sequence[Any], collate: Callable[..., Any]) -> list[Any]:
+        """This rank's part of held-out rows."""
+        sizes = {"micro_batch_size": self.config.micro_batch_size, "rank": self.world.rank, "ranks": self.world.size}
+        return evaluation_batches(samples, partial(collate, pad_id=int(self.tokenizer.pad_token_id)), **sizes)
+
+    @contextmanager
+    def _open(self, role: Role) -> Iterator[Engine]:
+        gc.collect()  # the last model is part of reference cycles, and its memory is needed now
+        trim()
+        engine = open_model(self.run, role, world=self.world)
+        try:
+            with torch.no_grad():
+                yield engine
+        finally:
+            engine.close()
 
 
 def with_gold(run: RunConfig, answers: ModelAnswers, *, prompts: Sequence[str], world: World) -> ModelAnswers:
     """On the main rank, the answers with the metrics of `data.gold`; all ranks must call it."""
-    gold = load_gold(run.data.gold)
-    found: dict[str, list[float]] = {f"gold/{name}": [] for name in gold}
-    for start in range(0, len(prompts), judges.PAIRS_PER_CALL):
-        part = slice(start, start + judges.PAIRS_PER_CALL)
-        for name, metric in gold.items():
+    found: dict[str, list[float]] = {}
+    for name, metric in load_gold(run.data.gold).items():
+        values = found[f"gold/{name}"] = []
+        for start in range(0, len(prompts), PAIRS_PER_CALL):
+            part = slice(start, start + PAIRS_PER_CALL)
             if world.is_main:
-                responses = answers.texts[part]
-                found[f"gold/{name}"] += gold_values(name, metric, prompts=prompts[part], responses=responses)
+                values += gold_values(name, metric, prompts=prompts[part], responses=answers.texts[part])
             barrier()  # after every call: a metric may take long over all responses, and no rank seems to hang
     return replace(answers, numbers=answers.numbers | found)
 
@@ -116,31 +214,21 @@ def ask_judges(
     pairs = Pairs(prompts, model.texts, baseline.texts)
     questions = judges.random_order(len(pairs), seed=config.seed)
     functions = judges.load_judges(config.judges)
-    judgements: dict[str, list[Judgement]] = {}
+    judgements: dict[str, list[Judgement]] = {name: [] for name in config.judges}
     for name in config.judges:
         log.info("eval: %s judges", name)
         if name == REWARD:
             scores = (found.numbers["raw_score"] for found in (model, baseline))
             judgements[name] = judges.judge_by_scores(*scores, pairs=pairs)
-            continue
         if name == HUMAN:
             results_folder(run).mkdir(parents=True, exist_ok=True)
-            kept = JsonlLog(results_folder(run) / JUDGEMENTS, steps=False)
-            person = HumanJudge(sys.stdin, sys.stdout, kept)
+            person = HumanJudge(sys.stdin, sys.stdout, JsonlLog(results_folder(run) / JUDGEMENTS, steps=False))
             judgements[name] = person.judge(pairs, questions=questions, seed=config.seed)
-            continue
-        judgements[name] = []
-        for part in judges.both_orders(questions):
+        for part in judges.both_orders(questions) if name in functions else ():
             if world.is_main:
                 judgements[name] += judges.judge_by_function(name, functions[name], pairs=pairs, questions=part)
             barrier()  # after every call, as above
     return judgements
-
-
-def write_json(path: Path, rows: Iterable[Mapping[str, Any]], *, indent: int | None = None) -> None:
-    """Write each row as JSON, all of them or nothing."""
-    lines = (json.dumps(valid_json(row), ensure_ascii=False, allow_nan=False, indent=indent) for row in rows)
-    write_text(path, "".join(f"{line}\n" for line in lines))
 
 
 def send_to_wandb(run: RunConfig, results: Mapping[str, Any], *, samples: Sequence[Mapping[str, Any]]) -> None:

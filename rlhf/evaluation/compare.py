@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import statistics
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -45,11 +46,6 @@ class ModelAnswers:
     losses: list[tuple[float, float]]
     """Nats and tokens of each held-out demonstration."""
 
-    def sorted_numbers(self) -> dict[str, list[float]]:
-        """The numbers in the order of `MEASURES`."""
-        order = {name: place for place, name in enumerate(MEASURES)}
-        return dict(sorted(self.numbers.items(), key=lambda item: order[_known_name(item[0])]))
-
 
 @dataclass(frozen=True)
 class PairScores:
@@ -77,10 +73,6 @@ MEASURES = {
     "perplexity": ("", "of held-out demonstrations, per token"),
 }
 """Unit and meaning of each measure, in the order in which they are shown."""
-
-
-def _known_name(name: str) -> str:
-    return name if name in MEASURES else f"{name.split('/')[0]}/*"
 
 
 def comparison(
@@ -119,21 +111,22 @@ def sample_rows(
 ) -> list[dict[str, Any]]:
     """The rows of `samples.jsonl`: a prompt, each model's response with its numbers, and what each judge prefers."""
     preferences = {name: mean_preferences(found, count=len(prompts)) for name, found in judgements.items()}
-    rows = []
-    for row, prompt in enumerate(prompts):
-        responses = {
-            side: {"response": found.texts[row]}
-            | {name: values[row] for name, values in found.sorted_numbers().items()}
-            for side, found in models.items()
+    return [
+        {
+            "prompt": prompt,
+            **{
+                side: {"response": found.texts[row]} | {name: column[row] for name, column in found.numbers.items()}
+                for side, found in models.items()
+            },
+            "preferences": {name: values[row] for name, values in preferences.items()},
         }
-        preferred = {name: values[row] for name, values in preferences.items()}
-        rows.append({"prompt": prompt, **responses, "preferences": preferred})
-    return rows
+        for row, prompt in enumerate(prompts)
+    ]
 
 
 def measures(models: Mapping[str, ModelAnswers], *, seed: int) -> list[dict[str, Any]]:
     """One row per measure: unit, meaning, and the value of each of `models` and of their difference."""
-    rows = {name: _means(name, models, seed=seed) for name in models["model"].sorted_numbers()}
+    rows = {name: _means(name, models, seed=seed) for name in models["model"].numbers}
     for side, found in models.items():
         shares = {
             "distinct_1": distinct_ngrams(found.texts, length=1),
@@ -144,8 +137,11 @@ def measures(models: Mapping[str, ModelAnswers], *, seed: int) -> list[dict[str,
             rows.setdefault(name, {})[side] = {} if share is None else {"mean": share}
     if any(tokens for _, tokens in models["model"].losses):
         rows["perplexity"] = {side: _perplexity(found.losses, seed=seed) for side, found in models.items()}
-    described = {name: dict(zip(("unit", "meaning"), MEASURES[_known_name(name)], strict=True)) for name in rows}
-    return [{"name": name, **described[name], **values} for name, values in rows.items()]
+    described = []
+    for known, (unit, meaning) in MEASURES.items():
+        named = [name for name in rows if known in (name, f"{name.split('/')[0]}/*")]
+        described += [{"name": name, "unit": unit, "meaning": meaning, **rows[name]} for name in named]
+    return described
 
 
 def _means(name: str, models: Mapping[str, ModelAnswers], *, seed: int) -> dict[str, dict[str, Any]]:
@@ -156,11 +152,9 @@ def _means(name: str, models: Mapping[str, ModelAnswers], *, seed: int) -> dict[
     if "baseline" in columns:
         columns["difference"] = columns["model"] - columns["baseline"]  # not finite if either is not
     return {
-        side: asdict(
-            wilson(float(column.sum()), len(column))
-            if name == "not_ended" and side != "difference"
-            else bootstrap_mean(column[column.isfinite()], seed=seed)
-        )
+        side: _share(column.tolist())
+        if name == "not_ended" and side != "difference"
+        else asdict(bootstrap_mean(column[column.isfinite()], seed=seed))
         for side, column in columns.items()
     }
 
@@ -182,32 +176,37 @@ def win_rate(judgements: Sequence[Judgement], *, lengths: Sequence[tuple[float, 
         judgements: of one judge; a pair may have none, one, or one for each order.
         lengths: of each pair, the model's response and the baseline's, in tokens.
     """
-    pairs = _preferences_by_pair(judgements)
-    outcomes = {row: _outcome(statistics.fmean(found)) for row, found in pairs.items()}
-    longer, shorter = (
-        [outcome for row, outcome in outcomes.items() if sign * (lengths[row][0] - lengths[row][1]) > 0]
-        for sign in (1, -1)
-    )
-    longer_won = [outcome == 1 for outcome in longer if outcome != 0.5]
-    longer_won += [outcome == 0 for outcome in shorter if outcome != 0.5]
+    means = mean_preferences(judgements, count=len(lengths))
+    outcomes = [(row, _outcome(mean)) for row, mean in enumerate(means) if mean is not None]
+    won = [outcome for _, outcome in outcomes]
+    longer = [outcome for row, outcome in outcomes if lengths[row][0] > lengths[row][1]]
+    shorter = [outcome for row, outcome in outcomes if lengths[row][0] < lengths[row][1]]
+    longer_won = [outcome for outcome in longer if outcome != 0.5]
+    longer_won += [1 - outcome for outcome in shorter if outcome != 0.5]
     return {
         "pairs": len(lengths),
-        "judged": len(outcomes),
-        "wins": sum(outcome == 1 for outcome in outcomes.values()),
-        "ties": sum(outcome == 0.5 for outcome in outcomes.values()),
-        "losses": sum(outcome == 0 for outcome in outcomes.values()),
-        "win_rate": _share(list(outcomes.values())),
+        "judged": len(won),
+        "wins": won.count(1.0),
+        "ties": won.count(0.5),
+        "losses": won.count(0.0),
+        "win_rate": _share(won),
         "win_rate_when_longer": _share(longer),
         "win_rate_when_shorter": _share(shorter),
         "longer_wins": _share(longer_won),
-        **_position_bias(judgements, pairs),
+        **_position_bias(judgements),
     }
 
 
+def mean_preferences(judgements: Sequence[Judgement], *, count: int) -> list[float | None]:
+    """For each of `count` pairs the mean preference, from -1 to 1, None if it was not judged."""
+    found = _preferences_by_pair(judgements)
+    return [statistics.fmean(found[row]) if row in found else None for row in range(count)]
+
+
 def _preferences_by_pair(judgements: Sequence[Judgement]) -> dict[int, list[float]]:
-    pairs: dict[int, list[float]] = {}
-    for judgement in sorted(judgements, key=lambda judgement: judgement.row):
-        pairs.setdefault(judgement.row, []).append(judgement.preference)
+    pairs: dict[int, list[float]] = defaultdict(list)
+    for judgement in judgements:
+        pairs[judgement.row].append(judgement.preference)
     return pairs
 
 
@@ -219,18 +218,12 @@ def _share(outcomes: Sequence[float]) -> dict[str, Any]:
     return asdict(wilson(float(sum(outcomes)), len(outcomes)))
 
 
-def _position_bias(judgements: Sequence[Judgement], pairs: Mapping[int, Sequence[float]]) -> dict[str, Any]:
+def _position_bias(judgements: Sequence[Judgement]) -> dict[str, Any]:
     """How often A wins, and in how many pairs the other response wins when the two are swapped."""
     for_a = [_outcome(v.preference if v.model_is_a else -v.preference) for v in judgements if v.model_is_a is not None]
-    twice = [found for found in pairs.values() if len(found) > 1]
+    twice = [found for found in _preferences_by_pair(judgements).values() if len(found) > 1]
     shares = {"first_wins": _share(for_a)} if for_a else {}
     return shares | ({"inconsistent": _share([min(found) < 0 < max(found) for found in twice])} if twice else {})
-
-
-def mean_preferences(judgements: Sequence[Judgement], *, count: int) -> list[float | None]:
-    """For each of `count` pairs the mean preference, from -1 to 1, None if it was not judged."""
-    pairs = _preferences_by_pair(judgements)
-    return [statistics.fmean(pairs[row]) if row in pairs else None for row in range(count)]
 
 
 def reward_model_quality(pairs: PairScores, *, seed: int) -> dict[str, Any]:
@@ -248,25 +241,23 @@ def reward_model_quality(pairs: PairScores, *, seed: int) -> dict[str, Any]:
 
 def _accuracy(differences: torch.Tensor, *, seed: int) -> dict[str, Any]:
     """A tie of the two scores is an error, as in training."""
-    return {
-        "accuracy": asdict(wilson(float((differences > 0).sum()), len(differences))),
-        "margin": asdict(bootstrap_mean(differences.sort().values, seed=seed)),
-    }
+    right = (differences > 0).tolist()
+    return {"accuracy": _share(right), "margin": asdict(bootstrap_mean(differences.sort().values, seed=seed))}
 
 
 def _calibration(differences: torch.Tensor) -> dict[str, Any]:
     """The reliability table, its error, the temperature that would correct it, and what it would leave."""
-    table = reliability(differences)
-    temperature = fitted_temperature(differences)
-    calibrated = {}
+    table, temperature = reliability(differences), fitted_temperature(differences)
+    found: dict[str, Any] = {
+        "bins": [
+            {"from": b.low, "to": b.high, "confidence": b.confidence, "right": asdict(wilson(b.right, b.count))}
+            for b in table
+        ],
+        "error": expected_calibration_error(table),
+        "loss": preference_nll(differences),
+        "temperature": temperature,
+    }
     if temperature is not None:
-        calibrated = {
-            "error_at_temperature": expected_calibration_error(reliability(differences / temperature)),
-            "loss_at_temperature": preference_nll(differences, temperature=temperature),
-        }
-    bins = [
-        {"from": b.low, "to": b.high, "confidence": b.confidence, "right": asdict(wilson(b.right, b.count))}
-        for b in table
-    ]
-    error, loss = expected_calibration_error(table), preference_nll(differences)
-    return {"bins": bins, "error": error, "loss": loss, "temperature": temperature, **calibrated}
+        found["error_at_temperature"] = expected_calibration_error(reliability(differences / temperature))
+        found["loss_at_temperature"] = preference_nll(differences, temperature=temperature)
+    return found

@@ -30,10 +30,7 @@ JudgeFunction = Callable[[Sequence[str], Sequence[str], Sequence[str]], Sequence
 PAIRS_PER_CALL = 32
 """Pairs that a function of the user's is given in one call."""
 _WORDS = {"a": 1.0, "b": -1.0, "tie": 0.0}
-_SIGNATURE = (
-    "called with the prompts, the responses A and the responses B and returning for each prompt a, b, tie or a number "
-    "from -1 (B is better) to 1 (A is better)"
-)
+_PREFERENCE = "a, b, tie or a number from -1 (B is better) to 1 (A is better)"
 
 
 @dataclass(frozen=True)
@@ -88,13 +85,14 @@ def load_judges(names: Sequence[str]) -> dict[str, JudgeFunction]:
     Raises:
         ValueError: a name is neither a known judge nor a function.
     """
+    signature = (
+        f"called with the prompts, the responses A and the responses B and returning for each prompt {_PREFERENCE}"
+    )
     functions = {}
-    for name in names:
-        if name in (REWARD, HUMAN):
-            continue
+    for name in (name for name in names if name not in (REWARD, HUMAN)):
         if ":" not in name:
             raise ValueError(f"eval.judges: {name!r} is no judge; expected {REWARD}, {HUMAN}, or module:function.")
-        functions[name] = load_function(name, f"eval.judges: {name!r}", signature=_SIGNATURE)
+        functions[name] = load_function(name, f"eval.judges: {name!r}", signature=signature)
     return functions
 
 
@@ -144,32 +142,26 @@ def parse_preferences(answers: Any, *, count: int, name: str) -> list[float]:
     Raises:
         RunError: it is not a list of `count` preferences.
     """
-    expected = f"expected {count} preferences, each a, b, tie or a number from -1 (B is better) to 1 (A is better)"
+    expected = f"expected {count} preferences, each {_PREFERENCE}"
     if not isinstance(answers, Iterable) or isinstance(answers, str | bytes | dict):
         raise RunError(f"judge {name} returned {answers!r:.60}; {expected}.")
     listed = list(answers)
     if len(listed) != count:
         raise RunError(f"judge {name} returned {len(listed)} answers to {count} pairs; {expected}.")
-    preferences = []
-    for place, answer in enumerate(listed):
-        value = _parse(answer)
-        if value is None:
+    preferences = [_WORDS.get(answer.strip().lower()) if isinstance(answer, str) else answer for answer in listed]
+    numbers = [_number(preference) for preference in preferences]
+    for place, (answer, number) in enumerate(zip(listed, numbers, strict=True)):
+        if not abs(number) <= 1:  # so that NaN is refused
             raise RunError(f"judge {name} returned {answer!r:.60} for pair {place} of {count}; {expected}.")
-        preferences.append(value)
-    return preferences
+    return numbers
 
 
-def _parse(answer: Any) -> float | None:
-    """A preference as a number; None if it is no preference."""
-    if isinstance(answer, str):
-        return _WORDS.get(answer.strip().lower())
-    if isinstance(answer, bool) or answer is None:
-        return None
+def _number(answer: Any) -> float:
+    """A number, also of numpy or in a tensor of one element; NaN for anything else."""
     try:
-        value = float(answer)  # numbers of numpy and tensors of one element, too
+        return math.nan if isinstance(answer, bool) else float(answer)
     except (TypeError, ValueError, RuntimeError):
-        return None
-    return value if abs(value) <= 1 else None  # NaN is not
+        return math.nan
 
 
 @dataclass(frozen=True)
@@ -198,8 +190,11 @@ class HumanJudge:
             preference = self._answer()
             if preference is None:
                 break
-            known[question.row] = Judgement.of(question, preference)
-            self._append(pairs, known[question.row])
+            row, judged = question.row, Judgement.of(question, preference)
+            known[row] = judged
+            kept = {"preference": judged.preference, "model_is_a": judged.model_is_a}
+            texts = {"prompt": pairs.prompts[row], "model": pairs.model[row], "baseline": pairs.baseline[row]}
+            self.log.append({"pair": pairs.digest(row), **kept, **texts})
         return [known[row] for row in sorted(known)]
 
     def _answer(self) -> float | None:
@@ -217,16 +212,11 @@ class HumanJudge:
             self.stdout.write(f"{printable(line.strip())[:40]!r} is no answer. ")
 
     def _known(self, pairs: Pairs) -> dict[int, Judgement]:
+        """The judgements of earlier runs on these very texts, by row."""
         self.log.repair()
-        said = {row["pair"]: row for row in self.log.rows() if "pair" in row and "preference" in row}
-        found = {row: said[digest] for row in range(len(pairs)) if (digest := pairs.digest(row)) in said}
-        return {row: Judgement(row, float(old["preference"]), old.get("model_is_a")) for row, old in found.items()}
-
-    def _append(self, pairs: Pairs, judgement: Judgement) -> None:
-        row = judgement.row
-        texts = {"prompt": pairs.prompts[row], "model": pairs.model[row], "baseline": pairs.baseline[row]}
-        judged = {"preference": judgement.preference, "model_is_a": judgement.model_is_a}
-        self.log.append({"pair": pairs.digest(row), **judged, **texts})
+        logged = {row["pair"]: row for row in self.log.rows()}
+        found = {row: logged[digest] for row in range(len(pairs)) if (digest := pairs.digest(row)) in logged}
+        return {row: Judgement(row, float(old["preference"]), old["model_is_a"]) for row, old in found.items()}
 
 
 def _question_text(pairs: Pairs, question: Question, *, number: str) -> str:

@@ -83,11 +83,8 @@ def evaluate_language(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) ->
             totals += torch.stack([result.loss, result.accuracy, result.num_tokens.to(result.loss.dtype)]).double()
     loss, accuracy, count = sum_over_ranks(totals).tolist()
     mean_loss = torch.tensor(loss / max(count, 1), dtype=torch.float64)
-    return {
-        "eval/loss": float(mean_loss),
-        "eval/perplexity": float(mean_loss.exp()),
-        "eval/accuracy": accuracy / max(count, 1),
-    }
+    perplexity = float(mean_loss.exp())  # of a tensor, because math.exp raises where this is infinite
+    return {"eval/loss": float(mean_loss), "eval/perplexity": perplexity, "eval/accuracy": accuracy / max(count, 1)}
 
 
 def demonstration_losses(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) -> Tensor:
@@ -139,25 +136,23 @@ def rollout_metrics(rollout: Rollout, *, kl_coef: float, kl_kind: str) -> dict[s
     mask = rollout.response_mask
     gap = (rollout.generation_logprobs - rollout.logprobs).abs() * mask
     penalty = -kl_coef * rollout.kl.sum(-1)  # [B, R] -> [B]
-    kl: dict[str, float] = {}
+    found = {
+        "objective/entropy": masked_mean(rollout.entropy, mask),
+        "objective/scores": rollout.scores.mean(),
+        "objective/raw_scores": rollout.raw_scores.mean(),
+        "objective/non_score_reward": penalty.mean(),
+        "objective/rlhf_reward": (rollout.scores + penalty).mean(),
+        "rollout/response_length": rollout.lengths.double().mean(),
+        "rollout/eos_rate": rollout.ended.double().mean(),
+        "rollout/logprob_gap_max": gap.max(),
+        "rollout/logprob_gap_mean": masked_mean(gap, mask),
+    }
     if rollout.reference_logprobs is not None:
         log_ratio = rollout.logprobs - rollout.reference_logprobs
-        kl = {
-            "objective/kl": float(log_ratio.sum(-1).mean()),
-            "objective/kl_per_token": float(masked_mean(log_ratio, mask)),
-            "objective/kl_clamped": float(masked_mean(clamped(rollout.kl, kind=kl_kind), mask)),
-        }
-    return kl | {
-        "objective/entropy": float(masked_mean(rollout.entropy, mask)),
-        "objective/scores": float(rollout.scores.mean()),
-        "objective/raw_scores": float(rollout.raw_scores.mean()),
-        "objective/non_score_reward": float(penalty.mean()),
-        "objective/rlhf_reward": float((rollout.scores + penalty).mean()),
-        "rollout/response_length": float(rollout.lengths.double().mean()),
-        "rollout/eos_rate": float(rollout.ended.double().mean()),
-        "rollout/logprob_gap_max": float(gap.max()),
-        "rollout/logprob_gap_mean": float(masked_mean(gap, mask)),
-    }
+        found["objective/kl"] = log_ratio.sum(-1).mean()
+        found["objective/kl_per_token"] = masked_mean(log_ratio, mask)
+        found["objective/kl_clamped"] = masked_mean(clamped(rollout.kl, kind=kl_kind), mask)
+    return {name: float(value) for name, value in found.items()}
 
 
 def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:

@@ -1,26 +1,33 @@
-"""Limits of a plan: what the configuration allows, and where it is silent, what this machine has free.
+"""Limits of a plan, and what to change in a run that exceeds them.
 
-That is memory of the machine and of its control groups, memory of the device, and disk. Left out: swap, on which
-nothing is planned.
+The limits are what the configuration allows, and where it is silent, what this machine has free: memory of the machine
+and of its control groups, memory of the device, and disk. Left out: swap, on which nothing is planned.
+
+Changes that leave results alone are tried first, in the order of what they cost in time; adapters, which learn
+something else, come last. Left out: fewer tokens or other models, which are the user's to decide.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
+from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.roles import engines_of, roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.memory_plan.plan import Limits, Phase, Place, Plan
-from rlhf.memory_plan.planner import SAVED
+from rlhf.memory_plan.planner import SAVED, Limits, Plan
+from rlhf.memory_plan.states import Place
 from rlhf.tracking.timing import resident
 
 _ROOT = Path("/")
 _FILES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # of versions 2 and 1
+_LORA_RANK = 16
 
 
 def limits_of(run: RunConfig, device: torch.device, *, computes: bool = True) -> Limits:
@@ -58,18 +65,19 @@ def free_host(root: Path = _ROOT) -> int:
     meminfo = root / "proc/meminfo"
     if not meminfo.exists():
         return 1 << 62
-    fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
-    free = int(fields["MemAvailable"].split()[0]) * 1024
-    return min([free, *_free_in_groups(root)])
+    free = int(_fields(meminfo)["MemAvailable:"]) * 1024
+    return min([free, *(left for folder in _groups(root) for left in _left_in(folder))])
 
 
-def _free_in_groups(root: Path) -> Iterator[int]:
-    """What each control group that limits this process has left; pages of files go when memory is short."""
-    for folder in _groups(root):
-        for limit, used in _FILES.items():
-            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
-            if text != "max":
-                yield int(text) - int((folder / used).read_text()) + _file_pages(folder / "memory.stat")
+def _left_in(group: Path) -> Iterator[int]:
+    """What a control group has left, if it has a limit; its pages of files go when memory is short."""
+    for limit, used in _FILES.items():
+        text = (group / limit).read_text().strip() if (group / limit).exists() else "max"
+        if text != "max":
+            pages = _fields(group / "memory.stat")
+            prefix = "total_" if "total_inactive_file" in pages else ""  # version 1 counts subgroups apart
+            cached = sum(int(pages.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+            yield int(text) - int((group / used).read_text()) + cached
 
 
 def _groups(root: Path) -> Iterator[Path]:
@@ -83,35 +91,34 @@ def _groups(root: Path) -> Iterator[Path]:
         yield from (folder for folder in (below, *below.parents) if folder.is_relative_to(top))
 
 
-def _file_pages(stat: Path) -> int:
-    """Bytes of files that a group keeps in memory; version 1 counts those of its subgroups under names of their own."""
-    fields = dict(line.split() for line in stat.read_text().splitlines()) if stat.exists() else {}
-    prefix = "total_" if "total_inactive_file" in fields else ""
-    return sum(int(fields.get(f"{prefix}{kind}_file", 0)) for kind in ("active", "inactive"))
+def _fields(file: Path) -> dict[str, str]:
+    """The first two words of each line; nothing where there is no such file."""
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {words[0]: words[1] for words in map(str.split, lines)}
 
 
 def full_disks(run: RunConfig, plan: Plan) -> list[str]:
     """A sentence for each file system that has no room for its part of a stage, though all together might have."""
     roles = roles_of(run, str(run.stage_of(plan.stage)))
     disks = {role.name: role.engine_config(run).nvme_path for role in roles}
-
-    def bytes_below(folder: str, phase: Phase) -> int:
-        on_disk = [item for item in phase.items if item.place is Place.disk]
-        folders = (run.output_dir if item.part in SAVED else disks[item.role] for item in on_disk)
-        return sum(item.bytes for item, own in zip(on_disk, folders, strict=True) if own == folder)
-
+    needed: Counter[str | None] = Counter()
+    for phase in plan.phases:
+        held: Counter[str | None] = Counter()
+        for item in phase.items:
+            if item.place is Place.disk:
+                held[run.output_dir if item.part in SAVED else disks[item.role]] += plan.ranks * item.bytes
+        needed |= held  # the most of any phase
     by_mount: dict[Path, list[str]] = defaultdict(list)
     for folder in dict.fromkeys(filter(None, [run.output_dir, *disks.values()])):
         by_mount[_mount(Path(folder))].append(folder)
     sentences = []
     for folders in by_mount.values():
-        needed = sum(plan.ranks * max(bytes_below(folder, phase) for phase in plan.phases) for folder in folders)
-        free = _free_at(Path(folders[0]))
-        if free < needed:
+        free, wanted = _free_at(Path(folders[0])), sum(needed[folder] for folder in folders)
+        if free < wanted:
             setting = "output_dir" if folders[0] == run.output_dir else "engine.nvme_path"
             sentences.append(
                 f"{plan.stage}: {setting}={folders[0]}: found {free / 1e9:.2f} GB free, "
-                f"expected {needed / 1e9:.2f} GB; free space there, or name a folder on a larger disk."
+                f"expected {wanted / 1e9:.2f} GB; free space there, or name a folder on a larger disk."
             )
     return sentences
 
@@ -135,3 +142,85 @@ def _free_at(folder: Path) -> int:
 
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
+
+
+class Change(NamedTuple):
+    """Settings that take less memory, and what they cost."""
+
+    cost: str
+    settings: dict[str, Any]
+    """By their name below the stage; those of `engine` hold for every role's engine."""
+
+
+def cheapest_changes(
+    run: RunConfig, stage: str, *, plan: Callable[[RunConfig], Plan], limits: Limits, ranks: int
+) -> list[Change]:
+    """The first changes that together make the stage fit, without those that are not needed; empty if none do.
+
+    Args:
+        run: does not fit.
+        stage: which does not.
+        plan: plans the stage of a run.
+        limits: what there is.
+        ranks: of the run.
+    """
+
+    def excess(changes: list[Change]) -> int:
+        shortages = plan(with_changes(run, stage, changes=changes)).shortages(limits)
+        return sum(shortage.needed - shortage.available for shortage in shortages)
+
+    chosen: list[Change] = []
+    remaining = excess([])
+    for change in _candidates(run, stage, ranks=ranks, is_cuda=limits.device is not None):
+        left = excess([*chosen, change])
+        if left < remaining:
+            chosen, remaining = [*chosen, change], left
+        if remaining == 0:
+            break
+    for change in chosen[:-1]:  # cheaper ones, which later ones may have made needless
+        fewer = [other for other in chosen if other is not change]
+        chosen = fewer if excess(fewer) == remaining else chosen
+    return [] if remaining else chosen
+
+
+def with_changes(run: RunConfig, stage: str, *, changes: list[Change]) -> RunConfig:
+    """The run with the settings of all changes; ZeRO stages are only raised."""
+    for change in changes:
+        config = run.training_config(stage)
+        group = next(iter(change.settings)).rpartition(".")[0]  # the settings of a change are of one group
+        values: dict[str, Any] = {name.rpartition(".")[2]: value for name, value in change.settings.items()}
+        if group == "engine":
+            engines = engines_of(run, stage).items()
+            zero = values.pop("zero_stage", 0)
+            values = {name: replace(own, **values, zero_stage=max(own.zero_stage, zero)) for name, own in engines}
+        if group == "lora":
+            values = {"lora": replace(config.lora, **values)}
+        changed: dict[str, Any] = {stage: replace(config, **values)}
+        run = replace(run, **changed)
+    return run
+
+
+def _candidates(run: RunConfig, stage: str, *, ranks: int, is_cuda: bool) -> Iterator[Change]:
+    """Everything to try, the cheapest first."""
+    config = run.training_config(stage)
+    engine, on_cpu, on_disk = config.engine, OffloadDevice.cpu, OffloadDevice.nvme
+    zero, optimizer, weights = "engine.zero_stage", "engine.offload_optimizer", "engine.offload_param"
+    sharded, disk = {zero: max(1, engine.zero_stage)}, {"engine.nvme_path": engine.nvme_path or "FOLDER"}
+    if ranks > 1 and engine.zero_stage < 2:
+        yield Change("no slower", {zero: 2})
+    # Half the micro-batch, half of that, and so on: the same results, less to compute at once.
+    sizes = {name: getattr(config, name) for name in config.micro_batch_settings}
+    while any(size % 2 == 0 for size in sizes.values()):
+        sizes = {name: size // 2 if size % 2 == 0 else size for name, size in sizes.items()}
+        yield Change("smaller batches are slower on a GPU", sizes)
+    if not engine.activation_checkpointing:
+        yield Change("about a third more compute", {"engine.activation_checkpointing": True})
+    if ranks > 1 and engine.zero_stage < 3:
+        yield Change("half as much communication again", {zero: 3})
+    if is_cuda:
+        yield Change("the step runs on the CPU", sharded | {optimizer: on_cpu})
+        yield Change("weights travel to every use", {zero: 3, weights: on_cpu})
+    yield Change("the step reads and writes a disk", sharded | {optimizer: on_disk} | disk)
+    yield Change("every use of weights reads a disk", {zero: 3, weights: on_disk} | disk)
+    if config.lora.rank == 0:
+        yield Change("adapters learn less than the whole model", {"lora.rank": _LORA_RANK})

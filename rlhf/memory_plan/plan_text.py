@@ -16,10 +16,9 @@ from pathlib import Path
 import torch
 
 from rlhf.config.run_config import RunConfig
-from rlhf.memory_plan.advice import cheapest_change
-from rlhf.memory_plan.limits import full_disks, limits_of
-from rlhf.memory_plan.plan import Item, Limits, Phase, Place, Plan
-from rlhf.memory_plan.planner import Machine, machine_of, plan_stage
+from rlhf.memory_plan.limits import cheapest_changes, full_disks, limits_of
+from rlhf.memory_plan.planner import Limits, Machine, Phase, Plan, machine_of, plan_stage
+from rlhf.memory_plan.states import Item, Place
 from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World, barrier
 from rlhf.runtime.launch import under_torchrun
@@ -42,12 +41,12 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     machine, limits = _here(run, ranks)
     plans = [plan_stage(run, stage, machine=machine) for stage in stages]
     log.info("%s", short_text(plans, limits))
-    verdicts = [verdict(run, plan, machine=machine, limits=limits) for plan in plans]
-    texts = [f"{full_text(plan, limits)}\n{sentence}" for plan, sentence in zip(plans, verdicts, strict=True)]
-    write_text(Path(run.output_dir) / _TEXT, "\n\n".join(texts) + "\n")
+    verdicts = {plan.stage: verdict(run, plan, machine=machine, limits=limits) for plan in plans}
+    texts = [f"{full_text(plan, limits)}\n{verdicts[plan.stage]}\n" for plan in plans]
+    write_text(Path(run.output_dir) / _TEXT, "\n".join(texts))
     found = {plan.stage: numbers(plan) for plan in plans}
     write_text(Path(run.output_dir) / _NUMBERS, json.dumps(found, indent=2) + "\n")
-    refused = [sentence for plan, sentence in zip(plans, verdicts, strict=True) if plan.shortages(limits)]
+    refused = [verdicts[plan.stage] for plan in plans if plan.shortages(limits)]
     refused += [sentence for plan in plans for sentence in full_disks(run, plan)]
     if refused and run.memory.enforce:
         raise ValueError("\n".join([*refused, "memory.enforce=false starts it all the same."]))
@@ -102,10 +101,13 @@ def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> 
         f"; it does not fit: {worst.phase} needs {_gb(worst.needed)} of {worst.place}, found {_gb(worst.available)}."
     )
     plan_again = partial(plan_stage, stage=stage, machine=machine)
-    change = cheapest_change(run, stage, plan=plan_again, limits=limits, ranks=machine.ranks)
-    if change is None:
+    changes = cheapest_changes(run, stage, plan=plan_again, limits=limits, ranks=machine.ranks)
+    if not changes:
         return f"{start} No setting of the engine makes it fit: use shorter sequences, a smaller model, or more ranks."
-    return f"{start} The cheapest change that makes it fit: {' '.join(change.settings)} ({change.cost})."
+    changed = {name: value for change in changes for name, value in change.settings.items()}
+    settings = " ".join(f"{stage}.{name}={'true' if value is True else value}" for name, value in changed.items())
+    costs = "; ".join(dict.fromkeys(change.cost for change in changes))
+    return f"{start} The cheapest change that makes it fit: {settings} ({costs})."
 
 
 def short_text(plans: list[Plan], limits: Limits) -> str:
@@ -124,14 +126,11 @@ def short_text(plans: list[Plan], limits: Limits) -> str:
 
 def numbers(plan: Plan) -> dict[str, dict[str, int]]:
     """Bytes of each phase by place, as they are measured: on a device tensors alone, not the context around them."""
-
-    def measured(phase: Phase, place: Place) -> int:
-        context = [
-            item for item in phase.items if place is Place.device and (item.part, item.place) == (RUNTIME, place)
-        ]
-        return phase.total(place) - sum(item.bytes for item in context)
-
-    return {phase.name: {str(place): measured(phase, place) for place in Place} for phase in plan.phases}
+    contexts = [item.bytes for item in plan.phases[0].items if (item.part, item.place) == (RUNTIME, Place.device)]
+    around = {Place.device: sum(contexts)}
+    return {
+        phase.name: {str(place): phase.total(place) - around.get(place, 0) for place in Place} for phase in plan.phases
+    }
 
 
 def compare_with_plan(run: RunConfig, stage: str, *, world: World, timer: Stopwatch) -> dict[str, float]:
@@ -176,8 +175,8 @@ def _rows(plan: Plan, place: Place) -> Iterator[list[object]]:
         for item in phase.items:
             if item.place is place and item.bytes:
                 found.setdefault((item.role, item.part), [0] * len(plan.phases))[number] += item.bytes
-    for (role, part), counts in found.items():
-        yield [role, part, *(count / 1e9 if count else None for count in counts)]
+    for names, counts in found.items():
+        yield [*names, *(count / 1e9 if count else None for count in counts)]
     yield ["all", "", *(phase.total(place) / 1e9 for phase in plan.phases)]
 
 

@@ -1,15 +1,17 @@
-"""Plans a stage: which of its models computes what in each phase, and what that takes beside all others at rest.
+"""The memory plan of a stage: bytes by phase, role and part, on device, host and disk, of one rank.
 
-`PHASES` (in `workloads.py`) names the phases of a stage and what its models run in them; `save` follows in every stage.
-The models of PPO take turns, so a phase takes what its busiest model takes. A model that an earlier stage will make has
-the shape of the model that it is made from. Lengths are those that the configuration allows: shorter data takes less.
+`PHASES` (in `workloads.py`) names the phases of a stage and what its models compute in them; `save` follows in every
+stage. `states.py` and `trace.py` predict the bytes of each model. Models take turns, so a phase takes what its busiest
+model takes at its highest moment, beside all others at rest. A model that an earlier stage will make has the shape of
+the model that it is made from. Lengths are those that the configuration allows: shorter data takes less.
+On a CPU the device is the host, and the plan has one number for both.
 Left out: showing a plan, and refusing a run (`plan_text.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,12 +22,9 @@ from rlhf.algorithms.logprobs import chunk_elements_of
 from rlhf.config.engine_config import Precision
 from rlhf.config.roles import Role, maker_of, roles_of
 from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
-from rlhf.config.stage_configs import ModelKind
 from rlhf.engine.materialize import working_dtype
-from rlhf.memory_plan.model_shape import ModelShape
-from rlhf.memory_plan.plan import Item, Phase, Place, Plan
-from rlhf.memory_plan.states import GATHERED, GRADIENTS, ModelSetting, States
-from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, Stretch, trace
+from rlhf.memory_plan.states import GATHERED, GRADIENTS, Item, Place, States
+from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, ModelShape, Stretch, trace
 from rlhf.memory_plan.workloads import PHASES, Workload
 from rlhf.runtime.launch import local_ranks
 
@@ -34,6 +33,82 @@ EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
 ALLOCATOR = "allocator"
 _COMES_AND_GOES = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
 _CPU_SLACK, _CUDA_SLACK = 0.25, 0.1
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The bytes that are held at the highest moment of a phase."""
+
+    name: str
+    items: tuple[Item, ...]
+
+    def total(self, place: Place) -> int:
+        """Bytes of one rank."""
+        return sum(item.bytes for item in self.items if item.place is place)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that a plan may use."""
+
+    device: int | None
+    """Bytes of each device; None on a CPU, where the host is the device."""
+    host: int
+    """Bytes of the machine's memory, for all its ranks."""
+    disk: int
+    """Bytes of the file system, for all its ranks."""
+
+    def by_place(self) -> Iterator[tuple[Place, int]]:
+        """Each place that has a limit of its own, and the limit."""
+        if self.device is not None:
+            yield Place.device, self.device
+        yield Place.host, self.host
+        yield Place.disk, self.disk
+
+
+@dataclass(frozen=True)
+class Shortage:
+    """A phase that needs more than there is."""
+
+    phase: str
+    place: Place
+    needed: int
+    available: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The memory of one stage."""
+
+    stage: str
+    ranks: int
+    """Ranks on this machine."""
+    is_cuda: bool
+    phases: tuple[Phase, ...]
+
+    @property
+    def main_place(self) -> Place:
+        """The memory that computes: the device's, or on a CPU the host's."""
+        return Place.device if self.is_cuda else Place.host
+
+    @property
+    def largest(self) -> Phase:
+        """The phase that needs most of the memory that computes."""
+        return max(self.phases, key=lambda phase: phase.total(self.main_place))
+
+    def needed(self, phase: Phase, place: Place) -> int:
+        """Bytes to compare with a limit: of one device, or of all ranks of the machine."""
+        return phase.total(place) * (1 if place is Place.device else self.ranks)
+
+    def shortages(self, limits: Limits) -> list[Shortage]:
+        """Every phase and place that does not fit, the largest excess first."""
+        found = [
+            Shortage(phase.name, place, self.needed(phase, place), available)
+            for phase in self.phases
+            for place, available in limits.by_place()
+            if self.needed(phase, place) > available
+        ]
+        return sorted(found, key=lambda shortage: shortage.available - shortage.needed)
 
 
 @dataclass(frozen=True)
@@ -67,24 +142,25 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     models = [ModelMemory.of(run, role, machine=machine) for role in roles_of(run, stage)]
     copies = [item for model in models for item in model.checkpoint_copy(run.checkpoint)]
     found: dict[str, list[Item]] = {}
-    for phase, workloads in PHASES[stage].items():
-        works = {kind: work.of(config, ranks=machine.ranks, chunk_elements=chunk) for kind, work in workloads.items()}
+    for phase, computed in PHASES[stage].items():
+        works = {
+            role: Workload.of(compute, config, ranks=machine.ranks, chunk_elements=chunk)
+            for role, compute in computed.items()
+        }
         found[phase] = _busiest(models, phase=phase, works=works)
     found["train"] += copies
     found["save"] = [item for model in models for item in model.at_rest()] + copies
-    found["save"] += [item for model in models for item in model.saved(run.checkpoint, machine=machine)]
+    found["save"] += [item for model in models for item in model.saved(run.checkpoint, local_ranks=machine.local_ranks)]
     phases = tuple(_phase(name, items, machine=machine) for name, items in found.items())
     return Plan(run.title(stage), machine.local_ranks, machine.device.type == "cuda", phases)
 
 
-def _busiest(models: list[ModelMemory], *, phase: str, works: dict[ModelKind, Workload[Any]]) -> list[Item]:
+def _busiest(models: list[ModelMemory], *, phase: str, works: dict[str, Workload]) -> list[Item]:
     """The items of a phase: of the model that takes most of the device, beside all others at rest."""
     turns = []
-    for busy in models:
-        work = works.get(busy.role.kind)
-        if work is not None and busy.takes_part(phase):
-            parts = [model.during(phase, work) if model is busy else model.at_rest() for model in models]
-            turns.append([item for part in parts for item in part])
+    for busy in (model for model in models if model.role.name in works):
+        moment = busy.during(phase, works[busy.role.name])
+        turns.append([item for model in models for item in (moment if model is busy else model.at_rest())])
     return max(turns, key=_device_bytes)
 
 
@@ -97,11 +173,9 @@ def _phase(name: str, items: Iterable[Item], *, machine: Machine) -> Phase:
     is_cuda = machine.device.type == "cuda"
     items = [*machine.runtime, *items]
     moving = sum(item.bytes for item in items if item.place is Place.device and item.part in _COMES_AND_GOES)
-    slack = int((_CUDA_SLACK if is_cuda else _CPU_SLACK) * moving)
-    items.append(Item("process", ALLOCATOR, Place.device, slack))
+    items.append(Item("process", ALLOCATOR, Place.device, int((_CUDA_SLACK if is_cuda else _CPU_SLACK) * moving)))
     if not is_cuda:
-        on_host = {Place.device: Place.host}
-        items = [Item(item.role, item.part, on_host.get(item.place, item.place), item.bytes) for item in items]
+        items = [replace(item, place=Place.host) if item.place is Place.device else item for item in items]
     return Phase(name, tuple(items))
 
 
@@ -121,9 +195,8 @@ def shape_of(run: RunConfig, role: Role) -> ModelShape:
     if run.model.embedded is not None and path == run.model.path and not Path(path).exists():
         source = run.model.embedded
     lora = role.lora_config(run)
-    return ModelShape(
-        source, role.kind, num_layers, dropout=role.dropout, lora=lora if lora is not None and lora.rank else None
-    )
+    adapters = lora if lora is not None and lora.rank else None
+    return ModelShape(source, role.kind, num_layers, dropout=role.dropout, lora=adapters)
 
 
 @dataclass(frozen=True)
@@ -132,115 +205,103 @@ class ModelMemory:
 
     role: Role
     shape: ModelShape
-    setting: ModelSetting
+    states: States
+    """The bytes that do not depend on what it computes."""
 
     @classmethod
     def of(cls, run: RunConfig, role: Role, *, machine: Machine) -> ModelMemory:
         """The memory of the model in a role."""
-        config, engine = run.training_config(role.stage), role.engine_config(run)
+        config, engine, device = run.training_config(role.stage), role.engine_config(run), machine.device
         steps = -(-config.batch_size // (machine.ranks * config.micro_batch_size))
-        device, precision = machine.device, engine.precision
+        precision = engine.precision
         if device.type == "cuda" and precision is Precision.auto and not torch.cuda.is_available():
             precision = Precision.bf16  # a GPU that is not here is taken to multiply it
-        setting = ModelSetting(
+        shape = shape_of(run, role)
+        states = States(
             role=role.name,
+            spec=shape.whole,
             engine=engine,
             ranks=machine.ranks,
             device=device,
             dtype=working_dtype(precision, device),
             micro_batches=steps if role.is_trained else 0,
         )
-        return cls(role, shape_of(run, role), setting)
+        return cls(role, shape, states)
 
-    @cached_property
-    def states(self) -> States:
-        """The bytes that do not depend on what it computes."""
-        return States(self.shape.whole, self.setting)
-
-    @property
-    def num_layers(self) -> int:
-        """How many blocks it has."""
-        return sum(self.shape.runs)
-
-    def takes_part(self, phase: str) -> bool:
-        """Whether it computes in a phase."""
-        return {"train": self.role.is_trained, "generate": self.role.generates}.get(phase, True)
-
-    def during(self, phase: str, work: Workload[Any]) -> list[Item]:
+    def during(self, phase: str, work: Workload) -> list[Item]:
         """At the highest moment of a phase in which it runs `work`."""
-        if phase == "train":
+        if phase == "train" and self.role.is_trained:
             return self.training(work)
-        return self.generation(work, rows=work.rows) if phase == "generate" else self.forward(work)
+        return self.generation(work) if phase == "generate" else self.forward(work)
 
     def at_rest(self) -> list[Item]:
         """Between steps, while others compute."""
-        kept = [item for item in self.states.gradients(0.0) if item.place is Place.host]
-        return [*self.states.at_rest(), *kept]
+        return [*self._at_rest, *(item for item in self.states.gradients(0.0) if item.place is Place.host)]
 
     def training(self, work: Computation) -> list[Item]:
         """At the highest moment of a step: forward, backward or update."""
-        stretches = self._trace(work, training=True, recomputes=self.setting.engine.activation_checkpointing)
+        stretches = self._trace(work, training=True, recomputes=self.states.engine.activation_checkpointing)
         moments = [self._in_training(stretch) for stretch in stretches if stretch.where.call >= 0]
-        update = self.states.gradients(1.0)
-        return [*self.states.at_rest(), *max([*moments, update], key=_device_bytes)]
+        return [*self._at_rest, *max([*moments, self.states.gradients()], key=_device_bytes)]
 
     def forward(self, work: Computation) -> list[Item]:
         """At the highest moment of a forward without gradients."""
         highest = max(self._trace(work), key=lambda stretch: stretch.total)
-        gathered = self._item(GATHERED, Place.device, count=self.states.gathered())
+        gathered = self.states.item(GATHERED, Place.device, count=self.states.gathered())
         return [*self.at_rest(), gathered, *self._traced(highest)]
 
-    def generation(self, work: Computation, *, rows: int) -> list[Item]:
-        """At the highest moment of answering a batch of `rows` prompts."""
-        engine, states = self.setting.engine, self.states
-        streams = engine.stream_generation and engine.zero_stage == 3
-        stretch, cache = _with_cache(self._trace(work, decoding_rows=rows))
-        held = [self._item(GATHERED, Place.device, count=states.gathered() if streams else states.whole())]
+    def generation(self, work: Workload) -> list[Item]:
+        """At the highest moment of answering a batch of prompts."""
+        states = self.states
+        streams = states.engine.stream_generation and states.engine.zero_stage == 3
+        stretch, cache = _with_cache(self._trace(work, decoding_rows=work.rows))
+        held = states.item(GATHERED, Place.device, count=states.gathered() if streams else states.whole())
         # When rows leave, one layer's keys are copied before the others' are.
-        leaving = self._item(CACHE, Place.device, count=cache + cache // (2 * self.num_layers))
+        leaving = states.item(CACHE, Place.device, count=cache + cache // (2 * sum(self.shape.runs)))
         others = [item for item in self._traced(stretch) if item.part != CACHE]
-        return [*self.at_rest(), *held, leaving, *others]
+        return [*self.at_rest(), held, leaving, *others]
 
     def checkpoint_copy(self, config: CheckpointConfig) -> list[Item]:
         """The copy that a checkpoint writes while training goes on."""
         if not self.role.is_trained or not _num_checkpoints(config) or not config.asynchronous:
             return []
-        return [self._item("checkpoint copy", Place.host, count=self.states.copied_for_a_checkpoint())]
+        return [self.states.item("checkpoint copy", Place.host, count=self.states.copied_for_a_checkpoint())]
 
-    def saved(self, config: CheckpointConfig, *, machine: Machine) -> list[Item]:
+    def saved(self, config: CheckpointConfig, *, local_ranks: int) -> list[Item]:
         """Exports, that of the best evaluation among them, and checkpoints."""
         if not self.role.is_trained:
             return []
-        checkpoints = _num_checkpoints(config)
+        states, checkpoints = self.states, _num_checkpoints(config)
         exports = 1 + (checkpoints > 0 and config.best)
-        share = -(-self.states.exported() // machine.local_ranks)  # the first rank writes it for all
+        share = -(-states.exported() // local_ranks)  # the first rank writes it for all
         return [
-            self._item(EXPORT, Place.disk, count=exports * share),
-            self._item(CHECKPOINTS, Place.disk, count=checkpoints * self.states.in_a_checkpoint()),
+            states.item(EXPORT, Place.disk, count=exports * share),
+            states.item(CHECKPOINTS, Place.disk, count=checkpoints * states.in_a_checkpoint()),
         ]
 
+    @cached_property
+    def _at_rest(self) -> list[Item]:
+        return self.states.at_rest()
+
     def _in_training(self, stretch: Stretch) -> list[Item]:
-        states, place, backward = self.states, stretch.where.place, stretch.where.backward
-        items = [*self._traced(stretch), self._item(GATHERED, Place.device, count=states.gathered())]
+        states, (_, backward, place) = self.states, stretch.where
+        items = [*self._traced(stretch), states.item(GATHERED, Place.device, count=states.gathered())]
         items += states.gradients(states.share_of_gradients(place, backward=backward))
         if backward or place == "between":
-            items.append(self._item(GRADIENTS, Place.device, count=states.in_reduction()))
+            items.append(states.item(GRADIENTS, Place.device, count=states.in_reduction()))
         return items
 
     def _trace(self, work: Computation, **mode: Any) -> list[Stretch]:
-        return trace(self.shape, work=work, mode=Mode(self.setting.dtype, **mode))
+        return trace(self.shape, work=work, mode=Mode(self.states.dtype, **mode))
 
     def _traced(self, stretch: Stretch) -> Iterator[Item]:
         """What a stretch allocates; with activation offload the inputs of all blocks but one are on the host."""
-        offloads = self.setting.engine.activation_offload and self.setting.device.type == "cuda"
-        waiting = stretch.per_block if offloads else 0
+        states, blocks = self.states, sum(self.shape.runs)
+        waiting = stretch.per_block if states.engine.activation_offload and states.device.type == "cuda" else 0
         for tag, count in stretch.bytes.items():
-            moved = waiting * (self.num_layers - 1) if tag == ACTIVATIONS else 0
-            yield self._item(tag, Place.device, count=count - moved)
-        yield self._item(ACTIVATIONS, Place.host, count=waiting * self.num_layers)
-
-    def _item(self, part: str, place: Place, *, count: int) -> Item:
-        return Item(self.role.name, part, place, count)
+            moved = waiting * (blocks - 1) if tag == ACTIVATIONS else 0
+            yield states.item(tag, Place.device, count=count - moved)
+        yield states.item(ACTIVATIONS, Place.host, count=waiting * blocks)
 
 
 def _num_checkpoints(config: CheckpointConfig) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import cached_property
 
 import torch
@@ -26,7 +27,6 @@ from rlhf.engine.offload.placement import num_offloaded, offload_device, units_i
 from rlhf.engine.offload.transfers import HUGE_PAGE
 from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
-from rlhf.memory_plan.plan import Item, Place
 from rlhf.models.meta_init import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
@@ -34,11 +34,33 @@ GATHERED, BUFFERS = "gathered weights", "buffers"
 _CHECKPOINT_BYTES = 12  # of an element: master and two moments
 
 
+class Place(StrEnum):
+    """Where bytes are."""
+
+    device = "device"
+    host = "host"
+    disk = "disk"
+
+
 @dataclass(frozen=True)
-class ModelSetting:
-    """A model in a run, as far as memory is concerned."""
+class Item:
+    """Bytes of one part of one role in one place, on one rank."""
 
     role: str
+    """A model of the stage, or the process itself."""
+    part: str
+    """What takes the memory, such as gradients."""
+    place: Place
+    bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class States:
+    """The bytes of a model on the first rank, which holds the largest shards."""
+
+    role: str
+    spec: ModelSpec
+    """On meta, not sharded; `requires_grad` says what learns."""
     engine: EngineConfig
     ranks: int
     """Over which it is sharded, on all machines."""
@@ -49,15 +71,6 @@ class ModelSetting:
     micro_batches: int
     """Micro-batches of an optimizer step on one rank; 0 for a frozen model."""
 
-
-@dataclass(frozen=True)
-class States:
-    """The bytes of a model on the first rank, which holds the largest shards."""
-
-    spec: ModelSpec
-    """On meta, not sharded; `requires_grad` says what learns."""
-    setting: ModelSetting
-
     def at_rest(self) -> list[Item]:
         """Everything that is there between steps."""
         items = [*self._weights(), *self._optimizer_state(), *self._staging()]
@@ -65,67 +78,64 @@ class States:
 
     def gradients(self, share: float = 1.0) -> list[Item]:
         """The gradient sums of a step once `share` of them is complete."""
-        setting, (here, away) = self.setting, self._split
-        several = setting.ranks > 1 or setting.micro_batches > 1
-        each = 4 if several else setting.dtype.itemsize  # FSDP2 reduces in fp32, and sums of several are in fp32
-        items = [self._item(GRADIENTS, Place.device, count=int(share * each * here))]
+        here, away = self._split
+        several = self.ranks > 1 or self.micro_batches > 1
+        each = 4 if several else self.dtype.itemsize  # FSDP2 reduces in fp32, and sums of several are in fp32
+        items = [self.item(GRADIENTS, Place.device, count=int(share * each * here))]
         if self.offload_optimizer == OffloadDevice.cpu:  # page-locked, and kept from step to step
-            kept = setting.dtype.itemsize + (4 if setting.micro_batches > 1 else 0)
-            items.append(self._item(GRADIENTS, Place.host, count=kept * away))
+            kept = self.dtype.itemsize + (4 if self.micro_batches > 1 else 0)
+            items.append(self.item(GRADIENTS, Place.host, count=kept * away))
         return [item for item in items if item.bytes]
 
     def share_of_gradients(self, place: str, *, backward: bool) -> float:
         """How much of the gradient sums is complete in a part of a step, see `Where`; in a later micro-batch all."""
-        if self.setting.micro_batches > 1:
+        if self.micro_batches > 1:
             return 1.0
         module, blocks = self.spec.module, self.spec.blocks
         uses = Counter(id(p) for _, p in module.named_parameters(remove_duplicate=False))
         in_blocks = {id(p) for block in blocks for p in block.parameters()}
-        learning = {name: count for group in self._groups for name, count in group.items()}
-        outside = {name for name in learning if id(module.get_parameter(name)) not in in_blocks}
-        # Of a head or a norm behind the blocks; an embedding, and what is tied to it, gets its gradient at the end.
-        first = [
-            count
-            for name, count in learning.items()
-            if name in outside
-            and uses[id(module.get_parameter(name))] == 1
-            and not isinstance(module.get_submodule(name.rpartition(".")[0]), nn.Embedding)
-        ]
+        head = inside = total = 0
+        for name, count in ((name, count) for group in self._groups for name, count in group.items()):
+            total += count
+            parameter, owner = self._parameters[name], module.get_submodule(name.rpartition(".")[0])
+            if id(parameter) in in_blocks:
+                inside += count
+            # The head and norm behind the blocks come first; an embedding, and what is tied to it, comes last.
+            elif uses[id(parameter)] == 1 and not isinstance(owner, nn.Embedding):
+                head += count
         if not backward:
-            return sum(first) / sum(learning.values()) if place == "between" else 0.0
-        per_block = sum(count for name, count in learning.items() if name not in outside) / len(blocks)
+            return head / total if place == "between" else 0.0
         finished = {"last": 1, "inner": min(2, len(blocks))}.get(place, len(blocks))
-        return (sum(first) + per_block * finished) / sum(learning.values())
+        return (head + inside / len(blocks) * finished) / total
 
     def in_reduction(self) -> int:
         """Device bytes of gradients on their way to their sums: those of a unit, and what is sent of them.
 
         ZeRO 1 also keeps whole fp32 sums until the last micro-batch is reduced.
         """
-        setting, trainable = self.setting, [sum(shapes.values()) for shapes in self._whole_groups]
-        if setting.ranks == 1:
+        if self.ranks == 1:
             return 0
-        waiting = 4 * sum(trainable) if setting.engine.zero_stage == 1 and setting.micro_batches > 1 else 0
+        trainable = [sum(shapes.values()) for shapes in self._whole_groups]
+        waiting = 4 * sum(trainable) if self.engine.zero_stage == 1 and self.micro_batches > 1 else 0
         # Whole gradients, and the fp32 copy that is sent: FSDP2 waits for one reduction before the next.
-        return waiting + max(trainable, default=0) * (setting.dtype.itemsize + 4 if self.is_sharded else 4)
+        return waiting + max(trainable, default=0) * (self.dtype.itemsize + 4 if self.is_sharded else 4)
 
     def whole(self) -> int:
         """Device bytes beside this rank's shards while all units are gathered."""
-        return sum(unit.numel for unit in self.units) * self.setting.dtype.itemsize if self.is_sharded else 0
+        return sum(unit.numel for unit in self.units) * self.dtype.itemsize if self.is_sharded else 0
 
     def gathered(self) -> int:
         """Device bytes beside this rank's shards while the model computes: gathered units, and fetched shards."""
-        if not self.is_sharded or self.setting.engine.zero_stage < 3:
+        if not self.is_sharded or self.engine.zero_stage < 3:
             return self.whole()
-        size, units = self.setting.dtype.itemsize, self.units
-        forward = self._in_flight(units[1:])
-        backward = 0
-        if self.setting.micro_batches:  # the last unit stays from forward to backward
-            backward = units[-1].numel + self._in_flight(units[-2:0:-1])
-        fetched = {OffloadDevice.none: 0, OffloadDevice.nvme: 1, OffloadDevice.cpu: 2}[self.offload_param]
+        size, units = self.dtype.itemsize, self.units
+        live = self._in_flight(units[1:])
+        if self.micro_batches:  # the last unit stays from forward to backward
+            live = max(live, units[-1].numel + self._in_flight(units[-2:0:-1]))
         # A fetched shard waits for its gather; from host memory the next one is fetched meanwhile.
+        fetched = {OffloadDevice.none: 0, OffloadDevice.nvme: 1, OffloadDevice.cpu: 2}[self.offload_param]
         shards = fetched * max(self._offloaded_units) // size if fetched else 0
-        return (units[0].numel + max(forward, backward) + shards) * size
+        return (units[0].numel + live + shards) * size
 
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; state on disk is not copied."""
@@ -142,28 +152,32 @@ class States:
         Merged adapters are in fp32 where the working type would lose too much of them, which is not known before.
         """
         plain = [p.numel() for name, p in self._parameters.items() if ".lora_" not in name]
-        return sum(plain) * (4 if len(plain) < len(self._parameters) else self.setting.dtype.itemsize)
+        return sum(plain) * (4 if len(plain) < len(self._parameters) else self.dtype.itemsize)
+
+    def item(self, part: str, place: Place, *, count: int) -> Item:
+        """Bytes of the model."""
+        return Item(self.role, part, place, count)
 
     @cached_property
     def units(self) -> list[FSDPUnit]:
         """Parameters that are gathered together."""
-        return find_units(self.spec, config=self.setting.engine)
+        return find_units(self.spec, config=self.engine)
 
     @property
     def offload_param(self) -> OffloadDevice:
         """Where working weights are kept."""
-        return offload_device(self.setting.engine.offload_param, self.setting.device)
+        return offload_device(self.engine.offload_param, self.device)
 
     @property
     def offload_optimizer(self) -> OffloadDevice:
         """Where the optimizer state goes that leaves the device."""
-        return offload_device(self.setting.engine.offload_optimizer, self.setting.device)
+        return offload_device(self.engine.offload_optimizer, self.device)
 
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 holds the model."""
-        alone = self.setting.ranks == 1 and self.offload_param == OffloadDevice.none
-        return self.setting.engine.zero_stage > 0 and not alone
+        alone = self.ranks == 1 and self.offload_param == OffloadDevice.none
+        return self.engine.zero_stage > 0 and not alone
 
     @cached_property
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -171,21 +185,19 @@ class States:
 
     @cached_property
     def _persistent(self) -> set[str]:
-        return set(persistent_parameters(self.spec.module, self.setting.engine))
+        return set(persistent_parameters(self.spec.module, self.engine))
 
     def _local(self, name: str) -> int:
         """Elements of the first rank's shard of a parameter, which is padded to whole rows."""
         parameter = self._parameters[name]
         if not self.is_sharded or name in self._persistent or not parameter.ndim:
             return parameter.numel()
-        return -(-parameter.shape[0] // self.setting.ranks) * (parameter.numel() // parameter.shape[0])
+        return -(-parameter.shape[0] // self.ranks) * (parameter.numel() // parameter.shape[0])
 
     @cached_property
     def _whole_groups(self) -> list[dict[str, int]]:
         """Elements of each parameter that learns, by unit; without units of which nothing does."""
-        if not self.setting.micro_batches:
-            return []
-        groups = [unit.group(self.spec.module) for unit in self.units]
+        groups = [unit.group(self.spec.module) for unit in self.units] if self.micro_batches else []
         return [{name: p.numel() for name, p in group.items()} for group in groups if group]
 
     @property
@@ -196,9 +208,8 @@ class States:
     @cached_property
     def _num_away(self) -> int:
         """How many of the groups leave the device, as `Placement` cuts them."""
-        if self.offload_optimizer == OffloadDevice.none:
-            return 0
-        return num_offloaded([sum(group.values()) for group in self._whole_groups], self.setting.engine.optimizer_share)
+        sizes = [sum(group.values()) for group in self._whole_groups]
+        return num_offloaded(sizes, self.engine.optimizer_share) if self.offload_optimizer != OffloadDevice.none else 0
 
     @cached_property
     def _split(self) -> tuple[int, int]:
@@ -208,7 +219,7 @@ class States:
 
     def _in_flight(self, units: list[FSDPUnit]) -> int:
         """Elements of a unit that computes and of those gathered meanwhile, or of its two copies before."""
-        ahead = prefetched_units(units, config=self.setting.engine)
+        ahead = prefetched_units(units, config=self.engine)
         return max(
             unit.numel + max(unit.numel, sum(other.numel for other in following))
             for unit, following in zip(units, ahead, strict=True)
@@ -219,76 +230,67 @@ class States:
         """Bytes of this rank's shard of each unit, where working weights are offloaded."""
         shapes = {name: p.shape for name, p in self._parameters.items() if name not in self._persistent}
         units = [{name: shapes[name] for name in unit.names if name in shapes} for unit in self.units]
-        return unit_bytes(lay_out_units(units, ranks=self.setting.ranks, rank=0, dtype=self.setting.dtype), len(units))
+        return unit_bytes(lay_out_units(units, ranks=self.ranks, rank=0, dtype=self.dtype), len(units))
 
     @property
     def _moments(self) -> torch.dtype:
-        return torch.bfloat16 if self.setting.engine.moments == MomentDtype.bf16 else torch.float32
-
-    def _item(self, part: str, place: Place, *, count: int) -> Item:
-        return Item(self.setting.role, part, place, count)
+        return torch.bfloat16 if self.engine.moments == MomentDtype.bf16 else torch.float32
 
     def _weights(self) -> Iterator[Item]:
-        setting, size = self.setting, self.setting.dtype.itemsize
         buffers = sum(buffer.nbytes for buffer in self.spec.module.buffers())
         offloaded = self.offload_param != OffloadDevice.none
         resident = sum(self._local(name) for name in self._parameters if not offloaded or name in self._persistent)
-        yield self._item(WORKING, Place.device, count=resident * size + buffers)
+        yield self.item(WORKING, Place.device, count=resident * self.dtype.itemsize + buffers)
         if not offloaded:
             return
         sizes = self._offloaded_units
-        in_memory = units_in_host_memory(sizes, config=setting.engine, dtype=setting.dtype)
+        in_memory = units_in_host_memory(sizes, config=self.engine, dtype=self.dtype)
         on_disk = file_bytes([0 if index in in_memory else size for index, size in enumerate(sizes)])
-        yield self._item(WORKING, Place.host, count=sum(sizes[index] for index in in_memory))
-        yield self._item(WORKING, Place.disk, count=on_disk)
+        yield self.item(WORKING, Place.host, count=sum(sizes[index] for index in in_memory))
+        yield self.item(WORKING, Place.disk, count=on_disk)
         if len(in_memory) < len(sizes):  # weights that are written run on from unit to unit
-            yield self._item(BUFFERS, Place.host, count=self._pool_bytes(on_disk))
+            yield self.item(BUFFERS, Place.host, count=self._pool_bytes(on_disk))
 
     def _optimizer_state(self) -> Iterator[Item]:
-        setting, (here, away), moments = self.setting, self._split, 2 * self._moments.itemsize
-        narrow = setting.dtype is not torch.float32
+        (here, away), moments = self._split, 2 * self._moments.itemsize
+        narrow = self.dtype is not torch.float32
         # Without masters AdamW updates the working weights themselves.
         masters = narrow or self.offload_param != OffloadDevice.none
-        yield self._item(MASTERS, Place.device, count=4 * here if masters else 0)
-        yield self._item(MOMENTS, Place.device, count=moments * here)
+        yield self.item(MASTERS, Place.device, count=4 * here if masters else 0)
+        yield self.item(MOMENTS, Place.device, count=moments * here)
         if self.offload_optimizer == OffloadDevice.cpu:
-            yield self._item(MASTERS, Place.host, count=4 * away)
-            yield self._item(MOMENTS, Place.host, count=moments * away)
+            yield self.item(MASTERS, Place.host, count=4 * away)
+            yield self.item(MOMENTS, Place.host, count=moments * away)
         if self.offload_optimizer == OffloadDevice.nvme and away:
             tiles = self._tiles()
             elements = sum(tile.size for tile in tiles)
-            yield self._item(GRADIENTS, Place.disk, count=4 * elements)
-            yield self._item(MASTERS, Place.disk, count=4 * elements)
-            yield self._item(MOMENTS, Place.disk, count=moments * elements)
-            yield self._item(BUFFERS, Place.host, count=self._pool_bytes(max(tile.nbytes for tile in tiles)))
+            yield self.item(GRADIENTS, Place.disk, count=4 * elements)
+            yield self.item(MASTERS, Place.disk, count=4 * elements)
+            yield self.item(MOMENTS, Place.disk, count=moments * elements)
+            yield self.item(BUFFERS, Place.host, count=self._pool_bytes(max(tile.nbytes for tile in tiles)))
 
     def _tiles(self) -> list[Tile]:
         """The file of the optimizer state."""
-        engine, moments = self.setting.engine, self._moments
-        capacity = tile_capacity(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
-        shards = [
-            ParameterShard(name, torch.Size([count]), decays=True)
-            for group in self._groups[: self._num_away]
-            for name, count in group.items()
-        ]
+        capacity = tile_capacity(4 * self.engine.buffer_size, self.engine.sub_group_size, moments=self._moments)
+        away = self._groups[: self._num_away]
+        shards = [ParameterShard(name, torch.Size([n]), decays=True) for group in away for name, n in group.items()]
         # A buffer too small for a page is refused when the run starts; the plan is of the smallest that is not.
-        return lay_out_tiles(shards, max(capacity, PAGE_ELEMENTS), moments=moments)
+        return lay_out_tiles(shards, max(capacity, PAGE_ELEMENTS), moments=self._moments)
 
     def _pool_bytes(self, most: int) -> int:
         """Host bytes of a buffer pool filled up to `most` per buffer: all if page-locked, else what is touched."""
-        engine = self.setting.engine
-        locked = engine.pin_memory and self.setting.device.type == "cuda"
-        touched = -(-most // HUGE_PAGE) * HUGE_PAGE
-        return engine.buffer_count * (4 * engine.buffer_size if locked else min(4 * engine.buffer_size, touched))
+        size = 4 * self.engine.buffer_size
+        locked = self.engine.pin_memory and self.device.type == "cuda"
+        return self.engine.buffer_count * (size if locked else min(size, -(-most // HUGE_PAGE) * HUGE_PAGE))
 
     def _staging(self) -> Iterator[Item]:
         """Page-locked memory for copies, and the optimizer's scratch."""
-        setting, (here, away) = self.setting, self._split
-        if setting.device.type != "cuda":
+        here, away = self._split
+        if self.device.type != "cuda":
             return
         if away:
-            yield self._item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + working_weights.STAGING_BYTES)
+            yield self.item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + working_weights.STAGING_BYTES)
         narrow_moments = self._moments is not torch.float32
-        if here and (setting.dtype is not torch.float32 or narrow_moments):
+        if here and (self.dtype is not torch.float32 or narrow_moments):
             casts = 3 if narrow_moments else 1  # of the gradient, and of both moments
-            yield self._item(BUFFERS, Place.device, count=casts * 4 * min(CUDA_CHUNK, here))
+            yield self.item(BUFFERS, Place.device, count=casts * 4 * min(CUDA_CHUNK, here))

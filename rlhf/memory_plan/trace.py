@@ -1,8 +1,9 @@
 """Finds what a computation allocates by running its own code on tensors without values.
 
-A model of any architecture runs forward and backward (or decodes) under fake tensors, which have shapes, types, strides
-and storages but no memory, and every storage is counted from when it is made until the last tensor on it is gone. So
-saved activations, the loss's temporaries and what activation checkpointing computes again are those of the real code.
+A model of any architecture is built on meta from its configuration alone, and runs forward and backward (or decodes)
+under fake tensors, which have shapes, types, strides and storages but no memory. Every storage is counted from when it
+is made until the last tensor on it is gone. So saved activations, the loss's temporaries and what activation
+checkpointing computes again are those of the real code.
 
 Each part of the computation has its own count: before the blocks, in the first, in those between and in the last of
 them, after them, and the same in backward. Blocks are alike in most models; then two short models, of three and of four
@@ -15,10 +16,11 @@ kernels save the same tensors, and a workload chooses the chunks of the loss its
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
@@ -28,16 +30,85 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from rlhf.memory_plan.model_shape import ModelShape
-from rlhf.models.meta_init import ModelSpec
-from rlhf.models.transforms import enable_activation_checkpointing
+from rlhf.config.run_config import Embedded
+from rlhf.config.stage_configs import LoraConfig, ModelKind
+from rlhf.models.causal_lm import causal_lm_module
+from rlhf.models.embedded import embedded_config
+from rlhf.models.meta_init import ModelSpec, assemble, decoder_config
+from rlhf.models.model_folder import local_folder
+from rlhf.models.scalar_head import ScalarHeadModel, classifier_module
+from rlhf.models.transforms import enable_activation_checkpointing, first_layers, with_dropout
 
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits and loss", "KV cache"
 DECODING_CALLS = 2
 """Forwards of a traced generation: the prompt and one token after it. Later tokens take no more."""
 
 Computation = Callable[[nn.Module], Tensor | None]
-"""Runs a model on a batch; what it returns is run backward."""
+"""Runs a model on a batch that it makes itself; what it returns is run backward."""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A model without weights, which need not exist anywhere; equal shapes take equal memory."""
+
+    source: str | Embedded
+    """A folder with a `config.json`, a hub id, of which nothing else is fetched, or an embedded model."""
+    kind: ModelKind
+    num_layers: int = 0
+    """How many of its layers are used; 0 uses all."""
+    dropout: float = 0.0
+    """Every dropout probability of it."""
+    lora: LoraConfig | None = None
+    """Its adapters, of a rank above 0; None for a model without."""
+
+    def __hash__(self) -> int:
+        return hash(repr(self))  # settings have no hash
+
+    @property
+    def runs(self) -> tuple[int, int]:
+        """How many blocks lie below those with adapters of their own, and how many others there are."""
+        depth = self.num_layers or int(_config(self.source).num_hidden_layers)
+        top = self.lora.top_layers if self.lora is not None else 0
+        return (depth - top, top) if top else (0, depth)
+
+    @property
+    def whole(self) -> ModelSpec:
+        """The model itself, on meta; shared, so not to be changed."""
+        return _built(self, self.runs)
+
+    @property
+    def is_regular(self) -> bool:
+        """Whether the blocks of each run are alike, so that short runs say what long ones take."""
+        spec, lower = self.whole, self.runs[0]
+        blocks = [[(name, p.shape, p.requires_grad) for name, p in block.named_parameters()] for block in spec.blocks]
+        settings = spec.config.to_dict().values()  # a list of this length has one value for each block
+        per_block = [blocks, *(value for value in settings if isinstance(value, list) and len(value) == len(blocks))]
+        return all(value == run[0] for values in per_block for run in (values[:lower], values[lower:]) for value in run)
+
+    def build(self, runs: tuple[int, int]) -> ModelSpec:
+        """A model of the caller's own whose runs have so many blocks."""
+        return copy.deepcopy(_built(self, runs))  # quicker than building it
+
+
+@lru_cache(maxsize=64)
+def _built(shape: ModelShape, runs: tuple[int, int]) -> ModelSpec:
+    config = first_layers(with_dropout(_config(shape.source), shape.dropout), sum(runs))
+    module: nn.Module
+    if shape.kind is ModelKind.causal_lm:
+        module = causal_lm_module(config)
+    else:
+        config.num_labels = 1
+        module = ScalarHeadModel(classifier_module(config), config)
+    lora = shape.lora and replace(shape.lora, top_layers=runs[1] if runs[0] else 0)
+    # Only the shape is ever asked for, so there are no weights.
+    return assemble(module, None, config=config, new={}, lora=lora, seed=0)  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=16)
+def _config(source: str | Embedded) -> Any:  # transformers is behind `rlhf.models`
+    return (
+        embedded_config(source) if isinstance(source, Embedded) else decoder_config(local_folder(source, weights=False))
+    )
 
 
 class Where(NamedTuple):
@@ -86,13 +157,7 @@ class EnoughError(Exception):
 
 @lru_cache(maxsize=256)
 def trace(shape: ModelShape, *, work: Computation, mode: Mode) -> list[Stretch]:
-    """The parts of `work` on a model, in the order in which they begin; remembered, so not to be changed.
-
-    Args:
-        shape: the model.
-        work: what is run; it makes its own batch.
-        mode: type and mode of the model.
-    """
+    """The parts of `work` on a model, in the order in which they begin; remembered, so not to be changed."""
 
     def traced(runs: tuple[int, int]) -> list[Stretch]:
         return trace_once(shape.build(runs), work, mode=mode)
@@ -161,7 +226,8 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tag_of: dict[int, str] = {}
         self._live: dict[str, int] = {}
         self._tag = ACTIVATIONS
-        self._here = Where(-1, False, "before")  # the batch is made
+        self.here = Where(-1, False, "before")  # the batch is made
+        """The part of the computation that is running."""
         self._peaks: dict[Where, dict[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -176,7 +242,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter(self, call: int, place: str, *, tag: str, backward: bool = False) -> None:
         """A part of the computation begins; new storages get `tag`."""
-        self._here, self._tag = Where(call, backward, place), tag
+        self.here, self._tag = Where(call, backward, place), tag
         self._note()
 
     def retag(self, old: str, new: str) -> None:
@@ -185,11 +251,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if tag == old:
                 self._tag_of[key] = new
         self._live[new] = self._live.get(new, 0) + self._live.pop(old, 0)
-
-    @property
-    def call(self) -> int:
-        """The forward of the model that is running or was the last to run."""
-        return self._here.call
 
     def stretches(self) -> list[Stretch]:
         """The peak of each part, in the order in which they began."""
@@ -211,9 +272,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live[self._tag_of.pop(key)] -= size
 
     def _note(self) -> None:
-        peak = self._peaks.setdefault(self._here, {})
+        peak = self._peaks.setdefault(self.here, {})
         if sum(self._live.values()) >= sum(peak.values()):
-            self._peaks[self._here] = dict(self._live)
+            self._peaks[self.here] = dict(self._live)
 
 
 class _Signposts:
@@ -232,7 +293,7 @@ class _Signposts:
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)  # type: ignore[no-untyped-call]
 
     def _begin(self, module: nn.Module, args: Any) -> None:
-        call = self._counter.call
+        call = self._counter.here.call
         if call + 1 == self._max_calls:
             raise EnoughError
         if call >= 0:  # without gradients, what outlives a forward is the cache
@@ -243,7 +304,7 @@ class _Signposts:
     def _enter(self, block: nn.Module, args: Any, *, index: int) -> None:
         if _in_backward():  # activation checkpointing computes the block again
             return
-        self._counter.enter(self._counter.call, self._place(index), tag=ACTIVATIONS)
+        self._counter.enter(self._counter.here.call, self._place(index), tag=ACTIVATIONS)
         if index == 0:
             self._mark_backward(args[0], "before")
 
@@ -253,20 +314,19 @@ class _Signposts:
         output = arguments[-1]
         self._mark_backward(output if isinstance(output, Tensor) else output[0], self._place(index))
         if index == self._last:
-            self._counter.enter(self._counter.call, "between", tag=LOGITS)
+            self._counter.enter(self._counter.here.call, "between", tag=LOGITS)
 
     def _mark_backward(self, hidden: Tensor, place: str) -> None:
         """Backward enters a block when the gradient of its output is there, and leaves the first with its input's."""
-        if hidden.requires_grad:
-            hidden.register_hook(lambda _: self._enter_backward(place))  # type: ignore[no-untyped-call]
 
-    def _enter_backward(self, place: str) -> None:
-        self._counter.enter(self._counter.call, place, backward=True, tag=ACTIVATIONS)
+        def enter(gradient: Tensor) -> None:
+            self._counter.enter(self._counter.here.call, place, backward=True, tag=ACTIVATIONS)
+
+        if hidden.requires_grad:
+            hidden.register_hook(enter)  # type: ignore[no-untyped-call]
 
     def _place(self, index: int) -> str:
-        if index == self._last:
-            return "last"
-        return "inner" if index else "first"
+        return "last" if index == self._last else "inner" if index else "first"
 
 
 def _in_backward() -> bool:

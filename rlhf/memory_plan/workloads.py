@@ -7,16 +7,15 @@ run the same workloads on real models. Left out: the bytes that they take (`trac
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlhf.config.bounds import as_plain
-from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import SUPERVISED
-from rlhf.config.stage_configs import ModelKind, SupervisedConfig, TrainingConfig
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan.trace import EnoughError
@@ -26,51 +25,50 @@ from rlhf.training.ppo_update import policy_gradient, value_gradient
 from rlhf.training.supervised_step import objective_of
 from rlhf.types import PPOBatch, PreferenceBatch, PromptBatch, Responses, SFTBatch
 
-Config = TypeVar("Config", bound=TrainingConfig)
-
 _NOT_TRACED = ("engine", "optimizer", "size", "lora")
 """Ends of the names of settings that decide nothing about the tensors of a workload beyond its rows and its model."""
 
 
 @dataclass(frozen=True)
-class Workload(Generic[Config]):
+class Workload:
     """A computation on a batch of `rows`; two that are equal take the same memory on the same model."""
 
-    config: Config = field(compare=False, repr=False)
+    compute: Callable[[Any, Workload], Tensor | None]
+    """One of the functions below; a loss that it returns is to be run backward."""
+    config: Any = field(compare=False, repr=False)
+    """The stage's configuration, which has no hash."""
     settings: str
-    """The settings that may decide which tensors a loss makes, as text, because a configuration has no hash."""
+    """The settings that may decide which tensors are made, as text."""
     rows: int
-    num_prompt: int
-    num_response: int
-    chunk_elements: int | None = None
+    chunk_elements: int | None
     """As in `token_logprobs`."""
 
     @classmethod
-    def of(cls, config: Config, *, ranks: int = 1, chunk_elements: int | None = None) -> Workload[Config]:
-        """The workload of one rank with this configuration."""
+    def of(
+        cls, compute: Callable[..., Tensor | None], config: Any, *, ranks: int = 1, chunk_elements: int | None = None
+    ) -> Workload:
+        """The largest batch of one rank with this configuration."""
         plain = {name: value for name, value in as_plain(config).items() if not name.endswith(_NOT_TRACED)}
-        sizes = cls.rows_of(config, ranks), config.max_prompt_tokens, config.max_response_tokens
-        return cls(config, json.dumps(plain, default=str), *sizes, chunk_elements)
-
-    @classmethod
-    def rows_of(cls, config: Config, ranks: int) -> int:
-        """Rows of the largest batch on one rank."""
-        return config.micro_batch_size
+        rows = config.micro_batch_size
+        if compute is generation:  # a batch of the rollout, or this rank's share where that is less
+            rows = min(config.rollout_micro_batch_size, -(-config.rollout_size // ranks))
+        return cls(compute, config, json.dumps(plain, default=str), rows, chunk_elements)
 
     def __call__(self, model: nn.Module) -> Tensor | None:
-        """Run it; what is returned is to be run backward."""
-        raise NotImplementedError
+        """Run it."""
+        return self.compute(model, self)
 
     def mask(self, rows: int, num_tokens: int = 0) -> Tensor:
         """`[rows, num_tokens]`, or `[rows, T]`, bool: one sequence ends a token before the others."""
-        mask = torch.ones(rows, num_tokens or self.num_prompt + self.num_response, dtype=torch.bool)
+        longest = self.config.max_prompt_tokens + self.config.max_response_tokens
+        mask = torch.ones(rows, num_tokens or longest, dtype=torch.bool)
         mask[-1, -1] = False
         return mask
 
     def responses(self) -> dict[str, Tensor]:
         """Fields of sequences `[B, T]` and their responses `[B, R]`."""
         mask = self.mask(self.rows)
-        response = torch.ones(self.rows, self.num_response, dtype=torch.bool)
+        response = torch.ones(self.rows, self.config.max_response_tokens, dtype=torch.bool)
         return {"sequences": mask.long(), "attention_mask": mask, "response_mask": response}
 
     def ppo_batch(self) -> PPOBatch:
@@ -80,96 +78,56 @@ class Workload(Generic[Config]):
         return PPOBatch(**fields, **{name: fields["response_mask"].float() for name in names})
 
 
-class Examples(Workload[SupervisedConfig]):
-    """The loss of a stage that learns from examples."""
-
-    def __call__(self, model: Any) -> Tensor:
-        """On its largest batch."""
-        objective = objective_of(self.config, chunk_elements=self.chunk_elements)
-        return objective.outcome(model, self.batch(), denominator=torch.ones(())).loss
-
-    def batch(self) -> SFTBatch | PreferenceBatch:
-        """The examples of a micro-batch."""
-        raise NotImplementedError
+def demonstrations(model: Any, work: Workload) -> Tensor:
+    """The loss of demonstrations, where every token is learnt."""
+    mask = work.mask(work.rows)
+    return _loss(model, work, batch=SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask))
 
 
-class Demonstrations(Examples):
-    """Demonstrations of which every token is learnt."""
-
-    def batch(self) -> SFTBatch:
-        """One sequence each."""
-        mask = self.mask(self.rows)
-        return SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask)
+def preferences(model: Any, work: Workload) -> Tensor:
+    """The loss of pairs, both responses in one batch."""
+    mask = work.mask(2 * work.rows)
+    batch = PreferenceBatch(input_ids=mask.long(), attention_mask=mask, margin=torch.zeros(work.rows))
+    return _loss(model, work, batch=batch)
 
 
-class Preferences(Examples):
-    """Pairs of responses."""
-
-    def batch(self) -> PreferenceBatch:
-        """Both responses in one batch."""
-        mask = self.mask(2 * self.rows)
-        return PreferenceBatch(input_ids=mask.long(), attention_mask=mask, margin=torch.zeros(self.rows))
+def _loss(model: Any, work: Workload, *, batch: SFTBatch | PreferenceBatch) -> Tensor:
+    objective = objective_of(work.config, chunk_elements=work.chunk_elements)
+    return objective.outcome(model, batch, denominator=torch.ones(())).loss
 
 
-class Statistics(Workload[PPOConfig]):
-    """Log-probabilities and entropies of responses: actor and reference."""
-
-    def __call__(self, model: nn.Module) -> None:
-        """Without gradients."""
-        temperature = self.config.sampling.temperature
-        batch = Responses(**self.responses())
-        response_statistics(model, batch, temperature=temperature, chunk_elements=self.chunk_elements)
-
-
-class Scalars(Workload[PPOConfig]):
-    """Scores and values: reward model and critic."""
-
-    def __call__(self, model: nn.Module) -> None:
-        """Without gradients."""
-        critic_values(model, Responses(**self.responses()), shift=0.0)
+def generation(model: Any, work: Workload) -> None:
+    """Responses of full length to prompts of full length."""
+    tokens = work.mask(work.rows, work.config.max_prompt_tokens).flip(1).long()  # padded on the left
+    texts = ("",) * work.rows
+    prompts = PromptBatch(tokens, tokens.bool(), tokens[:, -1], prompts=texts, columns=({},) * work.rows)
+    longest, sampling = work.config.max_response_tokens, work.config.sampling
+    generate(model, prompts, decoding=Decoding(longest, stop_token_ids=[0], pad_id=0, sampling=sampling), seed=0)
 
 
-class PolicyUpdate(Workload[PPOConfig]):
-    """A micro-batch of the actor's update."""
-
-    def __call__(self, model: nn.Module) -> None:
-        """Forward and backward; ends by an exception, before ranks would have to agree on anything."""
-        policy_gradient(
-            _TracedEngine(model),  # type: ignore[arg-type]
-            [self.ppo_batch()],
-            config=self.config,
-            denominator=torch.ones(()),
-            chunk_elements=self.chunk_elements,
-        )
+def statistics(model: nn.Module, work: Workload) -> None:
+    """Log-probabilities and entropies of responses, without gradients."""
+    temperature, batch = work.config.sampling.temperature, Responses(**work.responses())
+    response_statistics(model, batch, temperature=temperature, chunk_elements=work.chunk_elements)
 
 
-class ValueUpdate(Workload[PPOConfig]):
-    """A micro-batch of the critic's update."""
-
-    def __call__(self, model: nn.Module) -> None:
-        """Forward and backward; ends by an exception, as the actor's."""
-        critic: Any = _TracedEngine(model)
-        models = Models(actor=critic, reward=critic, reference=None, critic=critic)
-        value_gradient(models, [self.ppo_batch()], config=self.config, denominator=torch.ones(()))
+def scalars(model: nn.Module, work: Workload) -> None:
+    """Scores or values of responses, without gradients."""
+    critic_values(model, Responses(**work.responses()), shift=0.0)
 
 
-class Answers(Workload[PPOConfig]):
-    """Responses to prompts."""
+def policy_update(model: nn.Module, work: Workload) -> None:
+    """A micro-batch of the actor's update; ends by an exception, before ranks would have to agree on anything."""
+    actor: Any = _TracedEngine(model)
+    batches, denominator, chunk = [work.ppo_batch()], torch.ones(()), work.chunk_elements
+    policy_gradient(actor, batches, config=work.config, denominator=denominator, chunk_elements=chunk)
 
-    @classmethod
-    def rows_of(cls, config: PPOConfig, ranks: int) -> int:
-        """A batch of the rollout, or this rank's share where that is less."""
-        return min(config.rollout_micro_batch_size, -(-config.rollout_size // ranks))
 
-    def __call__(self, model: Any) -> None:
-        """Prompts of full length, with room for responses of full length."""
-        tokens = self.mask(self.rows, self.num_prompt).flip(1).long()  # padded on the left
-        texts = ("",) * self.rows
-        prompts = PromptBatch(tokens, tokens.bool(), tokens[:, -1], prompts=texts, columns=({},) * self.rows)
-        decoding = Decoding(
-            max_new_tokens=self.num_response, stop_token_ids=[0], pad_id=0, sampling=self.config.sampling
-        )
-        generate(model, prompts, decoding=decoding, seed=0)
+def value_update(model: nn.Module, work: Workload) -> None:
+    """A micro-batch of the critic's update; ends by an exception, as the actor's."""
+    critic: Any = _TracedEngine(model)
+    models = Models(actor=critic, reward=critic, reference=None, critic=critic)
+    value_gradient(models, [work.ppo_batch()], config=work.config, denominator=torch.ones(()))
 
 
 class _TracedEngine:
@@ -187,17 +145,16 @@ class _TracedEngine:
         raise EnoughError
 
 
-_LM, _HEAD = ModelKind.causal_lm, ModelKind.scalar_head
-_EXAMPLES: dict[str, type[Examples]] = {"demonstrations": Demonstrations, "preferences": Preferences}
-PHASES: dict[str, dict[str, dict[ModelKind, type[Workload[Any]]]]] = {
+_EXAMPLES = {"demonstrations": demonstrations, "preferences": preferences}
+PHASES: dict[str, dict[str, dict[str, Callable[..., Tensor | None]]]] = {
     **{
-        stage: dict.fromkeys(("evaluate", "train"), {settings.kind: _EXAMPLES[settings.rows]})
+        stage: dict.fromkeys(("evaluate", "train"), {"model": _EXAMPLES[settings.rows]})
         for stage, settings in SUPERVISED.items()
     },
     "ppo": {
-        "generate": {_LM: Answers},
-        "score": {_HEAD: Scalars, _LM: Statistics},
-        "train": {_LM: PolicyUpdate, _HEAD: ValueUpdate},
+        "generate": {"actor": generation},
+        "score": {"actor": statistics, "reference": statistics, "reward": scalars, "critic": scalars},
+        "train": {"actor": policy_update, "critic": value_update},
     },
 }
-"""The workloads of each stage by phase and kind of model; only models that generate, or are trained, do so."""
+"""What the models of each stage compute, by phase and role. In `train` the roles learn, in `generate` they decode."""

@@ -2,9 +2,12 @@
 
 import pytest
 
-from rlhf.evaluation.result_tables import interval, tables
+from rlhf.evaluation.result_tables import interval, means, tables
 
 SHARE = {"mean": 0.625, "low": 0.25, "high": 0.875, "count": 8}
+NONE = {"mean": None, "low": None, "high": None, "count": 0}
+JUDGED = {"pairs": 8, "judged": 8, "wins": 5, "ties": 0, "losses": 3, "win_rate": SHARE}
+JUDGED |= {"win_rate_when_longer": SHARE, "win_rate_when_shorter": SHARE, "longer_wins": NONE}
 RESULTS = {
     "model": "ppo/actor",
     "baseline": "sft/model",
@@ -16,12 +19,12 @@ RESULTS = {
             "meaning": "far away",
             "model": SHARE,
             "baseline": {"mean": 0.5},
-            "difference": None,
+            "difference": {"mean": None},
         }
     ],
     "judges": {
-        "reward": {"win_rate": SHARE, "wins": 5, "ties": 0, "losses": 3, "judged": 8, "pairs": 8},
-        "mine.judges:longest": {"win_rate": SHARE, "judged": 3, "pairs": 8, "first_wins": SHARE, "inconsistent": SHARE},
+        "reward": JUDGED,
+        "mine.judges:longest": JUDGED | {"judged": 3, "first_wins": SHARE, "inconsistent": SHARE},
     },
     "reward_model": {
         "accuracy": SHARE,
@@ -47,7 +50,8 @@ def test_every_part_is_a_table():
     assert answers.rows == [["kl", "0.625 [0.25, 0.875]", "0.5", "–", "nats"]]
     assert "model is ppo/actor; baseline is sft/model" in answers.note
     assert judges.rows[0][:6] == ["reward", "0.625 [0.25, 0.875]", "5", "0", "3", "8 of 8"]
-    assert judges.rows[1][0] == "longest"
+    assert judges.rows[0][-1] == "–"
+    assert (judges.rows[1][0], judges.rows[1][5]) == ("longest", "3 of 8")
     assert places.rows == [["longest", "0.625 [0.25, 0.875]", "0.625 [0.25, 0.875]"]]
     assert [row[0] for row in quality.rows] == ["all", "hard"]
     assert quality.rows[0][-1] == "8"
@@ -74,14 +78,20 @@ def test_what_is_not_there_has_no_table():
 
 
 def test_a_reward_model_beyond_help_is_said_to_be():
-    calibration = RESULTS["reward_model"]["calibration"] | {"temperature": None}
-    found = by_title({"reward_model": {"calibration": calibration}})
+    quality = RESULTS["reward_model"]
+    calibration = {"error": 0.125, "temperature": None, "bins": quality["calibration"]["bins"]}
+    found = by_title(RESULTS | {"reward_model": quality | {"calibration": calibration}})
     assert "no temperature would correct it" in found["Calibration of the reward model"].note
 
 
-@pytest.mark.parametrize("odd", [None, 3, "text", [1], {"mean": "x"}, {"mean": float("nan")}, {"mean": None}])
-def test_odd_values_are_dashes(odd):
-    assert interval(odd) == "–"
-    broken = {"model": "m", "measures": [odd, {"name": "kl", "model": odd}], "judges": {"x": odd}, "reward_model": odd}
-    for found in tables(broken, meanings=True):
-        assert all(isinstance(cell, str) for row in found.rows for cell in row)
+@pytest.mark.parametrize("missing", [None, {}, {"mean": None}, {"mean": float("nan"), "low": 0.0, "high": 1.0}])
+def test_a_number_that_is_missing_is_a_dash(missing):
+    assert interval(missing) == "–"
+
+
+def test_means_have_names_and_those_that_are_missing_have_none():
+    judges = RESULTS["judges"] | {"nobody": JUDGED | {"win_rate": NONE}}
+    expected = {"model/kl": 0.625, "baseline/kl": 0.5, "win_rate/reward": 0.625, "win_rate/mine.judges:longest": 0.625}
+    expected |= {"reward_model/accuracy": 0.625, "reward_model/calibration_error": 0.125}
+    assert means(RESULTS | {"judges": judges}) == expected
+    assert set(means(RESULTS | {"reward_model": None})) == {name for name in expected if "reward_model" not in name}

@@ -13,10 +13,10 @@ from benchmarks.memory_examples import EXAMPLES, row
 from benchmarks.plan import _measured, _supervised, compose_run, write_model
 from rlhf.config.run_config import MemoryConfig
 from rlhf.engine.materialize import working_dtype
-from rlhf.memory_plan.advice import cheapest_change
-from rlhf.memory_plan.plan import Limits, Place
+from rlhf.memory_plan.limits import cheapest_changes, with_changes
 from rlhf.memory_plan.plan_text import check_memory, compare_with_plan, numbers, plan_text, runtime_items
-from rlhf.memory_plan.planner import ALLOCATOR, Machine, machine_of, plan_stage
+from rlhf.memory_plan.planner import ALLOCATOR, Limits, Machine, machine_of, plan_stage
+from rlhf.memory_plan.states import Place
 from rlhf.runtime.dist import World
 from rlhf.tracking.timing import Peak, Stopwatch, resident
 from stages.setup.compose import CONF_DIR, register_schema, to_run
@@ -129,10 +129,13 @@ def test_a_change_that_is_named_makes_it_fit(smoke):
     full = plan(smoke).largest.total(Place.host)
     for share in (0.8, 0.5, 0.3):
         limits = Limits(None, host=int(share * full), disk=10**12)
-        change = cheapest_change(smoke, "sft", plan=plan, limits=limits, ranks=1)
-        assert change is not None
-        assert plan(change.run).shortages(limits) == []
-    assert cheapest_change(smoke, "sft", plan=plan, limits=Limits(None, host=1000, disk=10**12), ranks=1) is None
+        changes = cheapest_changes(smoke, "sft", plan=plan, limits=limits, ranks=1)
+        assert changes
+        assert plan(with_changes(smoke, "sft", changes=changes)).shortages(limits) == []
+        for needless in range(len(changes)):
+            fewer = changes[:needless] + changes[needless + 1 :]
+            assert plan(with_changes(smoke, "sft", changes=fewer)).shortages(limits) != []
+    assert cheapest_changes(smoke, "sft", plan=plan, limits=Limits(None, host=1000, disk=10**12), ranks=1) == []
 
 
 def test_a_folder_with_nothing_but_a_configuration_can_be_planned(tmp_path):

@@ -9,9 +9,8 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.stage_configs import LoraConfig, ModelKind, OptimizerConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.offload.placement import Placement
-from rlhf.memory_plan.model_shape import ModelShape
-from rlhf.memory_plan.plan import Place
-from rlhf.memory_plan.states import ModelSetting, States
+from rlhf.memory_plan.states import Place, States
+from rlhf.memory_plan.trace import ModelShape
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime.dist import World
 
@@ -36,8 +35,9 @@ def folder(tmp_path_factory):
 
 def states(folder, *, ranks=1, device=CPU, dtype=torch.bfloat16, micro=1, lora=None, **engine):
     config = EngineConfig(**({"zero_stage": 0} | engine))
-    setting = ModelSetting("model", config, ranks, device, dtype, micro)
-    return States(ModelShape(str(folder), ModelKind.causal_lm, lora=lora).whole, setting)
+    spec = ModelShape(str(folder), ModelKind.causal_lm, lora=lora).whole
+    settings = {"engine": config, "ranks": ranks, "device": device, "dtype": dtype, "micro_batches": micro}
+    return States(role="model", spec=spec, **settings)
 
 
 def at_rest(found):
@@ -147,7 +147,7 @@ def test_shards_that_do_not_divide_are_cut_where_the_engine_cuts(folder, share):
     """Rows are padded more where there are fewer: shares of local rows are not shares of the model."""
     found = states(folder, ranks=100, device=CUDA, zero_stage=2, offload_optimizer="cpu", optimizer_share=share)
     groups = [group for unit in found.units if (group := unit.group(found.spec.module))]
-    config = found.setting.engine
+    config = found.engine
     world = World(0, 100, CUDA)
     stores = Placement(groups, OptimizerConfig(lr=1e-3), engine=config, world=world, offloaded=None).split()
     local = [sum(-(-p.shape[0] // 100) * p[0].numel() for group in part for p in group.values()) for part in stores]

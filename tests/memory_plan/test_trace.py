@@ -11,8 +11,7 @@ from rlhf.algorithms.supervised_losses import sft_loss
 from rlhf.config.stage_configs import LoraConfig, ModelKind, SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan import trace as trace_module
-from rlhf.memory_plan.model_shape import ModelShape
-from rlhf.memory_plan.trace import Mode, trace, trace_once
+from rlhf.memory_plan.trace import Mode, ModelShape, trace, trace_once
 from rlhf.types import PromptBatch
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 3, 40, 96, 7

@@ -4,7 +4,6 @@ import dataclasses
 import io
 import json
 import math
-from functools import partial
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import Embedded
-from rlhf.evaluation.model_runner import ModelRunner
 from rlhf.models.embedded import prepare
 from rlhf.models.export import export
 from rlhf.models.scalar_head import scalar_head_model
@@ -20,8 +18,7 @@ from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import load_tokenizer, template_fingerprint
 from stages import eval as evaluate
-from stages.eval import held_out_batches, run_eval
-from stages.lifecycle.stage_models import open_model, stored_scale
+from stages.eval import ModelRunner, run_eval
 from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.setup.preflight import check_evaluation, held_out_rows
 from tests.config.test_configuration import composed
@@ -116,12 +113,11 @@ def test_log_probabilities_and_scores_are_those_of_plain_transformers(small, mod
     run = small("eval.sampling.temperature=0.7")
     tokenizer = load_tokenizer(str(models["model"]))
     rows = held_out_rows(run, tokenizer=tokenizer)
-    batches = held_out_batches(rows, tokenizer, micro_batch_size=2, world=World.alone())
-    runner = ModelRunner(partial(open_model, run, world=World.alone()), run.eval, tokenizer, batches)
+    runner = ModelRunner(run, World.alone(), tokenizer=tokenizer, rows=rows)
     roles = {role.name: role for role in roles_of(run, "eval")}
     runner.generate(roles["model"])
     runner.measure_kl(roles["reference"])
-    scores = runner.score(roles["reward"], scale=stored_scale(str(models["reward"])))
+    scores = runner.score(roles["reward"])
     found, responses = runner.answers["model"], runner.answers["model"].responses
     plain = {name: AutoModelForCausalLM.from_pretrained(models[name]).eval() for name in ("model", "reference")}
     reward = AutoModelForSequenceClassification.from_pretrained(models["reward"]).eval()

@@ -62,13 +62,10 @@ def test_nothing_that_is_said_can_run(tmp_path):
     assert tags.text.count("alert(1)") >= 9
 
 
-@pytest.mark.parametrize("broken", ["", "{", "[]", "null", '{"measures": 3, "judges": [], "reward_model": "x"}'])
+@pytest.mark.parametrize("broken", ["", "{", "[]", "null"])
 def test_a_broken_file_breaks_no_report(tmp_path, broken):
     leave(tmp_path, results=broken)
-    if broken.startswith("{") and len(broken) > 1:
-        assert "Evaluation" in page(read_run(tmp_path))
-    else:
-        assert re.search("eval/results.json is not (a JSON object|JSON)", page(read_run(tmp_path)))
+    assert re.search("eval/results.json is not (a JSON object|JSON)", page(read_run(tmp_path)))
 
 
 def test_samples_that_are_no_rows_are_left_out_and_a_page_stays_small(tmp_path):
