@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -34,7 +35,7 @@ from rlhf.tracking.timing import Stopwatch
 from rlhf.training.ppo_update import advantages_of, mismatch_metrics, training_batch, update_policy
 from rlhf.types import PromptBatch, Rollout
 from stages.lifecycle.checkpointing import TrainingState
-from stages.lifecycle.session import Session, open_session, stage_tokenizer
+from stages.lifecycle.session import Session, open_session, stage_tokenizer, with_average
 from stages.lifecycle.stage_models import known_quality, open_model, score_scale, stored_scale
 from stages.lifecycle.stage_record import StageRecord
 
@@ -225,13 +226,21 @@ class HeldOutEvaluator:
 
     def evaluate(self, collector: Collector, *, step: int) -> dict[str, float]:
         """Answer the prompts, log the samples, and return mean metrics."""
-        if self.prompts is None:
+        prompts = self.prompts
+        if prompts is None:
             return {}
+        # A timer of its own keeps these phases out of the iteration's timing.
+        collector = replace(collector, timer=Stopwatch(self.session.world.device))
+        found: list[list[dict[str, Any]]] = []
+
+        def measure() -> dict[str, float]:
+            rollout = collector.collect(prompts, seed=_EVALUATION_SEED, with_values=False)
+            found.append(sample_rows(rollout.rows(torch.arange(self.count)), self.gold))
+            clamped = collector.shaping.clamped_share(rollout.raw_scores[: self.count])
+            return policy_metrics(found[-1]) | {"eval/clamped": clamped}
+
         with self.session.timer("evaluate"):
-            # A timer of its own keeps these phases out of the iteration's timing.
-            collector = replace(collector, timer=Stopwatch(self.session.world.device))
-            rollout = collector.collect(self.prompts, seed=_EVALUATION_SEED, with_values=False)
-            rows = sample_rows(rollout.rows(torch.arange(self.count)), self.gold)
-        self.session.tracker.samples(step, rows)
-        clamped = collector.shaping.clamped_share(rollout.raw_scores[: self.count])
-        return policy_metrics(rows) | {"eval/clamped": clamped}
+            actor = collector.models.actor
+            metrics = with_average(actor, measure) if step else measure()  # they are equal before training
+        self.session.tracker.samples(step, found[0])
+        return metrics

@@ -22,7 +22,7 @@ from rlhf.runtime.dist import World
 from rlhf.training.supervised_step import Batch, objective_of, take_step
 from rlhf.types import EvalBatch
 from stages.lifecycle.checkpointing import TrainingState
-from stages.lifecycle.session import Session, open_session, stage_tokenizer
+from stages.lifecycle.session import Session, open_session, stage_tokenizer, with_average
 from stages.lifecycle.stage_models import open_model
 from stages.lifecycle.stage_record import StageRecord
 
@@ -79,7 +79,7 @@ def _train(
         evaluation: Metrics = {}
         if session.evaluates_at(step, eval_every):
             with session.timer("evaluate"):
-                evaluation = stage.evaluate(engine, held_out)
+                evaluation = with_average(engine, lambda: stage.evaluate(engine, held_out))
         session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
 
 

@@ -15,6 +15,8 @@ from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import STAGES, SUPERVISED, RunConfig
 from rlhf.config.stage_configs import LoraConfig, ModelKind, OptimizerConfig
 
+AVERAGE = "_ema"
+"""End of the name of a model whose weights are the moving average of another's."""
 PRODUCTS = {**dict.fromkeys(SUPERVISED, ("model",)), **dict.fromkeys(POLICIES, ("actor", "critic"))}
 """Names of the models that each stage leaves in its folder, and those of its best evaluation in `best/` there."""
 
@@ -175,7 +177,8 @@ def maker_of(run: RunConfig, path: str) -> str | None:
     folder, root = Path(path).expanduser().absolute(), Path(run.output_dir)
     inside = folder.relative_to(root).parts if folder.is_relative_to(root) else ()
     name, *product = [part for part in inside if part != "best"] or [""]
-    return run.stage_of(name) if [*product] in [[made] for made in PRODUCTS.get(name, ())] else None
+    trained = [part.removesuffix(AVERAGE) for part in product]
+    return run.stage_of(name) if trained in [[made] for made in PRODUCTS.get(name, ())] else None
 
 
 def origin_of(run: RunConfig, role: Role, *, todo: Collection[str]) -> str:
@@ -184,5 +187,5 @@ def origin_of(run: RunConfig, role: Role, *, todo: Collection[str]) -> str:
     maker = maker_of(run, role.path)
     if maker not in earlier or maker not in todo:
         return role.path
-    start = {made.name: made for made in roles_of(run, maker)}.get(Path(role.path).name)
+    start = {made.name: made for made in roles_of(run, maker)}.get(Path(role.path).name.removesuffix(AVERAGE))
     return role.path if start is None else origin_of(run, start, todo=todo)

@@ -74,6 +74,8 @@ class OptimizerConfig(Settings):
     """Optimizer steps in which the learning rate climbs linearly; below 1, that share of the stage, rounded up."""
     min_ratio: Share = 0.0
     """The schedule ends at this fraction of `lr`."""
+    ema_decay: ShareBelowOne = 0.0
+    """Decay per step of a moving average of the weights, evaluated as ema/* and exported as NAME_ema; 0 keeps none."""
     schedule_options: dict[str, Any] = field(default_factory=dict)
     """For one of DeepSpeed's shapes: its parameters by DeepSpeed's names, where they differ from its defaults; what is
     left out of warmup_num_steps and total_num_steps is `warmup_steps` and the stage's own length."""

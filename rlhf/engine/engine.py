@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, optimizer_tensors
+from rlhf.engine.ema import WeightAverage
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill, working_dtype
@@ -102,6 +103,21 @@ class Engine:
         """Context for forwards without training: eval mode, no gradients, all ranks together."""
         return hybrid.evaluating(self.module, self._sharding)
 
+    @property
+    def has_average(self) -> bool:
+        """Whether a moving average of the weights is kept."""
+        return self._updater is not None and self._updater.average is not None
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the model has the moving average for its weights; it must not be trained there."""
+        average = self._training.average
+        assert average is not None, "no average is kept: optimizer.ema_decay is 0"
+        self._sharding.release()  # before and after: gathered weights would be out of date
+        with average.exchanged():
+            yield
+            self._sharding.release()
+
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter whole and on the CPU, one at a time; all ranks must iterate to the end.
 
@@ -120,7 +136,7 @@ class Engine:
     def checkpoint_tensors(self) -> list[CheckpointTensor]:
         """The tensors of a checkpoint, by name; `counters` is its other part."""
         self._sharding.release()  # names shards: gathered parameters would count as whole ones
-        return optimizer_tensors(self._training.optimizer)
+        return optimizer_tensors(self._training.optimizer, average=self._training.average)
 
     def counters(self) -> dict[str, Any]:
         """All state of a checkpoint that is not a tensor, as JSON."""
@@ -211,6 +227,8 @@ def build_engine(
             loss_scale=loss_scale or LossScale(config),
         )
     fill(spec, sharding, world=world, set_master=adam.set_master if adam else None)
+    if updater is not None and optimizer is not None and optimizer.ema_decay:
+        updater.average = WeightAverage(updater.optimizer, decay=optimizer.ema_decay)  # starts at the weights
     trim()  # what was read to fill the model
     streams = config.stream_generation and config.zero_stage == 3
     return Engine(module, sharding, world=world, dtype=dtype, updater=updater, streams=streams)

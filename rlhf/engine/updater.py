@@ -9,6 +9,7 @@ from rlhf.algorithms.schedules import learning_rate_multiplier
 from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.deepspeed.arithmetic import SHAPES, DeepSpeedSchedule, deepspeed_schedule
 from rlhf.engine.adamw import AdamW
+from rlhf.engine.ema import WeightAverage
 from rlhf.engine.gradients import GradientNorm, Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.runtime.errors import RunError
@@ -49,6 +50,7 @@ class Updater:
         self.optimizer = optimizer
         self.gradients = gradients
         self.loss_scale = loss_scale
+        self.average: WeightAverage | None = None  # of the weights, once they are there
         self.steps_taken = 0  # without skipped ones, as in DeepSpeed: they do not use up a warm-up
         self._skipped_in_a_row = 0
         self._config = config
@@ -85,6 +87,8 @@ class Updater:
             factor = self._clip(norm) / scale.value
             self.optimizer.step(touched, lr=result.lr, scale=factor)
             self.steps_taken += 1
+            if self.average is not None:
+                self.average.update()
         self.gradients.clear()
         self._count(skipped=skip, norm=norm)
         return result

@@ -73,6 +73,7 @@ METRICS: dict[str, Metric] = {
     "reward_model/accuracy": Metric("Evaluation", "fraction", PPO, "the reward model's, at the end of its own stage"),
     "reward_model/pairs": Metric("Evaluation", "pairs", PPO, "held-out pairs behind that accuracy"),
     "reward_model/score_std": Metric("Evaluation", "score", PPO, "deviation of the reward model's held-out scores"),
+    "ema/*": Metric("Evaluation", "", ALL, "the held-out metric of that name, for the moving average of the weights"),
     "gold/*": Metric("Evaluation", "", PPO, "a metric of data.gold that no model was trained on", 1),
     "actor/loss": Metric("Actor", "", PPO, "clipped surrogate loss, mean over the iteration's updates"),
     "actor/approxkl_avg": Metric("Actor", "nats", PPO, "KL per token from the sampling policy, over the updates"),

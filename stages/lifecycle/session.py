@@ -14,8 +14,10 @@ from typing import Any, TypeVar
 import torch
 
 from rlhf.config.bounds import as_plain
+from rlhf.config.roles import AVERAGE
 from rlhf.config.run_config import RunConfig
 from rlhf.engine.checkpoint.checkpoint_state import seed_random_numbers
+from rlhf.engine.engine import Engine
 from rlhf.memory_plan.plan_text import compare_with_plan
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
@@ -172,7 +174,7 @@ class Session:
         best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
         self._write_records(record, best)
         if self.world.is_main:
-            self.tracker.models({name: self.folder / name for name in self.checkpoints.state.engines})
+            self.tracker.models({name: self.folder / name for name in self._merged[self.folder]})
         dist.barrier()
         self.checkpoints.finish()
         return record
@@ -188,11 +190,16 @@ class Session:
                 )
 
     def _export_to(self, folder: Path) -> None:
-        found = {}
+        self._merged[folder] = {}
         for name, engine in self.checkpoints.state.engines.items():
-            with self.timer("save"):
-                found[name] = export_model(engine, folder / name, tokenizer=self.tokenizer)
-        self._merged[folder] = {name: merge for name, merge in found.items() if merge is not None}
+            self._export(engine, folder / name)
+            if engine.has_average:
+                with engine.averaged():
+                    self._export(engine, folder / f"{name}{AVERAGE}")
+
+    def _export(self, engine: Engine, folder: Path) -> None:
+        with self.timer("save"):
+            self._merged[folder.parent][folder.name] = export_model(engine, folder, tokenizer=self.tokenizer)
 
     def _write_records(self, record: StageRecord, best: StageRecord) -> None:
         """Write the record beside each model, then into the stage's folder; all ranks must call it.
@@ -201,15 +208,14 @@ class Session:
         """
         sealed = [self.folder / CONFIG]
         for folder, merges in self._merged.items():
-            for name in self.checkpoints.state.engines:
-                own = {model: merge for model, merge in merges.items() if model == name}
-                own_record = replace(record if folder == self.folder else best, merged=own)
+            for name, merge in merges.items():
+                own_record = replace(record if folder == self.folder else best, merged=_made({name: merge}))
                 if self.world.is_main:
                     write_record(own_record, folder / name, files=model_files(folder / name))
                 dist.barrier()
                 sealed.append(folder / name / RECORD)
         if self.world.is_main:
-            write_record(replace(record, merged=self._merged[self.folder]), self.folder, files=sealed)
+            write_record(replace(record, merged=_made(self._merged[self.folder])), self.folder, files=sealed)
 
     def _record(
         self, after: dict[str, float], score_units: Callable[[dict[str, float]], tuple[float, float]] | None
@@ -231,6 +237,20 @@ class Session:
         self.stop.release()
         if self._checkpoints is not None:
             self._checkpoints.checkpoints.close()
+
+
+def _made(merges: dict[str, Any]) -> dict[str, Any]:
+    """Without models that have no adapters to merge."""
+    return {name: merge for name, merge in merges.items() if merge is not None}
+
+
+def with_average(engine: Engine, evaluate: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """The held-out metrics of a model, and as `ema/*` those of its moving average, if it has one."""
+    metrics = evaluate()
+    if engine.has_average:
+        with engine.averaged():
+            metrics |= {f"ema/{name.removeprefix('eval/')}": value for name, value in evaluate().items()}
+    return metrics
 
 
 def stage_tokenizer(run: RunConfig, path: str) -> Tokenizer:

@@ -129,12 +129,19 @@ def check_disks(run: RunConfig, stage: str) -> None:
     """Check that files can be written to every `nvme_path` in use; the memory plan checks the space.
 
     Raises:
-        ValueError: the folder cannot be created or written.
+        ValueError: the folder cannot be created or written, or memory is asked for that a disk is there to save.
     """
     for engine in engines_of(run, stage).values():
         if OffloadDevice.nvme in (engine.offload_optimizer, engine.offload_param):
             assert engine.nvme_path is not None, "EngineConfig has checked it"
             check_nvme_path(engine.nvme_path)
+    for role in roles_of(run, stage):
+        optimizer, engine = role.optimizer_config(run), role.engine_config(run)
+        if optimizer is not None and optimizer.ema_decay and engine.offload_optimizer is OffloadDevice.nvme:
+            raise ValueError(
+                f"{stage}.{role.optimizer}.ema_decay={optimizer.ema_decay} keeps an average of the weights in memory; "
+                f"expected 0 with {stage}.{role.engine}.offload_optimizer=nvme, which is there to save that memory."
+            )
 
 
 def check_warmup(run: RunConfig, stage: str, *, num_rows: int) -> None:

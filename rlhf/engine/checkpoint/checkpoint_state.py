@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.adamw import AdamW
+from rlhf.engine.ema import WeightAverage
 from rlhf.engine.fsdp_units import local_rows
 from rlhf.runtime.dist import gather_objects
 
@@ -61,22 +62,40 @@ class CheckpointTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def optimizer_tensors(optimizer: AdamW) -> list[CheckpointTensor]:
-    """fp32 weights and moments of all trainable parameters, on whichever device or disk they are."""
+def optimizer_tensors(optimizer: AdamW, *, average: WeightAverage | None) -> list[CheckpointTensor]:
+    """fp32 weights, moments and averages of all trainable parameters, on whichever device or disk they are."""
     parameters = {name: parameter for group in optimizer.groups for name, parameter in group.items()}
-    return [
-        CheckpointTensor(
+
+    def tensor(
+        name: str, part: str, *, read: Callable[[], Tensor], write: Callable[[Tensor], None]
+    ) -> CheckpointTensor:
+        parameter = parameters[name]
+        return CheckpointTensor(
             key=f"{name}/{part}",
-            shape=tuple(parameters[name].shape),
-            rows=local_rows(parameters[name]),  # masters and moments are sharded as their parameter is
+            shape=tuple(parameter.shape),
+            rows=local_rows(parameter),  # masters, moments and averages are sharded as their parameter is
             dtype=torch.float32,
             in_memory=optimizer.store_of(name).in_memory,
-            # Looked up when it is written: a state on disk is read then, one tensor at a time.
+            read=read,
+            write=write,
+        )
+
+    tensors = [
+        # Looked up when it is written: a state on disk is read then, one tensor at a time.
+        tensor(
+            name,
+            part,
             read=partial(optimizer.read_shard, name, part),
             write=partial(optimizer.write_shard, name, key=part),
         )
         for name, part in optimizer.entries()
     ]
+    if average is not None:
+        tensors += [
+            tensor(name, "ema", read=partial(average.read, name), write=partial(average.write, name))
+            for name in parameters
+        ]
+    return tensors
 
 
 def keys_to_write(tensors: Mapping[str, CheckpointTensor], *, rank: int) -> list[str]:
