@@ -217,6 +217,7 @@ class ModelMemory:
         if device.type == "cuda" and precision is Precision.auto and not torch.cuda.is_available():
             precision = Precision.bf16  # a GPU that is not here is taken to multiply it
         shape = shape_of(run, role)
+        optimizer = role.optimizer_config(run)
         states = States(
             role=role.name,
             spec=shape.whole,
@@ -225,6 +226,7 @@ class ModelMemory:
             device=device,
             dtype=working_dtype(precision, device),
             micro_batches=steps if role.is_trained else 0,
+            has_average=optimizer is not None and optimizer.ema_decay > 0,
         )
         return cls(role, shape, states)
 

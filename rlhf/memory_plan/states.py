@@ -30,8 +30,8 @@ from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
 from rlhf.models.meta_init import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
+AVERAGE = "average of weights"
 GATHERED, BUFFERS = "gathered weights", "buffers"
-_CHECKPOINT_BYTES = 12  # of an element: master and two moments
 
 
 class Place(StrEnum):
@@ -70,6 +70,8 @@ class States:
     """Type of the working weights."""
     micro_batches: int
     """Micro-batches of an optimizer step on one rank; 0 for a frozen model."""
+    has_average: bool = False
+    """Whether a moving average of the weights is kept, each where its master is."""
 
     def at_rest(self) -> list[Item]:
         """Everything that is there between steps."""
@@ -140,11 +142,11 @@ class States:
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; state on disk is not copied."""
         here, away = self._split
-        return (here if self.offload_optimizer == OffloadDevice.nvme else here + away) * _CHECKPOINT_BYTES
+        return (here if self.offload_optimizer == OffloadDevice.nvme else here + away) * self._checkpoint_bytes
 
     def in_a_checkpoint(self) -> int:
         """Disk bytes of this rank's share of a checkpoint."""
-        return sum(self._split) * _CHECKPOINT_BYTES
+        return sum(self._split) * self._checkpoint_bytes
 
     def exported(self) -> int:
         """Disk bytes of the model's folder, all of which the first rank writes.
@@ -152,7 +154,8 @@ class States:
         Merged adapters are in fp32 where the working type would lose too much of them, which is not known before.
         """
         plain = [p.numel() for name, p in self._parameters.items() if ".lora_" not in name]
-        return sum(plain) * (4 if len(plain) < len(self._parameters) else self.dtype.itemsize)
+        each = sum(plain) * (4 if len(plain) < len(self._parameters) else self.dtype.itemsize)
+        return each * (2 if self.has_average else 1)
 
     def item(self, part: str, place: Place, *, count: int) -> Item:
         """Bytes of the model."""
@@ -178,6 +181,11 @@ class States:
         """Whether FSDP2 holds the model."""
         alone = self.ranks == 1 and self.offload_param == OffloadDevice.none
         return self.engine.zero_stage > 0 and not alone
+
+    @property
+    def _checkpoint_bytes(self) -> int:
+        """Bytes of an element in a checkpoint: master, two moments and the average."""
+        return 16 if self.has_average else 12
 
     @cached_property
     def _parameters(self) -> dict[str, nn.Parameter]:
@@ -258,6 +266,9 @@ class States:
         masters = narrow or self.offload_param != OffloadDevice.none
         yield self.item(MASTERS, Place.device, count=4 * here if masters else 0)
         yield self.item(MOMENTS, Place.device, count=moments * here)
+        if self.has_average:
+            yield self.item(AVERAGE, Place.device, count=4 * here)
+            yield self.item(AVERAGE, Place.host, count=4 * away)
         if self.offload_optimizer == OffloadDevice.cpu:
             yield self.item(MASTERS, Place.host, count=4 * away)
             yield self.item(MOMENTS, Place.host, count=moments * away)

@@ -1,6 +1,7 @@
 """Arithmetic on shapes, against numbers worked by hand and against what a real engine holds."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,16 @@ def test_bf16_moments_fp32_weights_and_frozen_models(folder):
 def test_a_checkpoint_has_masters_and_moments(folder):
     found = states(folder, zero_stage=1, offload_optimizer="cpu")
     assert found.in_a_checkpoint() == found.copied_for_a_checkpoint() == 12 * NUMEL
+
+
+def test_a_moving_average_is_where_the_masters_are(folder):
+    """Four bytes an element, in a checkpoint too, and a second folder of the model."""
+    with_one, without = replace(states(folder), has_average=True), states(folder)
+    assert at_rest(with_one)["average of weights", Place.device] == 4 * NUMEL
+    assert with_one.in_a_checkpoint() == without.in_a_checkpoint() + 4 * NUMEL
+    assert with_one.exported() == 2 * without.exported()
+    on_host = replace(states(folder, zero_stage=1, device=CUDA, offload_optimizer=OffloadDevice.cpu), has_average=True)
+    assert at_rest(on_host)["average of weights", Place.host] == 4 * NUMEL
 
 
 def test_a_cuda_optimizer_on_the_host(folder):

@@ -96,7 +96,9 @@ def test_every_iteration_is_logged_whole(one_rank):
 def test_a_stage_logs_what_the_registry_says_and_nothing_else(one_rank, stage):
     folder, _ = one_rank
     logged = {name for row in rows(folder / stage / "metrics.jsonl") for name in row} - {"step", "time"}
-    elsewhere = {"memory/device_bytes", "actor/kl_clamped"}  # on a GPU, in grpo; the others in fp16
+    elsewhere = {"memory/device_bytes", "actor/kl_clamped", "ema/*"}  # on a GPU, in grpo, with ema_decay
+    elsewhere |= {"rollout/groups_equal", "rollout/further_rollouts"}  # with dynamic_sampling
+    elsewhere |= {"rollout/mismatch_weight", "rollout/mismatch_left_out"}  # with mismatch.correction; the rest in fp16
     elsewhere |= {name for name in METRICS if name.endswith(("/loss_scale", "/scale_search_steps"))}
     registered = {name for name, entry in METRICS.items() if stage in entry.stages} - elsewhere
     families = {name for name in registered if name.endswith("/*")}

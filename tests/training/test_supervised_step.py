@@ -13,6 +13,6 @@ def test_a_stage_that_learns_from_examples_is_described_by_its_settings(stage):
     settings = SUPERVISED[stage]
     assert settings.objective in OBJECTIVES
     assert settings.rows in READERS
-    assert list(PHASES[stage]["train"]) == [settings.kind]
+    assert "model" in PHASES[stage]["train"]
     assert stage in ALL
     assert story_of(stage).__name__ == f"run_{stage}"
