@@ -80,7 +80,7 @@ def ours(case: Case, folder: Path) -> Step:
     from rlhf.config.stage_configs import OptimizerConfig
     from rlhf.engine.engine import build_engine
     from rlhf.models.causal_lm import causal_lm_module
-    from rlhf.models.meta_init import assemble
+    from rlhf.models.model_spec import assemble
     from rlhf.runtime.dist import start
 
     world, config = start(case["device"]), llama(case["size"])

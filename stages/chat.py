@@ -24,8 +24,8 @@ from rlhf.chat.terminal import Terminal, interrupts
 from rlhf.config.eval_config import PromptStyle
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.models.meta_init import decoder_config, max_positions
 from rlhf.models.model_folder import local_folder
+from rlhf.models.model_spec import decoder_config, max_positions
 from rlhf.runtime import dist, launch
 from rlhf.runtime.dist import World
 from stages.lifecycle.stage_models import open_model

@@ -13,10 +13,14 @@ import torch
 from rlhf.chat.conversation import Conversation, Turn, messages
 from rlhf.engine.engine import Engine
 from rlhf.generation.generate import Decoding, generate
-from rlhf.generation.text_streamer import TextStream
 from rlhf.text.tokenize_rows import tokenize_prompt
 from rlhf.text.tokenizer import Tokenizer, decode, load_tokenizer, stop_token_ids
 from rlhf.types import PromptBatch
+
+_REPLACEMENT = "\ufffd"
+_HELD = 3  # a character has four bytes at most, so up to three tokens wait for its last byte
+_WINDOW = 32  # tokens that are decoded again with each new one
+_CONTEXT = 8  # tokens that stay when the window moves: some decoders look at what comes before
 
 
 @dataclass(frozen=True)
@@ -100,6 +104,62 @@ class ChatModel:
 
     def _tokenize(self, turns: Sequence[Turn], *, question: str, system: str) -> list[int]:
         return tokenize_prompt(self.tokenizer, {"prompt": messages(turns, question, label=self.label, system=system)})
+
+
+class TextStream:
+    """The text of a sequence that grows token by token, in pieces that are never taken back.
+
+    A token may end in the middle of a character. A decoder then shows a replacement character, which the next token
+    removes again, so text that could still change is held back until it cannot.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        """Start with no text; `decode` turns token ids into text."""
+        self.text = ""
+        """Every piece so far."""
+        self._decode = decode
+        self._window: list[int] = []
+        self._shown = 0  # characters of the window's text that are in `text`
+
+    def add(self, token: int) -> str:
+        """Add a token; returns the text that has become certain, often none."""
+        self._window.append(token)
+        piece = self._take(self._certain())
+        if len(self._window) > _WINDOW:
+            self._move()
+        return piece
+
+    def rest(self) -> str:
+        """The text that was held back, once no token follows."""
+        return self._take(self._decode(self._window))
+
+    def _certain(self) -> str:
+        """The text up to the last token that completes a character.
+
+        It is decoded without the tokens after it, since some decoders give up a whole run of bytes for an unfinished
+        one. Bytes that can never become text are certain once they are older than `_HELD` tokens.
+        """
+        whole = decoded = self._decode(self._window)
+        for held in range(1, _HELD + 1):
+            if not decoded.endswith(_REPLACEMENT):
+                return decoded
+            decoded = self._decode(self._window[:-held])
+        return decoded if not decoded.endswith(_REPLACEMENT) else whole[:-_HELD]
+
+    def _move(self) -> None:
+        """Drop old tokens at a place where the rest begins with a whole character and nothing is held back."""
+        for start in range(len(self._window) - _CONTEXT - _HELD, len(self._window) - _CONTEXT + 1):
+            kept = self._decode(self._window[start:])
+            if not kept.startswith(_REPLACEMENT) and not kept.endswith(_REPLACEMENT):
+                del self._window[:start]
+                self._shown = len(kept)
+                return
+
+    def _take(self, decoded: str) -> str:
+        piece = decoded[self._shown :]
+        self._shown = max(self._shown, len(decoded))
+        self.text += piece
+        return piece
 
 
 def one_prompt(ids: Sequence[int], *, sample: int, device: torch.device) -> PromptBatch:

@@ -25,8 +25,7 @@ from rlhf.engine.materialize import allocate, fill, working_dtype
 from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.updater import StepResult, Updater
-from rlhf.models.meta_init import ModelSpec
-from rlhf.models.transforms import enable_activation_checkpointing
+from rlhf.models.model_spec import ModelSpec, enable_activation_checkpointing
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.process import return_freed_memory, trim
 

@@ -25,7 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.models.lora import adapted_layers
-from rlhf.models.meta_init import ModelSpec
+from rlhf.models.model_spec import ModelSpec
 
 ParameterGroup = dict[str, nn.Parameter]
 """Parameters by name."""

@@ -19,7 +19,7 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice, Precision
 from rlhf.engine.fsdp_units import local_rows, local_shard, sharded_like
 from rlhf.engine.offload.placement import offload_weights
 from rlhf.engine.sharding import Sharding
-from rlhf.models.meta_init import ModelSpec
+from rlhf.models.model_spec import ModelSpec
 from rlhf.runtime.dist import World
 
 

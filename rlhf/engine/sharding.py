@@ -41,7 +41,7 @@ from rlhf.engine.fsdp_units import (
 )
 from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.offload.working_weights import OffloadedWeights
-from rlhf.models.meta_init import ModelSpec
+from rlhf.models.model_spec import ModelSpec
 from rlhf.runtime.dist import World, device_mesh
 
 

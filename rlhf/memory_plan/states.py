@@ -27,7 +27,7 @@ from rlhf.engine.offload.placement import num_offloaded, offload_device, units_i
 from rlhf.engine.offload.transfers import HUGE_PAGE
 from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
-from rlhf.models.meta_init import ModelSpec
+from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 AVERAGE = "average of weights"

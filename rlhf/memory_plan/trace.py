@@ -34,10 +34,16 @@ from rlhf.config.run_config import Embedded
 from rlhf.config.stage_configs import LoraConfig, ModelKind
 from rlhf.models.causal_lm import causal_lm_module
 from rlhf.models.embedded import embedded_config
-from rlhf.models.meta_init import ModelSpec, assemble, decoder_config
 from rlhf.models.model_folder import local_folder
+from rlhf.models.model_spec import (
+    ModelSpec,
+    assemble,
+    decoder_config,
+    enable_activation_checkpointing,
+    first_layers,
+    with_dropout,
+)
 from rlhf.models.scalar_head import ScalarHeadModel, classifier_module
-from rlhf.models.transforms import enable_activation_checkpointing, first_layers, with_dropout
 
 ACTIVATIONS, LOGITS, CACHE = "activations", "logits and loss", "KV cache"
 DECODING_CALLS = 2

@@ -1,4 +1,4 @@
-"""Causal language models: the actor, the reference, and the model of SFT."""
+"""Causal language models: the actor, the reference, and the model that SFT trains."""
 
 from __future__ import annotations
 
@@ -8,15 +8,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf.config.stage_configs import LoraConfig
-from rlhf.models.meta_init import ModelSpec, assemble, build_on_meta, decoder_config
-from rlhf.models.model_folder import Checkpoint, local_folder
-from rlhf.models.transforms import with_dropout
+from rlhf.models.model_folder import ModelFolder, local_folder
+from rlhf.models.model_spec import ModelSpec, assemble, build_on_meta, decoder_config, with_dropout
 from rlhf.models.weights import open_weights
 from rlhf.runtime.errors import reading
 
 
 def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> ModelSpec:
-    """The language model at `path`, any decoder that transformers knows.
+    """The language model at `path`: any decoder that transformers knows.
 
     Args:
         path: A folder, or a hub id.
@@ -28,18 +27,18 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
         A spec whose module is the plain `AutoModelForCausalLM`.
 
     Raises:
-        ValueError: `path` is no decoder with safetensors weights.
+        ValueError: `path` is not a decoder with safetensors weights.
     """
     folder = local_folder(path)
     config = decoder_config(folder)
-    checkpoint = Checkpoint(folder)
+    files = ModelFolder(folder)
     module = causal_lm_module(with_dropout(config, dropout))
     module.generation_config = generation_config(folder) or module.generation_config
     config.architectures = [type(module).__name__]
-    # An export writes the checkpoint's own dropout; the modules below have theirs from the other copy.
+    # An export writes the dropout that the folder had; the modules were built from a copy with the dropout asked for.
     config._attn_implementation = module.config._attn_implementation
     module.config = config
-    return assemble(module, open_weights(module, checkpoint), config=config, new={}, lora=lora, seed=seed)
+    return assemble(module, open_weights(module, files), config=config, new={}, lora=lora, seed=seed)
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:
@@ -51,7 +50,7 @@ def generation_config(folder: Path) -> GenerationConfig | None:
 
 
 def causal_lm_module(config: PreTrainedConfig) -> PreTrainedModel:
-    """The modules of a language model of this configuration, parameters on meta."""
+    """A language model of this configuration, with its parameters on meta."""
     module = build_on_meta(AutoModelForCausalLM, config)
     head: nn.Module = module.get_output_embeddings()  # type: ignore[no-untyped-call]
     head.register_forward_pre_hook(_in_one_piece)
@@ -59,7 +58,7 @@ def causal_lm_module(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _in_one_piece(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
-    """The head's input as contiguous memory.
+    """Make the input of the head contiguous.
 
     `logits_to_keep` cuts a window out of the hidden states, and for such a window `nn.Linear` copies the whole head
     once for every sequence: 17 times the work for 64 sequences and 49,152 tokens on a CPU.
@@ -68,12 +67,12 @@ def _in_one_piece(head: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor]:
 
 
 def position_ids(attention_mask: Tensor) -> Tensor:
-    """Position of every token among the real ones, so that left and right padding give equal results.
+    """Position of every token among the real ones, so that left and right padding give the same results.
 
     Args:
-        attention_mask: `[B, T]`, True where a real token is.
+        attention_mask: `[B, T]`, True for real tokens.
 
     Returns:
-        `[B, T]` int64; padding has whatever position is near, and 0 before the first real token.
+        `[B, T]` int64; padding repeats the position before it, and has 0 before the first real token.
     """
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)

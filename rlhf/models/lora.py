@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.config.stage_configs import LoraConfig
-from rlhf.models.weights import NewParameter
+from rlhf.models.weights import NewParameter, plain_name
 
 ADAPTER = "default"  # PEFT's name for the only adapter; it is part of parameter names
 _ALL_LINEAR = "all-linear"
@@ -172,11 +172,6 @@ def merge_adapters(
             weight, change = parts["weight"], _change(parts["lora_A"], parts["lora_B"], layer=layers[layer])
             yield f"{layer}.weight", _merge(weight, change, dtype=dtype or weight.dtype, survival=survival)
     assert not waiting, f"adapters or weights that never arrived: {sorted(waiting)[:3]}"
-
-
-def plain_name(name: str) -> str:
-    """The name that a parameter of an adapted layer has in the base model."""
-    return name.replace(".base_layer.", ".")
 
 
 def save_adapter(folder: Path, module: nn.Module, *, adapters: Mapping[str, Tensor], base: str) -> None:

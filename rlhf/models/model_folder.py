@@ -1,6 +1,6 @@
-"""Finds a model on disk, lists its tensors, and reads rows of one.
+"""Finds a model on disk or on the hub, lists its tensors, and reads rows of one.
 
-Only safetensors are read; nothing is unpickled. Left out: what the tensors mean to a module (see `weights.py`).
+Only safetensors are read; nothing is unpickled. See also: `weights.py`, which fits tensors to a module's parameters.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _HUB_SKIPPED = ["*/*", "consolidated*"]
 
 
 def local_folder(path: str | Path, *, weights: bool = True) -> Path:
-    """The folder that holds the model `path` names.
+    """The folder of the model `path`.
 
     Args:
         path: A folder, or a hub id, which is downloaded into the hub's cache.
-        weights: False leaves them where they are, for whoever only asks how large they are.
+        weights: False downloads only the JSON files, which is enough to know how large the model is.
 
     Raises:
         ValueError: There is no such folder and no such model on the hub, or the hub cannot be reached.
@@ -51,22 +51,22 @@ def local_folder(path: str | Path, *, weights: bool = True) -> Path:
         ) from error
 
 
-class Checkpoint:
-    """The tensors of a folder with `model.safetensors`, or with an index and several shards, memory mapped."""
+class ModelFolder:
+    """A folder with `model.safetensors`, or with an index and several shards; its tensors are memory mapped."""
 
     def __init__(self, folder: Path) -> None:
-        """Open every file, which compares what its header says with its size, and read the names of the tensors.
+        """Open every file, which compares its header with its size, and read the names of the tensors.
 
         Raises:
             ValueError: `folder` holds no safetensors, or not all of them, or one is damaged.
         """
         self.folder = folder
-        expected = _indexed(folder)
-        files = sorted(set(expected.values())) if expected else [_SINGLE]
+        indexed = _indexed(folder)
+        files = sorted(set(indexed.values())) or [_SINGLE]
         self._open: dict[str, Any] = {file: _opened(folder / file) for file in files}
         found = {key: file for file, handle in self._open.items() for key in handle.keys()}  # noqa: SIM118
-        self._file_of = expected or found
-        astray = [key for key, file in expected.items() if found.get(key) != file]
+        self._file_of = indexed or found
+        astray = [key for key, file in indexed.items() if found.get(key) != file]
         if astray:
             raise ValueError(
                 f"Model folder {folder}: {_INDEX} looks for {len(astray)} tensors in files that lack them, such as "
@@ -87,10 +87,7 @@ class Checkpoint:
     def read(self, key: str, rows: slice) -> Tensor:
         """Rows of the tensor `key` on the CPU in its stored type; only these rows are read from disk."""
         handle = self._handle(key)
-        if not self.shape(key):
-            tensor: Tensor = handle.get_tensor(key)
-        else:
-            tensor = handle.get_slice(key)[rows]
+        tensor: Tensor = handle.get_slice(key)[rows] if self.shape(key) else handle.get_tensor(key)
         return tensor
 
     def _handle(self, key: str) -> Any:
@@ -98,16 +95,18 @@ class Checkpoint:
 
 
 def _indexed(folder: Path) -> dict[str, str]:
-    """The file of each tensor by the index; empty where there is one file without an index."""
-    if (folder / _INDEX).is_file():
-        files = read_json(folder / _INDEX, mend="Copy it again.").get("weight_map")
-        if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
-            raise ValueError(f"Model folder {folder}: {_INDEX} has no `weight_map` of files. Copy it again.")
-        _require_shards(folder, set(files.values()))
-        return files
-    if (folder / _SINGLE).is_file():
+    """The file of each tensor by the index; empty for a single file, which has no index."""
+    if not (folder / _INDEX).is_file():
+        if not (folder / _SINGLE).is_file():
+            raise ValueError(_no_weights(folder))
         return {}
-    raise ValueError(_no_weights(folder))
+    files = read_json(folder / _INDEX, mend="Copy it again.").get("weight_map")
+    if not (isinstance(files, dict) and files and all(isinstance(file, str) for file in files.values())):
+        raise ValueError(f"Model folder {folder}: {_INDEX} has no `weight_map` of files. Copy it again.")
+    absent = sorted(file for file in set(files.values()) if not (folder / file).is_file())
+    if absent:
+        raise ValueError(f"Model folder {folder}: {_INDEX} names {absent}, which are not there. Copy them again.")
+    return files
 
 
 def _opened(file: Path) -> Any:
@@ -115,12 +114,6 @@ def _opened(file: Path) -> Any:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is damaged, or cannot be read: {error}. Copy it again.") from error
-
-
-def _require_shards(folder: Path, files: set[str]) -> None:
-    absent = sorted(file for file in files if not (folder / file).is_file())
-    if absent:
-        raise ValueError(f"Model folder {folder}: {_INDEX} names {absent}, which are not there. Copy them again.")
 
 
 def _no_weights(folder: Path) -> str:

@@ -1,13 +1,12 @@
 """Decoders with one scalar per position: the reward model (the last one is the score) and the critic (each is a value).
 
 The modules and their names are those of `AutoModelForSequenceClassification(num_labels=1)`, so an export is loaded by
-plain transformers and scores the same. Left out: pooling and labels, which transformers would do in `forward`.
+plain transformers and gives the same scores. Left out: pooling and labels, which transformers would do in `forward`.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,10 +15,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
 from rlhf.config.stage_configs import LoraConfig
-from rlhf.models.meta_init import ModelSpec, assemble, build_on_meta, decoder_config
-from rlhf.models.model_folder import Checkpoint, local_folder
-from rlhf.models.transforms import first_layers, with_dropout
-from rlhf.models.weights import LoadedWeights, NewParameter, SafetensorsWeights, open_weights
+from rlhf.models.model_folder import ModelFolder, local_folder
+from rlhf.models.model_spec import ModelSpec, assemble, build_on_meta, decoder_config, first_layers, with_dropout
+from rlhf.models.weights import NewParameter, open_weights
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +46,16 @@ class ScalarHeadModel(nn.Module):
         self.config = config
         self._trunk_name = classifier.base_model_prefix
         self.add_module(self._trunk_name, classifier.base_model)
-        self.score = ScalarHead(_head_of(classifier).in_features, 1, bias=False, device="meta")
+        head = classifier.score
+        assert isinstance(head, nn.Linear), "`classifier_module` refuses other heads"
+        self.score = ScalarHead(head.in_features, 1, bias=False, device="meta")
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, *, position_ids: Tensor) -> Tensor:
         """One scalar for each position.
 
         Args:
             input_ids: `[B, T]`, padded on either side.
-            attention_mask: `[B, T]`, True where a real token is.
+            attention_mask: `[B, T]`, True for real tokens.
             position_ids: `[B, T]`, see `rlhf/models/causal_lm.py`.
 
         Returns:
@@ -65,7 +65,7 @@ class ScalarHeadModel(nn.Module):
         hidden = trunk(
             input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
-        # The sum over the one number is no view, and FSDP2 wants none: its hooks hang on what is returned.
+        # FSDP2 registers hooks on the returned tensor, which must not be a view; the sum over one number is none.
         values: Tensor = self.score(hidden).sum(-1)  # [B, T, 1] -> [B, T]
         return values
 
@@ -94,33 +94,28 @@ def scalar_head_model(
         A spec whose module is a `ScalarHeadModel`.
 
     Raises:
-        ValueError: `path` is no decoder with safetensors weights, or its head gives several numbers.
+        ValueError: `path` is not a decoder with safetensors weights, or its head gives several numbers.
     """
     folder = local_folder(path)
     config = classifier_config(folder, num_layers)
-    checkpoint = Checkpoint(folder)
+    files = ModelFolder(folder)
     classifier = classifier_module(with_dropout(config, dropout))
     config.architectures = [type(classifier).__name__]
-    weights = _ScaledHead(open_weights(classifier, checkpoint, optional={HEAD}), head_scale)
-    new = {} if HEAD in weights else {HEAD: _new_head(_head_of(classifier).in_features)}
+    module = ScalarHeadModel(classifier, config)
+    weights = open_weights(classifier, files, optional={HEAD})
+    new: dict[str, NewParameter] = {}
+    if HEAD in weights:
+        stored_rows = weights[HEAD]
+        weights[HEAD] = lambda rows: stored_rows(rows) * head_scale
+    else:
+        # Variance 1 / (D + 1), so that first scores are small (Huang et al. 2024, "The N+ Implementation Details").
+        deviation = (module.score.in_features + 1) ** -0.5
+        new[HEAD] = NewParameter(
+            module.score.weight.shape,
+            fill=lambda head, generator: head.normal_(0.0, deviation, generator=generator),
+        )
     logger.info("%s: %s scalar head.", folder, "new" if new else "loaded the")
-    return assemble(ScalarHeadModel(classifier, config), weights, config=config, new=new, lora=lora, seed=seed)
-
-
-@dataclass(frozen=True)
-class _ScaledHead:
-    """Weights as they are, but for the head."""
-
-    loaded: SafetensorsWeights | LoadedWeights
-    scale: float
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.loaded
-
-    def read(self, name: str, rows: slice) -> Tensor:
-        """See `Weights.read`."""
-        values = self.loaded.read(name, rows)
-        return values * self.scale if name == HEAD else values
+    return assemble(module, weights, config=config, new=new, lora=lora, seed=seed)
 
 
 def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:
@@ -128,7 +123,7 @@ def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:
 
     Args:
         values: `[B, T]`, one scalar per position.
-        attention_mask: `[B, T]`, True where a real token is; every row has one.
+        attention_mask: `[B, T]`, True for real tokens; every row has one.
 
     Returns:
         `[B]`.
@@ -139,7 +134,7 @@ def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:
 
 
 def response_values(values: Tensor, response_length: int) -> Tensor:
-    """The critic's estimate before each response token: that of the position which emits it.
+    """The critic's estimate before each response token, which is the output at the position before that token.
 
     Args:
         values: `[B, T]` over prompt and response.
@@ -157,7 +152,7 @@ def classifier_config(folder: Path, num_layers: int = 0) -> PreTrainedConfig:
     """The configuration of the first layers of the model in `folder` with a scalar head; 0 keeps all of them.
 
     Raises:
-        ValueError: it has a head that gives several numbers, or transformers has no classifier on it.
+        ValueError: It has a head that gives several numbers, or transformers has no classifier on it.
     """
     config = decoder_config(folder)
     is_classifier = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
@@ -170,23 +165,9 @@ def classifier_config(folder: Path, num_layers: int = 0) -> PreTrainedConfig:
 
 
 def classifier_module(config: PreTrainedConfig) -> PreTrainedModel:
-    """The modules of a classifier of this configuration, parameters on meta; raises ValueError for an unknown head."""
+    """A classifier of this configuration, with its parameters on meta; raises ValueError for an unknown head."""
     classifier = build_on_meta(AutoModelForSequenceClassification, config)
     head = dict(classifier.named_children()).get("score")
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"{type(classifier).__name__} has no bias-free linear head named `score`; not supported.")
     return classifier
-
-
-def _head_of(classifier: PreTrainedModel) -> nn.Linear:
-    head = classifier.score
-    assert isinstance(head, nn.Linear), "`classifier_module` refuses other heads"
-    return head
-
-
-def _new_head(width: int) -> NewParameter:
-    """Variance 1 / (D + 1), so that first scores are small (Huang et al. 2024, "The N+ Implementation Details")."""
-    deviation = (width + 1) ** -0.5
-    return NewParameter(
-        shape=torch.Size((1, width)), fill=lambda head, generator: head.normal_(0.0, deviation, generator=generator)
-    )

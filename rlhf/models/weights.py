@@ -1,11 +1,11 @@
-"""Sources of parameter values, read row by row: files, seeds, or a model that transformers converts.
+"""Where the values of a model's parameters come from.
 
-A sharded engine asks for `read(name, rows)` and gets just these rows, so no rank ever holds the model:
+A sharded engine calls `read(name, rows)` and gets just these rows, so no rank ever holds the whole model. They are read
 
-* `SafetensorsWeights`: straight from memory-mapped files, under the names that checkpoints use.
-* `LoadedWeights`: from a model that transformers had to load and convert (mixtures of experts, old layouts).
-* `SeededWeights`: one of the above, plus parameters that no checkpoint has (adapters, a new head), drawn from a
-  generator that knows the seed and the name alone, so that every rank and every number of ranks agrees.
+* from memory-mapped safetensors files, if each parameter has a tensor there;
+* otherwise from a model that transformers has loaded and converted (mixtures of experts, old layouts);
+* for parameters that no checkpoint has (adapters, a new head) from random numbers that depend on the seed and the name
+  alone, so that every rank and every number of ranks agrees.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import hashlib
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from rlhf.models.model_folder import Checkpoint
+from rlhf.models.model_folder import ModelFolder
 
 logger = logging.getLogger(__name__)
 
@@ -32,45 +33,19 @@ class Weights(Protocol):
     """The values of a module's parameters."""
 
     def read(self, name: str, rows: slice) -> Tensor:
-        """Rows of the parameter called `name` in the module.
+        """`parameter[rows]` of the parameter called `name`, on the CPU in its stored type (new parameters: fp32).
 
-        Returns:
-            `parameter[rows]` on the CPU in the checkpoint's type (new parameters: fp32). Vectors are sliced the same
-            way; a scalar parameter is returned whole.
+        Vectors are sliced the same way; a scalar parameter is returned whole.
         """
         ...
 
 
-class SafetensorsWeights:
-    """Weights in a checkpoint whose names map one to one to the module's."""
-
-    def __init__(self, checkpoint: Checkpoint, key_of: Mapping[str, str]) -> None:
-        """Serve `checkpoint`; `key_of` maps a parameter's name to the tensor's name in the files."""
-        self._checkpoint = checkpoint
-        self._key_of = key_of
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._key_of
-
-    def read(self, name: str, rows: slice) -> Tensor:
-        """See `Weights.read`; touches only these rows of the file."""
-        return self._checkpoint.read(self._key_of[name], rows)
-
-
-class LoadedWeights:
-    """Weights in memory."""
-
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """Serve `tensors`, by the module's names."""
-        self._tensors = tensors
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._tensors
+class StoredWeights(dict[str, Callable[[slice], Tensor]]):
+    """Weights that were trained before: by parameter name, a function that reads rows of it."""
 
     def read(self, name: str, rows: slice) -> Tensor:
         """See `Weights.read`."""
-        tensor = self._tensors[name]
-        return tensor[rows] if tensor.dim() else tensor
+        return self[name](rows)
 
 
 @dataclass(frozen=True)
@@ -91,131 +66,117 @@ class NewParameter:
 
 
 class SeededWeights:
-    """Loaded weights and new parameters side by side; also knows the names that PEFT gives to adapted layers."""
+    """Stored weights and new parameters side by side, under the names that PEFT gives to adapted layers."""
 
-    def __init__(self, loaded: Weights, new: Mapping[str, NewParameter], *, seed: int) -> None:
-        """Serve `new` from random numbers of `seed`, everything else from `loaded`."""
-        self._loaded = loaded
-        self._new = new
-        self._seed = seed
+    def __init__(self, stored: Weights, new: Mapping[str, NewParameter], *, seed: int) -> None:
+        """Draw the parameters in `new` from random numbers of `seed`, and read all others from `stored`."""
+        self._stored, self._new, self._seed = stored, new, seed
 
     def read(self, name: str, rows: slice) -> Tensor:
         """See `Weights.read`."""
         if name in self._new:
             return self._new[name].values(name, self._seed)[rows]
-        return self._loaded.read(name.replace(".base_layer.", "."), rows)
+        return self._stored.read(plain_name(name), rows)
 
 
-def open_weights(
-    module: PreTrainedModel, checkpoint: Checkpoint, *, optional: Collection[str] = ()
-) -> SafetensorsWeights | LoadedWeights:
-    """The weights of `module` in `checkpoint`, and the module's persistent buffers filled from it.
+def plain_name(name: str) -> str:
+    """The name that a parameter of an adapted layer has in the model without adapters."""
+    return name.replace(".base_layer.", ".")
 
-    A checkpoint that transformers converts while it loads (experts in one tensor each, an older layout) has no one to
-    one names. Such a model is loaded whole by transformers, once, and a warning says what that costs.
+
+def open_weights(module: PreTrainedModel, files: ModelFolder, *, optional: Collection[str] = ()) -> StoredWeights:
+    """The weights of `module` in a model folder; the module's persistent buffers are filled from it, too.
+
+    If transformers converts tensors while it loads (experts in one tensor each, an older layout), names do not match
+    one to one. Such a model is loaded whole by transformers, once, and a warning says what that costs.
 
     Args:
         module: Parameters on meta, before adapters.
-        checkpoint: Where its values are.
+        files: Where its values are.
         optional: Names that may be absent, such as the head that a causal language model lacks.
 
     Raises:
         ValueError: A parameter has no value, or one of another shape.
     """
-    key_of = plain_keys(module, checkpoint, optional=optional)
-    weights: SafetensorsWeights | LoadedWeights
+    key_of = plain_keys(module, files, optional=optional)
     if key_of is None:
-        weights = _load_whole(module, checkpoint, optional=optional)
+        weights = _load_whole(module, files, optional=optional)
     else:
-        weights = SafetensorsWeights(checkpoint, key_of)
+        weights = StoredWeights({name: partial(files.read, key) for name, key in key_of.items()})
     for name, buffer in persistent_buffers(module):
         if name in weights:
             buffer.copy_(weights.read(name, slice(None)))
     return weights
 
 
-def plain_keys(
-    module: PreTrainedModel, checkpoint: Checkpoint, *, optional: Collection[str] = ()
-) -> dict[str, str] | None:
-    """The tensor of each parameter by name; None where transformers must rename or convert them while it loads.
+def plain_keys(module: PreTrainedModel, files: ModelFolder, *, optional: Collection[str] = ()) -> dict[str, str] | None:
+    """The name in the files of each parameter; None if transformers must rename or convert tensors while it loads.
 
-    Reads no tensor, so that a model is examined before anything is trained.
+    No tensor is read, so this also checks a model before anything is trained.
 
     Raises:
         ValueError: A parameter has no value, or one of another shape.
     """
-    key_of = _keys_by_name(module, checkpoint)
+    key_of = _keys_by_name(module, files)
     missing = [name for name, _ in module.named_parameters() if name not in key_of and name not in optional]
     rules = get_model_conversion_mapping(module)
     changing = rules if missing else [rule for rule in rules if isinstance(rule, WeightConverter)]
-    if any(rule.compiled_sources.search(key) for rule in changing for key in checkpoint.keys()):  # noqa: SIM118
+    if any(rule.compiled_sources.search(key) for rule in changing for key in files.keys()):  # noqa: SIM118
         return None
-    _require_all(module, checkpoint, missing=missing)
-    _require_shapes(module, checkpoint, key_of=key_of)
+    _require_all(module, files, missing=missing)
+    for name, parameter in module.named_parameters():
+        if name in key_of and (found := files.shape(key_of[name])) != parameter.shape:
+            raise ValueError(
+                f"Model folder {files.folder}: tensor {key_of[name]!r} has shape {tuple(found)}, but `config.json` "
+                f"makes it {tuple(parameter.shape)}."
+            )
     return key_of
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and values of the buffers that belong in a checkpoint."""
     parameters = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    for name, tensor in module.state_dict().items():
-        if name not in parameters:
-            yield name, tensor
+    return ((name, tensor) for name, tensor in module.state_dict().items() if name not in parameters)
 
 
-class _Alias(NamedTuple):
-    canonical: str
-    name: str
-
-
-def _aliases(module: nn.Module) -> Iterator[_Alias]:
-    """Every name of every parameter and persistent buffer, with the one that `named_parameters` gives it first."""
-    canonical: dict[int, str] = {}
-    for name, parameter in module.named_parameters(remove_duplicate=False):
-        yield _Alias(canonical.setdefault(id(parameter), name), name)
-    for name, _ in persistent_buffers(module):
-        yield _Alias(name, name)
-
-
-def _keys_by_name(module: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Parameter name -> checkpoint key; a checkpoint may carry the base model's prefix or lack it."""
+def _keys_by_name(module: PreTrainedModel, files: ModelFolder) -> dict[str, str]:
+    """Parameter name -> name in the files, which may have the base model's prefix or lack it."""
     prefix = f"{module.base_model_prefix}."
+    tensors = [*module.named_parameters(remove_duplicate=False), *persistent_buffers(module)]
+    first: dict[int, str] = {}  # a tied parameter goes by its first name; the files may have any of its names
     found: dict[str, str] = {}
-    for canonical, name in _aliases(module):
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            if key in checkpoint:
-                found.setdefault(canonical, key)
+    for alias, tensor in tensors:
+        name = first.setdefault(id(tensor), alias)
+        for key in (alias, alias.removeprefix(prefix), prefix + alias):
+            if key in files:
+                found.setdefault(name, key)
     return found
 
 
-def _require_all(module: nn.Module, checkpoint: Checkpoint, *, missing: list[str]) -> None:
+def _require_all(module: nn.Module, files: ModelFolder, *, missing: list[str]) -> None:
     if missing:
         raise ValueError(
-            f"Model folder {checkpoint.folder}: {len(missing)} parameters of {type(module).__name__} have no value, "
+            f"Model folder {files.folder}: {len(missing)} parameters of {type(module).__name__} have no value, "
             f"such as {missing[:3]}. Is this the whole checkpoint, and does its `config.json` belong to it?"
         )
 
 
-def _require_shapes(module: nn.Module, checkpoint: Checkpoint, *, key_of: Mapping[str, str]) -> None:
-    for name, parameter in module.named_parameters():
-        if name in key_of and checkpoint.shape(key_of[name]) != parameter.shape:
-            raise ValueError(
-                f"Model folder {checkpoint.folder}: tensor {key_of[name]!r} has shape "
-                f"{tuple(checkpoint.shape(key_of[name]))}, but `config.json` makes it {tuple(parameter.shape)}."
-            )
-
-
-def _load_whole(module: PreTrainedModel, checkpoint: Checkpoint, *, optional: Collection[str]) -> LoadedWeights:
+def _load_whole(module: PreTrainedModel, files: ModelFolder, *, optional: Collection[str]) -> StoredWeights:
     logger.warning(
         "%s: the tensors of this checkpoint are converted by transformers while loading, so every process reads the "
         "whole model (%.2f GB in fp32) into host memory before it is sharded.",
-        checkpoint.folder,
+        files.folder,
         sum(parameter.numel() for parameter in module.parameters()) * 4 / 1e9,
     )
     found: Any = type(module).from_pretrained(
-        checkpoint.folder, config=copy.deepcopy(module.config), dtype="auto", output_loading_info=True
+        files.folder, config=copy.deepcopy(module.config), dtype="auto", output_loading_info=True
     )
     loaded, report = found
-    _require_all(module, checkpoint, missing=sorted(set(report["missing_keys"]) - set(optional)))
-    present = {name: tensor for name, tensor in loaded.state_dict().items() if name not in report["missing_keys"]}
-    return LoadedWeights(present)
+    absent = report["missing_keys"]
+    _require_all(module, files, missing=sorted(set(absent) - set(optional)))
+    present = {name: tensor for name, tensor in loaded.state_dict().items() if name not in absent}
+    return StoredWeights({name: partial(_rows_of, tensor) for name, tensor in present.items()})
+
+
+def _rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    return tensor[rows] if tensor.dim() else tensor

@@ -21,8 +21,8 @@ from rlhf.engine.engine import Engine, build_engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.export import export
-from rlhf.models.meta_init import ModelSpec
 from rlhf.models.model_folder import local_folder
+from rlhf.models.model_spec import ModelSpec
 from rlhf.models.scalar_head import scalar_head_model
 from rlhf.rewards import ScoreScale
 from rlhf.runtime.dist import World, broadcast_object

@@ -16,15 +16,59 @@ from pathlib import Path
 from rlhf.chat.chat_model import chat_tokenizer
 from rlhf.config.roles import Role, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
+from rlhf.config.stage_configs import ModelKind
+from rlhf.models.causal_lm import causal_lm_module, generation_config
 from rlhf.models.embedded import prepare
-from rlhf.models.model_folder import local_folder
-from rlhf.models.validate import ModelFacts, validate_model
+from rlhf.models.model_folder import ModelFolder, local_folder
+from rlhf.models.model_spec import decoder_config, max_positions
+from rlhf.models.scalar_head import HEAD, classifier_config, classifier_module
+from rlhf.models.weights import plain_keys
 from rlhf.runtime.dist import World, broadcast_object
 from rlhf.text.tokenizer import Tokenizer, load_tokenizer, stop_token_ids, template_fingerprint
 from stages.lifecycle.session import stage_tokenizer
 from stages.lifecycle.stage_record import check_seal, is_finished, read_record
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A model that can be loaded."""
+
+    folder: Path
+    rows: int
+    """Rows of its embedding: it can read token ids below this."""
+    positions: int
+    """The longest sequence that it was made for, in tokens."""
+    has_scores: bool
+    """Whether it has a scalar head that was trained."""
+
+
+def validate_model(folder: Path, head: ModelKind, *, num_layers: int = 0) -> ModelFacts:
+    """Check that the model in `folder` can be loaded with the head `head`, reading no more than headers of files.
+
+    Args:
+        folder: with `config.json` and safetensors.
+        head: the head it will be used with; a scalar head need not exist yet.
+        num_layers: use only the first layers; 0 all.
+
+    Raises:
+        ValueError: a file is missing or damaged, tensors are missing or do not have the shape that `config.json` gives
+            them, or the model cannot be used.
+    """
+    if (folder / "adapter_config.json").is_file():
+        ModelFolder(folder)  # its error says what to do with an adapter
+    config, files = decoder_config(folder), ModelFolder(folder)
+    if head is ModelKind.causal_lm:
+        if HEAD in files:
+            raise ValueError(f"{folder} is a reward model or critic, which gives scores; expected one that speaks.")
+        keys = plain_keys(causal_lm_module(config), files)
+        generation_config(folder)
+    else:
+        keys = plain_keys(classifier_module(classifier_config(folder, num_layers)), files, optional={HEAD})
+    if keys is None:
+        log.warning("%s: transformers converts its tensors; whether all are there shows when it is loaded.", folder)
+    return ModelFacts(folder, int(config.vocab_size), max_positions(config), has_scores=HEAD in files)
 
 
 class _Inspector:

@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.engine import build_engine
-from rlhf.models.meta_init import ModelSpec
+from rlhf.models.model_spec import ModelSpec
 
 VOCAB, LENGTH, SEQUENCES = 101, 10, 8
 

@@ -21,8 +21,7 @@ from transformers import (
 
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm, position_ids
-from rlhf.models.export import export
-from rlhf.models.safetensors_writer import Entry, SafetensorsFile
+from rlhf.models.export import Entry, SafetensorsFile, export
 from rlhf.models.scalar_head import last_token_scores, scalar_head_model
 from rlhf.runtime.errors import RunError
 from tests.models import tiny

@@ -5,7 +5,7 @@ from torch.distributed.fsdp import fully_shard
 
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm
-from rlhf.models.transforms import find_blocks
+from rlhf.models.model_spec import find_blocks
 from rlhf.runtime import dist
 from tests.models import tiny
 from tests.ranks import run_on_ranks

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor
-from rlhf.models.safetensors_writer import Entry, SafetensorsFile
+from rlhf.models.export import Entry, SafetensorsFile
 
 BLOCK = 4 << 20
 """Bytes that share a checksum."""

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 
-from rlhf.generation.text_streamer import TextStream
+from rlhf.chat.chat_model import TextStream
 from rlhf.text.tokenizer import decode, load_tokenizer
 from tests.fakes import byte_fallback_tokenizer, chat_tokenizer
 
