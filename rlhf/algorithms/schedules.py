@@ -7,7 +7,7 @@ Steps count from 0, and `step` is the one about to be taken. Two conventions kee
 * The decay starts at 1 right after the warm-up and would arrive at `min_ratio` one step *after* the last one, so that
   the last step still learns.
 
-See also: `rlhf.deepspeed.arithmetic.py`, DeepSpeed's shapes, which follow its conventions instead.
+See also: `rlhf/deepspeed/arithmetic.py`, DeepSpeed's shapes, which follow its conventions instead.
 """
 
 from __future__ import annotations

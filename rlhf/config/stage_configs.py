@@ -49,6 +49,8 @@ class Schedule(StrEnum):
     warmup_lr = "warmup_lr"
     warmup_decay_lr = "warmup_decay_lr"
     warmup_cosine_lr = "warmup_cosine_lr"
+    one_cycle = "one_cycle"
+    lr_range_test = "lr_range_test"
 
 
 _OWN_SCHEDULES = (Schedule.constant, Schedule.linear, Schedule.cosine)

@@ -1,6 +1,6 @@
 """DeepSpeed's own arithmetic, value for value: learning-rate schedules and batch sizes.
 
-Left out: OneCycle and LRRangeTest, and several parameter groups with learning rates of their own.
+Left out: several parameter groups with learning rates of their own.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, NamedTuple
 
 from rlhf.deepspeed.keys import AUTO, integer
@@ -35,7 +35,7 @@ def deepspeed_schedule(
         options: fields of the shape.
 
     Raises:
-        ValueError: an option that the shape does not have.
+        ValueError: an option that the shape does not have, lacks, or cannot use.
     """
     shape = SHAPES[kind]
     names = [field.name for field in fields(shape)]
@@ -43,20 +43,33 @@ def deepspeed_schedule(
     if unknown:
         raise ValueError(f"schedule {kind}: found {', '.join(unknown)}, expected some of {', '.join(names)}")
     own = {"lr": lr, "warmup_num_steps": warmup_steps, "total_num_steps": total_steps}
-    return shape(**{name: value for name, value in own.items() if name in names} | dict(options))
+    given = {name: value for name, value in own.items() if name in names} | dict(options)
+    missing = [field.name for field in fields(shape) if field.default is MISSING and field.name not in given]
+    if missing:
+        raise ValueError(f"schedule {kind}: lacks {', '.join(missing)}")
+    return shape(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DeepSpeedSchedule(ABC):
-    """A warm-up, by the logarithm of the step or in a line, and what follows it."""
-
-    lr: float
-    warmup_num_steps: int = 1000
-    warmup_type: str = "log"
+    """The learning rate, and perhaps AdamW's betas, as functions of the step."""
 
     @abstractmethod
     def lr_at(self, step: int) -> float:
         """Learning rate of `step`."""
+
+    def betas_at(self, step: int) -> tuple[float, float] | None:
+        """AdamW's betas at `step`; None where the schedule leaves them alone."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Warmup(DeepSpeedSchedule):
+    """A warm-up, by the logarithm of the step or in a line."""
+
+    lr: float
+    warmup_num_steps: int = 1000
+    warmup_type: str = "log"
 
     @property
     def _num_steps(self) -> int:
@@ -73,7 +86,7 @@ class DeepSpeedSchedule(ABC):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupLR(DeepSpeedSchedule):
+class WarmupLR(_Warmup):
     """From the lowest to the highest rate, then constant."""
 
     warmup_min_lr: float = 0.0
@@ -101,7 +114,7 @@ class WarmupDecayLR(WarmupLR):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WarmupCosineLR(DeepSpeedSchedule):
+class WarmupCosineLR(_Warmup):
     """Shares of the optimizer's rate: a warm-up, then half a cosine down to `cos_min_ratio`."""
 
     total_num_steps: int
@@ -120,10 +133,98 @@ class WarmupCosineLR(DeepSpeedSchedule):
         return self.lr * max(0.0, ratio)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LRRangeTest(DeepSpeedSchedule):
+    """A rate that only grows, to find the largest that still learns."""
+
+    lr_range_test_min_lr: float = 1e-3
+    lr_range_test_step_size: int = 2000
+    lr_range_test_step_rate: float = 1.0
+    lr_range_test_staircase: bool = False
+
+    def __post_init__(self) -> None:
+        if self.lr_range_test_step_size <= 0:
+            raise ValueError(f"found lr_range_test_step_size {self.lr_range_test_step_size}, expected 1 or more")
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of `step`."""
+        intervals = step / self.lr_range_test_step_size
+        grown = math.floor(intervals) if self.lr_range_test_staircase else intervals
+        return self.lr_range_test_min_lr * (1 + self.lr_range_test_step_rate * grown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneCycle(DeepSpeedSchedule):
+    """One climb and descent of the rate (Smith 2018), the first beta going the other way; then a decay."""
+
+    cycle_min_lr: float
+    cycle_max_lr: float
+    decay_lr_rate: float = 0.0
+    cycle_first_step_size: float = 2000
+    cycle_second_step_size: float | None = None  # None: the first
+    cycle_first_stair_count: int = 0
+    cycle_second_stair_count: int | None = None  # None: the first
+    decay_step_size: float = 0
+    cycle_momentum: bool = True
+    cycle_min_mom: float = 0.8
+    cycle_max_mom: float = 0.9
+    decay_mom_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.cycle_first_step_size <= 0 or self._second < 0:
+            raise ValueError(
+                f"found cycle_first_step_size {self.cycle_first_step_size} and cycle_second_step_size {self._second}, "
+                "expected above 0, and 0 or more"
+            )
+
+    @property
+    def _second(self) -> float:
+        return self.cycle_first_step_size if self.cycle_second_step_size is None else self.cycle_second_step_size
+
+    @property
+    def _total(self) -> float:
+        return self.cycle_first_step_size + self._second
+
+    def lr_at(self, step: int) -> float:
+        """Learning rate of `step`."""
+        if step - 1 < self._total:
+            return self.cycle_min_lr + (self.cycle_max_lr - self.cycle_min_lr) * self._height(step)
+        return self.cycle_min_lr / (1 + self.decay_lr_rate * self._decays(step))
+
+    def betas_at(self, step: int) -> tuple[float, float] | None:
+        """AdamW's betas at `step`; None where `cycle_momentum` is off."""
+        low, high = self.cycle_min_mom, self.cycle_max_mom
+        if step == 0:
+            beta1 = low  # DeepSpeed starts at the lower end, and jumps to the upper
+        elif step - 1 < self._total:
+            beta1 = high - (high - low) * self._height(step)
+        else:
+            beta1 = high * (1 + self.decay_mom_rate * self._decays(step))
+        return (beta1, 0.99) if self.cycle_momentum else None
+
+    def _decays(self, step: int) -> float:
+        return (step - self._total) / self.decay_step_size if self.decay_step_size else 0.0
+
+    def _height(self, step: int) -> float:
+        """0 at the ends of the cycle and 1 at its peak, climbing in stairs where there are any."""
+        first, total = self.cycle_first_step_size, self._total
+        peak, here = first / total, 1.0 + step / total - math.floor(1 + step / total)
+        climbs, stairs = here <= peak, self.cycle_first_stair_count
+        if not climbs and self.cycle_second_stair_count is not None:
+            stairs = self.cycle_second_stair_count
+        if stairs <= 0:
+            return here / peak if climbs else (here - 1) / (peak - 1)
+        offset = step % total
+        climbed = offset * stairs / first if offset <= first else (total - offset) * stairs / self._second
+        return math.floor(climbed) / stairs
+
+
 SHAPES: dict[str, type[DeepSpeedSchedule]] = {
     "warmup_lr": WarmupLR,
     "warmup_decay_lr": WarmupDecayLR,
     "warmup_cosine_lr": WarmupCosineLR,
+    "one_cycle": OneCycle,
+    "lr_range_test": LRRangeTest,
 }
 
 

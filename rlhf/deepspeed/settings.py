@@ -109,6 +109,8 @@ def read_engine(reading: Reading, own: EngineConfig) -> None:
         _read_stage(reading, own)
     if reading.has("fp16") or reading.has("bf16"):
         _read_precision(reading, own)
+    if reading.value("torch_autocast.enabled"):
+        _read_autocast(reading)
     names = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints")
     asked = [path for name in names if reading.value(path := f"activation_checkpointing.{name}")]
     if asked:
@@ -218,6 +220,17 @@ def _read_blocks(reading: Reading) -> None:
 
 
 # Precision.
+
+
+def _read_autocast(reading: Reading) -> None:
+    """Autocast may be to bf16, in which whole blocks compute here, with fp32 masters as in DeepSpeed."""
+    key, dtype = "torch_autocast.enabled", reading.value("torch_autocast.dtype")
+    if dtype not in ("bf16", "bfloat16", "torch.bfloat16") or reading.value("fp16.enabled"):
+        raise ValueError(
+            f"{reading.where(key)}=true, with dtype={dtype}: expected dtype=bfloat16, and fp16 off. For another "
+            f"precision switch on bf16 or fp16 instead, and this off."
+        )
+    reading.sets("engine.precision", Precision.bf16, key=key, also=("torch_autocast.dtype", *_ENABLED))
 
 
 def _read_precision(reading: Reading, own: EngineConfig) -> None:

@@ -85,7 +85,7 @@ class Updater:
         if not skip:
             # The optimizer applies the factor as it reads each gradient: no pass over memory for clipping.
             factor = self._clip(norm) / scale.value
-            self.optimizer.step(touched, lr=result.lr, scale=factor)
+            self.optimizer.step(touched, lr=result.lr, scale=factor, betas=self.betas)
             self.steps_taken += 1
             if self.average is not None:
                 self.average.update()
@@ -106,6 +106,12 @@ class Updater:
             warmup_steps=config.warmup_of(self._total_steps),
             min_ratio=config.min_ratio,
         )
+
+    @property
+    def betas(self) -> tuple[float, float] | None:
+        """AdamW's betas of the next step where DeepSpeed's OneCycle moves them; None: those of the settings."""
+        schedule = self._deepspeed_schedule
+        return None if schedule is None else schedule.betas_at(self.steps_taken)
 
     def counters(self) -> dict[str, Any]:
         """All that a resumed run needs besides tensors."""

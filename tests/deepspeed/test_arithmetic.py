@@ -19,10 +19,16 @@ def schedule_of(kind, options, *, lr=LR, warmup_steps=0, total_steps=999):
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: f"{case['kind']}-{len(case['options'])}-{len(case['lr'])}")
-def test_every_step_has_deepspeeds_rate(case):
-    schedule = schedule_of(case["kind"], {"warmup_num_steps": 1000, **case["options"]})
-    found = [schedule.lr_at(step) for step in range(len(case["lr"]))]
-    assert found == pytest.approx(case["lr"], rel=1e-12, abs=1e-18)
+def test_every_step_has_deepspeeds_rate_and_betas(case):
+    options = {"warmup_num_steps": 1000, **case["options"]} if "warmup" in case["kind"] else case["options"]
+    schedule, steps = schedule_of(case["kind"], options), range(len(case["lr"]))
+    assert [schedule.lr_at(step) for step in steps] == pytest.approx(case["lr"], rel=1e-12, abs=1e-18)
+    found = [schedule.betas_at(step) for step in steps]
+    if case["betas"]:
+        expected = [value for pair in case["betas"] for value in pair]
+        assert [value for pair in found for value in pair] == pytest.approx(expected)
+    else:
+        assert set(found) == {None}
 
 
 def test_every_shape_is_covered():
@@ -41,9 +47,18 @@ def test_what_the_options_leave_out_is_the_runs():
     assert own == schedule_of("warmup_decay_lr", explicit, total_steps=99)
 
 
-def test_options_that_a_shape_does_not_have_are_refused():
-    with pytest.raises(ValueError, match="found warmup_steps, expected some of lr, warmup_num_steps"):
-        schedule_of("warmup_lr", {"warmup_steps": 3})
+@pytest.mark.parametrize(
+    ("kind", "options", "sentence"),
+    [
+        ("warmup_lr", {"warmup_steps": 3}, "found warmup_steps, expected some of lr, warmup_num_steps"),
+        ("lr_range_test", {"lr_range_test_step_size": 0}, "found lr_range_test_step_size 0, expected 1 or more"),
+        ("one_cycle", {"cycle_min_lr": 0, "cycle_max_lr": 1, "cycle_first_step_size": 0}, "cycle_first_step_size 0"),
+        ("one_cycle", {"cycle_min_lr": 0}, "one_cycle: lacks cycle_max_lr"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(kind, options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        schedule_of(kind, options)
 
 
 @pytest.mark.parametrize("case", BATCHES, ids=str)

@@ -36,6 +36,7 @@ _OWN_VALUES = {
     "scheduler.params.warmup_max_lr": 0.2,
     "scheduler.params.warmup_num_steps": 3,
     "scheduler.params.warmup_type": "linear",
+    "torch_autocast.dtype": "bfloat16",
     "zero_optimization.stage": 3,
     "zero_optimization.offload_optimizer.device": "cpu",
     "zero_optimization.offload_param.device": "cpu",
@@ -71,6 +72,10 @@ def configuration(chosen, *, draw=None):
     both = [content.get(half, {}).get("enabled") for half in ("fp16", "bf16")]
     if None not in both:
         content["fp16"]["enabled"] = False
+    if content.get("torch_autocast", {}).get("enabled"):
+        content["torch_autocast"]["dtype"] = "bfloat16"
+        if "fp16" in content:
+            content["fp16"]["enabled"] = False
     return content
 
 
@@ -137,6 +142,9 @@ def test_every_key_in_company_has_a_line(seed, caplog):
         {"optimizer": {"params": {"lr": 1, "betas": [0, 1]}}, "scheduler": {"params": {"warmup_num_steps": 3}}},
         {"optimizer": {"type": "AdamW", "params": "auto"}, "gradient_clipping": None, "amp": {"enabled": False}},
         {"data_efficiency": {"enabled": False, "data_routing": {"enabled": True, "random_ltd": {"x": 1}}}},
+        {"torch_autocast": {"enabled": True, "dtype": "bfloat16"}, "bf16": {"enabled": True, "auto_cast": False}},
+        {"scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": 0.1, "cycle_max_lr": [1], "decay_lr_rate": "auto",
+                                                      "last_batch_iteration": -1, "cycle_second_step_size": None}}},
         {"scheduler": {"type": "WarmupLR", "params": {"warmup_min_lr": [0.1], "warmup_type": "odd",
                                                       "warmup_num_steps": "auto", "last_batch_iteration": -1}}},
         {"train_batch_size": "auto", "train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": None},

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from rlhf.deepspeed.arithmetic import WarmupCosineLR
+from rlhf.deepspeed.arithmetic import OneCycle
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
 from tests.engine import plain, scenarios, tiny
@@ -64,15 +64,16 @@ def test_a_frozen_engine_takes_no_steps():
         engine.step()
 
 
-def test_a_schedule_of_deepspeed_reaches_the_update():
-    """Value for value what `torch.optim.AdamW` does when its group's rate is set before each step."""
-    shape = {"warmup_num_steps": 2, "total_num_steps": 6, "warmup_min_ratio": 0.1}
-    settings = tiny.optimizer_config(schedule="warmup_cosine_lr", schedule_options=shape, max_grad_norm=0)
+def test_a_schedule_that_cycles_the_betas_reaches_the_update():
+    """Value for value what `torch.optim.AdamW` does when its group's rate and betas are set before each step."""
+    cycle = {"cycle_min_lr": 1e-4, "cycle_max_lr": 3e-3, "cycle_first_step_size": 3, "cycle_second_step_size": 4}
+    settings = tiny.optimizer_config(schedule="one_cycle", schedule_options=cycle, warmup_steps=0, max_grad_norm=0)
     engine, model = tiny.engine(World.alone(), 0, optimizer=settings), tiny.reference()
     optimizer = plain.adamw(model)
     for step in range(5):
         for group in optimizer.param_groups:
-            group["lr"] = WarmupCosineLR(lr=settings.lr, **shape).lr_at(step)
+            group["lr"], group["betas"] = OneCycle(**cycle).lr_at(step), OneCycle(**cycle).betas_at(step)
+        assert group["betas"][1] == 0.99
         tiny.train_step(engine, step)
         ids, counts = tiny.batch(step)
         optimizer.zero_grad()
@@ -86,4 +87,4 @@ def test_the_runs_own_schedule_is_a_share_of_the_rate():
     settings = tiny.optimizer_config(lr=0.5, schedule="linear", warmup_steps=0)
     updater = tiny.engine(World.alone(), 0, optimizer=settings)._updater
     updater.steps_taken = 1
-    assert updater.lr == 0.5 * 0.9  # 10 steps
+    assert (updater.lr, updater.betas) == (0.5 * 0.9, None)  # 10 steps; the betas are those of the settings
