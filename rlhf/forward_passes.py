@@ -1,6 +1,6 @@
 """Forward passes over prompts with responses: log-probabilities, entropies, values, and the outputs of a scalar head.
 
-Rows of similar length go through a model together, without columns that are padding in all of them.
+Rows of similar length go through a model together, without the columns that are padding in all of them.
 """
 
 from __future__ import annotations
@@ -58,9 +58,9 @@ def scalar_outputs(model: Callable[..., Tensor], batch: Responses) -> Tensor:
 def in_pieces(responses: Responses, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
     """Apply `function` to pieces of `size` rows of similar length, trimmed; `[K, b, r]` each, together `[K, B, R]`.
 
-    Training cuts its minibatches into other pieces. In fp32 that changes nothing that matters; with 16-bit weights a
-    kernel may round a row differently in another shape, so before the first update some of the new log-probabilities
-    already differ from the old ones (in bf16 every twelfth, by up to 0.2).
+    Training cuts its minibatches into other pieces. In fp32 the difference does not matter. With 16-bit weights a
+    kernel may round a row differently in another shape, so some of the new log-probabilities differ from the old ones
+    even before the first update (in bf16 every twelfth, by up to 0.2).
     """
     found: Tensor | None = None
     for rows in responses.pieces(size):

@@ -1,4 +1,4 @@
-"""Runs a composed configuration: checks it, then runs the stages here, on ranks that we start, or under torchrun.
+"""Runs a composed configuration: checks it, then runs its stages here, on ranks that it starts, or under torchrun.
 
 Finished stages are skipped. See also: `stages/setup/command_line.py`, and `stages/setup/sweep.py` for several runs.
 """
@@ -19,7 +19,7 @@ from rlhf.runtime.dist import World, broadcast_object, start, stop
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.provenance import record_start
-from stages.lifecycle.signals import Stopped
+from stages.lifecycle.checkpointing import Stopped
 from stages.lifecycle.stage_record import check_shared, is_finished, lock_folder
 from stages.lifecycle.summary import show_results, where_it_stands, write_report
 from stages.setup.command_line import one_sentence
@@ -36,7 +36,7 @@ def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
     Args:
         run: the composed configuration.
         overridden: dotted names of the settings given on the command line.
-        script: the program that the ranks we start run, with `WORKER`.
+        script: the program that started ranks run, with `WORKER` as its first argument.
     """
     with one_sentence():
         world = start_rank(run) if launch.under_torchrun() else World.alone()
@@ -64,7 +64,7 @@ def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
 
 
 def work(path: Path, stages: list[str]) -> None:
-    """Run as one of the ranks that another process has started."""
+    """Run `stages` as one of the ranks that another process has started."""
     run = load_run(path)
     with contextlib.suppress(Stopped):  # the process that started us sees which stages are unfinished
         run_stages(run, stages, world=start_rank(run))
@@ -84,7 +84,7 @@ def run_unfinished(run: RunConfig, *, world: World, ranks: int, script: Path) ->
 
 
 def run_on_ranks(run: RunConfig, todo: list[str], *, world: World, ranks: int, script: Path) -> None:
-    """Run the stages in this process or on ranks that we start; an interruption ends with how to resume."""
+    """Run the stages in this process or on ranks started here; an interruption ends with how to resume."""
     path = save_run(run) if world.is_main else None
     try:
         if ranks == world.size:
@@ -100,7 +100,7 @@ def run_on_ranks(run: RunConfig, todo: list[str], *, world: World, ranks: int, s
 
 
 def stages_to_run(run: RunConfig, ranks: int) -> list[str]:
-    """The stages that are left to do, once all checks have passed."""
+    """Run all checks; returns the stages that are left to do."""
     todo = preflight(run, ranks=ranks)
     if todo:
         check_memory(run, todo, ranks=ranks)

@@ -1,8 +1,8 @@
-"""Decodes a batch of prompts with a KV cache, on this rank alone.
+"""Decodes a batch of prompts with a KV cache, on one rank.
 
-The prompts are read once, then one token per row and forward. Rows that have ended leave the batch, so the cost follows
-the rows that are still active. A response depends on its prompt and `sample_id` only, not on the rest of the batch.
-Left out: beams, and the settings of `generation_config.json`, which would change the distribution behind PPO's back.
+One forward reads the prompts, then each forward reads one token per row. Rows that have ended leave the batch, so the
+cost follows the active rows. A response depends on its prompt and `sample_id` only, not on the rest of the batch.
+Left out: beams, and the settings of `generation_config.json`, which would change the distribution without PPO knowing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from rlhf.generation.kv_cache import cache_argument, kv_cache
 from rlhf.generation.sampling import Drawn, sample, uniforms
 from rlhf.types import PromptBatch
 
-_DROP_AT = 8  # drop rows once one in so many has ended: each time copies the cache of the remaining ones
+_DROP_AT = 8  # drop ended rows once they are one in eight: each time, the cache of the remaining rows is copied
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,10 @@ def generate(
     Args:
         model: A causal language model in eval mode, with whole parameters.
         prompts: B rows on the model's device, left padded.
-        decoding: What is drawn, and where it ends.
-        seed: With `sample_ids`, of every draw.
+        decoding: How tokens are drawn, and where a response ends.
+        seed: Together with `sample_ids`, determines every draw.
         all_done: Takes whether this rank is done and returns whether all are. Ranks whose forwards have collectives
-            (parameters streamed, not gathered) then run equally many; by default, a rank stops when it is done.
+            (parameters streamed, not gathered) then run equally many; by default a rank stops when it is done itself.
         on_tokens: Called after every step with the active rows `[N]` and their new tokens `[N]`, stop tokens included.
             Return False to stop decoding; do not when ranks decode in lockstep. None costs nothing.
 
@@ -102,7 +102,7 @@ def generate(
 
 
 class _ActiveRows:
-    """The N rows still in the batch: their numbers, cache, masks, and logits of their next tokens."""
+    """The N rows still in the batch: their indices, cache, masks, and the logits of their next tokens."""
 
     def __init__(self, model: PreTrainedModel, prompts: PromptBatch, *, max_new_tokens: int) -> None:
         # Without any masked token, transformers gives SDPA no mask, and for grouped queries that is slow on a CPU.
@@ -168,7 +168,7 @@ class _Outputs:
         self._ended[rows] |= stopped
 
     def trimmed(self) -> Generated:
-        """Everything, up to the longest response."""
+        """The responses, cut after the longest one."""
         longest = int(self._mask.sum(-1).max())
         return Generated(
             responses=self._responses[:, :longest],

@@ -1,8 +1,8 @@
 """A KV cache whose memory is allocated once.
 
-transformers' own cache copies everything it holds for each new token. Layers that attend to all positions get one
-buffer of the final length here; layers with a window (Mistral, Gemma) and those of other kinds keep theirs, which are
-bounded by design. Left out: paging, quantisation, several prompts that share a prefix.
+The cache of transformers copies all its content for each new token. Here, layers that attend to all positions get one
+buffer of the final length; layers with a window (Mistral, Gemma) and other kinds keep the cache of transformers, which
+is bounded by design. Left out: paging, quantisation, several prompts that share a prefix.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     values: Tensor
 
     def __init__(self, max_length: int) -> None:
-        """Hold up to `max_length` tokens; memory is taken when the first ones come."""
+        """Hold up to `max_length` tokens; memory is allocated when the first ones arrive."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.max_length = max_length
         self._buffers: tuple[Tensor, Tensor]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Take memory for as many rows, heads and numbers as the first tokens have."""
+        """Allocate memory for the rows, heads and head width of the first tokens."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._buffers = (self._buffer(key_states), self._buffer(value_states))
         self._show(0)

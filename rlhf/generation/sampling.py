@@ -1,7 +1,7 @@
 """Draws tokens from logits, with random numbers that belong to the sample and not to the batch.
 
-Left out: repetition penalties, beams, and everything else that would make the drawn distribution one that the training
-path cannot compute.
+Left out: repetition penalties, beams, and everything else that would draw from a distribution that the training path
+cannot compute.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class _Hit(NamedTuple):
 def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Drawn:
     """Draw by inverting the cumulative distribution, many times faster on a CPU than `torch.multinomial`.
 
-    The log-probability is that of the distribution at this temperature before `top_k` and `top_p` cut it, since that
-    is what training recomputes.
+    The log-probability is taken at this temperature before `top_k` and `top_p` cut the distribution, since that is what
+    training recomputes.
 
     Args:
-        logits: `[B, V]` of any floating type; computed with in fp32, summed in fp64.
+        logits: `[B, V]` of any floating type; exponentials are computed in fp32 and summed in fp64.
         uniforms: `[B]` in [0, 1), one draw each.
         temperature: Divides the logits; 0 takes the most likely token and reports its log-probability at 1.
         top_k: Draw from this many most likely tokens; 0 from all.
@@ -79,7 +79,7 @@ def uniforms(seed: int, sample_ids: Tensor, *, length: int) -> Tensor:
 
 
 def _weights(logits: Tensor, highest: Tensor, *, temperature: float) -> Tensor:
-    """Unnormalised probabilities `[B, blocks, 256]`, at most 1; what lies beyond the vocabulary has none.
+    """Unnormalised probabilities `[B, blocks, 256]`, at most 1; 0 beyond the vocabulary.
 
     Everything happens in one buffer: on a CPU, fresh memory of this size costs more than the arithmetic.
     """
@@ -138,7 +138,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def _shift(x: Tensor, bits: int) -> Tensor:
-    """Right shift that fills with zeros; torch's fills with the sign."""
+    """Shift right and fill with zeros; torch fills with the sign."""
     return x >> bits & (1 << 64 - bits) - 1
 
 

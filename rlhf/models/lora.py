@@ -1,7 +1,7 @@
 """Low-rank adapters (Hu et al. 2021, "LoRA"): y = W x + (alpha / rank) B A x, with W frozen.
 
-PEFT puts them in and writes the adapter folder; it is imported only by a run that has adapters, since importing it
-takes most of a second. Training, generation and evaluation never merge: what an adapter adds is often smaller than the
+PEFT inserts the adapters and writes their folder; it is imported only in runs with adapters, since the import takes
+most of a second. Training, generation and evaluation never merge: the change of an adapter is often smaller than the
 last bit of a bf16 weight, and W + (alpha / rank) B A rounded to bf16 is then W again. Only an export merges, in fp32.
 """
 
@@ -31,9 +31,9 @@ _ALL_LINEAR = "all-linear"
 class AdaptedLinear(nn.Module):
     """A linear layer with an adapter, whose sum is rounded to bf16 once.
 
-    PEFT's own layer rounds x W first, and then loses what is smaller than half the last bit of it, as merged weights
-    do. A bias is added afterwards, with and without the adapter: then an adapter that adds nothing changes no bit.
-    The parts and their names are those of the PEFT layer that `inject` made, which becomes an object of this class.
+    PEFT's own layer rounds x W first and then loses any change smaller than half its last bit, as merged weights do.
+    The bias is added afterwards, with and without the adapter, so that an adapter that adds nothing changes no bit.
+    `inject` turns the layers that PEFT made into objects of this class; the submodules and their names are PEFT's.
     """
 
     base_layer: nn.Linear | Conv1D
@@ -60,7 +60,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The weight of the base layer, which some models of transformers look at."""
+        """The weight of the base layer; some models of transformers read it."""
         return self.base_layer.weight
 
     @property
@@ -70,11 +70,11 @@ class AdaptedLinear(nn.Module):
 
 
 def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) -> dict[str, NewParameter]:
-    """Put adapters into `module`, in place.
+    """Insert adapters into `module`, in place.
 
     Args:
-        module: Parameters may be on meta; the adapters are.
-        config: Rank above 0.
+        module: Its parameters may be on meta; the adapters are.
+        config: With a rank above 0.
         blocks: The transformer blocks of `module` in forward order.
 
     Returns:
@@ -114,7 +114,7 @@ def adapted_layers(module: nn.Module) -> dict[str, AdaptedLinear]:
 
 @contextmanager
 def adapters_off(module: nn.Module) -> Iterator[None]:
-    """Switch the adapters of `module` off while the context lasts: it computes what its base model would."""
+    """Switch the adapters of `module` off inside the context, so that it computes what its base model would."""
     layers = adapted_layers(module).values()
     assert layers, "this model has no adapters to switch off"
     try:
@@ -154,7 +154,7 @@ def merge_adapters(
         tensors: Names of `module.named_parameters()` and whole tensors, in any order.
         layers: The `adapted_layers` of that module; their parameters are not read.
         dtype: Merged weights, summed in fp32, are rounded to this type; None takes that of the weight.
-        survival: What the rounding leaves is added here.
+        survival: Counts how much of the change the rounding keeps.
 
     Yields:
         Plain names and tensors; for an adapted layer only the merged weight, once its three tensors have arrived.
@@ -215,7 +215,7 @@ def _linear_layers(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _targets(wanted: list[str], linear: Mapping[str, nn.Module]) -> list[str]:
-    """The ends of names by which PEFT finds the layers to adapt."""
+    """The last parts of names by which PEFT finds the layers to adapt."""
     leaves = sorted({name.rpartition(".")[2] for name in linear})
     unknown = [
         target
@@ -230,7 +230,7 @@ def _targets(wanted: list[str], linear: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _top_layers(module: nn.Module, blocks: list[nn.Module], *, count: int) -> dict[str, Any]:
-    """The settings by which PEFT adapts the last `count` blocks only; none for all."""
+    """The settings that make PEFT adapt only the last `count` blocks; empty for all of them."""
     if count > len(blocks):
         raise ValueError(f"lora.top_layers={count}: expected 0 (all) to {len(blocks)}, the layers of this model.")
     if count == 0:
@@ -251,7 +251,7 @@ def _first_values(name: str, parameter: nn.Parameter) -> NewParameter:
 
 @torch.no_grad()
 def _change(a: Tensor, b: Tensor, *, layer: AdaptedLinear) -> Tensor:
-    """(alpha / rank) B A in fp32, for A [rank, in] and B [out, rank], as the weight lies: [out, in] or [in, out]."""
+    """(alpha / rank) B A in fp32, for A [rank, in] and B [out, rank], laid out as the weight: [out, in] or [in, out]."""
     product = (b.float() @ a.float()).mul_(layer.scaling[ADAPTER])
     return product.T if layer.fan_in_fan_out else product
 
@@ -261,7 +261,7 @@ def _merge(weight: Tensor, change: Tensor, *, dtype: torch.dtype, survival: Surv
     """`weight` + `change`, summed in fp32, then in `dtype`; `change` is overwritten."""
     merged = torch.add(weight, change)  # fp32, as `change` is
     stored = merged.to(dtype, copy=True)
-    # In place, since a layer may be large: what is stored, less what was there, times what should have been added.
+    # In place, since a layer may be large: (stored - weight) * change, the product with what should have been added.
     survival.stored += merged.copy_(stored).sub_(weight).mul_(change).sum().item()
     survival.change += change.square_().sum().item()
     return stored

@@ -1,21 +1,26 @@
-"""When a stage saves checkpoints, what they hold, and how it resumes from them.
+"""When a stage saves checkpoints, what they hold, and how it resumes from them; signals that stop it after a step.
 
-A checkpoint holds everything the rest of the stage depends on: trained models with their optimizer state and counters,
+A checkpoint holds everything that the rest of the stage depends on: trained models with optimizer state and counters,
 the KL controller, the position in the data, every rank's random number generators, and the evaluations so far. Frozen
 models are not saved. The same command resumes from the newest checkpoint: bit for bit on the same number of ranks, and
 up to rounding on another number of ranks, ZeRO stage or offload device.
 
-A finished stage removes its checkpoints, and has exported the models of its best evaluation before.
+A finished stage has exported the models of its best evaluation, and removes its checkpoints.
+See also: `launch.py`, which passes signals on to the ranks.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import os
 import shutil
+import signal
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -27,11 +32,12 @@ from rlhf.engine.checkpoint.checkpoints import Checkpoints, SavedCheckpoint, fol
 from rlhf.engine.engine import Engine
 from rlhf.runtime.dist import World, broadcast_object, max_over_ranks
 from rlhf.runtime.errors import RunError
-from stages.lifecycle.signals import Stopped
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+_NOTICE = b"\nstopping after this step; a second signal stops at once, without a checkpoint\n"
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Stateful(Protocol):
@@ -115,15 +121,44 @@ class TrainingProgress:
     def note(self, step: int, evaluation: dict[str, float], *, metric: BestMetric) -> bool:
         """Record an evaluation after `step` (empty: there was none); True if it is the best so far."""
         self.after = evaluation or self.after
-        value = evaluation.get(metric.metric)
-        if (
-            value is None
-            or not math.isfinite(value)
-            or (self.best and metric.sign * value <= metric.sign * self.best[metric.metric])
-        ):
+        value = metric.sign * evaluation.get(metric.metric, math.nan)
+        if not math.isfinite(value) or (self.best and value <= metric.sign * self.best[metric.metric]):
             return False
         self.best_step, self.best = step, evaluation
         return True
+
+
+class Stopped(KeyboardInterrupt):
+    """The run was interrupted and has saved a checkpoint; raised on all ranks alike."""
+
+
+class GracefulStop:
+    """Between `listen` and `release`, the first SIGTERM or SIGINT only sets `asked`; a second one ends the process."""
+
+    def __init__(self, *, prints: bool) -> None:
+        """With `prints`, a signal is acknowledged on stderr."""
+        self.asked = False
+        self._prints = prints
+        self._earlier: dict[int, Any] = {}
+
+    def listen(self) -> None:
+        """Install the handlers."""
+        if threading.current_thread() is threading.main_thread():  # python allows no other to handle signals
+            self._earlier = {number: signal.signal(number, self._on_signal) for number in _SIGNALS}
+
+    def release(self) -> None:
+        """Restore the earlier handlers."""
+        for number, handler in self._earlier.items():
+            signal.signal(number, handler)
+        self._earlier = {}
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        self.asked = True
+        if self._prints:
+            os.write(2, _NOTICE)
 
 
 @dataclass
@@ -189,11 +224,11 @@ class CheckpointManager:
 
         Args:
             step: steps taken.
-            evaluation: held-out metrics, empty where there was no evaluation.
-            stop: this rank has received a signal.
+            evaluation: held-out metrics, empty if there was no evaluation.
+            stop: whether this rank has received a signal.
 
         Raises:
-            Stopped: some rank has, and a checkpoint was saved.
+            Stopped: some rank has received one, and a checkpoint was saved.
             RunError: a checkpoint could not be written.
         """
         self.progress.step = step
@@ -204,7 +239,7 @@ class CheckpointManager:
         asked, busy, best = max_over_ranks(flags).tolist()
         if not busy:
             self.checkpoints.finish_save()
-        if asked or self._is_due(step) or (best and self._keeps_best(step)):
+        if asked or self._is_due(step, is_best=bool(best)):
             self._save(step)
         if asked or step == self.total_steps:
             self.checkpoints.finish_save()
@@ -228,33 +263,28 @@ class CheckpointManager:
         """Remove the checkpoints of a finished stage."""
         self.checkpoints.remove()
 
-    def _is_due(self, step: int) -> bool:
+    def _is_due(self, step: int, *, is_best: bool) -> bool:
         interval = self.config.interval_of(self.total_steps)
-        return interval > 0 and step % interval == 0 and step < self.total_steps
-
-    def _keeps_best(self, step: int) -> bool:
-        saves = self.config.interval_of(self.total_steps) > 0
-        return saves and self.config.best and step < self.total_steps
-
-    def _protected(self) -> set[int]:
-        return {self.progress.best_step} if self.config.best else set()
+        wanted = interval > 0 and (step % interval == 0 or (is_best and self.config.best))
+        return wanted and step < self.total_steps  # the last step is followed by the export
 
     def _save(self, step: int) -> None:
         if step == self.saved_step:
             return
         state = self.state.state_dict() | {"progress": asdict(self.progress)}
-        self.checkpoints.save(step, self.state.tensors(), state=state, protected=self._protected())
+        protected = {self.progress.best_step} if self.config.best else set()
+        self.checkpoints.save(step, self.state.tensors(), state=state, protected=protected)
         self.saved_step = step
 
 
 def newest_in(folder: Path) -> Path | None:
-    """Path of the newest complete checkpoint of the stage in `folder`, None if there is none; not a collective."""
+    """Path of the newest complete checkpoint of the stage in `folder`, or None; not a collective."""
     steps = steps_in(folder / CHECKPOINTS)
     return folder_of(folder / CHECKPOINTS, steps[-1]) if steps else None
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """Remove checkpoints that a finished stage left in `folder` because it was killed at the very end."""
+    """Remove checkpoints that a finished stage has left in `folder` because it was killed at the very end."""
     if (folder / CHECKPOINTS).exists():
         shutil.rmtree(folder / CHECKPOINTS)
 

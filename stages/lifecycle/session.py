@@ -25,8 +25,7 @@ from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
-from stages.lifecycle.checkpointing import CheckpointManager, TrainingProgress, TrainingState
-from stages.lifecycle.signals import GracefulStop
+from stages.lifecycle.checkpointing import CheckpointManager, GracefulStop, TrainingProgress, TrainingState
 from stages.lifecycle.stage_models import export_model
 from stages.lifecycle.stage_record import CONFIG, RECORD, StageRecord, claim_folder, model_files, write_record
 
@@ -54,7 +53,7 @@ class Session:
     """Clock time at the end of the last step."""
     _checkpoints: CheckpointManager | None = None
     _merged: dict[Path, dict[str, Any]] = field(default_factory=dict)
-    """By folder that was exported to, and by model: how its adapters were merged."""
+    """How the adapters of each model were merged, by the folder of the export."""
 
     @property
     def title(self) -> str:
@@ -116,7 +115,7 @@ class Session:
         Args:
             step: steps taken.
             metrics: training metrics of the step.
-            evaluation: held-out metrics, empty where there was no evaluation.
+            evaluation: held-out metrics, empty if there was no evaluation.
             num_tokens: tokens in the step, over all ranks.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Opening and exporting the models of a stage, with a warning where a type would round away what was learnt.
+"""Opens and exports the models of a stage, and warns if a type would round away what adapters have learnt.
 
 See also: `rlhf/models/export.py` for the format of a model folder.
 """
@@ -32,7 +32,7 @@ from stages.lifecycle.stage_record import read_record
 log = logging.getLogger(__name__)
 
 _ENOUGH = 0.99
-"""Share of the adapters' change that merged weights must keep. Of a Llama of width 576, with alpha / rank = 2 and a
+"""Share of the adapters' change that merged weights must keep. In a Llama of width 576, with alpha / rank = 2 and a
 normal B, bf16 keeps 25 % at a deviation of 1e-4, 84 % at 5e-4 and 99.9 % at 2e-3."""
 
 
@@ -77,12 +77,7 @@ def export_model(engine: Engine, folder: Path, *, tokenizer: Tokenizer) -> dict[
 
 
 def open_engine(spec: ModelSpec, **settings: Any) -> Engine:
-    """`build_engine`, with a warning where its working weights lose what an earlier stage learnt.
-
-    Args:
-        spec: a model from a folder.
-        settings: arguments of `build_engine`.
-    """
+    """Call `build_engine(spec, **settings)`; warn if its working weights lose what an earlier stage learnt."""
     engine = build_engine(spec, **settings)
     folder = Path(spec.config.name_or_path or "")
     record = read_record(folder)

@@ -1,8 +1,8 @@
-"""The folder of a stage: who may write into it, which settings it was made from, and `stage.json`.
+"""The folder of a stage: the lock, the settings that it was made from, and its record, `stage.json`.
 
-Stages meet through folders alone. A stage is finished when its folder holds `stage.json`, which is written last and
-seals the files with checksums. `config.json` holds the settings that the results depend on; settings that change only
-memory and speed may differ when the same run is started again.
+Stages exchange results through folders only. A stage is finished when its folder holds `stage.json`, which is written
+last and holds checksums of the files. `config.json` holds the settings that the results depend on; settings that change
+only memory and speed may differ when the same run is started again.
 """
 
 from __future__ import annotations
@@ -73,11 +73,7 @@ def write_record(record: StageRecord, folder: Path, *, files: Iterable[Path] = (
 
 
 def read_record(folder: Path) -> StageRecord | None:
-    """The record in `folder`, or None where there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """The record in `folder`, or None if there is none; raises ValueError if it is damaged."""
     path = folder / RECORD
     if not path.exists():
         return None
@@ -93,7 +89,7 @@ def read_record(folder: Path) -> StageRecord | None:
 
 
 def check_seal(folder: Path, *, made_in: Path | None = None, is_needed: bool = True) -> None:
-    """Compare the files in `folder` with the checksums in its record, and so on for the models inside.
+    """Compare the files in `folder`, and those of the models inside, with the checksums in their records.
 
     Every byte is read, about a gigabyte per second and core.
 
@@ -128,7 +124,7 @@ def check_seal(folder: Path, *, made_in: Path | None = None, is_needed: bool = T
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The files of the model in `folder`, without notes that people have added."""
+    """The files of the model in `folder`, except for notes that people have added."""
     found = [path for path in folder.rglob("*") if path.is_file()]
     return [path for path in found if path.name != RECORD and path.suffix != ".md"]
 
@@ -150,7 +146,7 @@ def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str | None:
-    """Short hash of the settings of an earlier stage, None while that has not run."""
+    """Short hash of the settings of an earlier stage, None if that has not run."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None
 
 

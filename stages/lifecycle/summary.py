@@ -1,7 +1,4 @@
-"""The end of a run: a table of held-out results, a few samples before and after, and the report.
-
-For a run that ended early: one sentence on how to resume it.
-"""
+"""The end of a run: a table of held-out results, a few samples before and after, the report, and how to resume."""
 
 from __future__ import annotations
 
@@ -45,7 +42,7 @@ def show_results(run: RunConfig) -> None:
 def write_report(run: RunConfig, folder: Path) -> None:
     """Write `report.html` for the folder of a run or a stage, if there is anything to report.
 
-    It runs in a process of its own, so that its memory is free again: the plan of the next stage does not count it.
+    A process of its own writes it, so that its memory is free again: the plan of the next stage does not count it.
     """
     if not run.tracking.report or not can_report(folder):
         return
@@ -58,7 +55,7 @@ def write_report(run: RunConfig, folder: Path) -> None:
 
 
 def where_it_stands(run: RunConfig) -> str:
-    """Where a run that ended early can be resumed."""
+    """One sentence on how a run that ended early can be resumed."""
     for stage in run.stages:
         newest = newest_in(Path(run.folder(stage)))
         if newest is not None and not is_finished(run, stage):

@@ -99,13 +99,13 @@ def _parsed(word: str) -> Override:
         raise ValueError(f"{word}: expected NAME=VALUE, such as seed=1.")
     if not _NAME.fullmatch(name):
         raise ValueError(f"{word}: {name!r} is no name of a setting; expected one such as sft.optimizer.lr.")
-    override = _read(word)
+    override = read_override(word)
     if override is None:
         raise ValueError(f"{word}: {_how_to_write(name.lstrip('+'), value)}")
     return override
 
 
-def _read(word: str) -> Override | None:
+def read_override(word: str) -> Override | None:
     """Parse one override; None if it is not in hydra's grammar."""
     try:
         return OverridesParser.create().parse_override(word)
@@ -116,12 +116,12 @@ def _read(word: str) -> Override | None:
 def _how_to_write(name: str, value: str) -> str:
     """How to write a value that is not in hydra's grammar."""
     at_home = re.sub(r"(?<![\w/])~(?=[/\],]|$)", str(Path.home()), value)
-    if at_home != value and _read(f"{name}={at_home}"):
+    if at_home != value and read_override(f"{name}={at_home}"):
         return f"~ is not replaced by your home folder here; write {shlex.quote(f'{name}={at_home}')}."
     if _is_open_ended(value):
         return "a bracket or a quotation mark is not closed, or not opened."
     quoted = _quoted(name, value)
-    if _read(f"{name}={quoted}"):
+    if read_override(f"{name}={quoted}"):
         return f"the value needs quotation marks; write {shlex.quote(f'{name}={quoted}')}."
     return "this value cannot be read; https://hydra.cc/docs/advanced/override_grammar/basic says how to write one."
 
@@ -136,7 +136,7 @@ def _quoted(name: str, value: str) -> str:
     """The value in quotation marks; of a list, each item that needs them."""
     if value.startswith("[") and value.endswith("]"):
         return "[" + ",".join(_quoted(name, part.strip()) for part in value[1:-1].split(",")) + "]"
-    return value if _read(f"{name}={value}") else '"' + value.replace('"', '\\"') + '"'
+    return value if read_override(f"{name}={value}") else '"' + value.replace('"', '\\"') + '"'
 
 
 def _check_kind(override: Override) -> None:
@@ -161,7 +161,8 @@ def _check_kind(override: Override) -> None:
         entry = "" if value is None else text
         raise ValueError(f"{line}: expected a list; write {shlex.quote(f'{name}=[{entry}]')}.")
     if dataclasses.is_dataclass(kind) and not isinstance(value, dict) and not (value is None and name in STAGES + USES):
-        raise ValueError(f"{line}: these are many settings; expected one of them, such as {name}.{_first(kind)}=VALUE.")
+        first = next(field.name for field in dataclasses.fields(kind) if field.name != "selected")
+        raise ValueError(f"{line}: these are many settings; expected one of them, such as {name}.{first}=VALUE.")
 
 
 def _check_choice(group: str, chosen: list[Any], *, line: str) -> None:
@@ -189,7 +190,7 @@ def _check_stages(words: list[str]) -> None:
 
 
 def overridden_keys(words: list[str]) -> set[str]:
-    """Dotted names of the settings that the overrides give; `engine=zero3` gives those that define that choice."""
+    """Dotted names of the settings that the overrides give; `engine=zero3` counts as the settings that define it."""
     names = set()
     for override in OverridesParser.create().parse_overrides(words):
         names.add(override.key_or_group)
@@ -242,11 +243,6 @@ def _dotted(cls: Any, prefix: str) -> list[tuple[str, Any]]:
         kind: Any = next((inner for inner in get_args(hint) if dataclasses.is_dataclass(inner)), hint)
         found += [(prefix + name, kind)] + (_dotted(kind, f"{prefix}{name}.") if dataclasses.is_dataclass(kind) else [])
     return found
-
-
-def _first(kind: Any) -> str:
-    names = [field.name for field in dataclasses.fields(kind) if field.name != "selected"]
-    return names[0]
 
 
 def _is_open(name: str) -> bool:

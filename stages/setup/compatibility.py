@@ -1,7 +1,7 @@
-"""Checks that the models of a run can be used, each on its own and all together, without loading any weights.
+"""Checks that the models of a run can be used, each on its own and all together, without reading any weights.
 
-For every role of every stage: its files are complete and readable, its weights fit its configuration, its embedding has
-a row for every token and its positions suffice for the longest sequence, and all models of a stage use the same tokens.
+For every role of every stage: the files are complete and readable, the weights fit the configuration, the embedding has
+a row for every token, the positions suffice for the longest sequence, and all models of a stage use the same tokens.
 A model that an earlier stage will make is checked through the one it will be made from, and again once it exists.
 """
 
@@ -89,7 +89,7 @@ class _Inspector:
 
 @dataclass(frozen=True)
 class _Inspected:
-    """A model of a stage that was inspected."""
+    """A model that was inspected, in its role."""
 
     role: Role
     facts: ModelFacts
@@ -182,7 +182,7 @@ def _examined(inspector: _Inspector, role: Role, *, folder: Path, is_made: bool)
 
 
 def _check_tokens(tokenizer: Tokenizer, facts: ModelFacts) -> None:
-    """Every token that can occur has an embedding row; one the template never writes may lack it (as in Gemma 3 1B)."""
+    """Every token that can occur needs an embedding row; one the template never writes may lack it (Gemma 3 1B)."""
     beyond = {token: index for token, index in tokenizer.get_vocab().items() if index >= facts.rows}
     if not beyond:
         return
@@ -204,7 +204,7 @@ def _check_tokens(tokenizer: Tokenizer, facts: ModelFacts) -> None:
 
 
 def _check_positions(run: RunConfig, role: Role, *, facts: ModelFacts) -> None:
-    """The longest sequence of the stage fits into the model's positions."""
+    """The longest sequence of the stage must fit into the model's positions."""
     config = run.stage_config(role.stage)
     names = config.longest_sequence()
     sizes = [int(getattr(config, name)) for name in names]
@@ -217,7 +217,7 @@ def _check_positions(run: RunConfig, role: Role, *, facts: ModelFacts) -> None:
 
 
 def _check_together(member: _Inspected, together: list[_Inspected]) -> None:
-    """A model understands the tokens that the other models of its stage write."""
+    """A model must understand the tokens that the other models of its stage write."""
     first = together[0]
     if member is first:
         return

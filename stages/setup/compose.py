@@ -83,7 +83,7 @@ def to_run(config: DictConfig) -> RunConfig:
 
 
 def _placed(config: DictConfig, message: str) -> str:
-    """An error message of a settings class, with the full dotted name of the setting that it begins with."""
+    """Complete the setting that an error message of a settings class begins with to its full dotted name."""
     group = _refused_group(config)
     said = re.match(r"[\w.]+", message)
     setting = said[0].rpartition(".")[2] if said else ""
@@ -95,7 +95,7 @@ def _placed(config: DictConfig, message: str) -> str:
 
 
 def _given_as(config: DictConfig, name: str) -> str:
-    """The setting that `name` refers to, such as `seed` for `sft.seed`; itself if it has a value of its own."""
+    """The setting that `name` takes its value from, such as `seed` for `sft.seed`; `name` if it has one of its own."""
     group, _, last = name.rpartition(".")
     node = (OmegaConf.select(config, group) if group else config)._get_node(last)
     assert node is not None, name

@@ -18,13 +18,11 @@ from functools import partial
 from pathlib import Path
 from types import FrameType
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException
 
 from rlhf.runtime.errors import RunError
 from rlhf.runtime.process import end_with_parent
-from stages.setup.command_line import check_overrides, choices_of
+from stages.setup.command_line import check_overrides, choices_of, read_override
 
 _LONGEST_NAME = 120
 
@@ -36,7 +34,7 @@ class Job:
     folder: Path
     """Folder of the sweep."""
     name: str
-    """The values that distinguish it, which also name its folder below the sweep's."""
+    """The values that distinguish it; also the name of its folder below the sweep's."""
     words: list[str]
     """Command line."""
 
@@ -75,7 +73,7 @@ def jobs_of(words: list[str]) -> list[Job]:
     """
     kept, swept = [], {}
     for word in words:
-        override = _parsed(word)
+        override = read_override(word)  # None: `check_overrides` will explain what is wrong with it
         if override is None or not override.is_sweep_override():
             kept.append(word)
         else:
@@ -84,14 +82,6 @@ def jobs_of(words: list[str]) -> list[Job]:
         raise ValueError("-m: no setting has several values; expected one, such as sft.optimizer.lr=1e-4,3e-4.")
     found = [dict(zip(swept, values, strict=True)) for values in itertools.product(*swept.values())]
     return [_job(kept, values) for values in found]
-
-
-def _parsed(word: str) -> Override | None:
-    """Parse one override; None if it cannot be parsed, which `check_overrides` will explain."""
-    try:
-        return OverridesParser.create().parse_override(word)
-    except HydraException:
-        return None
 
 
 def _values(override: Override) -> list[str]:
@@ -121,7 +111,7 @@ def name_of(values: dict[str, str]) -> str:
 
 
 def _finish(command: list[str]) -> int:
-    """Run a command to its end; an interruption is passed on to it once."""
+    """Run a command to its end and return its exit status; an interruption is passed on to it once."""
     # The run ends when the sweep is killed; otherwise the next sweep would find its folder locked.
     before = partial(end_with_parent, os.getpid()) if sys.platform == "linux" else None
     with subprocess.Popen(command, preexec_fn=before) as process:

@@ -23,7 +23,7 @@ from rlhf.rollout import Collector
 from rlhf.runtime.dist import broadcast_object
 from rlhf.runtime.process import end_with_parent
 from rlhf.tracking.tracker import Tracker
-from stages.lifecycle.signals import Stopped
+from stages.lifecycle.checkpointing import Stopped
 from stages.pipeline import run_stages, start_rank
 from stages.setup.compose import CONF_DIR, register_schema, to_run
 from stages.setup.preflight import preflight

@@ -22,9 +22,8 @@ from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.runtime import dist
 from rlhf.tracking.timing import Stopwatch
 from stages import pipeline
-from stages.lifecycle.checkpointing import CHECKPOINTS, CheckpointManager, TrainingProgress, check_resume
+from stages.lifecycle.checkpointing import CHECKPOINTS, CheckpointManager, GracefulStop, TrainingProgress, check_resume
 from stages.lifecycle.session import Session
-from stages.lifecycle.signals import GracefulStop
 from stages.lifecycle.stage_record import _FREE_IN_ENGINES
 from tests.config.test_configuration import composed
 from tests.stages import killing
