@@ -251,7 +251,7 @@ def _first_values(name: str, parameter: nn.Parameter) -> NewParameter:
 
 @torch.no_grad()
 def _change(a: Tensor, b: Tensor, *, layer: AdaptedLinear) -> Tensor:
-    """(alpha / rank) B A in fp32, for A [rank, in] and B [out, rank], laid out as the weight: [out, in] or [in, out]."""
+    """(alpha / rank) B A in fp32 of A [rank, in] and B [out, rank], laid out as the weight, [out, in] or [in, out]."""
     product = (b.float() @ a.float()).mul_(layer.scaling[ADAPTER])
     return product.T if layer.fan_in_fan_out else product
 
