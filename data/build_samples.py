@@ -35,8 +35,8 @@ from rlhf.text.tokenize_rows import TokenSequence
 
 logger = logging.getLogger(__name__)
 
-STAGES = ("sft", "reward", "ppo")
-"""In the order of `data.stage_split`."""
+SHARES = {"sft": 0, "reward": 1, "dpo": 1, "ppo": 2}
+"""Position in `data.stage_split`; DPO takes the share of reward modelling, which it replaces."""
 
 RowNumbers = NDArray[np.int64]
 Sample = TypeVar("Sample")
@@ -169,7 +169,7 @@ def _stage_rows(source: SourceConfig, kind: SampleKind[Sample], *, data: DataCon
     if rows.found:  # if there are no columns, no row could be read, and the error about the rows says more
         found = ColumnSelection(source.columns).our_names(rows.found).values()
         require_columns([*found], kind.alternatives, where=where)
-    numbers = rows_of_stage(len(rows), data.stage_split, position=STAGES.index(kind.stage), seed=data.split_seed)
+    numbers = rows_of_stage(len(rows), data.stage_split, position=SHARES[kind.stage], seed=data.split_seed)
     if len(numbers) == 0:
         raise ValueError(f"data.stage_split={data.stage_split} leaves {kind.stage} none of {len(rows)} rows.")
     try:

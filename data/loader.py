@@ -57,8 +57,14 @@ def collate_demonstrations(samples: Sequence[Demonstration], pad_id: int) -> SFT
 def collate_preferences(samples: Sequence[Preference], pad_id: int) -> PreferenceBatch:
     """B preferences as 2B sequences, right padded: all chosen ones, then the rejected."""
     tokens = pad([*(sample.chosen for sample in samples), *(sample.rejected for sample in samples)], pad_id)
-    margin = torch.tensor([sample.margin for sample in samples], dtype=torch.float32)
-    return PreferenceBatch(input_ids=tokens.values.long(), attention_mask=tokens.mask, margin=margin)
+    prompts = torch.tensor([sample.num_prompt for sample in samples]).T.flatten()  # [B, 2] -> [2B]
+    return PreferenceBatch(
+        input_ids=tokens.values.long(),
+        attention_mask=tokens.mask,
+        response_mask=tokens.mask & (torch.arange(tokens.mask.shape[1]) >= prompts[:, None]),
+        margin=torch.tensor([sample.margin for sample in samples], dtype=torch.float32),
+        reference_logprobs=torch.from_numpy(np.stack([sample.reference for sample in samples], axis=1).reshape(-1)),
+    )
 
 
 def collate_prompts(samples: Sequence[Prompt], sample_ids: Sequence[int], *, pad_id: int) -> PromptBatch:
@@ -132,6 +138,11 @@ class TrainLoader(Generic[Sample, Batch]):
         rows = sorted((self.samples[number] for number in numbers), key=len, reverse=True)
         starts = range(self.rank * self.micro_batch_size, size, self.ranks * self.micro_batch_size)
         return [self.collate(rows[start : start + self.micro_batch_size]) for start in starts]
+
+    def used(self) -> list[Sample]:
+        """The samples that the steps of all ranks use, each once."""
+        count = min(self.steps * self.global_batch_size, len(self.samples))  # the first epoch has none twice
+        return [self.samples[number] for number in shuffled_rows(len(self.samples), self.seed, start=0, count=count)]
 
     def state_dict(self) -> dict[str, int]:
         """The position to resume from."""

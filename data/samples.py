@@ -1,9 +1,10 @@
-"""The samples that stages learn from: demonstrations for SFT, preferences for the reward model, prompts for PPO."""
+"""The samples that stages learn from: demonstrations for SFT, preferences for reward model and DPO, prompts for PPO."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,6 +47,9 @@ class Preference:
     rejected: NDArray[np.int32]  # [T]
     margin: float  # how much better the chosen one was rated; 0 if unknown
     subset: str = ""  # which part of the data it belongs to, if `eval.subset` names a column
+    num_prompt: tuple[int, int] = (0, 0)  # tokens before the response, of chosen and of rejected
+    reference: NDArray[np.float32] = field(default_factory=lambda: np.zeros(2, np.float32))
+    """`[2]`, log-probabilities of both responses under a reference; DPO fills them in before training."""
 
     def __len__(self) -> int:
         return max(len(self.chosen), len(self.rejected))
@@ -98,8 +102,9 @@ def preferences(
     tokenizer: Tokenizer,
     held_out: LengthLimits | None = None,
     subset_column: str = "",
+    stage: str = "reward",
 ) -> Splits[Preference]:
-    """The samples of `data.reward`; a pair is dropped if either response is too long.
+    """The samples of `data.reward`, or of another `stage`; a pair is dropped if either response is too long.
 
     With `held_out`, only those to evaluate on, within these limits. `subset_column` names the column that says which
     part of the data a pair belongs to.
@@ -113,13 +118,14 @@ def preferences(
 
     def build(row: Row, sequences: list[TokenSequence]) -> list[Preference]:
         chosen, rejected = sequences
-        subset = row.get(subset_column) if subset_column else None
-        return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), "" if subset is None else str(subset))]
+        subset, prompts = row.get(subset_column) if subset_column else None, (chosen.num_prompt, rejected.num_prompt)
+        named = "" if subset is None else str(subset)
+        return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), subset=named, num_prompt=prompts)]
 
     kind = SampleKind(
-        stage="reward",
+        stage=stage,
         alternatives=PREFERENCE_COLUMNS,
-        limits=held_out or LengthLimits("reward", config.max_prompt_tokens, config.max_response_tokens),
+        limits=held_out or LengthLimits(stage, config.max_prompt_tokens, config.max_response_tokens),
         settings=("reward", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
         build=build,
@@ -161,6 +167,7 @@ def prompts(
 READERS: dict[str, Callable[..., Splits[Any]]] = {
     "demonstrations": demonstrations,
     "preferences": preferences,
+    "dpo_preferences": partial(preferences, stage="dpo"),
     "prompts": prompts,
 }
 """The readers of a stage's data, by `TrainingConfig.rows`."""

@@ -6,7 +6,6 @@ Left out: several objectives, ordinal ratings. Run: `python run_pipeline.py stag
 from __future__ import annotations
 
 from data.loader import collate_preferences
-from data.samples import preferences
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import evaluate_preferences
 from rlhf.runtime.dist import World
@@ -17,7 +16,6 @@ from stages.supervised import SupervisedStage, run_supervised
 def run_reward(run: RunConfig, world: World) -> StageRecord:
     """Train `reward/model`; its record holds the held-out mean and deviation by which PPO normalises scores."""
     stage = SupervisedStage(
-        read=preferences,
         collate=collate_preferences,
         evaluate=evaluate_preferences,
         score_units=lambda after: (after["eval/score_mean"], after["eval/score_std"]),

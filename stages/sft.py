@@ -7,7 +7,6 @@ Run: `python run_pipeline.py stage=sft`.
 from __future__ import annotations
 
 from data.loader import collate_demonstrations
-from data.samples import demonstrations
 from rlhf.config.run_config import RunConfig
 from rlhf.evaluation.metrics import evaluate_language
 from rlhf.runtime.dist import World
@@ -17,5 +16,5 @@ from stages.supervised import SupervisedStage, run_supervised
 
 def run_sft(run: RunConfig, world: World) -> StageRecord:
     """Train `sft/model`."""
-    stage = SupervisedStage(read=demonstrations, collate=collate_demonstrations, evaluate=evaluate_language)
+    stage = SupervisedStage(collate=collate_demonstrations, evaluate=evaluate_language)
     return run_supervised(run, world, name="sft", stage=stage)

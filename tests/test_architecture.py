@@ -28,7 +28,7 @@ FLOORS = [
     {"stages.lifecycle"},
     {"stages.setup"},
     {"stages.supervised"},
-    {"stages.sft", "stages.reward", "stages.ppo", "stages.eval", "stages.chat"},
+    {"stages.sft", "stages.reward", "stages.dpo", "stages.ppo", "stages.eval", "stages.chat"},
     {"stages.pipeline"},
     {"run_pipeline"},
 ]
@@ -176,7 +176,7 @@ def module_of(name, names):
     return next((found for found in (name, name.rpartition(".")[0]) if found in names), None)
 
 
-STORIES = {"sft", "reward", "ppo", "eval", "chat"}
+STORIES = {"sft", "reward", "dpo", "ppo", "eval", "chat"}
 """A stage may share its name with its arithmetic: `stages/ppo.py` and `rlhf/algorithms/ppo.py`."""
 
 

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 INSTALLING = ("python3 -m venv", "pip install", "pytest", "make test")
 """What makes the environment that this very test runs in."""
-SMALL = {"sft": "sft.max_steps=2", "reward": "reward.max_steps=2", "ppo": "ppo.iterations=1"}
+SMALL = {"sft": "sft.max_steps=2", "reward": "reward.max_steps=2", "dpo": "dpo.max_steps=2", "ppo": "ppo.iterations=1"}
 GLOBS = set("[]*?(){}<>|&;#~^!$`\\")
 
 

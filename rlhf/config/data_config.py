@@ -7,6 +7,7 @@ from enum import StrEnum
 from typing import Any
 
 from rlhf.config.bounds import NonNegative, Seed, Settings, ShareBelowOne, require
+from rlhf.config.stage_configs import inherited
 
 
 class BadRows(StrEnum):
@@ -41,8 +42,10 @@ class StageDataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.train = [SourceConfig.parse(source) for source in self.train]
-        self.eval = [SourceConfig.parse(source) for source in self.eval]
+        for name in ("train", "eval"):
+            sources = getattr(self, name)
+            if not isinstance(sources, str):  # a reference to the sources of another stage, which are parsed there
+                setattr(self, name, [SourceConfig.parse(source) for source in sources])
 
 
 @dataclass(kw_only=True)
@@ -84,10 +87,12 @@ class DataConfig(Settings):
     """Demonstrations: `messages`, or `prompt` and `completion`, or `text`."""
     reward: StageDataConfig = field(default_factory=StageDataConfig)
     """Preferences: `chosen`, `rejected`, perhaps `prompt` and `margin`."""
+    dpo: StageDataConfig = field(default_factory=lambda: inherited(StageDataConfig, "data.reward"))
+    """Preferences for DPO: those of `data.reward`, each setting until it is overridden."""
     ppo: StageDataConfig = field(default_factory=StageDataConfig)
     """Prompts: `prompt`."""
     stage_split: list[NonNegative] = field(default_factory=list)
-    """DeepSpeed-Chat's split of the same rows between the three stages, such as [2, 4, 4]; empty: all rows for each."""
+    """DeepSpeed-Chat's split of the same rows between sft, reward (and dpo) and ppo: [2, 4, 4]; empty: all rows."""
     split_seed: Seed = 1234
     """Seed of `stage_split`, of held-out rows and of fractional weights."""
     cache_dir: str | None = None
@@ -97,8 +102,8 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for stage, sources in (("reward", self.reward), ("ppo", self.ppo)):
-            unused = sources.rewritten_turns is RewrittenTurns.skip
+        for stage, sources in (("reward", self.reward), ("dpo", self.dpo), ("ppo", self.ppo)):
+            unused = sources.rewritten_turns is not RewrittenTurns.as_generated
             require(unused, f"data.{stage}.rewritten_turns: only demonstrations have it; set data.sft.rewritten_turns.")
         shares = self.stage_split
         require(len(shares) in (0, 3), f"data.stage_split={shares}: expected three numbers (sft, reward, ppo) or none.")

@@ -19,6 +19,8 @@ AVERAGE = "_ema"
 """End of the name of a model whose weights are the moving average of another's."""
 PRODUCTS = {**dict.fromkeys(SUPERVISED, ("model",)), **dict.fromkeys(POLICIES, ("actor", "critic"))}
 """Names of the models that each stage leaves in its folder, and those of its best evaluation in `best/` there."""
+BUILT_ON: dict[str, tuple[str, ...]] = {"sft": (), "reward": ("sft",), "dpo": ("sft",), "ppo": ("sft", "reward")}
+"""The stages whose models each stage starts from, unless its settings name others."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Role:
     """Its scalar head must have been trained: a reward model."""
     generates: bool = False
     """The other models of the stage read the tokens that it writes."""
+    before_training: bool = False
+    """It computes before the others are loaded, and is closed then."""
     optional: bool = False
     """The setting may be null."""
 
@@ -83,7 +87,7 @@ def roles_of(run: RunConfig, stage: str) -> list[Role]:
 
 def all_roles(run: RunConfig, stage: str) -> list[Role]:
     """The roles of `stage`, also those that need no model of their own in this run but have settings."""
-    return _supervised(run, stage) if stage in SUPERVISED else _ROLES[stage](run)
+    return _ROLES[stage](run) if stage in _ROLES else _supervised(run, stage)
 
 
 def _supervised(run: RunConfig, stage: str) -> list[Role]:
@@ -92,6 +96,14 @@ def _supervised(run: RunConfig, stage: str) -> list[Role]:
         stage, "model", path=config.init_from, path_setting="init_from", kind=config.kind, optimizer="optimizer"
     )
     return [replace(role, num_layers=config.layers_kept, dropout=config.dropout)]
+
+
+def _dpo(run: RunConfig) -> list[Role]:
+    assert run.dpo is not None
+    path = run.dpo.reference or ""  # null is the policy before its first step
+    kind = ModelKind.causal_lm
+    reference = Role("dpo", "reference", path=path, kind=kind, before_training=True, optional=True)
+    return [*_supervised(run, "dpo"), reference]
 
 
 def _ppo(run: RunConfig) -> list[Role]:
@@ -145,6 +157,7 @@ def _chat(run: RunConfig) -> list[Role]:
 
 
 _ROLES: dict[str, Callable[[RunConfig], list[Role]]] = {
+    "dpo": _dpo,
     "ppo": _ppo,
     "eval": _eval,
     "chat": _chat,
@@ -156,20 +169,22 @@ def engines_of(run: RunConfig, stage: str) -> dict[str, EngineConfig]:
     return {role.engine: role.engine_config(run) for role in all_roles(run, stage)}
 
 
-def policy_folder(run: RunConfig) -> str:
-    """The folder of the policy that this run makes, or of the newest one that was made in its output folder."""
-    if run.ppo is not None:
-        return run.folder("ppo")
-    found = [folder for name in POLICIES if (folder := Path(run.output_dir) / name) and (folder / "actor").exists()]
-    return str(max(found, key=lambda folder: (folder / "actor").stat().st_mtime, default=run.folder("ppo")))
+def policy_path(run: RunConfig) -> str:
+    """The policy that this run learns from preferences, or the newest one that was made in its output folder."""
+    last = next((stage for stage in ("ppo", "dpo") if stage in run.stages), None)
+    if last is not None:
+        return f"{run.folder(last)}/{PRODUCTS[run.title(last)][0]}"
+    policies = [Path(run.output_dir) / name / PRODUCTS[name][0] for name in (*POLICIES, "dpo")]
+    found = [policy for policy in policies if policy.exists()]
+    return str(max(found, key=lambda policy: policy.stat().st_mtime, default=policies[0]))
 
 
 def _last_policy(run: RunConfig) -> str:
     """The last policy that this run's folder will have, or has."""
-    actor, tuned = f"{policy_folder(run)}/actor", f"{run.output_dir}/sft/model"
-    made = [path for path, stage in {actor: "ppo", tuned: "sft"}.items() if stage in run.stages]
-    there = [path for path in (actor, tuned) if Path(path).exists()]
-    return [*made, *there, actor][0]
+    policy, tuned = policy_path(run), f"{run.output_dir}/sft/model"
+    made = [path for path in (policy, tuned) if maker_of(run, path) in run.stages]
+    there = [path for path in (policy, tuned) if Path(path).exists()]
+    return [*made, *there, policy][0]
 
 
 def maker_of(run: RunConfig, path: str) -> str | None:

@@ -24,7 +24,14 @@ from rlhf.config.data_config import DataConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import ChatConfig, EvalConfig
 from rlhf.config.ppo_config import POLICIES, PPOConfig
-from rlhf.config.stage_configs import RewardConfig, SFTConfig, StageConfig, SupervisedConfig, TrainingConfig
+from rlhf.config.stage_configs import (
+    DPOConfig,
+    RewardConfig,
+    SFTConfig,
+    StageConfig,
+    SupervisedConfig,
+    TrainingConfig,
+)
 
 
 class Embedded(StrEnum):
@@ -84,7 +91,7 @@ class TrackingConfig(Settings):
     """Write `report.html` after each stage and of the whole run: some seconds each."""
 
 
-SUPERVISED: dict[str, type[SupervisedConfig]] = {"sft": SFTConfig, "reward": RewardConfig}
+SUPERVISED: dict[str, type[SupervisedConfig]] = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig}
 """The stages that learn from examples, in the order in which they run, with their settings."""
 STAGES = (*SUPERVISED, "ppo")
 """The stages, in the order in which they run."""
@@ -183,6 +190,8 @@ class RunConfig(Settings):
     """First stage, or null."""
     reward: RewardConfig | None = None
     """Second stage, or null."""
+    dpo: DPOConfig | None = None
+    """It replaces the second and the third stage; or null."""
     ppo: PPOConfig | None = None
     """Third stage, or null."""
     eval: EvalConfig | None = None

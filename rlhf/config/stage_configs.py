@@ -1,4 +1,4 @@
-"""Settings that all training stages share (adapters, AdamW and its schedule), and those of SFT and reward modelling."""
+"""Settings that training stages share (adapters, AdamW and schedule), and those of SFT, reward modelling and DPO."""
 
 from __future__ import annotations
 
@@ -155,15 +155,15 @@ class TrainingConfig(StageConfig):
     lora: LoraConfig
     """Adapters; rank 0 trains the whole model."""
     micro_batch_size: Count
-    """Sequences (reward: pairs) in one forward and backward of one rank: memory, not results."""
+    """Sequences (reward, DPO: pairs) in one forward and backward of one rank: memory, not results."""
     max_prompt_tokens: Count
     """Longer prompts are dropped, and the run says how many."""
     max_response_tokens: Count
-    """Longer responses are dropped in SFT and reward; in PPO, where generation stops."""
+    """Longer responses are dropped in SFT, reward and DPO; in PPO, where generation stops."""
 
     @property
     def batch_size(self) -> int:
-        """Sequences (reward: pairs) in one optimizer step, over all ranks."""
+        """Sequences (reward, DPO: pairs) in one optimizer step, over all ranks."""
         size: int = getattr(self, self.batch_setting)
         return size
 
@@ -178,7 +178,7 @@ class TrainingConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class SupervisedConfig(TrainingConfig):
-    """The settings of a stage that learns from examples: of SFT and of reward training.
+    """The settings of a stage that learns from examples: of SFT, reward modelling and DPO.
 
     What differs is named here, and the memory plan, the roles and the metrics follow from it.
     """
@@ -199,7 +199,7 @@ class SupervisedConfig(TrainingConfig):
     max_steps: Natural = 0
     """Optimizer steps; 0 derives them from `epochs`."""
     global_batch_size: Count
-    """Sequences (reward: pairs) in one optimizer step, over all ranks."""
+    """Sequences (reward, DPO: pairs) in one optimizer step, over all ranks."""
     eval_every: Natural = 0
     """Optimizer steps between evaluations; 0 evaluates at the start and the end only."""
     eval_rows: Natural = 0
@@ -263,6 +263,50 @@ class RewardConfig(SupervisedConfig):
     def layers_kept(self) -> int:
         """As `num_layers` says."""
         return self.num_layers
+
+
+class DPOLossType(StrEnum):
+    """Loss of a pair; see `rlhf/algorithms/dpo.py`."""
+
+    sigmoid = "sigmoid"
+    robust = "robust"
+    hinge = "hinge"
+    ipo = "ipo"
+
+
+@dataclass(kw_only=True)
+class DPOConfig(SupervisedConfig):
+    """Direct preference optimisation: a policy learns from preferences, without a reward model."""
+
+    rows = "dpo_preferences"
+    kind = ModelKind.causal_lm
+    objective = "dpo"
+    row_unit = "pairs"
+    best_metric = BestMetric("eval/loss", -1)  # it also sees a policy that runs away; accuracy counts signs alone
+
+    init_from: str = "${output_dir}/sft/model"
+    """Policy that training starts from."""
+    reference: str | None = None
+    """Model that the policy is compared with; null is the one it starts from. It is in memory before training only."""
+    beta: Positive = 0.1
+    """Reward per nat of log-ratio to the reference: the smaller, the further the policy may go."""
+    loss_type: DPOLossType = DPOLossType.sigmoid
+    """Loss of a pair: sigmoid (DPO), robust (to wrong labels), hinge (SLiC), or ipo, which averages over tokens."""
+    label_smoothing: ShareBelowOne = 0.0
+    """Assumed share of pairs that are labelled the wrong way round, below 0.5: cDPO with sigmoid, and for robust."""
+    normalize_length: bool = False
+    """Average log-ratios over the tokens of a response instead of summing them; needs a larger `beta`."""
+    rpo_alpha: NonNegative = 0.0
+    """Weight of the chosen response's loss per token, which keeps it likely (RPO, Pang et al. 2024)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        smoothing = f"label_smoothing={self.label_smoothing}"
+        require(self.label_smoothing < 0.5, f"{smoothing}: expected at least 0, below 0.5.")
+        require(
+            not self.label_smoothing or self.loss_type in (DPOLossType.sigmoid, DPOLossType.robust),
+            f"{smoothing}: loss_type={self.loss_type} has none; expected 0, or loss_type=sigmoid or robust.",
+        )
 
 
 @dataclass(kw_only=True)

@@ -72,7 +72,9 @@ class _Files:
     def stage(self, stage: str) -> StageConfig:
         """The settings of a stage with those that the files of its models decide."""
         run = self.run
-        roles = {role.engine: role for role in all_roles(run, stage)}  # roles that share an engine share its file
+        roles: dict[str, Role] = {}
+        for role in all_roles(run, stage):
+            roles.setdefault(role.engine, role)  # roles that share an engine share its file
         changes: dict[str, Any] = {}
         for role in roles.values():
             if role.engine_config(run).deepspeed is not None:

@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf.algorithms.dpo import DPOForm, dpo_loss
 from rlhf.algorithms.kl import clamped
-from rlhf.algorithms.masked import masked_mean
+from rlhf.algorithms.logprobs import token_logprobs
+from rlhf.algorithms.masked import masked_mean, zero_masked
 from rlhf.algorithms.ppo import explained_variance
 from rlhf.algorithms.supervised_losses import pairwise_loss, sft_loss
 from rlhf.engine.engine import Engine
@@ -58,12 +60,21 @@ def gold_values(name: str, metric: GoldMetric, *, prompts: Sequence[str], respon
     return [float(value) for value in values]
 
 
-def logits_of(model: Callable[..., Any], batch: SFTBatch) -> Tensor:
+def logits_of(model: Callable[..., Any], batch: SFTBatch | PreferenceBatch) -> Tensor:
     """The logits of a language model after every token, `[B, T, V]`."""
     mask = batch.attention_mask
     inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": position_ids(mask)}
     logits: Tensor = model(**inputs, use_cache=False).logits
     return logits
+
+
+def response_logprobs(
+    model: Callable[..., Any], batch: PreferenceBatch, *, chunk_elements: int | None = None
+) -> Tensor:
+    """Log-probability of each whole response of B pairs, `[2B]` fp32; `chunk_elements` as in `token_logprobs`."""
+    logits = logits_of(model, batch)  # [2B, T, V]
+    logprobs = token_logprobs(logits, batch.input_ids[:, 1:], chunk_elements=chunk_elements)  # [2B, T - 1]
+    return zero_masked(logprobs, batch.response_mask[:, 1:]).sum(-1)
 
 
 def evaluate_language(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) -> dict[str, float]:
@@ -117,6 +128,26 @@ def evaluate_preferences(engine: Engine, batches: Sequence[EvalBatch[PreferenceB
         "eval/score_std": float(scores.std(correction=0)),
         "eval/pairs": len(chosen),
     }
+
+
+def evaluate_policy_on_pairs(
+    engine: Engine, batches: Sequence[EvalBatch[PreferenceBatch]], *, form: DPOForm
+) -> dict[str, float]:
+    """DPO's loss, implicit rewards and log-ratios on held-out pairs; all ranks must call it with equally many batches.
+
+    The log-ratio is no KL, as the policy did not write these responses; `stage=eval` measures the KL.
+    """
+    found: list[Tensor] = []
+    with engine.evaluating() as model:
+        for item in batches:
+            batch = item.batch.to(engine.world.device)
+            columns = (response_logprobs(model, batch), batch.reference_logprobs, batch.response_mask.sum(-1))
+            pairs = torch.stack(columns).view(3, 2, -1)  # three times [2B] -> [3, 2, B]
+            found.append(pairs[:, :, : item.count].double().cpu())
+    everything = torch.cat(gather_objects(torch.cat(found, dim=2)), dim=2)  # [3, 2, N] of all ranks
+    result = dpo_loss(*everything.flatten(1), form=form)
+    metrics = {f"eval/{name}": float(value) for name, value in result._asdict().items()}
+    return metrics | {"eval/pairs": everything.shape[2]}
 
 
 def pair_scores(engine: Engine, batches: Sequence[EvalBatch[PreferenceBatch]]) -> Tensor:

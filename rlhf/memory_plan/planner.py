@@ -25,7 +25,7 @@ from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.states import GATHERED, GRADIENTS, Item, Place, States
 from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, ModelShape, Stretch, trace
-from rlhf.memory_plan.workloads import PHASES, Workload
+from rlhf.memory_plan.workloads import PHASES, REFERENCE, Workload
 from rlhf.runtime.launch import local_ranks
 
 EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
@@ -139,15 +139,20 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
         ValueError: a model that is not there, and that no stage of the run makes.
     """
     config, chunk = run.training_config(stage), chunk_elements_of(machine.device)
-    models = [ModelMemory.of(run, role, machine=machine) for role in roles_of(run, stage)]
+    everyone = [ModelMemory.of(run, role, machine=machine) for role in roles_of(run, stage)]
+    models = [model for model in everyone if not model.role.before_training]
+    early = [model for model in everyone if model.role.before_training]
     copies = [item for model in models for item in model.checkpoint_copy(run.checkpoint)]
     found: dict[str, list[Item]] = {}
     for phase, computed in PHASES[stage].items():
+        there = early if phase == REFERENCE else models
+        if not there:
+            continue
         works = {
             role: Workload.of(compute, config, ranks=machine.ranks, chunk_elements=chunk)
             for role, compute in computed.items()
         }
-        found[phase] = _busiest(models, phase=phase, works=works)
+        found[phase] = _busiest(there, phase=phase, works=works)
     found["train"] += copies
     found["save"] = [item for model in models for item in model.at_rest()] + copies
     found["save"] += [item for model in models for item in model.saved(run.checkpoint, local_ranks=machine.local_ranks)]

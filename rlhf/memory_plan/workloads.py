@@ -86,9 +86,9 @@ def demonstrations(model: Any, work: Workload) -> Tensor:
 
 def preferences(model: Any, work: Workload) -> Tensor:
     """The loss of pairs, both responses in one batch."""
-    mask = work.mask(2 * work.rows)
-    batch = PreferenceBatch(input_ids=mask.long(), attention_mask=mask, margin=torch.zeros(work.rows))
-    return _loss(model, work, batch=batch)
+    mask, zeros = work.mask(2 * work.rows), torch.zeros(2 * work.rows)
+    fields = {"response_mask": mask, "margin": zeros[: work.rows], "reference_logprobs": zeros}
+    return _loss(model, work, batch=PreferenceBatch(input_ids=mask.long(), attention_mask=mask, **fields))
 
 
 def _loss(model: Any, work: Workload, *, batch: SFTBatch | PreferenceBatch) -> Tensor:
@@ -145,10 +145,13 @@ class _TracedEngine:
         raise EnoughError
 
 
-_EXAMPLES = {"demonstrations": demonstrations, "preferences": preferences}
+REFERENCE = "reference"
+"""The phase of the models that leave before training, which alone are there."""
+_EXAMPLES = {"sequences": demonstrations, "pairs": preferences}
 PHASES: dict[str, dict[str, dict[str, Callable[..., Tensor | None]]]] = {
     **{
-        stage: dict.fromkeys(("evaluate", "train"), {"model": _EXAMPLES[settings.rows]})
+        stage: {REFERENCE: {"reference": _EXAMPLES[settings.row_unit]}}
+        | dict.fromkeys(("evaluate", "train"), {"model": _EXAMPLES[settings.row_unit]})
         for stage, settings in SUPERVISED.items()
     },
     "ppo": {

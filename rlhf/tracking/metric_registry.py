@@ -17,10 +17,12 @@ STEP = "trainer/step"
 
 PPO = POLICIES
 REWARD = ("reward",)
-PAIRS = tuple(stage for stage, settings in SUPERVISED.items() if settings.rows == "preferences")
+PAIRS = tuple(stage for stage, settings in SUPERVISED.items() if settings.row_unit == "pairs")
 EXAMPLES = tuple(SUPERVISED)
 ALL = (*EXAMPLES, *PPO)
-ACCURACY = "SFT: target tokens ranked first; reward: chosen scored higher"
+ACCURACY = "SFT: target tokens ranked first; reward, DPO: chosen scored higher"
+DPO = ("dpo",)
+RATIO = "log-ratio of policy to reference, mean over responses: no KL, as the policy did not write them"
 PAID = "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end"
 KL = "KL to the reference, summed over a response, mean over responses"
 ENTROPY = "entropy per token at the sampling temperature, before top-k and top-p"
@@ -60,6 +62,9 @@ METRICS: dict[str, Metric] = {
     "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token", -1),
     "eval/accuracy": Metric("Evaluation", "fraction", EXAMPLES, "accuracy on held-out data", 1, headline=True),
     "eval/margin": Metric("Evaluation", "score", PAIRS, "chosen minus rejected score, mean over held-out pairs", 1),
+    "eval/reward_chosen": Metric("Evaluation", "score", DPO, "implicit reward of held-out chosen responses"),
+    "eval/reward_rejected": Metric("Evaluation", "score", DPO, "implicit reward of held-out rejected responses"),
+    "eval/log_ratio": Metric("Evaluation", "nats", DPO, RATIO),
     "eval/score_mean": Metric("Evaluation", "score", REWARD, "mean held-out score, which PPO subtracts"),
     "eval/score_std": Metric("Evaluation", "score", REWARD, "deviation of the held-out scores, which PPO divides by"),
     "eval/pairs": Metric("Evaluation", "pairs", PAIRS, "held-out pairs behind the accuracy"),
@@ -101,6 +106,9 @@ METRICS: dict[str, Metric] = {
     "train/loss": Metric("Training", "nats", EXAMPLES, "loss of the step's global batch", -1, headline=True),
     "train/accuracy": Metric("Training", "fraction", EXAMPLES, ACCURACY, 1, headline=True),
     "train/margin": Metric("Training", "score", PAIRS, "chosen minus rejected score, mean over the batch", 1),
+    "train/reward_chosen": Metric("Training", "score", DPO, "beta times log-ratio of the chosen responses"),
+    "train/reward_rejected": Metric("Training", "score", DPO, "beta times log-ratio of the rejected responses"),
+    "train/log_ratio": Metric("Training", "nats", DPO, RATIO),
     "train/grad_norm": Metric("Training", "", EXAMPLES, "global gradient norm before clipping"),
     "train/lr": Metric("Training", "", EXAMPLES, "learning rate of the step"),
     "train/tokens": Metric("Training", "tokens", EXAMPLES, "real tokens in the step's global batch"),

@@ -1,4 +1,4 @@
-"""One optimizer step of SFT or reward modelling: the two objectives, and micro-batches that add up to a step.
+"""One optimizer step of SFT, reward modelling or DPO: their objectives, and micro-batches that add up to a step.
 
 Losses are divided by counts over the whole step, so micro-batches and ranks change nothing but memory and time.
 """
@@ -11,10 +11,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf.algorithms.dpo import DPOForm, dpo_loss
 from rlhf.algorithms.supervised_losses import count_targets, pairwise_loss, sft_loss
-from rlhf.config.stage_configs import SupervisedConfig
+from rlhf.config.stage_configs import DPOConfig, SupervisedConfig
 from rlhf.engine.engine import Engine
-from rlhf.evaluation.metrics import logits_of
+from rlhf.evaluation.metrics import logits_of, response_logprobs
 from rlhf.models.causal_lm import position_ids
 from rlhf.models.scalar_head import last_token_scores
 from rlhf.runtime.dist import sum_over_ranks
@@ -67,12 +68,16 @@ class NextToken(Objective[SFTBatch]):
         return LossAndMetrics(result.loss, {"train/accuracy": result.accuracy})
 
 
-class Pairwise(Objective[PreferenceBatch]):
-    """Score the chosen response above the rejected one (Bradley and Terry 1952)."""
+class OfPairs(Objective[PreferenceBatch]):
+    """An objective that is a mean over pairs."""
 
     def count(self, batch: PreferenceBatch) -> Tensor:
         """Pairs of a micro-batch."""
         return torch.tensor(len(batch.margin), device=batch.margin.device)
+
+
+class Pairwise(OfPairs):
+    """Score the chosen response above the rejected one (Bradley and Terry 1952)."""
 
     def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> LossAndMetrics:
         """Loss of the pairs, both responses in one forward."""
@@ -88,7 +93,29 @@ class Pairwise(Objective[PreferenceBatch]):
         return LossAndMetrics(result.loss, {"train/accuracy": result.accuracy, "train/margin": result.margin})
 
 
-OBJECTIVES: dict[str, type[Objective[Any]]] = {"next_token": NextToken, "pairwise": Pairwise}
+class DirectPreference(OfPairs):
+    """Make the chosen response likelier, beside the reference, than the rejected one (Rafailov et al. 2023)."""
+
+    def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> LossAndMetrics:
+        """Loss of the pairs, both responses in one forward; the reference's part has been computed before."""
+        logprobs = response_logprobs(engine, batch, chunk_elements=self.chunk_elements)
+        lengths, form = batch.response_mask.sum(-1), dpo_form(self.config)
+        result = dpo_loss(logprobs, batch.reference_logprobs, lengths, form=form, denominator=denominator)
+        metrics = {f"train/{name}": value for name, value in result._asdict().items() if name != "loss"}
+        return LossAndMetrics(result.loss, metrics)
+
+
+def dpo_form(config: DPOConfig) -> DPOForm:
+    """The shape of DPO's loss, as the settings say."""
+    smoothing, averages = config.label_smoothing, config.normalize_length
+    return DPOForm(config.beta, config.loss_type, smoothing, normalize_length=averages, nll_coef=config.rpo_alpha)
+
+
+OBJECTIVES: dict[str, type[Objective[Any]]] = {
+    "next_token": NextToken,
+    "pairwise": Pairwise,
+    "dpo": DirectPreference,
+}
 """The objectives by the name that a stage's settings give."""
 
 

@@ -265,7 +265,7 @@ def open_session(
 
     Args:
         run: the whole configuration.
-        stage: `sft`, `reward` or `ppo`.
+        stage: `sft`, `reward`, `dpo` or `ppo`.
         world: this process among its peers.
         tokenizer: the tokenizer of all models of the stage.
         total_steps: optimizer steps (PPO: iterations) of the stage.

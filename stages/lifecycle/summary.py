@@ -8,7 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from rlhf.config.roles import policy_folder
+from rlhf.config.roles import policy_path
 from rlhf.config.run_config import FOLDERS, RunConfig
 from rlhf.tracking.metric_registry import metric
 from rlhf.tracking.report.run_folder import FolderReader, can_report
@@ -27,7 +27,7 @@ def show_results(run: RunConfig) -> None:
     rows = [row for name in FOLDERS for row in _stage_rows(folder / name)]
     if rows:
         log.info("%s", table("Held-out results", ["stage", "metric", "before", "after", "unit"], rows=rows))
-    policy = Path(policy_folder(run))
+    policy = Path(policy_path(run)).parent
     samples = _sample_pairs(policy / "samples.jsonl")
     if samples:
         name = policy.name.upper()

@@ -14,7 +14,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from rlhf.chat.chat_model import chat_tokenizer
-from rlhf.config.roles import Role, maker_of, origin_of, roles_of
+from rlhf.config.roles import BUILT_ON, Role, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.config.stage_configs import ModelKind
 from rlhf.models.causal_lm import causal_lm_module, generation_config
@@ -158,7 +158,8 @@ def _advice(run: RunConfig, role: Role) -> str:
     if maker is None:
         return "Name"
     last = role.stage if role.stage in STAGES else maker
-    needed = {stage for stage in STAGES[: STAGES.index(last) + 1] if not is_finished(run, stage)} | set(run.stages)
+    needed = {*BUILT_ON[last], last, *BUILT_ON[maker], maker}
+    needed = {stage for stage in needed if not is_finished(run, stage)} | set(run.stages)
     chosen = [stage for stage in STAGES if stage in needed] + [use for use in run.uses if use == role.stage]
     return f"Run the stages that make it first, as in 'stage=[{','.join(map(run.title, chosen))}]', or name"
 

@@ -17,7 +17,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from rlhf.config.roles import policy_folder
+from rlhf.config.roles import policy_path
 from rlhf.config.run_config import STAGES, USES, RunConfig
 from rlhf.runtime.atomic_files import write_text
 
@@ -78,7 +78,7 @@ def to_run(config: DictConfig) -> RunConfig:
         raise ValueError(_placed(config, str(error))) from error
     assert isinstance(run, RunConfig)
     if run.eval is not None and run.eval.model is None:
-        run.eval.model = f"{policy_folder(run)}/actor"
+        run.eval.model = policy_path(run)
     return run
 
 

@@ -44,7 +44,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
         ValueError: the run cannot work; the message says what was found, what was expected, and what to do.
     """
     if not run.stages and not run.uses:
-        raise ValueError("stage=[]: nothing is selected; expected some of sft, reward, ppo, eval, chat.")
+        raise ValueError("stage=[]: nothing is selected; expected some of sft, reward, dpo, ppo, eval, chat.")
     check_devices(run.engine.device, ranks=local_ranks(ranks))
     for stage in run.stages:
         check_folder(run, stage)

@@ -17,6 +17,7 @@ timing_s/generate timing_s/score perf/tokens_per_second memory/rss_bytes memory/
 NAMES = {
     "sft": f"{SUPERVISED} eval/perplexity",
     "reward": f"{SUPERVISED} eval/margin eval/score_mean eval/score_std",
+    "dpo": f"{SUPERVISED} eval/margin train/margin train/reward_chosen train/reward_rejected train/log_ratio",
     "ppo": PPO,
 }
 

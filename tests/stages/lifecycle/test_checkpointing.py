@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import CheckpointConfig
-from rlhf.config.stage_configs import RewardConfig, SFTConfig
+from rlhf.config.stage_configs import DPOConfig, RewardConfig, SFTConfig
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.runtime import dist
 from rlhf.tracking.timing import Stopwatch
@@ -28,7 +28,8 @@ from stages.lifecycle.stage_record import _FREE_IN_ENGINES
 from tests.config.test_configuration import composed
 from tests.stages import killing
 
-METRICS = {"sft": SFTConfig.best_metric, "reward": RewardConfig.best_metric, "ppo": PPOConfig.best_metric}
+CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig}
+METRICS = {stage: config.best_metric for stage, config in CONFIGS.items()}
 ROOT = Path(__file__).parents[3]
 SEED = int(os.environ.get("KILL_SEED", "1"))
 
@@ -59,7 +60,7 @@ def test_the_models_are_the_same_bit_for_bit(runs, whole, killed):
     assert found[whole] == 0
     assert found[killed][-1]["status"] == 0
     models = sorted(path.relative_to(root / whole) for path in (root / whole).rglob("*.safetensors"))
-    assert len([model for model in models if "best" not in model.parts]) == {"whole": 6, "whole2": 2}[whole]
+    assert len([model for model in models if "best" not in model.parts]) == {"whole": 7, "whole2": 2}[whole]
     for model in models:
         assert filecmp.cmp(root / whole / model, root / killed / model, shallow=False), model
 
@@ -74,7 +75,7 @@ def _results(record):
 def test_metrics_samples_and_records_are_the_same(runs, whole, killed):
     root, _ = runs
     journals = sorted(path.relative_to(root / whole) for path in (root / whole).glob("*/*.jsonl"))
-    assert len(journals) == {"whole": 4, "whole2": 2}[whole]
+    assert len(journals) == {"whole": 5, "whole2": 2}[whole]
     for journal in journals:
         assert logged(root / killed / journal) == logged(root / whole / journal), journal
     for record in (root / whole).glob("*/stage.json"):

@@ -109,7 +109,7 @@ def run(*words, **environment):
 def test_help_begins_with_sentences_and_shows_choices_and_settings():
     shown = run("--help").stdout
     assert shown.startswith("The whole of RLHF: supervised fine-tuning")
-    assert "stage: chat, cispo, dapo, dr_grpo, eval, grpo, gspo" in shown
+    assert "stage: chat, cispo, dapo, dpo, dpo_lora, dr_grpo, eval, grpo, gspo" in shown
     assert "zero_stage: 0" in shown
 
 
@@ -122,7 +122,7 @@ def test_a_mistake_ends_with_one_line_before_torch_is_imported(tmp_path):
     assert (refused.returncode, refused.stdout) == (1, "")
     assert (
         refused.stderr
-        == "error: sft.epoch: there is no such setting. Did you mean sft.epochs or ppo.epochs or sft.dropout?\n"
+        == "error: sft.epoch: there is no such setting. Did you mean sft.epochs or ppo.epochs or dpo.epochs?\n"
     )
 
 
