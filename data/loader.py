@@ -57,11 +57,11 @@ def collate_demonstrations(samples: Sequence[Demonstration], pad_id: int) -> SFT
 def collate_preferences(samples: Sequence[Preference], pad_id: int) -> PreferenceBatch:
     """B preferences as 2B sequences, right padded: all chosen ones, then the rejected."""
     tokens = pad([*(sample.chosen for sample in samples), *(sample.rejected for sample in samples)], pad_id)
-    prompts = torch.tensor([sample.num_prompt for sample in samples]).T.flatten()  # [B, 2] -> [2B]
+    targets = pad([sample.targets[side] for side in (0, 1) for sample in samples], False)
     return PreferenceBatch(
         input_ids=tokens.values.long(),
         attention_mask=tokens.mask,
-        response_mask=tokens.mask & (torch.arange(tokens.mask.shape[1]) >= prompts[:, None]),
+        target_mask=targets.values,
         margin=torch.tensor([sample.margin for sample in samples], dtype=torch.float32),
         reference_logprobs=torch.from_numpy(np.stack([sample.reference for sample in samples], axis=1).reshape(-1)),
     )

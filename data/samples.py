@@ -46,8 +46,8 @@ class Preference:
     chosen: NDArray[np.int32]  # [T], the prompt included
     rejected: NDArray[np.int32]  # [T]
     margin: float  # how much better the chosen one was rated; 0 if unknown
+    targets: tuple[NDArray[np.bool_], NDArray[np.bool_]]  # [T] of each, True where the token is an assistant's response
     subset: str = ""  # which part of the data it belongs to, if `eval.subset` names a column
-    num_prompt: tuple[int, int] = (0, 0)  # tokens before the response, of chosen and of rejected
     reference: NDArray[np.float32] = field(default_factory=lambda: np.zeros(2, np.float32))
     """`[2]`, log-probabilities of both responses under a reference; DPO fills them in before training."""
 
@@ -118,9 +118,9 @@ def preferences(
 
     def build(row: Row, sequences: list[TokenSequence]) -> list[Preference]:
         chosen, rejected = sequences
-        subset, prompts = row.get(subset_column) if subset_column else None, (chosen.num_prompt, rejected.num_prompt)
-        named = "" if subset is None else str(subset)
-        return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), subset=named, num_prompt=prompts)]
+        subset = row.get(subset_column) if subset_column else None
+        named, targets = "" if subset is None else str(subset), (chosen.target_mask, rejected.target_mask)
+        return [Preference(chosen.input_ids, rejected.input_ids, margin_of(row), targets=targets, subset=named)]
 
     kind = SampleKind(
         stage=stage,

@@ -95,7 +95,7 @@ class PreferenceBatch(_TensorBatch):
 
     input_ids: Tensor  # [2B, T] int64
     attention_mask: Tensor  # [2B, T] bool, True where a real token is
-    response_mask: Tensor  # [2B, T] bool, True where a token of the response is, EOS included
+    target_mask: Tensor  # [2B, T] bool, True where a token is an assistant's response, EOS included
     margin: Tensor  # [B] fp32, how much better the chosen one was judged; 0 where unknown
     reference_logprobs: Tensor  # [2B] fp32, of each response under DPO's reference; 0 where there is none
 

@@ -74,7 +74,7 @@ def response_logprobs(
     """Log-probability of each whole response of B pairs, `[2B]` fp32; `chunk_elements` as in `token_logprobs`."""
     logits = logits_of(model, batch)  # [2B, T, V]
     logprobs = token_logprobs(logits, batch.input_ids[:, 1:], chunk_elements=chunk_elements)  # [2B, T - 1]
-    return zero_masked(logprobs, batch.response_mask[:, 1:]).sum(-1)
+    return zero_masked(logprobs, batch.target_mask[:, 1:]).sum(-1)
 
 
 def evaluate_language(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) -> dict[str, float]:
@@ -141,7 +141,7 @@ def evaluate_policy_on_pairs(
     with engine.evaluating() as model:
         for item in batches:
             batch = item.batch.to(engine.world.device)
-            columns = (response_logprobs(model, batch), batch.reference_logprobs, batch.response_mask.sum(-1))
+            columns = (response_logprobs(model, batch), batch.reference_logprobs, batch.target_mask.sum(-1))
             pairs = torch.stack(columns).view(3, 2, -1)  # three times [2B] -> [3, 2, B]
             found.append(pairs[:, :, : item.count].double().cpu())
     everything = torch.cat(gather_objects(torch.cat(found, dim=2)), dim=2)  # [3, 2, N] of all ranks

@@ -87,7 +87,7 @@ def demonstrations(model: Any, work: Workload) -> Tensor:
 def preferences(model: Any, work: Workload) -> Tensor:
     """The loss of pairs, both responses in one batch."""
     mask, zeros = work.mask(2 * work.rows), torch.zeros(2 * work.rows)
-    fields = {"response_mask": mask, "margin": zeros[: work.rows], "reference_logprobs": zeros}
+    fields = {"target_mask": mask, "margin": zeros[: work.rows], "reference_logprobs": zeros}
     return _loss(model, work, batch=PreferenceBatch(input_ids=mask.long(), attention_mask=mask, **fields))
 
 

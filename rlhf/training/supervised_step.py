@@ -99,7 +99,7 @@ class DirectPreference(OfPairs):
     def outcome(self, engine: Engine, batch: PreferenceBatch, *, denominator: Tensor) -> LossAndMetrics:
         """Loss of the pairs, both responses in one forward; the reference's part has been computed before."""
         logprobs = response_logprobs(engine, batch, chunk_elements=self.chunk_elements)
-        lengths, form = batch.response_mask.sum(-1), dpo_form(self.config)
+        lengths, form = batch.target_mask.sum(-1), dpo_form(self.config)
         result = dpo_loss(logprobs, batch.reference_logprobs, lengths, form=form, denominator=denominator)
         metrics = {f"train/{name}": value for name, value in result._asdict().items() if name != "loss"}
         return LossAndMetrics(result.loss, metrics)

@@ -269,9 +269,17 @@ def test_a_pad_token_that_is_the_eos_hides_no_token():
 
 
 def test_preferences_are_all_chosen_then_all_rejected():
-    batch = collate_preferences(
-        [Preference(ids(1, 2), ids(1, 3, 4), margin=0.5), Preference(ids(5), ids(6), margin=0.0)], PAD
-    )
+    first = (np.array([False, True]), np.array([False, False, True]))
+    pairs = [
+        Preference(ids(1, 2), ids(1, 3, 4), margin=0.5, targets=first, reference=np.float32([-1, -2])),
+        Preference(ids(5), ids(6), margin=0.0, targets=(np.array([True]),) * 2),
+    ]
+    batch = collate_preferences(pairs, PAD)
+    assert batch.target_mask.tolist() == [[False, True, False], [True, False, False]] + [
+        [False, False, True],
+        [True, False, False],
+    ]
+    assert batch.reference_logprobs.tolist() == [-1, 0, -2, 0]
     assert batch.input_ids.tolist() == [[1, 2, PAD], [5, PAD, PAD], [1, 3, 4], [6, PAD, PAD]]
     assert batch.attention_mask.sum(-1).tolist() == [2, 1, 3, 1]
     assert batch.margin.tolist() == [0.5, 0.0]

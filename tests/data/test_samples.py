@@ -92,6 +92,16 @@ def test_conversations_reach_every_stage(chat, write):
     assert demonstration.input_ids[: len(prompt)].tolist() == prompt.input_ids.tolist()
     assert demonstration.target_mask.tolist() == [False] * len(prompt) + [True] * 2  # "a" and the end of the turn
     assert prompt.text == "q"
+    assert [targets.tolist() for targets in pair.targets] == [demonstration.target_mask.tolist()] * 2
+
+
+def test_in_responses_of_several_turns_what_the_user_says_is_no_response(chat, write):
+    user, good, bad = ({"role": role, "content": text} for role, text in (("user", "q"), *[("assistant", "a")] * 2))
+    bad["content"] = "b"
+    file = write("pairs.jsonl", [{"prompt": [user], "chosen": [good, user, good], "rejected": [bad]}])
+    limits = {"max_prompt_tokens": 40, "max_response_tokens": 60}
+    (pair,) = samples("reward", [file], tokenizer=chat, limits=limits).train
+    assert chat.decode(pair.chosen[pair.targets[0]]) == "a<|im_end|>a<|im_end|>"
 
 
 def test_the_eos_is_a_target_where_the_tokenizer_padded_with_it(gpt, write):

@@ -61,7 +61,8 @@ def samples():
 
     def sample(prompt, *responses):
         chosen, rejected = (np.array(prompt + response, dtype=np.int32) for response in responses)
-        return Preference(chosen, rejected, margin=0.0, num_prompt=(len(prompt), len(prompt)))
+        targets = tuple(np.arange(len(ids)) >= len(prompt) for ids in (chosen, rejected))
+        return Preference(chosen, rejected, margin=0.0, targets=targets)
 
     return [sample(*ids) for ids in pairs()]
 
