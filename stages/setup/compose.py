@@ -79,6 +79,16 @@ def to_run(config: DictConfig) -> RunConfig:
     assert isinstance(run, RunConfig)
     if run.eval is not None and run.eval.model is None:
         run.eval.model = policy_path(run)
+    return _without_reward_model(run)
+
+
+def _without_reward_model(run: RunConfig) -> RunConfig:
+    """A run whose policy learns from pairs (DPO) is evaluated without a reward model, where its folder has none."""
+    usual = f"{run.output_dir}/reward/model"
+    is_missing = run.reward is None and not Path(usual).exists()
+    if run.eval is not None and run.dpo is not None and run.eval.reward == usual and is_missing:
+        judges = [judge for judge in run.eval.judges if judge != "reward"]
+        run.eval = dataclasses.replace(run.eval, reward=None, judges=judges)
     return run
 
 

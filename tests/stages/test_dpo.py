@@ -192,3 +192,13 @@ def test_the_newest_policy_of_a_folder_is_the_one_that_answers(there, stages, ex
     assert policy_path(run) == roles_of(run, "chat")[0].path == f"{tmp_path}/{expected}"
     run = composed("experiment=smoke", f"stage={stages.replace('chat', 'eval')}", f"output_dir={tmp_path}")
     assert run.eval.model == f"{tmp_path}/{expected}"
+
+
+def test_an_evaluation_after_dpo_needs_no_reward_model(tmp_path):
+    run = composed("experiment=smoke", "stage=[sft,dpo,eval]", f"output_dir={tmp_path}")
+    assert (run.eval.reward, run.eval.judges) == (None, [])
+    named = composed("experiment=smoke", "stage=[sft,dpo,eval]", f"output_dir={tmp_path}", "eval.reward=judge")
+    assert (named.eval.reward, named.eval.judges) == ("judge", ["reward"])
+    (tmp_path / "reward/model").mkdir(parents=True)
+    there = composed("experiment=smoke", "stage=[sft,dpo,eval]", f"output_dir={tmp_path}")
+    assert there.eval.reward == f"{tmp_path}/reward/model"
