@@ -30,13 +30,12 @@ from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
 from rlhf.memory_plan.states import Place
 from rlhf.memory_plan.workloads import PHASES, Workload, generation, policy_update, scalars, statistics
 from rlhf.models.embedded import byte_tokenizer
-from rlhf.rewards import ScoreScale
 from rlhf.rollout import Models
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, start, stop
 from rlhf.tracking.timing import METER, resident
 from rlhf.training.ppo_update import policy_gradient, value_gradient
-from stages.lifecycle.stage_models import open_model
+from stages.lifecycle.stage_models import open_model, scored_sources
 from stages.ppo import load_models
 from stages.setup.compose import CONF_DIR, load_run, register_schema, save_run, to_run
 
@@ -165,7 +164,7 @@ def _supervised_peaks(run: RunConfig, stage: str, world: World) -> Peaks:
 def _ppo_peaks(run: RunConfig, world: World) -> Peaks:
     config = run.ppo
     assert config is not None
-    models = load_models(run, world, scale=ScoreScale())
+    models = load_models(run, world, sources=scored_sources(config))
 
     def generate() -> None:
         with models.actor.generating() as model, world.device:
@@ -173,7 +172,8 @@ def _ppo_peaks(run: RunConfig, world: World) -> Peaks:
 
     def score() -> None:
         judges = [(models.actor, statistics), (models.reference, statistics)]
-        for engine, compute in [*judges, (models.reward, scalars), (models.critic, scalars)]:
+        rewards = [(engine, scalars) for engine in models.rewards.values()]
+        for engine, compute in [*judges, *rewards, (models.critic, scalars)]:
             with engine.evaluating() as model, world.device:
                 Workload.of(compute, config)(model)
 

@@ -19,6 +19,7 @@ from rlhf.config.stage_configs import SFTConfig, SupervisedConfig
 from rlhf.text.chat_template import Row
 from rlhf.text.tokenize_rows import (
     TokenSequence,
+    prompt_of,
     readable_prompt,
     tokenize_as_generated,
     tokenize_demonstration,
@@ -61,7 +62,7 @@ class Prompt:
 
     input_ids: NDArray[np.int32]  # [P]
     text: str  # for people to read
-    columns: Mapping[str, Any] = field(default_factory=dict)  # further columns of the row, such as a reference answer
+    columns: Mapping[str, Any] = field(default_factory=dict)  # of the row, such as a reference answer: for functions
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -145,12 +146,19 @@ def prompts(
     """The samples of `data.ppo`; rows that also have responses give their prompts.
 
     With `held_out`, only those to evaluate on, within these limits. `columns` names further columns that a `Prompt`
-    keeps of its row as they are; None keeps all, and a value that cannot be read makes its row a bad one.
+    keeps of its row as they are; None keeps all, and a value that cannot be read makes its row a bad one. "prompt"
+    among them, or None, keeps the prompt as it was given, text or messages.
     """
 
     def tokenize(row: Row) -> list[TokenSequence]:
         ids = np.array(tokenize_prompt(tokenizer, row), dtype=np.int32)
         return [TokenSequence(ids, np.zeros(len(ids), dtype=bool), len(ids))]
+
+    def build(row: Row, sequences: list[TokenSequence]) -> list[Prompt]:
+        kept = further_columns(row)
+        if columns is None or "prompt" in columns:
+            kept["prompt"] = prompt_of(row)
+        return [Prompt(sequences[0].input_ids, readable_prompt(row), kept)]
 
     kind = SampleKind(
         stage="ppo",
@@ -158,7 +166,7 @@ def prompts(
         limits=held_out or LengthLimits("ppo", config.max_prompt_tokens, config.max_response_tokens),
         settings=("ppo", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
-        build=lambda row, sequences: [Prompt(sequences[0].input_ids, readable_prompt(row), further_columns(row))],
+        build=build,
         further_columns=columns,
     )
     return build_samples(kind, data, only_held_out=held_out is not None)

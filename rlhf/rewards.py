@@ -1,50 +1,56 @@
-"""Rewards of whole responses: a source gives raw scores `[B]`, which become what PPO is paid.
+"""Rewards of whole responses: sources give scores `[B, S]`, which become the one score `[B]` that PPO is paid.
 
-A source is anything with `score`; today that is a reward model. See also: `rlhf/algorithms/ppo.py`, where the score of
-a response becomes the reward of its last token.
+A source is a reward model or a function of the user's (`reward_functions.py`). Each is normalised and clamped if its
+settings say so, then all are summed with their weights. See also: `rlhf/algorithms/ppo.py`, where the score of a
+response becomes the reward of its last token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.scores import normalize_scores, penalize_overlong, penalize_unended
+from rlhf.algorithms.groups import normalize_in_groups
+from rlhf.algorithms.scores import normalize_scores, penalize_overlong, penalize_unended, weighted_scores
 from rlhf.config.ppo_config import ScoreConfig
+from rlhf.config.reward_config import RewardCombination
 from rlhf.engine.engine import Engine
 from rlhf.forward_passes import scalar_outputs
 from rlhf.models.scalar_head import last_token_scores
+from rlhf.reward_functions import RewardFunctions, RewardRows
 from rlhf.types import Responses
 
 
-class RewardSource(Protocol):
-    """Scores responses."""
+@dataclass(frozen=True)
+class RewardScorer:
+    """Asks all sources for their scores."""
 
-    def score(self, responses: Responses, *, prompts: tuple[str, ...], texts: tuple[str, ...]) -> Tensor:
-        """Raw scores `[B]` of this rank's responses, on their device; every rank calls it equally often.
+    names: Sequence[str]
+    """Of all sources, in the order of the settings."""
+    models: Mapping[str, Engine]
+    functions: RewardFunctions
+    micro_batch_size: int
+    """Sequences per forward pass of a model: memory, not results."""
+
+    def score(self, responses: Responses, rows: RewardRows) -> Tensor:
+        """What each source says of this rank's responses, `[B, S]` fp32; every rank must call it equally often.
+
+        NaN: the source does not apply. Infinity: it failed, and a failure may be left out.
 
         Args:
-            responses: tokens and masks.
-            prompts: B prompts as text.
-            texts: B responses as text.
+            responses: tokens and masks, for models.
+            rows: the same as text, for functions.
         """
-        ...
-
-
-@dataclass(frozen=True)
-class RewardModel:
-    """A reward model as a source of scores."""
-
-    engine: Engine
-    micro_batch_size: int
-    """Sequences per forward pass: memory, not results."""
-
-    def score(self, responses: Responses, *, prompts: tuple[str, ...], texts: tuple[str, ...]) -> Tensor:
-        """Its scalar at the last token of each sequence, `[B]`; it reads tokens, not texts."""
-        return reward_model_scores(self.engine, responses, size=self.micro_batch_size)
+        by_function = self.functions.score(rows).to(responses.sequences.device)  # [B, functions]
+        found = {f.name: by_function[:, place] for place, f in enumerate(self.functions.functions)}
+        for name, engine in self.models.items():
+            scores = reward_model_scores(engine, responses, size=self.micro_batch_size)
+            found[name] = scores.float().where(scores.isfinite(), torch.inf)  # its NaN is not that of a function
+        return torch.stack([found[name] for name in self.names], dim=1)
 
 
 def reward_model_scores(reward: Engine, responses: Responses, *, size: int) -> Tensor:
@@ -77,36 +83,130 @@ class ScoreScale:
     std: float = 1.0
 
 
+@dataclass
+class RunningScale:
+    """Mean and standard deviation of all scores so far, for a source that has no held-out ones (Welford 1962)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0
+    """Sum of the squared distances from the mean."""
+
+    @property
+    def std(self) -> float:
+        """Sample deviation; 1 while all scores agree."""
+        return (self.squares / max(self.count - 1, 1)) ** 0.5 or 1.0
+
+    def update(self, scores: Tensor) -> None:
+        """Count the finite ones of `scores` `[B]` in (Chan et al. 1979, for a batch at once)."""
+        values = scores[scores.isfinite()].double()
+        if not len(values):
+            return
+        total, mean = self.count + len(values), float(values.mean())
+        distance = mean - self.mean
+        self.squares += float((values - mean).square().sum()) + distance**2 * self.count * len(values) / total
+        self.mean += distance * len(values) / total
+        self.count = total
+
+
+@dataclass(frozen=True)
+class ScoredSource:
+    """A source of scores, and what its scores count for."""
+
+    name: str
+    weight: float = 1.0
+    scale: ScoreScale | RunningScale | None = None
+    """By which it is normalised; None leaves its scores as they are."""
+    clamp: float = 0.0
+    """Limit of a normalised score, both ways; 0 is none."""
+
+    def shaped(self, scores: Tensor) -> Tensor:
+        """Its scores `[B]`, normalised and clamped; NaN and infinity stay."""
+        if self.scale is None:
+            return scores
+        found = normalize_scores(scores, mean=self.scale.mean, std=self.scale.std, clamp=self.clamp)
+        return found.where(scores.isfinite(), scores)
+
+    def at_clamp(self, scores: Tensor) -> Tensor:
+        """True where its score is at the clamp, `[B]` bool."""
+        return (self.shaped(scores).abs() >= self.clamp) & bool(self.clamp and self.scale is not None)
+
+
 @dataclass(frozen=True)
 class ScoreShaping:
-    """From raw scores to what PPO is paid: normalise, clamp, and penalise a missing EOS and overlong responses."""
+    """From the scores of all sources to what PPO is paid: normalise, clamp, sum, and penalise a missing EOS and length.
+
+    Its state is that of the running scales, which every rank updates alike with the scores of all ranks.
+    """
 
     config: ScoreConfig
-    scale: ScoreScale
+    sources: Sequence[ScoredSource]
     limit: int
     """Most tokens that a response may have."""
+    combination: RewardCombination = RewardCombination.sum
 
-    def scores(self, raw_scores: Tensor, ended: Tensor, *, lengths: Tensor) -> Tensor:
-        """Scores `[B]` of responses.
+    def observe(self, source_scores: Tensor) -> None:
+        """Count the scores `[B, S]` of a rollout of all ranks into the running scales."""
+        for source, scores in zip(self.sources, source_scores.T, strict=True):
+            if isinstance(source.scale, RunningScale):
+                source.scale.update(scores)
+
+    def raw_scores(self, source_scores: Tensor) -> Tensor:
+        """The weighted sum of the scores `[B, S]` in the units of the sources, `[B]`; see `scores` for NaN."""
+        return self._joined(source_scores, source_scores)
+
+    def scores(self, source_scores: Tensor, groups: Tensor | None, *, ended: Tensor, lengths: Tensor) -> Tensor:
+        """Scores `[B]` of responses: NaN where no source applies, infinity where one has failed.
 
         Args:
-            raw_scores: `[B]`.
+            source_scores: `[B, S]`, NaN where a source does not apply, infinity where it failed.
+            groups: `[B]` int64, equal for the responses among which scores are normalised, if they are; None leaves
+                that out, for held-out answers, whose mean it would make 0.
             ended: `[B]` bool, True where a response ended with an EOS.
             lengths: `[B]`, tokens of each response.
         """
-        config, scores = self.config, self._normalized(raw_scores)
-        scores = penalize_unended(scores, ended, penalty=config.missing_eos_penalty, kind=config.missing_eos_mode)
+        config = self.config
+        shaped = torch.stack(
+            [source.shaped(scores) for source, scores in zip(self.sources, source_scores.T, strict=True)], dim=1
+        )
+        if self.combination is RewardCombination.normalized and groups is not None:
+            failed = source_scores.isinf().any(-1, keepdim=True)
+            shaped = normalize_in_groups(shaped.masked_fill(failed, torch.nan), groups)
+        joined = self._joined(shaped, source_scores)
+        scores = penalize_unended(joined, ended, penalty=config.missing_eos_penalty, kind=config.missing_eos_mode)
         share, penalty = config.overlong_share, config.overlong_penalty
-        return penalize_overlong(scores, lengths, limit=self.limit, share=share, penalty=penalty)
+        scores = penalize_overlong(scores, lengths, limit=self.limit, share=share, penalty=penalty)
+        return scores.where(joined.isfinite(), joined)  # no penalty makes up for a score that is not there
 
-    def clamped_share(self, raw_scores: Tensor) -> float:
-        """Share of responses whose score `[B]` is at the clamp, where PPO cannot tell them apart."""
-        clamp = self._clamp
-        return 0.0 if clamp is None else float((self._normalized(raw_scores).abs() >= clamp).double().mean())
+    def clamped_share(self, source_scores: Tensor) -> float:
+        """Share of responses of which some score in `[B, S]` is at its clamp, where PPO cannot tell them apart."""
+        clamped = [source.at_clamp(scores) for source, scores in zip(self.sources, source_scores.T, strict=True)]
+        return float(torch.stack(clamped).any(0).double().mean())
 
-    @property
-    def _clamp(self) -> float | None:
-        return self.config.clamp if self.config.normalize and self.config.clamp else None
+    def _joined(self, scores: Tensor, source_scores: Tensor) -> Tensor:
+        weights = torch.tensor([source.weight for source in self.sources])
+        joined = weighted_scores(scores, weights)
+        return joined.masked_fill(source_scores.isinf().any(-1), torch.inf)
 
-    def _normalized(self, raw_scores: Tensor) -> Tensor:
-        return normalize_scores(raw_scores, mean=self.scale.mean, std=self.scale.std, clamp=self._clamp)
+    def state_dict(self) -> dict[str, Any]:
+        """The running scales, by the name of the source."""
+        running = {source.name: source.scale for source in self.sources}
+        return {name: vars(scale).copy() for name, scale in running.items() if isinstance(scale, RunningScale)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        for source in self.sources:
+            if isinstance(source.scale, RunningScale):
+                vars(source.scale).update(state[source.name])
+
+
+def reward_metrics(names: Sequence[str], source_scores: Tensor) -> dict[str, float]:
+    """Mean, sample deviation and share of None of each source, from scores `[B, S]`; failures are in none of them."""
+    metrics: dict[str, float] = {}
+    for name, scores in zip(names, source_scores.double().T, strict=True):
+        found = scores[scores.isfinite()]
+        metrics[f"reward/{name}/none"] = float(scores.isnan().double().mean())
+        if len(found):
+            metrics[f"reward/{name}"] = float(found.mean())
+            metrics[f"reward/{name}/std"] = float(found.std(correction=min(1, len(found) - 1)))
+    return metrics

@@ -9,7 +9,7 @@ advantages and updates.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -26,7 +26,8 @@ from rlhf.engine.engine import Engine
 from rlhf.forward_passes import all_statistics, critic_values, in_pieces
 from rlhf.generation.generate import Decoding, Generated, generate
 from rlhf.models.lora import adapters_off
-from rlhf.rewards import RewardSource, ScoreShaping
+from rlhf.reward_functions import RewardRows
+from rlhf.rewards import RewardScorer, ScoreShaping
 from rlhf.runtime.dist import gather_objects, max_over_ranks
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.timing import Stopwatch
@@ -39,10 +40,11 @@ Batch = TypeVar("Batch", bound=Responses)
 
 @dataclass(frozen=True)
 class Models:
-    """The four models of PPO."""
+    """The models of PPO."""
 
     actor: Engine
-    reward: Engine
+    rewards: Mapping[str, Engine]
+    """Reward models by the names of their sources."""
     reference: Engine | None
     """None uses the actor with its adapters switched off."""
     critic: Engine | None
@@ -52,7 +54,7 @@ class Models:
 
     def close(self) -> None:
         """Free what the engines hold outside the process, such as files."""
-        for engine in (self.actor, self.reward, self.reference, self.critic):
+        for engine in (self.actor, *self.rewards.values(), self.reference, self.critic):
             if engine is not None:
                 engine.close()
 
@@ -76,17 +78,18 @@ class Collector:
     decode: Callable[[list[int]], str]
     pad_id: int
     stop_token_ids: tuple[int, ...]
-    reward: RewardSource
+    scorer: RewardScorer
     shaping: ScoreShaping
     timer: Stopwatch
 
-    def collect(self, prompts: PromptBatch, *, seed: int, with_values: bool = True) -> Rollout:
+    def collect(self, prompts: PromptBatch, *, seed: int, step: int, trains: bool = True) -> Rollout:
         """Generate and score responses to this rank's prompts `[B, P]`; every rank must call it with equally many.
 
         Args:
             prompts: this rank's rows.
             seed: seed of sampling; a row's draw depends on it and on the row's `sample_ids` alone.
-            with_values: False skips the critic, for evaluation.
+            step: iterations finished so far, for reward functions.
+            trains: False is an evaluation: it skips the critic, leaves running scales alone, and has no groups.
 
         Returns:
             The rollout of all ranks, on the actor's device.
@@ -94,8 +97,8 @@ class Collector:
         with self.timer("generate"):
             responses = self._generate(prompts, seed=seed)
         with self.timer("score"), torch.no_grad():
-            rollout = self._score(responses, with_values=with_values)
-        return gather_rollout(rollout, pad_id=self.pad_id)
+            rollout = self._score(responses, prompts.columns, step=step, trains=trains)
+        return self._with_scores(gather_rollout(rollout, pad_id=self.pad_id), trains=trains)
 
     def _generate(self, prompts: PromptBatch, *, seed: int) -> GeneratedResponses:
         decoding = Decoding(
@@ -104,7 +107,19 @@ class Collector:
         size = self.config.rollout_micro_batch_size
         return generate_responses(self.models.actor, prompts, decoding=decoding, size=size, seed=seed)
 
-    def _score(self, generated: GeneratedResponses, *, with_values: bool) -> Rollout:
+    def _with_scores(self, rollout: Rollout, *, trains: bool) -> Rollout:
+        """The rollout of all ranks with the scores that PPO is paid, computed alike on every rank."""
+        shaping, scores = self.shaping, rollout.source_scores
+        if trains:
+            shaping.observe(scores)
+        count = self.config.samples_per_prompt
+        groups = rollout.sample_ids // count if count > 1 else torch.zeros_like(rollout.sample_ids)
+        paid = shaping.scores(scores, groups if trains else None, ended=rollout.ended, lengths=rollout.lengths)
+        return replace(rollout, raw_scores=shaping.raw_scores(scores), scores=paid)
+
+    def _score(
+        self, generated: GeneratedResponses, columns: Sequence[Mapping[str, Any]], *, step: int, trains: bool
+    ) -> Rollout:
         with self.models.actor.evaluating() as actor:
             logprobs, entropy = self._statistics(actor, generated)
         reference_logprobs, kl = None, torch.zeros_like(logprobs)
@@ -112,17 +127,18 @@ class Collector:
             with self._reference() as reference:
                 reference_logprobs, _ = self._statistics(reference, generated)
             kl = kl_estimate(logprobs, reference_logprobs, kind=self.config.kl.kind)
-        texts = response_texts(generated, self.decode)
-        raw_scores = self.reward.score(generated, prompts=generated.prompts, texts=texts)
+        texts, ids = response_texts(generated, self.decode), response_ids(generated)
+        rows = RewardRows.of(columns, texts=texts, token_ids=ids, step=step, total_steps=self.config.iterations)
         return Rollout(
             **{field.name: getattr(generated, field.name) for field in fields(generated)},
             logprobs=logprobs,
             reference_logprobs=reference_logprobs,
-            values=self._values(generated) if with_values else torch.zeros_like(logprobs),
+            values=self._values(generated) if trains else torch.zeros_like(logprobs),
             kl=kl,
             entropy=entropy,
-            raw_scores=raw_scores,
-            scores=self.shaping.scores(raw_scores, generated.ended, lengths=generated.response_mask.sum(-1)),
+            source_scores=self.scorer.score(generated, rows),
+            raw_scores=torch.zeros(len(texts)),  # the scores follow once those of all ranks are there
+            scores=torch.zeros(len(texts)),
             responses=texts,
         )
 
@@ -173,8 +189,13 @@ def generate_responses(
 
 def response_texts(responses: Responses, decode: Callable[[list[int]], str]) -> tuple[str, ...]:
     """The responses as text, B of them."""
+    return tuple(map(decode, response_ids(responses)))
+
+
+def response_ids(responses: Responses) -> list[list[int]]:
+    """The counted tokens of each response, B lists."""
     tokens = responses.sequences[:, -responses.response_mask.shape[1] :]
-    return tuple(decode(row[keep].tolist()) for row, keep in zip(tokens, responses.response_mask, strict=True))
+    return [row[keep].tolist() for row, keep in zip(tokens, responses.response_mask, strict=True)]
 
 
 def _with_responses(prompts: PromptBatch, answer: Generated) -> GeneratedResponses:
@@ -210,7 +231,7 @@ def padded_to(batch: Batch, num_prompt: int, *, num_response: int, pad_id: int) 
     columns = {}
     for field in fields(batch):
         values = getattr(batch, field.name)
-        if isinstance(values, Tensor) and values.dim() == 2:
+        if isinstance(values, Tensor) and values.dim() == 2 and field.name != "source_scores":  # all others: of tokens
             of_sequence = field.name in ("sequences", "attention_mask")
             filler = pad_id if field.name == "sequences" else 0
             columns[field.name] = pad(values, (left if of_sequence else 0, right), value=filler)
@@ -268,6 +289,21 @@ def _varied(rollout: Rollout, config: PPOConfig) -> Rollout:
     return rollout.rows(groups_that_differ(rollout.scores, groups).nonzero().flatten())
 
 
+def scored_rows(rollout: Rollout) -> Rollout:
+    """Drop the responses to which no reward source applies.
+
+    Raises:
+        RunError: there are no others.
+    """
+    scored = ~rollout.scores.isnan()
+    if not bool(scored.any()):
+        raise RunError(
+            f"none of {len(rollout)} responses has a score: every reward source said None of each, such as "
+            f"{rollout.prompts[0] + rollout.responses[0]!r:.200}. Name a source in ppo.rewards that applies to them."
+        )
+    return rollout if bool(scored.all()) else rollout.rows(scored.nonzero().flatten())
+
+
 def without_bad_rows(rollout: Rollout) -> Rollout:
     """Drop the rows in which some number is not finite, so that one of them cannot spoil the batch.
 
@@ -286,7 +322,8 @@ def without_bad_rows(rollout: Rollout) -> Rollout:
     if 2 * len(bad) > len(rollout):
         raise RunError(
             f"{len(bad)} of {len(rollout)} responses have log-probabilities, values or scores that are not finite, "
-            f"such as {examples}. Look at the metrics before; lower the learning rates, or set engine.precision=fp32."
+            f"such as {examples}. Look at the metrics before; lower the learning rates, or set engine.precision=fp32. "
+            f"Where it is a reward function that fails, mend it: ppo.reward_on_error=drop has named the error."
         )
     log.warning("left out %d of %d responses with numbers that are not finite: %s", len(bad), len(rollout), examples)
     return rollout.rows(good.nonzero().flatten())

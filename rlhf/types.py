@@ -1,9 +1,10 @@
 """The vocabulary of the pipeline, and the batches that pass through it.
 
-Letters, used in every docstring: B sequences, P prompt, R response, T = P + R, V vocabulary, D width.
+Letters, used in every docstring: B sequences, P prompt, R response, T = P + R, V vocabulary, D width, S reward sources.
 
 * prompt, response, sequence (= prompt + response).
-* A *score* `[B]` is what the reward model says of a whole response. A *reward* `[B, R]` is per token, after KL.
+* A *score* `[B]` is what reward models and functions say of a whole response. A *reward* `[B, R]` is per token, after
+  KL.
 * Everything per token is aligned to the response: index t speaks of response token t. A *value* `[B, R]` is the
   critic's estimate *before* token t is emitted.
 * A mask is named for what is True. `response_mask` is True where a token counts, and the EOS counts. Masked
@@ -108,7 +109,7 @@ class PromptBatch(_TensorBatch):
     attention_mask: Tensor  # [B, P] bool, True where a real token is
     sample_ids: Tensor  # [B] int64, unique in the run: seeds the sampling of this row, whatever rank it is on
     prompts: tuple[str, ...]  # B texts, for people to read
-    columns: tuple[Mapping[str, Any], ...]  # B rows' further columns, for reward functions; {} where none are kept
+    columns: tuple[Mapping[str, Any], ...]  # B rows' columns for reward functions, as in `Prompt`; {} without any
 
 
 @dataclass(frozen=True)
@@ -126,8 +127,9 @@ class Rollout(Responses):
     values: Tensor  # [B, R] fp32, the critic's estimate before token t
     kl: Tensor  # [B, R] fp32, the chosen estimator of KL(actor || reference); 0 without a reference
     entropy: Tensor  # [B, R] fp32, entropy in nats of the actor before token t
-    raw_scores: Tensor  # [B] fp32, the reward model's scalar, in its own units
-    scores: Tensor  # [B] fp32, normalised, clamped and with the penalty for a response that never ends
+    source_scores: Tensor  # [B, S] fp32, of each reward source; NaN where it does not apply, infinity where it failed
+    raw_scores: Tensor  # [B] fp32, their weighted sum in the units of the sources
+    scores: Tensor  # [B] fp32, the same normalised, clamped and with the penalty for a response that never ends
     ended: Tensor  # [B] bool, True where the response ends with a stop token
     prompts: tuple[str, ...]  # B texts
     responses: tuple[str, ...]  # B texts, special tokens removed

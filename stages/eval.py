@@ -37,14 +37,16 @@ from rlhf.evaluation.metrics import demonstration_losses, gold_values, load_gold
 from rlhf.evaluation.result_tables import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, means, text_tables
 from rlhf.forward_passes import all_statistics
 from rlhf.generation.generate import Decoding
+from rlhf.reward_functions import RewardFunctions, RewardRows
 from rlhf.rewards import reward_model_scores
-from rlhf.rollout import GeneratedResponses, generate_responses, response_texts
+from rlhf.rollout import GeneratedResponses, generate_responses, response_ids, response_texts
 from rlhf.runtime.atomic_files import write_text
 from rlhf.runtime.dist import World, barrier, gather_objects
 from rlhf.runtime.process import trim
 from rlhf.text.tokenizer import Tokenizer, decode, stop_token_ids
 from rlhf.tracking.jsonl_log import JsonlLog, valid_json
 from rlhf.tracking.tracker import start_wandb
+from rlhf.types import PromptBatch
 from stages.lifecycle.session import stage_tokenizer
 from stages.lifecycle.stage_models import open_model, stored_scale
 from stages.setup.preflight import HeldOutRows, held_out_rows
@@ -64,6 +66,7 @@ def run_eval(run: RunConfig, world: World) -> None:
     if "reference" in roles:
         runner.measure_kl(roles["reference"])
     reward_scores = runner.score(roles["reward"]) if "reward" in roles else None
+    score_by_sources(run, runner, roles=roles)
     prompts = tuple(prompt.text for prompt in rows.prompts)
     answers = {name: with_gold(run, found, prompts=prompts, world=world) for name, found in runner.gathered().items()}
     judgements = ask_judges(run, answers, prompts=prompts, world=world)
@@ -80,6 +83,14 @@ def run_eval(run: RunConfig, world: World) -> None:
         log.info("everything is in %s", folder)
         send_to_wandb(run, results, samples=samples)
     barrier()
+
+
+def score_by_sources(run: RunConfig, runner: ModelRunner, *, roles: Mapping[str, Role]) -> None:
+    """Let the sources of `eval.rewards` score all answers; all ranks must call it."""
+    assert run.eval is not None
+    for source in run.eval.model_sources().values():
+        runner.score_by_model(roles[f"reward {source.name}"], name=source.name)
+    runner.score_by_functions(RewardFunctions.load(run.eval, stage="eval"))
 
 
 def results_folder(run: RunConfig) -> Path:
@@ -116,7 +127,7 @@ class ModelRunner:
         """Let a language model answer the prompts, and measure its losses on the demonstrations."""
         log.info("eval: %s answers", role.path)
         config, pad_id = self.config, int(self.tokenizer.pad_token_id)
-        prompts = evaluation_prompts(self.rows.prompts, rank=self.world.rank, ranks=self.world.size, pad_id=pad_id)
+        prompts = self._prompts()
         with self._open(role) as engine:
             stops = stop_token_ids(self.tokenizer, engine.module.generation_config)  # type: ignore[arg-type]
             decoding = Decoding(config.max_response_tokens, stops, pad_id=pad_id, sampling=config.sampling)
@@ -151,6 +162,23 @@ class ModelRunner:
         subsets = gather_objects([pair.subset for item in own for pair in item.batch[: item.count]])
         return PairScores(chosen, rejected, [name for part in subsets for name in part])
 
+    def score_by_model(self, role: Role, *, name: str) -> None:
+        """Let a further reward model score every response, under the name of its source."""
+        log.info("eval: %s scores", role.path)
+        with self._open(role) as engine:
+            for answers in self.answers.values():
+                raw = reward_model_scores(engine, answers.responses, size=self.config.micro_batch_size)
+                answers.numbers[f"reward/{name}"] = raw.double()
+
+    def score_by_functions(self, functions: RewardFunctions) -> None:
+        """Let reward functions score every response; NaN where one does not apply."""
+        columns = self._prompts().columns
+        for answers in self.answers.values():
+            texts = response_texts(answers.responses, partial(decode, self.tokenizer))
+            rows = RewardRows.of(columns, texts=texts, token_ids=response_ids(answers.responses))
+            for function, scores in zip(functions.functions, functions.score(rows).T, strict=True):
+                answers.numbers[f"reward/{function.name}"] = scores.double()
+
     def gathered(self) -> dict[str, ModelAnswers]:
         """The answers of all ranks in the order of the prompts, by the name of the role."""
         return {name: self._gather(answers) for name, answers in self.answers.items()}
@@ -171,6 +199,11 @@ class ModelRunner:
         temperature = self.config.sampling.temperature or 1.0
         with engine.evaluating() as model:
             return all_statistics(model, responses, size=self.config.micro_batch_size, temperature=temperature)[0]
+
+    def _prompts(self) -> PromptBatch:
+        """This rank's part of the prompts; the last ranks repeat some."""
+        pad_id = int(self.tokenizer.pad_token_id)
+        return evaluation_prompts(self.rows.prompts, rank=self.world.rank, ranks=self.world.size, pad_id=pad_id)
 
     def _batches(self, samples: Sequence[Any], collate: Callable[..., Any]) -> list[Any]:
         """This rank's part of held-out rows."""

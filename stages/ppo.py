@@ -1,4 +1,4 @@
-"""PPO: the actor learns to score high with the reward model while staying close to the reference.
+"""PPO: the actor learns to score high with reward models and functions while staying close to the reference.
 
 One iteration: collect a rollout, turn scores and KL into token rewards, rewards into advantages, and improve actor and
 critic for a few epochs of minibatches. Left out: asynchronous rollouts, tools, several turns.
@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from data.loader import PromptLoader, evaluation_prompts
 from data.samples import Prompt, prompts
@@ -26,8 +27,9 @@ from rlhf.config.run_config import RunConfig
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
-from rlhf.rewards import RewardModel, ScoreScale, ScoreShaping
-from rlhf.rollout import Collector, Models, replace_equal_groups, without_bad_rows
+from rlhf.reward_functions import RewardFunctions
+from rlhf.rewards import RewardScorer, ScoredSource, ScoreScale, ScoreShaping, reward_metrics
+from rlhf.rollout import Collector, Models, replace_equal_groups, scored_rows, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
@@ -36,7 +38,7 @@ from rlhf.training.ppo_update import advantages_of, mismatch_metrics, training_b
 from rlhf.types import PromptBatch, Rollout
 from stages.lifecycle.checkpointing import TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer, with_average
-from stages.lifecycle.stage_models import known_quality, open_model, score_scale, stored_scale
+from stages.lifecycle.stage_models import known_quality, open_model, scored_sources, stored_scale
 from stages.lifecycle.stage_record import StageRecord
 
 _EVALUATION_SEED = 7_919
@@ -48,21 +50,24 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
     config = run.ppo
     assert config is not None
     tokenizer = stage_tokenizer(run, config.actor)
-    splits = prompts(run.data, config, tokenizer=tokenizer)
+    functions = RewardFunctions.load(config, stage="ppo")
+    splits = prompts(run.data, config, tokenizer=tokenizer, columns=functions.columns)
     try:
-        scale = score_scale(config)
+        sources = scored_sources(config)
     except ValueError as error:
         raise RunError(str(error)) from error
+    shaping = ScoreShaping(config.score, sources, config.max_response_tokens, config.reward_combination)
     with (
         open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,
-        closing(load_models(run, world, scale=scale)) as models,
+        closing(load_models(run, world, sources=sources)) as models,
     ):
         evaluator = HeldOutEvaluator.of(session, splits.eval)
-        collector = new_collector(session, models, scale=scale)
+        collector = new_collector(session, models, functions=functions, shaping=shaping)
         kl = kl_controller(config.kl)
         loader = prompt_loader(session, splits.train)
-        state = TrainingState(learners(models), {"kl": kl, "loader": loader}, splits.fingerprint)
-        session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known_quality(config.reward))
+        state = TrainingState(learners(models), {"kl": kl, "loader": loader, "scores": shaping}, splits.fingerprint)
+        known = known_quality([source.source for source in config.model_sources().values()])
+        session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known)
         for step, batch in session.steps(loader):
             rollout, drawn = next_rollout(collector, batch, loader=loader)  # B sequences, on every rank alike
             # Rewards, advantages and returns are [B, R]; masked positions hold 0.
@@ -75,7 +80,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             metrics |= rollout_metrics(rollout, kl_coef=price, kl_kind=config.kl.kind)
             metrics |= mismatch_metrics(rollout, ppo_batch)
             metrics |= critic_metrics(rollout, estimate.returns) if models.critic is not None else {}
-            metrics |= {"objective/clamped": collector.shaping.clamped_share(rollout.raw_scores)}
+            metrics |= {"objective/clamped": collector.shaping.clamped_share(rollout.source_scores)}
             metrics |= drawn | {"objective/kl_coef": kl.value}
             if step > config.critic_warmup and config.measures_kl:
                 kl.update(metrics["objective/kl"], len(rollout))
@@ -98,20 +103,28 @@ def next_rollout(
         prompts: this rank's.
         loader: gives further prompts, which later iterations will not see, if groups of equal scores are replaced.
     """
-    config = collector.config
+    config, found = collector.config, list[Tensor]()  # the scores of every response that was drawn
 
     def collect(batch: PromptBatch) -> Rollout:
-        return without_bad_rows(collector.collect(batch, seed=config.seed))
+        rollout = collector.collect(batch, seed=config.seed, step=loader.iteration - 1)
+        found.append(rollout.source_scores)
+        return without_bad_rows(scored_rows(rollout))
 
     rollout = collect(prompts)
     metrics: dict[str, float] = {}
-    left_out = config.rollout_size - len(rollout)
+    unscored = int(found[0].isnan().all(-1).sum())
+    left_out = config.rollout_size - unscored - len(rollout)
     if config.dynamic_sampling:
         rollout, metrics = replace_equal_groups(
             rollout, lambda: collect(loader.further()), config=config, pad_id=collector.pad_id
         )
+    metrics |= reward_metrics(collector.scorer.names, torch.cat(found))
     episodes = loader.drawn * config.rollout_size
-    return rollout, metrics | {"rollout/left_out": left_out, "rollout/episodes": episodes}
+    return rollout, metrics | {
+        "rollout/left_out": left_out,
+        "rollout/unscored": unscored,
+        "rollout/episodes": episodes,
+    }
 
 
 def learners(models: Models) -> dict[str, Engine]:
@@ -119,16 +132,16 @@ def learners(models: Models) -> dict[str, Engine]:
     return {"actor": models.actor} | ({} if models.critic is None else {"critic": models.critic})
 
 
-def load_models(run: RunConfig, world: World, *, scale: ScoreScale) -> Models:
+def load_models(run: RunConfig, world: World, *, sources: Sequence[ScoredSource]) -> Models:
     """The models of PPO; with LoRA the reference is the actor without its adapters, unless one is named.
 
-    The critic starts as the reward model, brought to the units of the scores. Where they are normalised, its head is
-    scaled, and what the head has no bias for is subtracted from its values.
+    The critic starts as the first reward model, brought to the units of the scores: where they are normalised or
+    weighted, its head is scaled, and what the head has no bias for is subtracted from its values.
     """
     config = run.ppo
     assert config is not None
     roles, loss_scale = roles_of(run, "ppo"), shared_scale(config)
-    units = critic_units(config, scale) if any(role.name == "critic" for role in roles) else ScoreScale()
+    units = critic_units(config, sources) if any(role.name == "critic" for role in roles) else ScoreScale()
     engines = {
         role.name: open_model(
             run,
@@ -140,20 +153,26 @@ def load_models(run: RunConfig, world: World, *, scale: ScoreScale) -> Models:
         )
         for role in roles
     }
+    judges = [engines[role.name] for role in roles if role.gives_scores]  # in the order of the settings
     return Models(
         actor=engines["actor"],
-        reward=engines["reward"],
+        rewards=dict(zip((source.name for source in config.model_sources().values()), judges, strict=True)),
         reference=engines.get("reference"),
         critic=engines.get("critic"),
         value_shift=units.mean / units.std,
     )
 
 
-def critic_units(config: PPOConfig, scale: ScoreScale) -> ScoreScale:
+def critic_units(config: PPOConfig, sources: Sequence[ScoredSource]) -> ScoreScale:
     """The scale of what the critic's starting point says: of the scores, unless another model is named."""
-    if config.critic and config.score.normalize:
-        return stored_scale(config.critic) or ScoreScale()
-    return scale
+    if config.critic:
+        return (stored_scale(config.critic) if config.score.normalize else None) or ScoreScale()
+    first = next(iter(config.model_sources().values()), None)
+    if first is None:
+        return ScoreScale()
+    (source,) = (source for source in sources if source.name == first.name)
+    scale = source.scale or ScoreScale()
+    return ScoreScale(scale.mean, scale.std / (source.weight or 1.0))
 
 
 def shared_scale(config: PPOConfig) -> LossScale | None:
@@ -178,7 +197,7 @@ def prompt_loader(session: Session, samples: Sequence[Prompt]) -> PromptLoader:
     )
 
 
-def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Collector:
+def new_collector(session: Session, models: Models, *, functions: RewardFunctions, shaping: ScoreShaping) -> Collector:
     """Collects rollouts with the session's tokenizer and timer."""
     config = session.run.ppo
     assert config is not None
@@ -188,8 +207,10 @@ def new_collector(session: Session, models: Models, *, scale: ScoreScale) -> Col
         decode=partial(decode, session.tokenizer),
         pad_id=session.pad_id,
         stop_token_ids=stop_token_ids(session.tokenizer, getattr(models.actor.module, "generation_config", None)),
-        reward=RewardModel(models.reward, config.micro_batch_size),
-        shaping=ScoreShaping(config.score, scale, config.max_response_tokens),
+        scorer=RewardScorer(
+            [source.name for source in shaping.sources], models.rewards, functions, config.micro_batch_size
+        ),
+        shaping=shaping,
         timer=session.timer,
     )
 
@@ -234,9 +255,10 @@ class HeldOutEvaluator:
         found: list[list[dict[str, Any]]] = []
 
         def measure() -> dict[str, float]:
-            rollout = collector.collect(prompts, seed=_EVALUATION_SEED, with_values=False)
-            found.append(sample_rows(rollout.rows(torch.arange(self.count)), self.gold))
-            clamped = collector.shaping.clamped_share(rollout.raw_scores[: self.count])
+            rollout = collector.collect(prompts, seed=_EVALUATION_SEED, step=step, trains=False)
+            rows = rollout.rows(torch.arange(self.count))
+            found.append(sample_rows(rows, self.gold, sources=collector.scorer.names))
+            clamped = collector.shaping.clamped_share(rows.source_scores)
             return policy_metrics(found[-1]) | {"eval/clamped": clamped}
 
         with self.session.timer("evaluate"):

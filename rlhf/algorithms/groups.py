@@ -71,6 +71,30 @@ def groups_that_differ(scores: Tensor, groups: Tensor) -> Tensor:
     return (highest > lowest)[group]
 
 
+def normalize_in_groups(scores: Tensor, groups: Tensor, *, eps: float = 1e-4) -> Tensor:
+    """Scores of each source less their mean in the group, divided by their sample deviation there + eps, `[B, S]`.
+
+    So no source drowns the others' differences, whatever its units (GDPO; TRL's `normalize_then_sum`). A source counts
+    only the responses it applies to; where these agree, or there are fewer than two, it gives 0.
+
+    Args:
+        scores: `[B, S]`, NaN where a source does not apply, which stays.
+        groups: `[B]` int64, equal for the responses to one prompt.
+        eps: added to a deviation.
+    """
+    places, normalized = _places(groups), []
+    for values in at_least_fp32(scores).T:
+        grid, counted = _grid(values.nan_to_num(0.0), places), _grid(~values.isnan(), places)
+        sizes = counted.sum(-1, keepdim=True)
+        first = grid.gather(-1, counted.int().argmax(-1, keepdim=True))  # offsets from it: equal scores are exactly 0
+        offsets = (grid - first) * counted
+        centered = (offsets - offsets.sum(-1, keepdim=True) / sizes.clamp(min=1)) * counted
+        deviation = (centered.square().sum(-1, keepdim=True) / (sizes - 1).clamp(min=1)).sqrt()
+        column = (centered / (deviation + eps))[places.row, places.column]
+        normalized.append(column.masked_fill(values.isnan(), torch.nan))
+    return torch.stack(normalized, dim=1)
+
+
 class _Places(NamedTuple):
     """Position of each response in a grid with one row per group."""
 

@@ -1,4 +1,7 @@
-"""Normalises scores and penalises a missing EOS and overlong responses. `[B]` in, `[B]` out, in at least fp32."""
+"""Normalises scores, joins those of several sources, and penalises a missing EOS and overlong responses.
+
+`[B]` out, in at least fp32. Scores of S sources are `[B, S]`, with NaN where a source does not apply to a response.
+"""
 
 from __future__ import annotations
 
@@ -69,3 +72,15 @@ def penalize_overlong(scores: Tensor, lengths: Tensor, *, limit: int, share: flo
         return at_least_fp32(scores)
     beyond = (lengths - (limit - buffer)).clamp(min=0)  # tokens inside the buffer
     return at_least_fp32(scores) - penalty * beyond / buffer
+
+
+def weighted_scores(scores: Tensor, weights: Tensor) -> Tensor:
+    """Weighted sum of the sources that apply to a response, `[B]`; NaN where none does.
+
+    Args:
+        scores: `[B, S]`, NaN where a source does not apply.
+        weights: `[S]`.
+    """
+    scores = at_least_fp32(scores)
+    total = (scores * weights.to(scores)).nansum(-1)
+    return total.masked_fill(scores.isnan().all(-1), torch.nan)

@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from rlhf.config.bounds import Count, Natural, require
+from rlhf.config.reward_config import RewardSettings
 from rlhf.config.stage_configs import SamplingConfig, StageConfig
 
 
 @dataclass(kw_only=True)
-class EvalConfig(StageConfig):
+class EvalConfig(RewardSettings, StageConfig):
     """Evaluation of a model's responses to held-out prompts, and comparison with another model."""
 
     name: str | None = None

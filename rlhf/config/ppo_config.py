@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Annotated
+from typing import Annotated, Any
 
 from rlhf.config.bounds import (
     Bounds,
@@ -19,6 +19,7 @@ from rlhf.config.bounds import (
     require,
 )
 from rlhf.config.engine_config import EngineConfig
+from rlhf.config.reward_config import RewardCombination, RewardSettings
 from rlhf.config.stage_configs import BestMetric, OptimizerConfig, SamplingConfig, TrainingConfig, inherited
 
 
@@ -122,10 +123,11 @@ class KLConfig(Settings):
 
 @dataclass(kw_only=True)
 class ScoreConfig(Settings):
-    """From the reward model's scalar to the score that PPO is paid."""
+    """From the scores of reward sources to the score that PPO is paid."""
 
     normalize: bool = True
-    """Subtract the held-out mean and divide by the standard deviation that the reward stage stored."""
+    """Subtract the held-out mean of a reward model and divide by the standard deviation that the reward stage stored;
+    the scores of functions, often 0 and 1, stay as they are unless their own `normalize` says otherwise."""
     clamp: NonNegative = 5.0
     """Limit of a normalised score, both ways; 0 leaves it alone. Scores that are not normalised are never clamped."""
     missing_eos_mode: MissingEosMode = MissingEosMode.subtract
@@ -157,8 +159,8 @@ class MismatchConfig(Settings):
 
 
 @dataclass(kw_only=True)
-class PPOConfig(TrainingConfig):
-    """Proximal policy optimisation of the actor against the reward model."""
+class PPOConfig(RewardSettings, TrainingConfig):
+    """Proximal policy optimisation of the actor against reward models and functions."""
 
     batch_setting = "minibatch_size"
     micro_batch_settings = ("micro_batch_size", "rollout_micro_batch_size")
@@ -172,9 +174,14 @@ class PPOConfig(TrainingConfig):
     reference: str | None = None
     """Model from which KL is measured; null is the initial actor (with LoRA: its adapters switched off)."""
     reward: str = "${output_dir}/reward/model"
-    """Reward model."""
+    """Reward model, if it is the only source."""
+    rewards: list[Any] = field(default_factory=lambda: ["${ppo.reward}"])
+    """Sources of scores instead: models' paths and functions (`file.py:function`), or mappings with `source`, `name`,
+    `weight`, `normalize` and `clamp`."""
+    reward_combination: RewardCombination = RewardCombination.sum
+    """sum: the weighted sum; normalized: of scores that are first normalised among the responses to a prompt (GDPO)."""
     critic: str | None = None
-    """Model from which the critic starts; null is the reward model."""
+    """Model from which the critic starts; null is the first reward model, or without one the actor with a new head."""
     iterations: Count
     """Rollout batches, each followed by `epochs` of updates."""
     rollout_size: Count

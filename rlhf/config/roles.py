@@ -12,6 +12,7 @@ from pathlib import Path
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.ppo_config import POLICIES
+from rlhf.config.reward_config import RewardSettings
 from rlhf.config.run_config import STAGES, SUPERVISED, RunConfig
 from rlhf.config.stage_configs import LoraConfig, ModelKind, OptimizerConfig
 
@@ -35,7 +36,7 @@ class Role:
     """Folder or hub id that it starts from; empty where this run needs no model of its own for the role."""
     kind: ModelKind
     path_setting: str = ""
-    """Last part of the setting that gives `path`, if it is not `name`: "reward" for a critic made from that model."""
+    """Rest of the setting that gives `path`, if it is not `name`: "reward" for a critic made from that model."""
     engine: str = "engine"
     """Last part of the setting with its engine."""
     optimizer: str | None = None
@@ -119,17 +120,37 @@ def _ppo(run: RunConfig) -> list[Role]:
         kind=causal_lm,
         engine="reference_engine",
     )
-    reward = Role("ppo", "reward", path=config.reward, kind=scalar_head, engine="reward_engine", gives_scores=True)
+    rewards = _reward_models("ppo", config, single=config.reward, engine="reward_engine")
     critic = Role(
         "ppo",
         "critic",
-        path=(config.critic or config.reward) if config.has_critic else "",
-        path_setting="" if config.critic else "reward",
+        path=config.critic or rewards[0].path or config.actor,
+        path_setting="" if config.critic else (rewards[0].setting if rewards[0].path else actor.setting)[len("ppo.") :],
         kind=scalar_head,
         engine="critic_engine",
         optimizer="critic_optimizer",
     )
-    return [actor, reference, reward, critic]
+    return [actor, reference, *rewards, critic if config.has_critic else replace(critic, path="")]
+
+
+def _reward_models(
+    stage: str, config: RewardSettings, *, single: str | None = None, engine: str = "engine"
+) -> list[Role]:
+    """A role for each reward model among the sources, one without a path where there is none.
+
+    The role of the model that `STAGE.reward` names, which is the only source unless others are given, is "reward".
+    """
+    role = Role(stage, "reward", path="", kind=ModelKind.scalar_head, engine=engine, gives_scores=True)
+    roles = [
+        replace(
+            role,
+            name="reward" if setting == "reward" else f"reward {source.name}",
+            path=source.source,
+            path_setting=setting,
+        )
+        for setting, source in config.model_sources(single).items()
+    ]
+    return roles or [role]
 
 
 def _eval(run: RunConfig) -> list[Role]:
@@ -147,6 +168,7 @@ def _eval(run: RunConfig) -> list[Role]:
             gives_scores=True,
             optional=True,
         ),
+        *(role for role in _reward_models("eval", config) if role.path),
     ]
 
 

@@ -41,8 +41,8 @@ class ModelAnswers:
 
     texts: tuple[str, ...]
     numbers: dict[str, list[float]]
-    """By name, one per response: `length`, `not_ended`, and if measured `kl`, `raw_score`, `normalized_score` and
-    `gold/*`."""
+    """By name, one per response: `length`, `not_ended`, and if measured `kl`, `raw_score`, `normalized_score`, `gold/*`
+    and `reward/*`, which is NaN where the source does not apply."""
     losses: list[tuple[float, float]]
     """Nats and tokens of each held-out demonstration."""
 
@@ -63,6 +63,7 @@ MEASURES = {
         "raw_score less its held-out mean, over its deviation; PPO's score has a clamp and a penalty, too",
     ),
     "raw_score": ("score", "the reward model's score in its own units"),
+    "reward/*": ("score", "what a source of eval.rewards says of a response, in its own units"),
     "kl": ("nats", "KL to the reference per response, at the sampling temperature"),
     "gold/*": ("", "a metric of data.gold, which no model was trained on"),
     "length": ("tokens", "length of a response"),
@@ -147,7 +148,7 @@ def measures(models: Mapping[str, ModelAnswers], *, seed: int) -> list[dict[str,
 def _means(name: str, models: Mapping[str, ModelAnswers], *, seed: int) -> dict[str, dict[str, Any]]:
     columns = {side: torch.tensor(found.numbers[name]) for side, found in models.items()}
     for side, column in columns.items():
-        if bad := int((~column.isfinite()).sum()):
+        if (bad := int((~column.isfinite()).sum())) and not name.startswith("reward/"):
             log.warning("%s: left out %d of %d responses whose %s is not finite", side, bad, len(column), name)
     if "baseline" in columns:
         columns["difference"] = columns["model"] - columns["baseline"]  # not finite if either is not

@@ -192,14 +192,19 @@ def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
     return {"critic/explained_variance": float(explained)}
 
 
-def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric]) -> list[dict[str, Any]]:
-    """One row per response for people to read: prompt, response and every number of it."""
+def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric], *, sources: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """One row per response for people to read: prompt, response and every number of it.
+
+    A score is None where no reward source applies, and so is that of a source which does not. `sources` names those of
+    `rollout.source_scores`.
+    """
     columns: dict[str, Sequence[Any]] = {
         "prompt": rollout.prompts,
         "response": rollout.responses,
-        "score": rollout.scores.tolist(),
-        "raw_score": rollout.raw_scores.tolist(),
+        "score": _or_none(rollout.scores),
+        "raw_score": _or_none(rollout.raw_scores),
     }
+    columns |= {f"reward/{name}": _or_none(rollout.source_scores[:, place]) for place, name in enumerate(sources)}
     for name, metric in gold.items():
         columns[f"gold/{name}"] = gold_values(name, metric, prompts=rollout.prompts, responses=rollout.responses)
     if rollout.reference_logprobs is not None:
@@ -208,18 +213,26 @@ def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric]) -> list[dict[str,
     return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
+def _or_none(scores: Tensor) -> list[float | None]:
+    return [None if math.isnan(score) else score for score in scores.tolist()]
+
+
 def policy_metrics(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Means over the `sample_rows` of held-out prompts.
 
-    A row whose score or KL is not finite is left out of all of them, with a warning.
+    A row whose score or KL is not finite is left out of all of them, with a warning; one without a score, out of the
+    mean score.
     """
     checked = [name for name in ("score", "raw_score", "kl") if name in rows[0]]
-    good = [row for row in rows if all(math.isfinite(row[name]) for name in checked)]
+    good = [row for row in rows if all(row[name] is None or math.isfinite(row[name]) for name in checked)]
     if len(good) < len(rows):
         log.warning("evaluation: left out %d of %d responses that are not finite", len(rows) - len(good), len(rows))
     named = {**COLUMNS, **{name: name for name in rows[0] if name.startswith("gold/")}}
-    measured = {key: name for key, name in named.items() if name in rows[0]}
-    metrics = {key: fmean(row[name] for row in good) if good else math.nan for key, name in measured.items()}
+    named |= {f"eval/{name}": name for name in rows[0] if name.startswith("reward/")}
+    found = {
+        key: [row[name] for row in good if row[name] is not None] for key, name in named.items() if name in rows[0]
+    }
+    metrics = {key: fmean(values) if values else math.nan for key, values in found.items() if values or not good}
     pairs = distinct_ngrams([str(row["response"]) for row in good], length=2)
     return metrics | ({} if pairs is None else {"eval/distinct_2": pairs})
 

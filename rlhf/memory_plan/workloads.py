@@ -126,7 +126,7 @@ def policy_update(model: nn.Module, work: Workload) -> None:
 def value_update(model: nn.Module, work: Workload) -> None:
     """A micro-batch of the critic's update; ends by an exception, as the actor's."""
     critic: Any = _TracedEngine(model)
-    models = Models(actor=critic, reward=critic, reference=None, critic=critic)
+    models = Models(actor=critic, rewards={}, reference=None, critic=critic)
     value_gradient(models, [work.ppo_batch()], config=work.config, denominator=torch.ones(()))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -205,6 +207,28 @@ def broadcast_object(item: T) -> T:
     sent: list[Any] = gather_objects(item if is_sender else None)
     received: T = sent[0]
     return received
+
+
+@dataclass
+class Outcome:
+    """Of what several ranks did together."""
+
+    error: str = ""
+    """What failed, on whichever rank; empty if nothing did."""
+    cause: Exception | None = None
+    """On the rank that failed."""
+
+
+@contextmanager
+def agreed() -> Iterator[Outcome]:
+    """Catch what fails inside, on whichever rank; afterwards `error` says it on all of them."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a RunError, or one of CUDA's
+        outcome.error, outcome.cause = str(error) or type(error).__name__, error
+    # A collective, which every rank reaches: one that raised before it would leave the others waiting.
+    outcome.error = next(filter(None, gather_objects(outcome.error)), "")
 
 
 def to_bytes(value: Any) -> bytes:

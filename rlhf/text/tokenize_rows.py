@@ -74,12 +74,12 @@ def tokenize_preference(tokenizer: Tokenizer, row: Row) -> tuple[TokenSequence, 
 
 def tokenize_prompt(tokenizer: Tokenizer, row: Row) -> list[int]:
     """The tokens that generation starts from; if the row has a response, those before it."""
-    return _begin_with_prompt(tokenizer, row, prompt=_prompt(row)).ids
+    return _begin_with_prompt(tokenizer, row, prompt=prompt_of(row)).ids
 
 
 def readable_prompt(row: Row) -> str:
     """The prompt as people read it: the string, the only message, or the conversation with its roles."""
-    prompt = _prompt(row)
+    prompt = prompt_of(row)
     if isinstance(prompt, str):
         return prompt
     lines = [f"{message['role']}: {message.get('content', '')}" for message in prompt]
@@ -122,7 +122,8 @@ def _preference(row: Row) -> tuple[Any, list[Any]]:
     return alike, responses
 
 
-def _prompt(row: Row) -> Any:
+def prompt_of(row: Row) -> Any:
+    """The prompt as it was given, text or messages, without the response to it."""
     if _has(row, "messages"):
         messages = _value(row, "messages")
         return _last_response(messages)[0] if messages[-1]["role"] == ASSISTANT else messages

@@ -24,6 +24,7 @@ ACCURACY = "SFT: target tokens ranked first; reward, DPO: chosen scored higher"
 DPO = ("dpo",)
 RATIO = "log-ratio of policy to reference, mean over responses: no KL, as the policy did not write them"
 PAID = "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end"
+RAW = "score in the units of its sources: the reward model's own scalar, or the weighted sum"
 KL = "KL to the reference, summed over a response, mean over responses"
 ENTROPY = "entropy per token at the sampling temperature, before top-k and top-p"
 SEARCHED = "fp16: skipped steps that found the loss scale, at the start or after it grew: normal"
@@ -54,7 +55,8 @@ METRICS: dict[str, Metric] = {
     "objective/entropy": Metric("Objective", "nats", PPO, ENTROPY),
     "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
     "objective/clamped": Metric("Objective", "fraction", PPO, "responses whose score is at the clamp"),
-    "objective/raw_scores": Metric("Objective", "score", PPO, "the reward model's own scalar", headline=True),
+    "objective/raw_scores": Metric("Objective", "score", PPO, RAW, headline=True),
+    "reward/*": Metric("Objective", "score", PPO, "of one reward source: mean, /std, and /none, the share without one"),
     "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
     "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
     "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
@@ -69,7 +71,8 @@ METRICS: dict[str, Metric] = {
     "eval/score_std": Metric("Evaluation", "score", REWARD, "deviation of the held-out scores, which PPO divides by"),
     "eval/pairs": Metric("Evaluation", "pairs", PAIRS, "held-out pairs behind the accuracy"),
     "eval/score": Metric("Evaluation", "score", PPO, PAID, 1, headline=True),
-    "eval/raw_score": Metric("Evaluation", "score", PPO, "the reward model's own score of held-out answers", 1),
+    "eval/raw_score": Metric("Evaluation", "score", PPO, "the same in the units of the reward sources", 1),
+    "eval/reward/*": Metric("Evaluation", "score", PPO, "what one reward source says of held-out answers", 1),
     "eval/clamped": Metric("Evaluation", "fraction", PPO, "held-out answers whose score is at the clamp", -1),
     "eval/kl": Metric("Evaluation", "nats", PPO, "KL to the reference per held-out response"),
     "eval/response_length": Metric("Evaluation", "tokens", PPO, "length of answers to held-out prompts"),
@@ -95,6 +98,7 @@ METRICS: dict[str, Metric] = {
     "rollout/eos_rate": Metric("Rollout", "fraction", PPO, "responses that end by themselves"),
     "rollout/episodes": Metric("Rollout", "responses", PPO, "responses drawn since the start of the stage"),
     "rollout/left_out": Metric("Rollout", "responses", PPO, "responses left out for numbers that are not finite"),
+    "rollout/unscored": Metric("Rollout", "responses", PPO, "responses left out because no reward source applies"),
     "rollout/logprob_gap_max": Metric("Rollout", "nats", PPO, "generation path against training path, largest gap"),
     "rollout/logprob_gap_mean": Metric("Rollout", "nats", PPO, "generation path against training path, mean gap"),
     "rollout/groups_equal": Metric("Rollout", "fraction", PPO, "responses whose group has one score: nothing to learn"),
@@ -149,9 +153,10 @@ def metric(key: str) -> Metric:
     Raises:
         ValueError: the registry has no such metric.
     """
-    family, _, name = key.partition("/")
-    found = METRICS.get(key) or (METRICS.get(f"{family}/*") if name else None)
-    if found is None or name == "*":
+    parts = key.split("/")
+    families = ["/".join([*parts[:count], "*"]) for count in range(len(parts) - 1, 0, -1)]  # the longest first
+    found = next((METRICS[name] for name in (key, *families) if name in METRICS), None)
+    if found is None or parts[-1] in ("", "*"):
         raise ValueError(f"metric {key!r} is not registered; add it to METRICS in metric_registry.py.")
     return found
 

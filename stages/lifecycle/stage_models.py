@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from rlhf.models.export import export
 from rlhf.models.model_folder import local_folder
 from rlhf.models.model_spec import ModelSpec
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.rewards import ScoreScale
+from rlhf.rewards import RunningScale, ScoredSource, ScoreScale
 from rlhf.runtime.dist import World, broadcast_object
 from rlhf.text.tokenizer import Tokenizer
 from stages.lifecycle.stage_record import read_record
@@ -152,23 +153,37 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def score_scale(config: PPOConfig) -> ScoreScale:
-    """Mean and standard deviation by which scores are normalised, as the reward stage stored them; else 0 and 1.
+def scored_sources(config: PPOConfig) -> list[ScoredSource]:
+    """The reward sources, each with the scale by which it is normalised: stored by the reward stage, or a running one.
 
     Raises:
-        ValueError: scores are to be normalised and their scale is unknown, or 0.
+        ValueError: the scores of a model are to be normalised and their scale is unknown, or 0.
     """
-    if not config.score.normalize:
-        return ScoreScale()
-    scale = stored_scale(config.reward)
+    settings = {source.name: f"ppo.{setting}" for setting, source in config.model_sources(config.reward).items()}
+    sources = []
+    for source in config.rewards:
+        normalizes = source.normalize
+        if normalizes is None:
+            normalizes = config.score.normalize and not source.is_function
+        scale: ScoreScale | RunningScale | None = None
+        if normalizes:
+            scale = RunningScale() if source.is_function else _score_scale(source.source, setting=settings[source.name])
+        clamp = config.score.clamp if source.clamp is None else source.clamp
+        sources.append(ScoredSource(source.name, weight=source.weight, scale=scale, clamp=clamp))
+    return sources
+
+
+def _score_scale(path: str, *, setting: str) -> ScoreScale:
+    """Mean and standard deviation by which a model's scores are normalised, as the reward stage stored them."""
+    scale = stored_scale(path)
     if scale is None:
         raise ValueError(
-            f"ppo.score.normalize needs the held-out mean and deviation of ppo.reward={config.reward}, which has no "
+            f"ppo.score.normalize needs the held-out mean and deviation of {setting}={path}, which has no "
             f"stage.json with score_mean and score_std. Train it with stage=reward, or set ppo.score.normalize=false."
         )
     if not scale.std > 0:
         raise ValueError(
-            f"ppo.reward={config.reward} scores all held-out responses alike, so its scores cannot be normalised, and "
+            f"{setting}={path} scores all held-out responses alike, so its scores cannot be normalised, and "
             f"there is nothing that PPO could learn from them. Train it again, for longer or from another model."
         )
     return scale
@@ -182,9 +197,9 @@ def stored_scale(path: str) -> ScoreScale | None:
     return ScoreScale(mean=record.score_mean, std=record.score_std)
 
 
-def known_quality(path: str) -> dict[str, float]:
-    """Held-out quality in the `stage.json` of the reward model at `path`, under the names that PPO logs."""
-    record = read_record(local_folder(path))
+def known_quality(paths: Sequence[str]) -> dict[str, float]:
+    """Held-out quality in the `stage.json` of the first of these reward models, under the names that PPO logs."""
+    record = read_record(local_folder(paths[0])) if paths else None
     after = {} if record is None else record.after
     names = ("accuracy", "pairs", "score_std")
     return {f"reward_model/{name}": after[f"eval/{name}"] for name in names if f"eval/{name}" in after}

@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data.build_samples import LengthLimits
@@ -22,15 +23,17 @@ from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.engine.offload.direct_io import check_nvme_path
 from rlhf.evaluation.judges import HUMAN, REWARD, load_judges
 from rlhf.evaluation.metrics import load_gold
+from rlhf.reward_functions import RewardFunctions
 from rlhf.runtime.dist import check_devices
 from rlhf.runtime.launch import local_ranks
 from rlhf.text.tokenizer import Tokenizer
 from rlhf.tracking.tracker import requested_mode
 from stages.lifecycle.checkpointing import check_resume, remove_checkpoints
 from stages.lifecycle.session import stage_tokenizer
-from stages.lifecycle.stage_models import score_scale
+from stages.lifecycle.stage_models import scored_sources
 from stages.lifecycle.stage_record import check_folder, is_finished
 from stages.setup.compatibility import check_models
+from stages.setup.reward_checks import check_reward_columns, check_rewards, read_prompts
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +60,8 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
         check_device(run, stage)
         check_disks(run, stage)
+    for stage in [*todo, *(use for use in run.uses if use == "eval")]:
+        check_rewards(run, stage)
     check_models(run, [*todo, *(use for use in run.uses if use == "eval")], todo=todo)
     load_gold(run.data.gold)
     requested_mode(run.tracking.wandb)  # refuses an unknown WANDB_MODE
@@ -163,9 +168,9 @@ def check_warmup(run: RunConfig, stage: str, *, num_rows: int) -> None:
 
 
 def check_ppo(run: RunConfig, config: PPOConfig, *, todo: list[str]) -> None:
-    """Check that scores can be normalised, if the reward model exists already; warn if sampling biases the KL."""
-    if maker_of(run, config.reward) not in todo:
-        score_scale(config)
+    """Check that scores can be normalised, if the reward models exist already; warn if sampling biases the KL."""
+    if not {maker_of(run, source.source) for source in config.model_sources().values()} & set(todo):
+        scored_sources(config)
     if config.sampling.top_k or config.sampling.top_p < 1:
         log.warning(
             "ppo.sampling.top_k=%s, top_p=%s: responses are drawn from a truncated distribution, but log-probabilities "
@@ -184,7 +189,8 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
     for stage in stages:
         config, first = run.training_config(stage), roles_of(run, stage)[0]
         tokenizer = stage_tokenizer(run, origin_of(run, first, todo=stages))
-        splits = READERS[config.rows](run.data, config, tokenizer=tokenizer)
+        read = partial(READERS[config.rows], run.data, config, tokenizer=tokenizer)
+        splits = read_prompts(run.ppo, read) if run.ppo is not None and stage == "ppo" else read()
         if splits.note:
             log.warning("%s", splits.note)
         check_resume(Path(run.folder(stage)), data=splits.fingerprint)
@@ -229,7 +235,10 @@ def held_out_rows(run: RunConfig, *, tokenizer: Tokenizer) -> HeldOutRows:
         pairs = preferences(data, config, tokenizer=tokenizer, held_out=long, subset_column=config.subset).eval
     if data.sft.train or data.sft.eval:
         demos = demonstrations(data, config, tokenizer=tokenizer, held_out=long).eval
-    asked = prompts(data, config, tokenizer=tokenizer, held_out=short).eval
+    functions, name = RewardFunctions.load(config, stage="eval"), "the held-out part of data.ppo"
+    read = partial(prompts, data, config, tokenizer=tokenizer, held_out=short)
+    asked = read(columns=functions.columns).eval
+    check_reward_columns(functions, {name: asked}, reread=lambda: {name: read(columns=None).eval})
     if not asked:
         raise ValueError(
             "data.ppo.eval is empty and data.ppo.eval_fraction holds no row out; expected held-out prompts, which "

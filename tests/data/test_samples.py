@@ -460,7 +460,10 @@ def test_further_columns_travel_with_a_prompt_as_they_are(gpt, write, tmp_path, 
         for name, columns in {"all": None, "one": ["answer", "missing"], "none": ()}.items()
     }
     for found in kept["all"]:
-        assert [dict(prompt.columns) for prompt in found.train] == [COLUMNS, {"answer": "8"}]
+        assert [dict(prompt.columns) for prompt in found.train] == [
+            {"prompt": "a"} | COLUMNS,
+            {"prompt": "b", "answer": "8"},
+        ]
     for found in kept["one"]:
         assert [dict(prompt.columns) for prompt in found.eval] == [{"answer": 7}, {"answer": "8"}]
     for found in kept["none"]:

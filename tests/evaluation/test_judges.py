@@ -190,6 +190,10 @@ def test_a_judge_is_found_where_the_run_was_started_and_stands_in_for_no_library
     (tmp_path / "broken_judge.py").write_text("def prefer(:\n")
     (tmp_path / "data.py").write_text("def prefer(prompts, a, b):\n    return ['a'] * len(prompts)\n")
     assert load_judges(["judge_of_mine:prefer"])["judge_of_mine:prefer"](["p"], ["x"], ["y"]) == ["a"]
-    for name in ("broken_judge:prefer", "data:prefer", "no_such_judge:prefer"):
+    for name in ("data:prefer", "no_such_judge:prefer"):
         with pytest.raises(ValueError, match=r"no such function"):
             load_judges([name])
+    with pytest.raises(
+        ValueError, match=r"cannot be imported: SyntaxError: invalid syntax \(broken_judge.py, line 1\)"
+    ):
+        load_judges(["broken_judge:prefer"])

@@ -20,7 +20,8 @@ from rlhf.forward_passes import critic_values
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import prepare
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.rewards import RewardModel, ScoreScale, ScoreShaping, reward_model_scores
+from rlhf.reward_functions import RewardFunctions
+from rlhf.rewards import RewardScorer, ScoredSource, ScoreScale, ScoreShaping, reward_model_scores
 from rlhf.rollout import Collector, Models, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import decode, load_tokenizer
@@ -50,7 +51,7 @@ def four_models(folder, ppo):
     optimizer = {"optimizer": ppo.actor_optimizer, "total_steps": 8}
     return Models(
         actor=build(causal_lm(folder, lora=ppo.lora), **optimizer),
-        reward=build(scalar_head_model(folder, seed=3)),
+        rewards={"model": build(scalar_head_model(folder, seed=3))},
         reference=None if ppo.lora.rank else build(causal_lm(folder)),
         critic=build(scalar_head_model(folder, seed=3, lora=ppo.lora), **optimizer),
     )
@@ -64,15 +65,15 @@ def rollout_of(folder, models, ppo, ids=None):
         decode=partial(decode, tokenizer),
         pad_id=int(tokenizer.pad_token_id),
         stop_token_ids=(int(tokenizer.eos_token_id), 7, 8, 9, 10, 11, 12, 13),  # so that lengths differ
-        reward=RewardModel(models.reward, ppo.micro_batch_size),
-        shaping=ScoreShaping(ppo.score, ScoreScale(), ppo.max_response_tokens),
+        scorer=RewardScorer(["model"], models.rewards, RewardFunctions.load(ppo, stage="ppo"), ppo.micro_batch_size),
+        shaping=ScoreShaping(ppo.score, [ScoredSource("model")], ppo.max_response_tokens),
         timer=Stopwatch(torch.device("cpu")),
     )
     ids = torch.randint(20, 60, (8, 5)) if ids is None else ids
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[::2, :2] = False
     prompts = PromptBatch(ids, mask, sample_ids=torch.arange(8), prompts=("x",) * 8, columns=({},) * 8)
-    return collector.collect(prompts, seed=0)
+    return collector.collect(prompts, seed=0, step=0)
 
 
 def estimator(kind):
@@ -82,16 +83,16 @@ def estimator(kind):
 
 
 @pytest.mark.parametrize(
-    ("score", "share"),
+    ("source", "share"),
     [
-        ({"clamp": 2.0}, 0.5),  # (raw - 1) / 0.5 is -2, 0, 1 and 4
-        ({"clamp": 0.0}, 0.0),
-        ({"clamp": 2.0, "normalize": False}, 0.0),
+        ({"clamp": 2.0, "scale": ScoreScale(mean=1.0, std=0.5)}, 0.5),  # (raw - 1) / 0.5 is -2, 0, 1 and 4
+        ({"clamp": 0.0, "scale": ScoreScale(mean=1.0, std=0.5)}, 0.0),
+        ({"clamp": 2.0}, 0.0),
     ],
 )
-def test_the_share_of_scores_at_the_clamp(score, share):
-    shaping = ScoreShaping(ScoreConfig(**score), ScoreScale(mean=1.0, std=0.5), limit=8)
-    assert shaping.clamped_share(torch.tensor([0.0, 1.0, 1.5, 3.0])) == share
+def test_the_share_of_scores_at_the_clamp(source, share):
+    shaping = ScoreShaping(ScoreConfig(), [ScoredSource("model", **source)], limit=8)
+    assert shaping.clamped_share(torch.tensor([0.0, 1.0, 1.5, 3.0])[:, None]) == share
 
 
 @pytest.mark.parametrize("rank", [0, 4])
@@ -235,13 +236,13 @@ def test_a_kl_that_costs_nothing_needs_no_reference(folder, kind):
 def test_a_critic_that_is_named_starts_in_the_units_of_the_scores(folder, tmp_path, normalize):
     AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(tmp_path / "critic")
     write_record(StageRecord("reward", "template", 0, score_mean=3.0, score_std=2.0), tmp_path / "critic")
-    paths = {"actor": str(folder), "reward": str(folder), "critic": str(tmp_path / "critic")}
+    paths = {"actor": str(folder), "reward": str(folder), "rewards": [str(folder)], "critic": str(tmp_path / "critic")}
     ppo = settings(**paths, score=ScoreConfig(normalize=normalize))
     ppo = replace(ppo, critic_engine=ppo.engine, reference_engine=ppo.engine, reward_engine=ppo.engine)
     ours, theirs = ScoreScale(mean=-7.0, std=5.0), ScoreScale(mean=3.0, std=2.0)
-    scale = ours if normalize else ScoreScale()
+    sources = [ScoredSource("model", scale=ours if normalize else None)]
     run = replace(composed("experiment=smoke", "stage=[sft,reward,ppo]"), ppo=ppo)
-    with closing(load_models(run, World.alone(), scale=scale)) as models:
+    with closing(load_models(run, World.alone(), sources=sources)) as models:
         raw = build_engine(scalar_head_model(tmp_path / "critic", seed=0), config=ppo.engine, world=World.alone())
         tokens = torch.randint(20, 60, (2, 9))
         responses = Responses(tokens, torch.ones_like(tokens, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool))

@@ -17,8 +17,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ from rlhf.engine.checkpoint.checkpoint_files import (
     write_index,
 )
 from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, keys_to_write, random_state, set_random_state
-from rlhf.runtime.dist import World, barrier, broadcast_object, gather_objects
+from rlhf.runtime.dist import World, agreed, barrier, broadcast_object, gather_objects
 from rlhf.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
@@ -134,7 +133,7 @@ class Checkpoints:
         held = _by_key(tensors)
         mine = [held[key] for key in keys_to_write(held, rank=self.world.rank)]  # a collective
         writer = ShardWriter(self._partial(step), mine, rank=self.world.rank)
-        with _agreed() as outcome:
+        with agreed() as outcome:
             for tensor in mine:
                 # A state on disk is written at once: a copy for the thread would need the memory it was offloaded from.
                 later = self.asynchronous and tensor.in_memory
@@ -182,7 +181,7 @@ class Checkpoints:
         """
         held = _by_key(tensors)
         _require_same(saved, held)
-        with _agreed() as outcome:
+        with agreed() as outcome:
             for tensor in held.values():  # in the order of the files, where the number of ranks is the same
                 if tensor.rows:
                     tensor.write(read_shard(tensor, saved.tensors[tensor.key], folder=saved.folder))
@@ -302,22 +301,3 @@ def _require_same(saved: SavedCheckpoint, held: dict[str, CheckpointTensor]) -> 
             f"the checkpoint {saved.folder} is of another model ({'; '.join(differing[:3])}{more}). "
             f"Use the model and lora settings of the saved run, or remove that folder to start anew."
         )
-
-
-@dataclass
-class _Outcome:
-    error: str = ""
-    cause: Exception | None = None
-    """On the rank that failed."""
-
-
-@contextmanager
-def _agreed() -> Iterator[_Outcome]:
-    """Catch what fails inside, on whichever rank; afterwards `error` says it on all of them."""
-    outcome = _Outcome()
-    try:
-        yield outcome
-    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: a RunError, or one of CUDA's
-        outcome.error, outcome.cause = str(error) or type(error).__name__, error
-    # A collective, which every rank reaches: one that raised before it would leave the others waiting.
-    outcome.error = next(filter(None, gather_objects(outcome.error)), "")
