@@ -33,7 +33,7 @@ _CHECKSUM = "sha256"
 """Key of the checksum of the record itself."""
 _LONG = 4e9
 """Files larger than this many bytes take a while to hash, so that is logged."""
-_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size")
+_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size", "reward_timeout_s")
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
     *("zero_stage", "device", "offload_optimizer", "offload_param", "nvme_path", "buffer_count", "buffer_size"),
@@ -159,6 +159,8 @@ def _is_free(name: str) -> bool:
 def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in tree.items():
+        if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+            value = {str(place): item for place, item in enumerate(value)}
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat
 
