@@ -108,7 +108,7 @@ def smaller(command, checkout):
         command = command.replace("MODEL", str(own_files(checkout)))
         words += ["ppo.rollout_size=8", "ppo.minibatch_size=8", "ppo.max_response_tokens=4", "ppo.eval_prompts=2"]
     chosen = re.search(r"stage=\[?([\w,]+)", command)
-    stages = re.sub("grpo|ppo_lora", "ppo", chosen[1]).split(",") if chosen else list(SMALL)
+    stages = re.sub("grpo|ppo_lora", "ppo", chosen[1]).split(",") if chosen else ["sft", "reward", "ppo"]
     return " ".join([command, *words, *(SMALL[stage] for stage in stages if stage in SMALL)])
 
 
