@@ -41,7 +41,7 @@ GATES = {
     "yaml": ("rlhf.deepspeed.", "data.sources"),
     "matplotlib": ("rlhf.tracking.report.charts",),
     "jinja2": ("rlhf.tracking.report.page", "rlhf.text."),
-    "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation", "rlhf.trainer"),
+    "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation"),
     "torch.distributed": ("rlhf.runtime.dist", "rlhf.engine"),
 }
 

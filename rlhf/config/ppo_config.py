@@ -52,7 +52,7 @@ class Variant(StrEnum):
 
 
 POLICIES = tuple(str(variant) for variant in Variant)
-"""Names of the third stage."""
+"""Names of the PPO stage, by its variant."""
 
 
 class AdvantageKind(StrEnum):
@@ -211,7 +211,7 @@ class PPOConfig(RewardSettings, TrainingConfig):
     kl: KLConfig = field(default_factory=KLConfig)
     """The penalty for leaving the reference."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
-    """From the reward model's scalar to the reward."""
+    """How the scores of the sources become the score of a response."""
     advantage: AdvantageKind = AdvantageKind.gae
     """gae trains a critic; grpo (group mean) and rloo (leave one out) compare the responses to a prompt; reinforce_pp
     takes the return of each token."""

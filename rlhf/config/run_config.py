@@ -207,7 +207,7 @@ class RunConfig(Settings):
         )
 
     def title(self, stage: str) -> str:
-        """Name of a stage in folders, tables and hints; the third is named after its variant."""
+        """Name of a stage in folders, tables and hints; PPO's is named after its variant."""
         return self.ppo.title if stage == "ppo" and self.ppo is not None else stage
 
     def folder(self, stage: str) -> str:
@@ -215,7 +215,7 @@ class RunConfig(Settings):
         return f"{self.output_dir}/{self.title(stage)}"
 
     def stage_of(self, folder: str) -> str | None:
-        """The stage of this run that writes a folder of this name; a run without a third one leaves its name open."""
+        """The stage of this run that writes a folder of this name; a run without PPO leaves its name open."""
         if folder in POLICIES:
             return "ppo" if self.ppo is None or self.ppo.title == folder else None
         return folder if folder in STAGES else None

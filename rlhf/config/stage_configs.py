@@ -221,7 +221,7 @@ class SupervisedConfig(TrainingConfig):
         return self.max_steps or max(1, math.ceil(round(self.epochs * num_rows / self.global_batch_size, 6)))
 
     def optimizer_steps(self, optimizer: str, *, num_rows: int) -> int:
-        """The one optimizer steps once a step."""
+        """There is one optimizer, and it steps once per training step."""
         return self.steps(num_rows)
 
 

@@ -211,7 +211,7 @@ def broadcast_object(item: T) -> T:
 
 @dataclass
 class Outcome:
-    """Of what several ranks did together."""
+    """Whether a step that all ranks took together succeeded."""
 
     error: str = ""
     """What failed, on whichever rank; empty if nothing did."""

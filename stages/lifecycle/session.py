@@ -239,7 +239,7 @@ class Session:
 
 
 def _made(merges: dict[str, Any]) -> dict[str, Any]:
-    """Without models that have no adapters to merge."""
+    """Drop the models without adapters, of which nothing was merged."""
     return {name: merge for name, merge in merges.items() if merge is not None}
 
 
