@@ -83,10 +83,11 @@ def to_run(config: DictConfig) -> RunConfig:
 
 
 def _without_reward_model(run: RunConfig) -> RunConfig:
-    """A run whose policy learns from pairs (DPO) is evaluated without a reward model, where its folder has none."""
-    usual = f"{run.output_dir}/reward/model"
-    is_missing = run.reward is None and not Path(usual).exists()
-    if run.eval is not None and run.dpo is not None and run.eval.reward == usual and is_missing:
+    """A run whose policy learns without a reward model (DPO, functions) is evaluated without one, if there is none."""
+    usual, trains_policy = f"{run.output_dir}/reward/model", run.dpo is not None or run.ppo is not None
+    models = [] if run.ppo is None else [source.source for source in run.ppo.model_sources().values()]
+    will_be_there = run.reward is not None or usual in models or Path(usual).exists()
+    if run.eval is not None and trains_policy and run.eval.reward == usual and not will_be_there:
         judges = [judge for judge in run.eval.judges if judge != "reward"]
         run.eval = dataclasses.replace(run.eval, reward=None, judges=judges)
     return run

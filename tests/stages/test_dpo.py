@@ -194,9 +194,14 @@ def test_the_newest_policy_of_a_folder_is_the_one_that_answers(there, stages, ex
     assert run.eval.model == f"{tmp_path}/{expected}"
 
 
-def test_an_evaluation_after_dpo_needs_no_reward_model(tmp_path):
-    run = composed("experiment=smoke", "stage=[sft,dpo,eval]", f"output_dir={tmp_path}")
-    assert (run.eval.reward, run.eval.judges) == (None, [])
+def test_an_evaluation_needs_no_reward_model_where_the_policy_needs_none(tmp_path):
+    by_function = ["stage=[sft,grpo,eval]", "ppo.rewards=[my.py:f]"]
+    for words in (["stage=[sft,dpo,eval]"], by_function):
+        run = composed("experiment=smoke", *words, f"output_dir={tmp_path}")
+        assert (run.eval.reward, run.eval.judges) == (None, [])
+    for words in (["stage=[sft,grpo,eval]"], [*by_function[:1], "ppo.rewards=['${ppo.reward}',my.py:f]"]):
+        run = composed("experiment=smoke", *words, f"output_dir={tmp_path}")
+        assert run.eval.reward == f"{tmp_path}/reward/model"  # and its absence is an error
     named = composed("experiment=smoke", "stage=[sft,dpo,eval]", f"output_dir={tmp_path}", "eval.reward=judge")
     assert (named.eval.reward, named.eval.judges) == ("judge", ["reward"])
     (tmp_path / "reward/model").mkdir(parents=True)
