@@ -88,8 +88,11 @@ def test_a_killed_run_goes_on_bit_for_bit(place, whole, monkeypatch):
 def test_two_ranks_give_the_numbers_of_one(place, whole):
     done = train(place, "two", "launch.ranks=2")
     assert done.returncode == 0, done.stdout + done.stderr
-    for one, two in zip(whole, rows(place / "two/ppo/metrics.jsonl"), strict=True):
-        assert numbers(two) == pytest.approx(numbers(one), rel=5e-3, abs=5e-3)  # a clipped token is 0.003
+    for one, two in zip(map(numbers, whole), map(numbers, rows(place / "two/ppo/metrics.jsonl")), strict=True):
+        assert two.keys() == one.keys()
+        for name, value in one.items():
+            tokens = 5e-3 if "clipfrac" in name else 2e-3  # rounding may move one token over the clip, which is 0.003
+            assert two[name] == pytest.approx(value, rel=tokens, abs=tokens), name
 
 
 def test_an_error_on_one_rank_ends_all_with_its_message(place):
