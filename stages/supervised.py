@@ -1,7 +1,7 @@
 """The training stage that SFT, reward modelling and DPO share: one optimizer step per batch, evaluations in between.
 
-A story (`sft.py`, `reward.py`, `dpo.py`) says what is different, its batches and its held-out metrics; the stage's
-settings name the data and the objective.
+Each stage's file (`sft.py`, `reward.py`, `dpo.py`) defines what differs: its batches and its held-out metrics. The
+stage's settings name the data and the objective.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class Prepared(NamedTuple):
     """What was computed for the samples, by name; checkpoints keep it."""
 
 
-def only_opened(_: Session, samples: Sequence[Any], *, open_policy: Callable[[], Engine]) -> Prepared:
-    """The model, without anything that `samples`, all those that the stage will use, would need."""
+def nothing_to_prepare(_: Session, samples: Sequence[Any], *, open_policy: Callable[[], Engine]) -> Prepared:
+    """Open the model; `samples`, all those that the stage will use, need nothing else before training."""
     return Prepared(open_policy(), {})
 
 
@@ -52,7 +52,7 @@ class SupervisedStage(Generic[Batch]):
     """Computes held-out metrics; a collective."""
     score_units: Callable[[Metrics], tuple[float, float]] | None = None
     """From held-out metrics to mean and standard deviation of the outputs of a scalar head; None without one."""
-    prepare: Callable[..., Prepared] = only_opened
+    prepare: Callable[..., Prepared] = nothing_to_prepare
     """Opens the model, once it has computed what the samples need of a reference."""
 
 
