@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlhf.algorithms.groups import normalize_in_groups
 from rlhf.algorithms.scores import normalize_scores, penalize_overlong, penalize_unended, weighted_scores
-from rlhf.config.ppo_config import ScoreConfig
+from rlhf.config.objective_config import ScoreConfig
 from rlhf.config.reward_config import RewardCombination
 from rlhf.engine.engine import Engine
 from rlhf.forward_passes import scalar_outputs

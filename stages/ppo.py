@@ -21,7 +21,8 @@ from data.samples import Prompt, prompts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import Precision
-from rlhf.config.ppo_config import KLConfig, PPOConfig
+from rlhf.config.objective_config import KLConfig
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.engine.engine import Engine

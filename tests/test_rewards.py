@@ -10,7 +10,7 @@ import torch
 
 from rlhf.algorithms.groups import group_advantages, normalize_in_groups
 from rlhf.algorithms.scores import weighted_scores
-from rlhf.config.ppo_config import MissingEosMode, ScoreConfig
+from rlhf.config.objective_config import MissingEosMode, ScoreConfig
 from rlhf.config.reward_config import RewardCombination
 from rlhf.rewards import RunningScale, ScoredSource, ScoreScale, ScoreShaping, reward_metrics
 

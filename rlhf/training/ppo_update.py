@@ -20,7 +20,8 @@ from rlhf.algorithms.logprobs import TokenStatistics
 from rlhf.algorithms.loss_weights import aggregation_weights, mismatch_weights
 from rlhf.algorithms.masked import masked_mean, masked_whiten, weighted_sum
 from rlhf.algorithms.ppo import Advantages, Surrogate, gae, policy_loss, value_loss
-from rlhf.config.ppo_config import AdvantageKind, AdvantageScale, MismatchCorrection, PPOConfig
+from rlhf.config.objective_config import AdvantageKind, AdvantageScale, MismatchCorrection
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine, step_together
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.rollout import Models
@@ -237,7 +238,7 @@ def actor_loss(
         batch.advantages,
         mask,
         surrogate=Surrogate(
-            (config.clip_range, high), kind=config.policy_loss, ratio=config.ratio, dual_clip=config.dual_clip
+            (config.clip_range, high), kind=config.policy_loss, ratio=config.ratio_level, dual_clip=config.dual_clip
         ),
         weights=weights if batch.correction is None or weights is None else weights * batch.correction,
         denominator=denominator,

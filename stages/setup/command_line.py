@@ -46,6 +46,7 @@ _RENAMED = {
     "against": "baseline",
     "beside": "compare_with",
     "whiten": "scale_advantages",
+    "ratio": "ratio_level",
 }
 """Earlier names of settings and their present ones."""
 

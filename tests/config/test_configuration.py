@@ -18,6 +18,7 @@ from rlhf.config import (
     data_config,
     engine_config,
     eval_config,
+    objective_config,
     ppo_config,
     run_config,
     stage_configs,
@@ -33,6 +34,7 @@ MODULES = (
     data_config,
     engine_config,
     eval_config,
+    objective_config,
     ppo_config,
     run_config,
     stage_configs,
@@ -286,6 +288,7 @@ def test_every_setting_has_a_reader():
         + (ROOT / "run_pipeline.py").read_text()
         + (ROOT / "rlhf/config/stage_configs.py").read_text()
         + (ROOT / "rlhf/config/ppo_config.py").read_text()
+        + (ROOT / "rlhf/config/objective_config.py").read_text()
         + (ROOT / "rlhf/config/roles.py").read_text()  # names the settings of each role
     )
     for cls, name, _ in config_fields():

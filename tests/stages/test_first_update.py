@@ -11,7 +11,7 @@ from transformers import AutoModelForSequenceClassification
 
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import EngineConfig, Precision
-from rlhf.config.ppo_config import AdvantageKind, AdvantageScale, KLConfig, ScoreConfig
+from rlhf.config.objective_config import AdvantageKind, AdvantageScale, KLConfig, ScoreConfig
 from rlhf.config.run_config import Embedded
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.engine.engine import build_engine
@@ -139,7 +139,7 @@ VARIANTS = ("ppo", "grpo", "dr_grpo", "dapo", "rloo", "gspo", "cispo", "reinforc
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_micro_batches_do_not_change_an_update(folder, variant):
     published = composed("experiment=smoke", f"stage={variant}").ppo
-    names = ("advantage", "scale_advantages", "policy_loss", "ratio", "loss_aggregation", "clip_range_high", "kl")
+    names = ("advantage", "scale_advantages", "policy_loss", "ratio_level", "loss_aggregation", "clip_range_high", "kl")
     chosen = {name: getattr(published, name) for name in names}
 
     def after(micro_batch_size):

@@ -9,15 +9,15 @@ import torch
 
 from rlhf.algorithms.ppo import Advantages
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.ppo_config import (
+from rlhf.config.objective_config import (
     AdvantageKind,
     AdvantageScale,
     KLConfig,
     MismatchConfig,
     MismatchCorrection,
     PolicyLossKind,
-    PPOConfig,
 )
+from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.loss_scale import LossScale

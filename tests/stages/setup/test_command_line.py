@@ -56,6 +56,7 @@ ROOT = Path(__file__).parents[3]
         (["engine.optimizer_tier=cpu"], "engine.optimizer_tier: this setting is now called engine.offload_optimizer."),
         (["ppo.score.no_end_kind=set"], "this setting is now called ppo.score.missing_eos_mode."),
         (["stage=eval", "eval.against=M"], "this setting is now called eval.baseline."),
+        (["stage=gspo", "ppo.ratio=token"], "ppo.ratio: this setting is now called ppo.ratio_level."),
         (["tracking.histograms_every=5"], "have no histograms any more; remove the setting"),
         (["engine.offload_optimizer=device"], "expected one of [none, cpu, nvme]"),
         (["seed=nan"], "seed: Value 'nan' of type 'float' could not be converted to Integer"),
