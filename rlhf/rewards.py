@@ -21,7 +21,8 @@ from rlhf.config.reward_config import RewardCombination
 from rlhf.engine.engine import Engine
 from rlhf.forward_passes import scalar_outputs
 from rlhf.models.scalar_head import last_token_scores
-from rlhf.reward_functions import RewardFunctions, RewardRows
+from rlhf.reward_calls import RewardFunctions
+from rlhf.reward_functions import RewardRows
 from rlhf.types import Responses
 
 
@@ -118,18 +119,17 @@ class ScoredSource:
     scale: ScoreScale | RunningScale | None = None
     """By which it is normalised; None leaves its scores as they are."""
     clamp: float = 0.0
-    """Limit of a normalised score, both ways; 0 is none."""
+    """Limit of a score after that, both ways; 0 is none."""
 
     def shaped(self, scores: Tensor) -> Tensor:
         """Its scores `[B]`, normalised and clamped; NaN and infinity stay."""
-        if self.scale is None:
-            return scores
-        found = normalize_scores(scores, mean=self.scale.mean, std=self.scale.std, clamp=self.clamp)
+        scale = self.scale or ScoreScale()
+        found = normalize_scores(scores, mean=scale.mean, std=scale.std, clamp=self.clamp)
         return found.where(scores.isfinite(), scores)
 
     def at_clamp(self, scores: Tensor) -> Tensor:
         """True where its score is at the clamp, `[B]` bool."""
-        return (self.shaped(scores).abs() >= self.clamp) & bool(self.clamp and self.scale is not None)
+        return (self.shaped(scores).abs() >= self.clamp) & bool(self.clamp)
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,16 @@ class ScoreShaping:
     limit: int
     """Most tokens that a response may have."""
     combination: RewardCombination = RewardCombination.sum
+
+    @property
+    def running(self) -> dict[str, RunningScale]:
+        """The running scales, by the name of the source."""
+        return {source.name: source.scale for source in self.sources if isinstance(source.scale, RunningScale)}
+
+    @property
+    def is_one_source(self) -> bool:
+        """Whether the weighted sum is nothing but the scores of one source."""
+        return [source.weight for source in self.sources] == [1.0]
 
     def observe(self, source_scores: Tensor) -> None:
         """Count the scores `[B, S]` of a rollout of all ranks into the running scales."""
@@ -183,6 +193,13 @@ class ScoreShaping:
         clamped = [source.at_clamp(scores) for source, scores in zip(self.sources, source_scores.T, strict=True)]
         return float(torch.stack(clamped).any(0).double().mean())
 
+    def metrics(self, source_scores: Tensor) -> dict[str, float]:
+        """The share of clamped scores in `[B, S]`, and the mean raw score, unless it is that of one source alone."""
+        clamped = {"objective/clamped": self.clamped_share(source_scores)}
+        if self.is_one_source:  # which has logged it as `reward/NAME`
+            return clamped
+        return clamped | {"objective/raw_scores": float(self.raw_scores(source_scores).mean())}
+
     def _joined(self, scores: Tensor, source_scores: Tensor) -> Tensor:
         weights = torch.tensor([source.weight for source in self.sources])
         joined = weighted_scores(scores, weights)
@@ -190,14 +207,12 @@ class ScoreShaping:
 
     def state_dict(self) -> dict[str, Any]:
         """The running scales, by the name of the source."""
-        running = {source.name: source.scale for source in self.sources}
-        return {name: vars(scale).copy() for name, scale in running.items() if isinstance(scale, RunningScale)}
+        return {name: vars(scale).copy() for name, scale in self.running.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
-        for source in self.sources:
-            if isinstance(source.scale, RunningScale):
-                vars(source.scale).update(state[source.name])
+        for name, scale in self.running.items():
+            vars(scale).update(state[name])
 
 
 def reward_metrics(names: Sequence[str], source_scores: Tensor) -> dict[str, float]:

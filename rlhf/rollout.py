@@ -98,7 +98,7 @@ class Collector:
             responses = self._generate(prompts, seed=seed)
         with self.timer("score"), torch.no_grad():
             rollout = self._score(responses, prompts.columns, step=step, trains=trains)
-        return self._with_scores(gather_rollout(rollout, pad_id=self.pad_id), trains=trains)
+        return self.with_scores(gather_rollout(rollout, pad_id=self.pad_id), trains=trains)
 
     def _generate(self, prompts: PromptBatch, *, seed: int) -> GeneratedResponses:
         decoding = Decoding(
@@ -107,8 +107,11 @@ class Collector:
         size = self.config.rollout_micro_batch_size
         return generate_responses(self.models.actor, prompts, decoding=decoding, size=size, seed=seed)
 
-    def _with_scores(self, rollout: Rollout, *, trains: bool) -> Rollout:
-        """The rollout of all ranks with the scores that PPO is paid, computed alike on every rank."""
+    def with_scores(self, rollout: Rollout, *, trains: bool) -> Rollout:
+        """The rollout of all ranks with the scores that PPO is paid, computed alike on every rank.
+
+        An evaluation leaves the running scales alone and has no groups, whose mean would be 0.
+        """
         shaping, scores = self.shaping, rollout.source_scores
         if trains:
             shaping.observe(scores)

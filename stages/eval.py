@@ -37,7 +37,8 @@ from rlhf.evaluation.metrics import demonstration_losses, gold_values, load_gold
 from rlhf.evaluation.result_tables import FOLDER, JUDGEMENTS, RESULTS, SAMPLES, means, text_tables
 from rlhf.forward_passes import all_statistics
 from rlhf.generation.generate import Decoding
-from rlhf.reward_functions import RewardFunctions, RewardRows
+from rlhf.reward_calls import RewardFunctions
+from rlhf.reward_functions import RewardRows
 from rlhf.rewards import reward_model_scores
 from rlhf.rollout import GeneratedResponses, generate_responses, response_ids, response_texts
 from rlhf.runtime.atomic_files import write_text

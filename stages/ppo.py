@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import closing
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from rlhf.config.run_config import RunConfig
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
-from rlhf.reward_functions import RewardFunctions
+from rlhf.reward_calls import RewardFunctions
 from rlhf.rewards import RewardScorer, ScoredSource, ScoreScale, ScoreShaping, reward_metrics
 from rlhf.rollout import Collector, Models, replace_equal_groups, scored_rows, without_bad_rows
 from rlhf.runtime.dist import World
@@ -62,11 +63,12 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
         open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,
         closing(load_models(run, world, sources=sources)) as models,
     ):
-        evaluator = HeldOutEvaluator.of(session, splits.eval)
+        evaluator = HeldOutEvaluator.of(session, splits.eval, shaping=shaping)
         collector = new_collector(session, models, functions=functions, shaping=shaping)
         kl = kl_controller(config.kl)
         loader = prompt_loader(session, splits.train)
-        state = TrainingState(learners(models), {"kl": kl, "loader": loader, "scores": shaping}, splits.fingerprint)
+        scales = {"scores": shaping, "held_out_scores": evaluator.shaping}
+        state = TrainingState(learners(models), {"kl": kl, "loader": loader, **scales}, splits.fingerprint)
         known = known_quality([source.source for source in config.model_sources().values()])
         session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known)
         for step, batch in session.steps(loader):
@@ -81,7 +83,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             metrics |= rollout_metrics(rollout, kl_coef=price, kl_kind=config.kl.kind)
             metrics |= mismatch_metrics(rollout, ppo_batch)
             metrics |= critic_metrics(rollout, estimate.returns) if models.critic is not None else {}
-            metrics |= {"objective/clamped": collector.shaping.clamped_share(rollout.source_scores)}
+            metrics |= shaping.metrics(rollout.source_scores)
             metrics |= drawn | {"objective/kl_coef": kl.value}
             if step > config.critic_warmup and config.measures_kl:
                 kl.update(metrics["objective/kl"], len(rollout))
@@ -119,7 +121,7 @@ def next_rollout(
         rollout, metrics = replace_equal_groups(
             rollout, lambda: collect(loader.further()), config=config, pad_id=collector.pad_id
         )
-    metrics |= reward_metrics(collector.scorer.names, torch.cat(found))
+    metrics |= reward_metrics(collector.scorer.names, torch.cat(found)) | collector.scorer.functions.metrics()
     episodes = loader.drawn * config.rollout_size
     return rollout, metrics | {
         "rollout/left_out": left_out,
@@ -233,18 +235,20 @@ class HeldOutEvaluator:
     count: int
     """Number of prompts over all ranks; the last ranks repeat some so that all have equally many."""
     gold: dict[str, GoldMetric]
+    shaping: ScoreShaping
+    """Its running scales are those of the answers before training, or evaluations could not be compared."""
 
     @classmethod
-    def of(cls, session: Session, samples: Sequence[Prompt]) -> HeldOutEvaluator:
-        """Take the first `ppo.eval_prompts` held-out prompts."""
+    def of(cls, session: Session, samples: Sequence[Prompt], *, shaping: ScoreShaping) -> HeldOutEvaluator:
+        """Take the first `ppo.eval_prompts` held-out prompts, and scales of its own."""
         config, world = session.run.ppo, session.world
         assert config is not None
         gold = load_gold(session.run.data.gold)
-        count = min(config.eval_prompts, len(samples))
+        count, shaping = min(config.eval_prompts, len(samples)), replace(shaping, sources=deepcopy(shaping.sources))
         if count == 0:
-            return cls(session, None, count=0, gold=gold)
+            return cls(session, None, count=0, gold=gold, shaping=shaping)
         batch = evaluation_prompts(samples[:count], rank=world.rank, ranks=world.size, pad_id=session.pad_id)
-        return cls(session, batch, count=count, gold=gold)
+        return cls(session, batch, count=count, gold=gold, shaping=shaping)
 
     def evaluate(self, collector: Collector, *, step: int) -> dict[str, float]:
         """Answer the prompts, log the samples, and return mean metrics."""
@@ -252,15 +256,20 @@ class HeldOutEvaluator:
         if prompts is None:
             return {}
         # A timer of its own keeps these phases out of the iteration's timing.
-        collector = replace(collector, timer=Stopwatch(self.session.world.device))
+        collector = replace(collector, timer=Stopwatch(self.session.world.device), shaping=self.shaping)
         found: list[list[dict[str, Any]]] = []
 
         def measure() -> dict[str, float]:
             rollout = collector.collect(prompts, seed=_EVALUATION_SEED, step=step, trains=False)
             rows = rollout.rows(torch.arange(self.count))
-            found.append(sample_rows(rows, self.gold, sources=collector.scorer.names))
-            clamped = collector.shaping.clamped_share(rows.source_scores)
-            return policy_metrics(found[-1]) | {"eval/clamped": clamped}
+            if step == 0:
+                self.shaping.observe(rows.source_scores)
+                rows = collector.with_scores(rows, trains=False)
+            sources, is_one_source = collector.scorer.names, self.shaping.is_one_source
+            found.append(sample_rows(rows, self.gold, sources=sources, is_one_source=is_one_source))
+            metrics = {f"eval/{name}": value for name, value in collector.scorer.functions.metrics().items()}
+            metrics["eval/clamped"] = self.shaping.clamped_share(rows.source_scores)
+            return metrics | policy_metrics(found[-1])
 
         with self.session.timer("evaluate"):
             actor = collector.models.actor

@@ -1,9 +1,12 @@
 """Reward functions of every kind, as users write them for TRL's GRPOTrainer, and some that fail."""
 
 import asyncio
+import functools
 import re
+import sys
 import time
 
+import numpy as np
 import torch
 
 
@@ -71,6 +74,141 @@ class Scorer:
 
 
 scorer = Scorer()
+
+
+def weighed(completions, weight):
+    return [weight] * len(completions)
+
+
+async def weighed_later(completions, weight=1.0):
+    await asyncio.sleep(0)
+    return [weight] * len(completions)
+
+
+def unchanged(function):
+    """A decorator as users write them: a plain function, whatever is inside."""
+
+    @functools.wraps(function)
+    def wrapper(*args, **kwargs):
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+part = functools.partial(weighed, weight=1.0)
+wrapped = unchanged(part)
+part_of_async = functools.partial(weighed_later, weight=1.0)
+wrapper_of_async = unchanged(weighed_later)
+part_of_object = functools.partial(scorer)
+
+
+def of_numpy(completions, **kwargs):
+    return np.array([True, False, True])
+
+
+def numpy_scalars(completions, **kwargs):
+    return [np.bool_(True), np.float16(0), np.int64(1)]
+
+
+def torch_scalars(completions, **kwargs):
+    return [torch.tensor(1), torch.tensor([0.0]), torch.tensor(True)]
+
+
+def booleans(completions, **kwargs):
+    return (True, False, True)
+
+
+def yielded(completions, **kwargs):
+    yield from (1.0, 0, True)
+
+
+def column(completions, **kwargs):
+    return torch.tensor([[1.0], [0.0], [1.0]])
+
+
+def changes_its_arguments(prompts, completions, completion_ids, steps, trainer_state, **kwargs):
+    prompts[0][0]["content"] = "goodbye"
+    prompts[0].append({"role": "user", "content": "?"})
+    steps[0].append(steps[0][1]["b"].append(2))
+    completions[0][0]["content"] = "changed"
+    completion_ids[0].clear()
+    trainer_state.global_step += 1
+    prompts.pop()
+    kwargs.clear()
+    return [float(len(steps[0]) + trainer_state.global_step)] * 2
+
+
+def logs(completions, log_metric, log_extra=None, **kwargs):
+    log_metric("longest", max(len(text) for text in completions))
+    log_metric(name="calls", value=np.float32(1))
+    log_extra("shown", completions)
+    return [0.0] * len(completions)
+
+
+def logs_on_b(completions, **kwargs):
+    if "b" in completions:
+        kwargs["log_metric"]("found", 7)
+    return [0.0] * len(completions)
+
+
+def raises_on_rome(completions, **kwargs):
+    if "Rome" in completions:
+        raise ValueError("no Rome")
+    return [1.0] * len(completions)
+
+
+def raises_on_two(completions, **kwargs):
+    if len(completions) > 1:
+        raise ValueError("too many")
+    return [1.0]
+
+
+def exits(completions, **kwargs):
+    sys.exit(0)
+
+
+def exits_on_b(completions, **kwargs):
+    if "b" in completions:
+        sys.exit(0)
+    return [1.0] * len(completions)
+
+
+async def exits_later(completions, **kwargs):
+    sys.exit(0)
+
+
+async def cancels_itself(completions, **kwargs):
+    raise asyncio.CancelledError
+
+
+def endless_error(completions, **kwargs):
+    raise ValueError("x" * 10_000)
+
+
+def a_set(completions, **kwargs):
+    return {1.0}
+
+
+def too_few_yielded(completions, **kwargs):
+    yield 1.0
+
+
+def hangs_on_rome(completions, **kwargs):
+    if "Rome" in completions:
+        time.sleep(60)
+    return [1.0] * len(completions)
+
+
+async def waits_on_rome(completions, **kwargs):
+    if "Rome" in completions:
+        await asyncio.sleep(60)
+    return [1.0] * len(completions)
+
+
+async def blocks_on_rome(completions, **kwargs):
+    if "Rome" in completions:
+        time.sleep(60)  # noqa: ASYNC251 - what it should not do
+    return [1.0] * len(completions)
 
 
 def raises(completions, **kwargs):

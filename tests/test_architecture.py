@@ -21,6 +21,7 @@ FLOORS = [
     {"rlhf.engine"},
     {"rlhf.forward_passes"},
     {"rlhf.reward_functions"},
+    {"rlhf.reward_calls"},
     {"rlhf.rewards"},
     {"rlhf.rollout"},
     {"rlhf.evaluation", "rlhf.chat"},

@@ -1,15 +1,13 @@
 """Reward functions are called as TRL calls them, and whatever goes wrong names the source, the row and what to do."""
 
-import http.server
-import json
 import math
-import threading
 
 import pytest
 import torch
 
 from rlhf.config.reward_config import RewardErrors, RewardSettings
-from rlhf.reward_functions import RewardFunctions, RewardRows, missing_columns
+from rlhf.reward_calls import RewardFunctions, missing_columns
+from rlhf.reward_functions import RewardRows
 from rlhf.runtime.errors import RunError
 from tests import reward_examples
 from tests.ranks import run_on_ranks
@@ -63,6 +61,48 @@ def test_a_function_gets_what_its_signature_takes_and_a_column_that_a_row_lacks_
     assert load().columns == set()
 
 
+@pytest.mark.parametrize("name", ["scorer", "part", "wrapped", "part_of_async", "wrapper_of_async", "part_of_object"])
+def test_whatever_can_be_called_is_a_function(name):
+    assert scored(name) == [[1, 1, 1]]
+
+
+@pytest.mark.parametrize("name", ["of_numpy", "numpy_scalars", "torch_scalars", "booleans", "yielded", "column"])
+def test_numbers_of_every_kind_are_scores(name):
+    assert scored(name) == [[1, 0, 1]]
+
+
+def test_a_function_may_change_what_it_is_given(caplog):
+    conversation = [{"role": "user", "content": "hello"}]
+    columns = [{"prompt": conversation, "steps": ["a", {"b": [1]}]} for _ in range(2)]
+    given = rows(columns, ("x", ""))
+    for _ in range(2):
+        assert scored("changes_its_arguments", "length", given=given) == [[4, 4], [1, 0]]
+    assert columns[0] == {"prompt": [{"role": "user", "content": "hello"}], "steps": ["a", {"b": [1]}]}
+
+
+def test_empty_and_strange_responses_are_scored_like_others():
+    texts = ("", "\N{PILE OF POO}\ud800\x00\n")
+    given = RewardRows.of([{"prompt": "\u202e"}] * 2, texts=texts, token_ids=[[], [1]])
+    assert scored("length", "tokens", given=given) == [[0, 4], [0, 1]]
+    with pytest.raises(RunError, match=r"returned nan for the response '.*\\ud800\\x00\\n' to the prompt '\\u202e'"):
+        scored("not_a_number", given=given)
+
+
+def test_no_rows_and_many_rows():
+    assert load("length", "scorer").score(rows([], ())).shape == (0, 2)
+    many = rows([{"prompt": "p", "data": [1, 2, 3]}] * 20_000, ("abc",) * 20_000)
+    assert load("length").score(many).tolist() == [[3.0]] * 20_000
+
+
+def test_metrics_of_functions_are_means_since_the_last_time():
+    functions = load("logs")
+    functions.score(rows())
+    functions.score(rows(texts=("abcd",) * 3))
+    assert functions.metrics() == {"reward/log/longest": (14 + 4) / 2, "reward/log/calls": 1.0}
+    assert functions.metrics() == {}
+    assert load().metrics() == {}
+
+
 def test_the_progress_of_training_is_given_where_it_is_asked_for():
     assert scored("progress", given=rows(step=3, total_steps=12)) == [[0.25] * 3]
 
@@ -79,13 +119,33 @@ def test_async_functions_wait_at_the_same_time_and_always_on_one_loop():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("raises", r"raised KeyError: 'answer' \(reward_examples\.py, line \d+\) on one of 3 responses, such as the "),
-        ("raises_later", r"raised ConnectionError: refused \(reward_examples\.py, line \d+\) on"),
+        (
+            "raises",
+            r"raised KeyError: 'answer' \(reward_examples\.py, line \d+\) on the response '\\\\boxed\{4\}' to",
+        ),
+        (
+            "raises_on_rome",
+            r"raised ValueError: no Rome \(.*\) on the response 'Rome' to the prompt 'capital of",
+        ),
+        (
+            "raises_on_two",
+            r"raised ValueError: too many \(reward_.* on 3 responses, such as the response '\\\\boxed",
+        ),
+        (
+            "raises_later",
+            r"raised ConnectionError: refused \(reward_examples\.py, line \d+\) on the response '\\\\b",
+        ),
+        ("exits", r"raised SystemExit: 0 \(reward_examples\.py, line \d+\) on the response"),
+        ("exits_later", r"raised SystemExit: 0 \(reward_examples\.py, line \d+\) on the response"),
+        ("cancels_itself", r"raised CancelledError \(.*\) on the response"),
+        ("endless_error", r"raised ValueError: x{280,300}\.\.\. \("),
         ("too_few", r"returned 1 scores for 3 responses; expected a list of 3 scores"),
         ("one_number", r"returned 1\.0; expected a list of 3 scores"),
         ("words", r"returned 'good' for the response '\\\\boxed\{4\}' to the prompt '2 \+ 2'; expected"),
         ("not_a_number", r"returned nan for the response 'Rome' to the prompt 'capital of France'; expected"),
         ("huge", r"returned 1e\+39 for the response"),
+        ("a_set", r"returned \{1\.0\}; expected a list of 3 scores"),
+        ("too_few_yielded", r"returned 1 scores for 3 responses"),
     ],
 )
 def test_what_is_no_score_ends_the_run_with_its_source_and_row(name, message):
@@ -106,15 +166,31 @@ def test_rows_that_fail_are_left_out_if_that_is_asked_for(caplog):
 
 
 @pytest.mark.parametrize("name", ["hangs", "hangs_politely", "hangs_the_loop"])
-@pytest.mark.parametrize("on_error", list(RewardErrors))
-def test_a_call_that_takes_too_long_is_an_error_whoever_is_to_blame(name, on_error):
-    with pytest.raises(RunError, match=rf"{name} took longer than ppo\.reward_timeout_s=0\.2 seconds"):
-        scored(name, reward_timeout_s=0.2, reward_on_error=on_error)
+def test_a_call_that_takes_too_long_is_an_error_whoever_is_to_blame(name):
+    message = rf"{name} took longer than ppo\.reward_timeout_s=0\.2 seconds for 3 responses, such as the response"
+    with pytest.raises(RunError, match=rf"{message}.*raise that setting, or leave.*ppo\.reward_on_error=drop\.$"):
+        scored(name, reward_timeout_s=0.2)
+
+
+@pytest.mark.parametrize("name", ["hangs_on_rome", "waits_on_rome", "blocks_on_rome"])
+def test_a_response_that_takes_too_long_is_left_out_and_the_loop_goes_on(name, caplog):
+    functions = load(name, "scorer", reward_timeout_s=0.9, reward_on_error=RewardErrors.drop)
+    for _ in range(2):
+        assert functions.score(rows()).T.tolist() == [[1, INF, 1], [1, 1, 1]]
+    assert (
+        f"left out 1 of 3 responses: ppo.rewards[0]=tests.reward_examples:{name} took longer than 0.3 seconds, its "
+        in (caplog.text)
+    )
+    assert "share of ppo.reward_timeout_s, for the response 'Rome' to the prompt 'capital of France'" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        (
+            "Scorer",
+            r"found a class; expected a function, .*such as one that its file has made with `sc.* = Scorer\(\)`",
+        ),
         ("by_place", "completions cannot be given by name"),
         ("needs_environments", "needs environments, which is not given here; make it optional"),
         ("not_callable", "found a int; expected a function"),
@@ -138,8 +214,10 @@ def test_columns_that_the_data_lack_are_found():
 def _on_a_rank(name):
     rank = torch.distributed.get_rank()
     texts = ("a", "b") if rank else ("a", "c")
+    functions = load(name)
     try:
-        return load(name).score(rows([{"prompt": f"of rank {rank}"}] * 2, texts)).tolist()
+        found = functions.score(rows([{"prompt": f"of rank {rank}"}] * 2, texts)).tolist()
+        return functions.metrics() or found
     except RunError as error:
         return str(error)
 
@@ -149,66 +227,11 @@ def test_every_rank_has_its_own_rows_judged_and_an_error_on_one_ends_all():
     first, second = run_on_ranks(_on_a_rank, 2, "raises_on_b")
     assert first == second
     assert "raised ValueError: no b" in first
-    assert "to the prompt 'of rank 1'" in first
+    assert "on the response 'b' to the prompt 'of rank 1'" in first
+    assert run_on_ranks(_on_a_rank, 2, "exits_on_b")[0].startswith(
+        "ppo.rewards[0]=tests.reward_examples:exits_on_b raised"
+    )
 
 
-class Server(http.server.BaseHTTPRequestHandler):
-    """A reward model behind HTTP: the length of each text; its first answer to a client is an error."""
-
-    def do_POST(self):
-        texts = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["texts"]
-        self.server.requests.append(texts)
-        if self.path == "/hang":
-            self.server.released.wait()
-        if len(self.server.requests) == 1:
-            self.send_error(503)
-            return
-        body = json.dumps({"scores": [len(text) for text in texts]}).encode()
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
-
-
-CLIENT = """
-import json, urllib.error, urllib.request
-
-def ask(path, texts):
-    request = urllib.request.Request("http://127.0.0.1:{port}" + path, json.dumps({{"texts": texts}}).encode())
-    for attempt in range(3):
-        try:
-            with urllib.request.urlopen(request) as answer:
-                return json.load(answer)["scores"]
-        except urllib.error.HTTPError:
-            continue
-
-def served(prompts, completions):
-    return ask("/score", [prompt + reply for prompt, reply in zip(prompts, completions)])
-
-def hanging(prompts, completions):
-    return ask("/hang", completions)
-"""
-
-
-@pytest.fixture
-def server():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as found:
-        found.requests, found.released, found.daemon_threads = [], threading.Event(), True
-        thread = threading.Thread(target=found.serve_forever, daemon=True)
-        thread.start()
-        yield found
-        found.released.set()
-        found.shutdown()
-        thread.join()
-
-
-def test_a_reward_model_behind_http_is_asked_once_for_all_rows_and_may_not_hang(server, tmp_path):
-    (tmp_path / "client.py").write_text(CLIENT.format(port=server.server_address[1]))
-    found = scored(f"{tmp_path}/client.py:served")
-    assert found == [[len(row["prompt"] + text) for row, text in zip(COLUMNS, TEXTS, strict=True)]]
-    assert [len(texts) for texts in server.requests] == [3, 3]  # the second is the client's own retry
-    with pytest.raises(RunError, match=r"client\.py:hanging took longer than ppo\.reward_timeout_s=0\.3"):
-        scored(f"{tmp_path}/client.py:hanging", reward_timeout_s=0.3)
+def test_metrics_of_functions_are_those_of_all_ranks():
+    assert run_on_ranks(_on_a_rank, 2, "logs_on_b") == [{"reward/log/found": 7.0}] * 2

@@ -77,17 +77,20 @@ def test_held_out_answers_are_not_normalised_over_each_other():
 
 def test_each_source_has_its_own_units_and_no_penalty_makes_up_for_a_missing_score():
     model = ScoredSource("model", weight=2.0, scale=ScoreScale(mean=1.0, std=0.5), clamp=3.0)
-    function = ScoredSource("function", weight=-1.0, clamp=0.5)  # not normalised: no clamp either
+    function = ScoredSource("function", weight=-1.0, clamp=3.5)  # not normalised
     found = shaping(model, function, missing_eos_mode=MissingEosMode.set)
     scores = torch.tensor([[2.0, 4.0], [9.0, NAN], [NAN, NAN], [1.0, INF], [1.5, 1.0]])
     ended = torch.tensor([True, True, False, False, False])
     result = paid(found, scores, ended=ended, groups=torch.arange(5))
-    assert result[:2].tolist() == [2 * 2 - 4, 2 * 3]
+    assert result[:2].tolist() == [2 * 2 - 3.5, 2 * 3]
     assert result[2].isnan()
     assert result[3] == INF
     assert result[4] == 0  # set: the penalty, of 0 here, replaces the score
     assert found.raw_scores(scores)[:2].tolist() == [2 * 2 - 4, 18]
-    assert found.clamped_share(scores[:2]) == 0.5
+    assert found.clamped_share(scores[:2]) == 1.0
+    assert found.clamped_share(scores[[0, 4]]) == 0.5
+    assert found.metrics(scores[:1]) == {"objective/clamped": 1.0, "objective/raw_scores": 0.0}
+    assert shaping(ScoredSource("alone")).metrics(scores[:1, :1]) == {"objective/clamped": 0.0}
 
 
 def test_a_failed_row_spoils_no_group():

@@ -38,7 +38,7 @@ class RewardSourceConfig(Settings):
     """Subtract a mean and divide by a deviation: a model's held-out ones, those of all scores so far for a function.
     null does what `ppo.score.normalize` says for a model, and leaves the scores of a function as they are."""
     clamp: float | None = None
-    """Limit of a normalised score, both ways; 0 is none, null that of `ppo.score.clamp`."""
+    """Limit of a score, both ways; 0 is none, null that of `ppo.score.clamp` for a normalised one and else none."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -170,7 +170,6 @@ def rollout_metrics(rollout: Rollout, *, kl_coef: float, kl_kind: str) -> dict[s
     found = {
         "objective/entropy": masked_mean(rollout.entropy, mask),
         "objective/scores": rollout.scores.mean(),
-        "objective/raw_scores": rollout.raw_scores.mean(),
         "objective/non_score_reward": penalty.mean(),
         "objective/rlhf_reward": (rollout.scores + penalty).mean(),
         "rollout/response_length": rollout.lengths.double().mean(),
@@ -192,17 +191,19 @@ def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
     return {"critic/explained_variance": float(explained)}
 
 
-def sample_rows(rollout: Rollout, gold: dict[str, GoldMetric], *, sources: Sequence[str] = ()) -> list[dict[str, Any]]:
+def sample_rows(
+    rollout: Rollout, gold: dict[str, GoldMetric], *, sources: Sequence[str] = (), is_one_source: bool = False
+) -> list[dict[str, Any]]:
     """One row per response for people to read: prompt, response and every number of it.
 
     A score is None where no reward source applies, and so is that of a source which does not. `sources` names those of
-    `rollout.source_scores`.
+    `rollout.source_scores`; if the raw score is that of the only one, it is not there a second time.
     """
     columns: dict[str, Sequence[Any]] = {
         "prompt": rollout.prompts,
         "response": rollout.responses,
         "score": _or_none(rollout.scores),
-        "raw_score": _or_none(rollout.raw_scores),
+        **({} if is_one_source else {"raw_score": _or_none(rollout.raw_scores)}),
     }
     columns |= {f"reward/{name}": _or_none(rollout.source_scores[:, place]) for place, name in enumerate(sources)}
     for name, metric in gold.items():

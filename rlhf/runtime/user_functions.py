@@ -1,4 +1,4 @@
-"""Imports the user's own functions, which settings name as `module:function` or `file.py:function`, and limits a call.
+"""Imports the user's own functions, named as `module:function` or `file.py:function`, and limits the time of a call.
 
 See also: what is called, and how (`rlhf/reward_functions.py`, `rlhf/evaluation/`).
 """
@@ -13,12 +13,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import reduce
 from pathlib import Path
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+_LONGEST = 300
+"""Characters of an error of the user's code that are shown: some hold a whole web page."""
 
 
 def load_function(target: str, setting: str, *, signature: str) -> Callable[..., Any]:
@@ -92,7 +96,8 @@ def _import_error(error: Exception, setting: str) -> ValueError:
 
 def described(error: BaseException) -> str:
     """An error of the user's code in one line, with the line that raised it."""
-    text = f"{type(error).__name__}: {error}".strip().removesuffix(":").replace("\n", " ")
+    text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
+    text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     if isinstance(error, SyntaxError) or not places:  # the former says itself where it is
         return text
@@ -103,9 +108,8 @@ class TimeLimitError(BaseException):
     """A call took too long. Not an Exception, so that the user's own `except Exception` cannot swallow it."""
 
 
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Interrupt what the main thread does inside after `seconds`.
+def call_within(seconds: float, call: Callable[[], T]) -> T:
+    """What `call` returns; it is interrupted after `seconds`.
 
     A signal does it, because the call must stay in the main thread: what users call may use signals itself, which work
     nowhere else. SIGALRM is left to them.
@@ -113,23 +117,31 @@ def time_limit(seconds: float) -> Iterator[None]:
     Raises:
         TimeLimitError: also where the call ended too late because it did not let itself be interrupted.
     """
-    active = True
+    runs = True
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if active:
+        nonlocal runs
+        if runs:
+            runs = False  # at most one error, so that none can interrupt what follows it
             raise TimeLimitError
 
     started, main = time.monotonic(), threading.main_thread().ident
-    before = signal.signal(signal.SIGVTALRM, interrupt)
+    before = signal.getsignal(signal.SIGVTALRM)
     timer = threading.Timer(seconds, signal.pthread_kill, (main, signal.SIGVTALRM))
     timer.daemon = True  # never keeps the process alive
-    timer.start()
     try:
-        yield
+        try:
+            signal.signal(signal.SIGVTALRM, interrupt)
+            timer.start()
+            result = call()
+        finally:
+            runs = False  # the signal may come up to here, and an error that it raises still passes the outer `finally`
         if time.monotonic() - started >= seconds:
             raise TimeLimitError
+        return result
     finally:
-        active = False
         timer.cancel()
-        timer.join()  # before the handler goes: a signal without one would end the process
-        signal.signal(signal.SIGVTALRM, before)
+        if timer.is_alive():
+            timer.join()  # before the handler goes
+        if callable(before):  # never back to none, with which a signal that is still on its way would end the process
+            signal.signal(signal.SIGVTALRM, before)

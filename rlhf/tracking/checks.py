@@ -1,8 +1,7 @@
 """The checks that tell when a stage goes wrong: a useless reward model, reward hacking, runaway KL, and others.
 
 `CHECKS`, at the end, is the table of them. Each looks at one logged row after the other, and at the answers to the
-held-out prompts, which are the same every time. See also: `alerts.py`, which runs them. Left out: stopping a run, which
-is a person's decision.
+held-out prompts, which are the same every time. See also: `alerts.py`, which runs them. Left out: stopping a run.
 """
 
 from __future__ import annotations
@@ -239,13 +238,14 @@ def _risen(row: Row, seen: Seen) -> Iterator[Finding]:
 
 
 def _raw_score(row: Row, seen: Seen) -> Iterator[Finding]:
-    raw, score = (change(seen.first_answers, seen.answers, key=key) for key in ("raw_score", "score"))
+    sum_or_only = next((key for key in (*seen.answers, {})[0] if key.startswith(("raw_score", "reward/"))), "")
+    raw, score = (change(seen.first_answers, seen.answers, key=key) for key in (sum_or_only, "score"))
     if raw is None or score is None:
         yield Finding(None, f"fewer than {SMALLEST_SAMPLE} answers have both scores")
         return
     text = (
-        f"By step {row['step']} the score that PPO is paid for rose by {number(score.mean)} while the reward model's "
-        f"own, raw_score, fell by {with_ends(-raw.mean, -raw.high, high=-raw.low)} over {raw.count} held-out prompts: "
+        f"By step {row['step']} the score that PPO is paid for rose by {number(score.mean)} while that of its sources, "
+        f"{sum_or_only}, fell by {with_ends(-raw.mean, -raw.high, high=-raw.low)} over {raw.count} held-out prompts: "
         "the rise comes from ppo.score (the penalty for answers that do not end, the clamp), not from better answers."
     )
     yield Finding(raw.high < 0 < score.mean, text)

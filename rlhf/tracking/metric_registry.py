@@ -24,7 +24,7 @@ ACCURACY = "SFT: target tokens ranked first; reward, DPO: chosen scored higher"
 DPO = ("dpo",)
 RATIO = "log-ratio of policy to reference, mean over responses: no KL, as the policy did not write them"
 PAID = "what PPO is paid for held-out answers: normalised, clamped, less the penalty for no end"
-RAW = "score in the units of its sources: the reward model's own scalar, or the weighted sum"
+RAW = "weighted sum in the units of the reward sources, where it is not the score of a single one"
 KL = "KL to the reference, summed over a response, mean over responses"
 ENTROPY = "entropy per token at the sampling temperature, before top-k and top-p"
 SEARCHED = "fp16: skipped steps that found the loss scale, at the start or after it grew: normal"
@@ -57,6 +57,7 @@ METRICS: dict[str, Metric] = {
     "objective/clamped": Metric("Objective", "fraction", PPO, "responses whose score is at the clamp"),
     "objective/raw_scores": Metric("Objective", "score", PPO, RAW, headline=True),
     "reward/*": Metric("Objective", "score", PPO, "of one reward source: mean, /std, and /none, the share without one"),
+    "reward/log/*": Metric("Objective", "", PPO, "what reward functions gave to log_metric under this name, mean"),
     "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
     "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
     "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
@@ -71,7 +72,7 @@ METRICS: dict[str, Metric] = {
     "eval/score_std": Metric("Evaluation", "score", REWARD, "deviation of the held-out scores, which PPO divides by"),
     "eval/pairs": Metric("Evaluation", "pairs", PAIRS, "held-out pairs behind the accuracy"),
     "eval/score": Metric("Evaluation", "score", PPO, PAID, 1, headline=True),
-    "eval/raw_score": Metric("Evaluation", "score", PPO, "the same in the units of the reward sources", 1),
+    "eval/raw_score": Metric("Evaluation", "score", PPO, f"for held-out answers: {RAW}", 1),
     "eval/reward/*": Metric("Evaluation", "score", PPO, "what one reward source says of held-out answers", 1),
     "eval/clamped": Metric("Evaluation", "fraction", PPO, "held-out answers whose score is at the clamp", -1),
     "eval/kl": Metric("Evaluation", "nats", PPO, "KL to the reference per held-out response"),

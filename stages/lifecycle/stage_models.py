@@ -168,7 +168,8 @@ def scored_sources(config: PPOConfig) -> list[ScoredSource]:
         scale: ScoreScale | RunningScale | None = None
         if normalizes:
             scale = RunningScale() if source.is_function else _score_scale(source.source, setting=settings[source.name])
-        clamp = config.score.clamp if source.clamp is None else source.clamp
+        usual = config.score.clamp if normalizes else 0.0
+        clamp = usual if source.clamp is None else source.clamp
         sources.append(ScoredSource(source.name, weight=source.weight, scale=scale, clamp=clamp))
     return sources
 

@@ -23,7 +23,7 @@ from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.engine.offload.direct_io import check_nvme_path
 from rlhf.evaluation.judges import HUMAN, REWARD, load_judges
 from rlhf.evaluation.metrics import load_gold
-from rlhf.reward_functions import RewardFunctions
+from rlhf.reward_calls import RewardFunctions
 from rlhf.runtime.dist import check_devices
 from rlhf.runtime.launch import local_ranks
 from rlhf.text.tokenizer import Tokenizer

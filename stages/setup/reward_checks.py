@@ -11,7 +11,7 @@ from data.build_samples import Splits
 from data.samples import Prompt
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import RunConfig
-from rlhf.reward_functions import RewardFunctions, missing_columns
+from rlhf.reward_calls import RewardFunctions, missing_columns
 
 
 def check_rewards(run: RunConfig, stage: str) -> None:

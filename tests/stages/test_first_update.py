@@ -20,7 +20,7 @@ from rlhf.forward_passes import critic_values
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.embedded import prepare
 from rlhf.models.scalar_head import scalar_head_model
-from rlhf.reward_functions import RewardFunctions
+from rlhf.reward_calls import RewardFunctions
 from rlhf.rewards import RewardScorer, ScoredSource, ScoreScale, ScoreShaping, reward_model_scores
 from rlhf.rollout import Collector, Models, without_bad_rows
 from rlhf.runtime.dist import World
@@ -87,7 +87,7 @@ def estimator(kind):
     [
         ({"clamp": 2.0, "scale": ScoreScale(mean=1.0, std=0.5)}, 0.5),  # (raw - 1) / 0.5 is -2, 0, 1 and 4
         ({"clamp": 0.0, "scale": ScoreScale(mean=1.0, std=0.5)}, 0.0),
-        ({"clamp": 2.0}, 0.0),
+        ({"clamp": 2.0}, 0.25),
     ],
 )
 def test_the_share_of_scores_at_the_clamp(source, share):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+from statistics import fmean, stdev
 
 import pytest
 
@@ -65,6 +66,17 @@ def test_every_source_is_logged_by_itself(place, whole):
     vowels = sum(letter in "aeiou" for letter in sample["response"]) if len(sample["response"]) % 3 else None
     assert sample["reward/vowels"] == vowels
     assert sample["raw_score"] == sample["reward/length"] + (vowels or 0)
+
+
+def test_held_out_answers_keep_the_scale_of_those_before_training(place, whole):
+    samples = rows(place / "whole/ppo/samples.jsonl")
+    first, last = ([row for row in samples if row["step"] == step] for step in (0, 3))
+    lengths = [row["reward/length"] for row in first]
+    for row in (*first, *last):
+        normalized = (row["reward/length"] - fmean(lengths)) / stdev(lengths)
+        paid = max(-5, min(5, normalized)) + (row["reward/vowels"] or 0) - (not row["ended"])
+        assert row["score"] == pytest.approx(paid, abs=1e-5)
+    assert fmean(row["score"] for row in last) == pytest.approx(whole[-1]["eval/score"], abs=1e-6)
 
 
 def test_the_critic_starts_from_the_actor_with_a_new_head_and_learns(place, whole):

@@ -157,6 +157,10 @@ def test_a_raw_score_that_fell_while_the_paid_one_rose_is_reported():
     assert "fell by 0.25 [0.25, 0.25] over 10" in text
     assert names(*evaluated(first, answers(9, scores=up, raw=up))) == []
     assert names(*evaluated(first, answers(9, scores=down, raw=down))) == []
+    rows, samples = evaluated(first, answers(9, scores=up, raw=down))
+    alone = [{"reward/mine" if name == "raw_score" else name: row[name] for name in row} for row in samples]
+    assert names(rows, alone) == ["raw_fell"]  # a single source has no sum beside it
+    assert "that of its sources, reward/mine, fell by 0.25" in results(rows, alone)["raw_fell"].text
 
 
 # gold falls by 0.1 and 0.3 in turn: of ten draws the mean falls between 0.14 and 0.26 in 95 of 100 cases
