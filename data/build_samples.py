@@ -36,7 +36,7 @@ from rlhf.text.tokenize_rows import TokenSequence
 logger = logging.getLogger(__name__)
 
 SHARES = {"sft": 0, "reward": 1, "dpo": 1, "ppo": 2}
-"""Position in `data.stage_split`; DPO takes the share of reward modelling, which it replaces."""
+"""Position in `data.stage_split`; DPO takes the share of reward modelling, which it replaces. Others take all rows."""
 
 RowNumbers = NDArray[np.int64]
 Sample = TypeVar("Sample")
@@ -64,9 +64,14 @@ class LengthLimits:
     max_prompt_tokens: int
     max_response_tokens: int
     response_setting: str = "max_response_tokens"
+    max_tokens: int = 0
+    """Of prompt and response together, in place of the limits of each; 0 is none."""
 
     def broken_by(self, sequences: Sequence[TokenSequence]) -> str:
         """Why a row is dropped; empty if it is short enough."""
+        if self.max_tokens:
+            too_long = any(len(tokens.input_ids) > self.max_tokens for tokens in sequences)
+            return f"sequence longer than {self.stage}.max_tokens={self.max_tokens}" if too_long else ""
         if any(tokens.num_prompt > self.max_prompt_tokens for tokens in sequences):
             return f"prompt longer than {self.stage}.max_prompt_tokens={self.max_prompt_tokens}"
         if any(len(tokens.input_ids) - tokens.num_prompt > self.max_response_tokens for tokens in sequences):
@@ -169,7 +174,8 @@ def _stage_rows(source: SourceConfig, kind: SampleKind[Sample], *, data: DataCon
     if rows.found:  # if there are no columns, no row could be read, and the error about the rows says more
         found = ColumnSelection(source.columns).our_names(rows.found).values()
         require_columns([*found], kind.alternatives, where=where)
-    numbers = rows_of_stage(len(rows), data.stage_split, position=SHARES[kind.stage], seed=data.split_seed)
+    shares = data.stage_split if kind.stage in SHARES else []
+    numbers = rows_of_stage(len(rows), shares, position=SHARES.get(kind.stage, 0), seed=data.split_seed)
     if len(numbers) == 0:
         raise ValueError(f"data.stage_split={data.stage_split} leaves {kind.stage} none of {len(rows)} rows.")
     try:

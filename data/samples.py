@@ -172,6 +172,43 @@ def prompts(
     return build_samples(kind, data, only_held_out=held_out is not None)
 
 
+def ptx_texts(data: DataConfig, config: PPOConfig, *, tokenizer: Tokenizer) -> Splits[Demonstration]:
+    """The samples of `data.ptx`, which the actor of PPO goes on to learn; none where `ppo.ptx.coef` is 0.
+
+    A text longer than `ppo.ptx.max_tokens` is cut into pieces, each of which begins with the last token of the one
+    before: every token is predicted once. Of demonstrations the responses are learnt, as in SFT.
+
+    Raises:
+        ValueError: rows that cannot be used, or demonstrations that are all too long.
+    """
+    if not config.ptx.coef:
+        return Splits([], [], {}, fingerprint="")
+    longest = config.ptx_tokens
+
+    def tokenize(row: Row) -> list[TokenSequence]:
+        tokens = tokenize_demonstration(tokenizer, row, response_only=True)
+        return _pieces(tokens, longest) if tokens.num_prompt <= 1 else [tokens]  # a text has no prompt, or a BOS
+
+    kind = SampleKind(
+        stage="ptx",
+        alternatives=DEMONSTRATION_COLUMNS,
+        limits=LengthLimits("ppo.ptx", longest, longest, max_tokens=longest),
+        settings=("ptx", tokenizer_fingerprint(tokenizer), f"max_tokens={longest}"),
+        tokenize=tokenize,
+        build=lambda row, sequences: [Demonstration(tokens.input_ids, tokens.target_mask) for tokens in sequences],
+    )
+    return build_samples(kind, data)
+
+
+def _pieces(tokens: TokenSequence, longest: int) -> list[TokenSequence]:
+    """A text in pieces of at most `longest` tokens that overlap by one: nothing predicts the first token of a piece."""
+    pieces = []
+    for start in range(0, len(tokens.input_ids) - 1, longest - 1):
+        ids, mask = tokens.input_ids[start : start + longest], tokens.target_mask[start : start + longest]
+        pieces.append(TokenSequence(ids, mask & (np.arange(len(ids)) > 0), 0))
+    return pieces
+
+
 READERS: dict[str, Callable[..., Splits[Any]]] = {
     "demonstrations": demonstrations,
     "preferences": preferences,

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.loader import PromptLoader, evaluation_prompts
-from data.samples import Prompt, prompts
+from data.loader import PromptLoader, TrainLoader, collate_demonstrations, evaluation_prompts
+from data.samples import Demonstration, Prompt, prompts, ptx_texts
 from rlhf.algorithms.kl import AdaptiveKL, FixedKL, KLController
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import Precision
@@ -37,8 +37,8 @@ from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
 from rlhf.training.ppo_update import advantages_of, mismatch_metrics, training_batch, update_policy
-from rlhf.types import PromptBatch, Rollout
-from stages.lifecycle.checkpointing import TrainingState
+from rlhf.types import PromptBatch, Rollout, SFTBatch
+from stages.lifecycle.checkpointing import Stateful, TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer, with_average
 from stages.lifecycle.stage_models import known_quality, open_model, scored_sources, stored_scale
 from stages.lifecycle.stage_record import StageRecord
@@ -54,21 +54,20 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
     tokenizer = stage_tokenizer(run, config.actor)
     functions = RewardFunctions.load(config, stage="ppo")
     splits = prompts(run.data, config, tokenizer=tokenizer, columns=functions.columns)
-    try:
-        sources = scored_sources(config)
-    except ValueError as error:
-        raise RunError(str(error)) from error
-    shaping = ScoreShaping(config.score, sources, config.max_response_tokens, config.reward_combination)
+    more = ptx_texts(run.data, config, tokenizer=tokenizer)
+    shaping = score_shaping(config)
     with (
         open_session(run, "ppo", world=world, tokenizer=tokenizer, total_steps=config.iterations) as session,
-        closing(load_models(run, world, sources=sources)) as models,
+        closing(load_models(run, world, sources=shaping.sources)) as models,
     ):
         evaluator = HeldOutEvaluator.of(session, splits.eval, shaping=shaping)
         collector = new_collector(session, models, functions=functions, shaping=shaping)
         kl = kl_controller(config.kl)
         loader = prompt_loader(session, splits.train)
-        scales = {"scores": shaping, "held_out_scores": evaluator.shaping}
-        state = TrainingState(learners(models), {"kl": kl, "loader": loader, **scales}, splits.fingerprint)
+        text = text_loader(session, more.train)
+        others: dict[str, Stateful] = {"kl": kl, "loader": loader, "scores": shaping}
+        others |= {"held_out_scores": evaluator.shaping} | ({} if text is None else {"ptx": text})
+        state = TrainingState(learners(models), others, splits.fingerprint + more.fingerprint)
         known = known_quality([source.source for source in config.model_sources().values()])
         session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known)
         for step, batch in session.steps(loader):
@@ -79,12 +78,11 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             estimate = advantages_of(rollout, rewards, config=config)
             ppo_batch = training_batch(rollout, estimate, config=config, dtype=models.actor.dtype)
             with session.timer("train"):
-                metrics = update_policy(models, ppo_batch, config=config, iteration=step, kl_coef=kl.value)
+                metrics = update_policy(models, ppo_batch, config=config, iteration=step, kl_coef=kl.value, texts=text)
+            metrics |= drawn | mismatch_metrics(rollout, ppo_batch)
             metrics |= rollout_metrics(rollout, kl_coef=price, kl_kind=config.kl.kind)
-            metrics |= mismatch_metrics(rollout, ppo_batch)
             metrics |= critic_metrics(rollout, estimate.returns) if models.critic is not None else {}
-            metrics |= shaping.metrics(rollout.source_scores)
-            metrics |= drawn | {"objective/kl_coef": kl.value}
+            metrics |= shaping.metrics(rollout.source_scores) | {"objective/kl_coef": kl.value}
             if step > config.critic_warmup and config.measures_kl:
                 kl.update(metrics["objective/kl"], len(rollout))
             evaluates = session.evaluates_at(step, config.eval_every)
@@ -94,6 +92,15 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
         session.export()
         units = (models.value_shift, 1.0)  # mean and deviation of the critic's outputs
         return session.finish(score_units=None if models.critic is None else lambda _: units)
+
+
+def score_shaping(config: PPOConfig) -> ScoreShaping:
+    """From the scores of the sources to those that PPO is paid."""
+    try:
+        sources = scored_sources(config)
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    return ScoreShaping(config.score, sources, config.max_response_tokens, config.reward_combination)
 
 
 def next_rollout(
@@ -197,6 +204,24 @@ def prompt_loader(session: Session, samples: Sequence[Prompt]) -> PromptLoader:
         seed=config.seed,
         iterations=config.iterations,
         pad_id=session.pad_id,
+    )
+
+
+def text_loader(session: Session, samples: Sequence[Demonstration]) -> TrainLoader[Demonstration, SFTBatch] | None:
+    """This rank's micro-batches of text for every step of the actor; None where `ppo.ptx.coef` is 0."""
+    config = session.run.ppo
+    assert config is not None
+    if not config.ptx.coef:
+        return None
+    return TrainLoader(
+        samples,
+        partial(collate_demonstrations, pad_id=session.pad_id),
+        global_batch_size=config.ptx.batch_size,
+        micro_batch_size=config.micro_batch_size,
+        rank=session.world.rank,
+        ranks=session.world.size,
+        seed=config.seed,
+        steps=config.actor_steps,
     )
 
 

@@ -91,6 +91,8 @@ class DataConfig(Settings):
     """Preferences for DPO: those of `data.reward`, each setting until it is overridden."""
     ppo: StageDataConfig = field(default_factory=StageDataConfig)
     """Prompts: `prompt`."""
+    ptx: StageDataConfig = field(default_factory=lambda: StageDataConfig(eval_fraction=0.0))
+    """Texts for `ppo.ptx`: `text`, or demonstrations as for sft. All rows are learnt, whatever `stage_split` says."""
     stage_split: list[NonNegative] = field(default_factory=list)
     """DeepSpeed-Chat's split of the same rows between sft, reward (and dpo) and ppo: [2, 4, 4]; empty: all rows."""
     split_seed: Seed = 1234
@@ -102,9 +104,14 @@ class DataConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for stage, sources in (("reward", self.reward), ("dpo", self.dpo), ("ppo", self.ppo)):
+        for stage, sources in (("reward", self.reward), ("dpo", self.dpo), ("ppo", self.ppo), ("ptx", self.ptx)):
             unused = sources.rewritten_turns is not RewrittenTurns.as_generated
             require(unused, f"data.{stage}.rewritten_turns: only demonstrations have it; set data.sft.rewritten_turns.")
+        require(
+            not self.ptx.eval and not self.ptx.eval_fraction,
+            f"data.ptx.eval={self.ptx.eval}, data.ptx.eval_fraction={self.ptx.eval_fraction}: nothing is evaluated on "
+            "it; expected [] and 0.",
+        )
         shares = self.stage_split
         require(len(shares) in (0, 3), f"data.stage_split={shares}: expected three numbers (sft, reward, ppo) or none.")
         require(not shares or sum(shares) > 0, f"data.stage_split={shares}: expected a positive sum.")

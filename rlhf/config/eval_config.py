@@ -46,7 +46,7 @@ class EvalConfig(RewardSettings, StageConfig):
     subset: str = "subset"
     """Column of the preference data with the name of the part that a pair belongs to, if it has one."""
 
-    def longest_sequence(self) -> tuple[str, ...]:
+    def longest_sequence(self, role: str) -> tuple[str, ...]:
         """The longest prompt with the longest response, which is one to score or one to read."""
         responses = ("max_response_tokens", "max_row_tokens")
         return ("max_prompt_tokens", max(responses, key=lambda setting: int(getattr(self, setting))))

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Annotated, Any
 
-from rlhf.config.bounds import Count, Natural, Positive, divisible, require
+from rlhf.config.bounds import Bounds, Count, Natural, NonNegative, Positive, Settings, divisible, require
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.objective_config import ObjectiveSettings
 from rlhf.config.reward_config import RewardCombination, RewardSettings
@@ -31,6 +31,18 @@ class Variant(StrEnum):
 
 POLICIES = tuple(str(variant) for variant in Variant)
 """Names of the PPO stage, by its variant."""
+
+
+@dataclass(kw_only=True)
+class PtxConfig(Settings):
+    """Language modelling in the actor's loss (Ouyang et al. 2022, eq. 2; DeepSpeed-Chat's unsupervised training)."""
+
+    coef: NonNegative = 0.0
+    """Added to the actor's loss: this times the mean loss of a token of text; 0 reads no text."""
+    batch_size: Count = "${ppo.minibatch_size}"  # type: ignore[assignment]
+    """Sequences of text in one optimizer step, over all ranks; `ppo.micro_batch_size` of them at once."""
+    max_tokens: Annotated[int, Bounds(2)] | None = None
+    """Longer texts are cut into pieces, longer demonstrations dropped; null: PPO's longest prompt and response."""
 
 
 @dataclass(kw_only=True)
@@ -83,6 +95,8 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     """The reference's."""
     reward_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))
     """The reward model's."""
+    ptx: PtxConfig = field(default_factory=PtxConfig)
+    """Language modelling beside the policy loss, so that the actor forgets less."""
     target_kl: Positive | None = None
     """Ends an iteration's updates once the approximate KL to the sampling policy exceeds it; null never."""
     eval_prompts: Natural = 64
@@ -100,6 +114,23 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     def measures_kl(self) -> bool:
         """Whether there is a reference to measure KL from."""
         return self.reference_model is not None or self.lora.rank > 0
+
+    @property
+    def ptx_tokens(self) -> int:
+        """The longest sequence of `data.ptx`."""
+        return self.ptx.max_tokens or self.max_prompt_tokens + self.max_response_tokens
+
+    def longest_sequence(self, role: str) -> tuple[str, ...]:
+        """The longest prompt with the longest response; for the actor the longest text, where that is longer."""
+        names = super().longest_sequence(role)
+        reads = self.ptx.coef > 0 and role == "actor"
+        return ("ptx.max_tokens",) if reads and self.ptx_tokens > sum(getattr(self, name) for name in names) else names
+
+    def micro_batches(self, optimizer: str | None, *, ranks: int) -> int:
+        """Those of a minibatch, and for the actor those of text."""
+        reads = self.ptx.coef > 0 and optimizer == "actor_optimizer"
+        text = -(-self.ptx.batch_size // (ranks * self.micro_batch_size)) if reads else 0
+        return super().micro_batches(optimizer, ranks=ranks) + text
 
     @property
     def title(self) -> str:

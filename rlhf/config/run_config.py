@@ -205,6 +205,11 @@ class RunConfig(Settings):
             bool(self.name.strip()) and ".." not in self.name.split("/"),
             f"name={self.name!r}: expected a name for the run, of which its folder is made, without '..'.",
         )
+        require(
+            self.ppo is None or not self.ppo.ptx.coef or bool(self.data.ptx.train),
+            "ppo.ptx.coef above 0 adds language modelling to the actor's loss, but data.ptx.train is empty; expected "
+            "texts or demonstrations, as in 'data.ptx.train=[FILE]'. Name some, or set ppo.ptx.coef=0.",
+        )
 
     def title(self, stage: str) -> str:
         """Name of a stage in folders, tables and hints; PPO's is named after its variant."""

@@ -132,8 +132,8 @@ class StageConfig(Settings):
     seed: Seed = "${seed}"  # type: ignore[assignment]
     """Seed of everything that the stage draws: data order, new weights, sampling."""
 
-    def longest_sequence(self) -> tuple[str, ...]:
-        """Names of the settings whose sum is the longest sequence, in tokens; empty where nothing bounds it."""
+    def longest_sequence(self, role: str) -> tuple[str, ...]:
+        """Names of the settings whose sum is the longest sequence of a role, in tokens; empty where there are none."""
         return ()
 
 
@@ -167,9 +167,13 @@ class TrainingConfig(StageConfig):
         size: int = getattr(self, self.batch_setting)
         return size
 
-    def longest_sequence(self) -> tuple[str, ...]:
+    def longest_sequence(self, role: str) -> tuple[str, ...]:
         """The longest prompt with the longest response."""
         return ("max_prompt_tokens", "max_response_tokens")
+
+    def micro_batches(self, optimizer: str | None, *, ranks: int) -> int:
+        """Micro-batches of a rank in one step of the optimizer of that setting."""
+        return -(-self.batch_size // (ranks * self.micro_batch_size))
 
     def optimizer_steps(self, optimizer: str, *, num_rows: int) -> int:
         """Steps that the optimizer of the setting `optimizer` takes in the whole stage, with `num_rows` to train on."""

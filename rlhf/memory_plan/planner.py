@@ -217,7 +217,6 @@ class ModelMemory:
     def of(cls, run: RunConfig, role: Role, *, machine: Machine) -> ModelMemory:
         """The memory of the model in a role."""
         config, engine, device = run.training_config(role.stage), role.engine_config(run), machine.device
-        steps = -(-config.batch_size // (machine.ranks * config.micro_batch_size))
         precision = engine.precision
         if device.type == "cuda" and precision is Precision.auto and not torch.cuda.is_available():
             precision = Precision.bf16  # a GPU that is not here is taken to multiply it
@@ -230,7 +229,7 @@ class ModelMemory:
             ranks=machine.ranks,
             device=device,
             dtype=working_dtype(precision, device),
-            micro_batches=steps if role.is_trained else 0,
+            micro_batches=config.micro_batches(role.optimizer, ranks=machine.ranks) if role.is_trained else 0,
             has_average=optimizer is not None and optimizer.ema_decay > 0,
         )
         return cls(role, shape, states)

@@ -302,7 +302,7 @@ class _Signposts:
         call = self._counter.here.call
         if call + 1 == self._max_calls:
             raise EnoughError
-        if call >= 0:  # without gradients, what outlives a forward is the cache
+        if call >= 0 and not torch.is_grad_enabled():  # what outlives a forward is the cache
             self._counter.retag(ACTIVATIONS, CACHE)
             self._counter.retag(LOGITS, CACHE)
         self._counter.enter(call + 1, "before", tag=ACTIVATIONS)

@@ -21,7 +21,7 @@ from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan.trace import EnoughError
 from rlhf.rollout import Models
 from rlhf.runtime.dist import World
-from rlhf.training.ppo_update import policy_gradient, value_gradient
+from rlhf.training.ppo_update import policy_gradient, text_backward, value_gradient
 from rlhf.training.supervised_step import objective_of
 from rlhf.types import PPOBatch, PreferenceBatch, PromptBatch, Responses, SFTBatch
 
@@ -119,6 +119,10 @@ def scalars(model: nn.Module, work: Workload) -> None:
 def policy_update(model: nn.Module, work: Workload) -> None:
     """A micro-batch of the actor's update; ends by an exception, before ranks would have to agree on anything."""
     actor: Any = _TracedEngine(model)
+    if work.config.ptx.coef:  # a micro-batch of text comes before
+        mask = work.mask(work.rows, work.config.ptx_tokens)
+        text = SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask)
+        text_backward(actor, text, coef=1.0, denominator=torch.ones(()), chunk_elements=work.chunk_elements)
     batches, denominator, chunk = [work.ppo_batch()], torch.ones(()), work.chunk_elements
     policy_gradient(actor, batches, config=work.config, denominator=denominator, chunk_elements=chunk)
 
@@ -142,7 +146,8 @@ class _TracedEngine:
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
-        raise EnoughError
+        if last:
+            raise EnoughError
 
 
 REFERENCE = "reference"

@@ -92,6 +92,8 @@ METRICS: dict[str, Metric] = {
     "actor/entropy": Metric("Actor", "nats", PPO, "entropy per token during the updates"),
     "actor/kl_clamped": Metric("Actor", "fraction", PPO, "tokens whose KL in the loss was cut at 10"),
     "actor/epochs": Metric("Actor", "epochs", PPO, "passes over the rollout until target_kl stopped them"),
+    "ptx/loss": Metric("Actor", "nats", PPO, "language modelling loss per token of data.ptx, without its weight", -1),
+    "ptx/tokens": Metric("Actor", "tokens", PPO, "target tokens of data.ptx in a step of the actor"),
     "critic/loss": Metric("Critic", "", PPO, "clipped value loss, mean over the iteration's updates"),
     "critic/clipfrac_avg": Metric("Critic", "fraction", PPO, "response tokens whose value was clipped"),
     "critic/explained_variance": Metric("Critic", "fraction", PPO, "share of the returns' variance that it predicts"),

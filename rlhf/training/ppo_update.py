@@ -6,7 +6,7 @@ the whole minibatch, so micro-batches and ranks change nothing but memory and ti
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
@@ -20,14 +20,15 @@ from rlhf.algorithms.logprobs import TokenStatistics
 from rlhf.algorithms.loss_weights import aggregation_weights, mismatch_weights
 from rlhf.algorithms.masked import masked_mean, masked_whiten, weighted_sum
 from rlhf.algorithms.ppo import Advantages, Surrogate, gae, policy_loss, value_loss
+from rlhf.algorithms.supervised_losses import count_targets
 from rlhf.config.objective_config import AdvantageKind, AdvantageScale, MismatchCorrection
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine, step_together
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.rollout import Models
-from rlhf.runtime.dist import World, max_over_ranks
-from rlhf.training.supervised_step import summed
-from rlhf.types import PPOBatch, Rollout
+from rlhf.runtime.dist import World, max_over_ranks, sum_over_ranks
+from rlhf.training.supervised_step import next_token_loss, summed
+from rlhf.types import PPOBatch, Rollout, SFTBatch
 
 
 def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Advantages:
@@ -107,7 +108,13 @@ def _filler(minibatch: PPOBatch) -> PPOBatch:
 
 
 def update_policy(
-    models: Models, batch: PPOBatch, *, config: PPOConfig, iteration: int, kl_coef: float = 0.0
+    models: Models,
+    batch: PPOBatch,
+    *,
+    config: PPOConfig,
+    iteration: int,
+    kl_coef: float = 0.0,
+    texts: Iterable[list[SFTBatch]] | None = None,
 ) -> dict[str, float]:
     """Train on one rollout for several epochs of minibatches; returns metrics, mostly means over all updates.
 
@@ -117,12 +124,15 @@ def update_policy(
         config: sizes, clips and coefficients.
         iteration: number of the iteration, from 1: seeds the order of minibatches, and ends the critic's warm-up.
         kl_coef: weight of the KL in the loss, if `ppo.kl.in_loss` puts it there.
+        texts: this rank's micro-batches of text for the steps of the actor; each `iter` goes on where the last one
+            stopped. None where `ppo.ptx.coef` is 0.
     """
     actor = models.actor if iteration > config.critic_warmup else None
     learning = {name: engine for name, engine in (("actor", actor), ("critic", models.critic)) if engine is not None}
     history: list[dict[str, float]] = []
     for minibatch in _all_minibatches(batch, config, iteration=iteration):
-        history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef))
+        text = next(iter(texts)) if texts is not None and actor is not None else []
+        history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef, text=text))
         if config.target_kl is not None and history[-1].get("actor/approxkl_avg", 0.0) > config.target_kl:
             break  # on all ranks: the KL is that of the whole minibatch
     for engine in learning.values():  # updates that target_kl skipped still count for the learning-rate schedule
@@ -138,7 +148,13 @@ def _all_minibatches(batch: PPOBatch, config: PPOConfig, *, iteration: int) -> I
 
 
 def update(
-    models: Models, learning: dict[str, Engine], *, minibatch: PPOBatch, config: PPOConfig, kl_coef: float
+    models: Models,
+    learning: dict[str, Engine],
+    *,
+    minibatch: PPOBatch,
+    config: PPOConfig,
+    kl_coef: float,
+    text: Sequence[SFTBatch] = (),
 ) -> dict[str, float]:
     """One optimizer step of each model in `learning`; the critic's backward follows the actor's step.
 
@@ -151,6 +167,8 @@ def update(
     together = len({id(engine.loss_scale) for engine in learning.values()}) < len(learning)
     measured: dict[str, float] = {}
     if "actor" in learning:
+        # First, as the last micro-batch of a step must be one of the minibatch.
+        measured |= text_gradient(models.actor, text, coef=config.ptx.coef) if text else {}
         measured |= policy_gradient(
             models.actor, micro_batches, config=config, denominator=denominator, kl_coef=kl_coef
         )
@@ -212,6 +230,28 @@ def policy_gradient(
         outcomes.append(result.outcome)
     # Collectives: sums and the maximum over ranks; float() waits for the device, once per minibatch.
     return summed(outcomes) | {"actor/ratio_max": float(max_over_ranks(largest))}
+
+
+def text_gradient(actor: Engine, micro_batches: Sequence[SFTBatch], *, coef: float) -> dict[str, float]:
+    """Backward pass of `coef` times the mean loss of the tokens of text, over all micro-batches and ranks.
+
+    The mean is over these tokens alone (InstructGPT, Ouyang et al. 2022, eq. 2): how many tokens the minibatch of
+    responses has does not change the weight of text beside it.
+    """
+    batches = [batch.to(actor.world.device) for batch in micro_batches]
+    counts = torch.stack([count_targets(batch.target_mask) for batch in batches])
+    denominator = sum_over_ranks(counts.sum()).clamp(min=1)  # a collective
+    outcomes = [text_backward(actor, batch, coef=coef, denominator=denominator) for batch in batches]
+    return summed(outcomes)
+
+
+def text_backward(
+    actor: Engine, batch: SFTBatch, *, coef: float, denominator: Tensor, chunk_elements: int | None = None
+) -> dict[str, Tensor]:
+    """Forward and backward of a micro-batch of text, before those of the responses; metrics that add up."""
+    result = next_token_loss(actor, batch, denominator=denominator, chunk_elements=chunk_elements)
+    actor.backward(coef * result.loss, last=False)
+    return {"ptx/loss": result.loss.detach(), "ptx/tokens": result.num_tokens}
 
 
 class ActorLoss(NamedTuple):

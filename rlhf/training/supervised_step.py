@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.dpo import DPOForm, dpo_loss
-from rlhf.algorithms.supervised_losses import count_targets, pairwise_loss, sft_loss
+from rlhf.algorithms.supervised_losses import SFTLoss, count_targets, pairwise_loss, sft_loss
 from rlhf.config.stage_configs import DPOConfig, SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import logits_of, response_logprobs
@@ -29,6 +29,14 @@ class LossAndMetrics(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
+
+
+def next_token_loss(
+    engine: Engine, batch: SFTBatch, *, denominator: Tensor, chunk_elements: int | None = None
+) -> SFTLoss:
+    """Cross-entropy of a micro-batch's target tokens; arguments as of `sft_loss`."""
+    logits = logits_of(engine, batch)  # [B, T, V]
+    return sft_loss(logits, batch.input_ids, batch.target_mask, denominator=denominator, chunk_elements=chunk_elements)
 
 
 class Objective(Generic[Batch]):
@@ -57,14 +65,7 @@ class NextToken(Objective[SFTBatch]):
 
     def outcome(self, engine: Engine, batch: SFTBatch, *, denominator: Tensor) -> LossAndMetrics:
         """Cross-entropy of the target tokens."""
-        logits = logits_of(engine, batch)
-        result = sft_loss(
-            logits,
-            batch.input_ids,
-            batch.target_mask,
-            denominator=denominator,
-            chunk_elements=self.chunk_elements,
-        )
+        result = next_token_loss(engine, batch, denominator=denominator, chunk_elements=self.chunk_elements)
         return LossAndMetrics(result.loss, {"train/accuracy": result.accuracy})
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
+from operator import attrgetter
 from pathlib import Path
 
 from rlhf.chat.chat_model import chat_tokenizer
@@ -207,8 +208,8 @@ def _check_tokens(tokenizer: Tokenizer, facts: ModelFacts) -> None:
 def _check_positions(run: RunConfig, role: Role, *, facts: ModelFacts) -> None:
     """The longest sequence of the stage must fit into the model's positions."""
     config = run.stage_config(role.stage)
-    names = config.longest_sequence()
-    sizes = [int(getattr(config, name)) for name in names]
+    names = config.longest_sequence(role.name)
+    sizes = [int(attrgetter(name)(config)) for name in names]
     if sum(sizes) > facts.positions:
         settings = " + ".join(f"{role.stage}.{name}" for name in names)
         raise ValueError(

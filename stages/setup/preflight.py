@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 from data.build_samples import LengthLimits
-from data.samples import READERS, Demonstration, Preference, Prompt, demonstrations, preferences, prompts
+from data.samples import READERS, Demonstration, Preference, Prompt, demonstrations, preferences, prompts, ptx_texts
 from rlhf.config.bounds import accumulation, divisible
 from rlhf.config.engine_config import OffloadDevice
 from rlhf.config.eval_config import EvalConfig
@@ -110,9 +110,13 @@ def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
     group = ranks * config.samples_per_prompt
     prompts_each = divisible(config.rollout_size, by=group, names="ppo.rollout_size by ranks x samples_per_prompt")
     cuts = config.rollout_size // config.minibatch_size
+    size, micro, text = config.ptx.batch_size, config.micro_batch_size, ""
+    if config.ptx.coef:
+        steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name="ppo.ptx.batch_size")
+        text = f"; ptx.batch_size {size} = {ranks} ranks x {micro} sequences x {steps} accumulation"
     return (
         f"rollout_size {config.rollout_size} = {ranks} ranks x {prompts_each} prompts x {config.samples_per_prompt} "
-        f"samples; {cuts * config.epochs} steps per iteration = {cuts} minibatches x {config.epochs} epochs"
+        f"samples; {cuts * config.epochs} steps per iteration = {cuts} minibatches x {config.epochs} epochs{text}"
     )
 
 
@@ -180,6 +184,17 @@ def check_ppo(run: RunConfig, config: PPOConfig, *, todo: list[str]) -> None:
         )
 
 
+def check_texts(run: RunConfig, *, tokenizer: Tokenizer) -> str:
+    """Read the texts that PPO mixes in; warn if there are some and none is wanted. Returns their fingerprint."""
+    assert run.ppo is not None
+    if run.data.ptx.train and not run.ppo.ptx.coef:
+        log.warning("data.ptx.train is not read: ppo.ptx.coef=0 mixes nothing in; set it above 0 to learn these texts")
+    found = ptx_texts(run.data, run.ppo, tokenizer=tokenizer)
+    if found.train:
+        log.info("%s: %s sequences of text beside the prompts (ppo.ptx)", run.title("ppo"), len(found.train))
+    return found.fingerprint
+
+
 def check_data(run: RunConfig, stages: list[str]) -> None:
     """Read, check and tokenise the data of every stage that is left to do.
 
@@ -193,7 +208,8 @@ def check_data(run: RunConfig, stages: list[str]) -> None:
         splits = read_prompts(run.ppo, read) if run.ppo is not None and stage == "ppo" else read()
         if splits.note:
             log.warning("%s", splits.note)
-        check_resume(Path(run.folder(stage)), data=splits.fingerprint)
+        text = check_texts(run, tokenizer=tokenizer) if stage == "ppo" else ""
+        check_resume(Path(run.folder(stage)), data=splits.fingerprint + text)
         check_warmup(run, stage, num_rows=len(splits.train))
         if stage != "ppo" and not splits.eval:
             raise ValueError(

@@ -335,3 +335,12 @@ def test_shares_of_steps_are_what_decimals_make_and_transformers_makes_but_for_i
         above = [theirs - ours for theirs, ours in zip(peer, found, strict=True)]
         assert set(above) <= {0, 1}
         assert all((percent * n) % 100 == 0 for n, more in enumerate(above, start=1) if more)
+
+
+def test_text_beside_ppo_needs_data_and_has_no_held_out_part():
+    with pytest.raises(ValueError, match=r"ppo.ptx.coef above 0 .* but data.ptx.train is empty; .* set ppo.ptx.coef=0"):
+        composed("ppo.ptx.coef=0.1")
+    ppo = composed("ppo.ptx.coef=0.1", "data.ptx.train=[a.jsonl]", "ppo.minibatch_size=32").ppo
+    assert ppo.ptx.batch_size == 32
+    with pytest.raises(ValueError, match=r"data.ptx.eval_fraction=0.5: nothing is evaluated on it; expected"):
+        composed("data.ptx.eval_fraction=0.5")

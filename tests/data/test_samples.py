@@ -6,11 +6,11 @@ import logging
 import pytest
 
 from data.build_samples import LengthLimits
-from data.samples import demonstrations, preferences, prompts
+from data.samples import demonstrations, preferences, prompts, ptx_texts
 from rlhf.config.data_config import BadRows, DataConfig, RewrittenTurns, StageDataConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import EvalConfig
-from rlhf.config.ppo_config import PPOConfig
+from rlhf.config.ppo_config import PPOConfig, PtxConfig
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, RewardConfig, SFTConfig
 from rlhf.text.tokenizer import decode, load_tokenizer
 from tests import fakes
@@ -494,3 +494,36 @@ def test_subsets_do_not_move_what_training_sees(gpt, write):
     )
     assert named.fingerprint == plain.fingerprint
     assert {pair.subset for pair in named.train} == {""}
+
+
+def texts_of(file, *, tokenizer, coef=1.0, max_tokens=None, **data):
+    data = DataConfig(ptx=StageDataConfig(train=[file], eval_fraction=0.0), **data)
+    ppo = PPOConfig(**SHARED, **ROLLOUT, rewards=["r"], ptx=PtxConfig(coef=coef, batch_size=4, max_tokens=max_tokens))
+    return ptx_texts(data, ppo, tokenizer=tokenizer)
+
+
+def test_a_long_text_is_cut_so_that_every_token_is_predicted_once(gpt, write):
+    long, short = "".join(map(str, range(90))), "ab"
+    file = write("texts.jsonl", [{"text": long}, {"text": short}])
+    (whole, brief) = texts_of(file, tokenizer=gpt, max_tokens=1000).train
+    pieces = texts_of(file, tokenizer=gpt, max_tokens=16).train[:-1]
+    assert len(pieces) > 5
+    assert max(map(len, pieces)) == 16
+    assert not any(piece.target_mask[0] for piece in pieces)
+    learnt = [token for piece in pieces for token in piece.input_ids[piece.target_mask].tolist()]
+    assert learnt == whole.input_ids[whole.target_mask].tolist()
+    assert whole.input_ids[-1] == brief.input_ids[-1] == gpt.eos_token_id
+    assert max(map(len, texts_of(file, tokenizer=gpt).train)) == 20 + 20  # ppo's longest prompt and response
+
+
+def test_demonstrations_beside_ppo_learn_their_response_and_are_never_cut(gpt, write, caplog):
+    rows = [{"prompt": "12345", "completion": "678"}, {"prompt": "1" * 30, "completion": "2" * 30}]
+    (only,) = texts_of(write("demos.jsonl", rows), tokenizer=gpt).train
+    assert decode(gpt, only.input_ids[only.target_mask].tolist()) == "678"
+    assert "1 for a sequence longer than ppo.ptx.max_tokens=40" in caplog.text
+
+
+def test_texts_are_whole_under_a_stage_split_and_nothing_is_read_without_a_coefficient(gpt, write):
+    file = write("texts.jsonl", [{"text": f"text {number}"} for number in range(10)])
+    assert len(texts_of(file, tokenizer=gpt, stage_split=[2, 4, 4]).train) == 10
+    assert texts_of("nowhere.jsonl", tokenizer=gpt, coef=0.0).train == []

@@ -69,6 +69,22 @@ def test_with_adapters_the_reference_is_the_actor_and_without_a_critic_there_is_
     assert {item.role for item in free.phases[0].items} == {"actor", "critic", "reward", "process"}
 
 
+def test_text_beside_the_policy_takes_what_sft_takes_of_the_same_length(tmp_path):
+    def logits(run, stage, role):
+        (train,) = [phase for phase in plan_of(run, stage).phases if phase.name == "train"]
+        return sum(item.bytes for item in train.items if item.role == role and item.part == "logits and loss")
+
+    short = ["ppo.max_prompt_tokens=20", "ppo.max_response_tokens=20"]
+    text = ["ppo.ptx.coef=1", "data.ptx.train=[texts.jsonl]", "ppo.ptx.max_tokens=400"]
+    sft = ["sft.max_prompt_tokens=200", "sft.max_response_tokens=200", "sft.micro_batch_size=4"]
+    run = run_of(tmp_path, *short, *text, *sft)
+    found, expected = logits(run, "ppo", "actor"), logits(run, "sft", "model")
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found > 10 * logits(run_of(tmp_path, *short), "ppo", "actor")
+    parts = {item.part for item in plan_of(run, "ppo").phases[2].items}
+    assert "KV cache" not in parts
+
+
 def test_what_a_process_takes_by_itself_is_said_once(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="rlhf.memory_plan.plan_text")
     check_memory(run_of(tmp_path, "stage=[sft,reward,grpo]"), ["sft", "reward", "ppo"], ranks=1)

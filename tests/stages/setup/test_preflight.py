@@ -22,7 +22,7 @@ from stages.lifecycle.stage_record import (
     lock_folder,
     write_record,
 )
-from stages.setup.preflight import batch_arithmetic, preflight
+from stages.setup.preflight import batch_arithmetic, check_texts, preflight
 from tests.config.test_configuration import composed
 from tests.ranks import run_on_ranks
 
@@ -283,3 +283,14 @@ def test_a_disk_that_cannot_be_written_is_named_for_every_role(custom, tmp_path)
     rows = [{"prompt": "a", "completion": " b"}] * 80
     with pytest.raises(ValueError, match=r"engine\.nvme_path=.*file/disk: cannot make files there"):
         preflight(custom("sft", rows, "engine=zero3_nvme", f"engine.nvme_path={tmp_path}/file/disk"), ranks=1)
+
+
+def test_texts_beside_ppo_are_counted_in_batches_and_said_to_be_unread_without_a_coefficient(caplog):
+    caplog.set_level(logging.INFO)
+    text = ["ppo.ptx.coef=0.5", "data.ptx.train=[texts.jsonl]", "ppo.ptx.batch_size=32", "ppo.micro_batch_size=4"]
+    line = batch_arithmetic(composed(*text), "ppo", ranks=2)
+    assert line.endswith("; ptx.batch_size 32 = 2 ranks x 4 sequences x 4 accumulation")
+    with pytest.raises(ValueError, match=r"ppo.ptx.batch_size by ranks x micro_batch_size \(3 x 4\): 32"):
+        batch_arithmetic(composed(*text, "ppo.minibatch_size=48", "ppo.rollout_size=96"), "ppo", ranks=3)
+    assert check_texts(composed("data.ptx.train=[texts.jsonl]"), tokenizer=None) == ""
+    assert "data.ptx.train is not read: ppo.ptx.coef=0" in caplog.text
