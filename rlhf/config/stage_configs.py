@@ -62,6 +62,8 @@ class OptimizerConfig(Settings):
 
     lr: Positive
     """Learning rate after the warm-up."""
+    lora_lr: Positive | None = None
+    """Learning rate of adapters, for a scalar head that learns beside them at `lr`; scheduled alike. null is `lr`."""
     betas: list[ShareBelowOne] = field(default_factory=lambda: [0.9, 0.95])
     """Decay of the two moments."""
     eps: NonNegative = 1e-8
@@ -93,6 +95,11 @@ class OptimizerConfig(Settings):
             self.schedule not in _OWN_SCHEDULES or not self.schedule_options,
             f"schedule_options={self.schedule_options}: schedule={self.schedule} has none.",
         )
+
+    @property
+    def lora_factor(self) -> float:
+        """The rate of adapters over `lr`."""
+        return 1.0 if self.lora_lr is None else self.lora_lr / self.lr
 
     def warmup_of(self, total_steps: int) -> int:
         """The warm-up of a stage of `total_steps`, in steps."""
@@ -160,6 +167,15 @@ class TrainingConfig(StageConfig):
     """Longer prompts are dropped, and the run says how many."""
     max_response_tokens: Count
     """Longer responses are dropped in SFT, reward and DPO; in PPO, where generation stops."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, optimizer in vars(self).items():
+            if isinstance(optimizer, OptimizerConfig):
+                require(
+                    optimizer.lora_lr is None or self.lora.rank > 0,
+                    f"{name}.lora_lr={optimizer.lora_lr}: expected null without adapters (lora.rank=0).",
+                )
 
     @property
     def batch_size(self) -> int:

@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import product
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlhf.config.stage_configs import OptimizerConfig
+from rlhf.models.lora import is_adapter
 
 VECTOR_ELEMENTS = 64
 """No cut is made between two multiples of it; see [Note: bits]."""
@@ -72,12 +74,18 @@ class AdamKernel:
         Yields:
             The slices of each chunk after its update.
         """
-        betas = betas or self._config.betas
+        config, betas = self._config, betas or self._config.betas
+        kinds = [*product((True, False), (False, True) if config.lora_lr else (False,))]
         for chunk in _chunks(slices, self._chunk_size(slices, scale=scale)):
-            for decays, decay in ((True, self._config.weight_decay), (False, 0.0)):
-                same_decay = [part for part in chunk if part.decays == decays]
-                self._call(same_decay, lr=lr, decay=decay, scale=scale, betas=betas)
+            for decays, adapts in kinds:  # one call for each: on CUDA it is a kernel
+                parts = [part for part in chunk if part.decays == decays and self._adapts(part) == adapts]
+                rate, decay = lr * config.lora_factor if adapts else lr, config.weight_decay if decays else 0.0
+                self._call(parts, lr=rate, decay=decay, scale=scale, betas=betas)
             yield chunk
+
+    def _adapts(self, part: ParameterSlice) -> bool:
+        """Whether the rate of adapters is a part's own."""
+        return self._config.lora_lr is not None and is_adapter(part.name)
 
     def _chunk_size(self, slices: Sequence[ParameterSlice], *, scale: float) -> int:
         on_cpu = self.device.type == "cpu"

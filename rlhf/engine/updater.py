@@ -23,12 +23,15 @@ class StepResult(NamedTuple):
     grad_norm: float  # before clipping; not finite on a skipped step
     lr: float
     skipped: bool
+    lora_lr: float | None = None  # where adapters have a rate of their own
     loss_scale: float | None = None  # with fp16 only
     is_search: bool = False  # skipped because fp16's loss scale was still being found
 
     def metrics(self, name: str) -> dict[str, float]:
         """The metrics of a step of the model `name`."""
         found = {f"{name}/grad_norm": self.grad_norm, f"{name}/lr": self.lr, f"{name}/skipped_steps": self.skipped}
+        if self.lora_lr is not None:
+            found |= {f"{name}/lora_lr": self.lora_lr}
         if self.loss_scale is not None:
             found |= {f"{name}/loss_scale": self.loss_scale, f"{name}/scale_search_steps": self.is_search}
         return {key: float(value) for key, value in found.items()}
@@ -80,7 +83,12 @@ class Updater:
         norm, touched = gradients
         scale = self.loss_scale
         result = StepResult(
-            norm, self.lr, skip, scale.value if scale.is_used else None, is_search=skip and scale.is_searching
+            norm,
+            self.lr,
+            skip,
+            lora_lr=None if self._config.lora_lr is None else self.lr * self._config.lora_factor,
+            loss_scale=scale.value if scale.is_used else None,
+            is_search=skip and scale.is_searching,
         )
         if not skip:
             # The optimizer applies the factor as it reads each gradient: no pass over memory for clipping.

@@ -27,6 +27,7 @@ from rlhf.engine.offload.placement import num_offloaded, offload_device, units_i
 from rlhf.engine.offload.transfers import HUGE_PAGE
 from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
+from rlhf.models.lora import is_adapter
 from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
@@ -153,7 +154,7 @@ class States:
 
         Merged adapters are in fp32 where the working type would lose too much of them, which is not known before.
         """
-        plain = [p.numel() for name, p in self._parameters.items() if ".lora_" not in name]
+        plain = [p.numel() for name, p in self._parameters.items() if not is_adapter(name)]
         each = sum(plain) * (4 if len(plain) < len(self._parameters) else self.dtype.itemsize)
         return each * (2 if self.has_average else 1)
 

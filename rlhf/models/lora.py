@@ -101,10 +101,15 @@ def inject(module: nn.Module, config: LoraConfig, *, blocks: list[nn.Module]) ->
     for layer in module.modules():
         if isinstance(layer, LoraLayer):
             cast(Any, layer).__class__ = AdaptedLinear  # PEFT's way to choose a class differs from version to version
-    adapters = {name: parameter for name, parameter in module.named_parameters() if ".lora_" in name}
+    adapters = {name: parameter for name, parameter in module.named_parameters() if is_adapter(name)}
     if not adapters:
         raise ValueError(f"lora.targets={config.targets}: none of the last {config.top_layers} layers has one of them.")
     return {name: _first_values(name, parameter) for name, parameter in adapters.items()}
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of that name belongs to an adapter."""
+    return ".lora_" in name
 
 
 def adapted_layers(module: nn.Module) -> dict[str, AdaptedLinear]:

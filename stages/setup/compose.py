@@ -101,7 +101,8 @@ def _placed(config: DictConfig, message: str) -> str:
     if not group or (said and said[0].startswith(f"{group}.")):
         return message
     if said is None or setting not in OmegaConf.select(config, group):
-        return f"{group}: {message}"
+        is_inner = said is not None and said[0].split(".")[0] in OmegaConf.select(config, group)
+        return f"{group}.{message}" if is_inner else f"{group}: {message}"
     return _given_as(config, f"{group}.{setting}") + message[len(said[0]) :]
 
 

@@ -1,5 +1,7 @@
 """AdamW by hand, its state one tensor at a time, and settings that it refuses."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -164,3 +166,15 @@ def test_buffers_too_small_for_a_tile_are_refused_with_the_least_that_works(tmp_
             continue
         with pytest.raises(ValueError, match=f"engine.buffer_size={size}: expected {least}"):
             adamw(group, engine)
+
+
+def test_adapters_have_a_rate_of_their_own_and_decay_by_it(optimizer, monkeypatch):
+    monkeypatch.setattr("tests.engine.test_adamw.CONFIG", replace(CONFIG, lora_lr=5.0))
+    adapter = "layer.lora_B.default.weight"
+    group = matrix_and_vector() | {adapter: nn.Parameter(torch.tensor([[2.0, -4.0]]))}
+    adam = optimizer(group)
+    gradients = {"matrix": torch.tensor([[0.5, -3.0]]), "vector": torch.tensor([0.5, -3.0])}
+    step(adam, gradients | {adapter: torch.tensor([[0.5, -3.0]])}, lr=0.1)  # a tenth of 1, so of 5 it is 0.5
+    torch.testing.assert_close(group["matrix"].data, torch.tensor([[2 * 0.99 - 0.1, -4 * 0.99 + 0.1]]))
+    torch.testing.assert_close(group["vector"].data, torch.tensor([1.9, -3.9]))
+    torch.testing.assert_close(group[adapter].data, torch.tensor([[2 * 0.95 - 0.5, -4 * 0.95 + 0.5]]))

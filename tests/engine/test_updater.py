@@ -5,9 +5,16 @@ import math
 import pytest
 import torch
 
+from rlhf.config.engine_config import EngineConfig
+from rlhf.config.run_config import Embedded
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig
 from rlhf.deepspeed.arithmetic import OneCycle
+from rlhf.engine.engine import build_engine
+from rlhf.models.embedded import prepare
+from rlhf.models.scalar_head import scalar_head_model
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
+from tests.config.test_configuration import composed
 from tests.engine import plain, scenarios, tiny
 
 BOTH = [(ranks, stage) for ranks in (1, 2) for stage in scenarios.STAGES]
@@ -88,3 +95,29 @@ def test_the_runs_own_schedule_is_a_share_of_the_rate():
     updater = tiny.engine(World.alone(), 0, optimizer=settings)._updater
     updater.steps_taken = 1
     assert (updater.lr, updater.betas) == (0.5 * 0.9, None)  # 10 steps; the betas are those of the settings
+
+
+def test_a_new_head_learns_at_its_rate_and_the_adapters_at_theirs(tmp_path):
+    prepare(Embedded.tiny, tmp_path / "model")
+    optimizer = OptimizerConfig(lr=1e-3, lora_lr=4e-3, max_grad_norm=0, schedule="constant", warmup_steps=2)
+    spec = scalar_head_model(tmp_path / "model", lora=LoraConfig(rank=4), seed=1)
+    config = EngineConfig(zero_stage=0, precision="fp32")
+    engine = build_engine(spec, config=config, world=World.alone(), optimizer=optimizer, total_steps=4)
+    before = scenarios.weights(engine)
+    ids = torch.arange(20, 28)[None]
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    engine.backward(engine(ids, mask, position_ids=torch.arange(8)[None]).sum(), last=True)
+    found = engine.step().metrics("critic")
+    # The first of two steps of warm-up has half of each rate, and Adam's first step has the length of the rate.
+    assert (found["critic/lr"], found["critic/lora_lr"]) == pytest.approx((5e-4, 2e-3))
+    moved = {name: (tensor - before[name]).abs().max().item() for name, tensor in scenarios.weights(engine).items()}
+    assert moved["score.weight"] == pytest.approx(5e-4, rel=1e-3)
+    assert {round(value, 6) for name, value in moved.items() if ".lora_B." in name} == {2e-3}
+    assert max(value for name, value in moved.items() if "base_layer" in name) == 0
+
+
+def test_a_rate_of_adapters_needs_adapters():
+    with pytest.raises(ValueError, match=r"ppo.critic_optimizer.lora_lr=0.001: expected null without adapters"):
+        composed("ppo.critic_optimizer.lora_lr=1e-3", "ppo.lora.rank=0")
+    found = composed("ppo.critic_optimizer.lora_lr=1e-3", "ppo.critic_optimizer.lr=1e-4", "ppo.lora.rank=8").ppo
+    assert found.critic_optimizer.lora_factor == pytest.approx(10)
