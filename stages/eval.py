@@ -50,6 +50,7 @@ from rlhf.tracking.tracker import start_wandb
 from rlhf.types import PromptBatch
 from stages.lifecycle.session import stage_tokenizer
 from stages.lifecycle.stage_models import open_model, stored_scale
+from stages.lifecycle.stage_record import settings_behind
 from stages.setup.preflight import HeldOutRows, held_out_rows
 
 log = logging.getLogger(__name__)
@@ -172,11 +173,13 @@ class ModelRunner:
                 answers.numbers[f"reward/{name}"] = raw.double()
 
     def score_by_functions(self, functions: RewardFunctions) -> None:
-        """Let reward functions score every response; NaN where one does not apply."""
-        columns = self._prompts().columns
+        """Let reward functions score every response; NaN where one does not apply. For them, training is over."""
+        columns, run = self._prompts().columns, self.run
+        steps = run.ppo.iterations if run.ppo else settings_behind(self.config.model or "").get("ppo.iterations", 1)
         for answers in self.answers.values():
             texts = response_texts(answers.responses, partial(decode, self.tokenizer))
-            rows = RewardRows.of(columns, texts=texts, token_ids=response_ids(answers.responses))
+            ids = response_ids(answers.responses)
+            rows = RewardRows.of(columns, texts=texts, token_ids=ids, step=steps, total_steps=steps)
             for function, scores in zip(functions.functions, functions.score(rows).T, strict=True):
                 answers.numbers[f"reward/{function.name}"] = scores.double()
 

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Any
 
 from rlhf.config.bounds import Count, Natural, require
 from rlhf.config.reward_config import RewardSettings
 from rlhf.config.stage_configs import SamplingConfig, StageConfig
+
+PPO_REWARDS = "ppo.rewards"
+"""Stands for the sources of the PPO stage among those of an evaluation."""
 
 
 @dataclass(kw_only=True)
@@ -24,6 +28,9 @@ class EvalConfig(RewardSettings, StageConfig):
     """Model from which KL is measured; null measures none."""
     reward: str | None = "${output_dir}/reward/model"
     """The reward model that scores responses, and is itself examined on held-out pairs; null does without."""
+    rewards: list[Any] = field(default_factory=lambda: [PPO_REWARDS])
+    """Sources that score responses besides `reward`. The entry `ppo.rewards`, the default, stands for those of the PPO
+    stage: of this run, or by the record in the folder of `eval.model`; without either, for none."""
     prompts: Count
     """Held-out prompts of `data.ppo` that are answered, the first ones."""
     micro_batch_size: Count

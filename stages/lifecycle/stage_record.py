@@ -145,6 +145,17 @@ def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
     return flat | {f"{stage} is made from {maker}": _digest(Path(here) / maker / CONFIG) for maker in makers}
 
 
+def settings_behind(model: str) -> dict[str, Any]:
+    """The settings, by dotted name, of the stage that made a model, by the record in its folder; empty without one."""
+    folder = Path(model).expanduser().parent
+    folder = folder.parent if folder.name == "best" else folder
+    if not (folder / CONFIG).is_file():
+        return {}
+    found = read_json(folder / CONFIG, mend="Bring it back from a copy.")
+    here = str(folder.absolute().parent)
+    return {name: value.replace("OUTPUT", here) if isinstance(value, str) else value for name, value in found.items()}
+
+
 def _digest(path: Path) -> str | None:
     """Short hash of the settings of an earlier stage, None if that has not run."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12] if path.exists() else None

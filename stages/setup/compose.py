@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
@@ -17,9 +18,12 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import conf
-from rlhf.config.roles import policy_path
+from rlhf.config.eval_config import PPO_REWARDS, EvalConfig
+from rlhf.config.reward_config import RewardSourceConfig
+from rlhf.config.roles import maker_of, policy_path
 from rlhf.config.run_config import STAGES, USES, RunConfig
 from rlhf.runtime.atomic_files import write_text
+from stages.lifecycle.stage_record import settings_behind
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
 
@@ -77,20 +81,42 @@ def to_run(config: DictConfig) -> RunConfig:
     except ValueError as error:
         raise ValueError(_placed(config, str(error))) from error
     assert isinstance(run, RunConfig)
-    if run.eval is not None and run.eval.model is None:
-        run.eval.model = policy_path(run)
-    return _without_reward_model(run)
-
-
-def _without_reward_model(run: RunConfig) -> RunConfig:
-    """A run whose policy learns without a reward model (DPO, functions) is evaluated without one, if there is none."""
-    usual, trains_policy = f"{run.output_dir}/reward/model", run.dpo is not None or run.ppo is not None
-    models = [] if run.ppo is None else [source.source for source in run.ppo.model_sources().values()]
-    will_be_there = run.reward is not None or usual in models or Path(usual).exists()
-    if run.eval is not None and trains_policy and run.eval.reward == usual and not will_be_there:
-        judges = [judge for judge in run.eval.judges if judge != "reward"]
-        run.eval = dataclasses.replace(run.eval, reward=None, judges=judges)
+    if run.eval is not None:
+        model = run.eval.model or policy_path(run)
+        run.eval = _evaluation(run, dataclasses.replace(run.eval, model=model), model=model)
     return run
+
+
+def _evaluation(run: RunConfig, config: EvalConfig, *, model: str) -> EvalConfig:
+    """The evaluation of `model` by what it was trained on: without a reward model that neither it nor the run has."""
+    usual = f"{run.output_dir}/reward/model"
+    single, sources = _sources_of_ppo(run, model)
+    is_made_here = run.dpo is not None or run.ppo is not None or maker_of(run, model) in ("dpo", "ppo")
+    will_be_there = run.reward is not None or usual in [source.source for source in sources] or Path(usual).exists()
+    if is_made_here and config.reward == usual and not will_be_there:
+        judges = [judge for judge in config.judges if judge != "reward"]
+        config = dataclasses.replace(config, reward=None, judges=judges)
+    own = [source for source in config.rewards if source.source != PPO_REWARDS]
+    if own != config.rewards:
+        # The reward model is measured by itself, as `eval.reward`; and a source that is named again has its new name.
+        known = {single, config.reward, *(source.source for source in own)}
+        own = [*(source for source in sources if source.source not in known), *own]
+    try:
+        return dataclasses.replace(config, rewards=own)
+    except ValueError as error:  # names that are there twice
+        raise ValueError(f"eval.{error}") from error
+
+
+def _sources_of_ppo(run: RunConfig, model: str) -> tuple[str, list[RewardSourceConfig]]:
+    """`ppo.reward` and `ppo.rewards` of this run, or of the one that made `model`; empty where neither has PPO."""
+    if run.ppo is not None:
+        return run.ppo.reward, run.ppo.rewards
+    settings, sources = settings_behind(model), defaultdict[str, dict[str, Any]](dict)
+    for name, value in settings.items():
+        if name.startswith(f"{PPO_REWARDS}."):
+            place, _, key = name.removeprefix(f"{PPO_REWARDS}.").partition(".")
+            sources[place][key] = value
+    return settings.get("ppo.reward", ""), [RewardSourceConfig(**given) for given in sources.values()]
 
 
 def _placed(config: DictConfig, message: str) -> str:

@@ -202,6 +202,9 @@ def test_an_evaluation_needs_no_reward_model_where_the_policy_needs_none(tmp_pat
     for words in (["stage=[sft,grpo,eval]"], [*by_function[:1], "ppo.rewards=['${ppo.reward}',my.py:f]"]):
         run = composed("experiment=smoke", *words, f"output_dir={tmp_path}")
         assert run.eval.reward == f"{tmp_path}/reward/model"  # and its absence is an error
+    (tmp_path / "dpo/model").mkdir(parents=True)
+    alone = composed("experiment=smoke", "stage=eval", f"output_dir={tmp_path}")
+    assert (alone.eval.reward, alone.eval.judges) == (None, [])
     named = composed("experiment=smoke", "stage=[sft,dpo,eval]", f"output_dir={tmp_path}", "eval.reward=judge")
     assert (named.eval.reward, named.eval.judges) == ("judge", ["reward"])
     (tmp_path / "reward/model").mkdir(parents=True)

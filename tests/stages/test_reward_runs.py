@@ -16,6 +16,9 @@ def length(completions, trainer_state, stars, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return [len(text) + float(star) for text, star in zip(completions, stars)]
 
+def progress(completions, trainer_state):
+    return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
+
 async def vowels(completions):
     return [sum(letter in "aeiou" for letter in text) if len(text) % 3 else None for text in completions]
 
@@ -30,6 +33,9 @@ SETTINGS = [
 ]
 
 
+REWARDS = "{source: my.py:length, normalize: true},my.py:vowels,{source: my.py:progress, weight: 0}"
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("rewards")
@@ -39,7 +45,7 @@ def place(tmp_path_factory):
     return folder
 
 
-def train(place, name, *overrides, stage="ppo", rewards="{source: my.py:length, normalize: true},my.py:vowels"):
+def train(place, name, *overrides, stage="ppo", rewards=REWARDS):
     words = [f"stage={stage}", "data.ppo.train=[rows.jsonl]", f"output_dir={name}", f"model.path={place / 'base'}"]
     return pipeline(*SETTINGS, *words, f"ppo.rewards=[{rewards}]", *overrides, cwd=place)
 
@@ -66,6 +72,7 @@ def test_every_source_is_logged_by_itself(place, whole):
     vowels = sum(letter in "aeiou" for letter in sample["response"]) if len(sample["response"]) % 3 else None
     assert sample["reward/vowels"] == vowels
     assert sample["raw_score"] == sample["reward/length"] + (vowels or 0)
+    assert [row["reward/progress"] for row in whole[1:]] == [0.0, pytest.approx(1 / 3), pytest.approx(2 / 3)]
 
 
 def test_held_out_answers_keep_the_scale_of_those_before_training(place, whole):
@@ -122,15 +129,17 @@ def test_groups_are_normalised_source_by_source_and_rows_without_a_score_are_lef
     assert last["rollout/unscored"] == 16 * last["reward/vowels/none"] > 0
 
 
-def test_an_evaluation_has_the_scores_of_each_source(place, whole):
-    words = ["experiment=smoke", "stage=eval", "data=files", "data.ppo.eval=[rows.jsonl]", "eval.model=whole/ppo/actor"]
-    words += ["eval.baseline=${model.path}", f"model.path={place / 'base'}", "eval.reference=null", "eval.reward=null"]
-    words += ["eval.judges=[]", "eval.rewards=[my.py:length,my.py:vowels]", "output_dir=evaluated", "launch.ranks=2"]
+def test_a_later_evaluation_has_the_scores_of_each_source_of_the_policy(place, whole):
+    words = ["experiment=smoke", "stage=eval", "data=files", "data.ppo.eval=[rows.jsonl]", "output_dir=whole"]
+    words += ["eval.baseline=${model.path}", f"model.path={place / 'base'}", "eval.reference=null", "launch.ranks=2"]
     done = pipeline(*words, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
-    results = json.loads((place / "evaluated/eval/results.json").read_text())
+    results = json.loads((place / "whole/eval/results.json").read_text())
+    assert results["model"] == str(place / "whole/ppo/actor")
     measured = {row["name"]: row for row in results["measures"]}
-    samples = rows(place / "evaluated/eval/samples.jsonl")
+    samples = rows(place / "whole/eval/samples.jsonl")
+    for row in samples:
+        assert row["model"]["reward/progress"] == 1.0  # training is over
     for name in ("length", "vowels"):
         said = [row["model"][f"reward/{name}"] for row in samples if row["model"][f"reward/{name}"] is not None]
         assert measured[f"reward/{name}"]["model"]["mean"] == pytest.approx(sum(said) / len(said))

@@ -8,6 +8,7 @@ from rlhf.config.reward_config import RewardSettings
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import Embedded
 from rlhf.models.embedded import prepare
+from stages.lifecycle.stage_record import claim_folder
 from stages.setup.preflight import preflight
 from tests.config.test_configuration import composed
 
@@ -136,6 +137,39 @@ def test_sources_of_an_evaluation_are_checked_too(custom):
         preflight(custom("eval.rewards=[my.py:wrong]", *NOTHING, stage="eval"), ranks=1)
     with pytest.raises(ValueError, match=r"^eval\.rewards\[1\]=/no/model: there is no such model"):
         preflight(custom("eval.rewards=[my.py:correct,/no/model]", *NOTHING, stage="eval"), ranks=1)
+
+
+def _followed(*words):
+    run = composed("experiment=smoke", *words)
+    return [(source.source, source.name) for source in run.eval.rewards], run.eval.reward
+
+
+def test_an_evaluation_follows_the_sources_of_the_policy(tmp_path):
+    here, there = (f"output_dir={tmp_path / name}" for name in ("here", "there"))
+    usual, mine = f"{tmp_path}/here/reward/model", ("my.py:short", "short")
+    own = "ppo.rewards=[{source: my.py:short, weight: 2}, /there/rm]"
+    assert _followed("stage=[grpo,eval]", here, own) == ([mine, ("/there/rm", "rm")], None)
+    both = "ppo.rewards=[my.py:short,'${ppo.reward}']"
+    assert _followed("stage=[ppo,eval]", here, both) == ([mine], usual)  # that is measured by itself
+    assert _followed("stage=[ppo,eval]", here) == ([], usual)
+    assert _followed("stage=[grpo,eval]", here, own, "eval.rewards=[]") == ([], None)
+    again = "eval.rewards=[ppo.rewards,{source: my.py:short, name: again},my.py:long]"
+    assert _followed("stage=[grpo,eval]", here, own, again)[0] == [
+        *[("/there/rm", "rm"), ("my.py:short", "again"), ("my.py:long", "long")]
+    ]
+    with pytest.raises(ValueError, match=r"^eval\.rewards: two sources are called short; name one"):
+        _followed("stage=[grpo,eval]", here, own, "eval.rewards=[ppo.rewards,other.py:short]")
+    # Later, alone: what the folder of the policy says, wherever that is now.
+    run = composed("experiment=smoke", "stage=grpo", here, "ppo.rewards=[my.py:short,'${output_dir}/rm']")
+    (tmp_path / "here/grpo/best/actor").mkdir(parents=True)
+    (tmp_path / "here/grpo/actor").mkdir()
+    assert _followed("stage=eval", here) == ([], None)  # without a record
+    claim_folder(run, "ppo")
+    assert _followed("stage=eval", here) == ([mine, (f"{tmp_path}/here/rm", "rm")], None)
+    (tmp_path / "here").rename(tmp_path / "moved")
+    for model in ("actor", "best/actor"):
+        found = _followed("stage=eval", there, f"eval.model={tmp_path}/moved/grpo/{model}", "eval.reward=null")
+        assert found == ([mine, (f"{tmp_path}/moved/rm", "rm")], None)
 
 
 def test_sources_survive_being_written_down():
