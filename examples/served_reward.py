@@ -21,8 +21,8 @@ import urllib.request
 from typing import Any
 
 TIMEOUT_S = 30.0  # of one request; all of them together must stay below ppo.reward_timeout_s
-TRIES = 4
-FIRST_PAUSE_S = 0.5  # then twice as long each time
+TRIES = 6
+FIRST_PAUSE_S = 0.5  # then twice as long each time: 15 s in all, in which a server can start
 BUSY = (429, 500, 502, 503, 504)  # errors that may go away; others say that the request is wrong
 
 OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # straight there, whatever http_proxy says

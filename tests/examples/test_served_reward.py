@@ -88,10 +88,10 @@ def test_what_may_go_away_is_tried_again(server, trouble):
     assert server.requests == [["pabc"]] * 3
     server.troubles = [trouble]
     with pytest.raises(
-        ConnectionError, match=r"^http://127.*/score gave no answer in 4 tries; the last one ended with"
+        ConnectionError, match=r"^http://127.*/score gave no answer in 6 tries; the last one ended with"
     ):
         served_reward.served(["p"], ["abc"])
-    assert len(server.requests) == 3 + 4
+    assert len(server.requests) == 3 + 6
 
 
 def test_a_server_that_does_not_answer_is_left_after_a_while_and_asked_again(server, monkeypatch):
@@ -99,7 +99,7 @@ def test_a_server_that_does_not_answer_is_left_after_a_while_and_asked_again(ser
     server.troubles = ["hang", "fine"]
     assert served_reward.served(["p"], ["abc"]) == [4.0]
     server.troubles = ["hang"]
-    with pytest.raises(ConnectionError, match="in 4 tries; the last one ended with: timed out"):
+    with pytest.raises(ConnectionError, match="in 6 tries; the last one ended with: timed out"):
         served_reward.served(["p"], ["abc"])
 
 

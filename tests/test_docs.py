@@ -1,0 +1,73 @@
+"""The commands of docs/rewards.md do what it says, as they are printed and one after another in one checkout."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from examples import verifier
+from rlhf.reward_functions import _GIVEN as GIVEN
+from tests.stages.test_pipeline import rows
+from tests.test_readme import checkout  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs/rewards.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+
+
+def test_the_page_is_short():
+    assert len(PAGE.splitlines()) <= 120
+
+
+def test_the_function_shown_is_that_of_the_example():
+    space = dict(vars(verifier))
+    exec(re.search(r"```python\n(.*?)```", PAGE, re.DOTALL)[1], space)  # noqa: S102 - of our own page
+    replies, answers = ["4", "so\n4.0", "5", "5"], ["4", 4, "4", None]
+    assert space["correct"](replies, answers) == verifier.correct(replies, answers) == [True, True, False, None]
+
+
+def test_the_page_names_whatever_a_function_is_given():
+    table = PAGE.split("| It is given |")[1].split("\n\n")[0]
+    assert {name for name in GIVEN if f"`{name}" in table} == {*GIVEN} - {"log_extra"}
+    assert "`log_extra`" in PAGE
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_commands_work_one_after_another(number, checkout):  # noqa: F811
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]  # the usual one may be taken here
+    text = BLOCKS[number].replace("reward/model &", f"reward/model --port {port} &")
+    text = f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{text}"  # or a failure would leave the server behind
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"}
+    environment |= {"REWARD_URL": f"http://127.0.0.1:{port}/score"}
+    process = subprocess.Popen(
+        ["bash", "-ec", text],
+        cwd=checkout,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=500)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, output
+
+
+def test_they_leave_what_the_page_says(checkout):  # noqa: F811
+    last = {name: rows(checkout / f"outputs/{name}/grpo/metrics.jsonl")[-1] for name in ("sums", "two", "served")}
+    assert {"reward/correct", "reward/formatted/none", "eval/reward/formatted", "eval/raw_score"} <= last["sums"].keys()
+    assert {"reward/short/std", "reward/log/longest", "objective/raw_scores"} <= last["two"].keys()
+    assert "reward/served" in last["served"]
+    assert not {"objective/raw_scores", "eval/raw_score"} & last["served"].keys()
+    results = json.loads((checkout / "outputs/sums/eval/results.json").read_text())
+    assert {"reward/correct", "reward/formatted"} <= {row["name"] for row in results["measures"]}
