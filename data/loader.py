@@ -10,7 +10,7 @@ starts in the same column. Masks come from lengths and never from the pad token,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -181,8 +181,11 @@ def evaluation_prompts(samples: Sequence[Prompt], *, rank: int, ranks: int, pad_
     The rows of all ranks, one rank after the other, begin with all prompts in order; `sample_ids` are their numbers.
     """
     each = -(-len(samples) // ranks)
-    ids = [number % len(samples) for number in range(rank * each, (rank + 1) * each)]
-    return collate_prompts([samples[number] for number in ids], ids, pad_id=pad_id)
+    numbers = range(rank * each, (rank + 1) * each)
+    ids = [number % len(samples) for number in numbers]
+    batch = collate_prompts([samples[number] for number in ids], ids, pad_id=pad_id)
+    own = [given if number < len(samples) else None for given, number in zip(batch.columns, numbers, strict=True)]
+    return replace(batch, columns=tuple(own))
 
 
 @dataclass

@@ -131,19 +131,22 @@ class RewardFunctions:
     def score(self, rows: RewardRows) -> Tensor:
         """Scores `[B, functions]` fp32 of this rank's responses: NaN does not apply, infinity is a failure.
 
-        Every rank must call it equally often.
+        Every rank must call it equally often, also one that has no responses to ask about.
 
         Raises:
             RunError: a function failed on some rank, or took too long.
         """
         if not self.functions:
             return torch.zeros(len(rows), 0)
+        scores = torch.full((len(rows), len(self.functions)), torch.nan)
+        asked = [number for number, columns in enumerate(rows.columns) if columns is not None]
         with agreed() as outcome:
-            found = self._called(self.functions, rows)
-            columns = [self._scores(f, result, rows=rows) for f, result in zip(self.functions, found, strict=True)]
+            rows = rows.rows(asked)
+            for place, found in enumerate(self._called(self.functions, rows) if asked else ()):
+                scores[asked, place] = torch.tensor(self._scores(self.functions[place], found, rows=rows))
         if outcome.error:
             raise RunError(outcome.error) from outcome.cause
-        return torch.tensor(columns, dtype=torch.float32).T.contiguous()  # [functions, B] -> [B, functions]
+        return scores
 
     def metrics(self) -> dict[str, float]:
         """The means of what was given to `log_metric` since this was last called; all ranks must call it."""
@@ -202,7 +205,7 @@ class RewardFunctions:
 
     def _alone(self, function: RewardFunction, rows: RewardRows, *, share: int) -> Iterator[list[float] | CallFailure]:
         for number in range(len(rows)):
-            yield self._called([function], rows.row(number), share=share)[0]
+            yield self._called([function], rows.rows([number]), share=share)[0]
 
     def _advice(self, failure: CallFailure) -> str:
         drop = f"or leave such responses out with {self.stage}.reward_on_error=drop."

@@ -46,8 +46,8 @@ class RewardRows:
     """Text or messages."""
     completions: Sequence[str]
     completion_ids: Sequence[list[int]]
-    columns: Sequence[Mapping[str, Any]]
-    """Further columns of the data."""
+    columns: Sequence[Mapping[str, Any] | None]
+    """Further columns of the data; None for a response that no function is asked about."""
     step: int = 0
     """Iterations finished so far."""
     total_steps: int = 0
@@ -55,7 +55,7 @@ class RewardRows:
     @classmethod
     def of(
         cls,
-        columns: Sequence[Mapping[str, Any]],
+        columns: Sequence[Mapping[str, Any] | None],
         *,
         texts: Sequence[str],
         token_ids: Sequence[list[int]],
@@ -63,33 +63,32 @@ class RewardRows:
         total_steps: int = 0,
     ) -> RewardRows:
         """Responses to prompts whose `columns` also hold the prompt as it was given."""
-        prompts = [row.get("prompt", "") for row in columns]
-        further = [{name: value for name, value in row.items() if name != "prompt"} for row in columns]
-        return cls(prompts, list(texts), token_ids, further, step, total_steps)
+        prompts = [(row or {}).get("prompt", "") for row in columns]
+        return cls(prompts, list(texts), token_ids, columns, step, total_steps)
 
     def __len__(self) -> int:
         return len(self.completions)
 
-    def row(self, number: int) -> RewardRows:
-        """One of them."""
-        one = slice(number, number + 1)
+    def rows(self, numbers: Sequence[int]) -> RewardRows:
+        """Some of them."""
         return replace(
             self,
-            prompts=self.prompts[one],
-            completions=self.completions[one],
-            completion_ids=self.completion_ids[one],
-            columns=self.columns[one],
+            prompts=[self.prompts[number] for number in numbers],
+            completions=[self.completions[number] for number in numbers],
+            completion_ids=[self.completion_ids[number] for number in numbers],
+            columns=[self.columns[number] for number in numbers],
         )
 
     def arguments(self) -> dict[str, Any]:
         """What a function may be given of them; prompts and columns are those of the data, not copies."""
-        names = dict.fromkeys(name for row in self.columns for name in row)
+        columns = [row or {} for row in self.columns]
+        names = dict.fromkeys(name for row in columns for name in row if name != "prompt")
         replies = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
             for prompt, text in zip(self.prompts, self.completions, strict=True)
         ]
         return {
-            **{name: [row.get(name) for row in self.columns] for name in names},
+            **{name: [row.get(name) for row in columns] for name in names},
             "prompts": list(self.prompts),
             "completions": replies,
             "completion_ids": [list(ids) for ids in self.completion_ids],

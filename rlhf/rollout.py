@@ -121,7 +121,7 @@ class Collector:
         return replace(rollout, raw_scores=shaping.raw_scores(scores), scores=paid)
 
     def _score(
-        self, generated: GeneratedResponses, columns: Sequence[Mapping[str, Any]], *, step: int, trains: bool
+        self, generated: GeneratedResponses, columns: Sequence[Mapping[str, Any] | None], *, step: int, trains: bool
     ) -> Rollout:
         with self.models.actor.evaluating() as actor:
             logprobs, entropy = self._statistics(actor, generated)

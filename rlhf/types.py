@@ -109,7 +109,8 @@ class PromptBatch(_TensorBatch):
     attention_mask: Tensor  # [B, P] bool, True where a real token is
     sample_ids: Tensor  # [B] int64, unique in the run: seeds the sampling of this row, whatever rank it is on
     prompts: tuple[str, ...]  # B texts, for people to read
-    columns: tuple[Mapping[str, Any], ...]  # B rows' columns for reward functions, as in `Prompt`; {} without any
+    # B rows' columns for reward functions, as in `Prompt`: {} without any, None for a row that repeats another
+    columns: tuple[Mapping[str, Any] | None, ...]
 
 
 @dataclass(frozen=True)

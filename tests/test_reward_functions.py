@@ -90,6 +90,9 @@ def test_empty_and_strange_responses_are_scored_like_others():
 
 def test_no_rows_and_many_rows():
     assert load("length", "scorer").score(rows([], ())).shape == (0, 2)
+    some = load("length", "scorer").score(rows([None, COLUMNS[0], None])).T.tolist()
+    assert [[value == value and value for value in column] for column in some] == [[False, 4, False], [False, 1, False]]
+    assert load("raises", "raises_later").score(rows([None] * 3)).isnan().all()  # it is not called at all
     many = rows([{"prompt": "p", "data": [1, 2, 3]}] * 20_000, ("abc",) * 20_000)
     assert load("length").score(many).tolist() == [[3.0]] * 20_000
 

@@ -170,6 +170,8 @@ def test_every_held_out_prompt_is_asked_in_its_order_by_equally_many_on_every_ra
     ids = [number for batch in batches for number in batch.sample_ids.tolist()]
     assert texts[:count] == [f"text {n}" for n in range(count)]
     assert texts == [f"text {number}" for number in ids]  # one that is asked again is drawn alike
+    given = [columns is not None for batch in batches for columns in batch.columns]
+    assert given == [True] * count + [False] * (len(ids) - count)  # and no reward function is asked about it
 
 
 def prompt_loader(*, ranks=1, rank=0, iterations=4, samples_per_prompt=2):

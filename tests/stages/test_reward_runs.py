@@ -19,6 +19,11 @@ def length(completions, trainer_state, stars, **kwargs):
 def progress(completions, trainer_state):
     return [trainer_state.global_step / trainer_state.max_steps for _ in completions]
 
+def keeps(completions, trainer_state):
+    with open("calls.jsonl", "a") as file:
+        file.write(f'{{"step": {trainer_state.global_step}, "rows": {len(completions)}}}\\n')
+    return [float(len(text)) for text in completions]
+
 async def vowels(completions):
     return [sum(letter in "aeiou" for letter in text) if len(text) % 3 else None for text in completions]
 
@@ -112,6 +117,15 @@ def test_two_ranks_give_the_numbers_of_one(place, whole):
         for name, value in one.items():
             tokens = 5e-3 if "clipfrac" in name else 2e-3  # rounding may move one token over the clip, which is 0.003
             assert two[name] == pytest.approx(value, rel=tokens, abs=tokens), name
+
+
+def test_every_response_is_judged_once(place):
+    words = ["ppo.eval_prompts=5", "data.ppo.eval_fraction=0.2", "ppo.iterations=1"]
+    done = train(place, "once", "launch.ranks=2", *words, rewards="my.py:keeps")
+    assert done.returncode == 0, done.stdout + done.stderr
+    calls = rows(place / "calls.jsonl")
+    assert [sum(call["rows"] for call in calls if call["step"] == step) for step in (0, 1)] == [5 + 16, 5]
+    assert len(rows(place / "once/ppo/samples.jsonl")) == 2 * 5
 
 
 def test_an_error_on_one_rank_ends_all_with_its_message(place):
