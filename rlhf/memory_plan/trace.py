@@ -106,8 +106,8 @@ def _built(shape: ModelShape, runs: tuple[int, int]) -> ModelSpec:
         config.num_labels = 1
         module = ScalarHeadModel(classifier_module(config), config)
     lora = shape.lora and replace(shape.lora, top_layers=runs[1] if runs[0] else 0)
-    # Only the shape is ever asked for, so there are no weights.
-    return assemble(module, None, config=config, new={}, lora=lora, seed=0)  # type: ignore[arg-type]
+    nothing: Any = None  # only the shape is ever asked for, so there are no weights
+    return assemble(module, nothing, config=config, new={}, lora=lora, seed=0, dropout=shape.dropout)
 
 
 @lru_cache(maxsize=16)

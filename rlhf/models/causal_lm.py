@@ -38,7 +38,7 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
     # An export writes the dropout that the folder had; the modules were built from a copy with the dropout asked for.
     config._attn_implementation = module.config._attn_implementation
     module.config = config
-    return assemble(module, open_weights(module, files), config=config, new={}, lora=lora, seed=seed)
+    return assemble(module, open_weights(module, files), config=config, new={}, lora=lora, seed=seed, dropout=dropout)
 
 
 def generation_config(folder: Path) -> GenerationConfig | None:

@@ -12,8 +12,9 @@ import copy
 import re
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.nn.modules.dropout import _DropoutNd
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
@@ -31,7 +33,7 @@ from rlhf.models.lora import inject
 from rlhf.models.weights import NewParameter, SeededWeights, Weights
 from rlhf.runtime.errors import load_auto, reading
 
-_DROPOUT = re.compile(r"dropout|pdrop|drop_prob|layerdrop|jitter")
+_DROPOUT = re.compile(r"dropout|pdrop|drop_prob|drop_rate|layerdrop|jitter")
 
 
 @dataclass
@@ -48,6 +50,8 @@ class ModelSpec:
     """Names of the parameters that learn; `requires_grad` agrees."""
     config: PreTrainedConfig
     """The configuration that an export writes."""
+    found_dropout: dict[str, float] = field(default_factory=dict)
+    """Dropout probabilities above 0 of the model's folder and code, by name; the module has others."""
 
 
 def assemble(
@@ -58,6 +62,7 @@ def assemble(
     new: Mapping[str, NewParameter],
     lora: LoraConfig | None,
     seed: int,
+    dropout: float = 0.0,
 ) -> ModelSpec:
     """Join modules on meta and their weights, with adapters if `lora` asks for them.
 
@@ -68,7 +73,9 @@ def assemble(
         new: Parameters that start from random numbers of `seed`; they learn even if the rest is frozen.
         lora: Adapters; None or rank 0 trains every parameter.
         seed: Seed of every new parameter.
+        dropout: Every dropout probability outside the adapters; `with_dropout` has set those in the configuration.
     """
+    found = {name: value for name, value in dropout_settings(config).items() if value} | set_dropout(module, dropout)
     blocks = find_blocks(module, config.num_hidden_layers)
     trainable = {name for name, _ in module.named_parameters()}
     if lora is not None and lora.rank > 0:
@@ -77,7 +84,7 @@ def assemble(
         trainable = set(adapters) | {name for name in trainable if name.startswith("score.")}
     for name, parameter in module.named_parameters():
         parameter.requires_grad_(name in trainable)
-    return ModelSpec(module, SeededWeights(weights, new, seed=seed), blocks, trainable, config)
+    return ModelSpec(module, SeededWeights(weights, new, seed=seed), blocks, trainable, config, found)
 
 
 def decoder_config(folder: Path) -> PreTrainedConfig:
@@ -115,17 +122,47 @@ def max_positions(config: PreTrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or sys.maxsize)
 
 
+def dropout_settings(config: PreTrainedConfig) -> dict[str, float]:
+    """The dropout probabilities of a configuration and of those inside it, by dotted name."""
+    found: dict[str, float] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PreTrainedConfig):
+            inner = dropout_settings(value)  # MPT's takes whole numbers alone, so that it can be nothing but 0
+            found |= {f"{name}.{key}": number for key, number in inner.items() if isinstance(number, float)}
+        elif isinstance(value, int | float) and not isinstance(value, bool) and _DROPOUT.search(name):
+            found[name] = value
+    return found
+
+
 def with_dropout(config: PreTrainedConfig, probability: float) -> PreTrainedConfig:
     """A copy of `config` in which every dropout probability is `probability`.
 
     Dropping whole layers (OPT) is always off: ranks would disagree on which layers to gather.
     """
     changed = copy.deepcopy(config)
-    for name, value in config.to_dict().items():
-        is_probability = isinstance(value, int | float) and not isinstance(value, bool)
-        if is_probability and _DROPOUT.search(name):
-            setattr(changed, name, 0.0 if "layerdrop" in name else probability)
+    for name in dropout_settings(config):
+        outer, _, last = name.rpartition(".")
+        owner = attrgetter(outer)(changed) if outer else changed
+        setattr(owner, last, 0.0 if "layerdrop" in last else probability)
     return changed
+
+
+def set_dropout(module: nn.Module, probability: float) -> dict[str, float]:
+    """Set what `with_dropout` did not reach in a model that is built, such as numbers that its code has of its own.
+
+    These are the probabilities of dropout modules, and the attributes that functional dropout is called with.
+
+    Returns:
+        What was found, by dotted name; empty where the settings had reached everything.
+    """
+    found: dict[str, float] = {}
+    for name, part in module.named_modules():
+        for key, value in list(vars(part).items()):
+            named = _DROPOUT.search(key) or (key == "p" and isinstance(part, _DropoutNd))
+            if named and isinstance(value, float) and value not in (0.0, probability):
+                setattr(part, key, probability)
+                found[f"{name}.{key}"] = value
+    return found
 
 
 def first_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:

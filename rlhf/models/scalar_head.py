@@ -115,7 +115,7 @@ def scalar_head_model(
             fill=lambda head, generator: head.normal_(0.0, deviation, generator=generator),
         )
     logger.info("%s: %s scalar head.", folder, "new" if new else "loaded the")
-    return assemble(module, weights, config=config, new=new, lora=lora, seed=seed)
+    return assemble(module, weights, config=config, new=new, lora=lora, seed=seed, dropout=dropout)
 
 
 def last_token_scores(values: Tensor, attention_mask: Tensor) -> Tensor:

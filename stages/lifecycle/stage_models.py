@@ -121,6 +121,9 @@ def open_model(
         spec = scalar_head_model(
             role.path, num_layers=role.num_layers, dropout=role.dropout, lora=lora, seed=seed, head_scale=head_scale
         )
+    others = [f"{name}={value:g}" for name, value in spec.found_dropout.items() if value != role.dropout]
+    if others:  # adapters have `lora.dropout`
+        log.info("%s: dropout is %g in this stage, in place of %s", role, role.dropout, ", ".join(others))
     return open_engine(
         spec,
         config=role.engine_config(run),

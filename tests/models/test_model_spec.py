@@ -13,6 +13,8 @@ from transformers import (
     BertConfig,
     Gemma3Config,
     Gemma3TextConfig,
+    MptConfig,
+    PreTrainedConfig,
     T5Config,
     ViTConfig,
 )
@@ -22,6 +24,7 @@ from rlhf.models import model_spec
 from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.model_spec import (
     decoder_config,
+    dropout_settings,
     enable_activation_checkpointing,
     find_blocks,
     first_layers,
@@ -230,3 +233,42 @@ def test_with_offload_nothing_but_the_inputs_of_blocks_is_moved_to_the_host(tmp_
     assert all(shape[:2] in {hidden[:2], (1, hidden[1])} or len(shape) == 4 for shape in moved), moved
     for (name, a), b in zip(plain.named_parameters(), offloading.parameters(), strict=True):
         assert torch.equal(a.grad, b.grad), name
+
+
+def logits(module, *, training):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return module.train(training)(input_ids=torch.arange(20)[None]).logits
+
+
+def dropping_everywhere(family, folder):
+    """A model whose configuration, and those inside it, drop in every place that they know."""
+    config = with_dropout(tiny.FAMILIES[family](), 0.1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "llama"])
+@pytest.mark.parametrize("reached", ["by settings", "in the built model", "nowhere"])
+def test_training_mode_computes_what_evaluation_does_though_the_folder_drops(family, reached, tmp_path, monkeypatch):
+    folder = dropping_everywhere(family, tmp_path)
+    if reached != "by settings":  # as for a probability that no setting gives
+        monkeypatch.setattr("rlhf.models.causal_lm.with_dropout", lambda config, probability: config)
+    if reached == "nowhere":
+        monkeypatch.setattr("rlhf.models.model_spec.set_dropout", lambda module, probability: {})
+    spec = causal_lm(folder)
+    assert 0.1 in spec.found_dropout.values()
+    module = tiny.materialized(spec)
+    same = torch.equal(logits(module, training=True), logits(module, training=False))
+    assert same == (reached != "nowhere")
+
+
+def test_dropout_of_a_nested_configuration_is_named_in_full(tmp_path):
+    config = tiny.FAMILIES["llama"]()
+    config.inner = PreTrainedConfig()
+    config.inner.attn_pdrop = 0.2
+    assert dropout_settings(config) == {"attention_dropout": 0.0, "inner.attn_pdrop": 0.2}
+    assert with_dropout(config, 0.0).inner.attn_pdrop == 0
+    assert config.inner.attn_pdrop == 0.2
+    AutoModelForCausalLM.from_config(MptConfig(d_model=32, n_heads=4, n_layers=3)).save_pretrained(tmp_path)
+    assert causal_lm(tmp_path).found_dropout == {}  # its nested one is a whole number

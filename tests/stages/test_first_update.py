@@ -7,11 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from rlhf.algorithms.ppo import token_rewards
 from rlhf.config.engine_config import EngineConfig, Precision
 from rlhf.config.objective_config import AdvantageKind, AdvantageScale, KLConfig, ScoreConfig
+from rlhf.config.roles import roles_of
 from rlhf.config.run_config import Embedded
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.engine.engine import build_engine
@@ -28,6 +29,7 @@ from rlhf.text.tokenizer import decode, load_tokenizer
 from rlhf.tracking.timing import Stopwatch
 from rlhf.training.ppo_update import advantages_of, training_batch, update_policy
 from rlhf.types import PPOBatch, PromptBatch, Responses
+from stages.lifecycle.stage_models import open_model
 from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.ppo import load_models
 from tests.config.test_configuration import composed
@@ -268,3 +270,40 @@ def test_a_kl_beyond_the_target_ends_the_updates_in_the_middle_of_an_epoch(folde
     batch = training_batch(rollout, advantages_of(rollout, rewards, config=ppo), config=ppo, dtype=torch.float32)
     # The first minibatch has ratio 1; the second sees what its update changed, and is the last of four.
     assert update_policy(models, batch, config=ppo, iteration=1)["actor/epochs"] == 0.5
+
+
+def test_a_policy_whose_folder_drops_everywhere_starts_from_ratio_1_exactly(tmp_path, monkeypatch):
+    def measured():
+        ppo = settings(epochs=1, minibatch_size=8, micro_batch_size=8, rollout_micro_batch_size=8)
+        models = four_models(gpt2, ppo)
+        rollout = rollout_of(folder, models, ppo)
+        rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
+        batch = training_batch(rollout, advantages_of(rollout, rewards, config=ppo), config=ppo, dtype=torch.float32)
+        return update_policy(models, batch, config=ppo, iteration=1)
+
+    folder, gpt2 = tmp_path / "tokenizer", tmp_path / "gpt2"
+    prepare(Embedded.tiny, folder)
+    drops = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.1)
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=64, **drops)
+    GPT2LMHeadModel(config).save_pretrained(gpt2)
+    found = measured()
+    assert found["actor/ratio_max"] == found["actor/ratio_mean"] == 1
+    assert found["critic/clipfrac_avg"] == 0
+    monkeypatch.setattr("rlhf.models.causal_lm.with_dropout", lambda config, probability: config)
+    monkeypatch.setattr("rlhf.models.model_spec.set_dropout", lambda module, probability: {})
+    assert measured()["actor/ratio_max"] > 1.001  # what the old log-probabilities, of the model without, would meet
+
+
+def test_each_role_says_what_dropout_its_folder_has(folder, tmp_path, caplog):
+    caplog.set_level("INFO")
+    GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4)).save_pretrained(tmp_path)
+    paths = [f"ppo.{role}={tmp_path}" for role in ("actor", "reference", "critic")]
+    run = composed("experiment=smoke", "stage=ppo", *paths, f"ppo.reward={tmp_path}", "ppo.score.normalize=false")
+    for role in roles_of(run, "ppo"):
+        open_model(run, role, world=World.alone(), total_steps=4).close()
+    for role in ("actor", "reference", "critic", "reward"):
+        said = f"ppo.{role}={tmp_path}: dropout is 0 in this stage, in place of resid_pdrop=0.1, embd_pdrop=0.1"
+        assert said in caplog.text
+    caplog.clear()
+    open_model(run, replace(roles_of(run, "ppo")[0], path=str(folder)), world=World.alone(), total_steps=4).close()
+    assert "dropout" not in caplog.text
