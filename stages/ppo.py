@@ -36,7 +36,7 @@ from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
-from rlhf.training.ppo_update import advantages_of, mismatch_metrics, training_batch, update_policy
+from rlhf.training.ppo_update import advantages_of, mismatch_metrics, training_batch, update_policy, update_reference
 from rlhf.types import PromptBatch, Rollout, SFTBatch
 from stages.lifecycle.checkpointing import Stateful, TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer, with_average
@@ -67,7 +67,8 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
         text = text_loader(session, more.train)
         others: dict[str, Stateful] = {"kl": kl, "loader": loader, "scores": shaping}
         others |= {"held_out_scores": evaluator.shaping} | ({} if text is None else {"ptx": text})
-        state = TrainingState(learners(models), others, splits.fingerprint + more.fingerprint)
+        following = {"reference": models.reference} if models.reference and config.reference_update_every else {}
+        state = TrainingState(learners(models), others, splits.fingerprint + more.fingerprint, following)
         known = known_quality([source.source for source in config.model_sources().values()])
         session.begin(state, evaluate=lambda: evaluator.evaluate(collector, step=0), known=known)
         for step, batch in session.steps(loader):
@@ -87,6 +88,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
                 kl.update(metrics["objective/kl"], len(rollout))
             evaluates = session.evaluates_at(step, config.eval_every)
             evaluation = evaluator.evaluate(collector, step=step) if evaluates else {}
+            metrics |= update_reference(models, config, iteration=step)
             tokens = float(rollout.attention_mask.sum())  # of all ranks; waits for the device
             session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
         session.export()

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Annotated, Any
 
-from rlhf.config.bounds import Bounds, Count, Natural, NonNegative, Positive, Settings, divisible, require
+from rlhf.config.bounds import (
+    Bounds,
+    Count,
+    Natural,
+    NonNegative,
+    Positive,
+    Settings,
+    ShareAboveZero,
+    divisible,
+    require,
+)
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.objective_config import ObjectiveSettings
 from rlhf.config.reward_config import RewardCombination, RewardSettings
@@ -60,6 +70,11 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     """Model from which the policy starts."""
     reference: str | None = None
     """Model from which KL is measured; null is the initial actor (with LoRA: its adapters switched off)."""
+    reference_update_every: Natural = 0
+    """Iterations after which the reference moves towards the actor, so that KL is measured from there (TRL's
+    `ref_model_sync_steps`); 0 never. Checkpoints hold it; it is not exported."""
+    reference_update_mix: ShareAboveZero = 0.6
+    """Share of the actor in the new reference (TRL's `ref_model_mixup_alpha`); 1 copies the actor."""
     reward: str = "${output_dir}/reward/model"
     """Reward model, if it is the only source."""
     rewards: list[Any] = field(default_factory=lambda: ["${ppo.reward}"])
@@ -170,6 +185,16 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
         require(
             not self.compares_groups or self.samples_per_prompt > 1,
             f"ppo.advantage={self.advantage} needs several responses to a prompt: ppo.samples_per_prompt above 1.",
+        )
+        every = f"ppo.reference_update_every={self.reference_update_every}"
+        require(
+            not self.reference_update_every or self.lora.rank == 0,
+            f"{every}: with adapters (ppo.lora.rank={self.lora.rank}) the actor shares its weights with the reference, "
+            "which is the actor without them, and cannot move it; expected 0, or ppo.lora.rank=0.",
+        )
+        require(
+            not self.reference_update_every or self.reference_model is not None,
+            f"{every}: there is no reference (ppo.kl.coef=0 and ppo.reference=null); expected 0, or one of them set.",
         )
         kl = self.kl
         require(

@@ -53,6 +53,8 @@ class Role:
     """It computes before the others are loaded, and is closed then."""
     optional: bool = False
     """The setting may be null."""
+    follows: str = ""
+    """Name of the role whose weights it is moved towards while the stage trains, frozen as it is."""
 
     @property
     def setting(self) -> str:
@@ -119,6 +121,7 @@ def _ppo(run: RunConfig) -> list[Role]:
         path_setting="" if config.reference else "actor",
         kind=causal_lm,
         engine="reference_engine",
+        follows="actor" if config.reference_update_every else "",
     )
     rewards = _reward_models("ppo", config, single=config.reward, engine="reward_engine")
     critic = Role(

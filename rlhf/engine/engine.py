@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
-from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, optimizer_tensors
+from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, optimizer_tensors, working_tensors
 from rlhf.engine.ema import WeightAverage
+from rlhf.engine.fsdp_units import full_tensor, local_rows, sharded_like
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill, working_dtype
@@ -117,6 +119,30 @@ class Engine:
             yield
             self._sharding.release()
 
+    @torch.no_grad()
+    def follow(self, other: Engine, *, share: float) -> None:
+        """Move the weights of this frozen engine towards those of `other`, which is trained, by `share` of the way.
+
+        One parameter after the other, in fp32, from the masters, and rounded once to this engine's type. Both may be
+        sharded and kept as they like; where both shard a parameter, or neither does, no rank needs another. All ranks
+        must call it.
+        """
+        self._sharding.release()  # parameters are looked up below, and gathered weights would be out of date
+        other._sharding.release()
+        theirs = dict(other.module.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            master = other._training.optimizer.read_shard(name, "weight")  # [rows of this rank in `other`, ...]
+            is_shard, wants_shard = isinstance(theirs[name], DTensor), isinstance(parameter, DTensor)
+            if is_shard and not wants_shard:
+                # Collective: every rank comes here or none, because a parameter is sharded on all ranks or on none.
+                master = full_tensor(sharded_like(theirs[name], master.to(theirs[name].device)))
+            elif wants_shard and not is_shard:
+                rows = local_rows(parameter)
+                master = master[rows.start : rows.stop]
+            own = self._sharding.read_shard(name)
+            self._sharding.write_shard(name, torch.lerp(own.float(), master.to(own.device), share))
+        self._sharding.flush()
+
     def full_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield every parameter whole and on the CPU, one at a time; all ranks must iterate to the end.
 
@@ -135,6 +161,8 @@ class Engine:
     def checkpoint_tensors(self) -> list[CheckpointTensor]:
         """The tensors of a checkpoint, by name; `counters` is its other part."""
         self._sharding.release()  # names shards: gathered parameters would count as whole ones
+        if self._updater is None:
+            return working_tensors(self._sharding)
         return optimizer_tensors(self._training.optimizer, average=self._training.average)
 
     def counters(self) -> dict[str, Any]:

@@ -87,14 +87,10 @@ def fill(
         shard = spec.weights.read(name, slice(rows.start, rows.stop))  # [rows of this rank, ...]
         expected = local_shard(parameter).shape
         assert shard.shape == expected, f"{name}: {tuple(shard.shape)} for {tuple(expected)}"
-        if sharding.offloaded is not None and name in sharding.offloaded:
-            sharding.offloaded.write(name, 0, values=shard.flatten())
-        else:
-            local_shard(parameter).copy_(shard)  # rounds to the working type
+        sharding.write_shard(name, shard)  # rounds to the working type
         if set_master is not None and parameter.requires_grad:
             set_master(name, shard.float())  # not from the working weights, which are rounded
-    if sharding.offloaded is not None:
-        sharding.offloaded.flush()  # writes may still be on their way to the disk
+    sharding.flush()  # writes may still be on their way to the disk
 
 
 def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:

@@ -110,12 +110,27 @@ class Sharding:
         """See `Engine.full_tensors`."""
         self.release()  # parameters are looked up below: while gathered, they are not DTensors
         for name, parameter in list(self.module.named_parameters()):
-            if self.offloaded is not None and name in self.offloaded:
-                shard = self.offloaded.shard(name)
-            else:
-                shard = local_shard(parameter)
             # NCCL gathers on the device only, so a shard from host or disk goes there first.
-            yield name, full_tensor(sharded_like(parameter, shard.to(parameter.device))).cpu()
+            yield name, full_tensor(sharded_like(parameter, self.read_shard(name).to(parameter.device))).cpu()
+
+    def read_shard(self, name: str) -> Tensor:
+        """This rank's shard of a parameter that is not gathered: the memory itself, or a copy of what is offloaded."""
+        if self.offloaded is not None and name in self.offloaded:
+            return self.offloaded.shard(name)
+        return local_shard(self.module.get_parameter(name))
+
+    @torch.no_grad()
+    def write_shard(self, name: str, shard: Tensor) -> None:
+        """Set it, rounded to the working type; `flush` follows where weights are offloaded."""
+        if self.offloaded is not None and name in self.offloaded:
+            self.offloaded.write(name, 0, values=shard.flatten())
+        else:
+            local_shard(self.module.get_parameter(name)).copy_(shard)
+
+    def flush(self) -> None:
+        """Wait until all writes have reached the host's memory or the disk."""
+        if self.offloaded is not None:
+            self.offloaded.flush()
 
     def close(self) -> None:
         """Release files and page-locked memory; the model cannot be used any more."""

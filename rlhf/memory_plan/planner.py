@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from rlhf.algorithms.logprobs import chunk_elements_of
-from rlhf.config.engine_config import Precision
+from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.roles import Role, maker_of, roles_of
 from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
 from rlhf.engine.materialize import working_dtype
@@ -269,15 +269,20 @@ class ModelMemory:
 
     def checkpoint_copy(self, config: CheckpointConfig) -> list[Item]:
         """The copy that a checkpoint writes while training goes on."""
-        if not self.role.is_trained or not _num_checkpoints(config) or not config.asynchronous:
+        states, copies = self.states, bool(_num_checkpoints(config)) and config.asynchronous
+        if copies and self.role.follows and states.offload_param != OffloadDevice.nvme:
+            return [states.item("checkpoint copy", Place.host, count=states.working_weights())]
+        if not copies or not self.role.is_trained:
             return []
-        return [self.states.item("checkpoint copy", Place.host, count=self.states.copied_for_a_checkpoint())]
+        return [states.item("checkpoint copy", Place.host, count=states.copied_for_a_checkpoint())]
 
     def saved(self, config: CheckpointConfig, *, local_ranks: int) -> list[Item]:
         """Exports, that of the best evaluation among them, and checkpoints."""
+        states, checkpoints = self.states, _num_checkpoints(config)
+        if self.role.follows:  # it is not exported
+            return [states.item(CHECKPOINTS, Place.disk, count=checkpoints * states.working_weights())]
         if not self.role.is_trained:
             return []
-        states, checkpoints = self.states, _num_checkpoints(config)
         exports = 1 + (checkpoints > 0 and config.best)
         share = -(-states.exported() // local_ranks)  # the first rank writes it for all
         return [

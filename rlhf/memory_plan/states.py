@@ -149,6 +149,10 @@ class States:
         """Disk bytes of this rank's share of a checkpoint."""
         return sum(self._split) * self._checkpoint_bytes
 
+    def working_weights(self) -> int:
+        """Bytes of this rank's shards of the working weights, wherever they are."""
+        return sum(map(self._local, self._parameters)) * self.dtype.itemsize
+
     def exported(self) -> int:
         """Disk bytes of the model's folder, all of which the first rank writes.
 

@@ -61,6 +61,7 @@ METRICS: dict[str, Metric] = {
     "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
     "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
     "objective/kl_coef": Metric("Objective", "score/nat", PPO, "reward lost per nat of KL"),
+    "objective/reference_updated": Metric("Objective", "", PPO, "1 where the reference then moved to the actor"),
     "eval/loss": Metric("Evaluation", "nats", EXAMPLES, "loss on held-out data", -1, headline=True),
     "eval/perplexity": Metric("Evaluation", "", ("sft",), "exponential of the held-out loss per token", -1),
     "eval/accuracy": Metric("Evaluation", "fraction", EXAMPLES, "accuracy on held-out data", 1, headline=True),

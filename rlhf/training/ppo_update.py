@@ -6,6 +6,7 @@ the whole minibatch, so micro-batches and ranks change nothing but memory and ti
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from statistics import fmean
@@ -29,6 +30,8 @@ from rlhf.rollout import Models
 from rlhf.runtime.dist import World, max_over_ranks, sum_over_ranks
 from rlhf.training.supervised_step import next_token_loss, summed
 from rlhf.types import PPOBatch, Rollout, SFTBatch
+
+log = logging.getLogger(__name__)
 
 
 def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Advantages:
@@ -300,6 +303,18 @@ def actor_loss(
         cut = clamped(kl, kind=config.kl.kind)
         outcome["actor/kl_clamped"] = masked_mean(cut, mask, denominator=denominator)
     return ActorLoss(loss, outcome, result.ratio_max)
+
+
+def update_reference(models: Models, config: PPOConfig, *, iteration: int) -> dict[str, float]:
+    """Move the reference towards the actor if it is due; from the next rollout on, KL is measured from there."""
+    if not config.reference_update_every:
+        return {}
+    is_due = iteration % config.reference_update_every == 0
+    if is_due:
+        assert models.reference is not None, "the settings were checked"
+        models.reference.follow(models.actor, share=config.reference_update_mix)
+        log.info("iteration %d: the reference is now %g of the actor", iteration, config.reference_update_mix)
+    return {"objective/reference_updated": float(is_due)}
 
 
 def value_gradient(

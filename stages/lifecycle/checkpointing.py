@@ -2,8 +2,8 @@
 
 A checkpoint holds everything that the rest of the stage depends on: trained models with optimizer state and counters,
 the KL controller, the position in the data, every rank's random number generators, and the evaluations so far. Frozen
-models are not saved. The same command resumes from the newest checkpoint: bit for bit on the same number of ranks, and
-up to rounding on another number of ranks, ZeRO stage or offload device.
+models are not saved, but for a reference that follows the actor. The same command resumes from the newest checkpoint:
+bit for bit on the same number of ranks, and up to rounding on another number of ranks, ZeRO stage or offload device.
 
 A finished stage has exported the models of its best evaluation, and removes its checkpoints.
 See also: `launch.py`, which passes signals on to the ranks.
@@ -60,16 +60,19 @@ class TrainingState:
     """Everything else that changes: loader, KL controller, tracker."""
     data: str
     """Fingerprint of the training rows."""
+    frozen: Mapping[str, Engine] = field(default_factory=dict)
+    """Models that no optimizer trains and that change all the same: a reference that follows the actor."""
 
     def tensors(self) -> list[CheckpointTensor]:
         """Parameters and optimizer states of all engines, by name."""
-        return [tensor.under(name) for name, engine in self.engines.items() for tensor in engine.checkpoint_tensors()]
+        engines = {**self.engines, **self.frozen}
+        return [tensor.under(name) for name, engine in engines.items() for tensor in engine.checkpoint_tensors()]
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that is no tensor, as JSON values."""
         return {
             "data": self.data,
-            "dtypes": {name: str(engine.dtype) for name, engine in self.engines.items()},
+            "dtypes": {name: str(engine.dtype) for name, engine in {**self.engines, **self.frozen}.items()},
             "engines": {name: engine.counters() for name, engine in self.engines.items()},
             "others": {name: part.state_dict() for name, part in self.others.items()},
         }

@@ -43,6 +43,8 @@ class ModelFacts:
     """The longest sequence that it was made for, in tokens."""
     has_scores: bool
     """Whether it has a scalar head that was trained."""
+    shapes: dict[str, tuple[int, ...]]
+    """Shape of each parameter by name."""
 
 
 def validate_model(folder: Path, head: ModelKind, *, num_layers: int = 0) -> ModelFacts:
@@ -63,13 +65,16 @@ def validate_model(folder: Path, head: ModelKind, *, num_layers: int = 0) -> Mod
     if head is ModelKind.causal_lm:
         if HEAD in files:
             raise ValueError(f"{folder} is a reward model or critic, which gives scores; expected one that speaks.")
-        keys = plain_keys(causal_lm_module(config), files)
+        module = causal_lm_module(config)
+        keys = plain_keys(module, files)
         generation_config(folder)
     else:
-        keys = plain_keys(classifier_module(classifier_config(folder, num_layers)), files, optional={HEAD})
+        module = classifier_module(classifier_config(folder, num_layers))
+        keys = plain_keys(module, files, optional={HEAD})
     if keys is None:
         log.warning("%s: transformers converts its tensors; whether all are there shows when it is loaded.", folder)
-    return ModelFacts(folder, int(config.vocab_size), max_positions(config), has_scores=HEAD in files)
+    shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
+    return ModelFacts(folder, int(config.vocab_size), max_positions(config), HEAD in files, shapes)
 
 
 class _Inspector:
@@ -224,6 +229,12 @@ def _check_together(member: _Inspected, together: list[_Inspected]) -> None:
     if member is first:
         return
     _check_vocabulary(member, first)
+    if member.role.follows and member.facts.shapes != first.facts.shapes:
+        raise ValueError(
+            f"{member.role} has other parameters than {first.role}, towards which it is to be moved "
+            "(ppo.reference_update_every); expected a model of the same architecture. Name one, or set "
+            "ppo.reference_update_every=0."
+        )
     for writer in together:
         if writer.role.generates and member.facts.rows < writer.facts.rows:
             last = max(writer.tokenizer.get_vocab().values())

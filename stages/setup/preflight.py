@@ -15,7 +15,7 @@ from pathlib import Path
 from data.build_samples import LengthLimits
 from data.samples import READERS, Demonstration, Preference, Prompt, demonstrations, preferences, prompts, ptx_texts
 from rlhf.config.bounds import accumulation, divisible
-from rlhf.config.engine_config import OffloadDevice
+from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.eval_config import EvalConfig
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
@@ -172,9 +172,16 @@ def check_warmup(run: RunConfig, stage: str, *, num_rows: int) -> None:
 
 
 def check_ppo(run: RunConfig, config: PPOConfig, *, todo: list[str]) -> None:
-    """Check that scores can be normalised, if the reward models exist already; warn if sampling biases the KL."""
+    """Check that scores can be normalised, if the reward models exist already; warn of what biases the KL."""
     if not {maker_of(run, source.source) for source in config.model_sources().values()} & set(todo):
         scored_sources(config)
+    narrow = config.reference_engine.precision is not Precision.fp32
+    if config.reference_update_every and config.reference_update_mix < 0.5 and narrow:
+        log.warning(
+            "ppo.reference_update_mix=%s: a reference in 16 bits loses what an update changes by less than half a "
+            "weight's last bit; ppo.reference_engine.precision=fp32 keeps all of it",
+            config.reference_update_mix,
+        )
     if config.sampling.top_k or config.sampling.top_p < 1:
         log.warning(
             "ppo.sampling.top_k=%s, top_p=%s: responses are drawn from a truncated distribution, but log-probabilities "

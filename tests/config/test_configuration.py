@@ -344,3 +344,17 @@ def test_text_beside_ppo_needs_data_and_has_no_held_out_part():
     assert ppo.ptx.batch_size == 32
     with pytest.raises(ValueError, match=r"data.ptx.eval_fraction=0.5: nothing is evaluated on it; expected"):
         composed("data.ptx.eval_fraction=0.5")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (["ppo.lora.rank=8"], r"ppo.reference_update_every=3: with adapters \(ppo.lora.rank=8\) the actor shares"),
+        (["ppo.lora.rank=0", "ppo.kl.coef=0"], r"ppo.reference_update_every=3: there is no reference"),
+        (["ppo.lora.rank=0", "ppo.reference_update_mix=0"], r"ppo.reference_update_mix=0"),
+    ],
+)
+def test_a_reference_that_cannot_follow_the_actor_is_refused(overrides, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        composed("ppo.reference_update_every=3", *overrides)
+    assert composed("ppo.reference_update_every=3", "ppo.lora.rank=0").ppo.reference_update_mix == 0.6  # as TRL

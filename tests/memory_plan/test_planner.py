@@ -216,3 +216,16 @@ def test_a_batch_that_the_ranks_do_not_divide_can_be_planned(tmp_path):
     """Whether it can be run is for the checks to say."""
     run = run_of(tmp_path, "stage=sft", "engine=zero0", "sft.global_batch_size=4", "sft.micro_batch_size=2")
     assert plan_of(run, "sft", ranks=3).phases[1] == plan_of(run, "sft", ranks=2).phases[1]
+
+
+def test_a_reference_that_follows_the_actor_is_in_checkpoints(tmp_path):
+    def held(part, *overrides):
+        phases = plan_of(run_of(tmp_path, "engine.precision=fp32", *overrides), "ppo").phases
+        return sum(item.bytes for item in phases[-1].items if (item.role, item.part) == ("reference", part))
+
+    assert held("checkpoints") == held("checkpoint copy") == 0
+    moves = ("ppo.reference_update_every=1", "checkpoint.keep=2", "checkpoint.best=false")
+    weights = held("working parameters", *moves)
+    assert held("checkpoint copy", *moves) == pytest.approx(weights, rel=0.01)  # buffers are not in it
+    assert held("checkpoints", *moves) == 3 * held("checkpoint copy", *moves)  # two, and the one being written
+    assert held("export", *moves) == 0

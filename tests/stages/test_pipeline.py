@@ -98,7 +98,7 @@ def test_a_stage_logs_what_the_registry_says_and_nothing_else(one_rank, stage):
     logged = {name for row in rows(folder / stage / "metrics.jsonl") for name in row} - {"step", "time"}
     elsewhere = {"memory/device_bytes", "actor/kl_clamped", "ema/*"}  # on a GPU, in grpo, with ema_decay
     elsewhere |= {name for name in METRICS if name.endswith("/lora_lr")}  # with optimizer.lora_lr
-    elsewhere |= {"ptx/loss", "ptx/tokens"}  # with ppo.ptx.coef
+    elsewhere |= {"ptx/loss", "ptx/tokens", "objective/reference_updated"}  # with ppo.ptx.coef
     elsewhere |= {"rollout/groups_equal", "rollout/further_rollouts"}  # with dynamic_sampling
     elsewhere |= {"rollout/mismatch_weight", "rollout/mismatch_left_out"}  # with mismatch.correction; the rest in fp16
     elsewhere |= {name for name in METRICS if name.endswith(("/loss_scale", "/scale_search_steps"))}

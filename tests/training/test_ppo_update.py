@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,10 +22,18 @@ from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.loss_scale import LossScale
-from rlhf.rollout import concatenated, replace_equal_groups, without_bad_rows
+from rlhf.rollout import Models, concatenated, replace_equal_groups, without_bad_rows
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import _over_updates as over_updates
-from rlhf.training.ppo_update import advantages_of, minibatches, mismatch_metrics, share_of, take_steps, training_batch
+from rlhf.training.ppo_update import (
+    advantages_of,
+    minibatches,
+    mismatch_metrics,
+    share_of,
+    take_steps,
+    training_batch,
+    update_reference,
+)
 from rlhf.types import PPOBatch, Rollout
 from tests.engine import tiny
 
@@ -326,3 +335,14 @@ def test_a_step_of_actor_and_critic_logs_their_loss_scale_and_what_the_search_fo
     assert combined["actor/loss_scale"] == 2.0**39
     assert combined["critic/scale_search_steps"] == combined["critic/skipped_steps"] == 2
     assert all(engine.steps_taken == 0 for engine in engines.values())
+
+
+def test_the_reference_moves_every_few_iterations():
+    calls = []
+    reference = SimpleNamespace(follow=lambda actor, share: calls.append((actor, share)))
+    models = Models(actor="actor", rewards={}, reference=reference, critic=None)
+    ppo = config(reference_update_every=3, reference_update_mix=0.25)
+    moved = [update_reference(models, ppo, iteration=step)["objective/reference_updated"] for step in range(1, 8)]
+    assert moved == [0, 0, 1, 0, 0, 1, 0]
+    assert calls == [("actor", 0.25)] * 2
+    assert update_reference(models, config(), iteration=3) == {}

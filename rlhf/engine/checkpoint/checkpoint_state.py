@@ -22,9 +22,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rlhf.config.engine_config import OffloadDevice
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.ema import WeightAverage
 from rlhf.engine.fsdp_units import local_rows
+from rlhf.engine.sharding import Sharding
 from rlhf.runtime.dist import gather_objects
 
 
@@ -96,6 +98,27 @@ def optimizer_tensors(optimizer: AdamW, *, average: WeightAverage | None) -> lis
             for name in parameters
         ]
     return tensors
+
+
+def working_tensors(sharding: Sharding) -> list[CheckpointTensor]:
+    """The working weights of a frozen model, in their own type."""
+
+    def write(name: str, shard: Tensor) -> None:
+        sharding.write_shard(name, shard)
+        sharding.flush()
+
+    return [
+        CheckpointTensor(
+            key=f"{name}/weight",
+            shape=tuple(parameter.shape),
+            rows=local_rows(parameter),
+            dtype=parameter.dtype,
+            in_memory=sharding.offload_device != OffloadDevice.nvme,
+            read=partial(sharding.read_shard, name),
+            write=partial(write, name),
+        )
+        for name, parameter in sharding.module.named_parameters()
+    ]
 
 
 def keys_to_write(tensors: Mapping[str, CheckpointTensor], *, rank: int) -> list[str]:

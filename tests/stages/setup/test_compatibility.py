@@ -250,3 +250,12 @@ def test_the_maker_of_a_model_is_known_by_its_folder(tmp_path, path, maker):
     run = pipeline("/none", tmp_path)
     assert maker_of(run, f"{run.output_dir}/{path}") == maker
     assert maker_of(run, path) is None
+
+
+def test_a_reference_can_follow_an_actor_of_its_own_architecture_alone(base, tmp_path):
+    moves = ("ppo.lora.rank=0", "ppo.reference_update_every=2")
+    check_models(pipeline(base, tmp_path, f"ppo.reference={base}", *moves), TODO, todo=TODO)
+    other = llama(tmp_path / "other", tokenizer=base)
+    check_models(pipeline(base, tmp_path, f"ppo.reference={other}", "ppo.lora.rank=0"), TODO, todo=TODO)
+    with pytest.raises(ValueError, match=r"ppo.reference=.*/other has other parameters than ppo.actor=.*every=0"):
+        check_models(pipeline(base, tmp_path, f"ppo.reference={other}", *moves), TODO, todo=TODO)
