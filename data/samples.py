@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.build_samples import LengthLimits, SampleKind, Splits, build_samples
-from data.rows import DEMONSTRATION_COLUMNS, PREFERENCE_COLUMNS, PROMPT_COLUMNS, further_columns, margin_of
+from data.rows import DEMONSTRATION_COLUMNS, PREFERENCE_COLUMNS, PROMPT_COLUMNS, margin_of
 from rlhf.config.data_config import DataConfig, RewrittenTurns
 from rlhf.config.eval_config import EvalConfig
 from rlhf.config.ppo_config import PPOConfig
@@ -155,7 +155,8 @@ def prompts(
         return [TokenSequence(ids, np.zeros(len(ids), dtype=bool), len(ids))]
 
     def build(row: Row, sequences: list[TokenSequence]) -> list[Prompt]:
-        kept = further_columns(row)
+        kept = {name: value for name, value in row.items() if columns is None or name in columns}
+        kept = {name: value for name, value in kept.items() if name not in ("prompt", "completion")}
         if columns is None or "prompt" in columns:
             kept["prompt"] = prompt_of(row)
         return [Prompt(sequences[0].input_ids, readable_prompt(row), kept)]

@@ -32,7 +32,7 @@ LogMetric = Callable[[str, float], None]
 
 _GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_metric", "log_extra")
 _MADE_FOR_A_CALL = ("completions", "completion_ids")
-_LACKING = ("environments",)
+_LACKING = ("prompt", "completion", "environments")
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 _LARGEST = float(torch.finfo(torch.float32).max)
 _SIGNATURE = "called with prompts, completions and columns of the data by name, and returning one number for each"

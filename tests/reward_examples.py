@@ -266,6 +266,10 @@ def by_place(completions, /):
     return [0.0]
 
 
+def needs_prompt(prompt, completions):
+    return [0.0]
+
+
 def needs_environments(completions, environments):
     return [0.0]
 

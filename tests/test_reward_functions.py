@@ -195,6 +195,7 @@ def test_a_response_that_takes_too_long_is_left_out_and_the_loop_goes_on(name, c
             r"found a class; expected a function, .*such as one that its file has made with `sc.* = Scorer\(\)`",
         ),
         ("by_place", "completions cannot be given by name"),
+        ("needs_prompt", "needs prompt, which is not given here; make it optional"),
         ("needs_environments", "needs environments, which is not given here; make it optional"),
         ("not_callable", "found a int; expected a function"),
         ("nothing", "no such function"),

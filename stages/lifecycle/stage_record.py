@@ -33,7 +33,7 @@ _CHECKSUM = "sha256"
 """Key of the checksum of the record itself."""
 _LONG = 4e9
 """Files larger than this many bytes take a while to hash, so that is logged."""
-_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size", "reward_timeout_s")
+_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size", "reward_timeout_s", "reward_on_error")
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
     *("zero_stage", "device", "offload_optimizer", "offload_param", "nvme_path", "buffer_count", "buffer_size"),

@@ -527,3 +527,13 @@ def test_texts_are_whole_under_a_stage_split_and_nothing_is_read_without_a_coeff
     file = write("texts.jsonl", [{"text": f"text {number}"} for number in range(10)])
     assert len(texts_of(file, tokenizer=gpt, stage_split=[2, 4, 4]).train) == 10
     assert texts_of("nowhere.jsonl", tokenizer=gpt, coef=0.0).train == []
+
+
+def test_columns_that_have_a_meaning_elsewhere_travel_too_but_prompt_and_completion(gpt, write):
+    row = {"prompt": "a", "chosen": " b", "rejected": " c", "completion": " d", "text": "t", "margin": 2}
+    data = DataConfig(ppo=StageDataConfig(train=[write("a.jsonl", [row])], eval_fraction=0.0))
+    config = PPOConfig(**SHARED, **ROLLOUT)
+    (found,) = prompts(data, config, tokenizer=gpt, columns=None).train
+    assert dict(found.columns) == {**{k: v for k, v in row.items() if k != "completion"}, "prompt": "a"}
+    (found,) = prompts(data, config, tokenizer=gpt, columns={"text", "completion"}).train
+    assert dict(found.columns) == {"text": "t"}

@@ -8,7 +8,7 @@ from rlhf.config.reward_config import RewardSettings
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import Embedded
 from rlhf.models.embedded import prepare
-from stages.lifecycle.stage_record import claim_folder
+from stages.lifecycle.stage_record import claim_folder, settings_of
 from stages.setup.preflight import preflight
 from tests.config.test_configuration import composed
 
@@ -170,6 +170,16 @@ def test_an_evaluation_follows_the_sources_of_the_policy(tmp_path):
     for model in ("actor", "best/actor"):
         found = _followed("stage=eval", there, f"eval.model={tmp_path}/moved/grpo/{model}", "eval.reward=null")
         assert found == ([mine, (f"{tmp_path}/moved/rm", "rm")], None)
+
+
+def test_a_run_that_a_function_has_ended_goes_on_with_failures_left_out(tmp_path):
+    def settings(*words):
+        sources = "ppo.rewards=[{source: my.py:short, weight: 2}]"
+        run = composed("experiment=smoke", "stage=grpo", f"output_dir={tmp_path}", sources, *words)
+        return settings_of(run, "ppo")
+
+    assert settings("ppo.reward_on_error=drop") == settings("ppo.reward_timeout_s=9") == settings()
+    assert settings("ppo.rewards=[my.py:short]") != settings()
 
 
 def test_sources_survive_being_written_down():
