@@ -177,9 +177,14 @@ def _csv_lines(lines: Any, count: int) -> Iterator[list[str] | BadRow]:
 
 
 def _read_json(stream: TextIO, columns: ColumnSelection, *, file: str) -> FileRows:
+    return object_rows(_until_damage(_json_rows(stream)), columns, file=file)
+
+
+def object_rows(objects: Iterable[Row | BadRow], columns: ColumnSelection, *, file: str) -> FileRows:
+    """The selected columns of objects, each with keys of its own."""
     found: dict[str, None] = {}
     rows: list[Row | BadRow] = []
-    for row in _until_damage(_json_rows(stream)):
+    for row in objects:
         if isinstance(row, BadRow):
             rows.append(row)
         else:

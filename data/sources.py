@@ -1,4 +1,4 @@
-"""Finds and reads one data set: a file, a folder, or a hub id.
+"""Finds and reads one data set: a file, a folder, a hub id, or what a function of the user generates.
 
 A folder is written by `save_to_disk`, is a clone of a hub data set, or holds the user's own files. The `configs` of its
 README.md tell which files hold which split, as on the hub; without them the names do: `train.jsonl`,
@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from data.formats import READABLE, arrow_rows, file_type, read_file
+from data.formats import READABLE, arrow_rows, file_type, object_rows, read_file
 from data.rows import ColumnSelection, SourceRows
 from rlhf.config.data_config import SourceConfig
+from rlhf.runtime.user_functions import described, load_function
 
 if TYPE_CHECKING:
     from datasets import Dataset  # slow to import, so only the functions that need it do so
 
 logger = logging.getLogger(__name__)
 
+FUNCTION = re.compile(r"[^:]+:[A-Za-z_][\w.]*")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 SPLIT_WORDS = {
     *("train", "training", "test", "testing", "eval", "evaluation"),
@@ -41,8 +43,12 @@ def load_rows(source: SourceConfig, wanted: Collection[str] | None = None) -> So
 
     A relative path is looked for in the working directory, then beside this project's packages.
     """
-    path, columns = local_path(source.path), ColumnSelection(source.columns, wanted)
-    if path is None or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
+    columns = ColumnSelection(source.columns, wanted)
+    generated = FUNCTION.fullmatch(source.path) and not Path(source.path).exists()
+    path = None if generated else local_path(source.path)
+    if generated:
+        rows = SourceRows([_from_function(source, columns)])
+    elif path is None or (path / "dataset_dict.json").exists() or (path / "state.json").exists():
         table = (_from_hub(source) if path is None else _saved(path, source)).with_format("arrow")[:]  # mapped, unread
         file = source.path if path is None else path.name
         rows = SourceRows([arrow_rows(table, columns, file=file, found=table.column_names)])
@@ -72,6 +78,24 @@ def local_path(path: str) -> Path | None:
             "(also .gz), a folder, or a hub id such as owner/name."
         )
     return None
+
+
+# ---- rows that a function generates
+
+
+def _from_function(source: SourceConfig, columns: ColumnSelection) -> FileRows:
+    """The rows that the function `source.path` gives for `source.split` and `source.arguments`."""
+    setting = f"data source {source.path}"
+    signature = "called with split=... and `arguments`; it returns rows, each a mapping from columns to values"
+    function = load_function(source.path, setting, signature=signature)
+    try:
+        rows = list(function(split=source.split, **source.arguments))
+    except Exception as error:
+        raise ValueError(f"{setting}: {described(error)}; it is {signature}.") from error
+    odd = next((row for row in rows if not isinstance(row, Mapping)), None)
+    if odd is not None:
+        raise ValueError(f"{setting}: found a row of {type(odd).__name__}; it is {signature}.")
+    return object_rows((dict(row) for row in rows), columns, file=source.path)
 
 
 # ---- data sets of the `datasets` library

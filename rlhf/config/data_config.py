@@ -50,14 +50,16 @@ class StageDataConfig(Settings):
 
 @dataclass(kw_only=True)
 class SourceConfig(Settings):
-    """One data set: a JSON, JSONL, CSV or Parquet file, a `save_to_disk` folder, or a hub id."""
+    """One data set: a JSON, JSONL, CSV or Parquet file, a `save_to_disk` folder, a hub id, or a function's rows."""
 
     path: str
-    """File, folder or hub id."""
+    """File, folder, hub id, or a function that generates rows: `module:function` or `file.py:function`."""
     name: str | None = None
     """Configuration of a hub data set, or of a clone of one."""
     split: str = "train"
-    """Split of a folder or hub data set, in full: `train_sft` where that is what it is called."""
+    """Split of a folder or hub data set, in full: `train_sft` where that is what it is called; given to a function."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """What a function is called with besides `split`; it must return the same rows each time."""
     weight: NonNegative = 1.0
     """Share of its rows that are used: 0.5 takes half of them, 2 takes each twice."""
     columns: dict[str, str] = field(default_factory=dict)
