@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks import zero_disk
 from benchmarks.gpu_bench import ROOT, Bench, failures, seconds
-from benchmarks.reviews import hardware
+from benchmarks.recipes import hardware
 from benchmarks.zero_report import table
 from rlhf.engine.offload.transfers import BufferPool
 from rlhf.memory_plan.limits import free_host

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from datetime import date
 from pathlib import Path
 
-from benchmarks.reviews import hardware
+from benchmarks.recipes import hardware
 
 RESULT = Path(__file__).parent / "results/zero.md"
 _TITLE = "# ZeRO: stages, offloading and the peer\n"

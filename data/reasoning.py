@@ -17,16 +17,26 @@ from functools import cache
 from typing import Any
 
 Problem = Mapping[str, Any]
+Config = Mapping[str, Any]
+"""Settings of a task, as reasoning-gym calls them."""
 
 HELD_OUT = 8
 """One question in so many is held out."""
+NUMBERS = 2**31
+"""Problems of one seed."""
 FRUITLESS = 10_000
 """Problems in a row that are not new, after which a task is taken to have no more."""
 RESPONSE = re.compile(r"[^<>]*<answer>[^<>]+</answer>")
 
 
 def demonstrations(
-    task: str, size: int, *, split: str, worked_share: float = 0.0, seed: int = 0, config: Mapping[str, Any] | None = None
+    task: str,
+    size: int,
+    *,
+    split: str,
+    worked_share: float = 0.0,
+    seed: int = 0,
+    config: Mapping[str, Any] | None = None,
 ) -> list[dict[str, str]]:
     """Rows `prompt` and `completion`, a share `worked_share` of them with the steps before the answer."""
     draw = random.Random(seed)
@@ -36,9 +46,7 @@ def demonstrations(
     ]
 
 
-def prompts(
-    task: str, size: int, *, split: str, seed: int = 0, config: Mapping[str, Any] | None = None
-) -> list[dict[str, str]]:
+def prompts(task: str, size: int, *, split: str, seed: int = 0, config: Config | None = None) -> list[dict[str, str]]:
     """Rows `prompt` and `problem`, which is what the verifier needs, as JSON."""
     return [
         {"prompt": _prompt(problem), "problem": json.dumps(problem)}
@@ -56,11 +64,15 @@ def formatted(completions: Sequence[str], **_: Any) -> list[float]:
     return [float(RESPONSE.fullmatch(text.strip()) is not None) for text in completions]
 
 
-def _problems(task: str, size: int, *, split: str, seed: int, config: Mapping[str, Any]) -> Iterator[Problem]:
+def _problems(task: str, size: int, *, split: str, seed: int, config: Config) -> Iterator[Problem]:
     """The first `size` different problems of a split, as reasoning-gym generates them."""
-    from reasoning_gym import create_dataset
+    try:
+        from reasoning_gym import create_dataset
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; install the extra of these problems: pip install -e '.[reasoning]'.") from error
 
-    source = create_dataset(task, seed=seed, size=2**31, **config)
+    # Problem `number` is drawn with seed + number: seeds far apart, or they would give the same problems, shifted.
+    source = create_dataset(task, seed=seed * NUMBERS, size=NUMBERS, **config)
     seen: set[str] = set()
     number = last = 0
     while len(seen) < size:
@@ -72,7 +84,9 @@ def _problems(task: str, size: int, *, split: str, seed: int, config: Mapping[st
             last = number
             yield problem
         elif number - last > FRUITLESS:
-            raise ValueError(f"{task} with {dict(config)} has only {len(seen)} different problems; expected size={size}.")
+            raise ValueError(
+                f"{task} with {dict(config)} has only {len(seen)} different problems; expected size={size}."
+            )
 
 
 def _is_held_out(question: str) -> bool:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from data.formats import READABLE, arrow_rows, file_type, object_rows, read_file
-from data.rows import ColumnSelection, SourceRows
+from data.rows import ColumnSelection, FileRows, SourceRows
 from rlhf.config.data_config import SourceConfig
 from rlhf.runtime.user_functions import described, load_function
 

@@ -279,3 +279,51 @@ def test_files_of_no_split_are_said_where_others_have_one(tmp_path, caplog):
 
 def test_a_folder_without_data_is_refused(tmp_path):
     assert refusal(folder(tmp_path, "notes.txt")).startswith("found ['.cache', '.git', '.gitattributes', 'README.md'")
+
+
+GENERATOR = """
+def rows(split, size, odd=None):
+    if size < 0:
+        raise RuntimeError("a negative size")
+    for number in range(size):
+        yield {"prompt": f"{split} {number}", "completion": "yes", "answer": number}
+    if odd is not None:
+        yield odd
+"""
+
+
+def test_a_function_generates_rows_from_its_arguments_and_the_split(tmp_path):
+    source = f"{write(tmp_path / 'mine.py', GENERATOR)}:rows"
+    held_out = load(source, split="test", arguments={"size": 2})
+    assert held_out == [
+        {"prompt": "test 0", "completion": "yes", "answer": 0},
+        {"prompt": "test 1", "completion": "yes", "answer": 1},
+    ]
+    config = SourceConfig(path=source, arguments={"size": 1}, columns={"text": "prompt"})
+    assert [*load_rows(config, {"text", "answer"})] == [{"text": "train 0", "answer": 0}]
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "message"),
+    [
+        ("rows", {"size": -1}, "RuntimeError: a negative size"),
+        ("rows", {"sizes": 1}, "unexpected keyword argument 'sizes'"),
+        ("rows", {"size": 0}, "no rows"),
+        ("rows", {"size": 1, "odd": "text"}, "found a row of str"),
+        ("others", {"size": 1}, "no such function"),
+    ],
+)
+def test_a_function_that_gives_no_rows_is_an_error_that_says_why(tmp_path, function, arguments, message):
+    source = f"{write(tmp_path / 'mine.py', GENERATOR)}:{function}"
+    with pytest.raises(ValueError, match=f"data source .*mine.py:{function}.*{message}"):
+        load(source, arguments=arguments)
+
+
+def test_a_generated_value_that_cannot_be_used_is_a_bad_row(tmp_path):
+    source = f"{write(tmp_path / 'mine.py', GENERATOR)}:rows"
+    bad = load(source, arguments={"size": 1, "odd": {"prompt": "\udc80"}})[1]
+    assert bad.reason.startswith("`prompt` has half of a character")
+
+
+def test_a_file_with_a_colon_in_its_name_is_a_file(tmp_path):
+    assert load(write(tmp_path / "half:done.jsonl", lines(ROWS))) == ROWS

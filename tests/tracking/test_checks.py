@@ -254,6 +254,15 @@ def test_answers_that_were_like_that_from_the_start_are_not_a_problem():
     assert names(*evaluated(*(answers(step, scores=SCORES, texts=stuck) for step in (0, 5)))) == []
 
 
+def test_short_answers_that_repeat_by_themselves_are_no_problem_until_many_more_do():
+    def texts(alike):
+        return ["5"] * alike + TEXTS[alike:]
+
+    first = answers(0, scores=SCORES, texts=texts(5))
+    assert names(*evaluated(first, answers(5, scores=SCORES, texts=texts(6)))) == []  # 0.5 + 0.2 of the other half
+    assert names(*evaluated(first, answers(5, scores=SCORES, texts=texts(7)))) == ["repeats"]
+
+
 @pytest.mark.parametrize("stage", ["grpo", "rloo", "dr_grpo", "dapo"])
 def test_a_policy_without_a_critic_is_watched_like_one_of_ppo(stage):
     rows = [{"step": 1, "objective/kl_per_token": 1.2}]
