@@ -33,11 +33,12 @@ class Row(NamedTuple):
 
     name: str
     stage: str
+    """The stage that measured it, before and after; `eval` and its names compare the policy with the SFT model."""
     metric: str
     digits: int
-    bar: str
-    """What is asked of every seed, in words."""
-    meets: Callable[[float, float], bool]
+    bar: str = ""
+    """What is asked of every seed, in words; empty for what is only reported."""
+    meets: Callable[[float, float], bool] = lambda _old, _new: True
     """The same of the value before and after."""
 
 
@@ -48,55 +49,52 @@ class Recipe(NamedTuple):
     words: tuple[str, ...]
     """Of the command line."""
     rows: tuple[Row, ...]
+    further: tuple[str, ...] = ()
+    """Words of a second run in the same folder, whose time does not count."""
 
 
-def perplexity_falls(old: float, new: float) -> bool:
-    """By a third."""
-    return new <= old * 2 / 3
-
-
-def reviews_rows(stage: str) -> tuple[Row, ...]:
-    """What is asked of a policy that was trained on the preferences between reviews."""
-    return (
-        Row("held-out perplexity", "sft", "eval/perplexity", 1, "falls by a third", perplexity_falls),
-        Row("predicted human rating", stage, "gold/rating", 2, "rises by 0.4", lambda old, new: new - old >= 0.4),
-        Row("sentiment lexicon", stage, "gold/lexicon", 2, "rises", lambda old, new: new > old),
-        Row("KL to the reference", stage, "eval/kl", 1, "at most 6", lambda _, new: new <= 6),
-        Row("response tokens", stage, "eval/response_length", 1, "at least 70 %", lambda old, new: new >= 0.7 * old),
-        Row("distinct bigrams", stage, "eval/distinct_2", 2, "at least 0.75", lambda _, new: new >= 0.75),
-        Row("ends by itself", stage, "eval/eos_rate", 2, "", lambda _old, _new: True),
-    )
-
-
+SFT = Row("held-out perplexity", "sft", "eval/perplexity", 1, "falls by a third", lambda old, new: new <= old * 2 / 3)
+REVIEWS = (
+    Row("predicted human rating", "eval", "gold/rating", 2, "rises by 0.4", lambda old, new: new - old >= 0.4),
+    Row("sentiment lexicon", "eval", "gold/lexicon", 2, "rises", lambda old, new: new > old),
+    Row("KL to the SFT model", "eval", "kl", 1, "at most 6", lambda _, new: new <= 6),
+    Row("response tokens", "eval", "length", 1, "at least 70 %", lambda old, new: new >= 0.7 * old),
+    Row("distinct bigrams", "eval", "distinct_2", 2, "falls by at most 0.1", lambda old, new: new >= old - 0.1),
+    Row("cut at 24 tokens", "eval", "not_ended", 2),
+)
 RECIPES = {
     "ppo": Recipe(
         "The default run: supervised fine-tuning, a reward model, PPO",
-        (),
+        ("stage=[sft,reward,ppo,eval]",),
         (
+            SFT,
             Row("preference accuracy", "reward", "eval/accuracy", 3, "at least 0.88", lambda _, new: new >= 0.88),
             Row("reward model's score", "ppo", "eval/score", 2, "rises", lambda old, new: new > old),
-            *reviews_rows("ppo"),
+            *REVIEWS,
         ),
     ),
     "dpo": Recipe(
         "The same reviews: supervised fine-tuning, DPO",
-        ("stage=[sft,dpo]",),
+        ("stage=[sft,dpo,eval]",),
         (
+            SFT,
             Row("preference accuracy", "dpo", "eval/accuracy", 3, "rises", lambda old, new: new > old),
-            *reviews_rows("dpo"),
+            *REVIEWS,
         ),
     ),
     "reasoning": Recipe(
         "Sums with a verifier and no reward model: supervised fine-tuning, GRPO",
-        ("experiment=reasoning",),
+        ("experiment=reasoning", "stage=[sft,grpo,eval]"),
         (
-            Row("right answers", "grpo", "eval/reward/correct", 2, "rises by 0.3", lambda old, new: new - old >= 0.3),
-            Row("in the format", "grpo", "eval/reward/formatted", 2, "at least 0.95", lambda _, new: new >= 0.95),
-            Row("response tokens", "grpo", "eval/response_length", 1, "not shorter", lambda old, new: new >= old),
-            Row("distinct bigrams", "grpo", "eval/distinct_2", 2, "", lambda _old, _new: True),
-            Row("KL to the reference", "grpo", "eval/kl", 1, "", lambda _old, _new: True),
-            Row("ends by itself", "grpo", "eval/eos_rate", 2, "at least 0.95", lambda _, new: new >= 0.95),
+            Row("right answers", "eval", "reward/correct", 2, "rises by 0.3", lambda old, new: new - old >= 0.3),
+            Row("right answers, greedy", "eval/greedy", "reward/correct", 2),
+            Row("in the format", "eval", "reward/formatted", 2, "at least 0.95", lambda _, new: new >= 0.95),
+            Row("response tokens", "eval", "length", 1, "not shorter", lambda old, new: new >= old),
+            Row("same as for another prompt", "eval", "repeated", 2, "does not rise", lambda old, new: new <= old),
+            Row("KL to the SFT model", "eval", "kl", 1),
+            Row("cut at 40 tokens", "eval", "not_ended", 2, "at most 0.05", lambda _, new: new <= 0.05),
         ),
+        ("experiment=reasoning", "stage=eval", "eval.name=greedy", "eval.sampling.temperature=0"),
     ),
 }
 
@@ -105,11 +103,18 @@ def run_seed(recipe: Recipe, seed: int, folder: Path) -> float:
     """Run the recipe, unless it is finished; returns wall-clock seconds, from the program's start to its end."""
     record = folder / SECONDS
     if not record.exists():
-        command = [sys.executable, str(ROOT / "run_pipeline.py"), *recipe.words, f"seed={seed}", f"output_dir={folder}"]
         started = time.monotonic()
-        subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "offline"})
-        record.write_text(json.dumps(time.monotonic() - started))
+        _run(*recipe.words, f"seed={seed}", f"output_dir={folder}")
+        seconds = time.monotonic() - started
+        if recipe.further:
+            _run(*recipe.further, f"seed={seed}", f"output_dir={folder}")
+        record.write_text(json.dumps(seconds))
     return float(json.loads(record.read_text()))
+
+
+def _run(*words: str) -> None:
+    command = [sys.executable, str(ROOT / "run_pipeline.py"), *words]
+    subprocess.run(command, check=True, env={**os.environ, "WANDB_MODE": "offline"})
 
 
 def table(recipe: Recipe, folders: dict[int, Path], seconds: dict[int, float]) -> str:
@@ -117,15 +122,23 @@ def table(recipe: Recipe, folders: dict[int, Path], seconds: dict[int, float]) -
     head = ["held-out", "asked of every seed", *(f"seed {seed}" for seed in folders)]
     lines = [head, ["---"] * len(head)]
     for row in recipe.rows:
-        cells = [_cell(row, json.loads((path / row.stage / "stage.json").read_text())) for path in folders.values()]
-        lines.append([row.name, row.bar, *cells])
+        lines.append([row.name, row.bar, *(_cell(row, *values(row, folder)) for folder in folders.values())])
     times = [f"{value / 60:.1f}{' (missed)' if value > 600 else ''}" for value in seconds.values()]
     lines.append(["wall-clock minutes", "at most 10", *times])
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def _cell(row: Row, record: dict[str, dict[str, float]]) -> str:
-    before, after = record["before"][row.metric], record["after"][row.metric]
+def values(row: Row, folder: Path) -> tuple[float, float]:
+    """The value before and after, or of the SFT model and of the policy that was trained from it."""
+    if row.stage.startswith("eval"):
+        measures = json.loads((folder / row.stage / "results.json").read_text())["measures"]
+        found = next(measure for measure in measures if measure["name"] == row.metric)
+        return found["baseline"]["mean"], found["model"]["mean"]
+    record = json.loads((folder / row.stage / "stage.json").read_text())
+    return record["before"][row.metric], record["after"][row.metric]
+
+
+def _cell(row: Row, before: float, after: float) -> str:
     missed = "" if row.meets(before, after) else " (missed)"
     return f"{before:.{row.digits}f} → {after:.{row.digits}f}{missed}"
 

@@ -30,7 +30,7 @@ from rlhf.config.bounds import as_plain
 from rlhf.config.eval_config import EvalConfig
 from rlhf.evaluation.judges import Judgement
 from rlhf.evaluation.metrics import distinct_ngrams
-from rlhf.tracking.checks import repeated_share
+from rlhf.tracking.answer_statistics import repeated_share
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from collections.abc import Iterable, Sequence
 from copy import copy
 from dataclasses import dataclass
 
-from rlhf.tracking.checks import CHECKS, SMALLEST_SAMPLE, Check, Finding, Seen, gold_metrics
+from rlhf.tracking.answer_statistics import SMALLEST_SAMPLE
+from rlhf.tracking.checks import CHECKS, Check, Finding, Seen, gold_metrics
 from rlhf.tracking.jsonl_log import Row, by_step
 
 

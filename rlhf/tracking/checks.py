@@ -10,72 +10,26 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
-from rlhf.algorithms.statistics import Interval, Z, bootstrap_mean, wilson
+from rlhf.algorithms.statistics import Z, wilson
+from rlhf.tracking.answer_statistics import (
+    SMALLEST_SAMPLE,
+    change,
+    degenerate_share,
+    endless_share,
+    length_correlation,
+    repeated_share,
+)
 from rlhf.tracking.jsonl_log import Row, is_number
-from rlhf.tracking.metric_registry import ALL, PPO, REWARD
+from rlhf.tracking.metric_registry import ALL, DPO, PPO, REWARD
 from rlhf.tracking.text_table import number, with_ends
 
-SMALLEST_SAMPLE = 8  # responses below which nothing is concluded from their distribution
 KL_PER_TOKEN = 1.0  # nats: on average, a token is e times as likely as under the reference
 ENTROPY_SHARE = 0.1  # of the entropy at the start
 SMALL_DEVIATION = 0.1  # a reward model prefers one of two responses that far apart with probability 0.525
 CORRELATED = 0.5
 REPEATED = 0.2  # of the responses
-
-
-def change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> Interval | None:
-    """Mean change of a column between two answers to the same prompts; None when too few answers have it."""
-    pairs: list[tuple[Any, Any]] = [
-        (row.get(key), other.get(key))
-        for row, other in zip(before, after, strict=False)
-        if row.get("prompt") == other.get("prompt")
-    ]
-    changes = [
-        float(new) - float(old)
-        for old, new in pairs
-        if all(isinstance(value, bool) or is_number(value) for value in (old, new))
-    ]
-    if len(changes) < SMALLEST_SAMPLE:
-        return None
-    return bootstrap_mean(torch.tensor(changes, dtype=torch.float64), seed=0)
-
-
-def length_correlation(rows: Sequence[Row]) -> float | None:
-    """Pearson's correlation of length and score; None with too few responses or when either is constant."""
-    pairs = [(row.get("length"), row.get("score")) for row in rows]
-    numbers = [(float(length), float(score)) for length, score in pairs if is_number(length) and is_number(score)]
-    if len(numbers) < SMALLEST_SAMPLE:
-        return None
-    lengths, scores = zip(*numbers, strict=True)
-    if len(set(lengths)) == 1 or len(set(scores)) == 1:
-        return None
-    return statistics.correlation(lengths, scores)
-
-
-def repeated_share(rows: Sequence[Row]) -> float:
-    """Share of responses given word for word to some other prompt too."""
-    texts = Counter(" ".join(str(row.get("response", "")).lower().split()) for row in rows)
-    return sum(count for count in texts.values() if count > 1) / max(len(rows), 1)
-
-
-def degenerate_share(rows: Sequence[Row]) -> float:
-    """Share of responses without a word, or with six words or more where half of the word pairs are repeats."""
-    return sum(_is_degenerate(str(row.get("response", ""))) for row in rows) / max(len(rows), 1)
-
-
-def endless_share(rows: Sequence[Row]) -> float:
-    """Share of responses that were cut instead of ending by themselves."""
-    return sum(not row.get("ended", True) for row in rows) / max(len(rows), 1)
-
-
-def _is_degenerate(text: str) -> bool:
-    words = text.lower().split()
-    pairs = list(zip(words, words[1:], strict=False))
-    return not words or (len(words) >= 6 and 2 * len(set(pairs)) <= len(pairs))
 
 
 class Finding(NamedTuple):
@@ -173,6 +127,18 @@ def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
         "learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
     )
     yield Finding(not share.low > 0.5, text)
+
+
+def _pairs_ranked(row: Row, seen: Seen) -> Iterator[Finding]:
+    accuracy, pairs = row.get("eval/accuracy"), row.get("eval/pairs")
+    if row["step"] >= seen.total_steps and is_number(accuracy) and is_number(pairs):
+        share = wilson(accuracy * pairs, int(pairs))
+        text = (
+            f"The policy came to prefer the chosen response in {share.mean:.0%} of {int(pairs):,} held-out pairs (95% "
+            f"interval {share.low:.0%} to {share.high:.0%}), which chance alone could give: it has learnt nothing of "
+            "new pairs. Train for longer, with a higher learning rate, or on cleaner pairs."
+        )
+        yield Finding(not share.low > 0.5, text)
 
 
 def _scores_differ(row: Row, seen: Seen) -> Iterator[Finding]:
@@ -293,13 +259,12 @@ def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequ
 
 def _length(_: Row, seen: Seen) -> Iterator[Finding]:
     found = length_correlation(seen.answers)
-    if found is None:
-        yield Finding(None, "all answers have the same length or the same score")
+    if found is None or len({row.get("raw_score", row.get("score")) for row in seen.answers}) == 2:
+        yield Finding(None, "all answers have one length or one score, or are just right or wrong")
         return
     text = (
         f"The longer a response, the higher its score (correlation {found:.2f} over {len(seen.answers)} held-out "
-        "prompts): part of the reward may be for length alone. Compare answers of equal length, or balance the "
-        "preferences."
+        "prompts): part of the reward may be for length alone. Compare answers of equal length, or balance preferences."
     )
     yield Finding(found > CORRELATED, text)
 
@@ -335,6 +300,7 @@ _BOTH = (*REWARD, *PPO)
 CHECKS = {
     "not_finite": Check(ALL, _finite, "all numbers are finite", "nothing was logged"),
     "coin": Check(_BOTH, _better_than_coin, "the reward model is better than a coin on held-out pairs", _UNKNOWN),
+    "pairs": Check(DPO, _pairs_ranked, "held-out pairs are ranked better than by chance", "the stage has not ended"),
     "flat": Check(_BOTH, _scores_differ, "the reward model's scores differ", _UNKNOWN),
     "clamp": Check(PPO, _within_clamp, "few scores are at the clamp", "no scores were logged"),
     "kl": Check(PPO, _kl, "KL has not run away", "no KL was logged"),

@@ -6,7 +6,8 @@ import random
 import pytest
 
 from rlhf.tracking.alerts import StageChecks
-from rlhf.tracking.checks import CHECKS, degenerate_share, length_correlation, repeated_share
+from rlhf.tracking.answer_statistics import degenerate_share, length_correlation, repeated_share
+from rlhf.tracking.checks import CHECKS
 
 TEXTS = [f"answer number {number}" for number in range(10)]
 
@@ -55,7 +56,7 @@ def test_nothing_is_reported_of_a_run_that_goes_well_and_everything_was_checked(
     first = answers(0, scores=SCORES, gold=[0.1] * 10)
     last = answers(9, scores=[score + 0.2 for score in SCORES], gold=[0.5] * 10)
     found = results(rows, first + last, total_steps=9)
-    assert {name.partition(":")[0] for name in found} == set(CHECKS)
+    assert {name.partition(":")[0] for name in found} == {*CHECKS} - {"pairs"}  # which is for DPO
     assert {name for name, result in found.items() if result.is_wrong is not False} == set()
 
 
@@ -68,6 +69,21 @@ def test_nothing_is_reported_of_a_run_that_has_just_begun_and_nothing_was_checke
 def test_a_stage_has_the_checks_that_concern_it():
     assert list(results([], stage="sft")) == ["not_finite"]
     assert list(results([], stage="reward")) == ["not_finite", "coin", "flat"]
+    assert list(results([], stage="dpo")) == ["not_finite", "pairs"]
+
+
+def test_dpo_that_learns_nothing_about_new_pairs_is_reported_at_its_end():
+    def after(accuracy):
+        rows = [{"step": step, "eval/accuracy": accuracy, "eval/pairs": 100.0} for step in (0, 8)]
+        return results(rows[:1], stage="dpo", total_steps=8)["pairs"], results(rows, stage="dpo", total_steps=8)[
+            "pairs"
+        ]
+
+    before, end = after(0.59)  # Wilson: 0.492 to 0.681
+    assert before.is_wrong is None
+    assert end.is_wrong
+    assert "59% of 100 held-out pairs" in end.text
+    assert after(0.61)[1].is_wrong is False  # 0.512 to 0.700
 
 
 def test_what_was_wrong_once_stays_with_its_steps():
@@ -234,6 +250,8 @@ def test_reward_for_length_is_reported():
     assert names(*evaluated(answers(0, scores=[2.0 * n for n in lengths], lengths=lengths))) == ["length"]
     equal = results(*evaluated(answers(0, scores=[1.0] * 10, lengths=lengths)))["length"]
     assert equal.is_wrong is None
+    verified = answers(0, scores=[0.0] * 5 + [1.0] * 5, lengths=lengths)  # what is worked out is longer, and right
+    assert results(*evaluated(verified))["length"].is_wrong is None
 
 
 def test_answers_that_fall_apart_are_reported():

@@ -23,7 +23,8 @@ from rlhf.config.run_config import FOLDERS
 from rlhf.evaluation.result_tables import tables
 from rlhf.runtime.atomic_files import write_text
 from rlhf.tracking.alerts import CheckResult, StageChecks
-from rlhf.tracking.checks import CHECKS, change
+from rlhf.tracking.answer_statistics import change
+from rlhf.tracking.checks import CHECKS
 from rlhf.tracking.jsonl_log import Row, by_step, is_number
 from rlhf.tracking.metric_registry import COLUMNS
 from rlhf.tracking.report import charts
