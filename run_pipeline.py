@@ -55,9 +55,9 @@ def start_or_work(words: list[str]) -> None:
     Torch and the modules that need it are imported later: `--help` and refusals must not wait for them.
     """
     if words[:1] == ["--worker"]:
-        from stages.pipeline import work
+        from stages.pipeline import run_worker
 
-        work(Path(words[1]), words[2:])
+        run_worker(Path(words[1]), words[2:])
         return
     options = {word for word in words if word.startswith("-")}
     if options and options.issubset(_MULTIRUN):

@@ -63,7 +63,7 @@ def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
             run_chat(run)
 
 
-def work(path: Path, stages: list[str]) -> None:
+def run_worker(path: Path, stages: list[str]) -> None:
     """Run `stages` as one of the ranks that another process has started."""
     run = load_run(path)
     with contextlib.suppress(Stopped):  # the process that started us sees which stages are unfinished
@@ -130,16 +130,16 @@ def run_stages(run: RunConfig, stages: list[str], *, world: World) -> None:
     stop()
 
 
-def story_of(stage: str) -> Callable[[RunConfig, World], object]:
+def stage_function(stage: str) -> Callable[[RunConfig, World], object]:
     """The function that runs a stage, such as `run_sft` of `stages/sft.py`; other stages are not imported."""
-    story: Callable[[RunConfig, World], object] = getattr(import_module(f"stages.{stage}"), f"run_{stage}")
-    return story
+    function: Callable[[RunConfig, World], object] = getattr(import_module(f"stages.{stage}"), f"run_{stage}")
+    return function
 
 
 def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
     """Run one stage, and write its report even if it failed."""
     try:
-        story_of(stage)(run, world)
+        stage_function(stage)(run, world)
     except Exception:
         report_stage(run, stage, world=world)
         raise

@@ -24,7 +24,7 @@ from rlhf.config.roles import Role, maker_of, roles_of
 from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.states import GATHERED, GRADIENTS, Item, Place, States
-from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, ModelShape, Stretch, trace
+from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, ModelShape, TracedMemory, trace
 from rlhf.memory_plan.workloads import PHASES, REFERENCE, Workload
 from rlhf.runtime.launch import local_ranks
 
@@ -246,13 +246,13 @@ class ModelMemory:
 
     def training(self, work: Computation) -> list[Item]:
         """At the highest moment of a step: forward, backward or update."""
-        stretches = self._trace(work, training=True, recomputes=self.states.engine.activation_checkpointing)
-        moments = [self._in_training(stretch) for stretch in stretches if stretch.where.call >= 0]
+        parts = self._trace(work, training=True, recomputes=self.states.engine.activation_checkpointing)
+        moments = [self._in_training(part) for part in parts if part.point.call >= 0]
         return [*self._at_rest, *max([*moments, self.states.gradients()], key=_device_bytes)]
 
     def forward(self, work: Computation) -> list[Item]:
         """At the highest moment of a forward without gradients."""
-        highest = max(self._trace(work), key=lambda stretch: stretch.total)
+        highest = max(self._trace(work), key=lambda part: part.total)
         gathered = self.states.item(GATHERED, Place.device, count=self.states.gathered())
         return [*self.at_rest(), gathered, *self._traced(highest)]
 
@@ -260,11 +260,11 @@ class ModelMemory:
         """At the highest moment of answering a batch of prompts."""
         states = self.states
         streams = states.engine.stream_generation and states.engine.zero_stage == 3
-        stretch, cache = _with_cache(self._trace(work, decoding_rows=work.rows))
+        part, cache = _with_cache(self._trace(work, decoding_rows=work.rows))
         held = states.item(GATHERED, Place.device, count=states.gathered() if streams else states.whole())
         # When rows leave, one layer's keys are copied before the others' are.
         leaving = states.item(CACHE, Place.device, count=cache + cache // (2 * sum(self.shape.runs)))
-        others = [item for item in self._traced(stretch) if item.part != CACHE]
+        others = [item for item in self._traced(part) if item.part != CACHE]
         return [*self.at_rest(), held, leaving, *others]
 
     def checkpoint_copy(self, config: CheckpointConfig) -> list[Item]:
@@ -294,22 +294,22 @@ class ModelMemory:
     def _at_rest(self) -> list[Item]:
         return self.states.at_rest()
 
-    def _in_training(self, stretch: Stretch) -> list[Item]:
-        states, (_, backward, place) = self.states, stretch.where
-        items = [*self._traced(stretch), states.item(GATHERED, Place.device, count=states.gathered())]
+    def _in_training(self, part: TracedMemory) -> list[Item]:
+        states, (_, backward, place) = self.states, part.point
+        items = [*self._traced(part), states.item(GATHERED, Place.device, count=states.gathered())]
         items += states.gradients(states.share_of_gradients(place, backward=backward))
         if backward or place == "between":
             items.append(states.item(GRADIENTS, Place.device, count=states.in_reduction()))
         return items
 
-    def _trace(self, work: Computation, **mode: Any) -> list[Stretch]:
+    def _trace(self, work: Computation, **mode: Any) -> list[TracedMemory]:
         return trace(self.shape, work=work, mode=Mode(self.states.dtype, **mode))
 
-    def _traced(self, stretch: Stretch) -> Iterator[Item]:
-        """What a stretch allocates; with activation offload the inputs of all blocks but one are on the host."""
+    def _traced(self, part: TracedMemory) -> Iterator[Item]:
+        """What a part allocates; with activation offload the inputs of all blocks but one are on the host."""
         states, blocks = self.states, sum(self.shape.runs)
-        waiting = stretch.per_block if states.engine.activation_offload and states.device.type == "cuda" else 0
-        for tag, count in stretch.bytes.items():
+        waiting = part.per_block if states.engine.activation_offload and states.device.type == "cuda" else 0
+        for tag, count in part.bytes.items():
             moved = waiting * (blocks - 1) if tag == ACTIVATIONS else 0
             yield states.item(tag, Place.device, count=count - moved)
         yield states.item(ACTIVATIONS, Place.host, count=waiting * blocks)
@@ -324,11 +324,11 @@ def _device_bytes(items: list[Item]) -> int:
     return sum(item.bytes for item in items if item.place is Place.device)
 
 
-def _with_cache(stretches: list[Stretch]) -> tuple[Stretch, int]:
-    """The highest stretch of generating, and the bytes of the cache, which the first forward calls activations."""
-    cache = max((stretch.bytes.get(CACHE, 0) for stretch in stretches if stretch.where.call == 1), default=0)
-    highest = max(stretches, key=lambda stretch: stretch.total)
-    if highest.where.call == 1:
+def _with_cache(parts: list[TracedMemory]) -> tuple[TracedMemory, int]:
+    """The highest part of generating, and the bytes of the cache, which the first forward calls activations."""
+    cache = max((part.bytes.get(CACHE, 0) for part in parts if part.point.call == 1), default=0)
+    highest = max(parts, key=lambda part: part.total)
+    if highest.point.call == 1:
         return highest, cache
     rest = {tag: max(0, count - (cache if tag == ACTIVATIONS else 0)) for tag, count in highest.bytes.items()}
-    return Stretch(highest.where, rest), cache
+    return TracedMemory(highest.point, rest), cache

@@ -91,7 +91,7 @@ class States:
         return [item for item in items if item.bytes]
 
     def share_of_gradients(self, place: str, *, backward: bool) -> float:
-        """How much of the gradient sums is complete in a part of a step, see `Where`; in a later micro-batch all."""
+        """How much of the gradient sums is complete at a `TracePoint` of a step; in a later micro-batch all."""
         if self.micro_batches > 1:
             return 1.0
         module, blocks = self.spec.module, self.spec.blocks

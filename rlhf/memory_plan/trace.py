@@ -117,8 +117,8 @@ def _config(source: str | Embedded) -> Any:  # transformers is behind `rlhf.mode
     )
 
 
-class Where(NamedTuple):
-    """A part of a computation."""
+class TracePoint(NamedTuple):
+    """A point of a computation."""
 
     call: int
     """The forward of the model that it belongs to, from 0."""
@@ -128,10 +128,10 @@ class Where(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Stretch:
-    """The bytes that are live at the peak of a part of a computation."""
+class TracedMemory:
+    """The bytes that are live at the peak of a part of a computation, and the point where it begins."""
 
-    where: Where
+    point: TracePoint
     bytes: dict[str, int]
     """By tag: activations, logits and loss, KV cache."""
     per_block: int = 0
@@ -162,37 +162,37 @@ class EnoughError(Exception):
 
 
 @lru_cache(maxsize=256)
-def trace(shape: ModelShape, *, work: Computation, mode: Mode) -> list[Stretch]:
+def trace(shape: ModelShape, *, work: Computation, mode: Mode) -> list[TracedMemory]:
     """The parts of `work` on a model, in the order in which they begin; remembered, so not to be changed."""
 
-    def traced(runs: tuple[int, int]) -> list[Stretch]:
+    def traced(runs: tuple[int, int]) -> list[TracedMemory]:
         return trace_once(shape.build(runs), work, mode=mode)
 
     lower, upper = shape.runs
     if not shape.is_regular:
         return traced(shape.runs)
     short = (min(lower, 1), min(upper, 3))
-    stretches = base = traced(short)
+    parts = base = traced(short)
     for run, more in enumerate((lower - short[0], upper - short[1])):
         # A block leaves tensors to later parts in a cache, for backward (the lower run is frozen), or where the
         # configuration asks for all hidden states. Where it does not, a deeper model takes no more.
         leaves = mode.decoding_rows or (mode.training and run == 1) or shape.whole.config.output_hidden_states
         if more and leaves:
             longer = traced((short[0] + (run == 0), short[1] + (run == 1)))
-            assert [stretch.where for stretch in base] == [stretch.where for stretch in longer], "blocks differ"
-            grown = zip(stretches, base, longer, strict=True)
-            stretches = [_deeper(found, short=a, longer=b, more=more) for found, a, b in grown]
-    return stretches
+            assert [part.point for part in base] == [part.point for part in longer], "blocks differ"
+            grown = zip(parts, base, longer, strict=True)
+            parts = [_deeper(found, short=a, longer=b, more=more) for found, a, b in grown]
+    return parts
 
 
-def _deeper(found: Stretch, *, short: Stretch, longer: Stretch, more: int) -> Stretch:
+def _deeper(found: TracedMemory, *, short: TracedMemory, longer: TracedMemory, more: int) -> TracedMemory:
     """`found` with `more` times what `longer` has beyond `short`."""
     tags = sorted({*found.bytes, *short.bytes, *longer.bytes})
     total = {tag: found.bytes.get(tag, 0) + more * (longer.bytes.get(tag, 0) - short.bytes.get(tag, 0)) for tag in tags}
-    return Stretch(found.where, total, per_block=max(found.per_block, longer.total - short.total))
+    return TracedMemory(found.point, total, per_block=max(found.per_block, longer.total - short.total))
 
 
-def trace_once(spec: ModelSpec, work: Computation, *, mode: Mode) -> list[Stretch]:
+def trace_once(spec: ModelSpec, work: Computation, *, mode: Mode) -> list[TracedMemory]:
     """The parts of `work` on this very model, which is used up: its parameters become fake and get hooks."""
     module = spec.module
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:
@@ -206,7 +206,7 @@ def trace_once(spec: ModelSpec, work: Computation, *, mode: Mode) -> list[Stretc
             loss = work(module)
             if loss is not None and mode.training:
                 loss.backward()  # type: ignore[no-untyped-call]
-    return counter.stretches()
+    return counter.parts()
 
 
 def _make_fake(module: nn.Module, fake: FakeTensorMode, *, dtype: torch.dtype) -> None:
@@ -232,9 +232,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._tag_of: dict[int, str] = {}
         self._live: dict[str, int] = {}
         self._tag = ACTIVATIONS
-        self.here = Where(-1, False, "before")  # the batch is made
+        self.here = TracePoint(-1, False, "before")  # the batch is made
         """The part of the computation that is running."""
-        self._peaks: dict[Where, dict[str, int]] = {}
+        self._peaks: dict[TracePoint, dict[str, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
@@ -248,7 +248,7 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def enter(self, call: int, place: str, *, tag: str, backward: bool = False) -> None:
         """A part of the computation begins; new storages get `tag`."""
-        self.here, self._tag = Where(call, backward, place), tag
+        self.here, self._tag = TracePoint(call, backward, place), tag
         self._note()
 
     def retag(self, old: str, new: str) -> None:
@@ -258,9 +258,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._tag_of[key] = new
         self._live[new] = self._live.get(new, 0) + self._live.pop(old, 0)
 
-    def stretches(self) -> list[Stretch]:
+    def parts(self) -> list[TracedMemory]:
         """The peak of each part, in the order in which they began."""
-        return [Stretch(where, dict(peak)) for where, peak in self._peaks.items()]
+        return [TracedMemory(point, dict(peak)) for point, peak in self._peaks.items()]
 
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

@@ -132,7 +132,7 @@ def export(
         max_shard_bytes: No file holds more, except for one tensor that is larger.
 
     Returns:
-        With adapters, the share of their change that the type of the merged weights keeps (`lora.Survival`).
+        With adapters, the share of their change that the type of the merged weights keeps (`lora.MergePrecision`).
 
     Raises:
         RunError: The disk is full, or cannot be written; the earlier folder is unchanged.
@@ -142,12 +142,12 @@ def export(
         return None
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    survival = lora.Survival()
+    precision = lora.MergePrecision()
     adapters: dict[str, Tensor] = {}
     try:
         with writing(folder):
             partial.mkdir(parents=True)
-            plain = _plain_tensors(module, tensors, adapters=adapters, dtype=dtype, survival=survival)
+            plain = _plain_tensors(module, tensors, adapters=adapters, dtype=dtype, precision=precision)
             entries = _entries(module, dtype)
             _write_tensors(partial, plain, entries=entries, max_shard_bytes=max_shard_bytes)
             _write_configs(partial, module, tokenizer=tokenizer, dtype=_dtype_of(entries))
@@ -158,7 +158,7 @@ def export(
             _publish(partial, folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # an unfinished folder would keep the disk full
-    return survival.share if adapters else None
+    return precision.share if adapters else None
 
 
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:
@@ -182,7 +182,7 @@ def _plain_tensors(
     *,
     adapters: dict[str, Tensor],
     dtype: torch.dtype | None,
-    survival: lora.Survival,
+    precision: lora.MergePrecision,
 ) -> Iterator[tuple[str, Tensor]]:
     """The merged model's names and tensors, with buffers; the content of an adapter folder is put into `adapters`."""
 
@@ -194,7 +194,7 @@ def _plain_tensors(
     layers = lora.adapted_layers(module)
     if layers:
         passed = (keep_small(name, tensor) for name, tensor in tensors)
-        tensors = lora.merge_adapters(passed, layers, dtype=dtype, survival=survival)
+        tensors = lora.merge_adapters(passed, layers, dtype=dtype, precision=precision)
     yield from tensors
     for name, buffer in persistent_buffers(module):
         yield name, buffer.cpu()

@@ -132,7 +132,7 @@ def adapters_off(module: nn.Module) -> Iterator[None]:
 
 
 @dataclass
-class Survival:
+class MergePrecision:
     """Measures how much of the adapters' change is left after merged weights are rounded to their stored type."""
 
     change: float = 0.0
@@ -151,7 +151,7 @@ def merge_adapters(
     layers: Mapping[str, AdaptedLinear],
     *,
     dtype: torch.dtype | None = None,
-    survival: Survival | None = None,
+    precision: MergePrecision | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge adapters into a stream of whole tensors, under the plain names of the base model.
 
@@ -159,12 +159,12 @@ def merge_adapters(
         tensors: Names of `module.named_parameters()` and whole tensors, in any order.
         layers: The `adapted_layers` of that module; their parameters are not read.
         dtype: Merged weights, summed in fp32, are rounded to this type; None takes that of the weight.
-        survival: Counts how much of the change the rounding keeps.
+        precision: Counts how much of the change the rounding keeps.
 
     Yields:
         Plain names and tensors; for an adapted layer only the merged weight, once its three tensors have arrived.
     """
-    survival = survival or Survival()
+    precision = precision or MergePrecision()
     waiting: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in tensors:
         layer, part = _split(name)
@@ -175,7 +175,7 @@ def merge_adapters(
         if len(waiting[layer]) == 3:
             parts = waiting.pop(layer)
             weight, change = parts["weight"], _change(parts["lora_A"], parts["lora_B"], layer=layers[layer])
-            yield f"{layer}.weight", _merge(weight, change, dtype=dtype or weight.dtype, survival=survival)
+            yield f"{layer}.weight", _merge(weight, change, dtype=dtype or weight.dtype, precision=precision)
     assert not waiting, f"adapters or weights that never arrived: {sorted(waiting)[:3]}"
 
 
@@ -262,13 +262,13 @@ def _change(a: Tensor, b: Tensor, *, layer: AdaptedLinear) -> Tensor:
 
 
 @torch.no_grad()
-def _merge(weight: Tensor, change: Tensor, *, dtype: torch.dtype, survival: Survival) -> Tensor:
+def _merge(weight: Tensor, change: Tensor, *, dtype: torch.dtype, precision: MergePrecision) -> Tensor:
     """`weight` + `change`, summed in fp32, then in `dtype`; `change` is overwritten."""
     merged = torch.add(weight, change)  # fp32, as `change` is
     stored = merged.to(dtype, copy=True)
     # In place, since a layer may be large: (stored - weight) * change, the product with what should have been added.
-    survival.stored += merged.copy_(stored).sub_(weight).mul_(change).sum().item()
-    survival.change += change.square_().sum().item()
+    precision.stored += merged.copy_(stored).sub_(weight).mul_(change).sum().item()
+    precision.change += change.square_().sum().item()
     return stored
 
 

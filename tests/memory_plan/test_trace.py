@@ -61,7 +61,7 @@ def test_short_models_say_exactly_what_a_deep_one_takes(shape, lora, work, mode)
     assert deep.is_regular
     expected = trace_once(deep.build(deep.runs), work, mode=mode)
     found = trace(deep, work=work, mode=mode)
-    assert [(s.where, s.total) for s in found] == [(s.where, s.total) for s in expected]
+    assert [(s.point, s.total) for s in found] == [(s.point, s.total) for s in expected]
 
 
 def test_a_model_that_returns_all_hidden_states_keeps_them_without_gradients_too(tmp_path):
@@ -69,7 +69,7 @@ def test_a_model_that_returns_all_hidden_states_keeps_them_without_gradients_too
     deep = ModelShape(str(tmp_path), ModelKind.causal_lm)
     found = trace(deep, work=score, mode=Mode(torch.float32))
     expected = trace_once(deep.build(deep.runs), score, mode=Mode(torch.float32))
-    assert [(s.where, s.total) for s in found] == [(s.where, s.total) for s in expected]
+    assert [(s.point, s.total) for s in found] == [(s.point, s.total) for s in expected]
     assert found[-1].per_block == ROWS * LENGTH * 32 * 4
 
 
@@ -78,7 +78,7 @@ def test_a_recomputed_model_keeps_one_input_for_each_block(shape):
         trace(shape, work=learn, mode=Mode(torch.float32, training=True, recomputes=recomputes))
         for recomputes in (False, True)
     )
-    last = [next(s for s in found if s.where == (0, False, "last")) for found in (kept, recomputed)]
+    last = [next(s for s in found if s.point == (0, False, "last")) for found in (kept, recomputed)]
     assert last[1].per_block == ROWS * LENGTH * 32 * 4
     assert last[0].per_block > 10 * last[1].per_block
 
@@ -127,7 +127,7 @@ def test_counts_can_be_worked_out_by_hand():
         return model(torch.ones(1000)).sum()
 
     found = trace_once(Plain(Squares(3)), work, mode=Mode(torch.float32, training=True))
-    at = {(s.where.backward, s.where.place): s.total for s in found}
+    at = {(s.point.backward, s.point.place): s.total for s in found}
     assert at[False, "before"] == 2 * 4000
     assert at[False, "first"] == 3 * 4000
     assert at[False, "last"] == 5 * 4000

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.causal_lm import causal_lm, position_ids
-from rlhf.models.lora import Survival, adapted_layers, adapters_off, inject, merge_adapters
+from rlhf.models.lora import MergePrecision, adapted_layers, adapters_off, inject, merge_adapters
 from rlhf.models.scalar_head import scalar_head_model
 from tests.models import tiny
 
@@ -203,8 +203,8 @@ def test_what_rounding_leaves_of_the_change_is_measured(family, tmp_path):
             layer.lora_B["default"].weight.normal_(0, 1e-3)
     layers = adapted_layers(module)
     for dtype in (torch.bfloat16, torch.float32):
-        survival = Survival()
-        merged = dict(merge_adapters(tiny.named_tensors(module), layers, dtype=dtype, survival=survival))
+        precision = MergePrecision()
+        merged = dict(merge_adapters(tiny.named_tensors(module), layers, dtype=dtype, precision=precision))
         stored, change = (
             torch.cat([part.flatten() for part in parts])
             for parts in (
@@ -213,13 +213,13 @@ def test_what_rounding_leaves_of_the_change_is_measured(family, tmp_path):
             )
         )
         assert all(merged[f"{name}.weight"].dtype is dtype for name in layers)
-        assert survival.share == pytest.approx(along(stored, change), rel=1e-5)
-    assert survival.share == pytest.approx(1, abs=1e-4)
-    fresh = Survival()
+        assert precision.share == pytest.approx(along(stored, change), rel=1e-5)
+    assert precision.share == pytest.approx(1, abs=1e-4)
+    fresh = MergePrecision()
     with torch.no_grad():
         for layer in layers.values():
             layer.lora_B["default"].weight.zero_()
-    list(merge_adapters(tiny.named_tensors(module), layers, survival=fresh))
+    list(merge_adapters(tiny.named_tensors(module), layers, precision=fresh))
     assert fresh.share == 1.0, "there is nothing to lose"
 
 

@@ -70,7 +70,7 @@ def test_what_is_for_the_user_is_told_from_mistakes_in_the_program(function, sen
     [(by_us, "size: 5 is not a multiple of 2; use 4 or 6."), (by_the_disk, "No space left"), (by_python, None)],
 )
 def test_a_stage_ends_in_one_sentence_and_its_traceback_is_kept(monkeypatch, tmp_path, function, sentence):
-    monkeypatch.setattr(pipeline, "story_of", lambda stage: lambda *_: function())
+    monkeypatch.setattr(pipeline, "stage_function", lambda stage: lambda *_: function())
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     run = composed("experiment=smoke", "tracking.report=false", f"output_dir={tmp_path}")
     with pytest.raises(SystemExit if sentence else ValueError) as ended:
@@ -85,14 +85,14 @@ def test_a_stage_ends_in_one_sentence_and_its_traceback_is_kept(monkeypatch, tmp
 
 
 def test_a_full_disk_keeps_the_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "story_of", lambda stage: lambda *_: by_the_disk())
+    monkeypatch.setattr(pipeline, "stage_function", lambda stage: lambda *_: by_the_disk())
     (tmp_path / "traceback.txt").mkdir()  # it cannot be written either
     with pytest.raises(SystemExit, match=r"error: a file: No space left on device\. .* again\.$"):
         pipeline.run_stages(composed("experiment=smoke", f"output_dir={tmp_path}"), ["sft"], world=World.alone())
 
 
 def test_the_whole_traceback_can_be_asked_for(monkeypatch, tmp_path):
-    monkeypatch.setattr(pipeline, "story_of", lambda stage: lambda *_: by_us())
+    monkeypatch.setattr(pipeline, "stage_function", lambda stage: lambda *_: by_us())
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     with pytest.raises(ValueError, match="size: 5"):
         pipeline.run_stages(composed("experiment=smoke", f"output_dir={tmp_path}"), ["sft"], world=World.alone())

@@ -5,7 +5,7 @@ from rlhf.config.run_config import SUPERVISED
 from rlhf.memory_plan.workloads import PHASES
 from rlhf.tracking.metric_registry import ALL
 from rlhf.training.supervised_step import OBJECTIVES
-from stages.pipeline import story_of
+from stages.pipeline import stage_function
 
 
 @pytest.mark.parametrize("stage", SUPERVISED)
@@ -15,4 +15,4 @@ def test_a_stage_that_learns_from_examples_is_described_by_its_settings(stage):
     assert settings.rows in READERS
     assert "model" in PHASES[stage]["train"]
     assert stage in ALL
-    assert story_of(stage).__name__ == f"run_{stage}"
+    assert stage_function(stage).__name__ == f"run_{stage}"
