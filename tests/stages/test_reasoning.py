@@ -12,23 +12,11 @@ TINY = [
         "engine.precision=fp32",
         "tracking.wandb=disabled",
     ),
-    *(
-        "sft.max_steps=2",
-        "sft.optimizer.warmup_steps=0",
-        "sft.max_prompt_tokens=80",
-        "sft.max_response_tokens=80",
-        "sft.eval_rows=8",
-    ),
-    *("ppo.iterations=1", "ppo.rollout_size=16", "ppo.minibatch_size=16", "ppo.micro_batch_size=16"),
-    *("ppo.rollout_micro_batch_size=16", "ppo.max_prompt_tokens=80", "ppo.max_response_tokens=12"),
-    *(
-        "ppo.eval_prompts=8",
-        "ppo.lora.top_layers=0",
-        "eval.prompts=8",
-        "eval.micro_batch_size=8",
-        "eval.max_prompt_tokens=80",
-    ),
-    *("eval.max_response_tokens=12", "eval.max_row_tokens=80", "eval.rows=8"),
+    *("sft.max_steps=2", "sft.optimizer.warmup_steps=0", "sft.lora.top_layers=0", "sft.eval_rows=8"),
+    *("sft.max_prompt_tokens=80", "sft.max_response_tokens=80", "ppo.iterations=1", "ppo.lora.top_layers=0"),
+    *("ppo.rollout_size=16", "ppo.minibatch_size=16", "ppo.micro_batch_size=16", "ppo.rollout_micro_batch_size=16"),
+    *("ppo.max_prompt_tokens=80", "ppo.max_response_tokens=12", "ppo.eval_prompts=8", "eval.prompts=8", "eval.rows=8"),
+    *("eval.micro_batch_size=8", "eval.max_prompt_tokens=80", "eval.max_response_tokens=12", "eval.max_row_tokens=80"),
 ]
 
 
