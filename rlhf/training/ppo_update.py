@@ -313,7 +313,9 @@ def update_reference(models: Models, config: PPOConfig, *, iteration: int) -> di
     if is_due:
         assert models.reference is not None, "the settings were checked"
         models.reference.follow(models.actor, share=config.reference_update_mix)
-        log.info("iteration %d: the reference is now %g of the actor", iteration, config.reference_update_mix)
+        log.info(
+            "iteration %d: the reference has moved %g of the way to the actor", iteration, config.reference_update_mix
+        )
     return {"objective/reference_updated": float(is_due)}
 
 

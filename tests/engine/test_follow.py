@@ -1,11 +1,14 @@
 """A frozen engine that follows one in training: the mix by hand, wherever the weights of both are kept."""
 
 import itertools
+import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from rlhf.config.engine_config import EngineConfig
+from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.engine.engine import build_engine
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
@@ -108,3 +111,39 @@ def test_it_goes_into_a_checkpoint_and_back(kind, tmp_path):
         assert torch.equal(weight, expected[name]), name
     reference.close()
     again.close()
+
+
+def test_the_mix_is_trls():
+    golden = json.loads((Path(__file__).parents[1] / "golden/reference_update.json").read_text())
+    actor, reference = tiny.engine(World.alone(), 0), frozen(World.alone(), zero_stage=0)
+    weights, own = (engine.module.get_parameter("llama.model.norm.weight").data for engine in (actor, reference))
+    weights[:6] = torch.tensor(golden["actor"])
+    for share, after in golden["after"].items():
+        own[:6] = torch.tensor(golden["reference"])
+        reference.follow(actor, share=float(share))
+        torch.testing.assert_close(own[:6], torch.tensor(after), rtol=1e-6, atol=1e-7)
+
+
+def save_on_this_rank(folder):
+    """A checkpoint of a bf16 reference that two ranks share, and its weights."""
+    world = dist.start("cpu")
+    actor, reference = tiny.engine(world, 2), frozen(world, zero_stage=3, precision="bf16")
+    tiny.train_step(actor, 0)
+    reference.follow(actor, share=SHARE)
+    checkpoints = Checkpoints(Path(folder), world, keep=1, asynchronous=True)
+    checkpoints.save(1, reference.checkpoint_tensors(), state={}, protected=set())
+    stored = scenarios.weights(reference)
+    reference.follow(actor, share=1.0)  # while a thread may still write the copy that was taken
+    checkpoints.finish_save()
+    return stored
+
+
+def test_a_checkpoint_of_two_ranks_is_resumed_by_one(tmp_path):
+    stored = run_on_ranks(save_on_this_rank, 2, str(tmp_path))[0]
+    reference = frozen(World.alone(), zero_stage=0, precision="bf16")
+    start = scenarios.weights(reference)
+    checkpoints = Checkpoints(tmp_path, World.alone(), keep=1, asynchronous=False)
+    checkpoints.load(checkpoints.newest(), reference.checkpoint_tensors())
+    for name, weight in scenarios.weights(reference).items():
+        assert torch.equal(weight, stored[name]), name
+    assert not torch.equal(stored["llama.lm_head.weight"], start["llama.lm_head.weight"])
