@@ -50,7 +50,7 @@ from rlhf.tracking.tracker import start_wandb
 from rlhf.types import PromptBatch
 from stages.lifecycle.session import stage_tokenizer
 from stages.lifecycle.stage_models import open_model, stored_scale
-from stages.lifecycle.stage_record import settings_behind
+from stages.lifecycle.stage_settings import settings_behind
 from stages.setup.preflight import HeldOutRows, held_out_rows
 
 log = logging.getLogger(__name__)

@@ -27,7 +27,8 @@ from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
 from stages.lifecycle.checkpointing import CheckpointManager, GracefulStop, TrainingProgress, TrainingState
 from stages.lifecycle.stage_models import export_model
-from stages.lifecycle.stage_record import CONFIG, RECORD, StageRecord, claim_folder, model_files, write_record
+from stages.lifecycle.stage_record import RECORD, StageRecord, claim_folder, model_files, write_record
+from stages.lifecycle.stage_settings import CONFIG
 
 log = logging.getLogger(__name__)
 

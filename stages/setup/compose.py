@@ -23,7 +23,7 @@ from rlhf.config.reward_config import RewardSourceConfig
 from rlhf.config.roles import maker_of, policy_path
 from rlhf.config.run_config import STAGES, USES, RunConfig
 from rlhf.runtime.atomic_files import write_text
-from stages.lifecycle.stage_record import settings_behind
+from stages.lifecycle.stage_settings import settings_behind
 
 CONF_DIR = str(Path(conf.__file__).parent.resolve())
 

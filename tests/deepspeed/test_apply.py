@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.stage_configs import Schedule
 from rlhf.deepspeed.apply import with_deepspeed
-from stages.lifecycle.stage_record import settings_of
+from stages.lifecycle.stage_settings import settings_of
 from stages.setup.command_line import overridden_keys
 from stages.setup.compose import CONF_DIR, load_run, register_schema, save_run, to_run
 

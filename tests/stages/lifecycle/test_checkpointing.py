@@ -24,7 +24,7 @@ from rlhf.tracking.timing import Stopwatch
 from stages import pipeline
 from stages.lifecycle.checkpointing import CHECKPOINTS, CheckpointManager, GracefulStop, TrainingProgress, check_resume
 from stages.lifecycle.session import Session
-from stages.lifecycle.stage_record import _FREE_IN_ENGINES
+from stages.lifecycle.stage_settings import _FREE_IN_ENGINES
 from tests.config.test_configuration import composed
 from tests.stages import killing
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[3]
         (["data=my.jsonl"], "Files are given as data=files data.sft.train=[my.jsonl]"),
         (["engine=ds.json"], "A DeepSpeed file is given as engine.deepspeed=ds.json"),
         (["stage="], "expected one of chat, "),
-        (["experiment=null"], "expected one of custom, reviews, smoke"),
+        (["experiment=null"], "expected one of custom, reasoning, reviews, smoke"),
         (["model.path=~/x"], f"write model.path={Path.home()}/x"),
         (["data.sft.train=[~/x.jsonl]"], f"write 'data.sft.train=[{Path.home()}/x.jsonl]'"),
         (["name=ü"], """write 'name="ü"'"""),
