@@ -169,7 +169,7 @@ def _kl(row: Row, _: Seen) -> Iterator[Finding]:
     if is_number(value):
         text = (
             f"KL to the reference is {number(value)} nats per token at step {row['step']}: the policy has run away "
-            "from the reference, to where the reward model was not trained to score. Raise ppo.kl.coef, or lower ppo's "
+            "from the reference, to where its scores may mean nothing. Raise ppo.kl.coef, or lower ppo's "
             "learning rate."
         )
         yield Finding(value > KL_PER_TOKEN, text)
@@ -198,7 +198,7 @@ def _risen(row: Row, seen: Seen) -> Iterator[Finding]:
     text = (
         f"The score of held-out answers has changed by {with_ends(found.mean, found.low, high=found.high)} over "
         f"{found.count} prompts from before training to its end at step {row['step']}: as far as they tell it has not "
-        "risen. Look at the reward model, at ppo.kl.coef and at the learning rates."
+        "risen. Look at the rewards, at ppo.kl.coef and at the learning rates."
     )
     yield Finding(found.low <= 0, text)
 
@@ -248,10 +248,10 @@ def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequ
     # The interval widens by a ratio of normal quantiles, because the mean of many answers is nearly normal.
     wider = statistics.NormalDist().inv_cdf(1 - 0.025 / (count * (count - 1) ** 2)) / Z
     text = (
-        f"From step {start} to step {row['step']} the reward model's score rose by {number(score.mean)} "
+        f"From step {start} to step {row['step']} the score rose by {number(score.mean)} "
         f"while {key}, which no model was trained on, fell by {with_ends(-gold.mean, -gold.high, high=-gold.low)} over "
         f"{gold.count} prompts{f', at a KL of {number(kl)} nats' if is_number(kl) else ''}: the policy has learnt what "
-        f"pleases the reward model, not what it stands for. By {key} the policy of step {start} is the best; "
+        f"pleases its rewards, not what they stand for. By {key} the policy of step {start} is the best; "
         "raise ppo.kl.coef, or stop there."
     )
     return Finding(score.mean > 0 and gold.mean + wider * (gold.high - gold.mean) < 0, text)

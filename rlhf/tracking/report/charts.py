@@ -231,7 +231,7 @@ def _reward_against_kl(paths: Mapping[str, Points]) -> Chart:
     axes.legend()
     caption = (
         "One point for each evaluation, joined in the order of training; the ring is the start. Where the score "
-        "goes on rising and a gold metric turns down, the policy pleases the reward model only (Gao et al. 2023)."
+        "goes on rising and a gold metric turns down, the policy pleases its rewards only (Gao et al. 2023)."
     )
     return _chart(axes, "Reward against KL", caption=caption)
 
