@@ -259,7 +259,8 @@ def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequ
 
 def _length(_: Row, seen: Seen) -> Iterator[Finding]:
     found = length_correlation(seen.answers)
-    if found is None or len({row.get("raw_score", row.get("score")) for row in seen.answers}) == 2:
+    scores = {score for row in seen.answers if is_number(score := row.get("raw_score", row.get("score")))}
+    if found is None or len(scores) == 2:
         yield Finding(None, "all answers have one length or one score, or are just right or wrong")
         return
     text = (
