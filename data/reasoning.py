@@ -20,6 +20,8 @@ Problem = Mapping[str, Any]
 Config = Mapping[str, Any]
 """Settings of a task, as reasoning-gym calls them."""
 
+WORKED = "chain_sum"
+"""The task whose steps can be written down."""
 HELD_OUT = 8
 """One question in so many is held out."""
 NUMBERS = 2**31
@@ -36,9 +38,23 @@ def demonstrations(
     split: str,
     worked_share: float = 0.0,
     seed: int = 0,
-    config: Mapping[str, Any] | None = None,
+    config: Config | None = None,
 ) -> list[dict[str, str]]:
-    """Rows `prompt` and `completion`, a share `worked_share` of them with the steps before the answer."""
+    """Rows `prompt` and `completion`, a share `worked_share` of them with the steps before the answer.
+
+    Args:
+        task: Name of a task of reasoning-gym; only `chain_sum` has steps.
+        size: Rows, each with another problem.
+        split: `train` or `test`, which share no problem.
+        worked_share: 0 to 1.
+        seed: Which problems, and which of them are worked out.
+        config: Settings of the task, such as `min_terms`.
+
+    Raises:
+        ValueError: the task has no steps or too few problems, or reasoning-gym is not installed.
+    """
+    if worked_share and task != WORKED:
+        raise ValueError(f"worked_share={worked_share}: only {WORKED} has steps, found {task}; expected 0.")
     draw = random.Random(seed)
     return [
         {"prompt": _prompt(problem), "completion": _response(problem, worked=draw.random() < worked_share)}
@@ -47,7 +63,7 @@ def demonstrations(
 
 
 def prompts(task: str, size: int, *, split: str, seed: int = 0, config: Config | None = None) -> list[dict[str, str]]:
-    """Rows `prompt` and `problem`, which is what the verifier needs, as JSON."""
+    """Rows `prompt` and `problem`, which is what the verifier needs, as JSON; arguments as for `demonstrations`."""
     return [
         {"prompt": _prompt(problem), "problem": json.dumps(problem)}
         for problem in _problems(task, size, split=split, seed=seed, config=config or {})
@@ -66,6 +82,8 @@ def formatted(completions: Sequence[str], **_: Any) -> list[float]:
 
 def _problems(task: str, size: int, *, split: str, seed: int, config: Config) -> Iterator[Problem]:
     """The first `size` different problems of a split, as reasoning-gym generates them."""
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}: expected train or test, which is held out.")
     try:
         from reasoning_gym import create_dataset
     except ModuleNotFoundError as error:
@@ -79,7 +97,7 @@ def _problems(task: str, size: int, *, split: str, seed: int, config: Config) ->
         problem = source[number]
         number += 1
         question = problem["question"]
-        if _is_held_out(question) == (split != "train") and question not in seen:
+        if _is_held_out(question) == (split == "test") and question not in seen:
             seen.add(question)
             last = number
             yield problem

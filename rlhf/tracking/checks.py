@@ -62,6 +62,11 @@ class Seen:
     evaluations: Counter[str] = field(default_factory=Counter)
     """How many evaluations had each gold metric."""
 
+    @property
+    def raw_score(self) -> str:
+        """The column of the answers with the sum of the reward sources, or with the scores of the only one."""
+        return next((key for key in (*self.answers, {})[0] if key.startswith(("raw_score", "reward/"))), "")
+
 
 Look = Callable[[Row, Seen], Iterator[Finding]]
 
@@ -116,29 +121,30 @@ def _of_reward_model(row: Row, key: str, *, seen: Seen) -> float | None:
     return value if is_number(value) else None
 
 
-def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
-    accuracy, pairs = (_of_reward_model(row, key, seen=seen) for key in ("accuracy", "pairs"))
-    if accuracy is None or pairs is None:
-        return
+def _ranking(accuracy: float, pairs: float, who: str, *, means: str) -> Finding:
+    """Wrong where chance alone could give that accuracy on held-out pairs; `means` says what that is worth."""
     share = wilson(accuracy * pairs, int(pairs))
     text = (
-        f"The reward model ranks {share.mean:.0%} of {int(pairs):,} held-out pairs right (95% interval "
-        f"{share.low:.0%} to {share.high:.0%}): as far as they tell it is no better than a coin, and PPO would "
-        "learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
+        f"{who} ranks {share.mean:.0%} of {int(pairs):,} held-out pairs right (95% interval {share.low:.0%} to "
+        f"{share.high:.0%}): as far as they tell it is no better than a coin, and {means}"
     )
-    yield Finding(not share.low > 0.5, text)
+    return Finding(not share.low > 0.5, text)
+
+
+def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
+    accuracy, pairs = (_of_reward_model(row, key, seen=seen) for key in ("accuracy", "pairs"))
+    if accuracy is not None and pairs is not None:
+        means = (
+            "PPO would learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
+        )
+        yield _ranking(accuracy, pairs, "The reward model", means=means)
 
 
 def _pairs_ranked(row: Row, seen: Seen) -> Iterator[Finding]:
     accuracy, pairs = row.get("eval/accuracy"), row.get("eval/pairs")
     if row["step"] >= seen.total_steps and is_number(accuracy) and is_number(pairs):
-        share = wilson(accuracy * pairs, int(pairs))
-        text = (
-            f"The policy came to prefer the chosen response in {share.mean:.0%} of {int(pairs):,} held-out pairs (95% "
-            f"interval {share.low:.0%} to {share.high:.0%}), which chance alone could give: it has learnt nothing of "
-            "new pairs. Train for longer, with a higher learning rate, or on cleaner pairs."
-        )
-        yield Finding(not share.low > 0.5, text)
+        means = "has learnt nothing of new pairs. Train for longer, with a higher learning rate, or on cleaner pairs."
+        yield _ranking(accuracy, pairs, "The policy, by DPO's implicit reward,", means=means)
 
 
 def _scores_differ(row: Row, seen: Seen) -> Iterator[Finding]:
@@ -204,7 +210,7 @@ def _risen(row: Row, seen: Seen) -> Iterator[Finding]:
 
 
 def _raw_score(row: Row, seen: Seen) -> Iterator[Finding]:
-    sum_or_only = next((key for key in (*seen.answers, {})[0] if key.startswith(("raw_score", "reward/"))), "")
+    sum_or_only = seen.raw_score
     raw, score = (change(seen.first_answers, seen.answers, key=key) for key in (sum_or_only, "score"))
     if raw is None or score is None:
         yield Finding(None, f"fewer than {SMALLEST_SAMPLE} answers have both scores")
@@ -259,7 +265,8 @@ def _parted(row: Row, key: str, *, answers: Sequence[Row], best: tuple[Row, Sequ
 
 def _length(_: Row, seen: Seen) -> Iterator[Finding]:
     found = length_correlation(seen.answers)
-    scores = {score for row in seen.answers if is_number(score := row.get("raw_score", row.get("score")))}
+    # The score itself may have a third value: less a penalty for answers that do not end.
+    scores = {score for row in seen.answers if is_number(score := row.get(seen.raw_score))}
     if found is None or len(scores) == 2:
         yield Finding(None, "all answers have one length or one score, or are just right or wrong")
         return

@@ -78,3 +78,10 @@ def test_a_task_with_too_few_different_problems_says_how_many_it_has():
     tiny = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}  # 10 x 10 x 2 signs
     with pytest.raises(ValueError, match=r"chain_sum with .* has only 1\d\d different problems.*size=300"):
         prompts("chain_sum", 300, split="train", config=tiny)
+
+
+def test_a_wrong_split_or_steps_that_a_task_does_not_have_are_refused():
+    with pytest.raises(ValueError, match="split='tset': expected train or test"):
+        prompts("chain_sum", 3, split="tset")
+    with pytest.raises(ValueError, match="only chain_sum has steps, found gcd"):
+        demonstrations("gcd", 3, split="train", worked_share=0.5)

@@ -250,7 +250,12 @@ def test_reward_for_length_is_reported():
     assert names(*evaluated(answers(0, scores=[2.0 * n for n in lengths], lengths=lengths))) == ["length"]
     equal = results(*evaluated(answers(0, scores=[1.0] * 10, lengths=lengths)))["length"]
     assert equal.is_wrong is None
-    verified = answers(0, scores=[0.0] * 5 + [1.0] * 5, lengths=lengths)  # what is worked out is longer, and right
+    verdicts = [0.0] * 5 + [1.0] * 5  # what is worked out is longer, and right; the first one does not end
+    verified = answers(0, scores=[-1.0, *verdicts[1:]], lengths=lengths)
+    assert results(*evaluated(verified))["length"].is_wrong
+    for row, verdict in zip(verified, verdicts, strict=True):
+        row.pop("raw_score", None)
+        row["reward/correct"] = verdict
     assert results(*evaluated(verified))["length"].is_wrong is None
 
 
