@@ -100,9 +100,15 @@ RECIPES = {
 
 
 def run_seed(recipe: Recipe, seed: int, folder: Path) -> float:
-    """Run the recipe, unless it is finished; returns wall-clock seconds, from the program's start to its end."""
+    """Run the recipe, unless it is finished; returns wall-clock seconds, from the program's start to its end.
+
+    Raises:
+        ValueError: the folder holds a run that was interrupted, of which the time is not known.
+    """
     record = folder / SECONDS
     if not record.exists():
+        if folder.exists():
+            raise ValueError(f"{folder}: found a run that was interrupted, so its time is not known; remove it.")
         started = time.monotonic()
         _run(*recipe.words, f"seed={seed}", f"output_dir={folder}")
         seconds = time.monotonic() - started
