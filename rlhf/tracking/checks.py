@@ -121,7 +121,7 @@ def _of_reward_model(row: Row, key: str, *, seen: Seen) -> float | None:
     return value if is_number(value) else None
 
 
-def _ranking(accuracy: float, pairs: float, who: str, *, means: str) -> Finding:
+def _ranking(accuracy: float, pairs: float, *, who: str, means: str) -> Finding:
     """Wrong where chance alone could give that accuracy on held-out pairs; `means` says what that is worth."""
     share = wilson(accuracy * pairs, int(pairs))
     text = (
@@ -137,14 +137,14 @@ def _better_than_coin(row: Row, seen: Seen) -> Iterator[Finding]:
         means = (
             "PPO would learn noise. Train it on more or cleaner pairs, for longer, or from a larger model, before PPO."
         )
-        yield _ranking(accuracy, pairs, "The reward model", means=means)
+        yield _ranking(accuracy, pairs, who="The reward model", means=means)
 
 
 def _pairs_ranked(row: Row, seen: Seen) -> Iterator[Finding]:
     accuracy, pairs = row.get("eval/accuracy"), row.get("eval/pairs")
     if row["step"] >= seen.total_steps and is_number(accuracy) and is_number(pairs):
         means = "has learnt nothing of new pairs. Train for longer, with a higher learning rate, or on cleaner pairs."
-        yield _ranking(accuracy, pairs, "The policy, by DPO's implicit reward,", means=means)
+        yield _ranking(accuracy, pairs, who="The policy, by DPO's implicit reward,", means=means)
 
 
 def _scores_differ(row: Row, seen: Seen) -> Iterator[Finding]:
