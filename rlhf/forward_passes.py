@@ -6,6 +6,7 @@ Rows of similar length go through a model together, without the columns that are
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
 from rlhf.models.causal_lm import position_ids
 from rlhf.models.scalar_head import response_values
 from rlhf.types import Responses
+
+Around = Callable[[Any], AbstractContextManager[Any]]
+"""Makes the context of a forward from its batch."""
 
 
 def response_statistics(
@@ -36,13 +40,18 @@ def response_statistics(
     return token_logprobs_and_entropy(logits, targets, temperature=temperature, chunk_elements=chunk_elements)
 
 
-def all_statistics(model: Callable[..., Any], responses: Responses, *, size: int, temperature: float) -> Tensor:
-    """Log-probabilities and entropies, `[2, B, R]`, 0 where masked; `size` sequences per forward pass."""
+def all_statistics(
+    model: Callable[..., Any], responses: Responses, *, size: int, temperature: float, around: Around = nullcontext
+) -> Tensor:
+    """Log-probabilities and entropies, `[2, B, R]`, 0 where masked; `size` sequences per forward pass.
+
+    The forward of each piece runs inside `around(piece)`.
+    """
 
     def statistics(piece: Responses) -> Tensor:
         return torch.stack(response_statistics(model, piece, temperature=temperature))
 
-    return in_pieces(responses, size, function=statistics)
+    return in_pieces(responses, size, function=statistics, around=around)
 
 
 def critic_values(critic: Callable[..., Tensor], batch: Responses, *, shift: float) -> Tensor:
@@ -55,8 +64,12 @@ def scalar_outputs(model: Callable[..., Tensor], batch: Responses) -> Tensor:
     return model(batch.sequences, batch.attention_mask, position_ids=position_ids(batch.attention_mask))
 
 
-def in_pieces(responses: Responses, size: int, *, function: Callable[[Responses], Tensor]) -> Tensor:
+def in_pieces(
+    responses: Responses, size: int, *, function: Callable[[Responses], Tensor], around: Around = nullcontext
+) -> Tensor:
     """Apply `function` to pieces of `size` rows of similar length, trimmed; `[K, b, r]` each, together `[K, B, R]`.
+
+    It is called inside `around(piece)`.
 
     Training cuts its minibatches into other pieces. In fp32 the difference does not matter. With 16-bit weights a
     kernel may round a row differently in another shape, so some of the new log-probabilities differ from the old ones
@@ -65,7 +78,8 @@ def in_pieces(responses: Responses, size: int, *, function: Callable[[Responses]
     found: Tensor | None = None
     for rows in responses.pieces(size):
         piece = responses.rows(rows).trimmed()
-        values = function(piece) * piece.response_mask  # [K, b, r]
+        with around(piece):
+            values = function(piece) * piece.response_mask  # [K, b, r]
         if found is None:
             found = values.new_zeros(len(values), *responses.response_mask.shape)
         found[:, rows, : values.shape[-1]] = values

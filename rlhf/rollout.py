@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar, cast
@@ -23,8 +23,9 @@ from rlhf.algorithms.groups import groups_that_differ
 from rlhf.algorithms.kl import kl_estimate
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine
-from rlhf.forward_passes import all_statistics, critic_values, in_pieces
+from rlhf.forward_passes import Around, all_statistics, critic_values, in_pieces
 from rlhf.generation.generate import Decoding, Generated, generate
+from rlhf.hidden_states import KeptStates
 from rlhf.models.lora import adapters_off
 from rlhf.reward_functions import RewardRows
 from rlhf.rewards import RewardScorer, ScoreShaping
@@ -49,6 +50,8 @@ class Models:
     """None uses the actor with its adapters switched off."""
     critic: Engine | None
     """None where advantages come from the other responses to a prompt; values are then 0."""
+    begin_late: frozenset[str] = frozenset()
+    """Of actor and critic, those whose frozen layers are computed once for a rollout, see `hidden_states.py`."""
     value_shift: float = 0.0
     """Subtracted from the critic's outputs: the mean of normalised scores, for which its head has no bias."""
 
@@ -123,26 +126,32 @@ class Collector:
     def _score(
         self, generated: GeneratedResponses, columns: Sequence[Mapping[str, Any] | None], *, step: int, trains: bool
     ) -> Rollout:
-        with self.models.actor.evaluating() as actor:
-            logprobs, entropy = self._statistics(actor, generated)
+        models = self.models
+        states = KeptStates(models.actor, used="actor" in models.begin_late)
+        with models.actor.evaluating() as actor:
+            logprobs, entropy = self._statistics(actor, generated, around=states.kept)
         reference_logprobs, kl = None, torch.zeros_like(logprobs)
         if self.config.measures_kl:
             with self._reference() as reference:
-                reference_logprobs, _ = self._statistics(reference, generated)
+                around = states.reused if models.reference is None else nullcontext
+                reference_logprobs, _ = self._statistics(reference, generated, around=around)
             kl = kl_estimate(logprobs, reference_logprobs, kind=self.config.kl.kind)
         texts, ids = response_texts(generated, self.decode), response_ids(generated)
+        values, critic_states = self._values(generated) if trains else (torch.zeros_like(logprobs), None)
         rows = RewardRows.of(columns, texts=texts, token_ids=ids, step=step, total_steps=self.config.iterations)
         return Rollout(
             **{field.name: getattr(generated, field.name) for field in fields(generated)},
             logprobs=logprobs,
             reference_logprobs=reference_logprobs,
-            values=self._values(generated) if trains else torch.zeros_like(logprobs),
+            values=values,
             kl=kl,
             entropy=entropy,
             source_scores=self.scorer.score(generated, rows),
             raw_scores=torch.zeros(len(texts)),  # the scores follow once those of all ranks are there
             scores=torch.zeros(len(texts)),
             responses=texts,
+            actor_states=states.of(generated.sample_ids) if trains else None,
+            critic_states=critic_states,
         )
 
     @contextmanager
@@ -154,16 +163,22 @@ class Collector:
         with self.models.actor.evaluating() as actor, adapters_off(actor):
             yield actor
 
-    def _statistics(self, model: Callable[..., Tensor], generated: GeneratedResponses) -> Tensor:
-        temperature = self.config.sampling.temperature
-        return all_statistics(model, generated, size=self.config.micro_batch_size, temperature=temperature)
+    def _statistics(
+        self, model: Callable[..., Tensor], generated: GeneratedResponses, *, around: Around = nullcontext
+    ) -> Tensor:
+        temperature, size = self.config.sampling.temperature, self.config.micro_batch_size
+        return all_statistics(model, generated, size=size, temperature=temperature, around=around)
 
-    def _values(self, generated: GeneratedResponses) -> Tensor:
+    def _values(self, generated: GeneratedResponses) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+        """The critic's values `[B, R]`, and what its frozen layers gave."""
         if self.models.critic is None:
-            return torch.zeros_like(generated.generation_logprobs)
+            return torch.zeros_like(generated.generation_logprobs), None
+        states = KeptStates(self.models.critic, used="critic" in self.models.begin_late)
         with self.models.critic.evaluating() as critic:
             values = partial(critic_values, critic, shift=self.models.value_shift)
-            return in_pieces(generated, self.config.micro_batch_size, function=lambda piece: values(piece)[None])[0]
+            size = self.config.micro_batch_size
+            found = in_pieces(generated, size, function=lambda piece: values(piece)[None], around=states.kept)[0]
+        return found, states.of(generated.sample_ids)
 
 
 def generate_responses(

@@ -134,6 +134,9 @@ class Rollout(Responses):
     ended: Tensor  # [B] bool, True where the response ends with a stop token
     prompts: tuple[str, ...]  # B texts
     responses: tuple[str, ...]  # B texts, special tokens removed
+    # What the frozen layers gave: B of [t, D] for the real tokens of each sequence, in host memory; None: not kept
+    actor_states: tuple[Tensor, ...] | None = None
+    critic_states: tuple[Tensor, ...] | None = None
 
     @property
     def lengths(self) -> Tensor:
@@ -153,6 +156,8 @@ class PPOBatch(Responses):
     loss_mask: Tensor | None = None  # [B, R] bool, True where a token counts in the actor's loss; None: all that count
     correction: Tensor | None = None  # [B, R] fp32, importance weights of tokens in the actor's loss; None: 1
     loss_weights: Tensor | None = None  # [B, R] fp32, what a token is multiplied by in the sum that is the loss
+    actor_states: tuple[Tensor, ...] | None = None  # as in the rollout
+    critic_states: tuple[Tensor, ...] | None = None
 
     @classmethod
     def from_rollout(cls, rollout: Rollout, *, advantages: Tensor, returns: Tensor) -> PPOBatch:

@@ -7,7 +7,7 @@ Run: `python run_pipeline.py stage=ppo`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -29,6 +29,8 @@ from rlhf.config.run_config import RunConfig
 from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
+from rlhf.forward_passes import critic_values, response_statistics
+from rlhf.hidden_states import may_begin_late
 from rlhf.reward_calls import RewardFunctions
 from rlhf.rewards import RewardScorer, ScoredSource, ScoreScale, ScoreShaping, reward_metrics
 from rlhf.rollout import Collector, Models, replace_equal_groups, scored_rows, without_bad_rows
@@ -37,7 +39,7 @@ from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
 from rlhf.tracking.timing import Stopwatch
 from rlhf.training.ppo_update import advantages_of, mismatch_metrics, training_batch, update_policy, update_reference
-from rlhf.types import PromptBatch, Rollout, SFTBatch
+from rlhf.types import PromptBatch, Responses, Rollout, SFTBatch
 from stages.lifecycle.checkpointing import Stateful, TrainingState
 from stages.lifecycle.session import Session, open_session, stage_tokenizer, with_average
 from stages.lifecycle.stage_models import known_quality, open_model, scored_sources, stored_scale
@@ -171,8 +173,18 @@ def load_models(run: RunConfig, world: World, *, sources: Sequence[ScoredSource]
         rewards=dict(zip((source.name for source in config.model_sources().values()), judges, strict=True)),
         reference=engines.get("reference"),
         critic=engines.get("critic"),
+        begin_late=begin_late(engines) if config.reuse_frozen_layers else frozenset(),
         value_shift=units.mean / units.std,
     )
+
+
+def begin_late(engines: Mapping[str, Engine]) -> frozenset[str]:
+    """Of actor and critic, those that can begin after their frozen layers; every rank tries a small batch."""
+    passes: dict[str, Callable[[Any, Responses], Tensor]] = {
+        "actor": lambda model, batch: response_statistics(model, batch, temperature=1.0).logprobs,
+        "critic": partial(critic_values, shift=0.0),
+    }
+    return frozenset(name for name in passes if name in engines and may_begin_late(name, engines[name], passes[name]))
 
 
 def critic_units(config: PPOConfig, sources: Sequence[ScoredSource]) -> ScoreScale:

@@ -19,7 +19,7 @@ FLOORS = [
     {"rlhf.deepspeed", "rlhf.tracking"},
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},
-    {"rlhf.forward_passes"},
+    {"rlhf.forward_passes", "rlhf.hidden_states"},
     {"rlhf.reward_functions"},
     {"rlhf.reward_calls"},
     {"rlhf.rewards"},

@@ -112,6 +112,9 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     """The reward model's."""
     ptx: PtxConfig = field(default_factory=PtxConfig)
     """Language modelling beside the policy loss, so that the actor forgets less."""
+    reuse_frozen_layers: bool = True
+    """Compute the layers below the first one that learns (`lora.top_layers`) once for a rollout, instead of in every
+    pass, and keep what they give in host memory; the same numbers up to rounding."""
     target_kl: Positive | None = None
     """Ends an iteration's updates once the approximate KL to the sampling policy exceeds it; null never."""
     eval_prompts: Natural = 64
@@ -151,6 +154,11 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     def title(self) -> str:
         """Name of the stage in folders, tables and hints."""
         return str(self.variant)
+
+    @property
+    def rollout_tokens(self) -> int:
+        """Most tokens of a rollout, over all ranks."""
+        return self.rollout_size * (self.max_prompt_tokens + self.max_response_tokens)
 
     @property
     def updates_per_iteration(self) -> int:

@@ -20,6 +20,7 @@ from rlhf.engine import hybrid
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, optimizer_tensors, working_tensors
 from rlhf.engine.ema import WeightAverage
+from rlhf.engine.frozen_layers import FrozenLayers
 from rlhf.engine.fsdp_units import full_tensor, local_rows, sharded_like
 from rlhf.engine.gradients import Gradients
 from rlhf.engine.loss_scale import LossScale
@@ -46,9 +47,11 @@ class Engine:
         world: World,
         dtype: torch.dtype,
         updater: Updater | None,
+        frozen_layers: FrozenLayers,
         streams: bool = False,
     ) -> None:
         self.module = module
+        self.frozen_layers = frozen_layers
         self._streams = streams
         self.world = world
         self.dtype = dtype
@@ -258,4 +261,5 @@ def build_engine(
         updater.average = WeightAverage(updater.optimizer, decay=optimizer.ema_decay)  # starts at the weights
     trim()  # what was read to fill the model
     streams = config.stream_generation and config.zero_stage == 3
-    return Engine(module, sharding, world=world, dtype=dtype, updater=updater, streams=streams)
+    layers = FrozenLayers(spec.frozen_blocks, sharding)
+    return Engine(module, sharding, world=world, dtype=dtype, updater=updater, frozen_layers=layers, streams=streams)

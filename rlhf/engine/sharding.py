@@ -18,9 +18,10 @@ See also: which parameters form a unit (`fsdp_units.py`), and offloaded weights 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import compress
 from typing import Any
 
 import torch
@@ -65,6 +66,8 @@ class Sharding:
     """Parameters that several ranks hold whole, though each rank computes a gradient of its own for them."""
     offloaded: OffloadedWeights | None = None
     """The working weights that are not on the device; set by `materialize.allocate`."""
+    prefetch: EngineConfig | None = None
+    """How far ahead units are gathered; None where none is."""
 
     def before_backward(self, *, last: bool) -> None:
         """Tell FSDP2 what the coming backward does with gradients and gathered parameters (see the table above)."""
@@ -88,9 +91,14 @@ class Sharding:
             module.unshard()  # all-gather: all ranks must come here
 
     @contextmanager
-    def without_hooks(self) -> Iterator[None]:
-        """Run forwards inside as if FSDP2 were not there: its hooks cost 0.1 ms for each block and token."""
-        saved = [(module, module._forward_pre_hooks, module._forward_hooks) for module in self.wrapped]
+    def without_hooks(self, modules: Sequence[nn.Module] | None = None) -> Iterator[None]:
+        """Run forwards inside as if FSDP2 were not there: its hooks cost 0.1 ms for each block and token.
+
+        Args:
+            modules: those whose hooks are off; None is all of them.
+        """
+        modules = self.wrapped if modules is None else modules
+        saved = [(module, module._forward_pre_hooks, module._forward_hooks) for module in modules]
         try:
             for module, before, after in saved:
                 # FSDP2's hooks would gather and free, which needs all ranks; other hooks (of adapters) must still run.
@@ -100,6 +108,29 @@ class Sharding:
         finally:
             for module, before, after in saved:
                 module._forward_pre_hooks, module._forward_hooks = before, after
+
+    @contextmanager
+    def leaving_out(self, blocks: Sequence[nn.Module]) -> Iterator[None]:
+        """Forwards inside, and their backwards, read no parameter of `blocks`: units of theirs alone stay sharded.
+
+        Every rank must leave out the same ones, or their all-gathers would not match.
+        """
+        out = {id(block) for block in blocks} if self.modules else set()
+        # A unit that other blocks share keeps its hooks, which count the modules that have run.
+        is_idle = [out.issuperset(map(id, unit.modules)) for unit in self.units]
+        with self.without_hooks([part for unit in compress(self.units, is_idle) for part in unit.modules]):
+            self._prefetch_forward([unit for unit, idle in zip(self.units, is_idle, strict=True) if not idle])
+            try:
+                yield
+            finally:
+                self._prefetch_forward(self.units)
+
+    def _prefetch_forward(self, units: list[FSDPUnit]) -> None:
+        """Have each of `units` gather those that follow it among them."""
+        if self.prefetch is None:
+            return
+        for unit, following in zip(units, prefetched_units(units, config=self.prefetch), strict=True):
+            unit.fsdp_module.set_modules_to_forward_prefetch([other.fsdp_module for other in following])
 
     def release(self) -> None:
         """Free everything that is gathered, also after a forward that was cut short."""
@@ -182,9 +213,8 @@ def _wrap(sharding: Sharding, persistent: ParameterGroup, *, world: World) -> No
 
 def _prefetch(sharding: Sharding, config: EngineConfig) -> None:
     """Gather units while those before them compute, in forward and in backward."""
-    units = sharding.units
-    for unit, following in zip(units, prefetched_units(units, config=config), strict=True):
-        unit.fsdp_module.set_modules_to_forward_prefetch([other.fsdp_module for other in following])
+    units, sharding.prefetch = sharding.units, config
+    sharding._prefetch_forward(units)
     backward = units[:0:-1]  # without the root, which stays gathered
     for unit, following in zip(backward, prefetched_units(backward, config=config), strict=True):
         # FSDP2 takes an empty list as "choose yourself". Prefetching a unit that is gathered already does nothing.

@@ -208,6 +208,8 @@ def _candidates(run: RunConfig, stage: str, *, ranks: int, is_cuda: bool) -> Ite
     sharded, disk = {zero: max(1, engine.zero_stage)}, {"engine.nvme_path": engine.nvme_path or "FOLDER"}
     if ranks > 1 and engine.zero_stage < 2:
         yield Change("no slower", {zero: 2})
+    if run.ppo is config and run.ppo.reuse_frozen_layers:
+        yield Change("frozen layers are computed in every pass", {"reuse_frozen_layers": False})
     # Half the micro-batch, half of that, and so on: the same results, less to compute at once.
     sizes = {name: getattr(config, name) for name in config.micro_batch_settings}
     while any(size % 2 == 0 for size in sizes.values()):

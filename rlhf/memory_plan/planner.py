@@ -25,7 +25,7 @@ from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.states import GATHERED, GRADIENTS, Item, Place, States
 from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, ModelShape, TracedMemory, trace
-from rlhf.memory_plan.workloads import PHASES, REFERENCE, Workload
+from rlhf.memory_plan.workloads import PHASES, REFERENCE, ROLLOUTS, Workload
 from rlhf.runtime.launch import local_ranks
 
 EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
@@ -156,6 +156,10 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     found["train"] += copies
     found["save"] = [item for model in models for item in model.at_rest()] + copies
     found["save"] += [item for model in models for item in model.saved(run.checkpoint, local_ranks=machine.local_ranks)]
+    if stage == "ppo" and run.ppo is not None and run.ppo.reuse_frozen_layers:
+        learners = [model.states for model in models if model.role.is_trained]
+        for phase, count in ROLLOUTS.items():
+            found[phase] += [states.hidden_states(count * run.ppo.rollout_tokens) for states in learners]
     phases = tuple(_phase(name, items, machine=machine) for name, items in found.items())
     return Plan(run.title(stage), machine.local_ranks, machine.device.type == "cuda", phases)
 

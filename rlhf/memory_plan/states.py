@@ -32,7 +32,7 @@ from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 AVERAGE = "average of weights"
-GATHERED, BUFFERS = "gathered weights", "buffers"
+GATHERED, BUFFERS, HIDDEN = "gathered weights", "buffers", "hidden states"
 
 
 class Place(StrEnum):
@@ -161,6 +161,11 @@ class States:
         plain = [p.numel() for name, p in self._parameters.items() if not is_adapter(name)]
         each = sum(plain) * (4 if len(plain) < len(self._parameters) else self.dtype.itemsize)
         return each * (2 if self.has_average else 1)
+
+    def hidden_states(self, tokens: int) -> Item:
+        """What the frozen layers gave for so many tokens (`ppo.reuse_frozen_layers`); each rank has those of all."""
+        width = self.spec.config.hidden_size if self.spec.frozen_blocks else 0
+        return self.item(HIDDEN, Place.host, count=tokens * width * self.dtype.itemsize)
 
     def item(self, part: str, place: Place, *, count: int) -> Item:
         """Bytes of the model."""

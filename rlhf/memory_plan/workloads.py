@@ -166,3 +166,5 @@ PHASES: dict[str, dict[str, dict[str, Callable[..., Tensor | None]]]] = {
     },
 }
 """What the models of each stage compute, by phase and role. In `train` the roles learn, in `generate` they decode."""
+ROLLOUTS = {"generate": 1, "score": 2, "train": 1, "save": 1}
+"""How many rollouts are there in each phase of PPO: the last one stays until another has taken its place."""

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ class ModelSpec:
     """The configuration that an export writes."""
     found_dropout: dict[str, float] = field(default_factory=dict)
     """Dropout probabilities above 0 of the model's folder and code, by name; the module has others."""
+
+    @property
+    def frozen_blocks(self) -> list[nn.Module]:
+        """The blocks below the first one that learns; none where something before them may learn too."""
+        inside = {id(parameter) for block in self.blocks for parameter in block.parameters()}
+        outside = [name for name, p in self.module.named_parameters() if p.requires_grad and id(p) not in inside]
+        if any(not name.startswith("score.") for name in outside):  # that head follows the blocks
+            return []
+        return list(takewhile(lambda block: not any(p.requires_grad for p in block.parameters()), self.blocks))
 
 
 def assemble(

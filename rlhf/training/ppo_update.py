@@ -26,6 +26,7 @@ from rlhf.config.objective_config import AdvantageKind, AdvantageScale, Mismatch
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine, step_together
 from rlhf.forward_passes import critic_values, response_statistics
+from rlhf.hidden_states import after_frozen_layers
 from rlhf.rollout import Models
 from rlhf.runtime.dist import World, max_over_ranks, sum_over_ranks
 from rlhf.training.supervised_step import next_token_loss, summed
@@ -226,7 +227,8 @@ def policy_gradient(
     temperature = config.sampling.temperature
     for index, batch in enumerate(micro_batches, start=1):
         # logprobs and entropy [B, R], B = micro-batch
-        statistics = response_statistics(actor, batch, temperature=temperature, chunk_elements=chunk_elements)
+        with after_frozen_layers(actor, batch, states=batch.actor_states):
+            statistics = response_statistics(actor, batch, temperature=temperature, chunk_elements=chunk_elements)
         result = actor_loss(statistics, batch, config=config, denominator=denominator, kl_coef=kl_coef)
         actor.backward(result.loss, last=index == len(micro_batches))
         largest = torch.maximum(largest, result.ratio_max)
@@ -326,8 +328,10 @@ def value_gradient(
     critic, outcomes = models.critic, []
     assert critic is not None
     for index, batch in enumerate(micro_batches, start=1):
+        with after_frozen_layers(critic, batch, states=batch.critic_states):
+            values = critic_values(critic, batch, shift=models.value_shift)  # [B, R]
         result = value_loss(
-            critic_values(critic, batch, shift=models.value_shift),
+            values,
             batch.values,
             batch.returns,
             batch.response_mask,
