@@ -42,7 +42,7 @@ class FSDPUnit:
     numel: int = 0
     """Elements that are gathered: all but those of persistent parameters."""
     needed_in_backward: bool = True
-    """False for an embedding, whose gradient does not depend on its values."""
+    """False for an embedding, whose gradient does not depend on its values, and for blocks that backward never reaches."""
 
     @property
     def fsdp_module(self) -> FSDPModule:
@@ -68,6 +68,9 @@ def find_units(spec: ModelSpec, *, config: EngineConfig) -> list[FSDPUnit]:
         unit = unit_of[id(parameter)]  # by id: a tied parameter is listed once, under its first name
         unit.names.append(name)
         unit.numel += 0 if name in persistent else parameter.numel()
+    unreached = {id(block) for block in spec.frozen_blocks}
+    for unit in units:
+        unit.needed_in_backward &= not unreached.issuperset(map(id, unit.modules))
     return units
 
 
