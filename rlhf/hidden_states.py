@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class KeptStates:
             yield
         mask = piece.attention_mask
         real = found[0][mask].cpu()  # [b, t, D] -> [tokens, D]; from a GPU a copy that waits for it
-        rows = real.split(mask.sum(-1).tolist())
+        rows = torch.split(real, mask.sum(-1).tolist())
         self._by_id |= dict(zip(piece.sample_ids.tolist(), rows, strict=True))
 
     def reused(self, piece: Any) -> AbstractContextManager[None]:
@@ -75,22 +75,23 @@ def _padded(states: Sequence[Tensor], batch: Responses) -> Tensor:
     return hidden
 
 
-def may_begin_late(name: str, engine: Engine, forward: Callable[[Any, Responses], Tensor]) -> bool:
-    """Whether `engine` has frozen layers, and says the same when a forward begins after them, to the last bit.
+def may_begin_late(engine: Engine, forward: Callable[[Any, Responses], Tensor], *, name: str) -> bool:
+    """Whether a model has frozen layers, and says the same when a forward begins after them, to the last bit.
 
     Some models do not: later layers may read what earlier ones have left, such as keys and values. So a small batch is
     tried, on every rank. What is decided is logged.
 
     Args:
+        engine: the model.
+        forward: calls the module that it is given on a batch.
         name: of the model, for the log.
-        engine: a model with whole or sharded weights.
-        forward: calls the model that it is given on a batch.
     """
     layers = engine.frozen_layers
     if not len(layers):
         return False
     with engine.evaluating() as model:
-        batch = _trial(model.config.vocab_size, device=engine.world.device)
+        vocabulary: int = cast(Any, model.config).vocab_size
+        batch = _trial(vocabulary, device=engine.world.device)
         with layers.watched() as found:
             expected = forward(model, batch)
         try:

@@ -184,7 +184,9 @@ def begin_late(engines: Mapping[str, Engine]) -> frozenset[str]:
         "actor": lambda model, batch: response_statistics(model, batch, temperature=1.0).logprobs,
         "critic": partial(critic_values, shift=0.0),
     }
-    return frozenset(name for name in passes if name in engines and may_begin_late(name, engines[name], passes[name]))
+    return frozenset(
+        name for name in passes if name in engines and may_begin_late(engines[name], passes[name], name=name)
+    )
 
 
 def critic_units(config: PPOConfig, sources: Sequence[ScoredSource]) -> ScoreScale:

@@ -32,7 +32,8 @@ class FrozenLayers:
         """Inside, each forward appends the hidden states that leave these layers, `[b, t, D]` in the working type."""
         found: list[Tensor] = []
 
-        def look(block: nn.Module, inputs: Any, output: Any) -> None:
+        def look(*hooked: Any) -> None:
+            output = hooked[-1]  # after the block and its inputs
             is_bare = isinstance(output, Tensor)
             self._others = -1 if is_bare else len(output) - 1
             found.append(output if is_bare else output[0])

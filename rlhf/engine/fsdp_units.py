@@ -42,7 +42,7 @@ class FSDPUnit:
     numel: int = 0
     """Elements that are gathered: all but those of persistent parameters."""
     needed_in_backward: bool = True
-    """False for an embedding, whose gradient does not depend on its values, and for blocks that backward never reaches."""
+    """False for an embedding, whose gradient does not depend on its values, and for blocks below what learns."""
 
     @property
     def fsdp_module(self) -> FSDPModule:

@@ -157,7 +157,7 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     found["save"] = [item for model in models for item in model.at_rest()] + copies
     found["save"] += [item for model in models for item in model.saved(run.checkpoint, local_ranks=machine.local_ranks)]
     if stage == "ppo" and run.ppo is not None and run.ppo.reuse_frozen_layers:
-        learners = [model.states for model in models if model.role.is_trained]
+        learners = [model.states for model in models if model.role.is_trained and model.shape.whole.frozen_blocks]
         for phase, count in ROLLOUTS.items():
             found[phase] += [states.hidden_states(count * run.ppo.rollout_tokens) for states in learners]
     phases = tuple(_phase(name, items, machine=machine) for name, items in found.items())

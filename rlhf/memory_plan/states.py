@@ -164,8 +164,7 @@ class States:
 
     def hidden_states(self, tokens: int) -> Item:
         """What the frozen layers gave for so many tokens (`ppo.reuse_frozen_layers`); each rank has those of all."""
-        width = self.spec.config.hidden_size if self.spec.frozen_blocks else 0
-        return self.item(HIDDEN, Place.host, count=tokens * width * self.dtype.itemsize)
+        return self.item(HIDDEN, Place.host, count=tokens * self.spec.config.hidden_size * self.dtype.itemsize)
 
     def item(self, part: str, place: Place, *, count: int) -> Item:
         """Bytes of the model."""

@@ -73,7 +73,7 @@ class Workload:
 
     def ppo_batch(self) -> PPOBatch:
         """A micro-batch of an update."""
-        fields = self.responses()
+        fields: dict[str, Any] = self.responses()
         names = ("logprobs", "reference_logprobs", "values", "advantages", "returns")
         return PPOBatch(**fields, **{name: fields["response_mask"].float() for name in names})
 

@@ -36,6 +36,15 @@ def test_an_embedding_a_head_and_every_block_travel_on_their_own_in_forward_orde
     ]
 
 
+def test_backward_gathers_no_block_below_the_first_that_learns():
+    def needed(learns):
+        return [unit.needed_in_backward for unit in find_units(tiny.spec(learns), config=EngineConfig(zero_stage=3))]
+
+    assert needed(lambda name: ".layers.1." in name) == [True, False, False, True, True, True]
+    # A gradient for the embedding passes through every block.
+    assert needed(lambda name: ".layers.1." in name or "embed" in name) == [True, False, True, True, True, True]
+
+
 def test_a_tied_matrix_stays_with_the_root_whose_forward_uses_it_twice():
     found = units(tied=True)
     assert owners(found)[0] == ["model.embed_tokens.weight", "model.norm.weight"]

@@ -69,6 +69,22 @@ def test_with_adapters_the_reference_is_the_actor_and_without_a_critic_there_is_
     assert {item.role for item in free.phases[0].items} == {"actor", "critic", "reward", "process"}
 
 
+def test_what_frozen_layers_gave_is_planned_for_a_rollout_and_while_the_next_one_is_scored(tmp_path):
+    def kept(phase, *overrides):
+        plan = plan_of(run_of(tmp_path, "stage=[sft,reward,ppo_lora]", *overrides), "ppo", ranks=2)
+        (found,) = [found for found in plan.phases if found.name == phase]
+        return sorted(item.bytes for item in found.items if item.part == "hidden states")
+
+    some = ("ppo.lora.top_layers=1", "engine.precision=bf16", "ppo.rollout_size=16")
+    tokens = 16 * (20 + 10)  # of all ranks' sequences, on every rank
+    lengths = ("ppo.max_prompt_tokens=20", "ppo.max_response_tokens=10")
+    once = [2 * 64 * tokens] * 2  # of actor and critic, in 2 bytes
+    assert kept("train", *some, *lengths) == once
+    assert kept("score", *some, *lengths) == [2 * size for size in once]
+    assert kept("train", *lengths) == []  # adapters everywhere
+    assert kept("train", *some, "ppo.reuse_frozen_layers=false") == []
+
+
 def test_text_beside_the_policy_takes_what_sft_takes_of_the_same_length(tmp_path):
     def logits(run, stage, role):
         (train,) = [phase for phase in plan_of(run, stage).phases if phase.name == "train"]

@@ -171,7 +171,7 @@ def test_a_folder_of_other_settings_is_refused_with_the_difference(one_rank):
 def test_ppo_runs_alone_on_given_models(one_rank, tmp_path):
     folder, _ = one_rank
     models = [f"ppo.actor={folder / 'sft/model'}", f"ppo.reward={folder / 'reward/model'}"]
-    smoke(tmp_path, "stage=[ppo_lora]", *models, "ppo.iterations=1", "engine.precision=bf16")
+    smoke(tmp_path, "stage=[ppo_lora]", *models, "ppo.iterations=1", "ppo.lora.top_layers=1", "engine.precision=bf16")
     assert (tmp_path / "ppo/actor/adapter/adapter_model.safetensors").exists()
     merged = json.loads((tmp_path / "ppo/stage.json").read_text())["merged"]
     assert merged.keys() == {"actor", "critic"}
