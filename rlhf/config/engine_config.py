@@ -42,6 +42,21 @@ class MomentDtype(StrEnum):
 
     fp32 = "fp32"
     bf16 = "bf16"
+    int8 = "int8"
+
+
+class MasterWeights(StrEnum):
+    """How the fp32 weights that AdamW updates are stored beside bf16 working weights."""
+
+    fp32 = "fp32"
+    split = "split"  # type: ignore[assignment]  # hides a method of str that no setting needs
+
+
+class GradDtype(StrEnum):
+    """Type in which gradients are added up."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
 
 
 @dataclass(kw_only=True)
@@ -75,7 +90,14 @@ class EngineConfig(Settings):
     parameters_in_cpu: Natural = 0
     """With offload_param=nvme: elements that stay in host memory instead of on disk (DeepSpeed: max_in_cpu)."""
     moments: MomentDtype = MomentDtype.fp32
-    """bf16 halves their memory; with a second decay above about 0.99 its small changes are rounded away."""
+    """Bytes a parameter for both: fp32 8, bf16 4, int8 2. In bf16, a second decay above about 0.99 is rounded away; in
+    int8, blocks of 256 share a scale, and rounding is right on average."""
+    master_weights: MasterWeights = MasterWeights.fp32
+    """split stores the 16 bits that bf16 working weights lack: 2 bytes a parameter instead of 4, and as exact. Without
+    bf16 weights, or with offload_param=nvme, masters stay whole."""
+    grad_accum_dtype: GradDtype = GradDtype.fp32
+    """Gradients added up over micro-batches or ranks take 4 bytes a parameter in fp32, 2 in bf16, which rounds each sum
+    (DeepSpeed: data_types.grad_accum_dtype). One micro-batch on one rank is kept as it comes: there is no sum."""
     sub_group_size: Count = 100_000_000
     """Largest tile of optimizer state that is loaded, updated and stored at once, off the device."""
     reduce_bucket_size: Natural = 0
@@ -129,6 +151,12 @@ class EngineConfig(Settings):
             OffloadDevice.nvme not in (self.offload_optimizer, self.offload_param) or bool(self.nvme_path),
             "engine.nvme_path is missing: name a folder on a local disk for offloading to nvme.",
         )
+        for name in ("master_weights", "grad_accum_dtype"):
+            narrow = getattr(self, name) != "fp32"
+            require(
+                not narrow or self.precision in (Precision.bf16, Precision.auto),
+                f"engine.{name}={getattr(self, name)}: expected engine.precision=bf16 or auto, found {self.precision}.",
+            )
         require(
             not self.activation_offload or self.activation_checkpointing,
             "engine.activation_offload=true needs engine.activation_checkpointing=true.",

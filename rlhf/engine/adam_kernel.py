@@ -1,13 +1,15 @@
 """AdamW's update of flat slices of parameters, in chunks that stay in cache between the casts around it.
 
-PyTorch's fused kernel wants everything in fp32. A chunk of gradients (and of bf16 moments) is cast into scratch memory,
-updated, and handed on while it is still in cache: no whole fp32 copy exists, and main memory is passed over once.
+PyTorch's fused kernel wants everything in fp32. A chunk of what is stored otherwise is made fp32 in scratch memory,
+updated, and stored again while it is still in cache: no whole fp32 copy exists, and main memory is passed over once.
 
-[Note: bits] The kernel rounds the elements after the last multiple of its vector length differently. Slices and chunks
-are therefore cut at multiples of 64 elements, counted from the start of a parameter's shard: then every cut, every
-number of threads and every state store on one kind of processor give the same bits.
+[Note: bits] The kernel rounds the elements after the last multiple of its vector length differently, and moments in 8
+bits share scales. Slices and chunks are therefore cut between blocks of 256 elements, counted from the start of a
+parameter's shard: then every cut, every number of threads and every state store on one kind of processor give the same
+bits.
 
-See also: where state is kept (`offload/placement.py`); clipping is part of the `scale` (`updater.py`).
+See also: how state is stored (`state_format.py`) and where (`offload/placement.py`); clipping is part of the `scale`
+(`updater.py`).
 """
 
 from __future__ import annotations
@@ -21,10 +23,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config.stage_configs import OptimizerConfig
+from rlhf.engine.state_format import BLOCK, Packed, Stored
 from rlhf.models.lora import is_adapter
 
-VECTOR_ELEMENTS = 64
-"""No cut is made between two multiples of it; see [Note: bits]."""
 _CPU_CHUNK = 1 << 19  # elements for each thread: casts and update share the cache, calls cost little beside them
 CUDA_CHUNK = 1 << 24  # elements: 64 MB of scratch for each cast
 
@@ -33,20 +34,43 @@ class ParameterSlice(NamedTuple):
     """Elements of one parameter's shard, flat, with everything that their update needs."""
 
     name: str
-    start: int  # of the first element in the shard, a multiple of `VECTOR_ELEMENTS`
+    start: int  # of the first element in the shard, a multiple of `BLOCK`
     decays: bool
     step: Tensor  # [] fp32, updates of the parameter so far, this one included
-    weight: Tensor  # [n] fp32
+    weight: Stored  # [n] fp32 or packed
     gradient: Tensor  # [n] fp32 or narrower
-    exp_avg: Tensor  # [n] fp32 or bf16
-    exp_avg_sq: Tensor  # [n] as `exp_avg`
+    exp_avg: Stored  # [n] fp32, bf16 or packed
+    exp_avg_sq: Stored  # [n] as `exp_avg`
+
+    @property
+    def numel(self) -> int:
+        """Its elements."""
+        return self.gradient.numel()
+
+    @property
+    def stored(self) -> list[Stored]:
+        """All that is read."""
+        return [self.weight, self.gradient, self.exp_avg, self.exp_avg_sq]
 
     def cut(self, start: int, stop: int) -> ParameterSlice:
         """Elements [start, stop) of it."""
-        if stop - start == self.weight.numel():
+        if stop - start == self.numel:
             return self
-        tensors = (tensor[start:stop] for tensor in (self.weight, self.gradient, self.exp_avg, self.exp_avg_sq))
-        return ParameterSlice(self.name, self.start + start, self.decays, self.step, *tensors)
+        weight, _, *moments = (_cut(stored, slice(start, stop)) for stored in self.stored)
+        gradient = self.gradient[start:stop]
+        return ParameterSlice(self.name, self.start + start, self.decays, self.step, weight, gradient, *moments)
+
+
+_Ready = tuple[ParameterSlice, Tensor]
+"""A slice and its masters in fp32."""
+
+
+class UpdatedWeights(NamedTuple):
+    """Elements of one parameter's shard after an update, flat."""
+
+    name: str
+    start: int  # of the first element in the shard
+    weight: Tensor  # [n] fp32: the master, or, where masters are split, what the working weight becomes
 
 
 class AdamKernel:
@@ -56,13 +80,13 @@ class AdamKernel:
         """Update slices that are on `device`, at most `limit` elements at a time."""
         self._config = config
         self.device = device
-        self._limit = max(limit // VECTOR_ELEMENTS * VECTOR_ELEMENTS, VECTOR_ELEMENTS)
+        self._limit = max(limit // BLOCK * BLOCK, BLOCK)
         self._scratch: dict[str, Tensor] = {}  # kept: fresh pages would cost more than the casts into them
 
     @torch.no_grad()
     def update(
         self, slices: Sequence[ParameterSlice], *, lr: float, scale: float, betas: Sequence[float] | None = None
-    ) -> Iterator[list[ParameterSlice]]:
+    ) -> Iterator[list[UpdatedWeights]]:
         """Update in place, a chunk at a time.
 
         Args:
@@ -72,16 +96,19 @@ class AdamKernel:
             betas: of this step, where a schedule cycles them.
 
         Yields:
-            The slices of each chunk after its update.
+            The weights of each chunk after its update; they are valid until the next one is asked for.
         """
         config, betas = self._config, betas or self._config.betas
         kinds = [*product((True, False), (False, True) if config.lora_lr else (False,))]
         for chunk in _chunks(slices, self._chunk_size(slices, scale=scale)):
+            weights = self._in_fp32("weight", [part.weight for part in chunk])
+            ready = [*zip(chunk, weights, strict=True)]
             for decays, adapts in kinds:  # one call for each: on CUDA it is a kernel
-                parts = [part for part in chunk if part.decays == decays and self._adapts(part) == adapts]
+                some = [each for each in ready if each[0].decays == decays and self._adapts(each[0]) == adapts]
                 rate, decay = lr * config.lora_factor if adapts else lr, config.weight_decay if decays else 0.0
-                self._call(parts, lr=rate, decay=decay, scale=scale, betas=betas)
-            yield chunk
+                self._call(some, lr=rate, decay=decay, scale=scale, betas=betas)
+            self._store([(part.weight, weight, part.step) for part, weight in ready])
+            yield [UpdatedWeights(part.name, part.start, weight) for part, weight in ready]
 
     def _adapts(self, part: ParameterSlice) -> bool:
         """Whether the rate of adapters is a part's own."""
@@ -89,16 +116,24 @@ class AdamKernel:
 
     def _chunk_size(self, slices: Sequence[ParameterSlice], *, scale: float) -> int:
         on_cpu = self.device.type == "cpu"
-        casts = any(_is_cast(tensor) for part in slices for tensor in (part.gradient, part.exp_avg, part.exp_avg_sq))
+        casts = any(_is_cast(stored) for part in slices for stored in part.stored)
         if not casts and (scale == 1 or not on_cpu):  # nothing to keep in cache: one multi-tensor call
             return self._limit
         return min(_CPU_CHUNK * torch.get_num_threads() if on_cpu else CUDA_CHUNK, self._limit)
 
     def _call(
-        self, slices: list[ParameterSlice], *, lr: float, decay: float, scale: float, betas: Sequence[float]
+        self,
+        ready: list[tuple[ParameterSlice, Tensor]],
+        *,
+        lr: float,
+        decay: float,
+        scale: float,
+        betas: Sequence[float],
     ) -> None:
-        if not slices:
+        """Update slices with the same rate and decay, each with its fp32 weights."""
+        if not ready:
             return
+        slices = [part for part, _ in ready]
         # On the CPU the kernel writes scaled gradients back: a pass over memory, unless it is over scratch in cache.
         scales_in_place = scale != 1 and self.device.type == "cpu"
         gradients = self._in_fp32("gradient", [part.gradient for part in slices], copy=scales_in_place)
@@ -106,7 +141,7 @@ class AdamKernel:
         exp_avg_sq = self._in_fp32("exp_avg_sq", [part.exp_avg_sq for part in slices])
         beta1, beta2 = betas
         torch._fused_adamw_(
-            [part.weight for part in slices],
+            [weight for _, weight in ready],
             gradients,
             exp_avg,
             exp_avg_sq,
@@ -122,25 +157,42 @@ class AdamKernel:
             # The kernel divides by it. On CUDA it is filled there: no wait for the device.
             grad_scale=None if scale == 1 else torch.full((), 1 / scale, device=self.device),
         )
-        for part, mean, square in zip(slices, exp_avg, exp_avg_sq, strict=True):
-            if mean is not part.exp_avg:  # they were cast: round the new moments back
-                part.exp_avg.copy_(mean)
-                part.exp_avg_sq.copy_(square)
+        self._store([(part.exp_avg, new, part.step) for part, new in zip(slices, exp_avg, strict=True)])
+        self._store([(part.exp_avg_sq, new, part.step) for part, new in zip(slices, exp_avg_sq, strict=True)])
 
-    def _in_fp32(self, role: str, tensors: list[Tensor], *, copy: bool = False) -> list[Tensor]:
-        """The tensors themselves where they are fp32, else casts in scratch memory; with `copy`, all in scratch."""
-        if not copy and not any(_is_cast(tensor) for tensor in tensors):
-            return tensors
-        needed = sum(_padded(tensor.numel()) for tensor in tensors)
-        scratch = self._scratch.get(role)
-        if scratch is None or scratch.numel() < needed:
-            scratch = self._scratch[role] = torch.empty(needed, device=self.device)
-        casts, at = [], 0
-        for tensor in tensors:
-            casts.append(scratch[at : at + tensor.numel()])
-            at += _padded(tensor.numel())  # each starts on a vector, as the tensors themselves do
-        torch._foreach_copy_(casts, tensors)
+    def _in_fp32(self, role: str, stored: Sequence[Stored], *, copy: bool = False) -> list[Tensor]:
+        """The tensors themselves where all are fp32, else fp32 in scratch memory; with `copy`, all in scratch."""
+        if not copy and not any(_is_cast(each) for each in stored):
+            return [each for each in stored if isinstance(each, Tensor)]
+        scratch = self._memory(role, sum(_padded(each) for each in stored))
+        casts, plain, at = [], [], 0
+        for each in stored:
+            whole = scratch[at : at + _padded(each)]
+            at += len(whole)  # each starts on a vector, as the tensors themselves do
+            casts.append(whole[: _numel(each)])
+            if isinstance(each, Packed):
+                each.load(whole, self._memory("spare", len(whole))[: len(whole)])
+            else:
+                plain.append((casts[-1], each))
+        if plain:
+            torch._foreach_copy_([into for into, _ in plain], [each for _, each in plain])
         return casts
+
+    def _store(self, updated: Sequence[tuple[Stored, Tensor, Tensor]]) -> None:
+        """Store new values, each with what it was made from and its step, where they are not there already."""
+        for stored, values, step in updated:
+            if isinstance(stored, Packed):  # [n] -> [whole blocks]: `_in_fp32` has made it that long
+                whole = values.as_strided((_padded(stored),), (1,))
+                stored.save(whole, self._memory("spare", len(whole))[: len(whole)], step=step)
+            elif values is not stored:
+                stored.copy_(values)
+
+    def _memory(self, role: str, numel: int) -> Tensor:
+        """Scratch of at least so many elements, fp32, which holds what this role left there."""
+        scratch = self._scratch.get(role)
+        if scratch is None or scratch.numel() < numel:
+            scratch = self._scratch[role] = torch.empty(numel, device=self.device)
+        return scratch
 
 
 def _chunks(slices: Sequence[ParameterSlice], size: int) -> Iterator[list[ParameterSlice]]:
@@ -148,11 +200,11 @@ def _chunks(slices: Sequence[ParameterSlice], size: int) -> Iterator[list[Parame
     chunk: list[ParameterSlice] = []
     left = size
     for part in slices:
-        start, numel = 0, part.weight.numel()
+        start, numel = 0, part.numel
         while start < numel:
             stop = min(start + left, numel)
             chunk.append(part.cut(start, stop))
-            left -= _padded(stop - start)
+            left -= -(-(stop - start) // BLOCK) * BLOCK
             start = stop
             if left <= 0:
                 yield chunk
@@ -161,9 +213,17 @@ def _chunks(slices: Sequence[ParameterSlice], size: int) -> Iterator[list[Parame
         yield chunk
 
 
-def _is_cast(tensor: Tensor) -> bool:
-    return tensor.dtype != torch.float32
+def _cut(stored: Stored, part: slice) -> Stored:
+    return stored[part] if isinstance(stored, Tensor) else stored.cut(part.start, part.stop)
 
 
-def _padded(numel: int) -> int:
-    return -(-numel // VECTOR_ELEMENTS) * VECTOR_ELEMENTS
+def _is_cast(stored: Stored) -> bool:
+    return isinstance(stored, Packed) or stored.dtype != torch.float32
+
+
+def _numel(stored: Stored) -> int:
+    return stored.numel() if isinstance(stored, Tensor) else stored.numel
+
+
+def _padded(stored: Stored) -> int:
+    return -(-_numel(stored) // BLOCK) * BLOCK

@@ -14,9 +14,10 @@ from torch import Tensor
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.fsdp_units import ParameterGroup
-from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, Update
+from rlhf.engine.offload.optimizer_state import OptimizerStateStore, Update
 from rlhf.engine.offload.placement import Placement
 from rlhf.engine.offload.working_weights import ShardedWeights
+from rlhf.engine.state_format import STATE_KEYS
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.errors import RunError
 
@@ -52,10 +53,12 @@ class AdamW:
         return self._store_of[name]
 
     def set_master(self, name: str, shard: Tensor) -> None:
-        """Set a parameter's master, where it has one beside the working weights, which stay as they are."""
+        """Set a parameter's master, where it has one beside the working weights, which are its rounded copy already."""
         store = self._store_of[name]
         if store.has_masters:
             store.write(name, "weight", shard=shard)
+        if store.format.is_split:  # then the working weights have been written
+            store.weights.flush()
 
     def step(
         self, touched: Collection[str], *, lr: float, scale: float = 1.0, betas: Sequence[float] | None = None
@@ -115,7 +118,8 @@ class AdamW:
         store = self._store_of[name]
         store.write(name, key, shard=shard)
         if key == "weight":
-            store.weights.write(name, 0, values=shard.reshape(-1))
+            if not store.format.is_split:
+                store.weights.write(name, 0, values=shard.reshape(-1))
             store.weights.flush()
 
     def steps(self) -> dict[str, float]:

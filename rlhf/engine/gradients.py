@@ -4,8 +4,8 @@ Losses are divided by a global denominator, so nothing is averaged here, and nei
 accumulation nor the micro-batch size changes a gradient.
 
 Each gradient is taken from its parameter as soon as it is made and given to the store of the parameter's optimizer
-state, which adds in fp32. Autograd and FSDP2 would add bf16 gradients in bf16 (FSDP2 rounds each reduced one to bf16),
-and could add on the device only.
+state, which adds in fp32, or, where `engine.grad_accum_dtype` says so, in bf16. Autograd and FSDP2 would add bf16
+gradients in bf16 (FSDP2 rounds each reduced one to bf16), and could add on the device only.
 
 A single rank has nothing to reduce: gradients are taken from the gathered parameters as autograd makes them, before
 FSDP2 copies those of a unit together, in fp32, twice.
@@ -63,7 +63,9 @@ class Gradients:
             for unit in sharding.units if sharding.modules else ():
                 self._collect_unreduced(unit, sharding.module)
             return
-        narrow = any(parameter.dtype != torch.float32 for parameter in self._parameters.values())
+        # What FSDP2 rounds is what is kept where all is fp32, and where sums are in bf16.
+        kept = {store.gradients.dtype for store in optimizer.stores}
+        narrow = any(parameter.dtype not in kept for parameter in self._parameters.values())
         for module in sharding.modules if narrow else ():
             module.set_all_reduce_hook(self._remember)
 

@@ -20,9 +20,9 @@ _FREE_IN_ENGINES = (
     *("zero_stage", "device", "offload_optimizer", "offload_param", "nvme_path", "buffer_count", "buffer_size"),
     *("pipeline_read", "pipeline_write", "pin_memory", "optimizer_share", "parameters_in_cpu", "sub_group_size"),
     *("reduce_bucket_size", "prefetch_bucket_size", "max_live_parameters", "persistence_threshold", "overlap_comm"),
-    *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps"),
+    *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps", "master_weights"),
 )
-"""They change memory, speed and when a run gives up, but no results, unlike precision or moments."""
+"""They change memory, speed and when a run gives up, but no results beyond rounding, unlike precision or moments."""
 
 
 def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from tests.engine import scenarios
 from tests.ranks import run_on_ranks
 
 BOTH = (
-    "parity peeked tied odd adapters micro_batches bf16 loading spoiled hybrid low_rank frozen "
+    "parity peeked tied odd adapters micro_batches bf16 bf16_sums loading spoiled hybrid low_rank frozen "
     "offload_optimizer failing_disks offload_param"
 )
 PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading offload_optimizer offload_param"}

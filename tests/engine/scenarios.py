@@ -175,6 +175,21 @@ def bf16(world):
     return found
 
 
+def bf16_sums(world):
+    """The first gradient of one micro-batch a rank, and of two, with sums in fp32 and in bf16, by stage."""
+    found = {}
+    for stage in STAGES:
+        for accumulation in (1, 2):
+            pair = []
+            for dtype in ("fp32", "bf16"):
+                optimizer = tiny.optimizer_config(max_grad_norm=0)
+                engine = tiny.engine(world, stage, precision="bf16", optimizer=optimizer, grad_accum_dtype=dtype)
+                tiny.train_step(engine, 0, accumulation=accumulation)
+                pair.append(first_gradient(engine))
+            found[stage, accumulation] = pair
+    return found
+
+
 def loading(world):
     """What each rank read, and what an engine exports before it learns, by stage."""
     found = {}

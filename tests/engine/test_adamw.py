@@ -59,7 +59,7 @@ def test_the_first_step_by_hand_decays_matrices_only(optimizer):
     torch.testing.assert_close(group["vector"].data, torch.tensor([1.9, -3.9]))
 
 
-@pytest.mark.parametrize(("limit", "tiles"), [(64, [64, 64, 64]), (128, [128, 64]), (1000, [192])])
+@pytest.mark.parametrize(("limit", "tiles"), [(256, [256, 256, 256]), (512, [512, 256]), (1000, [768])])
 def test_sub_groups_bound_what_the_host_updates_at_once(monkeypatch, limit, tiles):
     monkeypatch.setattr("rlhf.engine.offload.placement.has_own_memory", lambda device: True)
     engine = EngineConfig(zero_stage=1, offload_optimizer="cpu", sub_group_size=limit)
@@ -70,7 +70,7 @@ def test_sub_groups_bound_what_the_host_updates_at_once(monkeypatch, limit, tile
         return kernel(weights, *args, **options)
 
     monkeypatch.setattr(torch, "_fused_adamw_", recorded)
-    step(adamw({"w": nn.Parameter(torch.ones(192))}, engine), {"w": torch.ones(192)}, lr=1)
+    step(adamw({"w": nn.Parameter(torch.ones(768))}, engine), {"w": torch.ones(768)}, lr=1)
     assert seen == tiles
 
 
@@ -153,9 +153,38 @@ def test_a_state_goes_from_one_optimizer_to_another_tensor_by_tensor(optimizer):
     assert second.steps() == {"big": 4, "one": 4, "none": 4}
 
 
-@pytest.mark.parametrize("moments", ["fp32", "bf16"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_state_goes_from_wider_to_narrower_types_and_back(tmp_path, monkeypatch, device):
+    monkeypatch.setattr("rlhf.engine.offload.placement.has_own_memory", lambda device: True)
+    generator = torch.Generator().manual_seed(0)
+    start = {"big": torch.randn(70, 90, generator=generator), "one": torch.ones(1), "none": torch.ones(0, 4)}
+    settings = {"zero_stage": 1, "offload_optimizer": device, "nvme_path": str(tmp_path), "buffer_size": 11264}
+    kinds = [{}, {"moments": "int8", "master_weights": "split"}, {"moments": "bf16"}]
+    groups = [{name: nn.Parameter(tensor.bfloat16()) for name, tensor in start.items()} for _ in kinds]
+    made = [
+        adamw(group, EngineConfig(**settings, **kind), start.items()) for group, kind in zip(groups, kinds, strict=True)
+    ]
+    for _ in range(2):
+        step(made[0], {n: torch.randn(p.shape, generator=generator) for n, p in start.items()}, lr=0.1)
+    wide, packed, narrow = made
+    for source, target in ((wide, packed), (packed, narrow), (packed, wide)):
+        for name, part in source.entries():
+            target.write_shard(name, source.read_shard(name, part).clone(), key=part)
+            found, sent = target.read_shard(name, part), source.read_shard(name, part)
+            largest = sent.abs().max().item() if sent.numel() else 0
+            if part == "weight" or target is wide:
+                assert torch.equal(found, sent)
+            else:
+                torch.testing.assert_close(found, sent, rtol=0.05, atol=0.02 * largest)
+    assert all(torch.equal(groups[0][name], group[name]) for name in start for group in groups[1:])
+    for adam in made:
+        adam.close()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
 def test_buffers_too_small_for_a_tile_are_refused_with_the_least_that_works(tmp_path, moments):
-    least = {"fp32": 8192, "bf16": 6144}[moments]  # tiles are made of 2048 elements, of 16 or 12 bytes each
+    # Tiles are made of 2048 elements, of 16 or 12 bytes each; in 8 bits of 4096, of 10 bytes, and a page of scales.
+    least = {"fp32": 8192, "bf16": 6144, "int8": 11264}[moments]
     group = {"weight": nn.Parameter(torch.ones(1))}
     for size in (least - 1024, least):
         engine = EngineConfig(

@@ -46,6 +46,18 @@ def test_gradients_are_summed_in_fp32_over_micro_batches_and_ranks(on_ranks, ran
         assert not any(rounded), "a sum rounded to bf16 would lose what the masters are there to keep"
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sums_in_bf16_are_the_sums_in_fp32_rounded(on_ranks, ranks):
+    for rank in on_ranks(ranks):
+        for (stage, accumulation), (exact, narrow) in rank["bf16_sums"].items():
+            for name, gradient in exact.items():
+                kept = narrow[name]
+                torch.testing.assert_close(kept, kept.bfloat16().float(), rtol=1e-6, atol=0)
+                # One rounding for each addition here; a rank's own gradients arrive in bf16.
+                error = (kept - gradient).abs().max() / gradient.abs().max()
+                assert error <= 2**-8 * accumulation, (stage, accumulation, name)
+
+
 def test_masters_start_as_precise_as_the_checkpoint(on_ranks):
     start = dict(tiny.reference().named_parameters())
     # Two steps of warm-up at 1.5e-3 and 3e-3, then at most 3e-3 each: Adam moves a weight by about lr a step.

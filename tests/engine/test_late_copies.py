@@ -11,10 +11,12 @@ from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedStaging
 from rlhf.engine.offload.optimizer_state import ParameterShard, Update
-from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore, lay_out_tiles
+from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
+from rlhf.engine.offload.tiles import lay_out_tiles
 from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, file_bytes
 from rlhf.engine.offload.working_weights import StagedWeights
+from rlhf.engine.state_format import StateFormat
 from tests.engine.late_device import DEVICE, LateDevice
 
 CPU = torch.device("cpu")
@@ -124,7 +126,7 @@ def test_a_buffer_is_read_into_again_only_when_the_device_has_its_bytes(late, mo
 
 def nvme_store(folder, weights, pool):
     shards = [ParameterShard("v", torch.Size((5000,)), False), ParameterShard("w", torch.Size((70, 100)), True)]
-    tiles = lay_out_tiles(shards, 2048, moments=torch.float32)
+    tiles = lay_out_tiles(shards, 2048, format_=StateFormat())
     resources = NvmeResources(
         file=DirectFile(folder, nbytes=sum(tile.nbytes for tile in tiles), pool=pool, label="states", device=DEVICE),
         tiles=tiles,
@@ -133,7 +135,7 @@ def nvme_store(folder, weights, pool):
         writes_behind=True,
     )
     kernel = AdamKernel(OptimizerConfig(lr=1e-2, weight_decay=0.1), CPU)
-    return NvmeStateStore(shards, resources, kernel=kernel, weights=weights), shards
+    return NvmeStateStore(shards, resources, kernel=kernel, weights=weights, format_=StateFormat()), shards
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -182,6 +184,6 @@ def test_closing_waits_for_gradients_on_their_way_to_page_locked_memory(late, mo
 
     sums = HostGradAccumulator(PinnedStaging(DEVICE, pin=False))
     sums.add("w", torch.ones(1000))
-    arrived = sums._sums["w"].arrived.zero_()
+    arrived = sums._sums["w"].total.zero_()
     sums.close()
     assert arrived.all()

@@ -1,7 +1,8 @@
 """Sums of gradients over the micro-batches of a step, in the memory of the device or of the host, and their norms.
 
 The first micro-batch's gradient is kept in its own type; only a second one makes an fp32 sum of it. So a step of one
-micro-batch needs no fp32 copy, and gives the same numbers as if there were one.
+micro-batch needs no fp32 copy, and gives the same numbers as if there were one. With bf16 sums
+(`engine.grad_accum_dtype`), every gradient and every sum is rounded to it, and norms are those of what is kept.
 
 [Note: norms] A squared norm is summed in fp32 over blocks of 2048 elements and in fp64 over blocks, so that it does not
 depend on where a shard was cut (at multiples of a block) or kept, but for the last bits of the fp64 sum. Rounded to
@@ -61,6 +62,14 @@ _OWN = threading.local()
 class GradAccumulator(ABC):
     """Gradient sums of some parameters: flat shards, by the parameter's name."""
 
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """Start empty; sums of several gradients are of `dtype`, fp32 or bf16."""
+        self.dtype = dtype
+
+    def rounded(self, gradient: Tensor) -> Tensor:
+        """The gradient, in a type that is no wider than the sums'."""
+        return gradient if self.dtype is torch.float32 else gradient.to(self.dtype)
+
     @abstractmethod
     def add(self, name: str, gradient: Tensor) -> None:
         """Add a micro-batch's flat gradient, which belongs to the accumulator from now on."""
@@ -81,18 +90,20 @@ class GradAccumulator(ABC):
 class DeviceGradAccumulator(GradAccumulator):
     """Sums in the memory where the gradients are made."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """Start empty; sums of several gradients are of `dtype`."""
+        super().__init__(dtype)
         self._sums: dict[str, Tensor] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
-        """Keep the first gradient as it is, add others in fp32."""
-        known = self._sums.get(name)
+        """Keep the first gradient, add others to it."""
+        known, gradient = self._sums.get(name), self.rounded(gradient)
         if known is None:
             self._sums[name] = gradient
-        elif known.dtype == torch.float32:
+        elif known.dtype == self.dtype:
             known += gradient
         else:
-            self._sums[name] = known.float().add_(gradient)  # the second of them: from now on in fp32
+            self._sums[name] = known.to(self.dtype).add_(gradient)  # the second of them: from now on in fp32
 
     def squared_norms(self) -> dict[str, Tensor]:
         """Computed on the gradients' device; on CUDA in a few calls for all."""
@@ -120,16 +131,24 @@ class PinnedStaging:
         self.stream = CopyStream(device)
         self._pin = pin and device.type == "cuda"
         self._thread = threads_on(device, 1, name="gradient sums")  # one: additions stay in order
-        self._pinned: list[BufferPool] = []
+        self._pinned: dict[int, BufferPool] = {}  # by address
 
     def empty(self, numel: int, dtype: torch.dtype) -> Tensor:
-        """Host memory for copies from the device, [numel]; page-locked until `close`."""
+        """Host memory for copies from the device, [numel]; page-locked until `free` or `close`."""
         if not self._pin:
             return torch.empty(numel, dtype=dtype)
-        pool = self._new_pool(1, max(numel * dtype.itemsize, 1))  # PyTorch's own allocator rounds up to powers of two
-        return pool.take()[: numel * dtype.itemsize].view(dtype)
+        pool = BufferPool(1, nbytes=max(numel * dtype.itemsize, 1), pin=True)  # PyTorch's allocator rounds up to 2^n
+        memory = pool.take()[: numel * dtype.itemsize].view(dtype)
+        self._pinned[memory.data_ptr()] = pool
+        return memory
 
-    def once(self, copied: CopyEvent, update: Callable[[Tensor], Tensor], *, values: Tensor) -> Future[None]:
+    def free(self, memory: Tensor) -> None:
+        """Unlock what `empty` gave; its pages go with the last tensor that shows them."""
+        pool = self._pinned.pop(memory.data_ptr(), None)
+        if pool is not None:
+            pool.close()
+
+    def once(self, copied: CopyEvent, update: Callable[[Tensor], object], *, values: Tensor) -> Future[None]:
         """Have the thread call `update(values)` once `copied` has filled `values`; the caller does not wait.
 
         Calls are carried out in order.
@@ -141,12 +160,15 @@ class PinnedStaging:
 
         return self._thread.submit(work)
 
-    def add(self, total: Tensor, gradient: Tensor) -> Future[None]:
-        """Add a gradient of the device to fp32 `total` on the host, both flat and not empty; returns the last part."""
+    def add(self, total: Tensor, gradient: Tensor, *, first: bool = False) -> Future[None]:
+        """Add a gradient of the device to `total` on the host, both flat and not empty; returns the last part.
+
+        The `first` replaces what is there.
+        """
         for part, into in zip(torch.split(gradient, _STAGED), torch.split(total, _STAGED), strict=True):
             buffer = self._buffers.take()  # waits for the addition that used it before the last one
             staged = buffer.view(part.dtype)[: part.numel()]
-            added = self.once(self.stream.copy(staged, part), into.add_, values=staged)
+            added = self.once(self.stream.copy(staged, part), into.copy_ if first else into.add_, values=staged)
             # Lifetime: the buffer is copied into and then read by the thread; both have ended once `added` has.
             self._buffers.hold(buffer, ThreadTransfer([added]))
             self._buffers.give_back(buffer)
@@ -156,28 +178,24 @@ class PinnedStaging:
         """End the thread and unlock the memory, once nothing uses either."""
         self.stream.synchronize()  # copies that nobody waited for still write to page-locked memory
         self._thread.shutdown()
-        for pool in self._pinned:
+        for pool in self._pinned.values():
             pool.close()
-        self._pinned = []
+        self._pinned = {}
 
     @cached_property
     def _buffers(self) -> BufferPool:
         """Made when first needed: a step of one micro-batch adds nothing."""
-        return self._new_pool(2, 4 * _STAGED)
-
-    def _new_pool(self, count: int, nbytes: int) -> BufferPool:
-        self._pinned.append(BufferPool(count, nbytes=nbytes, pin=self._pin))
-        return self._pinned[-1]
+        pool = self._pinned[0] = BufferPool(2, nbytes=4 * _STAGED, pin=self._pin)  # 0 is nobody's address
+        return pool
 
 
 @dataclass
 class _HostSum:
     """One parameter's sum on the host."""
 
-    arrived: Tensor  # the first micro-batch's gradient, in its own type
-    copied: CopyEvent  # of `arrived`
-    square: Tensor | None  # of `arrived`, computed on the device; None when it is outdated
-    total: Tensor | None = None  # fp32, once there is a second
+    total: Tensor
+    copied: CopyEvent  # of the first gradient, where it was copied to `total` as it is
+    square: Tensor | None  # of the only gradient, computed on the device; None once there are several
     adding: Future[None] | None = None  # the last addition
 
     def wait(self) -> Tensor:
@@ -185,32 +203,32 @@ class _HostSum:
         self.copied.wait()
         if self.adding is not None:
             self.adding.result()
-        return self.arrived if self.total is None else self.total
+        return self.total
 
 
 class HostGradAccumulator(GradAccumulator):
-    """Sums on the host of gradients that a device makes and frees, copied and added while backward goes on."""
+    """Sums on the host of gradients that a device makes and frees, copied and added while backward goes on.
 
-    def __init__(self, staging: PinnedStaging) -> None:
-        """Start empty."""
+    There is one piece of host memory for each parameter, in the type of its sum: it becomes wider when a second
+    gradient comes for the first time, and stays so.
+    """
+
+    def __init__(self, staging: PinnedStaging, dtype: torch.dtype = torch.float32) -> None:
+        """Start empty; sums of several gradients are of `dtype`."""
+        super().__init__(dtype)
         self._staging = staging
-        # Host memory for the sums, kept from step to step: page-locked memory is slow to get.
-        self._arrived: dict[str, Tensor] = {}
-        self._totals: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}  # kept from step to step: page-locked memory is slow to get
         self._sums: dict[str, _HostSum] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Start to copy the gradient to its place, or to where it is added."""
-        known = self._sums.get(name)
+        known, gradient = self._sums.get(name), self.rounded(gradient)
         if known is None:
             self._sums[name] = self._first(name, gradient)
             return
         known.square = None
-        if known.total is None:
-            if name not in self._totals:
-                self._totals[name] = torch.empty(gradient.numel())
-            known.total = self._totals[name]
-            known.adding = self._staging.once(known.copied, known.total.copy_, values=known.arrived)  # widens to fp32
+        if known.total.dtype != self.dtype:
+            self._widen(name, known)
         if gradient.numel():
             known.adding = self._staging.add(known.total, gradient)
 
@@ -226,17 +244,32 @@ class HostGradAccumulator(GradAccumulator):
 
     def clear(self) -> None:
         """Drop the sums; their memory is used again."""
-        # Order: copies and additions under way come before the next step's, on the same stream and the same thread.
+        for known in self._sums.values():
+            known.wait()  # Order: the next step's first copy is on the stream, and additions are in the thread
         self._sums = {}
 
     def close(self) -> None:
         """Close what all accumulators of the device share, too: they go together."""
-        self._sums, self._arrived, self._totals = {}, {}, {}
+        self._sums, self._memory = {}, {}
         self._staging.close()
 
     def _first(self, name: str, gradient: Tensor) -> _HostSum:
-        arrived = self._arrived.get(name)
-        if arrived is None or arrived.dtype != gradient.dtype:
-            arrived = self._arrived[name] = self._staging.empty(gradient.numel(), gradient.dtype)
+        memory = self._memory.get(name)
+        if memory is None:
+            memory = self._memory[name] = self._staging.empty(gradient.numel(), gradient.dtype)
         square = squared_norm(gradient)  # before the copy: the device forgets the gradient after it
-        return _HostSum(arrived, self._staging.stream.copy(arrived, gradient), square)
+        if memory.dtype == gradient.dtype:
+            return _HostSum(memory, self._staging.stream.copy(memory, gradient), square)
+        adding = self._staging.add(memory, gradient, first=True) if gradient.numel() else None
+        return _HostSum(memory, CopyEvent(), square, adding)
+
+    def _widen(self, name: str, known: _HostSum) -> None:
+        """Have the thread move the first gradient to memory of the sum's type."""
+        narrow, total = known.total, torch.empty(known.total.numel(), dtype=self.dtype)
+
+        def move(values: Tensor) -> None:
+            total.copy_(values)
+            self._staging.free(narrow)
+
+        known.adding = self._staging.once(known.copied, move, values=narrow)
+        known.total = self._memory[name] = total

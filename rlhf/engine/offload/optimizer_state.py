@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -17,9 +18,17 @@ from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 from rlhf.engine.fsdp_units import ParameterGroup, local_shard
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, GradAccumulator, HostGradAccumulator
 from rlhf.engine.offload.working_weights import ShardedWeights
-
-STATE_KEYS = ("weight", "exp_avg", "exp_avg_sq")
-"""What is kept of each parameter: the fp32 master weight and the two moments."""
+from rlhf.engine.state_format import (
+    BLOCK,
+    STATE_KEYS,
+    Quantised,
+    SplitMaster,
+    StateFormat,
+    Stored,
+    num_blocks,
+    pack,
+    unpack,
+)
 
 
 class ParameterShard(NamedTuple):
@@ -69,10 +78,11 @@ class OptimizerStateStore(ABC):
         *,
         kernel: AdamKernel,
         weights: ShardedWeights,
+        format_: StateFormat,
     ) -> None:
         """Keep the state of `shards` where `kernel` runs; `weights` are the working weights that follow the masters."""
         self.shards = {shard.name: shard for shard in shards}
-        self.gradients, self.kernel, self.weights = gradients, kernel, weights
+        self.gradients, self.kernel, self.weights, self.format = gradients, kernel, weights, format_
         self.steps = {shard.name: torch.zeros((), device=kernel.device) for shard in shards}
         """Updates so far of each parameter, [] fp32, for the bias correction."""
 
@@ -91,7 +101,16 @@ class OptimizerStateStore(ABC):
 
     @abstractmethod
     def write(self, name: str, key: str, *, shard: Tensor) -> None:
-        """Set it; working weights do not follow."""
+        """Set it; working weights follow split masters, of which they are a part, and no others."""
+
+    def packed(self, name: str, key: str, *, codes: Tensor, scales: Tensor | None, start: int) -> Stored:
+        """Elements from `start` of a shard, in the memory that stores them: `scales` are those of 8 bits."""
+        if key == "weight":
+            return SplitMaster(codes, partial(self.weights.read, name), start) if self.format.is_split else codes
+        if scales is None:
+            return codes
+        numel = min(self.shards[name].numel - start, codes.numel())  # codes fill whole blocks
+        return Quantised(codes, scales, numel, start // BLOCK)
 
     def close(self) -> None:
         """Free files, threads and page-locked memory."""
@@ -108,21 +127,18 @@ class InMemoryStateStore(OptimizerStateStore):
         *,
         kernel: AdamKernel,
         weights: ShardedWeights,
-        moments: torch.dtype,
+        format_: StateFormat,
         in_place: Callable[[str], Tensor] | None = None,
     ) -> None:
-        """Start at zero moments of the type `moments`, on the device of `kernel`, where the gradients must be, too.
+        """Start at zero moments, on the device of `kernel`, where the gradients must be, too.
 
         `in_place` gives the flat fp32 working weights that are updated themselves; None allocates masters.
         """
-        super().__init__(shards, gradients, kernel=kernel, weights=weights)
+        super().__init__(shards, gradients, kernel=kernel, weights=weights, format_=format_)
         self._sums, self._in_place = gradients, in_place
         self.has_masters = in_place is None
-        types = {"exp_avg": moments, "exp_avg_sq": moments} | ({"weight": torch.float32} if self.has_masters else {})
-        self._state = {
-            key: {shard.name: torch.zeros(shard.numel, dtype=dtype, device=kernel.device) for shard in shards}
-            for key, dtype in types.items()
-        }
+        keys = STATE_KEYS if self.has_masters else STATE_KEYS[1:]
+        self._state = {key: {shard.name: self._zeros(shard, key) for shard in shards} for key in keys}
 
     def step(self, update: Update) -> None:
         """One update; on the host, the working weights are sent while later chunks are computed."""
@@ -139,17 +155,28 @@ class InMemoryStateStore(OptimizerStateStore):
 
     def read(self, name: str, key: str) -> Tensor:
         """The memory itself where it is fp32, else a copy."""
-        return self._tensor(name, key).float().view(self.shards[name].shape)
+        return unpack(self._stored(name, key), self.kernel.device).view(self.shards[name].shape)
 
     def write(self, name: str, key: str, *, shard: Tensor) -> None:
         """Copy the shard here."""
-        self._tensor(name, key).copy_(shard.reshape(-1))
+        stored = self._stored(name, key)
+        rounded = pack(stored, shard.reshape(-1).to(self.kernel.device), step=self.steps[name])
+        if isinstance(stored, SplitMaster):
+            self.weights.write(name, 0, values=rounded)
 
     def _slice(self, shard: ParameterShard, gradient: Tensor) -> ParameterSlice:
-        weight, *moments = (self._tensor(shard.name, key) for key in STATE_KEYS)
+        weight, *moments = (self._stored(shard.name, key) for key in STATE_KEYS)
         return ParameterSlice(shard.name, 0, shard.decays, self.steps[shard.name], weight, gradient, *moments)
 
-    def _tensor(self, name: str, key: str) -> Tensor:
+    def _zeros(self, shard: ParameterShard, key: str) -> Stored:
+        """Memory for one of `STATE_KEYS`."""
+        quantised = self.format.is_quantised and key != "weight"
+        blocks, device = num_blocks(shard.numel), self.kernel.device
+        codes = torch.zeros(blocks * BLOCK if quantised else shard.numel, dtype=self.format.dtype(key), device=device)
+        scales = torch.zeros(blocks, device=device) if quantised else None
+        return self.packed(shard.name, key, codes=codes, scales=scales, start=0)
+
+    def _stored(self, name: str, key: str) -> Stored:
         """One of `STATE_KEYS`, flat."""
         if key == "weight" and self._in_place is not None:
             return self._in_place(name)  # looked up each time: FSDP2 may have moved it

@@ -4,12 +4,7 @@ Gradients are written as backward makes them. A step reads a tile, updates it an
 read and the last one written; all of them pass through one fixed pool of buffers. A failing disk is remembered until
 all ranks can be told, because a rank that stops between two collectives would leave the others waiting in the second.
 
-A tile has slices of several parameters, and is stored as [gradients | weights | exp_avg | exp_avg_sq], so that one read
-brings everything a step needs of it, and one write takes back everything it changed. In each of the four, every slice
-starts on a page of the disk, so that it can be read and written by itself.
-
-[Note: narrow gradients] A gradient of two bytes an element fills the second half of its slice's bytes: what a step
-reads still ends where the weights begin.
+See also: what is where in a tile (`tiles.py`).
 """
 
 from __future__ import annotations
@@ -26,104 +21,14 @@ from torch import Tensor
 
 from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
 from rlhf.engine.offload.direct_io import DirectFile, PlannedRead, PrefetchQueue
-from rlhf.engine.offload.grad_accumulation import BLOCK, GradAccumulator, squared_norm
-from rlhf.engine.offload.optimizer_state import STATE_KEYS, OptimizerStateStore, ParameterShard, Update
+from rlhf.engine.offload.grad_accumulation import GradAccumulator, squared_norm
+from rlhf.engine.offload.optimizer_state import OptimizerStateStore, ParameterShard, Update
+from rlhf.engine.offload.tiles import Tile, TileSlice
 from rlhf.engine.offload.transfers import CopyEvent, CopyStream
 from rlhf.engine.offload.working_weights import ShardedWeights
+from rlhf.engine.state_format import STATE_KEYS, SplitMaster, StateFormat, Stored, pack, unpack
 
 _Tag = TypeVar("_Tag")
-PAGE_ELEMENTS = BLOCK  # a page of what has two bytes an element, two pages of fp32; no slice starts between
-
-
-class TileSlice(NamedTuple):
-    """Elements [start, stop) of a parameter's shard, kept in one tile."""
-
-    name: str
-    start: int
-    stop: int
-    at: int  # where they start among the tile's elements
-
-    @property
-    def numel(self) -> int:
-        """Elements of the parameter."""
-        return self.stop - self.start
-
-    @property
-    def padded(self) -> int:
-        """Elements that it takes up: whole pages."""
-        return -(-self.numel // PAGE_ELEMENTS) * PAGE_ELEMENTS
-
-
-@dataclass(frozen=True)
-class Tile:
-    """What is read, updated and written at once: where it is in the file, and what is where in its bytes."""
-
-    offset: int
-    size: int  # elements, padding included
-    slices: tuple[TileSlice, ...]
-    moments: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the tile."""
-        return self.size * _element_bytes(self.moments)
-
-    @property
-    def state_start(self) -> int:
-        """Byte where the gradients end and the state begins."""
-        return 4 * self.size
-
-    def state_bytes(self, key: str, part: TileSlice, *, itemsize: int = 0) -> slice:
-        """Bytes of one of a slice's `STATE_KEYS` in the tile; the first of them, for elements of so many bytes."""
-        width = 4 if key == "weight" else self.moments.itemsize
-        index = STATE_KEYS.index(key)  # fp32 weights come first, then the moments, which may be narrower
-        start = self.state_start + (4 * self.size if index else 0) + max(index - 1, 0) * width * self.size
-        first = start + width * part.at
-        return slice(first, first + (itemsize or width) * part.padded)
-
-    def gradient_bytes(self, part: TileSlice, itemsize: int) -> slice:
-        """Bytes of a slice's gradient; see [Note: narrow gradients]."""
-        stop = 4 * (part.at + part.padded)
-        return slice(stop - itemsize * part.padded, stop)
-
-    def state_view(self, buffer: Tensor, key: str, *, part: TileSlice) -> Tensor:
-        """One of a slice's `STATE_KEYS` in a buffer that holds the tile: [numel] fp32, moments in their type."""
-        dtype = torch.float32 if key == "weight" else self.moments
-        return buffer[self.state_bytes(key, part)].view(dtype)[: part.numel]
-
-
-def lay_out_tiles(shards: Sequence[ParameterShard], capacity: int, *, moments: torch.dtype) -> list[Tile]:
-    """Tiles of at most `capacity` elements (a multiple of `PAGE_ELEMENTS`) for all parameters, in order.
-
-    A parameter that does not fit into the rest of a tile continues in the next one.
-    """
-    contents: list[list[TileSlice]] = []
-    used = capacity  # of the last tile: there is none yet
-    for shard in shards:
-        start = 0
-        while start < shard.numel:
-            if used == capacity:
-                contents.append([])
-                used = 0
-            part = TileSlice(shard.name, start, min(start + capacity - used, shard.numel), used)
-            contents[-1].append(part)
-            used += part.padded
-            start = part.stop
-    tiles: list[Tile] = []
-    for slices in contents:
-        offset = tiles[-1].offset + tiles[-1].nbytes if tiles else 0
-        tiles.append(Tile(offset, slices[-1].at + slices[-1].padded, tuple(slices), moments))
-    return tiles
-
-
-def tile_capacity(nbytes: int, limit: int, *, moments: torch.dtype) -> int:
-    """Elements of the largest tile that fits into `nbytes` and has at most `limit` elements; 0 when none fits."""
-    return min(nbytes // _element_bytes(moments), max(limit, PAGE_ELEMENTS)) // PAGE_ELEMENTS * PAGE_ELEMENTS
-
-
-def _element_bytes(moments: torch.dtype) -> int:
-    """Gradient and weight of four bytes each, and two moments."""
-    return 8 + 2 * moments.itemsize
 
 
 @dataclass
@@ -178,13 +83,15 @@ class _Sum(NamedTuple):
 class NvmeGradAccumulator(GradAccumulator):
     """Sums in the file of the state, beside the weights and moments that the step reads with them."""
 
-    def __init__(self, resources: NvmeResources) -> None:
-        """Start empty."""
+    def __init__(self, resources: NvmeResources, *, dtype: torch.dtype) -> None:
+        """Start empty; sums of several gradients are of `dtype`."""
+        super().__init__(dtype)
         self._resources, self._places = resources, resources.places
         self.sums: dict[str, _Sum] = {}
 
     def add(self, name: str, gradient: Tensor) -> None:
         """Write the gradient, or add it to what was written."""
+        gradient = self.rounded(gradient)
         if self._resources.failure is None:
             with self._resources.remember_failure():
                 self.sums[name] = self._add(name, gradient) if name in self.sums else self._first(name, gradient)
@@ -208,27 +115,29 @@ class NvmeGradAccumulator(GradAccumulator):
         return _Sum(gradient.dtype, squared_norm(gradient))
 
     def _add(self, name: str, gradient: Tensor) -> _Sum:
-        """Read the sum of each slice, add on the host, and write it back in fp32."""
+        """Read the sum of each slice, add on the host, and write it back."""
         known, square = self.sums[name].dtype, torch.zeros((), dtype=torch.float64)
+        widens, incoming_size = known != self.dtype, gradient.dtype.itemsize
+        assert not widens or incoming_size == known.itemsize, "gradients of a parameter are of one type"
         reads = []
         for tile, part in self._places[name]:
             stored = tile.gradient_bytes(part, known.itemsize)
-            # A narrow sum is read to the place of a moment: its fp32 version is about to fill its own.
-            into = stored if known == torch.float32 else tile.state_bytes("exp_avg", part, itemsize=known.itemsize)
+            # A narrow sum is read to where the state will be: its wide version is about to fill its own place.
+            into = tile.spare_bytes(part, itemsize=known.itemsize, second=True) if widens else stored
             reads.append(PlannedRead((tile, part, into), tile.offset + stored.start, into))
         for (tile, part, into), buffer in self._resources.read(reads):
-            # The place of the weight, which a sum is never read to, holds up to four bytes an element.
-            incoming = buffer[tile.state_bytes("weight", part)].view(gradient.dtype)[: part.numel]
+            place = tile.spare_bytes(part, itemsize=incoming_size)
+            incoming = buffer[place].view(gradient.dtype)[: part.numel]
             copied = self._resources.stream.copy(incoming, gradient[part.start : part.stop])
-            place = tile.gradient_bytes(part, 4)
-            total = buffer[place].view(torch.float32)[: part.numel]
-            if known != torch.float32:
+            place = tile.gradient_bytes(part, self.dtype.itemsize)
+            total = buffer[place].view(self.dtype)[: part.numel]
+            if widens:
                 total.copy_(buffer[into].view(known)[: part.numel])
             copied.wait()  # the host waits for the device, while the disk reads the next slice
             total += incoming
             square += squared_norm(total)
             self._resources.write(tile, buffer, place=place)
-        return _Sum(torch.float32, square)
+        return _Sum(self.dtype, square)
 
 
 class NvmeStateStore(OptimizerStateStore):
@@ -243,10 +152,11 @@ class NvmeStateStore(OptimizerStateStore):
         *,
         kernel: AdamKernel,
         weights: ShardedWeights,
+        format_: StateFormat,
     ) -> None:
         """Start at zero moments, which is what a new file holds; `shards` are those of `resources.tiles`."""
-        self._accumulator = NvmeGradAccumulator(resources)
-        super().__init__(shards, self._accumulator, kernel=kernel, weights=weights)
+        self._accumulator = NvmeGradAccumulator(resources, dtype=format_.sums)
+        super().__init__(shards, self._accumulator, kernel=kernel, weights=weights, format_=format_)
         self._resources, self._places = resources, resources.places
 
     @property
@@ -265,22 +175,25 @@ class NvmeStateStore(OptimizerStateStore):
 
     def read(self, name: str, key: str) -> Tensor:
         """This rank's shard, as a copy."""
-        shard, reads = torch.empty(self.shards[name].numel), []
-        for tile, part in self._places[name]:
-            place = tile.state_bytes(key, part)
-            reads.append(PlannedRead((tile, part), tile.offset + place.start, place))
-        for (tile, part), buffer in self._resources.read(reads):
-            shard[part.start : part.stop].copy_(tile.state_view(buffer, key, part=part))
+        shard = torch.empty(self.shards[name].numel)
+        for (tile, part, _), buffer in self._resources.read(self._reads(name, key)):
+            shard[part.start : part.stop].copy_(
+                unpack(self._stored(tile, part, buffer=buffer, key=key), self.kernel.device)
+            )
             self._resources.file.pool.give_back(buffer)
         return shard.view(self.shards[name].shape)
 
     def write(self, name: str, key: str, *, shard: Tensor) -> None:
         """Start to write the shard; reads of it wait for that."""
-        flat = shard.reshape(-1)
-        for tile, part in self._places[name]:
-            buffer = self._resources.file.pool.take()
-            tile.state_view(buffer, key, part=part).copy_(flat[part.start : part.stop])
-            self._resources.write(tile, buffer, place=tile.state_bytes(key, part))
+        flat, reads = shard.reshape(-1), self._reads(name, key)
+        shares_pages = self.format.is_quantised and key != "weight"  # with scales of others, which are read before
+        new = ((read.tag, self._resources.file.pool.take()) for read in reads)
+        for (tile, part, place), buffer in self._resources.read(reads) if shares_pages else new:
+            stored = self._stored(tile, part, buffer=buffer, key=key)
+            rounded = pack(stored, flat[part.start : part.stop].to(self.kernel.device), step=self.steps[name])
+            if isinstance(stored, SplitMaster):
+                self.weights.write(name, part.start, values=rounded)
+            self._resources.write(tile, buffer, place=place)
 
     def close(self) -> None:
         """Free the file and its buffers."""
@@ -308,6 +221,19 @@ class NvmeStateStore(OptimizerStateStore):
     def _slice(self, tile: Tile, part: TileSlice, *, buffer: Tensor) -> ParameterSlice:
         dtype = self._accumulator.sums[part.name].dtype
         gradient = buffer[self._gradient_bytes(tile, part)].view(dtype)[: part.numel]
-        weight, *moments = (tile.state_view(buffer, key, part=part) for key in STATE_KEYS)
+        weight, *moments = (self._stored(tile, part, buffer=buffer, key=key) for key in STATE_KEYS)
         decays = self.shards[part.name].decays
         return ParameterSlice(part.name, part.start, decays, self.steps[part.name], weight, gradient, *moments)
+
+    def _stored(self, tile: Tile, part: TileSlice, *, buffer: Tensor, key: str) -> Stored:
+        """One of a slice's `STATE_KEYS`, in a buffer that holds its tile."""
+        codes, scales = tile.state_view(buffer, key, part=part)
+        return self.packed(part.name, key, codes=codes, scales=scales, start=part.start)
+
+    def _reads(self, name: str, key: str) -> list[PlannedRead[tuple[Tile, TileSlice, slice]]]:
+        """One of a parameter's `STATE_KEYS`: tile, slice, and the bytes of the tile that it is in."""
+        reads = []
+        for tile, part in self._places[name]:
+            place = tile.moments if self.format.is_quantised and key != "weight" else tile.state_bytes(key, part)
+            reads.append(PlannedRead((tile, part, place), tile.offset + place.start, place))
+        return reads

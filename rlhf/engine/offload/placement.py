@@ -7,9 +7,9 @@ are meant.
 | kind | what it is | type | kept |
 |---|---|---|---|
 | working weights | what forward and backward compute with | bf16, fp16 or fp32 | where `offload_param` says |
-| masters | the weights that AdamW updates; working weights are their rounded copies | fp32 | with the moments |
-| moments | AdamW's running averages of the gradient and of its square | fp32 or bf16 | where `offload_optimizer` says |
-| gradient sums | gradients of a step's micro-batches, added up | as the first came, then fp32 | with the moments |
+| masters | the weights that AdamW updates; working weights are rounded copies | fp32, or split | with the moments |
+| moments | AdamW's averages of the gradient and of its square | fp32, bf16 or 8 bits | where `offload_optimizer` says |
+| gradient sums | a step's gradients, added up | as the first came, then fp32; or bf16 | with the moments |
 | staging buffers | page-locked host memory through which the others travel | bytes | host, of a fixed size |
 
 Masters, moments and gradient sums are the *optimizer state* of a group, and belong to one `OptimizerStateStore`. The
@@ -24,11 +24,13 @@ tensors pass through staging buffers on their way to the device that computes:
 
 `offload_param` moves the working weights alone: each unit is fetched when FSDP2 gathers it.
 
-No store changes a number: on one kind of processor every choice trains the same weights, bit for bit.
+No store changes a number: on one kind of processor every choice trains the same weights, bit for bit. Types narrower
+than fp32 do, within what `state_format.py` says of them; but for masters that are split, they are the user's choice.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,20 +39,15 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
+from rlhf.config.engine_config import EngineConfig, GradDtype, MasterWeights, OffloadDevice
 from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, HostGradAccumulator, PinnedStaging
 from rlhf.engine.offload.optimizer_state import InMemoryStateStore, OptimizerStateStore, shards_of
-from rlhf.engine.offload.optimizer_state_nvme import (
-    PAGE_ELEMENTS,
-    NvmeResources,
-    NvmeStateStore,
-    lay_out_tiles,
-    tile_capacity,
-)
+from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
+from rlhf.engine.offload.tiles import lay_out_tiles, page_elements, tile_bytes, tile_capacity
 from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import HostWeights, NvmeWeights, WeightStore, file_bytes
 from rlhf.engine.offload.working_weights import (
@@ -61,7 +58,10 @@ from rlhf.engine.offload.working_weights import (
     lay_out_units,
     unit_bytes,
 )
+from rlhf.engine.state_format import StateFormat
 from rlhf.runtime.dist import World
+
+logger = logging.getLogger(__name__)
 
 _CPU = torch.device("cpu")
 
@@ -130,10 +130,10 @@ class Placement:
         masters = self.offloaded is not None or is_narrow
         return InMemoryStateStore(
             shards_of(group),
-            DeviceGradAccumulator(),
+            DeviceGradAccumulator(self._format.sums),
             kernel=self._device_kernel,  # queued on the current stream, as the forward that follows
             weights=self.offloaded or self._device_weights,
-            moments=self._moments,
+            format_=self._format,
             in_place=None if masters else self._device_weights.shard,
         )
 
@@ -142,24 +142,24 @@ class Placement:
         # A store of its own for each group, so that its step need not wait for the gradients of all others.
         return InMemoryStateStore(
             shards_of(group),
-            HostGradAccumulator(self._staging),
+            HostGradAccumulator(self._staging, self._format.sums),
             kernel=self._host_kernel,
             weights=self._host_weights,
-            moments=self._moments,
+            format_=self._format,
         )
 
     def _on_nvme(self, groups: Sequence[ParameterGroup]) -> OptimizerStateStore:
         """State in one file."""
         shards = [shard for group in groups for shard in shards_of(group)]
-        engine, moments = self.engine, self._moments
-        capacity = tile_capacity(4 * engine.buffer_size, engine.sub_group_size, moments=moments)
+        engine, format_ = self.engine, self._format
+        capacity = tile_capacity(4 * engine.buffer_size, engine.sub_group_size, format_=format_)
         if capacity == 0:
-            least = -(-PAGE_ELEMENTS * (8 + 2 * moments.itemsize) // 4)
+            least = -(-tile_bytes(page_elements(format_), format_) // 4)
             raise ValueError(
                 f"engine.buffer_size={engine.buffer_size}: expected {least} or more with offload_optimizer=nvme; "
                 "millions are fast."
             )
-        tiles = lay_out_tiles(shards, capacity, moments=moments)
+        tiles = lay_out_tiles(shards, capacity, format_=format_)
         nbytes = max(sum(tile.nbytes for tile in tiles), 1)  # 1 where this rank's shards are all empty
         resources = NvmeResources(
             file=_open_file("optimizer state (engine.offload_optimizer=nvme)", nbytes, config=engine, world=self.world),
@@ -168,11 +168,20 @@ class Placement:
             reads_ahead=engine.pipeline_read,
             writes_behind=engine.pipeline_write,
         )
-        return NvmeStateStore(shards, resources, kernel=self._host_kernel, weights=self._host_weights)
+        weights = self._host_weights
+        return NvmeStateStore(shards, resources, kernel=self._host_kernel, weights=weights, format_=format_)
 
-    @property
-    def _moments(self) -> torch.dtype:
-        return torch.bfloat16 if self.engine.moments == MomentDtype.bf16 else torch.float32
+    @cached_property
+    def _format(self) -> StateFormat:
+        """Of all groups: working weights have one type."""
+        dtype = next((p.dtype for group in self.groups for p in group.values()), torch.float32)
+        format_ = StateFormat.of(self.engine, dtype)
+        if self.engine.master_weights == MasterWeights.split and not format_.is_split:
+            why = "working weights are on a disk" if dtype is torch.bfloat16 else f"working weights are in {dtype}"
+            logger.info("engine.master_weights=split: masters stay whole, because %s", why)
+        if self.engine.grad_accum_dtype == GradDtype.bf16 and format_.sums is torch.float32:
+            logger.info("engine.grad_accum_dtype=bf16: sums stay in fp32, because working weights are in %s", dtype)
+        return format_
 
     @cached_property
     def _device_kernel(self) -> AdamKernel:

@@ -1,9 +1,8 @@
 """Working weights as the optimizer writes them: by parameter, this rank's shard, on the device or offloaded.
 
-All take fp32 values and round them to the working type. Offloaded weights are fetched when FSDP2 gathers them. Each
-rank stores its shard of a unit contiguously, padded as FSDP2 wants it, so fetching a unit is one copy. While a unit
-computes, the units that followed it last time are prefetched. A fetched shard is dropped as soon as the all-gather has
-consumed it.
+All take fp32 values and round them to the working type. Offloaded weights are fetched when FSDP2 gathers them, and
+dropped when that has read them. Each rank stores its shard of a unit contiguously, padded as FSDP2 wants it, so
+fetching a unit is one copy. While a unit computes, the units that followed it last time are prefetched.
 See [Note: offload], and the memory and the files of offloaded units (`weight_stores.py`).
 """
 
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.engine.adam_kernel import ParameterSlice
+from rlhf.engine.adam_kernel import UpdatedWeights
 from rlhf.engine.fsdp_units import ParameterGroup, local_shard, rows_of
 from rlhf.engine.offload.transfers import BufferPool, CopyStream
 from rlhf.engine.offload.weight_stores import WeightStore
@@ -37,7 +36,11 @@ class ShardedWeights(ABC):
     def write(self, name: str, start: int, *, values: Tensor) -> None:
         """Make `values` [n], rounded to the working type, the elements from `start` of a shard."""
 
-    def write_back(self, slices: Sequence[ParameterSlice]) -> None:
+    @abstractmethod
+    def read(self, name: str, part: slice) -> Tensor:
+        """A part of the elements of a shard, in the working type, on any device: the memory itself or a copy."""
+
+    def write_back(self, slices: Sequence[UpdatedWeights]) -> None:
         """Write the updated masters of `slices`."""
         for part in slices:
             self.write(part.name, part.start, values=part.weight)
@@ -64,7 +67,11 @@ class DeviceWeights(ShardedWeights):
         """Round `values` into the weights, on the current stream, as the forward that reads them."""
         self.shard(name)[start : start + values.numel()].copy_(values)
 
-    def write_back(self, slices: Sequence[ParameterSlice]) -> None:
+    def read(self, name: str, part: slice) -> Tensor:
+        """The memory itself."""
+        return self.shard(name)[part]
+
+    def write_back(self, slices: Sequence[UpdatedWeights]) -> None:
         """All slices in one call to the device."""
         shards = {name: self.shard(name) for name in {part.name for part in slices}}
         into = [shards[part.name][part.start : part.start + part.weight.numel()] for part in slices]
@@ -90,6 +97,17 @@ class StagedWeights(ShardedWeights):
             self._pool.hold(buffer, self._stream.copy(shard[start : start + part.numel()], staged))
             self._pool.give_back(buffer)
             start += part.numel()
+
+    def read(self, name: str, part: slice) -> Tensor:
+        """A copy on the host."""
+        shard = self._weights.read(name, part)
+        found = torch.empty(shard.numel(), dtype=shard.dtype)
+        for piece, into in zip(torch.split(shard, _STAGED), torch.split(found, _STAGED), strict=True):
+            staged = self._pool.take().view(shard.dtype)[: piece.numel()]
+            self._stream.copy(staged, piece).wait()  # on the stream of `write`: what was written before is read
+            into.copy_(staged)
+            self._pool.give_back(staged)
+        return found
 
     def flush(self) -> None:
         """Make the current stream wait for what was sent: the next forward reads the new weights."""
@@ -229,11 +247,18 @@ class OffloadedWeights(ShardedWeights):
         self._retire()  # what was fetched last is used up, or outdated by this
         self._stores[slot.unit].write(slot.unit, first, values=raw)
 
+    def read(self, name: str, part: slice) -> Tensor:
+        """A copy on the host, of what is kept off the device."""
+        if name not in self._slots:
+            return self._others.read(name, part)
+        slot, size = self._slots[name], self.dtype.itemsize
+        first, count = slot.start + part.start * size, (part.stop - part.start) * size
+        return self._stores[slot.unit].read(slot.unit, first, count=count).view(self.dtype)
+
     def shard(self, name: str) -> Tensor:
         """A copy of this rank's shard, in its shape and type, on the host."""
-        slot = self._slots[name]
-        nbytes = slot.shape.numel() * self.dtype.itemsize
-        return self._stores[slot.unit].read(slot.unit, slot.start, count=nbytes).view(self.dtype).view(slot.shape)
+        shape = self._slots[name].shape
+        return self.read(name, slice(0, shape.numel())).view(shape)
 
     def flush(self) -> None:
         """Wait until all writes have reached their store."""

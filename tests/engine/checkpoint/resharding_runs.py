@@ -17,6 +17,7 @@ from tests.engine import scenarios, tiny
 from tests.ranks import fork_ranks
 
 SAVED_AFTER, STEPS = 2, 4
+SMALL = {"moments": "int8", "master_weights": "split", "grad_accum_dtype": "bf16"}
 KINDS = {
     "zero0": {"stage": 0},
     "zero1": {"stage": 1},
@@ -25,6 +26,8 @@ KINDS = {
     "zero2 bf16 odd": {"stage": 2, "precision": "bf16", "kind": {"odd": True}},
     "zero1 cpu": {"stage": 1, "offload_optimizer": "cpu"},
     "zero0 bf16 moments": {"stage": 0, "moments": "bf16", "precision": "bf16"},
+    "zero1 small": {"stage": 1, "precision": "bf16", **SMALL},
+    "zero3 small": {"stage": 3, "precision": "bf16", "offload_optimizer": "nvme", **SMALL},
     "zero1 nvme": {"stage": 1, "offload_optimizer": "nvme"},
     "zero3 all on nvme": {"stage": 3, "offload_optimizer": "nvme", "offload_param": "nvme", "precision": "bf16"},
 }
@@ -35,7 +38,7 @@ FULL = ("zero0", "zero1", "zero3", "zero1 nvme")
 
 def engine(world, root, settings):
     """A trainable engine on the tiny model; what is offloaded to a disk is below `root`."""
-    return tiny.engine(world, **settings, nvme_path=f"{root}/nvme", buffer_size=8192)
+    return tiny.engine(world, **settings, nvme_path=f"{root}/nvme", buffer_size=11_264)
 
 
 def there(folder, world, *, asynchronous=True):

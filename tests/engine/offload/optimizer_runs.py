@@ -23,6 +23,10 @@ STORES = {
 }
 
 
+FEWER = {"moments": "int8", "master_weights": "split", "grad_accum_dtype": "bf16", "buffer_size": 11_264}
+"""Bytes of optimizer state; a tile of moments in 8 bits has a page of scales."""
+
+
 class Setting(NamedTuple):
     """What is trained on the device and in `stores`."""
 
@@ -37,6 +41,7 @@ SETTINGS = {
     1: [
         Setting("plain", "fp32", 3, STEPS, ("nvme",)),
         Setting("odd", "bf16", 1, 4, tuple(STORES)),
+        Setting("fewer", "bf16", 1, 4, tuple(STORES)),
         Setting("tied", "bf16", 2, 3, ("cpu", "nvme")),
         Setting("adapters", "fp32", 1, 3, ("half",)),
     ],
@@ -46,6 +51,8 @@ SETTINGS = {
         Setting("plain", "bf16", 2, 3, ("cpu", "one buffer")),
         Setting("plain", "bf16", 1, 3, ("nvme",)),
         Setting("odd", "bf16", 3, 3, ("half",)),
+        Setting("fewer", "bf16", 3, 3, ("cpu", "nvme")),
+        Setting("fewer", "bf16", 2, 3, ("half",)),
         Setting("adapters", "fp32", 3, 3, ("cpu", "nvme")),
         Setting("replicas", "bf16", 3, 3, ("cpu", "nvme")),
         Setting("replicas", "fp32", 3, STEPS, ()),
@@ -76,6 +83,8 @@ def train(world, *, kind="plain", steps=STEPS, accumulation=2, **config):
         options["learns"] = learns
     elif kind == "replicas":
         options["persistence_threshold"] = 100  # norms, all else is larger
+    elif kind == "fewer":
+        options |= FEWER
     elif kind != "plain":
         options["kind"] = {kind: True}
     optimizer = tiny.optimizer_config(**STEADY)

@@ -29,19 +29,61 @@ def gradients(count, dtype, seed=0):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("counts", [(1, 1), (2, 2), (5, 1), (1, 5, 1)])
+def test_host_and_device_sums_are_the_same(host, dtype, counts):
+    for step, count in enumerate(counts):
+        here = DeviceGradAccumulator()
+        expected = torch.zeros(1000)
+        for gradient in gradients(count, dtype, seed=step):
+            expected += gradient
+            host.add("w", gradient.clone())
+            here.add("w", gradient.clone())
+        assert host.squared_norms()["w"] == here.squared_norms()["w"]
+        (ours,), (on_device,) = host.take().values(), here.take().values()
+        several = count > 1
+        assert on_device.dtype == (torch.float32 if several else dtype)
+        assert ours.dtype == (torch.float32 if several or max(counts[: step + 1]) > 1 else dtype)
+        assert torch.equal(ours.float(), on_device.float())
+        assert torch.equal(ours.float(), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_host_and_device_sums_are_the_same(host, dtype, count):
-    here = DeviceGradAccumulator()
-    expected = torch.zeros(1000)
-    for gradient in gradients(count, dtype):
-        expected += gradient
+def test_sums_in_bf16_are_rounded_each_time(monkeypatch, dtype, count):
+    monkeypatch.setattr("rlhf.engine.offload.grad_accumulation._STAGED", 64)
+    host = HostGradAccumulator(PinnedStaging(CPU, pin=False), torch.bfloat16)
+    here = DeviceGradAccumulator(torch.bfloat16)
+    first, *others = gradients(count, dtype)
+    expected = first.bfloat16()
+    for gradient in others:
+        expected = (expected.float() + gradient.bfloat16().float()).bfloat16()
+    for gradient in (first, *others):
         host.add("w", gradient.clone())
         here.add("w", gradient.clone())
-    assert host.squared_norms()["w"] == here.squared_norms()["w"]
-    (ours,), (on_device,) = host.take().values(), here.take().values()
-    assert ours.dtype == on_device.dtype == (dtype if count == 1 else torch.float32)
-    assert torch.equal(ours, on_device)
-    assert torch.equal(ours.float(), expected)
+    assert host.squared_norms()["w"] == here.squared_norms()["w"] == squared_norm(expected)
+    assert torch.equal(host.take()["w"], expected)
+    assert torch.equal(here.take()["w"], expected)
+    host.close()
+
+
+@pytest.mark.parametrize(
+    ("sums", "dtype", "count", "width"),
+    [
+        (torch.float32, torch.bfloat16, 1, 2),
+        (torch.float32, torch.bfloat16, 2, 4),
+        (torch.float32, torch.float32, 3, 4),
+        (torch.bfloat16, torch.float32, 3, 2),
+    ],
+)
+def test_the_host_keeps_one_copy_of_a_sum(sums, dtype, count, width):
+    host = HostGradAccumulator(PinnedStaging(CPU, pin=False), sums)
+    for _ in range(2):
+        for gradient in gradients(count, dtype):
+            host.add("w", gradient)
+        host.take()
+        held = [thing for thing in vars(host).values() if isinstance(thing, dict)]
+        assert sum(tensor.nbytes for found in held for tensor in found.values()) == width * 1000
+    host.close()
 
 
 def test_a_gradient_may_be_overwritten_as_soon_as_it_was_added(host):

@@ -73,6 +73,36 @@ def test_bf16_moments_are_the_same_everywhere_and_close_to_fp32():
     assert all(torch.equal(shard, shard.bfloat16().float()) for shard in moments)
 
 
+LARGER = {"buffer_size": 11_264}  # a tile of moments in 8 bits has a page of scales
+SMALL = {
+    "8 bits": {"moments": "int8"},
+    "split": {"master_weights": "split"},
+    "bf16 sums": {"grad_accum_dtype": "bf16"},
+    "all": {"moments": "int8", "master_weights": "split", "grad_accum_dtype": "bf16"},
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("kind", SMALL)
+def test_fewer_bytes_are_the_same_bits_in_every_store(kind, accumulation):
+    options = {"accumulation": accumulation, **SMALL[kind]}
+    expected = run(**options)
+    for store in optimizer_runs.STORES.values():
+        assert optimizer_runs.differences(run(**options, **store | LARGER), expected) == []
+    exact = run(accumulation=accumulation)
+    losses, exact_losses = ([loss for loss, _ in points] for points in (expected[0], exact[0]))
+    assert losses == pytest.approx(exact_losses, rel=2e-2)
+
+
+@pytest.mark.parametrize("store", [{}, optimizer_runs.STORES["cpu"], optimizer_runs.STORES["nvme"]])
+def test_split_masters_train_as_whole_ones(store):
+    """But for ties, of which these few numbers have one in 131072: none or so."""
+    whole, split = run(), run(master_weights="split", **store)
+    assert [loss for loss, _ in split[0]] == pytest.approx([loss for loss, _ in whole[0]], rel=1e-4)
+    equal = [torch.isclose(split[1][key], master, rtol=1e-4, atol=1e-6).float() for key, master in whole[1].items()]
+    assert torch.cat([found.flatten() for found in equal]).mean() > 0.999
+
+
 def test_a_share_of_the_elements_stays_on_the_device():
     engine = tiny.engine(dist.start("cpu"), 1, offload_optimizer="nvme", nvme_path="/dev/shm", optimizer_share=0.4)
     groups, stores = engine._updater.optimizer.groups, engine._updater.optimizer.stores

@@ -12,13 +12,10 @@ from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import squared_norm
-from rlhf.engine.offload.optimizer_state import STATE_KEYS, ParameterShard
-from rlhf.engine.offload.optimizer_state_nvme import PAGE_ELEMENTS, lay_out_tiles, tile_capacity
 from rlhf.runtime.dist import World
 
 TILE = 2048
 CONFIG = OptimizerConfig(lr=0.1)
-SIZES = {"big": (7, 1500), "row": (1,), "none": (0, 8), "even": (2, PAGE_ELEMENTS), "last": (PAGE_ELEMENTS + 1,)}
 
 
 @pytest.fixture
@@ -143,49 +140,3 @@ def test_a_disk_that_fails_in_backward_is_reported_once_all_ranks_can_be_told(op
     assert str(adam.store_of("w").failure) == "no space"
     with pytest.raises(RuntimeError, match="no space"):
         adam.step({"w"}, lr=0.1)
-
-
-def shards():
-    return [ParameterShard(name, torch.Size(sizes), len(sizes) > 1) for name, sizes in SIZES.items()]
-
-
-@pytest.mark.parametrize("moments", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("pages", [1, 2, 5, 100])
-def test_every_element_has_a_place_of_its_own_on_pages(moments, pages):
-    tiles = lay_out_tiles(shards(), pages * PAGE_ELEMENTS, moments=moments)
-    used = torch.zeros(sum(tile.nbytes for tile in tiles), dtype=torch.uint8)
-    covered = {name: 0 for name in SIZES}
-    for tile in tiles:
-        assert tile.size <= pages * PAGE_ELEMENTS
-        for part in tile.slices:
-            assert part.start == covered[part.name], "in order, without gaps"
-            covered[part.name] = part.stop
-            places = [tile.gradient_bytes(part, 4), *(tile.state_bytes(key, part) for key in STATE_KEYS)]
-            for place in places:
-                assert (tile.offset + place.start) % 4096 == 0 == (place.stop - place.start) % 4096
-                used[tile.offset + place.start : tile.offset + place.stop] += 1
-            narrow = tile.gradient_bytes(part, 2)
-            assert (places[0].stop, (places[0].start + places[0].stop) // 2) == (narrow.stop, narrow.start)
-    assert covered == {shard.name: shard.numel for shard in shards()}
-    assert used.unique().tolist() == [1], "no byte is used twice, none is lost"
-
-
-def test_a_state_is_one_stretch_behind_its_gradients():
-    for tile in lay_out_tiles(shards(), 3 * PAGE_ELEMENTS, moments=torch.float32):
-        assert tile.state_start == 4 * tile.size
-        assert tile.nbytes == 16 * tile.size
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "limit", "moments", "expected"),
-    [
-        (16 * PAGE_ELEMENTS, 1 << 30, torch.float32, PAGE_ELEMENTS),
-        (16 * PAGE_ELEMENTS - 1, 1 << 30, torch.float32, 0),
-        (32_000_000, 1 << 30, torch.float32, 32_000_000 // 16 // PAGE_ELEMENTS * PAGE_ELEMENTS),
-        (32_000_000, 1 << 30, torch.bfloat16, 32_000_000 // 12 // PAGE_ELEMENTS * PAGE_ELEMENTS),
-        (32_000_000, 10_000, torch.float32, 4 * PAGE_ELEMENTS),
-        (32_000_000, 5, torch.float32, PAGE_ELEMENTS),
-    ],
-)
-def test_a_tile_is_bounded_by_its_buffer_and_by_the_sub_group(nbytes, limit, moments, expected):
-    assert tile_capacity(nbytes, limit, moments=moments) == expected
