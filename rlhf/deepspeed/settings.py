@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, NamedTuple
 
-from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice, Precision
+from rlhf.config.engine_config import EngineConfig, GradDtype, MasterWeights, MomentDtype, OffloadDevice, Precision
 from rlhf.config.stage_configs import OptimizerConfig, Schedule
 from rlhf.deepspeed.arithmetic import SHAPES
 from rlhf.deepspeed.keys import AUTO, TABLE, Path, asks, choice, integer, number, read_value, section, switch
@@ -111,6 +111,8 @@ def read_engine(reading: Reading, own: EngineConfig) -> None:
         _read_precision(reading, own)
     if reading.value("torch_autocast.enabled"):
         _read_autocast(reading)
+    if reading.has("data_types.grad_accum_dtype"):
+        _read_grad_accum_dtype(reading, own)
     names = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints")
     asked = [path for name in names if reading.value(path := f"activation_checkpointing.{name}")]
     if asked:
@@ -255,8 +257,26 @@ def _read_precision(reading: Reading, own: EngineConfig) -> None:
         for row in TABLE:
             if row.path.startswith("fp16.") and row.setting and row.path.removeprefix("fp16.") not in written:
                 reading.sets(row.setting, row.default, key=row.path, origin=Origin.default)
-    if on == ["bf16"] and reading.value("bf16.bf16_optimizer_states"):
-        reading.sets("engine.moments", MomentDtype.bf16, key="bf16.bf16_optimizer_states")
+    elif on == ["bf16"]:
+        _read_bf16_state(reading)
+
+
+def _read_bf16_state(reading: Reading) -> None:
+    """Two bytes for each moment, and for masters and gradients."""
+    if reading.value(key := "bf16.bf16_optimizer_states"):
+        reading.sets("engine.moments", MomentDtype.bf16, key=key)
+    if reading.value(key := "bf16.bf16_master_weights_and_grads"):
+        reading.sets("engine.master_weights", MasterWeights.split, key=key)
+        reading.sets("engine.grad_accum_dtype", GradDtype.bf16, key=key)
+
+
+def _read_grad_accum_dtype(reading: Reading, own: EngineConfig) -> None:
+    """Sums in bf16 are for bf16 weights; others are in fp32."""
+    dtype, known = reading.value(key := "data_types.grad_accum_dtype"), reading.settings.get("engine.precision")
+    is_bf16 = (known.value if known else own.precision) in (Precision.bf16, Precision.auto) and "bf" in dtype
+    if not is_bf16 and "32" not in dtype and dtype != "float":
+        reading.warnings.append(f"{reading.where(key)}={dtype}: gradients are summed in fp32, which is more exact")
+    reading.sets("engine.grad_accum_dtype", GradDtype.bf16 if is_bf16 else GradDtype.fp32, key=key)
 
 
 # AdamW and its schedule.

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from rlhf.config.engine_config import EngineConfig, MomentDtype, Precision
+from rlhf.config.engine_config import EngineConfig, GradDtype, MasterWeights, MomentDtype, Precision
 from rlhf.config.engine_config import OffloadDevice as Offload
 from rlhf.config.stage_configs import OptimizerConfig, Schedule
 from rlhf.deepspeed.apply import fate_of, resolve
@@ -197,9 +197,28 @@ def test_the_loss_scale_is_the_files_and_its_gaps_are_deepspeeds_defaults():
     assert "hysteresis" not in values({"fp16": {"enabled": False, "hysteresis": 4}})
 
 
-def test_bf16_moments():
+def test_optimizer_state_in_two_bytes_each():
     content = {"bf16": {"enabled": True, "bf16_optimizer_states": True, "bf16_master_weights_and_grads": True}}
-    assert values(content)["moments"] is MomentDtype.bf16
+    found = values(content)
+    assert found["moments"] is MomentDtype.bf16
+    assert found["master_weights"] is MasterWeights.split
+    assert found["grad_accum_dtype"] is GradDtype.bf16
+    assert {"moments", "master_weights", "grad_accum_dtype"}.isdisjoint(values({"bf16": {"enabled": True}}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "expected"),
+    [
+        ("bf16", True, GradDtype.bf16),
+        ("torch.bfloat16", True, GradDtype.bf16),
+        ("fp32", True, GradDtype.fp32),
+        ("fp16", True, GradDtype.fp32),
+        ("bf16", False, GradDtype.fp32),
+    ],
+)
+def test_gradients_are_summed_as_asked_where_weights_are_bf16(dtype, bf16, expected):
+    content = {"bf16": {"enabled": bf16}, "data_types": {"grad_accum_dtype": dtype}}
+    assert values(content)["grad_accum_dtype"] is expected
 
 
 @pytest.mark.parametrize(
