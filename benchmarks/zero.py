@@ -1,4 +1,4 @@
-"""What ZeRO costs here: disk, CPU Adam, steps by ZeRO stage and offloading, growth, a memory limit, CUDA.
+"""What ZeRO costs here: disk, CPU Adam, steps by ZeRO stage and offloading, growth, narrow state, a memory limit, CUDA.
 
 Run the parts one at a time, each replaces its section of `benchmarks/results/zero.md`:
 
@@ -6,6 +6,7 @@ Run the parts one at a time, each replaces its section of `benchmarks/results/ze
     python -m benchmarks.zero adam --peer PYTHON
     python -m benchmarks.zero step --peer PYTHON --sizes 25M 125M --ranks 1 2 --precisions fp32 bf16
     python -m benchmarks.zero growth
+    python -m benchmarks.zero state
     python -m benchmarks.zero capped --size 500M --limit-mb 1500
     python -m benchmarks.zero offload --sizes 500M 1B        (on a CUDA device)
 
@@ -22,7 +23,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from benchmarks import zero_adam, zero_disk, zero_growth, zero_offload, zero_step
+from benchmarks import zero_adam, zero_disk, zero_growth, zero_offload, zero_state, zero_step
 from benchmarks.zero_case import Case, Outcome, run
 from benchmarks.zero_records import Records
 from benchmarks.zero_report import RESULT, write_section
@@ -74,6 +75,12 @@ def growth(arguments: argparse.Namespace) -> str:
     )
 
 
+def state(arguments: argparse.Namespace) -> str:
+    """Bytes and time of optimizer state, by how it is stored."""
+    template = _template(arguments, size=arguments.size, ranks=1, precision="bf16")
+    return zero_state.compare(_records(arguments), template, elements=arguments.elements, rounds=arguments.rounds)
+
+
 def capped(arguments: argparse.Namespace) -> str:
     """Training with model states far larger than the memory."""
     stage, offload_optimizer, offload_param = zero_step.ROWS["3-nvme-nvme"]
@@ -119,7 +126,7 @@ def _records(arguments: argparse.Namespace) -> Records:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for action in (disk, adam, step, growth, capped, offload):
+    for action in (disk, adam, step, growth, state, capped, offload):
         part = parts.add_parser(action.__name__, help=action.__doc__)
         part.set_defaults(action=action)
         part.add_argument("--folder", type=Path, default=Path("outputs/zero"), help="on the disk to use")
@@ -127,10 +134,11 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--rounds", type=int, default=3)
         part.add_argument("--buffer-count", type=int, default=4)
         part.add_argument("--buffer-size", type=int, default=8_000_000, help="elements of four bytes")
-        if action in (step, growth, capped, offload):
+        if action in (step, growth, state, capped, offload):
             _add_training(part)
     parts.choices["disk"].add_argument("--gigabytes", type=float, default=2.0)
-    parts.choices["adam"].add_argument("--elements", type=int, default=100_000_000)
+    for name, elements in (("adam", 100_000_000), ("state", 20_000_000)):
+        parts.choices[name].add_argument("--elements", type=int, default=elements)
     parts.choices["adam"].add_argument("--threads", type=int, nargs="+", default=[1])
     for name in ("adam", "step"):
         parts.choices[name].add_argument("--peer", help="interpreter with deepspeed")
@@ -143,6 +151,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("growth", "capped", "offload"):
         parts.choices[name].add_argument("--precision", default="bf16")
     _add_offload(parts.choices["offload"])
+    parts.choices["state"].add_argument("--size", default="125M")
+    parts.choices["state"].set_defaults(steps=4, sequences=2, length=16)
     parts.choices["capped"].add_argument("--size", default="500M")
     parts.choices["capped"].add_argument("--ranks", type=int, default=1)
     parts.choices["capped"].add_argument("--limit-mb", type=float, default=1500)

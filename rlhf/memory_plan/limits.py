@@ -3,8 +3,9 @@
 The limits are what the configuration allows, and where it is silent, what this machine has free: memory of the machine
 and of its control groups, memory of the device, and disk. Left out: swap, on which nothing is planned.
 
-Changes that leave results alone are tried first, in the order of what they cost in time; adapters, which learn
-something else, come last. Left out: fewer tokens or other models, which are the user's to decide.
+Changes that leave results alone are tried first, in the order of what they cost in time. Then come types that round,
+in the order of how much, and only then a disk, which is many times slower; adapters, which learn something else, come
+last. Left out: fewer tokens or other models, which are the user's to decide.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.config.engine_config import OffloadDevice
+from rlhf.config.engine_config import EngineConfig, GradDtype, MasterWeights, MomentDtype, OffloadDevice, Precision
 from rlhf.config.roles import engines_of, roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.memory_plan.planner import SAVED, Limits, Plan
@@ -28,6 +29,7 @@ from rlhf.tracking.timing import resident
 _ROOT = Path("/")
 _FILES = {"memory.max": "memory.current", "memory.limit_in_bytes": "memory.usage_in_bytes"}  # of versions 2 and 1
 _LORA_RANK = 16
+_ZERO = "engine.zero_stage"
 
 
 def limits_of(run: RunConfig, device: torch.device, *, computes: bool = True) -> Limits:
@@ -149,7 +151,7 @@ class Change(NamedTuple):
 
     cost: str
     settings: dict[str, Any]
-    """By their name below the stage; those of `engine` hold for every role's engine."""
+    """By their name below the stage, or that of `checkpoint`; those of `engine` hold for every role's engine."""
 
 
 def cheapest_changes(
@@ -195,7 +197,8 @@ def with_changes(run: RunConfig, stage: str, *, changes: list[Change]) -> RunCon
             values = {name: replace(own, **values, zero_stage=max(own.zero_stage, zero)) for name, own in engines}
         if group == "lora":
             values = {"lora": replace(config.lora, **values)}
-        changed: dict[str, Any] = {stage: replace(config, **values)}
+        own = run.checkpoint if group == "checkpoint" else config
+        changed: dict[str, Any] = {group if group == "checkpoint" else stage: replace(own, **values)}
         run = replace(run, **changed)
     return run
 
@@ -203,11 +206,9 @@ def with_changes(run: RunConfig, stage: str, *, changes: list[Change]) -> RunCon
 def _candidates(run: RunConfig, stage: str, *, ranks: int, is_cuda: bool) -> Iterator[Change]:
     """Everything to try, the cheapest first."""
     config = run.training_config(stage)
-    engine, on_cpu, on_disk = config.engine, OffloadDevice.cpu, OffloadDevice.nvme
-    zero, optimizer, weights = "engine.zero_stage", "engine.offload_optimizer", "engine.offload_param"
-    sharded, disk = {zero: max(1, engine.zero_stage)}, {"engine.nvme_path": engine.nvme_path or "FOLDER"}
+    engine = config.engine
     if ranks > 1 and engine.zero_stage < 2:
-        yield Change("no slower", {zero: 2})
+        yield Change("no slower", {_ZERO: 2})
     if run.ppo is config and run.ppo.reuse_frozen_layers:
         yield Change("frozen layers are computed in every pass", {"reuse_frozen_layers": False})
     # Half the micro-batch, half of that, and so on: the same results, less to compute at once.
@@ -218,11 +219,38 @@ def _candidates(run: RunConfig, stage: str, *, ranks: int, is_cuda: bool) -> Ite
     if not engine.activation_checkpointing:
         yield Change("about a third more compute", {"engine.activation_checkpointing": True})
     if ranks > 1 and engine.zero_stage < 3:
-        yield Change("half as much communication again", {zero: 3})
-    if is_cuda:
-        yield Change("the step runs on the CPU", sharded | {optimizer: on_cpu})
-        yield Change("weights travel to every use", {zero: 3, weights: on_cpu})
-    yield Change("the step reads and writes a disk", sharded | {optimizer: on_disk} | disk)
-    yield Change("every use of weights reads a disk", {zero: 3, weights: on_disk} | disk)
+        yield Change("half as much communication again", {_ZERO: 3})
+    if run.checkpoint.asynchronous:
+        yield Change("training waits for checkpoints", {"checkpoint.asynchronous": False})
+    yield from _for_states(run, stage, is_cuda=is_cuda)
     if config.lora.rank == 0:
         yield Change("adapters learn less than the whole model", {"lora.rank": _LORA_RANK})
+
+
+def _for_states(run: RunConfig, stage: str, *, is_cuda: bool) -> Iterator[Change]:
+    """Other places and fewer bytes for weights and optimizer state."""
+    engine, on_cpu, on_disk = run.training_config(stage).engine, OffloadDevice.cpu, OffloadDevice.nvme
+    optimizer, weights = "engine.offload_optimizer", "engine.offload_param"
+    sharded, disk = {_ZERO: max(1, engine.zero_stage)}, {"engine.nvme_path": engine.nvme_path or "FOLDER"}
+    narrow = list(_narrow_state(engine)) if all(map(_may_narrow, engines_of(run, stage).values())) else []
+    yield from narrow[:1]
+    if is_cuda:
+        yield Change("the step runs on the CPU", sharded | {optimizer: on_cpu})
+        yield Change("weights travel to every use", {_ZERO: 3, weights: on_cpu})
+    yield from narrow[1:]
+    yield Change("the step reads and writes a disk", sharded | {optimizer: on_disk} | disk)
+    yield Change("every use of weights reads a disk", {_ZERO: 3, weights: on_disk} | disk)
+
+
+def _may_narrow(engine: EngineConfig) -> bool:
+    return engine.precision in (Precision.bf16, Precision.auto)
+
+
+def _narrow_state(engine: EngineConfig) -> Iterator[Change]:
+    """Fewer bytes of optimizer state, the least harm first; the first leaves results alone."""
+    yield Change("masters are put together for each step", {"engine.master_weights": MasterWeights.split})
+    yield Change("gradients are rounded to bf16", {"engine.grad_accum_dtype": GradDtype.bf16})
+    if engine.moments == MomentDtype.fp32:
+        yield Change("moments are rounded to bf16", {"engine.moments": MomentDtype.bf16})
+    if engine.moments != MomentDtype.int8:
+        yield Change("moments have 8 bits", {"engine.moments": MomentDtype.int8})

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -87,6 +88,12 @@ def full_text(plan: Plan, limits: Limits) -> str:
     return "\n".join(lines)
 
 
+def _override(stage: str, name: str, *, value: Any) -> str:
+    """A setting of a change as it is written on the command line."""
+    where = "" if name.startswith("checkpoint.") else f"{stage}."
+    return f"{where}{name}={str(value).lower() if isinstance(value, bool) else value}"
+
+
 def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> str:
     """One or two sentences: whether the stage fits, and what would make it fit."""
     largest = plan.largest
@@ -105,7 +112,7 @@ def verdict(run: RunConfig, plan: Plan, *, machine: Machine, limits: Limits) -> 
     if not changes:
         return f"{start} No setting of the engine makes it fit: use shorter sequences, a smaller model, or more ranks."
     changed = {name: value for change in changes for name, value in change.settings.items()}
-    settings = " ".join(f"{stage}.{name}={'true' if value is True else value}" for name, value in changed.items())
+    settings = " ".join(_override(stage, name, value=value) for name, value in changed.items())
     costs = "; ".join(dict.fromkeys(change.cost for change in changes))
     return f"{start} The cheapest change that makes it fit: {settings} ({costs})."
 

@@ -9,7 +9,7 @@ See [Note: offload] for the kinds of tensor. Left out: what a forward or backwar
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -17,16 +17,17 @@ from functools import cached_property
 import torch
 from torch import nn
 
-from rlhf.config.engine_config import EngineConfig, MomentDtype, OffloadDevice
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.engine.adam_kernel import CUDA_CHUNK
 from rlhf.engine.fsdp_units import FSDPUnit, find_units, persistent_parameters, prefetched_units
 from rlhf.engine.offload import grad_accumulation, working_weights
 from rlhf.engine.offload.optimizer_state import ParameterShard
-from rlhf.engine.offload.optimizer_state_nvme import PAGE_ELEMENTS, Tile, lay_out_tiles, tile_capacity
 from rlhf.engine.offload.placement import num_offloaded, offload_device, units_in_host_memory
+from rlhf.engine.offload.tiles import Tile, lay_out_tiles, page_elements, tile_capacity
 from rlhf.engine.offload.transfers import HUGE_PAGE
 from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
+from rlhf.engine.state_format import STATE_KEYS, StateFormat
 from rlhf.models.lora import is_adapter
 from rlhf.models.model_spec import ModelSpec
 
@@ -83,11 +84,10 @@ class States:
         """The gradient sums of a step once `share` of them is complete."""
         here, away = self._split
         several = self.ranks > 1 or self.micro_batches > 1
-        each = 4 if several else self.dtype.itemsize  # FSDP2 reduces in fp32, and sums of several are in fp32
+        each = self.format.sums.itemsize if several else self.dtype.itemsize
         items = [self.item(GRADIENTS, Place.device, count=int(share * each * here))]
-        if self.offload_optimizer == OffloadDevice.cpu:  # page-locked, and kept from step to step
-            kept = self.dtype.itemsize + (4 if self.micro_batches > 1 else 0)
-            items.append(self.item(GRADIENTS, Place.host, count=kept * away))
+        if self.offload_optimizer == OffloadDevice.cpu:  # kept from step to step
+            items.append(self.item(GRADIENTS, Place.host, count=each * away))
         return [item for item in items if item.bytes]
 
     def share_of_gradients(self, place: str, *, backward: bool) -> float:
@@ -250,8 +250,23 @@ class States:
         return unit_bytes(lay_out_units(units, ranks=self.ranks, rank=0, dtype=self.dtype), len(units))
 
     @property
-    def _moments(self) -> torch.dtype:
-        return torch.bfloat16 if self.engine.moments == MomentDtype.bf16 else torch.float32
+    def format(self) -> StateFormat:
+        """How optimizer state is stored."""
+        return StateFormat.of(self.engine, self.dtype)
+
+    @cached_property
+    def _bytes(self) -> dict[str, tuple[int, int]]:
+        """Bytes of masters and of moments, for what stays on the device and for what leaves it."""
+        here, away = (
+            [numel for group in groups for numel in group.values()]
+            for groups in (self._groups[self._num_away :], self._groups[: self._num_away])
+        )
+
+        def total(keys: Sequence[str], numels: list[int]) -> int:
+            return sum(self.format.nbytes(key, numel) for key in keys for numel in numels)
+
+        keys = {MASTERS: STATE_KEYS[:1], MOMENTS: STATE_KEYS[1:]}
+        return {part: (total(keys[part], here), total(keys[part], away)) for part in keys}
 
     def _weights(self) -> Iterator[Item]:
         buffers = sum(buffer.nbytes for buffer in self.spec.module.buffers())
@@ -269,33 +284,33 @@ class States:
             yield self.item(BUFFERS, Place.host, count=self._pool_bytes(on_disk))
 
     def _optimizer_state(self) -> Iterator[Item]:
-        (here, away), moments = self._split, 2 * self._moments.itemsize
-        narrow = self.dtype is not torch.float32
+        here, away = self._split
+        (masters, masters_away), (moments, moments_away) = self._bytes[MASTERS], self._bytes[MOMENTS]
         # Without masters AdamW updates the working weights themselves.
-        masters = narrow or self.offload_param != OffloadDevice.none
-        yield self.item(MASTERS, Place.device, count=4 * here if masters else 0)
-        yield self.item(MOMENTS, Place.device, count=moments * here)
+        if self.dtype is not torch.float32 or self.offload_param != OffloadDevice.none:
+            yield self.item(MASTERS, Place.device, count=masters)
+        yield self.item(MOMENTS, Place.device, count=moments)
         if self.has_average:
             yield self.item(AVERAGE, Place.device, count=4 * here)
             yield self.item(AVERAGE, Place.host, count=4 * away)
         if self.offload_optimizer == OffloadDevice.cpu:
-            yield self.item(MASTERS, Place.host, count=4 * away)
-            yield self.item(MOMENTS, Place.host, count=moments * away)
+            yield self.item(MASTERS, Place.host, count=masters_away)
+            yield self.item(MOMENTS, Place.host, count=moments_away)
         if self.offload_optimizer == OffloadDevice.nvme and away:
-            tiles = self._tiles()
+            tiles, width = self._tiles(), self.format.width("weight")
             elements = sum(tile.size for tile in tiles)
-            yield self.item(GRADIENTS, Place.disk, count=4 * elements)
-            yield self.item(MASTERS, Place.disk, count=4 * elements)
-            yield self.item(MOMENTS, Place.disk, count=moments * elements)
+            yield self.item(GRADIENTS, Place.disk, count=sum(tile.state_start for tile in tiles))
+            yield self.item(MASTERS, Place.disk, count=width * elements)
+            yield self.item(MOMENTS, Place.disk, count=sum(tile.moments.stop - tile.moments.start for tile in tiles))
             yield self.item(BUFFERS, Place.host, count=self._pool_bytes(max(tile.nbytes for tile in tiles)))
 
     def _tiles(self) -> list[Tile]:
         """The file of the optimizer state."""
-        capacity = tile_capacity(4 * self.engine.buffer_size, self.engine.sub_group_size, moments=self._moments)
+        capacity = tile_capacity(4 * self.engine.buffer_size, self.engine.sub_group_size, format_=self.format)
         away = self._groups[: self._num_away]
         shards = [ParameterShard(name, torch.Size([n]), decays=True) for group in away for name, n in group.items()]
         # A buffer too small for a page is refused when the run starts; the plan is of the smallest that is not.
-        return lay_out_tiles(shards, max(capacity, PAGE_ELEMENTS), moments=self._moments)
+        return lay_out_tiles(shards, max(capacity, page_elements(self.format)), format_=self.format)
 
     def _pool_bytes(self, most: int) -> int:
         """Host bytes of a buffer pool filled up to `most` per buffer: all if page-locked, else what is touched."""
@@ -310,7 +325,8 @@ class States:
             return
         if away:
             yield self.item(BUFFERS, Place.host, count=grad_accumulation.STAGING_BYTES + working_weights.STAGING_BYTES)
-        narrow_moments = self._moments is not torch.float32
+        narrow_moments = self.format.width("exp_avg") < 4
         if here and (self.dtype is not torch.float32 or narrow_moments):
-            casts = 3 if narrow_moments else 1  # of the gradient, and of both moments
+            casts = 1 + 2 * narrow_moments + self.format.is_split  # of the gradient, both moments, and masters
+            casts += self.format.is_split or self.format.is_quantised  # memory to unpack in
             yield self.item(BUFFERS, Place.device, count=casts * 4 * min(CUDA_CHUNK, here))

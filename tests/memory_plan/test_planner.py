@@ -9,11 +9,11 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
-from benchmarks.memory_examples import EXAMPLES, row
+from benchmarks.memory_examples import EXAMPLES, STATES, WEIGHTS, host_row, row
 from benchmarks.plan import _measured, _supervised, compose_run, write_model
 from rlhf.config.run_config import MemoryConfig
 from rlhf.engine.materialize import working_dtype
-from rlhf.memory_plan.limits import cheapest_changes, with_changes
+from rlhf.memory_plan.limits import Change, _candidates, cheapest_changes, with_changes
 from rlhf.memory_plan.plan_text import check_memory, compare_with_plan, numbers, plan_text, runtime_items
 from rlhf.memory_plan.planner import ALLOCATOR, Limits, Machine, machine_of, plan_stage
 from rlhf.memory_plan.states import Place
@@ -170,6 +170,31 @@ def test_a_change_that_is_named_makes_it_fit(smoke):
     assert cheapest_changes(smoke, "sft", plan=plan, limits=Limits(None, host=1000, disk=10**12), ranks=1) == []
 
 
+def test_narrower_state_is_proposed_in_the_order_of_its_harm_where_weights_can_be_bf16(smoke):
+    def names(precision):
+        run = replace(smoke, sft=replace(smoke.sft, engine=replace(smoke.sft.engine, precision=precision)))
+        return [list(change.settings.items())[-1] for change in _candidates(run, "sft", ranks=1, is_cuda=True)]
+
+    found = names("bf16")
+    narrow = [("engine.master_weights", "split"), ("engine.grad_accum_dtype", "bf16")]
+    narrow += [("engine.moments", "bf16"), ("engine.moments", "int8")]
+    assert [change for change in found if change in narrow] == narrow
+    before, after = ("engine.offload_param", "cpu"), ("engine.nvme_path", "FOLDER")
+    assert found.index(narrow[0]) < found.index(before) < found.index(narrow[1]) < found.index(after)
+    assert not set(narrow) & set(names("fp32"))
+
+
+def test_the_copy_of_a_checkpoint_is_given_up_where_that_is_enough(smoke):
+    def plan(run):
+        return plan_of(run, "sft")
+
+    run = replace(smoke, checkpoint=replace(smoke.checkpoint, every=0.5, asynchronous=True))
+    change = Change("", {"checkpoint.asynchronous": False})
+    changed = with_changes(run, "sft", changes=[change])
+    assert changed.sft == run.sft
+    assert plan(changed).largest.total(Place.host) < plan(run).largest.total(Place.host)
+
+
 def test_a_folder_with_nothing_but_a_configuration_can_be_planned(tmp_path):
     shape = {"model_type": "gpt2", "n_embd": 64, "n_layer": 3, "n_head": 4, "vocab_size": 500, "n_positions": 2048}
     (tmp_path / "config.json").write_text(json.dumps(shape | {"architectures": ["GPT2LMHeadModel"]}))
@@ -213,6 +238,8 @@ def test_the_table_of_the_documentation_is_current(tmp_path):
     text = DOCS.read_text()
     assert row(*EXAMPLES[2], folder=tmp_path) in text
     assert [f"| {shape} | `{settings}` |" in text for shape, settings in EXAMPLES] == [True] * len(EXAMPLES)
+    assert host_row("7.6B", "split masters, bf16 sums and moments", folder=tmp_path) in text
+    assert [f"| {shape} | {state} |" in text for shape in WEIGHTS for state in STATES] == [True] * 20
 
 
 def test_tensors_of_a_real_process_take_what_was_planned_within_a_tenth(tmp_path):
