@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from rlhf.runtime.process import trim
+
 log = logging.getLogger(__name__)
 
 _STATUS = Path("/proc/self/status")
@@ -105,6 +107,8 @@ class Stopwatch:
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         """Add the time inside the block to `phase`; the phases of one step may repeat and nest."""
+        if self._device.type == "cpu":
+            trim()  # a phase's peak must not contain what earlier phases freed, nor its pages stay for good
         METER.begin(self._device)
         start = time.perf_counter()
         try:
