@@ -22,7 +22,7 @@ from rlhf.runtime.process import end_with_launcher
 
 end_with_launcher()  # before the imports, which take seconds
 
-# Read when torch, oneDNN and the tokenizers are imported. Threads that spin while they wait stall a machine that is shared.
+# Read when libraries are imported. Threads that spin while they wait stall a machine that is shared.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # On a CPU oneDNN compiles a kernel for each shape that it meets and keeps 1,024 of them, some 0.5 GB nobody planned.
