@@ -86,8 +86,8 @@ def write_model(folder: Path | str, shape: dict[str, int], *, device: str = "cpu
     """
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-    shape = {"vocab_size": 8192, "num_key_value_heads": shape["num_attention_heads"] // 2} | shape
-    config = LlamaConfig(**shape, tie_word_embeddings=False)
+    usual = {"vocab_size": 8192, "num_key_value_heads": shape["num_attention_heads"] // 2, "tie_word_embeddings": False}
+    config = LlamaConfig(**usual | shape)
     tokenizer = byte_tokenizer()
     config.pad_token_id, config.eos_token_id = tokenizer.pad_token_id, tokenizer.eos_token_id
     for name, kind in (("model", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):

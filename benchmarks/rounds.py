@@ -64,7 +64,13 @@ class Contender:
         self._log, environment = log, {**os.environ, **_ENVIRONMENT, **(variables or {})}
         with log.open("w") as file:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, text=True
+                command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=file,
+                text=True,
             )
 
     def wait(self) -> dict[str, Any]:

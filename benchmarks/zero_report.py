@@ -1,7 +1,4 @@
-"""Tables of measurements and the file that keeps them.
-
-Every part of the benchmark owns one section of `benchmarks/results/zero.md`, which a new run replaces.
-"""
+"""Tables of measurements, and the file of a benchmark, whose every part owns a section that a new run replaces."""
 
 from __future__ import annotations
 
@@ -33,18 +30,18 @@ def spread(values: Sequence[float], digits: int = 2) -> str:
     return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}–{max(values):.{digits}f})"
 
 
-def write_section(part: str, text: str, *, result: Path) -> None:
-    """Replace a part's section, or add it, under the command that this process was started with."""
-    head = f"`{_command()}`, {date.today()}, {hardware()}, load average at the end {os.getloadavg()[1]:.1f}."
+def write_section(part: str, text: str, *, result: Path, title: str = _TITLE, module: str = "zero") -> None:
+    """Replace a part's section, or add it, under the command of `benchmarks.MODULE` that started this process."""
+    head = f"`{_command(module)}`, {date.today()}, {hardware()}, load average at the end {os.getloadavg()[1]:.1f}."
     section = f"## {part}\n\n{head}\n\n{text.strip()}\n"
-    known = result.read_text() if result.exists() else _TITLE
+    known = result.read_text() if result.exists() else title
     title, *sections = re.split(r"^(?=## )", known, flags=re.MULTILINE)
     others = [other.strip() + "\n" for other in sections if not other.startswith(f"## {part}\n")]
     result.write_text("\n".join([title.strip() + "\n", *sorted([*others, section])]))
 
 
-def _command() -> str:
+def _command(module: str) -> str:
     """The command without this machine's paths."""
-    words = shlex.join(["python", "-m", "benchmarks.zero", *sys.argv[1:]])
+    words = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
     words = re.sub(r" --(folder|records|result)[ =]\S+", "", words)
     return re.sub(r"--peer[ =]\S+", "--peer PYTHON", words)

@@ -24,6 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 SIZES = {  # name: width, inner width, layers, vocabulary
     "1M": (64, 176, 2, 4096),
+    "5M": (256, 704, 4, 4096),
+    "6M": (256, 704, 5, 4096),
     "25M": (384, 1024, 7, 16384),
     "60M": (512, 1408, 10, 25600),
     "125M": (768, 2048, 12, 25600),
@@ -167,18 +169,31 @@ def plain(case: Case, _folder: Path) -> Step:
     """PyTorch alone in one process, with the batches of all ranks; in bf16, with fp32 masters and gradient sums."""
     case = {**case, "ranks": case["peers"]}
     model = filled_llama(case)
-    masters = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
-    if case["precision"] == "bf16":
-        model.bfloat16()
-    else:
-        masters = list(model.parameters())
-    optimizer = torch.optim.AdamW(masters, lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+    train = plain_training(model, precision=case["precision"])
 
     def step(number: int) -> float:
-        total = torch.zeros((), device=case["device"])
         parts = [p for ids in batch(case, number) for p in ids.to(case["device"]).chunk(case["accumulation"])]
-        for ids in parts:
-            loss = token_loss(model(input_ids=ids).logits, ids) / len(parts)
+        return train([lambda ids=ids: token_loss(model(input_ids=ids).logits, ids) / len(parts) for ids in parts])
+
+    return step
+
+
+def plain_training(
+    model: nn.Module, *, precision: str, rate: float = RATE
+) -> Callable[[list[Callable[[], Tensor]]], float]:
+    """A function that takes a step of PyTorch alone: it is given functions of losses, and returns their sum."""
+    masters = [nn.Parameter(parameter.detach().clone()) for parameter in model.parameters()]
+    if precision == "bf16":
+        for parameter in model.parameters():  # not the buffers: rotary embeddings are computed in fp32
+            parameter.data = parameter.data.bfloat16()
+    else:
+        masters = list(model.parameters())
+    optimizer = torch.optim.AdamW(masters, lr=rate, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+
+    def step(losses: list[Callable[[], Tensor]]) -> float:
+        total = torch.zeros((), device=masters[0].device)
+        for compute in losses:
+            loss = compute()
             loss.backward()
             total += loss.detach()
             _add_to_masters(masters, model)
