@@ -114,8 +114,8 @@ def section(size: str, precision: str, arguments: argparse.Namespace) -> str:
     head = ["", "PyTorch alone, CPU ms", "ours", "TRL", "ours / PyTorch", "TRL / ours"]
     head += ["loss: largest difference of ours to PyTorch's", "of TRL's"]
     what = (
-        f"{arguments.length // 2} to {arguments.length} tokens a sequence; {ROWS['sft']} sequences or {ROWS['dpo']} pairs "
-        f"a step, in one micro-batch; {BATCHES} batches in turn; {arguments.rounds} rounds of {STEPS[size]} each. "
+        f"{arguments.length // 2} to {arguments.length} tokens a sequence; {ROWS['sft']} sequences or {ROWS['dpo']} "
+        f"pairs a step, in one micro-batch; {BATCHES} batches in turn; {arguments.rounds} rounds of {STEPS[size]}. "
         "In bf16, ours and PyTorch have fp32 masters, TRL autocast. DPO's reference was asked before training."
     )
     return "\n\n".join([*([] if arguments.peer else [SKIPPED]), what, table(head, rows)])

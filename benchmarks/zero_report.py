@@ -43,5 +43,5 @@ def write_section(part: str, text: str, *, result: Path, title: str = _TITLE, mo
 def _command(module: str) -> str:
     """The command without this machine's paths."""
     words = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
-    words = re.sub(r" --(folder|records|result)[ =]\S+", "", words)
+    words = re.sub(r" --(folder|records|result|peer-path)[ =]\S+", "", words)
     return re.sub(r"--peer[ =]\S+", "--peer PYTHON", words)
