@@ -14,6 +14,7 @@ from pathlib import Path
 from rlhf.config.run_config import ProgressDisplay, RunConfig
 from rlhf.deepspeed.apply import with_deepspeed
 from rlhf.memory_plan.plan_text import check_memory, show_plan
+from rlhf.models.fp32_matmul import multiply_with_mkl
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, broadcast_object, start, stop
 from rlhf.runtime.errors import RunError
@@ -138,6 +139,7 @@ def stage_function(stage: str) -> Callable[[RunConfig, World], object]:
 
 def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
     """Run one stage, and write its report even if it failed."""
+    multiply_with_mkl()  # until a model of this stage is better off otherwise, whatever stages came before
     try:
         stage_function(stage)(run, world)
     except Exception:

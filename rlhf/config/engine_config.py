@@ -67,6 +67,9 @@ class EngineConfig(Settings):
     """What is sharded over the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
     precision: Precision = Precision.auto
     """Working weights; auto is bf16 where the device multiplies it natively, else fp32. fp16 scales the loss."""
+    fast_fp32_matmul: bool = True
+    """On AMD CPUs with AVX-512, fp32 models of a usual width multiply with oneDNN, twice as fast as with MKL and as
+    precise (`rlhf/models/fp32_matmul.py`); false leaves it to MKL everywhere."""
     device: Device = Device.auto
     """auto takes CUDA when there is one."""
     offload_optimizer: OffloadDevice = OffloadDevice.none

@@ -22,6 +22,7 @@ from rlhf.engine.engine import Engine, build_engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.models.causal_lm import causal_lm
 from rlhf.models.export import export
+from rlhf.models.fp32_matmul import multiply_with_onednn
 from rlhf.models.model_folder import local_folder
 from rlhf.models.model_spec import ModelSpec
 from rlhf.models.scalar_head import scalar_head_model
@@ -80,6 +81,8 @@ def export_model(engine: Engine, folder: Path, *, tokenizer: Tokenizer) -> dict[
 def open_engine(spec: ModelSpec, **settings: Any) -> Engine:
     """Call `build_engine(spec, **settings)`; warn if its working weights lose what an earlier stage learnt."""
     engine = build_engine(spec, **settings)
+    if engine.dtype is torch.float32 and settings["config"].fast_fp32_matmul:
+        multiply_with_onednn(spec.config.hidden_size, world=engine.world)
     folder = Path(spec.config.name_or_path or "")
     record = read_record(folder)
     for found in record.merged.values() if record else ():
