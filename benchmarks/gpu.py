@@ -1,8 +1,8 @@
 """One command for a machine with a GPU and no network: what runs there, how fast, in how much memory.
 
-    python -m benchmarks.gpu                        all sections in 8 minutes, into benchmarks/results/gpu.md
+    python -m benchmarks.gpu                        all that 8 minutes suffice for, into benchmarks/results/gpu.md
     python -m benchmarks.gpu --only step decode     some, which replace theirs
-    python -m benchmarks.gpu --minutes 20 --folder /mnt/disk
+    python -m benchmarks.gpu --minutes 14 --only ppo seven_b --folder /mnt/disk
 
 A section is printed and written as soon as it is done; one that fails is shown with its traceback, and the next one
 begins. On a CPU the same sections run at toy sizes, are printed, and written where `--out` says: they show that the
@@ -30,6 +30,8 @@ from benchmarks.gpu_bench import ROOT, Bench
 from benchmarks.gpu_decode import decode
 from benchmarks.gpu_machine import copies, tests, versions
 from benchmarks.gpu_plan import plan
+from benchmarks.gpu_ppo import ppo
+from benchmarks.gpu_seven import seven_b
 from benchmarks.gpu_train import parity, smoke, step
 
 RESULT = ROOT / "benchmarks/results/gpu.md"
@@ -56,6 +58,8 @@ SECTIONS = {
         Section(step, 60, 210),
         Section(decode, 40, 120),
         Section(plan, 40, 120),
+        Section(ppo, 90, 200),
+        Section(seven_b, 150, 280),
     )
 }
 _USUAL = 8.0  # minutes

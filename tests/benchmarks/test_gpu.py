@@ -11,8 +11,15 @@ from benchmarks import gpu, gpu_train
 from benchmarks.gpu import SECTIONS, Report, Section, run
 from benchmarks.gpu_bench import Bench
 from benchmarks.gpu_decode import cache_bytes, read_bytes
+from benchmarks.gpu_ppo import PHASES
+from benchmarks.gpu_seven import SHAPES, flops_of_token
 from benchmarks.gpu_train import difference, verdict
+from rlhf.models.causal_lm import causal_lm_module
 from rlhf.runtime import dist
+
+SEVEN = "7B, optimizer on the host"
+PROGRAMS = ("tests", "smoke", "ppo")
+"""Sections that start others."""
 
 
 def bench(folder, *, seconds=3600.0, **fields):
@@ -33,7 +40,7 @@ def written(tmp_path_factory):
     """Every section that needs no pipeline, in this process."""
     folder = tmp_path_factory.mktemp("gpu")
     report = Report.at(folder / "gpu.md", "# On a GPU", keeps=False)
-    names = [name for name in SECTIONS if name not in ("tests", "smoke")]
+    names = [name for name in SECTIONS if name not in PROGRAMS]
     fine = run(names, bench=bench(folder), report=report, about="a toy; ")
     dist.stop()
     return fine, report.path.read_text()
@@ -43,11 +50,12 @@ def test_every_section_runs_and_is_written_in_order(written):
     fine, text = written
     assert fine, text
     assert "failed" not in text.lower()
-    assert sections_of(text) == [name for name in SECTIONS if name not in ("tests", "smoke")]
+    assert sections_of(text) == [name for name in SECTIONS if name not in PROGRAMS]
 
 
 @pytest.mark.parametrize(
-    "row", ["zero0", "zero2_cpu", "zero3_cpu", "zero3_nvme", "plain PyTorch", "sft, zero3_nvme | train", "ppo, zero0"]
+    "row",
+    ["zero0", "zero2_cpu", "zero3_cpu", "zero3_nvme", "plain PyTorch", "sft, zero3_nvme | train", "ppo, zero0", SEVEN],
 )
 def test_a_section_has_its_rows(written, row):
     _, text = written
@@ -63,9 +71,11 @@ def test_tiers_are_found_equal_and_our_decoding_to_be_that_of_transformers(writt
 
 def test_the_pipeline_and_the_tests_are_run_as_programs(tmp_path, report, monkeypatch):
     monkeypatch.setattr(gpu_train, "OFFLOADS", {name: gpu_train.OFFLOADS[name] for name in ("zero0", "zero3_nvme")})
-    assert run(["tests", "smoke"], bench=bench(tmp_path), report=report), report.sections
+    assert run([*PROGRAMS], bench=bench(tmp_path), report=report), report.sections
     assert " skipped" in report.sections["tests"]
     assert "| zero3_nvme | 0.0e+00 | yes |" in report.sections["smoke"]
+    assert "sequences/s**. DeepSpeed-Chat: 3.13" in report.sections["ppo"]
+    assert all(f"| {phase} |" in report.sections["ppo"] for phase in PHASES)
 
 
 def broken(bench):
@@ -168,3 +178,10 @@ def test_a_step_of_decoding_reads_the_weights_without_the_embedding_and_the_keys
     assert cache_bytes(model, 5) == 4 * 2 * 5 * 2 * 2
     config.tie_word_embeddings = True
     assert read_bytes(LlamaForCausalLM(config)) == read_bytes(model), "the head is read all the same"
+
+
+def test_operations_of_a_token_at_seven_billion():
+    """7.615 less 0.545 billion weights, 28 layers of width 3584, 2,048 tokens: 42.4 + 1.2 billion operations."""
+    parameters = sum(parameter.numel() for parameter in causal_lm_module(SHAPES["7B"]).parameters())
+    assert parameters == 7_615_616_512, "Qwen2.5-7B's"
+    assert flops_of_token(SHAPES["7B"], parameters, length=2048) == pytest.approx(43.65e9, rel=1e-3)
