@@ -104,11 +104,15 @@ class Collector:
         return self.with_scores(gather_rollout(rollout, pad_id=self.pad_id), trains=trains)
 
     def _generate(self, prompts: PromptBatch, *, seed: int) -> GeneratedResponses:
+        config = self.config
         decoding = Decoding(
-            self.config.max_response_tokens, self.stop_token_ids, pad_id=self.pad_id, sampling=self.config.sampling
+            config.max_response_tokens,
+            self.stop_token_ids,
+            pad_id=self.pad_id,
+            sampling=config.sampling,
+            slots=config.rollout_micro_batch_size,
         )
-        size = self.config.rollout_micro_batch_size
-        return generate_responses(self.models.actor, prompts, decoding=decoding, size=size, seed=seed)
+        return generate_responses(self.models.actor, prompts, decoding=decoding, seed=seed)
 
     def with_scores(self, rollout: Rollout, *, trains: bool) -> Rollout:
         """The rollout of all ranks with the scores that PPO is paid, computed alike on every rank.
@@ -181,28 +185,18 @@ class Collector:
         return found, states.of(generated.sample_ids)
 
 
-def generate_responses(
-    actor: Engine, prompts: PromptBatch, *, decoding: Decoding, size: int, seed: int
-) -> GeneratedResponses:
-    """Generate responses to this rank's prompts `[B, P]`, `size` at a time; every rank must call it with equally many.
+def generate_responses(actor: Engine, prompts: PromptBatch, *, decoding: Decoding, seed: int) -> GeneratedResponses:
+    """Generate responses to this rank's prompts `[B, P]`; every rank must call it with equally many.
 
     Args:
         actor: the model that generates.
         prompts: this rank's rows.
-        decoding: sampling and length.
-        size: prompts per forward pass: memory, not results.
+        decoding: sampling, length, and how many rows at once.
         seed: seed of sampling; a row's draw depends on it and on the row's `sample_ids` alone.
     """
-    parts = []
     with actor.generating() as model:
-        for piece in torch.split(torch.arange(len(prompts.prompts)), size):
-            batch = prompts.rows(piece).to(actor.world.device)
-            answer = generate(cast(Any, model), batch, decoding=decoding, seed=seed, all_done=actor.all_done)
-            parts.append(_with_responses(batch, answer))
-    num_prompt, num_response = (max(width) for width in zip(*map(widths, parts), strict=True))
-    return concatenated(
-        [padded_to(part, num_prompt, num_response=num_response, pad_id=decoding.pad_id) for part in parts]
-    )
+        answer = generate(cast(Any, model), prompts, decoding=decoding, seed=seed, all_done=actor.all_done)
+    return _with_responses(prompts.to(actor.world.device), answer)
 
 
 def response_texts(responses: Responses, decode: Callable[[list[int]], str]) -> tuple[str, ...]:

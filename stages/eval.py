@@ -132,9 +132,14 @@ class ModelRunner:
         prompts = self._prompts()
         with self._open(role) as engine:
             stops = stop_token_ids(self.tokenizer, engine.module.generation_config)  # type: ignore[arg-type]
-            decoding = Decoding(config.max_response_tokens, stops, pad_id=pad_id, sampling=config.sampling)
-            size = config.micro_batch_size
-            responses = generate_responses(engine, prompts, decoding=decoding, size=size, seed=config.seed)
+            decoding = Decoding(
+                config.max_response_tokens,
+                stops,
+                pad_id=pad_id,
+                sampling=config.sampling,
+                slots=config.micro_batch_size,
+            )
+            responses = generate_responses(engine, prompts, decoding=decoding, seed=config.seed)
             logprobs = self._logprobs(engine, responses)
             losses = demonstration_losses(engine, self._batches(self.rows.demonstrations, collate_demonstrations))
         numbers = {"length": responses.response_mask.sum(-1).double(), "not_ended": (~responses.ended).double()}

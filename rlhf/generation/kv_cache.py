@@ -1,8 +1,10 @@
-"""A KV cache whose memory is allocated once.
+"""A KV cache of slots: memory that is allocated once, in which rows come and go.
 
-The cache of transformers copies all its content for each new token. Here, layers that attend to all positions get one
-buffer of the final length; layers with a window (Mistral, Gemma) and other kinds keep the cache of transformers, which
-is bounded by design. Left out: paging, quantisation, several prompts that share a prefix.
+The cache of transformers copies all its content for each new token, and its rows begin and end together. Here, every
+slot has room for one row, and all rows are aligned on the right: the next token of each goes into one shared column, so
+that keys and values are views of a buffer, and a window of attention (Mistral, Gemma) is the same columns in every row.
+What lies in a slot before its row is masked by the caller; it is always finite, since a masked value is multiplied by 0.
+Left out: paging, quantisation, and layers whose state is no list of keys and values (linear attention).
 """
 
 from __future__ import annotations
@@ -11,65 +13,163 @@ import inspect
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+_SPARE = 32
+"""Columns beyond the longest sequence: content moves to the front once in so many tokens, at most."""
 
 
-class PreallocatedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
-    """One layer's keys and values `[B, heads, up to max_length, width of a head]`, as views of two buffers."""
+class SlotLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """One layer's keys and values `[N, heads, capacity, width of a head]`, of which the model sees a view."""
 
     keys: Tensor
     values: Tensor
 
-    def __init__(self, max_length: int) -> None:
-        """Hold up to `max_length` tokens; memory is allocated when the first ones arrive."""
+    def __init__(self, slots: int, capacity: int, *, window: int | None = None) -> None:
+        """Memory for N slots is allocated when the first rows arrive.
+
+        Args:
+            slots: N.
+            capacity: columns of the buffer; with a window no more than are needed.
+            window: tokens that a token sees, itself among them; None is all.
+        """
         super().__init__()  # type: ignore[no-untyped-call]
-        self.max_length = max_length
+        self.is_sliding = window is not None
+        self._slots = slots
+        self._window = window or capacity + 1
+        self._capacity = min(capacity, self._window + max(self._window, _SPARE))
+        self._length = 0  # columns so far, as the model counts them
+        self._base = 0  # column c lies at c - base in the buffers
         self._buffers: tuple[Tensor, Tensor]
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate memory for the rows, heads and head width of the first tokens."""
+        """Allocate memory for the heads and the head width of these `[*, heads, *, width]`; zero, and so finite."""
         self.dtype, self.device = key_states.dtype, key_states.device
         self._buffers = (self._buffer(key_states), self._buffer(value_states))
-        self._show(0)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Append `[B, heads, new, width]` and return all so far."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        start = self.keys.shape[-2]
-        end = start + key_states.shape[-2]
-        assert end <= self.max_length, f"{end} tokens in a cache of {self.max_length}"
+        """Append a column `[N, heads, 1, width]`, and return all that its tokens see."""
+        if self._end == self._capacity:
+            self._move_to_front()
+        here = self._end
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, start:end] = new
-        self._show(end)
+            buffer[:, :, here : here + 1] = new
+        self._length += 1
+        first = max(self._length - self._window, 0) - self._base
+        self.keys, self.values = (buffer[:, :, first : self._end] for buffer in self._buffers)
         return self.keys, self.values
 
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows `indices`, in ascending order, at the front of the buffers."""
-        if not self.is_initialized:
+    def get_seq_length(self) -> int:
+        """Columns so far; the next token goes into the one after them."""
+        return self._length
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many columns the next tokens see, and which of them is the first."""
+        return self._kept + query_length, self._length - self._kept
+
+    def start(self, length: int) -> None:
+        """Forget everything, and begin after `length` columns."""
+        self._length = length
+        self._base = length - self._kept
+
+    def trim(self, columns: int) -> None:
+        """Forget the first columns, which are padding in every row; nothing is copied."""
+        self._length -= columns
+        self._base -= columns
+
+    def place(self, source: DynamicLayer, rows: Tensor, *, slots: Tensor) -> None:
+        """Copy `rows` `[K]` of a cache whose rows end in its last column into `slots` `[K]`, so that they end here."""
+        if source.keys is None or source.values is None:
             return  # a layer that reads another one's keys and values
-        length = self.keys.shape[-2]
+        if not self.is_initialized:
+            self.lazy_initialization(source.keys, source.values)
+        count = min(source.keys.shape[2], self._kept)
+        for buffer, found in zip(self._buffers, (source.keys, source.values), strict=True):
+            buffer[slots, :, : self._end - count] = 0  # a row that had diverged may have left NaN here
+            buffer[slots, :, self._end - count : self._end] = found[rows, :, found.shape[2] - count :]
+
+    def select(self, slots: Tensor) -> None:
+        """Keep `slots`, in ascending order, at the front of the buffers."""
+        if not self.is_initialized:
+            return
+        seen = slice(self._end - self._kept, self._end)
         for buffer in self._buffers:
-            buffer[: len(indices), :, :length] = buffer[indices, :, :length]
-        self._buffers = (self._buffers[0][: len(indices)], self._buffers[1][: len(indices)])
-        self._show(length)
+            buffer[: len(slots), :, seen] = buffer[slots, :, seen]
+        self._buffers = (self._buffers[0][: len(slots)], self._buffers[1][: len(slots)])
+
+    @property
+    def _kept(self) -> int:
+        """Columns that the next token sees besides its own."""
+        return min(self._length, self._window - 1)
+
+    @property
+    def _end(self) -> int:
+        """Where the next column lies in the buffers."""
+        return self._length - self._base
+
+    def _move_to_front(self) -> None:
+        kept, end = self._kept, self._end
+        assert kept < self._capacity, f"{kept + 1} tokens in a cache of {self._capacity}"
+        for buffer in self._buffers:
+            buffer[:, :, :kept] = buffer[:, :, end - kept : end].clone()  # the two overlap
+        self._base = self._length - kept
 
     def _buffer(self, like: Tensor) -> Tensor:
-        rows, heads, _, width = like.shape
-        return like.new_empty(rows, heads, self.max_length, width)
-
-    def _show(self, length: int) -> None:
-        self.keys, self.values = (buffer[:, :, :length] for buffer in self._buffers)
+        _, heads, _, width = like.shape
+        return like.new_zeros(self._slots, heads, self._capacity, width)
 
 
-def kv_cache(config: PreTrainedConfig, max_length: int) -> DynamicCache:
-    """An empty cache for a model of this configuration and sequences of up to `max_length` tokens."""
-    cache = DynamicCache(config=config)
-    cache.layers = [PreallocatedLayer(max_length) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+class SlotCache(DynamicCache):
+    """The slots of all layers."""
+
+    def __init__(self, config: PreTrainedConfig, *, slots: int, longest: int, refilled: bool) -> None:
+        """An empty cache of N slots for a model of this configuration.
+
+        Args:
+            config: the model's; `serves` is True of it.
+            slots: N.
+            longest: tokens of the longest sequence.
+            refilled: whether slots get new rows while others go on.
+        """
+        super().__init__(config=config)
+        capacity = longest + (_SPARE if refilled else 0)
+        self._served: list[tuple[int, SlotLayer]] = []
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer, DynamicLayer):
+                window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+                self.layers[index] = SlotLayer(slots, capacity, window=window)
+                self._served.append((index, self.layers[index]))
+
+    def place(self, source: DynamicCache, rows: Tensor, *, slots: Tensor, is_last: bool) -> None:
+        """Copy rows of a cache of prompts into slots, and with `is_last` free it, layer by layer."""
+        for index, layer in self._served:
+            layer.place(source.layers[index], rows, slots=slots)
+            if is_last:
+                source.layers[index].keys = source.layers[index].values = None
+
+    def start(self, length: int) -> None:
+        """As in `SlotLayer`, for every layer."""
+        for _, layer in self._served:
+            layer.start(length)
+
+    def trim(self, columns: int) -> None:
+        """As in `SlotLayer`, for every layer."""
+        for _, layer in self._served:
+            layer.trim(columns)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Keep these slots, in ascending order."""
+        for _, layer in self._served:
+            layer.select(beam_idx)
+
+
+def serves(config: PreTrainedConfig) -> bool:
+    """Whether every layer that a model has keeps keys and values of all tokens, or of a window."""
+    served = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    return all(type(layer) in served for layer in DynamicCache(config=config).layers)
 
 
 def cache_argument(model: PreTrainedModel) -> str:

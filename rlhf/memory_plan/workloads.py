@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from rlhf.config.bounds import as_plain
 from rlhf.config.run_config import SUPERVISED
 from rlhf.forward_passes import critic_values, response_statistics
-from rlhf.generation.generate import Decoding, generate
+from rlhf.generation.generate import Decoding, answer
 from rlhf.memory_plan.trace import EnoughError
 from rlhf.rollout import Models
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import policy_gradient, text_backward, value_gradient
 from rlhf.training.supervised_step import objective_of
-from rlhf.types import PPOBatch, PreferenceBatch, PromptBatch, Responses, SFTBatch
+from rlhf.types import PPOBatch, PreferenceBatch, Responses, SFTBatch
 
 _NOT_TRACED = ("engine", "optimizer", "size", "lora")
 """Ends of the names of settings that decide nothing about the tensors of a workload beyond its rows and its model."""
@@ -97,12 +97,12 @@ def _loss(model: Any, work: Workload, *, batch: SFTBatch | PreferenceBatch) -> T
 
 
 def generation(model: Any, work: Workload) -> None:
-    """Responses of full length to prompts of full length."""
-    tokens = work.mask(work.rows, work.config.max_prompt_tokens).flip(1).long()  # padded on the left
-    texts = ("",) * work.rows
-    prompts = PromptBatch(tokens, tokens.bool(), tokens[:, -1], prompts=texts, columns=({},) * work.rows)
-    longest, sampling = work.config.max_response_tokens, work.config.sampling
-    generate(model, prompts, decoding=Decoding(longest, stop_token_ids=[0], pad_id=0, sampling=sampling), seed=0)
+    """Responses of full length to prompts of full length, but for one; all of them differ."""
+    longest, new = work.config.max_prompt_tokens, work.config.max_response_tokens
+    prompts = [[row >> bit & 1 for bit in range(longest)] for row in range(work.rows)]
+    prompts[-1] = prompts[-1][: max(1, longest - 1)]
+    decoding = Decoding(new, stop_token_ids=[0], pad_id=0, sampling=work.config.sampling)
+    answer(model, prompts, torch.arange(work.rows), decoding=decoding, seed=0)
 
 
 def statistics(model: nn.Module, work: Workload) -> None:

@@ -74,8 +74,8 @@ def gap(engine, seed=0):
     prompts = PromptBatch(
         ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(32), prompts=("",) * 32, columns=({},) * 32
     )
-    decoding = Decoding(24, [100], pad_id=0, sampling=SamplingConfig())
-    responses = generate_responses(engine, prompts, decoding=decoding, size=32, seed=seed)
+    decoding = Decoding(24, [100], pad_id=0, sampling=SamplingConfig(), slots=32)
+    responses = generate_responses(engine, prompts, decoding=decoding, seed=seed)
     with engine.evaluating() as model:
         logprobs = all_statistics(model, responses, size=32, temperature=1.0)[0]
     return (responses.generation_logprobs - logprobs)[responses.response_mask].abs().mean().item()

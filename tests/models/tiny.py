@@ -9,6 +9,7 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
+    Lfm2Config,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -50,10 +51,15 @@ FAMILIES = {
 }
 
 
+def with_states():
+    """A model with layers that keep a state in place of keys and values."""
+    return Lfm2Config(**_IDS, **_SHAPE, layer_types=["conv", "full_attention", "conv"])
+
+
 def model(family, seed=0):
     """A plain transformers model with weights large enough that its answers differ."""
     torch.manual_seed(seed)
-    made = AutoModelForCausalLM.from_config(FAMILIES[family]()).eval()
+    made = AutoModelForCausalLM.from_config(FAMILIES.get(family, with_states)()).eval()
     with torch.no_grad():
         for parameter in made.parameters():
             if parameter.dim() > 1:
