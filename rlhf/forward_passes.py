@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf.algorithms.logprobs import TokenStatistics, token_logprobs_and_entropy
-from rlhf.models.causal_lm import position_ids
+from rlhf.algorithms.logprobs import TokenStatistics, Wanted
+from rlhf.models.causal_lm import position_ids, token_statistics
 from rlhf.models.scalar_head import response_values
 from rlhf.types import Responses
 
@@ -22,22 +22,19 @@ Around = Callable[[Any], AbstractContextManager[Any]]
 
 
 def response_statistics(
-    model: Callable[..., Any], batch: Responses, *, temperature: float, chunk_elements: int | None = None
+    model: Callable[..., Any],
+    batch: Responses,
+    *,
+    temperature: float,
+    entropy_grad: bool = False,
+    chunk_elements: int | None = None,
 ) -> TokenStatistics:
-    """Log-probability and entropy, `[B, R]` fp32, of the response tokens; `chunk_elements` as in `token_logprobs`.
+    """Log-probability and entropy, `[B, R]` fp32, of the response tokens that count; settings as in `Wanted`.
 
     Old, new and reference log-probabilities all come from this function, so that their ratios are 1 before an update.
     """
-    num_response = batch.response_mask.shape[1]
-    logits = model(
-        input_ids=batch.sequences,
-        attention_mask=batch.attention_mask,
-        position_ids=position_ids(batch.attention_mask),
-        logits_to_keep=num_response + 1,  # [B, R + 1, V]: the last prompt token predicts the first response token
-        use_cache=False,
-    ).logits
-    targets = batch.sequences[:, -num_response:]
-    return token_logprobs_and_entropy(logits, targets, temperature=temperature, chunk_elements=chunk_elements)
+    wanted = Wanted(temperature, entropy=True, entropy_grad=entropy_grad, chunk_elements=chunk_elements)
+    return token_statistics(model, batch.sequences, batch.attention_mask, mask=batch.response_mask, wanted=wanted)
 
 
 def all_statistics(
@@ -49,7 +46,8 @@ def all_statistics(
     """
 
     def statistics(piece: Responses) -> Tensor:
-        return torch.stack(response_statistics(model, piece, temperature=temperature))
+        found = response_statistics(model, piece, temperature=temperature)
+        return torch.stack((found.logprobs, found.entropy))
 
     return in_pieces(responses, size, function=statistics, around=around)
 

@@ -32,83 +32,70 @@ CPU_CHUNK_ELEMENTS = 2**20
 
 
 class TokenStatistics(NamedTuple):
-    """Log-probability of each target and entropy of the distribution it was drawn from."""
+    """Log-probability of each target, entropy of the distribution it was drawn from, and whether it was the likeliest.
+
+    What is not wanted is 0.
+    """
 
     logprobs: Tensor  # [B, R] log-probability of each target, in nats
     entropy: Tensor  # [B, R] entropy in nats
+    first_choice: Tensor  # [B, R] 1 where the target has the first of the largest logits, else 0
 
 
-def token_logprobs(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk_elements: int | None = None
-) -> Tensor:
-    """Log-probability of each target, `[B, R]` in fp32 (fp64 for fp64 logits), differentiable once in the logits.
+class Wanted(NamedTuple):
+    """The statistics to compute beside log-probabilities, and how."""
+
+    temperature: float = 1.0
+    """Divides the logits, in fp32."""
+    entropy: bool = False
+    """Entropies are needed."""
+    entropy_grad: bool = False
+    """A gradient will come for them."""
+    first_choice: bool = False
+    """Whether a target is the likeliest token is needed."""
+    chunk_elements: int | None = None
+    """Logits in fp32 at a time, see [Note: memory]; None takes as many as suit their device."""
+
+
+def statistics_of_logits(logits: Tensor, targets: Tensor, *, wanted: Wanted) -> TokenStatistics:
+    """The statistics of each target, `[B, R]` in fp32 (fp64 for fp64 logits).
+
+    Log-probabilities and entropies are differentiable once in the logits.
 
     Args:
         logits: `[B, N, V]` of any floating dtype; N >= R, see [Note: alignment].
         targets: `[B, R]` token ids. Masked positions may hold any valid id, but no marker such as -100.
-        temperature: the logits are divided by it, in fp32.
-        chunk_elements: logits worked on at a time, see [Note: memory]; None takes as many as suit their device.
+        wanted: Which statistics.
 
     Raises:
         ValueError: for logits too short, a temperature that is not positive, or ids outside the vocabulary. The ids
             are checked on the CPU only, as reading them would wait for the GPU; there, CUDA's own index assertion ends
             the process.
     """
-    _check(logits, targets, temperature)
-    logprobs: Tensor
-    wanted = _Wanted(temperature, entropy=False, chunk_elements=chunk_elements)
-    logprobs, _ = _TokenStatistics.apply(logits, targets.long(), wanted)  # type: ignore[no-untyped-call]
-    return logprobs
-
-
-def token_logprobs_and_entropy(
-    logits: Tensor, targets: Tensor, *, temperature: float = 1.0, chunk_elements: int | None = None
-) -> TokenStatistics:
-    """Log-probability of each target and entropy of its distribution in one pass, both differentiable once.
-
-    Arguments and errors are those of `token_logprobs`; the entropy is the one of `token_entropy`, fit for a bonus.
-    """
-    _check(logits, targets, temperature)
-    wanted = _Wanted(temperature, entropy=True, chunk_elements=chunk_elements)
-    return TokenStatistics(*_TokenStatistics.apply(logits, targets.long(), wanted))  # type: ignore[no-untyped-call]
-
-
-@torch.no_grad()
-def token_entropy(
-    logits: Tensor, *, num_targets: int, temperature: float = 1.0, chunk_elements: int | None = None
-) -> Tensor:
-    """Entropy in nats of the distribution of each of the last `num_targets` tokens, `[B, R]` in fp32, no gradient.
-
-    Args:
-        logits: `[B, N, V]` of any floating dtype; N >= R, see [Note: alignment].
-        num_targets: R.
-        temperature: the logits are divided by it, in fp32.
-        chunk_elements: as in `token_logprobs`.
-    """
-    _check_temperature(temperature)
-    window = _window(logits, num_targets)
-    entropy = _empty_statistic(window)
-    for rows in _chunks(window, chunk_elements):
-        entropy[rows] = torch.special.entr(_scaled(window[rows], temperature).softmax(-1)).sum(-1)
-    return entropy
-
-
-class _Wanted(NamedTuple):
-    temperature: float
-    entropy: bool
-    chunk_elements: int | None
+    check_targets(targets, logits.shape[-1], temperature=wanted.temperature)
+    if logits.dim() != 3 or targets.dim() != 2 or logits.shape[0] != targets.shape[0]:
+        raise ValueError(
+            f"found logits of shape {tuple(logits.shape)} and targets of shape {tuple(targets.shape)}, expected "
+            "[B, N, V] and [B, R]"
+        )
+    found = _TokenStatistics.apply(logits, targets.long(), wanted)  # type: ignore[no-untyped-call]
+    logprobs, entropy = found
+    first_choice = torch.zeros_like(logprobs)
+    if wanted.first_choice:
+        first_choice.copy_(_window(logits.detach(), targets.shape[1]).argmax(-1) == targets)
+    return TokenStatistics(logprobs, torch.zeros_like(logprobs) if entropy is None else entropy, first_choice)
 
 
 class _TokenStatistics(torch.autograd.Function):
     """Log-probabilities and, if wanted, entropies, in chunks. See [Note: memory]."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, targets: Tensor, wanted: _Wanted) -> tuple[Tensor, Tensor | None]:
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, wanted: Wanted) -> tuple[Tensor, Tensor | None]:
         window = _window(logits, targets.shape[1])
         logprobs = _empty_statistic(window)
         entropy = _empty_statistic(window) if wanted.entropy else None
         for rows in _chunks(window, wanted.chunk_elements):
-            chunk = _scaled(window[rows], wanted.temperature).log_softmax(-1)
+            chunk = scaled(window[rows], wanted.temperature).log_softmax(-1)
             logprobs[rows] = chunk.gather(-1, targets[rows].unsqueeze(-1)).squeeze(-1)
             if entropy is not None:
                 entropy[rows] = torch.special.entr(chunk.exp_()).sum(-1)  # H = sum_j -p_j log p_j
@@ -124,12 +111,12 @@ class _TokenStatistics(torch.autograd.Function):
         logits_grad = torch.zeros_like(logits)
         window, window_grad = _window(logits, targets.shape[1]), _window(logits_grad, targets.shape[1])
         for rows in _chunks(window, ctx.chunk_elements):
-            probabilities = _scaled(window[rows], ctx.temperature).softmax(-1)
+            probabilities = scaled(window[rows], ctx.temperature).softmax(-1)
             scaled_grad = torch.zeros_like(probabilities)  # with respect to z = logits / temperature
             if logprobs_grad is not None:
                 _add_logprobs_grad(scaled_grad, probabilities, targets=targets[rows], grad=logprobs_grad[rows])
             if entropy_grad is not None:
-                _add_entropy_grad(scaled_grad, probabilities, grad=entropy_grad[rows])
+                add_entropy_grad(scaled_grad, probabilities, grad=entropy_grad[rows])
             window_grad[rows] = scaled_grad.div_(ctx.temperature)
         return logits_grad, *(None,) * 2
 
@@ -141,22 +128,31 @@ def _add_logprobs_grad(total: Tensor, probabilities: Tensor, *, targets: Tensor,
     total.scatter_add_(-1, targets.unsqueeze(-1), grad.to(total.dtype))
 
 
-def _add_entropy_grad(total: Tensor, probabilities: Tensor, *, grad: Tensor) -> None:
-    """Add the gradient of H: d H / d z_j = -p_j (log p_j + H), by way of -p log p, which is 0, not NaN, at p = 0."""
+def add_entropy_grad(total: Tensor, probabilities: Tensor, *, entropy: Tensor | None = None, grad: Tensor) -> None:
+    """Add the gradient of H: d H / d z_j = -p_j (log p_j + H), by way of -p log p, which is 0, not NaN, at p = 0.
+
+    `entropy` is H where `probabilities` are those of some tokens only.
+    """
     surprise = torch.special.entr(probabilities)  # -p_j log p_j
-    surprise.addcmul_(probabilities, surprise.sum(-1, keepdim=True), value=-1)
+    whole = surprise.sum(-1, keepdim=True) if entropy is None else entropy.unsqueeze(-1)
+    surprise.addcmul_(probabilities, whole, value=-1)
     total.addcmul_(surprise, grad.unsqueeze(-1))
 
 
-def _window(logits: Tensor, num_targets: int) -> Tensor:
-    """The logits that predict the targets, a view `[B, R, V]`. See [Note: alignment]."""
-    length = logits.shape[1]
+def window_start(length: int, num_targets: int) -> int:
+    """The first of `length` positions that predicts a target. See [Note: alignment]."""
     if length < num_targets:
         raise ValueError(
             f"found logits at {length} positions for {num_targets} targets, expected one per target, or the logits of "
             "a sequence that ends with the targets"
         )
-    return logits if length == num_targets else logits[:, length - num_targets - 1 : length - 1]
+    return 0 if length == num_targets else length - num_targets - 1
+
+
+def _window(logits: Tensor, num_targets: int) -> Tensor:
+    """The logits that predict the targets, a view `[B, R, V]`."""
+    start = window_start(logits.shape[1], num_targets)
+    return logits[:, start : start + num_targets]
 
 
 def chunk_elements_of(device: torch.device) -> int:
@@ -174,7 +170,7 @@ def _chunks(window: Tensor, elements: int | None) -> Iterator[tuple[slice, slice
             yield slice(sequence, sequence + sequences_per_chunk), slice(token, token + tokens_per_chunk)
 
 
-def _scaled(chunk: Tensor, temperature: float) -> Tensor:
+def scaled(chunk: Tensor, temperature: float) -> Tensor:
     """The chunk in at least fp32, divided by the temperature there."""
     chunk = at_least_fp32(chunk)
     return chunk if temperature == 1.0 else chunk / temperature
@@ -184,24 +180,16 @@ def _empty_statistic(window: Tensor) -> Tensor:
     return window.new_empty(window.shape[:2], dtype=torch.promote_types(window.dtype, torch.float32))
 
 
-def _check(logits: Tensor, targets: Tensor, temperature: float) -> None:
-    _check_temperature(temperature)
-    if logits.dim() != 3 or targets.dim() != 2 or logits.shape[0] != targets.shape[0]:
-        raise ValueError(
-            f"found logits of shape {tuple(logits.shape)} and targets of shape {tuple(targets.shape)}, expected "
-            "[B, N, V] and [B, R]"
-        )
-    if targets.device.type == "cpu" and targets.numel():
-        lowest, highest = (int(bound) for bound in targets.aminmax())
-        if lowest < 0 or highest >= logits.shape[-1]:
-            raise ValueError(
-                f"found target ids from {lowest} to {highest}, expected 0 to {logits.shape[-1] - 1}; give masked "
-                "positions any valid id and leave them out with a mask, not with a marker such as -100"
-            )
-
-
-def _check_temperature(temperature: float) -> None:
+def check_targets(targets: Tensor, vocabulary: int, *, temperature: float) -> None:
+    """Raise ValueError for ids outside the vocabulary (on a CPU) or a temperature that is not positive."""
     if not temperature > 0:
         raise ValueError(
             f"found temperature {temperature}, expected a positive number; greedy choice has no log-probability"
         )
+    if targets.device.type == "cpu" and targets.numel():
+        lowest, highest = (int(bound) for bound in targets.aminmax())
+        if lowest < 0 or highest >= vocabulary:
+            raise ValueError(
+                f"found target ids from {lowest} to {highest}, expected 0 to {vocabulary - 1}; give masked "
+                "positions any valid id and leave them out with a mask, not with a marker such as -100"
+            )

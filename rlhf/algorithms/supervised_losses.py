@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf.algorithms.logprobs import token_logprobs
+from rlhf.algorithms.logprobs import TokenStatistics
 from rlhf.algorithms.masked import at_least_fp32, divide_by_count, masked_mean
 
 
@@ -35,37 +34,20 @@ def count_targets(target_mask: Tensor) -> Tensor:
     return target_mask[:, 1:].bool().sum()
 
 
-def sft_loss(
-    logits: Tensor,
-    input_ids: Tensor,
-    target_mask: Tensor,
-    *,
-    denominator: Tensor | float | None = None,
-    chunk_elements: int | None = None,
-) -> SFTLoss:
+def sft_loss(statistics: TokenStatistics, target_mask: Tensor, *, denominator: Tensor | float | None = None) -> SFTLoss:
     """`-sum(log p(token | tokens before it)) / denominator` over the target tokens; 0 where there are none.
 
     Args:
-        logits: `[B, T, V]` of the whole sequences, of any floating dtype; no fp32 copy of them is made.
-        input_ids: `[B, T]`; padding holds any valid id.
+        statistics: of every token but the first, `[B, T - 1]` each; what those say that are no target does not matter.
         target_mask: `[B, T]`, True where a token is to be learnt, predicted from those before it.
         denominator: target tokens to divide by, the global count where batches are cut (see `count_targets`); those
             of this call if None.
-        chunk_elements: as in `token_logprobs`.
     """
-    if logits.shape[:-1] != input_ids.shape or input_ids.shape != target_mask.shape:
-        raise ValueError(
-            f"found logits of shape {tuple(logits.shape)}, input_ids of {tuple(input_ids.shape)} and a target_mask of "
-            f"{tuple(target_mask.shape)}, expected [B, T, V], [B, T] and [B, T]"
-        )
-    targets, mask = input_ids[:, 1:], target_mask[:, 1:]
-    with torch.no_grad():
-        is_first_choice = logits[:, :-1].argmax(-1) == targets
-    logprobs = token_logprobs(logits, targets, chunk_elements=chunk_elements)
+    mask = target_mask[:, 1:]
     return SFTLoss(
-        loss=masked_mean(-logprobs, mask, denominator=denominator),
+        loss=masked_mean(-statistics.logprobs, mask, denominator=denominator),
         num_tokens=count_targets(target_mask),
-        accuracy=masked_mean(is_first_choice, mask, denominator=denominator),
+        accuracy=masked_mean(statistics.first_choice, mask, denominator=denominator),
     )
 
 

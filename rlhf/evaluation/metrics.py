@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -16,12 +17,12 @@ from torch import Tensor
 
 from rlhf.algorithms.dpo import DPOForm, dpo_loss
 from rlhf.algorithms.kl import clamped
-from rlhf.algorithms.logprobs import token_logprobs
+from rlhf.algorithms.logprobs import TokenStatistics, Wanted
 from rlhf.algorithms.masked import masked_mean, zero_masked
 from rlhf.algorithms.ppo import explained_variance
 from rlhf.algorithms.supervised_losses import pairwise_loss, sft_loss
 from rlhf.engine.engine import Engine
-from rlhf.models.causal_lm import position_ids
+from rlhf.models.causal_lm import position_ids, token_statistics
 from rlhf.models.scalar_head import last_token_scores
 from rlhf.runtime.dist import gather_objects, sum_over_ranks
 from rlhf.runtime.errors import RunError
@@ -60,21 +61,20 @@ def gold_values(name: str, metric: GoldMetric, *, prompts: Sequence[str], respon
     return [float(value) for value in values]
 
 
-def logits_of(model: Callable[..., Any], batch: SFTBatch | PreferenceBatch) -> Tensor:
-    """The logits of a language model after every token, `[B, T, V]`."""
-    mask = batch.attention_mask
-    inputs = {"input_ids": batch.input_ids, "attention_mask": mask, "position_ids": position_ids(mask)}
-    logits: Tensor = model(**inputs, use_cache=False).logits
-    return logits
+def target_statistics(
+    model: Callable[..., Any], batch: SFTBatch | PreferenceBatch, *, wanted: Wanted
+) -> TokenStatistics:
+    """The statistics of every token after the first, `[B, T - 1]` each, where it is a target."""
+    mask = batch.target_mask[:, 1:]
+    return token_statistics(model, batch.input_ids, batch.attention_mask, mask=mask, wanted=wanted)
 
 
 def response_logprobs(
     model: Callable[..., Any], batch: PreferenceBatch, *, chunk_elements: int | None = None
 ) -> Tensor:
-    """Log-probability of each whole response of B pairs, `[2B]` fp32; `chunk_elements` as in `token_logprobs`."""
-    logits = logits_of(model, batch)  # [2B, T, V]
-    logprobs = token_logprobs(logits, batch.input_ids[:, 1:], chunk_elements=chunk_elements)  # [2B, T - 1]
-    return zero_masked(logprobs, batch.target_mask[:, 1:]).sum(-1)
+    """Log-probability of each whole response of B pairs, `[2B]` fp32; `chunk_elements` as in `Wanted`."""
+    found = target_statistics(model, batch, wanted=Wanted(chunk_elements=chunk_elements))  # [2B, T - 1]
+    return zero_masked(found.logprobs, batch.target_mask[:, 1:]).sum(-1)
 
 
 def evaluate_language(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) -> dict[str, float]:
@@ -89,8 +89,8 @@ def evaluate_language(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) ->
             batch = item.batch.to(device)
             targets = batch.target_mask.clone()
             targets[item.count :] = False
-            logits = logits_of(model, batch)
-            result = sft_loss(logits, batch.input_ids, targets, denominator=1.0)
+            found = target_statistics(model, replace(batch, target_mask=targets), wanted=Wanted(first_choice=True))
+            result = sft_loss(found, targets, denominator=1.0)
             totals += torch.stack([result.loss, result.accuracy, result.num_tokens.to(result.loss.dtype)]).double()
     loss, accuracy, count = sum_over_ranks(totals).tolist()
     mean_loss = torch.tensor(loss / max(count, 1), dtype=torch.float64)
@@ -100,16 +100,15 @@ def evaluate_language(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) ->
 
 def demonstration_losses(engine: Engine, batches: Sequence[EvalBatch[SFTBatch]]) -> Tensor:
     """Nats and target tokens of each demonstration, `[N, 2]` fp64 on the CPU, in the order of the ranks' batches."""
-    found: list[list[float]] = []
+    found = [torch.zeros(0, 2, dtype=torch.float64)]
     with engine.evaluating() as model:
         for item in batches:
             batch = item.batch.to(engine.world.device)
-            logits = logits_of(model, batch)
-            for row in range(item.count):
-                one = slice(row, row + 1)
-                result = sft_loss(logits[one], batch.input_ids[one], batch.target_mask[one], denominator=1.0)
-                found.append([float(result.loss), float(result.num_tokens)])
-    return torch.cat(gather_objects(torch.tensor(found, dtype=torch.float64).view(-1, 2)))
+            mask = batch.target_mask[:, 1:]
+            logprobs = target_statistics(model, batch, wanted=Wanted()).logprobs  # [B, T - 1]
+            both = torch.stack((-zero_masked(logprobs, mask).sum(-1), mask.sum(-1)), dim=1)  # [B, 2]
+            found.append(both[: item.count].double().cpu())
+    return torch.cat(gather_objects(torch.cat(found)))
 
 
 def evaluate_preferences(engine: Engine, batches: Sequence[EvalBatch[PreferenceBatch]]) -> dict[str, float]:

@@ -41,7 +41,7 @@ class Workload:
     """The settings that may decide which tensors are made, as text."""
     rows: int
     chunk_elements: int | None
-    """As in `token_logprobs`."""
+    """As in `Wanted`."""
 
     @classmethod
     def of(

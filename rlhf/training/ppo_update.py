@@ -228,7 +228,13 @@ def policy_gradient(
     for index, batch in enumerate(micro_batches, start=1):
         # logprobs and entropy [B, R], B = micro-batch
         with after_frozen_layers(actor, batch, states=batch.actor_states):
-            statistics = response_statistics(actor, batch, temperature=temperature, chunk_elements=chunk_elements)
+            statistics = response_statistics(
+                actor,
+                batch,
+                temperature=temperature,
+                entropy_grad=bool(config.entropy_coef),
+                chunk_elements=chunk_elements,
+            )
         result = actor_loss(statistics, batch, config=config, denominator=denominator, kl_coef=kl_coef)
         actor.backward(result.loss, last=index == len(micro_batches))
         largest = torch.maximum(largest, result.ratio_max)

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.dpo import DPOForm, dpo_loss
+from rlhf.algorithms.logprobs import Wanted
 from rlhf.algorithms.supervised_losses import SFTLoss, count_targets, pairwise_loss, sft_loss
 from rlhf.config.stage_configs import DPOConfig, SupervisedConfig
 from rlhf.engine.engine import Engine
-from rlhf.evaluation.metrics import logits_of, response_logprobs
+from rlhf.evaluation.metrics import response_logprobs, target_statistics
 from rlhf.models.causal_lm import position_ids
 from rlhf.models.scalar_head import last_token_scores
 from rlhf.runtime.dist import sum_over_ranks
@@ -34,16 +35,16 @@ class LossAndMetrics(NamedTuple):
 def next_token_loss(
     engine: Engine, batch: SFTBatch, *, denominator: Tensor, chunk_elements: int | None = None
 ) -> SFTLoss:
-    """Cross-entropy of a micro-batch's target tokens; arguments as of `sft_loss`."""
-    logits = logits_of(engine, batch)  # [B, T, V]
-    return sft_loss(logits, batch.input_ids, batch.target_mask, denominator=denominator, chunk_elements=chunk_elements)
+    """Cross-entropy of a micro-batch's target tokens; `denominator` as of `sft_loss`, the chunk as in `Wanted`."""
+    wanted = Wanted(first_choice=True, chunk_elements=chunk_elements)
+    return sft_loss(target_statistics(engine, batch, wanted=wanted), batch.target_mask, denominator=denominator)
 
 
 class Objective(Generic[Batch]):
     """A training objective: its loss, and the count that its loss is divided by."""
 
     def __init__(self, config: SupervisedConfig, *, chunk_elements: int | None = None) -> None:
-        """Args: `config`: the stage's settings; `chunk_elements`: as in `token_logprobs`."""
+        """Args: `config`: the stage's settings; `chunk_elements`: as in `Wanted`."""
         self.config: Any = config
         self.chunk_elements = chunk_elements
 

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rlhf.algorithms import logprobs as module
-from rlhf.algorithms.logprobs import token_entropy, token_logprobs, token_logprobs_and_entropy
+from rlhf.algorithms.logprobs import Wanted, statistics_of_logits
 
 
 def random_logits(*shape, dtype=torch.float32):
@@ -17,6 +17,19 @@ def random_logits(*shape, dtype=torch.float32):
 
 def random_targets(*shape, vocabulary):
     return torch.randint(vocabulary, shape, generator=torch.Generator().manual_seed(1))
+
+
+def token_logprobs(logits, targets, **settings):
+    return statistics_of_logits(logits, targets, wanted=Wanted(**settings)).logprobs
+
+
+def token_logprobs_and_entropy(logits, targets, **settings):
+    return statistics_of_logits(logits, targets, wanted=Wanted(entropy=True, **settings))[:2]
+
+
+def token_entropy(logits, num_targets, **settings):
+    targets = torch.zeros(len(logits), num_targets, dtype=torch.long)
+    return token_logprobs_and_entropy(logits, targets, **settings)[1]
 
 
 def reference_logprobs(logits, targets, temperature):
@@ -67,7 +80,7 @@ def test_logits_of_the_end_of_a_sequence_give_the_same_as_those_of_all_of_it():
     whole = token_logprobs_and_entropy(logits, targets)
     assert_close(token_logprobs_and_entropy(logits[:, -4:], targets), whole)
     assert_close(token_logprobs_and_entropy(logits[:, 3:6], targets), whole)  # aligned
-    assert_close(token_entropy(logits, num_targets=3), whole.entropy)
+    assert_close(token_entropy(logits, num_targets=3), whole[1])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7, 3.0])
@@ -92,7 +105,7 @@ def test_entropy_is_that_of_a_categorical_distribution(temperature):
     expected = reference_entropy(logits, temperature)
     assert_close(token_entropy(logits, num_targets=4, temperature=temperature), expected)
     statistics = token_logprobs_and_entropy(logits, random_targets(2, 4, vocabulary=33), temperature=temperature)
-    assert_close(statistics.entropy, expected)
+    assert_close(statistics[1], expected)
 
 
 @pytest.mark.parametrize("length", [3, 5])
@@ -107,15 +120,15 @@ def test_entropy_alone_can_be_differentiated():
     logits = random_logits(2, 3, 5, dtype=torch.float64).requires_grad_()
     expected = torch.autograd.grad(reference_entropy(logits, 0.7).sum(), logits)
     statistics = token_logprobs_and_entropy(logits, random_targets(2, 3, vocabulary=5), temperature=0.7)
-    assert_close(torch.autograd.grad(statistics.entropy.sum(), logits), expected)
+    assert_close(torch.autograd.grad(statistics[1].sum(), logits), expected)
 
 
 def test_suppressed_tokens_leave_values_and_gradients_finite():
     logits = tensor([[[0.0, 0.0, -math.inf]]], requires_grad=True)
     statistics = token_logprobs_and_entropy(logits, tensor([[0]]))
-    (statistics.logprobs + statistics.entropy).sum().backward()
-    assert_close(statistics.logprobs, tensor([[-math.log(2)]]))
-    assert_close(statistics.entropy, tensor([[math.log(2)]]))
+    (statistics[0] + statistics[1]).sum().backward()
+    assert_close(statistics[0], tensor([[-math.log(2)]]))
+    assert_close(statistics[1], tensor([[math.log(2)]]))
     # d logp_0 = (1 - 1/2, -1/2, 0); the entropy is at its maximum over two tokens, so its gradient is 0.
     assert_close(logits.grad, tensor([[[0.5, -0.5, 0.0]]]))
 
@@ -130,11 +143,18 @@ def test_the_size_of_a_chunk_does_not_change_the_result(elements):
     logits = random_logits(5, 7, 17).requires_grad_()
     targets = random_targets(5, 3, vocabulary=17)
     expected = token_logprobs_and_entropy(logits, targets, temperature=0.7)
-    expected_grad = torch.autograd.grad(expected.logprobs.sum() + expected.entropy.square().sum(), logits)
+    expected_grad = torch.autograd.grad(expected[0].sum() + expected[1].square().sum(), logits)
     found = token_logprobs_and_entropy(logits, targets, temperature=0.7, chunk_elements=elements)
     assert_close(found, expected)
-    assert_close(torch.autograd.grad(found.logprobs.sum() + found.entropy.square().sum(), logits), expected_grad)
-    assert_close(token_entropy(logits, num_targets=3, temperature=0.7, chunk_elements=elements), expected.entropy)
+    assert_close(torch.autograd.grad(found[0].sum() + found[1].square().sum(), logits), expected_grad)
+    assert_close(token_entropy(logits, num_targets=3, temperature=0.7, chunk_elements=elements), expected[1])
+
+
+def test_the_first_of_the_largest_logits_is_the_first_choice():
+    logits = tensor([[[1.0, 3.0, 3.0], [3.0, 1.0, 1.0], [0.0, 0.0, 1.0]]])
+    found = statistics_of_logits(logits, tensor([[1, 0, 1]]), wanted=Wanted(first_choice=True))
+    assert found.first_choice.tolist() == [[1.0, 1.0, 0.0]]
+    assert statistics_of_logits(logits, tensor([[2, 0, 2]]), wanted=Wanted(first_choice=True)).first_choice[0, 0] == 0
 
 
 def test_no_targets_give_an_empty_result():
@@ -168,7 +188,7 @@ def test_no_fp32_copy_of_bf16_logits_is_ever_made():
     whole = 4 * 18 * 30_000
     assert whole > module.CPU_CHUNK_ELEMENTS
     assert largest_fp32_tensor(token_logprobs) <= module.CPU_CHUNK_ELEMENTS
-    assert largest_fp32_tensor(lambda *xs: token_logprobs_and_entropy(*xs).entropy) <= module.CPU_CHUNK_ELEMENTS
+    assert largest_fp32_tensor(lambda *xs: token_logprobs_and_entropy(*xs)[1]) <= module.CPU_CHUNK_ELEMENTS
     assert largest_fp32_tensor(partial(token_logprobs, chunk_elements=2**17)) <= 2**17
     assert largest_fp32_tensor(lambda x, t: reference_logprobs(x[:, 1:19].float(), t, 1.0)) == whole
 
@@ -185,7 +205,7 @@ def test_the_logits_are_not_written_to():
     logits = random_logits(2, 5, 33).requires_grad_()
     before = logits.detach().clone()
     statistics = token_logprobs_and_entropy(logits, random_targets(2, 3, vocabulary=33))
-    (statistics.logprobs + statistics.entropy).sum().backward()
+    (statistics[0] + statistics[1]).sum().backward()
     assert torch.equal(logits, before)
 
 

@@ -7,11 +7,13 @@ import pytest
 import torch
 from torch import nn
 
+from rlhf.algorithms.logprobs import Wanted
 from rlhf.algorithms.supervised_losses import sft_loss
 from rlhf.config.stage_configs import LoraConfig, ModelKind, SamplingConfig
 from rlhf.generation.generate import Decoding, generate
 from rlhf.memory_plan import trace as trace_module
 from rlhf.memory_plan.trace import Mode, ModelShape, trace, trace_once
+from rlhf.models.causal_lm import token_statistics
 from rlhf.types import PromptBatch
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 3, 40, 96, 7
@@ -26,8 +28,8 @@ def shape(tmp_path_factory):
 
 def learn(model):
     tokens = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    logits = model(input_ids=tokens, attention_mask=tokens, use_cache=False).logits
-    return sft_loss(logits, tokens, tokens.bool(), denominator=1.0).loss
+    found = token_statistics(model, tokens, tokens, mask=tokens[:, 1:].bool(), wanted=Wanted())
+    return sft_loss(found, tokens.bool(), denominator=1.0).loss
 
 
 def score(model):
