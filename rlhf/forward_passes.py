@@ -34,7 +34,9 @@ def response_statistics(
     Old, new and reference log-probabilities all come from this function, so that their ratios are 1 before an update.
     """
     wanted = Wanted(temperature, entropy=True, entropy_grad=entropy_grad, chunk_elements=chunk_elements)
-    return token_statistics(model, batch.sequences, batch.attention_mask, mask=batch.response_mask, wanted=wanted)
+    return token_statistics(
+        model, batch.sequences, attention_mask=batch.attention_mask, mask=batch.response_mask, wanted=wanted
+    )
 
 
 def all_statistics(

@@ -75,19 +75,14 @@ def head_statistics(hidden: Tensor, head: Head, targets: Tensor, mask: Tensor, *
     """
     check_targets(targets, head.weight.shape[0], temperature=wanted.temperature)
     learns = torch.is_grad_enabled()  # inside the function below autograd is always off
-    arguments = (
-        hidden,
-        head.weight,
-        head.bias,
-        targets.long(),
-        mask.bool(),
-        _HeadCall(wanted, head.scale, head.cap, learns),
-    )
-    found: Tensor = _HeadStatistics.apply(*arguments)  # type: ignore[no-untyped-call]
+    call = _HeadCall(targets.long(), mask.bool(), wanted, head.scale, head.cap, learns)
+    found: Tensor = _HeadStatistics.apply(call, hidden, head.weight, head.bias)  # type: ignore[no-untyped-call]
     return found
 
 
 class _HeadCall(NamedTuple):
+    targets: Tensor  # [B, R]
+    mask: Tensor  # [B, R]
     wanted: Wanted
     scale: float
     cap: float | None
@@ -124,19 +119,21 @@ class _HeadStatistics(torch.autograd.Function):
     """See [Note: backward]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, mask: Tensor, call: _HeadCall
-    ) -> Tensor:
-        head, wanted = Head(weight, bias, call.scale, call.cap), call.wanted
+    def forward(ctx: Any, call: _HeadCall, hidden: Tensor, *matrix: Tensor | None) -> Tensor:
+        weight, bias = matrix
+        assert weight is not None
+        head, wanted, mask = Head(weight, bias, call.scale, call.cap), call.wanted, call.mask
         positions = _Positions.of(mask, hidden)
-        rows, ids = positions.pick(hidden), targets[positions.row, positions.token]
-        hidden_learns, *head_learns = (call.learns and needed for needed in ctx.needs_input_grad[:3])
+        rows, ids = positions.pick(hidden), call.targets[positions.row, positions.token]
+        hidden_learns, *head_learns = (call.learns and needed for needed in ctx.needs_input_grad[1:])
         again = any(head_learns) or (hidden_learns and wanted.entropy_grad)
         slope = torch.empty_like(rows) if hidden_learns and not again else None
-        found, lse = _in_rows(head, rows, ids, wanted=wanted, slope=slope)
-        ctx.shape, ctx.start, ctx.call, ctx.again = hidden.shape, positions.start, call, again
+        norm = rows.new_empty(len(rows), 2, dtype=_exact(rows)) if again else None
+        found = _in_rows(head, rows, ids, wanted=wanted, slope=slope, norm=norm)
+        ctx.shape, ctx.start, ctx.again = hidden.shape, positions.start, again
+        ctx.wanted, ctx.scale, ctx.cap = wanted, call.scale, call.cap
         where = (positions.row, positions.token)
-        ctx.save_for_backward(*where, *((rows, weight, bias, ids, lse, found[:, 1]) if again else (slope,)))
+        ctx.save_for_backward(*where, *((rows, weight, bias, ids, norm, found[:, 1]) if again else (slope,)))
         whole = found.new_zeros(*mask.shape, found.shape[1])  # [N, 3] -> [B, R, 3]
         whole[where] = found
         return whole
@@ -150,58 +147,66 @@ class _HeadStatistics(torch.autograd.Function):
         if not ctx.again:
             (slope,) = saved
             rows_grad = (slope * grad[:, :1]).to(slope.dtype)
-            return positions.spread(rows_grad, ctx.shape), *(None,) * 5
-        rows, weight, bias, ids, lse, entropy = saved
-        head = Head(weight, bias, ctx.call.scale, ctx.call.cap)
-        upstream = _Upstream(ids, lse, entropy, grad, ctx.call.wanted)
-        grads = _in_slices(head, rows, upstream, needed=ctx.needs_input_grad)
-        hidden_grad = positions.spread(grads[0], ctx.shape) if ctx.needs_input_grad[0] else None
-        return hidden_grad, *grads[1:], *(None,) * 3
+            return None, positions.spread(rows_grad, ctx.shape), None, None
+        rows, weight, bias, ids, norm, entropy = saved
+        head = Head(weight, bias, ctx.scale, ctx.cap)
+        upstream = _Upstream(ids, norm, entropy, grad, ctx.wanted)
+        grads = _in_slices(head, rows, upstream, needed=ctx.needs_input_grad[1:])
+        return None, positions.spread(grads[0], ctx.shape) if ctx.needs_input_grad[1] else None, *grads[1:]
 
 
-def _in_rows(head: Head, rows: Tensor, ids: Tensor, *, wanted: Wanted, slope: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Statistics `[N, 3]` and log-partitions `[N]`, some positions at a time; fills `slope` `[N, D]`."""
-    dtype, vocabulary = torch.promote_types(rows.dtype, torch.float32), head.weight.shape[0]
-    found = rows.new_zeros(len(rows), len(TokenStatistics._fields), dtype=dtype)
-    lse = rows.new_empty(len(rows), dtype=dtype)
+def _in_rows(
+    head: Head, rows: Tensor, ids: Tensor, *, wanted: Wanted, slope: Tensor | None, norm: Tensor | None
+) -> Tensor:
+    """Statistics `[N, 3]`, some positions at a time; fills `slope` `[N, D]` and `norm` `[N, 2]`, whichever is there."""
+    vocabulary = head.weight.shape[0]
+    found = rows.new_zeros(len(rows), len(TokenStatistics._fields), dtype=_exact(rows))
     elements = wanted.chunk_elements or chunk_elements_of(rows.device)
     for chunk in _pieces(len(rows), LOGITS_PER_CHUNK * elements // vocabulary):
         logits = head.logits(rows[chunk])  # [n, V]
         for part in _pieces(len(logits), elements // vocabulary):
             here = slice(chunk.start + part.start, chunk.start + part.stop)
-            _statistics(logits[part], ids[here], wanted=wanted, out=found[here], lse=lse[here])
+            write = None if norm is None else norm[here]
+            logprobs = _statistics(logits[part], ids[here], wanted=wanted, out=found[here], norm=write)
             if slope is not None:
-                _write_slope(head, logits[part], ids[here], lse=lse[here], temperature=wanted.temperature)
+                probabilities = logprobs if wanted.entropy else logprobs.exp_()
+                logits[part] = _slope(head, logits[part], probabilities, ids[here], temperature=wanted.temperature)
         if slope is not None:  # the logits have become their gradient
-            slope[chunk] = logits @ head.weight  # [n, V] -> [n, D]
-    return found, lse
+            torch.mm(logits, head.weight, out=slope[chunk])  # [n, V] [V, D] -> [n, D]
+    return found
 
 
-def _statistics(logits: Tensor, ids: Tensor, *, wanted: Wanted, out: Tensor, lse: Tensor) -> None:
-    """Write the statistics `[n, 3]` and log-partitions `[n]` of logits `[n, V]`."""
+def _statistics(logits: Tensor, ids: Tensor, *, wanted: Wanted, out: Tensor, norm: Tensor | None) -> Tensor:
+    """Write the statistics `[n, 3]` and, if it is there, `norm` `[n, 2]` of logits `[n, V]`.
+
+    Returns:
+        Log-probabilities `[n, V]`; with `wanted.entropy`, probabilities.
+    """
     z = scaled(logits, wanted.temperature)
     logprobs = z.log_softmax(-1)
-    index = ids.unsqueeze(1)
-    out[:, 0] = logprobs.gather(1, index).squeeze(1)
-    lse.copy_(z.gather(1, index).squeeze(1) - out[:, 0])
+    out[:, 0] = logprobs.gather(1, ids.unsqueeze(1)).squeeze(1)
     if wanted.first_choice:
-        out[:, 2] = logits.argmax(-1) == ids
+        out[:, 2] = (logits.argmax(-1) == ids).to(out.dtype)
+    if norm is not None:  # log p = z - norm[0] - norm[1], in this order, as in `log_softmax`
+        norm[:, 0] = z.amax(-1)
+        norm[:, 1] = -logprobs.amax(-1)
     if wanted.entropy:
         out[:, 1] = torch.special.entr(logprobs.exp_()).sum(-1)  # H = sum_j -p_j log p_j
+    return logprobs
 
 
-def _write_slope(head: Head, logits: Tensor, ids: Tensor, *, lse: Tensor, temperature: float) -> None:
-    """Overwrite logits `[n, V]` with the gradient of log p_target in `W h + b`: [j = target] - p_j."""
-    grad = scaled(logits, temperature).sub(lse.unsqueeze(1)).exp_().neg_()
+def _slope(head: Head, logits: Tensor, probabilities: Tensor, ids: Tensor, *, temperature: float) -> Tensor:
+    """Gradient `[n, V]` of log p_target in `W h + b`, in place of the probabilities: [j = target] - p_j."""
+    grad = probabilities.neg_()
     grad.scatter_add_(1, ids.unsqueeze(1), grad.new_ones(len(ids), 1))
-    logits.copy_(head.chain(grad.div_(temperature), logits))
+    return head.chain(grad.div_(temperature), logits)
 
 
 class _Upstream(NamedTuple):
     """What backward knows of N positions."""
 
     ids: Tensor  # [N]
-    lse: Tensor  # [N], log-partition
+    norm: Tensor  # [N, 2], largest logit, and log of the sum of exponentials of differences to it
     entropy: Tensor  # [N]
     grad: Tensor  # [N, 3], of the statistics
     wanted: Wanted
@@ -209,7 +214,8 @@ class _Upstream(NamedTuple):
     def of_logits(self, head: Head, logits: Tensor, part: slice, first: int) -> Tensor:
         """Gradient `[n, v]` in `W h + b` for the positions of `part` and the vocabulary from `first` on."""
         grad, ids = self.grad[part], self.ids[part] - first
-        probabilities = scaled(logits, self.wanted.temperature).sub(self.lse[part, None]).exp_()
+        norm = self.norm[part]
+        probabilities = scaled(logits, self.wanted.temperature).sub(norm[:, :1]).sub_(norm[:, 1:]).exp_()
         inside = (ids >= 0) & (ids < logits.shape[1])  # the other targets are in other slices
         total = probabilities * -grad[:, :1]
         chosen = ids.clamp(0, logits.shape[1] - 1).unsqueeze(1)
@@ -225,7 +231,7 @@ def _in_slices(
     """Gradients of the hidden states `[N, D]`, the weight and the bias, a slice of the vocabulary at a time."""
     vocabulary = head.weight.shape[0]
     # In fp32, because it is summed over slices; zeros, because there may be no positions.
-    rows_grad = rows.new_zeros(rows.shape, dtype=upstream.lse.dtype)
+    rows_grad = rows.new_zeros(rows.shape, dtype=_exact(rows))
     weight_grad = torch.empty_like(head.weight) if needed[1] else None
     bias_grad = torch.empty_like(head.bias) if head.bias is not None and needed[2] else None
     elements = upstream.wanted.chunk_elements or chunk_elements_of(rows.device)
@@ -240,6 +246,10 @@ def _in_slices(
         if needed[0]:
             rows_grad += logits @ head.weight[words]  # [N, v] [v, D] -> [N, D]
     return rows_grad.to(rows.dtype), weight_grad, bias_grad
+
+
+def _exact(rows: Tensor) -> torch.dtype:
+    return torch.promote_types(rows.dtype, torch.float32)
 
 
 def _pieces(total: int, size: int) -> Iterator[slice]:

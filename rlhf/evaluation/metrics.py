@@ -66,7 +66,7 @@ def target_statistics(
 ) -> TokenStatistics:
     """The statistics of every token after the first, `[B, T - 1]` each, where it is a target."""
     mask = batch.target_mask[:, 1:]
-    return token_statistics(model, batch.input_ids, batch.attention_mask, mask=mask, wanted=wanted)
+    return token_statistics(model, batch.input_ids, attention_mask=batch.attention_mask, mask=mask, wanted=wanted)
 
 
 def response_logprobs(

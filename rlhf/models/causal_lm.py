@@ -77,7 +77,7 @@ def position_ids(attention_mask: Tensor) -> Tensor:
 
 
 def token_statistics(
-    model: Callable[..., Any], input_ids: Tensor, attention_mask: Tensor, *, mask: Tensor, wanted: Wanted
+    model: Callable[..., Any], input_ids: Tensor, *, attention_mask: Tensor, mask: Tensor, wanted: Wanted
 ) -> TokenStatistics:
     """Statistics, `[B, R]` each, of the last R tokens of every sequence under a language model.
 
@@ -100,7 +100,7 @@ def token_statistics(
     question, random = HeadQuestion(targets, mask, wanted), _random_states(input_ids.device)
     with question.asked():
         output: Tensor = model(**inputs, use_cache=False).logits
-    if question.head is not None and output is not question.answer:
+    if question.head is not None and not question.is_answered_by(output):
         question.head.answers = False
         log.info(
             "%s changes logits after its head: its losses are computed from whole logits",
@@ -108,7 +108,7 @@ def token_statistics(
         )
         del question, output  # what the forward has kept
         _set_random_states(random, input_ids.device)  # dropout: the second forward is as if there had been no first
-        return token_statistics(model, input_ids, attention_mask, mask=mask, wanted=wanted)
+        return token_statistics(model, input_ids, attention_mask=attention_mask, mask=mask, wanted=wanted)
     if question.head is not None:
         logprobs, entropy, first_choice = output.unbind(-1)
         return TokenStatistics(logprobs, entropy if wanted.entropy_grad else entropy.detach(), first_choice.detach())

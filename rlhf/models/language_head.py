@@ -54,7 +54,8 @@ class HeadQuestion:
         self._asked = (targets, mask)
         self._wanted = wanted
         self.head: LanguageHead | None = None  # that answered
-        self.answer: Tensor | None = None  # [B, R, 3], see `head_statistics`
+        self._answer: Tensor | None = None  # [B, R, 3], see `head_statistics`
+        self._is_copied = False
         self._restore = ExitStack()
 
     def answered_by(self, head: LanguageHead, hidden: Tensor) -> Tensor:
@@ -62,8 +63,12 @@ class HeadQuestion:
         kind, value = self._take_over(head)
         scale = {"multiply": value, "divide": 1 / value}.get(kind, 1.0)
         whole = Head(head.weight, head.bias, scale, cap=value if kind == "cap" else None)
-        self.head, self.answer = head, head_statistics(hidden, whole, *self._asked, wanted=self._wanted)
-        return self.answer
+        self.head, self._answer = head, head_statistics(hidden, whole, *self._asked, wanted=self._wanted)
+        return self._answer
+
+    def is_answered_by(self, output: Tensor) -> bool:
+        """Whether the output of a model is its head's answer, as the head gave it."""
+        return output is self._answer or self._is_copied
 
     def _take_over(self, head: LanguageHead) -> tuple[str, float]:
         known, model = _ALTERATIONS.get(head.model.config.model_type), head.model
@@ -76,6 +81,7 @@ class HeadQuestion:
             return "", 1.0
         self._restore.callback(setattr, owner, name, value)
         setattr(owner, name, known.neutral)
+        self._is_copied = known.neutral is not None  # by the multiplication with 1
         return known.kind, float(value)
 
     @contextmanager

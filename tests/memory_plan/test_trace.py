@@ -28,7 +28,7 @@ def shape(tmp_path_factory):
 
 def learn(model):
     tokens = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    found = token_statistics(model, tokens, tokens, mask=tokens[:, 1:].bool(), wanted=Wanted())
+    found = token_statistics(model, tokens, attention_mask=tokens, mask=tokens[:, 1:].bool(), wanted=Wanted())
     return sft_loss(found, tokens.bool(), denominator=1.0).loss
 
 
