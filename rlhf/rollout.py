@@ -1,7 +1,8 @@
 """From prompts to a `Rollout`: responses of the actor, log-probabilities, KL, scores and values.
 
-A rollout is gathered: every rank holds the sequences of all ranks. Advantages, whitening and metrics are then plain
-arithmetic on one batch, the same on every rank, and a minibatch can be cut from it no matter which rank drew which row.
+The numbers of a rollout are gathered: every rank has those of all ranks. Advantages, whitening and metrics are then
+plain arithmetic on one batch, the same on every rank, and a minibatch can be cut from it no matter which rank drew
+which row. The sequences stay where they were drawn, until a rank trains on them (`row_exchange.py`).
 Sampling is seeded by sample, so the number of ranks does not change the responses. See also: `ppo_update.py` for
 advantages and updates.
 """
@@ -11,13 +12,12 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from rlhf.algorithms.groups import groups_that_differ
 from rlhf.algorithms.kl import kl_estimate
@@ -29,14 +29,12 @@ from rlhf.hidden_states import KeptStates
 from rlhf.models.lora import adapters_off
 from rlhf.reward_functions import RewardRows
 from rlhf.rewards import RewardScorer, ScoreShaping
-from rlhf.runtime.dist import gather_objects, max_over_ranks
+from rlhf.row_exchange import concatenated, gather_rollout, padded_to, texts_of, widths
 from rlhf.runtime.errors import RunError
 from rlhf.tracking.timing import Stopwatch
-from rlhf.types import PromptBatch, Responses, Rollout
+from rlhf.types import HeldRows, PromptBatch, Responses, Rollout, Sequences
 
 log = logging.getLogger(__name__)
-
-Batch = TypeVar("Batch", bound=Responses)
 
 
 @dataclass(frozen=True)
@@ -95,13 +93,14 @@ class Collector:
             trains: False is an evaluation: it skips the critic, leaves running scales alone, and has no groups.
 
         Returns:
-            The rollout of all ranks, on the actor's device.
+            The rollout of all ranks, on the actor's device; each rank holds the sequences that it generated.
         """
         with self.timer("generate"):
             responses = self._generate(prompts, seed=seed)
         with self.timer("score"), torch.no_grad():
             rollout = self._score(responses, prompts.columns, step=step, trains=trains)
-        return self.with_scores(gather_rollout(rollout, pad_id=self.pad_id), trains=trains)
+        gathered = gather_rollout(rollout, pad_id=self.pad_id, world=self.models.actor.world)
+        return self.with_scores(gathered, trains=trains)
 
     def _generate(self, prompts: PromptBatch, *, seed: int) -> GeneratedResponses:
         config = self.config
@@ -143,8 +142,21 @@ class Collector:
         texts, ids = response_texts(generated, self.decode), response_ids(generated)
         values, critic_states = self._values(generated) if trains else (torch.zeros_like(logprobs), None)
         rows = RewardRows.of(columns, texts=texts, token_ids=ids, step=step, total_steps=self.config.iterations)
+        mask = generated.attention_mask
+        own = Sequences(
+            generated.sequences,
+            mask,
+            prompts=generated.prompts,
+            responses=texts,
+            actor_states=states.of(generated.sample_ids) if trains else None,
+            critic_states=critic_states,
+        )
         return Rollout(
-            **{field.name: getattr(generated, field.name) for field in fields(generated)},
+            held=HeldRows.of(own, mask.sum(-1)),
+            response_mask=generated.response_mask,
+            sample_ids=generated.sample_ids,
+            generation_logprobs=generated.generation_logprobs,
+            ended=generated.ended,
             logprobs=logprobs,
             reference_logprobs=reference_logprobs,
             values=values,
@@ -153,9 +165,6 @@ class Collector:
             source_scores=self.scorer.score(generated, rows),
             raw_scores=torch.zeros(len(texts)),  # the scores follow once those of all ranks are there
             scores=torch.zeros(len(texts)),
-            responses=texts,
-            actor_states=states.of(generated.sample_ids) if trains else None,
-            critic_states=critic_states,
         )
 
     @contextmanager
@@ -222,47 +231,6 @@ def _with_responses(prompts: PromptBatch, answer: Generated) -> GeneratedRespons
     )
 
 
-def gather_rollout(rollout: Rollout, *, pad_id: int) -> Rollout:
-    """Concatenate the rollouts of all ranks, padded to a common width; every rank must call it."""
-    device = rollout.sequences.device
-    num_prompt, num_response = max_over_ranks(torch.tensor(widths(rollout), device=device)).tolist()
-    padded = padded_to(rollout, num_prompt, num_response=num_response, pad_id=pad_id)
-    parts = gather_objects({field.name: getattr(padded, field.name) for field in fields(padded)})
-    return concatenated([Rollout(**part) for part in parts]).to(device)
-
-
-def widths(batch: Responses) -> tuple[int, int]:
-    """Columns of the prompt P and of the response R."""
-    num_response = batch.response_mask.shape[1]
-    return batch.sequences.shape[1] - num_response, num_response
-
-
-def padded_to(batch: Batch, num_prompt: int, *, num_response: int, pad_id: int) -> Batch:
-    """The same rows with more padding: prompts to `num_prompt` columns, responses to `num_response`."""
-    left, right = num_prompt - widths(batch)[0], num_response - widths(batch)[1]
-    columns = {}
-    for field in fields(batch):
-        values = getattr(batch, field.name)
-        if isinstance(values, Tensor) and values.dim() == 2 and field.name != "source_scores":  # all others: of tokens
-            of_sequence = field.name in ("sequences", "attention_mask")
-            filler = pad_id if field.name == "sequences" else 0
-            columns[field.name] = pad(values, (left if of_sequence else 0, right), value=filler)
-    return replace(batch, **columns)
-
-
-def concatenated(parts: Sequence[Batch]) -> Batch:
-    """Concatenate the rows of equally wide batches."""
-
-    def join(name: str) -> Tensor | tuple[str, ...] | None:
-        values = [getattr(part, name) for part in parts]
-        if values[0] is None:
-            return None
-        return torch.cat(values) if isinstance(values[0], Tensor) else tuple(text for texts in values for text in texts)
-
-    columns: dict[str, Any] = {field.name: join(field.name) for field in fields(parts[0])}
-    return replace(parts[0], **columns)
-
-
 def replace_equal_groups(
     rollout: Rollout, more: Callable[[], Rollout], *, config: PPOConfig, pad_id: int
 ) -> tuple[Rollout, dict[str, float]]:
@@ -311,7 +279,7 @@ def scored_rows(rollout: Rollout) -> Rollout:
     if not bool(scored.any()):
         raise RunError(
             f"none of {len(rollout)} responses has a score: every reward source said None of each, such as "
-            f"{rollout.prompts[0] + rollout.responses[0]!r:.200}. Name a source in ppo.rewards that applies to them."
+            f"{''.join(texts_of(rollout.held, limit=1)[0])!r:.200}. Name a source in ppo.rewards that applies to them."
         )
     return rollout if bool(scored.all()) else rollout.rows(scored.nonzero().flatten())
 
@@ -329,8 +297,9 @@ def without_bad_rows(rollout: Rollout) -> Rollout:
     good = good.all(0)
     if bool(good.all()):
         return rollout
-    bad = (~good).nonzero().flatten().tolist()
-    examples = "; ".join(repr(rollout.prompts[row] + rollout.responses[row])[:200] for row in bad[:3])
+    bad = (~good).nonzero().flatten()
+    # A collective: all ranks see the same bad rows.
+    examples = "; ".join(repr("".join(texts))[:200] for texts in texts_of(rollout.held.rows(bad), limit=3))
     if 2 * len(bad) > len(rollout):
         raise RunError(
             f"{len(bad)} of {len(rollout)} responses have log-probabilities, values or scores that are not finite, "

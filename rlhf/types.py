@@ -46,7 +46,18 @@ def _selected(values: Any, index: Tensor) -> Any:
         return None
     if isinstance(values, Tensor):
         return values[index.to(values.device)]
+    if isinstance(values, HeldRows):
+        return values.rows(index)
     return tuple(values[i] for i in index.tolist())
+
+
+def pieces_by_length(num_tokens: Tensor, size: int, *, ranks: int = 1) -> list[Tensor]:
+    """Row numbers in groups of at most `size`, of similar `num_tokens` `[B]`, the longest first.
+
+    Their number is a multiple of `ranks`, so that these can take turns; with too few rows some pieces are empty.
+    """
+    order = num_tokens.argsort(descending=True, stable=True)
+    return list(order.tensor_split(-(-len(order) // (size * ranks)) * ranks))
 
 
 @dataclass(frozen=True)
@@ -60,13 +71,9 @@ class Responses(_TensorBatch):
     def __len__(self) -> int:
         return self.sequences.shape[0]
 
-    def pieces(self, size: int, *, ranks: int = 1) -> list[Tensor]:
-        """Row numbers in groups of at most `size`, of similar length, the longest first.
-
-        Their number is a multiple of `ranks`, so that these can take turns; with too few rows some pieces are empty.
-        """
-        order = self.attention_mask.sum(-1).argsort(descending=True, stable=True)
-        return list(order.tensor_split(-(-len(order) // (size * ranks)) * ranks))
+    def pieces(self, size: int) -> list[Tensor]:
+        """Row numbers in groups of at most `size`, of similar length, the longest first."""
+        return pieces_by_length(self.attention_mask.sum(-1), size)
 
     def trimmed(self) -> Self:
         """The same rows without the columns that are padding in every row."""
@@ -114,13 +121,59 @@ class PromptBatch(_TensorBatch):
 
 
 @dataclass(frozen=True)
-class Rollout(Responses):
+class Sequences(_TensorBatch):
+    """The part of a rollout that is large, or read where it was made: it stays on the rank that generated it."""
+
+    sequences: Tensor  # [B, T] int64, as in `Responses`
+    attention_mask: Tensor  # [B, T] bool
+    prompts: tuple[str, ...]  # B texts
+    responses: tuple[str, ...]  # B texts, special tokens removed
+    # What the frozen layers gave: B of [t, D] for the real tokens of each sequence, in host memory; None: not kept
+    actor_states: tuple[Tensor, ...] | None = None
+    critic_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True)
+class HeldRows:
+    """Where the sequences of B rows are: each rank holds its own, and all ranks know who holds which.
+
+    `rows` moves no data; `rlhf/row_exchange.py` brings rows to the ranks that train on them.
+    """
+
+    own: Sequences
+    """What this rank holds; every rank holds equally many, also those that have been left out since."""
+    rank: int
+    """This one."""
+    ranks: int
+    holders: Tensor  # [B] int64 on the CPU, the rank that holds each row
+    places: Tensor  # [B] int64 on the CPU, its row number there
+    num_tokens: Tensor  # [B] int64 on the CPU, prompt and response
+
+    @classmethod
+    def of(cls, own: Sequences, num_tokens: Tensor, *, rank: int = 0, ranks: int = 1) -> HeldRows:
+        """All rows of all ranks, one rank after the other; `num_tokens` `[B]` is theirs."""
+        each = own.sequences.shape[0]
+        holders, places = torch.arange(ranks).repeat_interleave(each), torch.arange(each).repeat(ranks)
+        return cls(own, rank, ranks, holders=holders, places=places, num_tokens=num_tokens.cpu())
+
+    def rows(self, index: Tensor) -> HeldRows:
+        """The rows that `index` `[N]` names, in that order."""
+        index = index.cpu()
+        names = ("holders", "places", "num_tokens")
+        return replace(self, **{name: getattr(self, name)[index] for name in names})
+
+
+@dataclass(frozen=True)
+class Rollout(_TensorBatch):
     """Responses of the actor to B prompts, with everything that the models computed for them.
 
     Log-probabilities and entropies are those of the whole vocabulary at the sampling temperature, before top-k and
     top-p cut it, taken by the path that trains, with dropout off.
     """
 
+    held: HeldRows
+    """The sequences."""
+    response_mask: Tensor  # [B, R] bool, as in `Responses`
     sample_ids: Tensor  # [B] int64, as in the prompts; // samples_per_prompt is the same for all responses to a prompt
     logprobs: Tensor  # [B, R] fp32, log-probability of each response token under the actor
     reference_logprobs: Tensor | None  # [B, R] fp32, the same under the reference; None where KL costs nothing
@@ -132,11 +185,9 @@ class Rollout(Responses):
     raw_scores: Tensor  # [B] fp32, their weighted sum in the units of the sources
     scores: Tensor  # [B] fp32, the same normalised, clamped and with the penalty for a response that never ends
     ended: Tensor  # [B] bool, True where the response ends with a stop token
-    prompts: tuple[str, ...]  # B texts
-    responses: tuple[str, ...]  # B texts, special tokens removed
-    # What the frozen layers gave: B of [t, D] for the real tokens of each sequence, in host memory; None: not kept
-    actor_states: tuple[Tensor, ...] | None = None
-    critic_states: tuple[Tensor, ...] | None = None
+
+    def __len__(self) -> int:
+        return self.response_mask.shape[0]
 
     @property
     def lengths(self) -> Tensor:
@@ -144,10 +195,11 @@ class Rollout(Responses):
         return self.response_mask.sum(-1)
 
 
-@dataclass(frozen=True)
-class PPOBatch(Responses):
-    """The part of a rollout that a PPO update needs; `rows` cuts minibatches, `trimmed` drops padding columns."""
+@dataclass(frozen=True, kw_only=True)
+class _TokenTargets(_TensorBatch):
+    """What a PPO update needs to know of every response token."""
 
+    response_mask: Tensor  # [B, R] bool, as in `Responses`
     logprobs: Tensor  # [B, R] fp32, under the actor that sampled
     reference_logprobs: Tensor | None  # [B, R] fp32, under the reference; None where KL costs nothing
     values: Tensor  # [B, R] fp32, of the critic before the update
@@ -156,15 +208,38 @@ class PPOBatch(Responses):
     loss_mask: Tensor | None = None  # [B, R] bool, True where a token counts in the actor's loss; None: all that count
     correction: Tensor | None = None  # [B, R] fp32, importance weights of tokens in the actor's loss; None: 1
     loss_weights: Tensor | None = None  # [B, R] fp32, what a token is multiplied by in the sum that is the loss
-    actor_states: tuple[Tensor, ...] | None = None  # as in the rollout
-    critic_states: tuple[Tensor, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience(_TokenTargets):
+    """The part of a rollout that its updates need, on every rank; `rows` cuts minibatches."""
+
+    held: HeldRows
+    """The sequences."""
 
     @classmethod
-    def from_rollout(cls, rollout: Rollout, *, advantages: Tensor, returns: Tensor) -> PPOBatch:
+    def from_rollout(cls, rollout: Rollout, *, advantages: Tensor, returns: Tensor) -> Experience:
         """A rollout with its advantages and returns, both `[B, R]`."""
         own = {field.name for field in fields(rollout)}
         shared = {field.name: getattr(rollout, field.name) for field in fields(cls) if field.name in own}
         return cls(**shared, advantages=advantages, returns=returns)
+
+    def __len__(self) -> int:
+        return self.response_mask.shape[0]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPOBatch(_TokenTargets, Responses):
+    """A micro-batch of a PPO update: sequences, and what is known of their tokens."""
+
+    actor_states: tuple[Tensor, ...] | None = None  # as in `Sequences`
+    critic_states: tuple[Tensor, ...] | None = None
+
+    @classmethod
+    def of(cls, sequences: Sequences, numbers: Experience) -> PPOBatch:
+        """The same B rows of both."""
+        found = {**vars(numbers), **vars(sequences)}
+        return cls(**{field.name: found[field.name] for field in fields(cls)})
 
 
 Batch = TypeVar("Batch")

@@ -91,7 +91,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             evaluates = session.evaluates_at(step, config.eval_every)
             evaluation = evaluator.evaluate(collector, step=step) if evaluates else {}
             metrics |= update_reference(models, config, iteration=step)
-            tokens = float(rollout.attention_mask.sum())  # of all ranks; waits for the device
+            tokens = float(rollout.held.num_tokens.sum())  # of all ranks
             session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
         session.export()
         units = (models.value_shift, 1.0)  # mean and deviation of the critic's outputs

@@ -23,6 +23,7 @@ FLOORS = [
     {"rlhf.reward_functions"},
     {"rlhf.reward_calls"},
     {"rlhf.rewards"},
+    {"rlhf.row_exchange"},
     {"rlhf.rollout"},
     {"rlhf.evaluation", "rlhf.chat"},
     {"rlhf.training", "rlhf.tracking.report"},

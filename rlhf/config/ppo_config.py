@@ -155,10 +155,12 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
         """Name of the stage in folders, tables and hints."""
         return str(self.variant)
 
-    @property
-    def rollout_tokens(self) -> int:
-        """Most tokens of a rollout, over all ranks."""
-        return self.rollout_size * (self.max_prompt_tokens + self.max_response_tokens)
+    def tokens_held(self, rollouts: int, *, ranks: int, trains: bool) -> int:
+        """Most tokens whose sequences one rank holds: its part of the rollouts, and what it trains on of others'."""
+        arrived = self.minibatch_size if trains and ranks > 1 else 0
+        return -(-(rollouts * self.rollout_size + arrived) // ranks) * (
+            self.max_prompt_tokens + self.max_response_tokens
+        )
 
     @property
     def updates_per_iteration(self) -> int:

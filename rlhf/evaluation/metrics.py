@@ -24,6 +24,7 @@ from rlhf.algorithms.supervised_losses import pairwise_loss, sft_loss
 from rlhf.engine.engine import Engine
 from rlhf.models.causal_lm import position_ids, token_statistics
 from rlhf.models.scalar_head import last_token_scores
+from rlhf.row_exchange import texts_of
 from rlhf.runtime.dist import gather_objects, sum_over_ranks
 from rlhf.runtime.errors import RunError
 from rlhf.runtime.user_functions import load_function
@@ -193,20 +194,21 @@ def critic_metrics(rollout: Rollout, returns: Tensor) -> dict[str, float]:
 def sample_rows(
     rollout: Rollout, gold: dict[str, GoldMetric], *, sources: Sequence[str] = (), is_one_source: bool = False
 ) -> list[dict[str, Any]]:
-    """One row per response for people to read: prompt, response and every number of it.
+    """One row per response for people to read: prompt, response and every number of it; every rank must call it.
 
     A score is None where no reward source applies, and so is that of a source which does not. `sources` names those of
     `rollout.source_scores`; if the raw score is that of the only one, it is not there a second time.
     """
+    prompts, responses = zip(*texts_of(rollout.held), strict=True)  # a collective
     columns: dict[str, Sequence[Any]] = {
-        "prompt": rollout.prompts,
-        "response": rollout.responses,
+        "prompt": prompts,
+        "response": responses,
         "score": _or_none(rollout.scores),
         **({} if is_one_source else {"raw_score": _or_none(rollout.raw_scores)}),
     }
     columns |= {f"reward/{name}": _or_none(rollout.source_scores[:, place]) for place, name in enumerate(sources)}
     for name, metric in gold.items():
-        columns[f"gold/{name}"] = gold_values(name, metric, prompts=rollout.prompts, responses=rollout.responses)
+        columns[f"gold/{name}"] = gold_values(name, metric, prompts=prompts, responses=responses)
     if rollout.reference_logprobs is not None:
         columns["kl"] = (rollout.logprobs - rollout.reference_logprobs).sum(-1).tolist()
     columns |= {"length": rollout.lengths.tolist(), "ended": rollout.ended.tolist()}

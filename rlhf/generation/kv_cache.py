@@ -3,7 +3,7 @@
 The cache of transformers copies all its content for each new token, and its rows begin and end together. Here, every
 slot has room for one row, and all rows are aligned on the right: the next token of each goes into one shared column, so
 that keys and values are views of a buffer, and a window of attention (Mistral, Gemma) is the same columns in every row.
-What lies in a slot before its row is masked by the caller; it is always finite, since a masked value is multiplied by 0.
+What lies in a slot before its row is masked by the caller, and always finite, since a masked value is multiplied by 0.
 Left out: paging, quantisation, and layers whose state is no list of keys and values (linear attention).
 """
 

@@ -159,7 +159,8 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     if stage == "ppo" and run.ppo is not None and run.ppo.reuse_frozen_layers:
         learners = [model.states for model in models if model.role.is_trained and model.shape.whole.frozen_blocks]
         for phase, count in ROLLOUTS.items():
-            found[phase] += [states.hidden_states(count * run.ppo.rollout_tokens) for states in learners]
+            tokens = run.ppo.tokens_held(count, ranks=machine.ranks, trains=phase == "train")
+            found[phase] += [states.hidden_states(tokens) for states in learners]
     phases = tuple(_phase(name, items, machine=machine) for name, items in found.items())
     return Plan(run.title(stage), machine.local_ranks, machine.device.type == "cuda", phases)
 

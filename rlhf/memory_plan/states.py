@@ -163,7 +163,7 @@ class States:
         return each * (2 if self.has_average else 1)
 
     def hidden_states(self, tokens: int) -> Item:
-        """What the frozen layers gave for so many tokens (`ppo.reuse_frozen_layers`); each rank has those of all."""
+        """What the frozen layers gave for so many tokens (`ppo.reuse_frozen_layers`)."""
         return self.item(HIDDEN, Place.host, count=tokens * self.spec.config.hidden_size * self.dtype.itemsize)
 
     def item(self, part: str, place: Place, *, count: int) -> Item:

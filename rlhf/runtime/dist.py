@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -179,6 +179,30 @@ def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(total, op=op)  # every rank must come here
     return total
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """Every rank's `rows` `[b, ...]`, equally many, one rank after the other: `[ranks x b, ...]`."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    everything = rows.new_empty(dist.get_world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(everything, rows.contiguous())
+    return everything
+
+
+def exchange_rows(rows: Tensor, sent: Sequence[int], *, received: Sequence[int]) -> Tensor:
+    """Send the first `sent[0]` of `rows` to rank 0, the next to rank 1, and so on; returns what came from each.
+
+    Args:
+        rows: `[N, ...]`, in the order of their receivers.
+        sent: rows for each rank, this one included.
+        received: rows from each rank, as every rank knows without asking.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return rows
+    arrived = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(arrived, rows.contiguous(), list(received), list(sent))
+    return arrived
 
 
 # ---- messages

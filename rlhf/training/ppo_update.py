@@ -1,7 +1,7 @@
 """The PPO update: advantages of a rollout, then epochs of minibatches that update actor and critic.
 
-Every rank holds the whole rollout and trains its share of each minibatch; losses are divided by the counted tokens of
-the whole minibatch, so micro-batches and ranks change nothing but memory and time.
+Every rank knows the numbers of the whole rollout, and receives the sequences of its share of each minibatch. Losses are
+divided by the counted tokens of the whole minibatch, so micro-batches and ranks change nothing but memory and time.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from rlhf.engine.engine import Engine, step_together
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.hidden_states import after_frozen_layers
 from rlhf.rollout import Models
-from rlhf.runtime.dist import World, max_over_ranks, sum_over_ranks
+from rlhf.row_exchange import fetched
+from rlhf.runtime.dist import max_over_ranks, sum_over_ranks
 from rlhf.training.supervised_step import next_token_loss, summed
-from rlhf.types import PPOBatch, Rollout, SFTBatch
+from rlhf.types import Experience, PPOBatch, Rollout, SFTBatch, pieces_by_length
 
 log = logging.getLogger(__name__)
 
@@ -60,13 +61,13 @@ def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Ad
     return estimate
 
 
-def training_batch(rollout: Rollout, estimate: Advantages, *, config: PPOConfig, dtype: torch.dtype) -> PPOBatch:
+def training_batch(rollout: Rollout, estimate: Advantages, *, config: PPOConfig, dtype: torch.dtype) -> Experience:
     """What the updates on a rollout need; `dtype` is that in which the actor computes.
 
     It decides once which tokens count in the actor's loss, and their importance weights for the difference between the
     paths that generate and that train. The critic learns from all of them.
     """
-    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    batch = Experience.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
     if config.mask_truncated:
         batch = replace(batch, loss_mask=rollout.response_mask & rollout.ended[:, None])
     kind, bounds = config.mismatch.kind(dtype == torch.float32), (config.mismatch.low, config.mismatch.high)
@@ -78,7 +79,7 @@ def training_batch(rollout: Rollout, estimate: Advantages, *, config: PPOConfig,
     return batch
 
 
-def mismatch_metrics(rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
+def mismatch_metrics(rollout: Rollout, batch: Experience) -> dict[str, float]:
     """How far the path that trains is from the one that generated, and what the correction does about it."""
     mask = rollout.response_mask
     ratio = (rollout.logprobs - rollout.generation_logprobs).exp()  # [B, R]
@@ -89,7 +90,7 @@ def mismatch_metrics(rollout: Rollout, batch: PPOBatch) -> dict[str, float]:
     return metrics
 
 
-def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PPOBatch]:
+def minibatches(batch: Experience, config: PPOConfig, *, seed: int) -> Iterator[Experience]:
     """One epoch over the rollout in a random order that depends on the seed alone.
 
     Each has `minibatch_size` rows; after rows were left out of the rollout, sizes differ by at most one.
@@ -99,21 +100,35 @@ def minibatches(batch: PPOBatch, config: PPOConfig, *, seed: int) -> Iterator[PP
         yield batch.rows(rows)
 
 
-def share_of(minibatch: PPOBatch, config: PPOConfig, *, world: World) -> list[PPOBatch]:
-    """This rank's micro-batches, by length and trimmed; equally many on every rank: collectives must match."""
-    own = minibatch.pieces(config.micro_batch_size, ranks=world.size)[world.rank :: world.size]
-    return [minibatch.rows(piece).trimmed() if len(piece) else _filler(minibatch) for piece in own]
+def dealt(minibatch: Experience, config: PPOConfig, *, ranks: int) -> list[list[Tensor]]:
+    """The rows of each micro-batch of each rank, by length; equally many on every rank: collectives must match.
+
+    With too few rows some are empty.
+    """
+    pieces = pieces_by_length(minibatch.held.num_tokens, config.micro_batch_size, ranks=ranks)
+    return [pieces[rank::ranks] for rank in range(ranks)]
 
 
-def _filler(minibatch: PPOBatch) -> PPOBatch:
-    """A row with an empty mask, for a rank without rows: the other ranks' collectives need its forward and backward."""
-    row = minibatch.rows(torch.zeros(1, dtype=torch.int64))
-    return replace(row, response_mask=torch.zeros_like(row.response_mask)).trimmed()
+def share_of(minibatch: Experience, config: PPOConfig) -> list[PPOBatch]:
+    """This rank's micro-batches, trimmed, with their sequences; every rank must call it."""
+    held, first = minibatch.held, torch.zeros(1, dtype=torch.int64)
+    shares = dealt(minibatch, config, ranks=held.ranks)
+    # A rank without rows gets one with an empty mask: the other ranks' collectives need its forward and backward.
+    wanted = [[piece if len(piece) else first for piece in share] for share in shares]
+    sequences = fetched(held, [torch.cat(pieces) for pieces in wanted])  # collectives
+    batches = []
+    places = torch.split(torch.arange(len(sequences.sequences)), [len(piece) for piece in wanted[held.rank]])
+    for piece, rows, own in zip(shares[held.rank], wanted[held.rank], places, strict=True):
+        batch = PPOBatch.of(sequences.rows(own), minibatch.rows(rows))
+        if not len(piece):
+            batch = replace(batch, response_mask=torch.zeros_like(batch.response_mask))
+        batches.append(batch.trimmed())
+    return batches
 
 
 def update_policy(
     models: Models,
-    batch: PPOBatch,
+    batch: Experience,
     *,
     config: PPOConfig,
     iteration: int,
@@ -124,7 +139,7 @@ def update_policy(
 
     Args:
         models: actor and critic are trained.
-        batch: the rollout of all ranks.
+        batch: what is known of the rollout of all ranks.
         config: sizes, clips and coefficients.
         iteration: number of the iteration, from 1: seeds the order of minibatches, and ends the critic's warm-up.
         kl_coef: weight of the KL in the loss, if `ppo.kl.in_loss` puts it there.
@@ -145,7 +160,7 @@ def update_policy(
     return _over_updates(history) | ({} if actor is None else {"actor/epochs": epochs})
 
 
-def _all_minibatches(batch: PPOBatch, config: PPOConfig, *, iteration: int) -> Iterator[PPOBatch]:
+def _all_minibatches(batch: Experience, config: PPOConfig, *, iteration: int) -> Iterator[Experience]:
     """Those of all epochs; each epoch has an order of its own."""
     for epoch in range(1, config.epochs + 1):
         yield from minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epoch)
@@ -155,7 +170,7 @@ def update(
     models: Models,
     learning: dict[str, Engine],
     *,
-    minibatch: PPOBatch,
+    minibatch: Experience,
     config: PPOConfig,
     kl_coef: float,
     text: Sequence[SFTBatch] = (),
@@ -166,7 +181,7 @@ def update(
     """
     counted = minibatch.response_mask if minibatch.loss_mask is None else minibatch.loss_mask
     weights = aggregation_weights(counted, kind=config.loss_aggregation, length=config.max_response_tokens)
-    micro_batches = share_of(replace(minibatch, loss_weights=weights), config, world=models.actor.world)
+    micro_batches = share_of(replace(minibatch, loss_weights=weights), config)
     denominator = minibatch.response_mask.sum().clamp(min=1)
     together = len({id(engine.loss_scale) for engine in learning.values()}) < len(learning)
     measured: dict[str, float] = {}

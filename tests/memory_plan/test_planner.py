@@ -75,12 +75,14 @@ def test_what_frozen_layers_gave_is_planned_for_a_rollout_and_while_the_next_one
         (found,) = [found for found in plan.phases if found.name == phase]
         return sorted(item.bytes for item in found.items if item.part == "hidden states")
 
-    some = ("ppo.lora.top_layers=1", "engine.precision=bf16", "ppo.rollout_size=16")
-    tokens = 16 * (20 + 10)  # of all ranks' sequences, on every rank
+    some = ("ppo.lora.top_layers=1", "engine.precision=bf16", "ppo.rollout_size=16", "ppo.minibatch_size=4")
     lengths = ("ppo.max_prompt_tokens=20", "ppo.max_response_tokens=10")
-    once = [2 * 64 * tokens] * 2  # of actor and critic, in 2 bytes
-    assert kept("train", *some, *lengths) == once
-    assert kept("score", *some, *lengths) == [2 * size for size in once]
+
+    def rows(count):
+        return [2 * 64 * count * (20 + 10)] * 2  # of actor and critic, in 2 bytes
+
+    assert kept("train", *some, *lengths) == rows(8 + 2)  # half of a rollout, and of a minibatch
+    assert kept("score", *some, *lengths) == rows(2 * 8)
     assert kept("train", *lengths) == []  # adapters everywhere
     assert kept("train", *some, "ppo.reuse_frozen_layers=false") == []
 

@@ -28,7 +28,7 @@ from rlhf.runtime.dist import World
 from rlhf.text.tokenizer import decode, load_tokenizer
 from rlhf.tracking.timing import Stopwatch
 from rlhf.training.ppo_update import advantages_of, training_batch, update_policy
-from rlhf.types import PPOBatch, PromptBatch, Responses
+from rlhf.types import Experience, PromptBatch, Responses
 from stages.lifecycle.stage_models import open_model
 from stages.lifecycle.stage_record import StageRecord, write_record
 from stages.ppo import load_models
@@ -105,7 +105,7 @@ def test_the_first_minibatch_has_ratio_1_and_clips_nothing(folder, rank):
     assert len(set(rollout.lengths.tolist())) > 1
     rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
     estimate = advantages_of(rollout, rewards, config=ppo)
-    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    batch = Experience.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
     measured = update_policy(models, batch, config=ppo, iteration=1)
     assert measured["actor/ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert measured["actor/ratio_max"] == pytest.approx(1, abs=1e-4)
@@ -166,9 +166,10 @@ def test_generated_tokens_are_those_that_are_scored(folder):
     ppo = settings()
     models = four_models(folder, ppo)
     rollout = rollout_of(folder, models, ppo)
-    stops = torch.isin(rollout.sequences[:, -rollout.response_mask.shape[1] :], torch.tensor([7, 8, 9, 10, 11, 12, 13]))
+    own = rollout.held.own
+    stops = torch.isin(own.sequences[:, -rollout.response_mask.shape[1] :], torch.tensor([7, 8, 9, 10, 11, 12, 13]))
     assert torch.equal((stops & rollout.response_mask).any(-1) | ~rollout.ended, torch.ones(8, dtype=torch.bool))
-    assert torch.equal(rollout.attention_mask[:, -rollout.response_mask.shape[1] :], rollout.response_mask)
+    assert torch.equal(own.attention_mask[:, -rollout.response_mask.shape[1] :], rollout.response_mask)
 
 
 @pytest.mark.parametrize("kind", ["gae", "rloo"])
@@ -185,11 +186,11 @@ def test_a_response_that_breaks_a_model_reaches_neither_gradients_nor_metrics(fo
     collected = rollout_of(folder, models, ppo, ids)
     assert collected.values[3].isnan().any()
     rollout = without_bad_rows(collected)
-    assert not (rollout.sequences == broken).any()
+    assert not (rollout.held.own.sequences[rollout.held.places] == broken).any()
     assert len(rollout) < 8
     rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.1)
     estimate = advantages_of(rollout, rewards, config=ppo)
-    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    batch = Experience.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
     measured = update_policy(models, batch, config=ppo, iteration=1)
     measured |= rollout_metrics(rollout, kl_coef=0.1, kl_kind="k1")
     assert all(map(math.isfinite, measured.values())), measured
@@ -224,7 +225,7 @@ def test_a_kl_that_costs_nothing_needs_no_reference(folder, kind):
     assert not rollout.kl.any()
     rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=0.0)
     estimate = advantages_of(rollout, rewards, config=ppo)
-    batch = PPOBatch.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
+    batch = Experience.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
     assert update_policy(models, batch, config=ppo, iteration=1)["actor/grad_norm"] > 0
     assert not [name for name in rollout_metrics(rollout, kl_coef=0.0, kl_kind="k1") if name.startswith("objective/kl")]
     rows = sample_rows(rollout, {})

@@ -22,11 +22,13 @@ from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.loss_scale import LossScale
-from rlhf.rollout import Models, concatenated, replace_equal_groups, without_bad_rows
+from rlhf.rollout import Models, replace_equal_groups, without_bad_rows
+from rlhf.row_exchange import concatenated, texts_of
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import _over_updates as over_updates
 from rlhf.training.ppo_update import (
     advantages_of,
+    dealt,
     minibatches,
     mismatch_metrics,
     share_of,
@@ -34,7 +36,7 @@ from rlhf.training.ppo_update import (
     training_batch,
     update_reference,
 )
-from rlhf.types import PPOBatch, Rollout
+from rlhf.types import Experience, HeldRows, Rollout, Sequences
 from tests.engine import tiny
 
 
@@ -61,13 +63,35 @@ def config(**changes):
     return PPOConfig(**(settings | changes))
 
 
+def held_rows(sequences, attention_mask, texts=None):
+    texts = texts or ("",) * len(sequences)
+    own = Sequences(sequences, attention_mask, prompts=texts, responses=texts)
+    return HeldRows.of(own, attention_mask.sum(-1))
+
+
+def experience(sequences, attention_mask, **numbers):
+    """What an update needs, all of it on this rank."""
+    return Experience(held=held_rows(sequences, attention_mask), **numbers)
+
+
+def spread(whole, world):
+    """The same experience with sequences that are on the ranks in equal parts."""
+    held, each = whole.held, len(whole) // world.size
+    mine = held.own.rows(torch.arange(each) + world.rank * each)
+    return replace(whole, held=HeldRows.of(mine, held.num_tokens, rank=world.rank, ranks=world.size))
+
+
+def first_tokens(rows):
+    return set(rows.held.own.sequences[rows.held.places, 0].tolist())
+
+
 def batch(num_rows=8, num_prompt=3, num_response=4):
     lengths = torch.tensor([1 + row % num_response for row in range(num_rows)])
     response_mask = torch.arange(num_response) < lengths[:, None]
     prompt_mask = torch.ones(num_rows, num_prompt, dtype=torch.bool)
     prompt_mask[:, 0] = False
     zeros = torch.zeros(num_rows, num_response)
-    return PPOBatch(
+    return experience(
         sequences=torch.arange(num_rows * (num_prompt + num_response)).view(num_rows, -1),
         attention_mask=torch.cat([prompt_mask, response_mask], dim=1),
         response_mask=response_mask,
@@ -80,10 +104,10 @@ def batch(num_rows=8, num_prompt=3, num_response=4):
 
 
 def test_an_epoch_visits_every_row_once_in_an_order_of_its_own():
-    first = [set(m.sequences[:, 0].tolist()) for m in minibatches(batch(), config(), seed=1)]
-    again = [set(m.sequences[:, 0].tolist()) for m in minibatches(batch(), config(), seed=1)]
-    other = [set(m.sequences[:, 0].tolist()) for m in minibatches(batch(), config(), seed=2)]
-    assert set().union(*first) == set(batch().sequences[:, 0].tolist())
+    first = [first_tokens(m) for m in minibatches(batch(), config(), seed=1)]
+    again = [first_tokens(m) for m in minibatches(batch(), config(), seed=1)]
+    other = [first_tokens(m) for m in minibatches(batch(), config(), seed=2)]
+    assert set().union(*first) == first_tokens(batch())
     assert first == again
     assert first != other
 
@@ -91,21 +115,18 @@ def test_an_epoch_visits_every_row_once_in_an_order_of_its_own():
 @pytest.mark.parametrize("size", [1, 2])
 def test_ranks_share_a_minibatch_equally_and_completely(size):
     minibatch = batch(num_rows=4)
-    shares = [
-        share_of(minibatch, config(), world=World(rank=rank, size=size, device=torch.device("cpu")))
-        for rank in range(size)
-    ]
+    shares = dealt(minibatch, config(), ranks=size)
     assert len({len(share) for share in shares}) == 1
-    tokens = sum(int(micro.response_mask.sum()) for share in shares for micro in share)
+    tokens = sum(int(minibatch.response_mask[rows].sum()) for share in shares for rows in share)
     assert tokens == int(minibatch.response_mask.sum()) == 1 + 2 + 3 + 4
 
 
 def test_trimming_drops_only_columns_that_are_padding_everywhere():
     short = batch(num_rows=2)  # responses of 1 and 2 tokens, prompts of 2 with one column of padding in front
-    trimmed = short.trimmed()
-    assert trimmed.response_mask.tolist() == [[True, False], [True, True]]
-    assert trimmed.sequences.tolist() == [[1, 2, 3, 4], [8, 9, 10, 11]]
-    assert trimmed.attention_mask.tolist() == [[True, True, True, False], [True, True, True, True]]
+    (trimmed,) = share_of(short, config())
+    assert trimmed.response_mask.tolist() == [[True, True], [True, False]]  # the longest first
+    assert trimmed.sequences.tolist() == [[8, 9, 10, 11], [1, 2, 3, 4]]
+    assert trimmed.attention_mask.tolist() == [[True, True, True, True], [True, True, True, False]]
 
 
 def test_a_group_of_equal_rewards_learns_nothing():
@@ -216,8 +237,7 @@ def _rollout(scores):
     shared = batch()
     zeros = torch.zeros(8, 4)
     return Rollout(
-        sequences=shared.sequences,
-        attention_mask=shared.attention_mask,
+        held=held_rows(shared.held.own.sequences, shared.held.own.attention_mask, tuple("abcdefgh")),
         response_mask=shared.response_mask,
         sample_ids=torch.arange(8),
         logprobs=zeros,
@@ -230,9 +250,11 @@ def _rollout(scores):
         raw_scores=scores,
         scores=scores,
         ended=torch.ones(8, dtype=torch.bool),
-        prompts=tuple("abcdefgh"),
-        responses=tuple("abcdefgh"),
     )
+
+
+def responses_of(rollout):
+    return "".join(response for _, response in texts_of(rollout.held))
 
 
 NAN = float("nan")
@@ -242,7 +264,7 @@ NAN = float("nan")
 def test_one_response_with_a_nan_is_left_out_and_many_stop_the_run(kind, scale):
     clean = without_bad_rows(_rollout(torch.tensor([3.0, 3.0, 3.0, NAN, 1.0, 2.0, 3.0, 6.0])))
     assert clean.scores.tolist() == [3, 3, 3, 1, 2, 3, 6]
-    assert clean.responses == tuple("abcefgh")
+    assert responses_of(clean) == "abcefgh"
     rewards = torch.zeros(7, 4)
     rewards[:, 0] = clean.scores
     found = advantages_of(clean, rewards, config=grouped(kind, scale)).advantages[:, 0]
@@ -259,7 +281,7 @@ def test_any_number_of_a_token_that_is_not_finite_leaves_its_response_out(name):
     rollout = _rollout(torch.ones(8))
     numbers = torch.zeros(8, 4)
     numbers[5, 2] = float("inf")
-    assert without_bad_rows(replace(rollout, **{name: numbers})).responses == tuple("abcdegh")
+    assert responses_of(without_bad_rows(replace(rollout, **{name: numbers}))) == "abcdegh"
 
 
 @pytest.mark.parametrize("left", range(1, 9))
@@ -267,13 +289,11 @@ def test_any_number_of_a_token_that_is_not_finite_leaves_its_response_out(name):
 def test_ranks_have_equally_many_micro_batches_of_what_is_left(left, size):
     ppo = config(minibatch_size=8, micro_batch_size=2)
     minibatch = batch().rows(torch.arange(left))
-    ranks = [World(rank=rank, size=size, device=torch.device("cpu")) for rank in range(size)]
-    shares = [share_of(minibatch, ppo, world=world) for world in ranks]
+    shares = dealt(minibatch, ppo, ranks=size)
     assert len({len(share) for share in shares}) == 1
-    micros = [micro for share in shares for micro in share]
-    assert all(1 <= len(micro) <= 2 for micro in micros)  # each can be computed
-    counted = [int(tokens) for micro in micros for tokens in micro.response_mask.sum(-1) if tokens]
-    assert sorted(counted) == sorted(minibatch.response_mask.sum(-1).tolist())
+    pieces = [rows for share in shares for rows in share]
+    assert all(len(rows) <= 2 for rows in pieces)
+    assert sorted(torch.cat(pieces).tolist()) == list(range(left))
 
 
 def test_what_is_left_of_a_rollout_makes_as_many_minibatches_of_nearly_equal_size():

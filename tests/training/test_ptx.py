@@ -21,10 +21,10 @@ from rlhf.rollout import Models
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import text_gradient, update
-from rlhf.types import PPOBatch, SFTBatch
+from rlhf.types import SFTBatch
 from tests.engine import scenarios
 from tests.ranks import run_on_ranks
-from tests.training.test_ppo_update import config
+from tests.training.test_ppo_update import config, experience, spread
 
 COEF, LENGTH = 0.7, 9
 TEXT_TOKENS = (9, 2, 5, 3)  # of each sequence; the first of each is not predicted
@@ -59,7 +59,7 @@ def responses():
     ids = torch.randint(20, 60, (4, 7), generator=generator)
     mask = torch.arange(4) < torch.tensor(RESPONSE_TOKENS)[:, None]
     numbers = torch.randn(4, 4, generator=generator) * mask
-    return PPOBatch(
+    return experience(
         sequences=ids,
         attention_mask=torch.cat([torch.ones(4, 3, dtype=torch.bool), mask], dim=1),
         response_mask=mask,
@@ -81,12 +81,13 @@ def gradient_by_hand(folder, coef=COEF, *, mixed=False, adapters=None):
             learns = ".lora_" in name
             setattr(model.get_submodule(owner), key, nn.Parameter(adapters[name].clone(), requires_grad=learns))
     batch, text = responses(), texts()
+    own = batch.held.own
 
     def logprobs(ids, mask):
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
         return -F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
 
-    ratio = (logprobs(batch.sequences, batch.attention_mask)[:, -4:] - batch.logprobs).exp()
+    ratio = (logprobs(own.sequences, own.attention_mask)[:, -4:] - batch.logprobs).exp()
     clipped = torch.minimum(ratio * batch.advantages, ratio.clamp(0.8, 1.2) * batch.advantages)
     policy = -clipped[batch.response_mask].sum() / sum(RESPONSE_TOKENS)
     found = -logprobs(text.input_ids, text.attention_mask)[text.target_mask[:, 1:]]
@@ -115,7 +116,9 @@ def gradient(folder, world, engine, lora):
         SFTBatch(whole.input_ids[own], whole.attention_mask[own], target_mask=whole.target_mask[own]) for own in mine
     ]
     models = Models(actor=actor, rewards={}, reference=None, critic=None)
-    measured = update(models, {"actor": actor}, minibatch=responses(), config=ppo, kl_coef=0.0, text=rows)
+    measured = update(
+        models, {"actor": actor}, minibatch=spread(responses(), world), config=ppo, kl_coef=0.0, text=rows
+    )
     found = scenarios.first_gradient(actor)
     actor.close()
     return found, measured["ptx/loss"], measured["ptx/tokens"], started
