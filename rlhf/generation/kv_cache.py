@@ -10,6 +10,7 @@ Left out: paging, quantisation, and layers whose state is no list of keys and va
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
@@ -140,15 +141,17 @@ class SlotCache(DynamicCache):
         for index, layer in enumerate(self.layers):
             if isinstance(layer, DynamicLayer):
                 window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-                self.layers[index] = SlotLayer(slots, capacity, window=window)
-                self._served.append((index, self.layers[index]))
+                served = SlotLayer(slots, capacity, window=window)
+                self.layers[index] = served
+                self._served.append((index, served))
 
     def place(self, source: DynamicCache, rows: Tensor, *, slots: Tensor, is_last: bool) -> None:
         """Copy rows of a cache of prompts into slots, and with `is_last` free it, layer by layer."""
         for index, layer in self._served:
-            layer.place(source.layers[index], rows, slots=slots)
+            found: Any = source.layers[index]
+            layer.place(found, rows, slots=slots)
             if is_last:
-                source.layers[index].keys = source.layers[index].values = None
+                found.keys = found.values = None
 
     def start(self, length: int) -> None:
         """As in `SlotLayer`, for every layer."""

@@ -7,7 +7,7 @@ host knows which slots are taken and how long their rows are, so a step needs on
 from __future__ import annotations
 
 import logging
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,13 @@ class Step(NamedTuple):
 class Slots:
     """N slots and their cache. A turn is `step`, or `idle` if there is nothing to do, then `accept`."""
 
+    _taken: list[bool]  # [N]
+    _host_lengths: list[int]  # [N], of taken slots; on the device, free ones have a length, too
+    _lengths: Tensor  # [N] int64, tokens that were read
+    _starts: Tensor  # [N] int64, tokens of the prompt
+    _tokens: Tensor  # [N] int64, drawn and not yet read
+    _rows: Tensor  # [N] int64, of the queue
+
     def __init__(self, model: PreTrainedModel, waiting: WaitingPrompts, *, limit: int, new: int, pad_id: int) -> None:
         """No slot is taken yet.
 
@@ -52,7 +59,7 @@ class Slots:
         self._refills = serves(model.config)
         self._prefilled: Prefilled | None = None
         self._is_reading = False
-        self._cache: DynamicCache = DynamicCache()
+        self._cache: Any = DynamicCache()
         if self._refills:
             longest, refilled = max(waiting.lengths) + new + self._slack, self._limit < len(waiting)
             self._cache = SlotCache(model.config, slots=self._limit, longest=longest, refilled=refilled)
@@ -148,8 +155,9 @@ class Slots:
             slots = [slot for slot, taken in enumerate(self._taken) if not taken][: len(prompts)]
             self._cache.place(prompts.cache, sources, slots=self._tensor(slots), is_last=is_last)
         else:  # the cache of the prompts is that of their rows
-            prompts.cache.reorder_cache(sources)
-            self._cache, self._width = prompts.cache, prompts.width
+            self._cache = prompts.cache
+            self._cache.reorder_cache(sources)
+            self._width = prompts.width
             self._clear(len(prompts))
             slots = list(range(len(prompts)))
         for slot, length in zip(slots, lengths, strict=True):
@@ -157,6 +165,7 @@ class Slots:
         where = self._tensor(slots)
         self._rows[where] = self._tensor(prompts.rows)
         self._lengths[where] = self._starts[where] = self._tensor(lengths)
+        assert prompts.tokens is not None
         self._tokens[where] = prompts.tokens
 
     def _drop_ended(self) -> None:
@@ -172,11 +181,10 @@ class Slots:
     def _clear(self, count: int) -> None:
         """So many slots, all of them free."""
         self._taken = [False] * count
-        self._host_lengths = [0] * count  # of taken slots; on the device, free ones have a length, too
-        self._lengths = torch.zeros(count, dtype=torch.long, device=self._device)  # [N], tokens that were read
-        self._starts = torch.zeros_like(self._lengths)  # [N], tokens of the prompt
-        self._tokens = torch.zeros_like(self._lengths)  # [N], drawn and not yet read
-        self._rows = torch.full_like(self._lengths, self._no_row)  # [N], of the queue
+        self._host_lengths = [0] * count
+        self._lengths = torch.zeros(count, dtype=torch.long, device=self._device)
+        self._starts, self._tokens = torch.zeros_like(self._lengths), torch.zeros_like(self._lengths)
+        self._rows = torch.full_like(self._lengths, self._no_row)
 
     def _forward(self, tokens: Tensor, mask: Tensor, *, positions: Tensor, cache: DynamicCache) -> Tensor:
         output = self._model(
