@@ -166,8 +166,8 @@ def packed(columns: Mapping[str, Tensor]) -> Tensor:
 def unpacked(rows: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse of `packed`, for tensors of the types and shapes of `like`, with any number of rows."""
     sizes = [prod(values.shape[1:]) * values.element_size() for values in like.values()]
-    # Clones, because a type of several bytes must begin at a multiple of its size.
-    parts = [part.clone(memory_format=torch.contiguous_format) for part in torch.split(rows, sizes, dim=1)]
+    # Clones, because a type of several bytes begins at a multiple of its size; flat, because there may be no columns.
+    parts = [part.clone(memory_format=torch.contiguous_format).flatten() for part in torch.split(rows, sizes, dim=1)]
     return {
         name: part.view(values.dtype).view(len(rows), *values.shape[1:])
         for (name, values), part in zip(like.items(), parts, strict=True)
