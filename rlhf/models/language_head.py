@@ -79,8 +79,8 @@ class HeadQuestion:
         value = getattr(owner, name)
         if value is None:
             return "", 1.0
-        self._restore.callback(setattr, owner, name, value)
-        setattr(owner, name, known.neutral)
+        self._restore.callback(object.__setattr__, owner, name, value)
+        object.__setattr__(owner, name, known.neutral)  # a configuration would refuse None, which its model knows
         self._is_copied = known.neutral is not None  # by the multiplication with 1
         return known.kind, float(value)
 

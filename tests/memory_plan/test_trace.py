@@ -10,11 +10,10 @@ from torch import nn
 from rlhf.algorithms.logprobs import Wanted
 from rlhf.algorithms.supervised_losses import sft_loss
 from rlhf.config.stage_configs import LoraConfig, ModelKind, SamplingConfig
-from rlhf.generation.generate import Decoding, generate
+from rlhf.generation.generate import Decoding, answer
 from rlhf.memory_plan import trace as trace_module
 from rlhf.memory_plan.trace import Mode, ModelShape, trace, trace_once
 from rlhf.models.causal_lm import token_statistics
-from rlhf.types import PromptBatch
 
 ROWS, LENGTH, VOCABULARY, LAYERS = 3, 40, 96, 7
 
@@ -37,10 +36,9 @@ def score(model):
 
 
 def decode(model):
-    tokens = torch.ones(ROWS, LENGTH, dtype=torch.long)
-    prompts = PromptBatch(tokens, tokens.bool(), sample_ids=tokens[:, -1], prompts=("",) * ROWS, columns=({},) * ROWS)
+    prompts = [[row] * LENGTH for row in range(ROWS)]
     decoding = Decoding(max_new_tokens=8, stop_token_ids=[0], pad_id=0, sampling=SamplingConfig())
-    generate(model, prompts, decoding=decoding, seed=0)
+    answer(model, prompts, torch.arange(ROWS), decoding=decoding, seed=0)
 
 
 ADAPTED = LoraConfig(rank=4)
