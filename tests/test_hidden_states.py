@@ -25,7 +25,8 @@ from rlhf.row_exchange import fetched
 from rlhf.runtime import dist
 from rlhf.runtime.dist import World
 from rlhf.tracking.timing import Stopwatch
-from rlhf.training.ppo_update import advantages_of, share_of, training_batch, update_policy
+from rlhf.training.minibatches import share_of
+from rlhf.training.ppo_update import advantages_of, training_batch, update_policy
 from rlhf.types import PromptBatch
 from stages.ppo import begin_late
 from tests.models import tiny

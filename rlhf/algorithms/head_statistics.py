@@ -115,6 +115,14 @@ class _Positions(NamedTuple):
         return whole
 
 
+class _Gradients(NamedTuple):
+    """With respect to the tensors that a head is given; None where nobody needs it."""
+
+    hidden: Tensor | None  # [N, D], or [B, n, D]
+    weight: Tensor | None = None  # [V, D]
+    bias: Tensor | None = None  # [V]
+
+
 class _HeadStatistics(torch.autograd.Function):
     """See [Note: backward]."""
 
@@ -147,12 +155,13 @@ class _HeadStatistics(torch.autograd.Function):
         if not ctx.again:
             (slope,) = saved
             rows_grad = (slope * grad[:, :1]).to(slope.dtype)
-            return None, positions.spread(rows_grad, ctx.shape), None, None
+            return (None, *_Gradients(positions.spread(rows_grad, ctx.shape)))
         rows, weight, bias, ids, norm, entropy = saved
         head = Head(weight, bias, ctx.scale, ctx.cap)
         upstream = _Upstream(ids, norm, entropy, grad, ctx.wanted)
         grads = _in_slices(head, rows, upstream, needed=ctx.needs_input_grad[1:])
-        return None, positions.spread(grads[0], ctx.shape) if ctx.needs_input_grad[1] else None, *grads[1:]
+        hidden_grad = positions.spread(grads.hidden, ctx.shape) if ctx.needs_input_grad[1] else None  # type: ignore[arg-type]
+        return (None, *grads._replace(hidden=hidden_grad))
 
 
 def _in_rows(
@@ -225,9 +234,7 @@ class _Upstream(NamedTuple):
         return head.chain(total.div_(self.wanted.temperature), logits)
 
 
-def _in_slices(
-    head: Head, rows: Tensor, upstream: _Upstream, *, needed: tuple[bool, ...]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _in_slices(head: Head, rows: Tensor, upstream: _Upstream, *, needed: tuple[bool, ...]) -> _Gradients:
     """Gradients of the hidden states `[N, D]`, the weight and the bias, a slice of the vocabulary at a time."""
     vocabulary = head.weight.shape[0]
     # In fp32, because it is summed over slices; zeros, because there may be no positions.
@@ -245,7 +252,7 @@ def _in_slices(
             bias_grad[words] = logits.sum(0)
         if needed[0]:
             rows_grad += logits @ head.weight[words]  # [N, v] [v, D] -> [N, D]
-    return rows_grad.to(rows.dtype), weight_grad, bias_grad
+    return _Gradients(rows_grad.to(rows.dtype), weight_grad, bias_grad)
 
 
 def _exact(rows: Tensor) -> torch.dtype:

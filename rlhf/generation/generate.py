@@ -79,7 +79,7 @@ def generate(
     return answer(
         model,
         token_ids,
-        prompts.sample_ids,
+        sample_ids=prompts.sample_ids,
         decoding=decoding,
         seed=seed,
         all_done=all_done,
@@ -91,8 +91,8 @@ def generate(
 def answer(
     model: PreTrainedModel,
     token_ids: Sequence[Sequence[int]],
-    sample_ids: Tensor,
     *,
+    sample_ids: Tensor,
     decoding: Decoding,
     seed: int,
     all_done: Callable[[bool], bool] = bool,

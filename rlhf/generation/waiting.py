@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +43,14 @@ class Prefilled:
         )
 
 
+class Taken(NamedTuple):
+    """K rows that are next, and their U different prompts."""
+
+    rows: list[int]  # [K] of the queue
+    sources: list[int]  # [K] below U, the prompt of each
+    prompts: list[tuple[int, ...]]  # [U]
+
+
 class WaitingPrompts:
     """The queue of one rank, from which prompts are taken in groups."""
 
@@ -55,9 +64,9 @@ class WaitingPrompts:
     def __len__(self) -> int:
         return len(self._order)
 
-    def take(self, count: int) -> tuple[list[int], list[int], list[tuple[int, ...]]]:
-        """Remove the next `count` rows; returns them, the prompt of each, and the different prompts."""
+    def take(self, count: int) -> Taken:
+        """Remove the next `count` rows from the queue."""
         rows, self._order = self._order[:count], self._order[count:]
         numbers: dict[tuple[int, ...], int] = {}
         sources = [numbers.setdefault(self._prompts[row], len(numbers)) for row in rows]
-        return rows, sources, list(numbers)
+        return Taken(rows, sources, list(numbers))

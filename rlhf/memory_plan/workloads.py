@@ -102,7 +102,7 @@ def generation(model: Any, work: Workload) -> None:
     prompts = [[row >> bit & 1 for bit in range(longest)] for row in range(work.rows)]
     prompts[-1] = prompts[-1][: max(1, longest - 1)]
     decoding = Decoding(new, stop_token_ids=[0], pad_id=0, sampling=work.config.sampling)
-    answer(model, prompts, torch.arange(work.rows), decoding=decoding, seed=0)
+    answer(model, prompts, sample_ids=torch.arange(work.rows), decoding=decoding, seed=0)
 
 
 def statistics(model: nn.Module, work: Workload) -> None:

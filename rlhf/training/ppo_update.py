@@ -7,7 +7,7 @@ divided by the counted tokens of the whole minibatch, so micro-batches and ranks
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import fmean
 from typing import NamedTuple
@@ -28,10 +28,10 @@ from rlhf.engine.engine import Engine, step_together
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.hidden_states import after_frozen_layers
 from rlhf.rollout import Models
-from rlhf.row_exchange import fetched
 from rlhf.runtime.dist import max_over_ranks, sum_over_ranks
+from rlhf.training.minibatches import all_minibatches, share_of
 from rlhf.training.supervised_step import next_token_loss, summed
-from rlhf.types import Experience, PPOBatch, Rollout, SFTBatch, pieces_by_length
+from rlhf.types import Experience, PPOBatch, Rollout, SFTBatch
 
 log = logging.getLogger(__name__)
 
@@ -90,42 +90,6 @@ def mismatch_metrics(rollout: Rollout, batch: Experience) -> dict[str, float]:
     return metrics
 
 
-def minibatches(batch: Experience, config: PPOConfig, *, seed: int) -> Iterator[Experience]:
-    """One epoch over the rollout in a random order that depends on the seed alone.
-
-    Each has `minibatch_size` rows; after rows were left out of the rollout, sizes differ by at most one.
-    """
-    order = torch.randperm(len(batch), generator=torch.Generator().manual_seed(seed))
-    for rows in order.tensor_split(-(-len(order) // config.minibatch_size)):
-        yield batch.rows(rows)
-
-
-def dealt(minibatch: Experience, config: PPOConfig, *, ranks: int) -> list[list[Tensor]]:
-    """The rows of each micro-batch of each rank, by length; equally many on every rank: collectives must match.
-
-    With too few rows some are empty.
-    """
-    pieces = pieces_by_length(minibatch.held.num_tokens, config.micro_batch_size, ranks=ranks)
-    return [pieces[rank::ranks] for rank in range(ranks)]
-
-
-def share_of(minibatch: Experience, config: PPOConfig) -> list[PPOBatch]:
-    """This rank's micro-batches, trimmed, with their sequences; every rank must call it."""
-    held, first = minibatch.held, torch.zeros(1, dtype=torch.int64)
-    shares = dealt(minibatch, config, ranks=held.ranks)
-    # A rank without rows gets one with an empty mask: the other ranks' collectives need its forward and backward.
-    wanted = [[piece if len(piece) else first for piece in share] for share in shares]
-    sequences = fetched(held, [torch.cat(pieces) for pieces in wanted])  # collectives
-    batches = []
-    places = torch.split(torch.arange(len(sequences.sequences)), [len(piece) for piece in wanted[held.rank]])
-    for piece, rows, own in zip(shares[held.rank], wanted[held.rank], places, strict=True):
-        batch = PPOBatch.of(sequences.rows(own), minibatch.rows(rows))
-        if not len(piece):
-            batch = replace(batch, response_mask=torch.zeros_like(batch.response_mask))
-        batches.append(batch.trimmed())
-    return batches
-
-
 def update_policy(
     models: Models,
     batch: Experience,
@@ -149,7 +113,7 @@ def update_policy(
     actor = models.actor if iteration > config.critic_warmup else None
     learning = {name: engine for name, engine in (("actor", actor), ("critic", models.critic)) if engine is not None}
     history: list[dict[str, float]] = []
-    for minibatch in _all_minibatches(batch, config, iteration=iteration):
+    for minibatch in all_minibatches(batch, config, iteration=iteration):
         text = next(iter(texts)) if texts is not None and actor is not None else []
         history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef, text=text))
         if config.target_kl is not None and history[-1].get("actor/approxkl_avg", 0.0) > config.target_kl:
@@ -158,12 +122,6 @@ def update_policy(
         engine.advance(config.updates_per_iteration - len(history))
     epochs = len(history) / -(-len(batch) // config.minibatch_size)
     return _over_updates(history) | ({} if actor is None else {"actor/epochs": epochs})
-
-
-def _all_minibatches(batch: Experience, config: PPOConfig, *, iteration: int) -> Iterator[Experience]:
-    """Those of all epochs; each epoch has an order of its own."""
-    for epoch in range(1, config.epochs + 1):
-        yield from minibatches(batch, config, seed=(config.seed * 1_000_003 + iteration) * 1_009 + epoch)
 
 
 def update(

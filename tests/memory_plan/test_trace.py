@@ -38,7 +38,7 @@ def score(model):
 def decode(model):
     prompts = [[row] * LENGTH for row in range(ROWS)]
     decoding = Decoding(max_new_tokens=8, stop_token_ids=[0], pad_id=0, sampling=SamplingConfig())
-    answer(model, prompts, torch.arange(ROWS), decoding=decoding, seed=0)
+    answer(model, prompts, sample_ids=torch.arange(ROWS), decoding=decoding, seed=0)
 
 
 ADAPTED = LoraConfig(rank=4)

@@ -25,13 +25,11 @@ from rlhf.engine.loss_scale import LossScale
 from rlhf.rollout import Models, replace_equal_groups, without_bad_rows
 from rlhf.row_exchange import concatenated, texts_of
 from rlhf.runtime.dist import World
+from rlhf.training.minibatches import dealt, minibatches, share_of
 from rlhf.training.ppo_update import _over_updates as over_updates
 from rlhf.training.ppo_update import (
     advantages_of,
-    dealt,
-    minibatches,
     mismatch_metrics,
-    share_of,
     take_steps,
     training_batch,
     update_reference,
