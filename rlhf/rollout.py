@@ -203,6 +203,7 @@ def generate_responses(actor: Engine, prompts: PromptBatch, *, decoding: Decodin
         decoding: sampling, length, and how many rows at once.
         seed: seed of sampling; a row's draw depends on it and on the row's `sample_ids` alone.
     """
+    decoding = replace(decoding, graphs=actor.decode_graphs)
     with actor.generating() as model:
         answer = generate(cast(Any, model), prompts, decoding=decoding, seed=seed, all_done=actor.all_done)
     return _with_responses(prompts.to(actor.world.device), answer)

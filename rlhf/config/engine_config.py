@@ -120,6 +120,9 @@ class EngineConfig(Settings):
     stream_generation: bool = False
     """Generate block by block, as training does, instead of gathering the whole model: slow, for an actor that does not
     fit into the device."""
+    cuda_graphs: bool = True
+    """Decode with captured steps on a CUDA device, so that launching kernels takes no time; a model that cannot be
+    captured says why. Takes the memory of one more step."""
     max_skipped_steps: Count = 3
     """Steps in a row with a non-finite gradient before the run stops; in fp16, counted at the lowest loss scale."""
     loss_scale: NonNegative = 0.0

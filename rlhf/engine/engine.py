@@ -28,6 +28,7 @@ from rlhf.engine.materialize import allocate, fill, working_dtype
 from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.updater import StepResult, Updater
+from rlhf.generation.decode_graphs import DecodeGraphs
 from rlhf.models.model_spec import ModelSpec, enable_activation_checkpointing
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.process import return_freed_memory, trim
@@ -55,6 +56,8 @@ class Engine:
         self._streams = streams
         self.world = world
         self.dtype = dtype
+        self.decode_graphs: DecodeGraphs | None = None
+        """Captured steps of decoding, kept while `generating`; None where none are wanted, or there is no CUDA."""
         self._sharding = sharding
         self._updater = updater
 
@@ -91,9 +94,15 @@ class Engine:
         """Advance the schedule by steps that will not be taken, so that it still ends with the stage."""
         self._training.steps_taken += steps
 
-    def generating(self) -> AbstractContextManager[nn.Module]:
+    @contextmanager
+    def generating(self) -> Iterator[nn.Module]:
         """Context for decoding: gathered once, in eval mode, without gradients; no forward needs another rank."""
-        return hybrid.generating(self.module, self._sharding, streamed=self._streams)
+        with hybrid.generating(self.module, self._sharding, streamed=self._streams) as module:
+            try:
+                yield module
+            finally:
+                if self.decode_graphs is not None:
+                    self.decode_graphs.clear()  # training gets the memory of the cache
 
     def all_done(self, done: bool) -> bool:
         """Whether decoding inside `generating` may end: when this rank is done, or, streamed, when all ranks are."""
@@ -262,4 +271,8 @@ def build_engine(
     trim()  # what was read to fill the model
     streams = config.stream_generation and config.zero_stage == 3
     layers = FrozenLayers(spec.frozen_blocks, sharding)
-    return Engine(module, sharding, world=world, dtype=dtype, updater=updater, frozen_layers=layers, streams=streams)
+    engine = Engine(module, sharding, world=world, dtype=dtype, updater=updater, frozen_layers=layers, streams=streams)
+    if config.cuda_graphs and world.device.type == "cuda":
+        why = "every forward gathers the weights of its blocks (engine.stream_generation=true)" if streams else ""
+        engine.decode_graphs = DecodeGraphs(refusal=why)
+    return engine

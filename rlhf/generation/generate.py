@@ -13,12 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
 from rlhf.config.stage_configs import SamplingConfig
-from rlhf.generation.sampling import sample, uniforms
-from rlhf.generation.slots import Slots, Step
+from rlhf.generation.decode_graphs import DecodeGraphs
+from rlhf.generation.outputs import Outputs
+from rlhf.generation.slots import Slots
 from rlhf.generation.waiting import WaitingPrompts
 from rlhf.types import PromptBatch
 
@@ -47,6 +47,8 @@ class Decoding:
     """Temperature, top-k and top-p."""
     slots: int | None = None
     """Rows that are decoded at once, for memory, not results; None takes all."""
+    graphs: DecodeGraphs | None = None
+    """Keeps the decode steps captured so far; None decodes eagerly, and so does a call with `on_tokens`."""
 
 
 def generate(
@@ -102,8 +104,20 @@ def answer(
     assert not model.training, "generation needs eval mode: training mode may drop out or refuse the cache"
     longest, limit = decoding.max_new_tokens, decoding.slots or len(token_ids)
     assert longest > 0, "a response has at least one token"
-    outputs = _Outputs(sample_ids.to(model.device), decoding, seed=seed)
-    slots = Slots(model, WaitingPrompts(token_ids), limit=limit, new=longest, pad_id=decoding.pad_id)
+    outputs = Outputs(
+        len(token_ids),
+        length=longest,
+        pad_id=decoding.pad_id,
+        stops=decoding.stop_token_ids,
+        sampling=decoding.sampling,
+        device=model.device,
+    )
+    waiting, fixed = WaitingPrompts(token_ids), None
+    if decoding.graphs is not None and on_tokens is None:
+        fixed = decoding.graphs.slots(model, waiting, outputs=outputs, limit=limit)
+    slots = fixed or Slots(model, waiting, limit=limit, new=longest, pad_id=decoding.pad_id)
+    outputs = fixed.outputs if fixed else outputs
+    outputs.restart(sample_ids, seed=seed)
     while True:  # in every turn one forward, whatever it is of: ranks in lockstep must make equally many
         step = slots.step()
         if step is None:
@@ -115,50 +129,16 @@ def answer(
             slots.accept(tokens, ended)
         if all_done(slots.is_done):
             break
-    return outputs.trimmed()
+    return _trimmed(outputs)
 
 
-class _Outputs:
-    """The tokens drawn so far, one column per position; a row after the last belongs to slots without a row."""
-
-    def __init__(self, sample_ids: Tensor, decoding: Decoding, *, seed: int) -> None:
-        self._decoding, self._count = decoding, len(sample_ids)
-        shape, device = (self._count + 1, decoding.max_new_tokens), sample_ids.device
-        self._draws = uniforms(seed, pad(sample_ids, (0, 1)), length=decoding.max_new_tokens)
-        self._stops = torch.tensor(list(decoding.stop_token_ids), dtype=torch.long, device=device)
-        self._responses = torch.full(shape, decoding.pad_id, device=device)
-        self._mask = torch.zeros(shape, dtype=torch.bool, device=device)
-        self._logprobs = torch.zeros(shape, dtype=torch.float32, device=device)
-        self._ended = torch.zeros(shape[0], dtype=torch.bool, device=device)
-
-    def draw(self, step: Step) -> tuple[Tensor, Tensor]:
-        """Draw and keep the next token of K rows; returns them, and whether each row ends with it, `[K]`."""
-        sampling, last = self._decoding.sampling, self._decoding.max_new_tokens - 1
-        where = step.rows, step.counts.clamp(max=last)  # a slot without a row may count on
-        drawn = sample(
-            step.logits,
-            self._draws[where],
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-        )
-        self._responses[where], self._logprobs[where], self._mask[where] = drawn.tokens, drawn.logprobs, True
-        stopped = torch.isin(drawn.tokens, self._stops)
-        self._ended[step.rows] = stopped
-        return drawn.tokens, stopped | (step.counts >= last)
-
-    def spoken(self, step: Step, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows that are there and their tokens."""
-        there = step.rows < self._count
-        return step.rows[there], tokens[there]
-
-    def trimmed(self) -> Generated:
-        """The responses, cut after the longest one."""
-        mask = self._mask[: self._count]
-        longest = int(mask.sum(-1).max())
-        return Generated(
-            responses=self._responses[: self._count, :longest],
-            response_mask=mask[:, :longest],
-            logprobs=self._logprobs[: self._count, :longest],
-            ended=self._ended[: self._count],
-        )
+def _trimmed(outputs: Outputs) -> Generated:
+    """The responses, cut after the longest one, in memory of their own."""
+    mask = outputs.mask[: outputs.count]
+    longest = int(mask.sum(-1).max())
+    return Generated(
+        responses=outputs.responses[: outputs.count, :longest].clone(),
+        response_mask=mask[:, :longest].clone(),
+        logprobs=outputs.logprobs[: outputs.count, :longest].clone(),
+        ended=outputs.ended[: outputs.count].clone(),
+    )

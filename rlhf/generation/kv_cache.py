@@ -10,11 +10,14 @@ Left out: paging, quantisation, and layers whose state is no list of keys and va
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+
+L = TypeVar("L", bound=DynamicLayer)
 
 _SPARE = 32
 """Columns beyond the longest sequence: content moves to the front once in so many tokens, at most."""
@@ -137,13 +140,7 @@ class SlotCache(DynamicCache):
         """
         super().__init__(config=config)
         capacity = longest + (_SPARE if refilled else 0)
-        self._served: list[tuple[int, SlotLayer]] = []
-        for index, layer in enumerate(self.layers):
-            if isinstance(layer, DynamicLayer):
-                window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
-                served = SlotLayer(slots, capacity, window=window)
-                self.layers[index] = served
-                self._served.append((index, served))
+        self._served = replace_layers(self, lambda window: SlotLayer(slots, capacity, window=window))
 
     def place(self, source: DynamicCache, rows: Tensor, *, slots: Tensor, is_last: bool) -> None:
         """Copy rows of a cache of prompts into slots, and with `is_last` free it, layer by layer."""
@@ -167,6 +164,17 @@ class SlotCache(DynamicCache):
         """Keep these slots, in ascending order."""
         for _, layer in self._served:
             layer.select(beam_idx)
+
+
+def replace_layers(cache: DynamicCache, make: Callable[[int | None], L]) -> list[tuple[int, L]]:
+    """Replace every layer that keeps keys and values by `make(window)`; these, with their numbers."""
+    made = list[tuple[int, L]]()
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, DynamicLayer):
+            window = layer.sliding_window if isinstance(layer, DynamicSlidingWindowLayer) else None
+            cache.layers[index] = own = make(window)
+            made.append((index, own))
+    return made
 
 
 def serves(config: PreTrainedConfig) -> bool:

@@ -6,7 +6,7 @@ cannot compute.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,15 @@ class _Hit(NamedTuple):
     rest: Tensor  # [B] fp64 in [0, 1), where in it
 
 
-def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int = 0, top_p: float = 1.0) -> Drawn:
+def sample(
+    logits: Tensor,
+    uniforms: Tensor,
+    *,
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    is_static: bool = False,
+) -> Drawn:
     """Draw by inverting the cumulative distribution, many times faster on a CPU than `torch.multinomial`.
 
     The log-probability is taken at this temperature before `top_k` and `top_p` cut the distribution, since that is what
@@ -40,6 +48,7 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int =
         temperature: Divides the logits; 0 takes the most likely token and reports its log-probability at 1.
         top_k: Draw from this many most likely tokens; 0 from all.
         top_p: After `top_k`, draw from the smallest set with this share of the probability (Holtzman et al. 2020).
+        is_static: No shape depends on the logits: `top_p` sorts the whole vocabulary.
 
     Returns:
         Tokens and log-probabilities, `[B]`.
@@ -51,7 +60,9 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int =
     if temperature == 0:
         tokens = logits.argmax(-1)
     elif 0 < top_k < vocabulary or top_p < 1:
-        tokens = _draw_from_top(weights.flatten(1)[:, :vocabulary], uniforms, top_k=top_k, top_p=top_p)
+        tokens = _draw_from_top(
+            weights.flatten(1)[:, :vocabulary], uniforms, top_k=top_k, top_p=top_p, is_static=is_static
+        )
     else:
         tokens = _draw(weights, uniforms, totals=totals).clamp(max=vocabulary - 1)
     chosen = (logits.gather(-1, tokens[:, None]).float() - highest).squeeze(-1) / (temperature or 1.0)
@@ -109,12 +120,17 @@ def _draw(weights: Tensor, uniforms: Tensor, *, totals: Tensor) -> Tensor:
     return block.interval * _BLOCK + _invert(weights[rows, block.interval], block.rest).interval
 
 
-def _draw_from_top(weights: Tensor, uniforms: Tensor, *, top_k: int, top_p: float) -> Tensor:
-    candidates = weights.topk(min(top_k, weights.shape[-1])) if top_k else _most_likely(weights, top_p)
+def _draw_from_top(weights: Tensor, uniforms: Tensor, *, top_k: int, top_p: float, is_static: bool) -> Tensor:
+    candidates: Any
+    if top_k:
+        candidates = weights.topk(min(top_k, weights.shape[-1]))
+    else:
+        candidates = weights.sort(-1, descending=True) if is_static else _most_likely(weights, top_p)
     mass = (candidates.values if top_k else weights).sum(-1, keepdim=True, dtype=torch.float64)
     before = candidates.values.cumsum(-1, dtype=torch.float64) - candidates.values
     kept = candidates.values.where(before < top_p * mass, 0.0)
-    return candidates.indices.gather(-1, _invert(kept, uniforms).interval[:, None]).squeeze(-1)
+    tokens: Tensor = candidates.indices.gather(-1, _invert(kept, uniforms).interval[:, None]).squeeze(-1)
+    return tokens
 
 
 def _most_likely(weights: Tensor, share: float) -> torch.return_types.topk:

@@ -59,13 +59,7 @@ class Slots:
         self._refills = serves(model.config)
         self._prefilled: Prefilled | None = None
         self._is_reading = False
-        self._cache: Any = DynamicCache()
-        if self._refills:
-            longest, refilled = max(waiting.lengths) + new + self._slack, self._limit < len(waiting)
-            self._cache = SlotCache(model.config, slots=self._limit, longest=longest, refilled=refilled)
-        else:  # the first prompts bring theirs
-            kinds = sorted({type(layer).__name__ for layer in DynamicCache(config=model.config).layers})
-            log.info("%s keeps %s: it answers one batch after another", type(model).__name__, ", ".join(kinds))
+        self._cache: Any = self._new_cache(max(waiting.lengths) + new)
         self._width = 0  # columns of the cache
         self._clear(self._limit)
 
@@ -102,12 +96,24 @@ class Slots:
             # The lengths of free slots begin anew, or they would go beyond the positions that a model has.
             self._rows = self._rows.masked_fill(ended, self._no_row)
             self._lengths, self._starts = self._lengths.masked_fill(ended, 0), self._starts.masked_fill(ended, 0)
+        self._refill()
+
+    def _refill(self) -> None:
+        """Give free slots to prompts that were read, or drop them where none is left."""
         if self._prefilled and (count := min(self._room, len(self._prefilled))):
             placed, rest = self._prefilled.split(count)
             self._place(placed, is_last=not rest)
             self._prefilled = rest
         if not (self._refills and (self._waiting or self._prefilled)):
             self._drop_ended()
+
+    def _new_cache(self, longest: int) -> DynamicCache:
+        if self._refills:
+            refilled = self._limit < len(self._waiting)
+            return SlotCache(self._model.config, slots=self._limit, longest=longest + self._slack, refilled=refilled)
+        kinds = sorted({type(layer).__name__ for layer in DynamicCache(config=self._model.config).layers})
+        log.info("%s keeps %s: it answers one batch after another", type(self._model).__name__, ", ".join(kinds))
+        return DynamicCache()  # the first prompts bring theirs
 
     @property
     def _room(self) -> int:
@@ -132,7 +138,7 @@ class Slots:
             logits = logits[self._tensor(sources)]  # [U, V] -> [K, V]
         return Step(numbers, torch.zeros_like(numbers), logits)
 
-    def _decode(self) -> Step:
+    def _decode(self) -> Step | None:
         if isinstance(self._cache, SlotCache):  # columns that are padding in every row are forgotten
             width = self._slack + max(n for n, taken in zip(self._host_lengths, self._taken, strict=True) if taken)
             self._cache.trim(self._width - width)
@@ -147,16 +153,12 @@ class Slots:
 
     def _place(self, prompts: Prefilled, *, is_last: bool) -> None:
         lengths = [self._waiting.lengths[row] for row in prompts.rows]
-        sources = self._tensor(prompts.sources)
-        if isinstance(self._cache, SlotCache):
-            if not any(self._taken):  # nobody's columns need be kept
-                self._width = lengths[0] + self._slack
-                self._cache.start(self._width)
-            slots = [slot for slot, taken in enumerate(self._taken) if not taken][: len(prompts)]
-            self._cache.place(prompts.cache, sources, slots=self._tensor(slots), is_last=is_last)
+        slots = [slot for slot, taken in enumerate(self._taken) if not taken][: len(prompts)]
+        if self._refills:
+            self._copy(prompts, lengths, slots=slots, is_last=is_last)
         else:  # the cache of the prompts is that of their rows
             self._cache = prompts.cache
-            self._cache.reorder_cache(sources)
+            self._cache.reorder_cache(self._tensor(prompts.sources))
             self._width = prompts.width
             self._clear(len(prompts))
             slots = list(range(len(prompts)))
@@ -167,6 +169,13 @@ class Slots:
         self._lengths[where] = self._starts[where] = self._tensor(lengths)
         assert prompts.tokens is not None
         self._tokens[where] = prompts.tokens
+
+    def _copy(self, prompts: Prefilled, lengths: list[int], *, slots: list[int], is_last: bool) -> None:
+        """Copy keys and values of prompts of these lengths into `slots`."""
+        if not any(self._taken):  # nobody's columns need be kept
+            self._width = lengths[0] + self._slack
+            self._cache.start(self._width)
+        self._cache.place(prompts.cache, self._tensor(prompts.sources), slots=self._tensor(slots), is_last=is_last)
 
     def _drop_ended(self) -> None:
         if not 0 < self._taken.count(True) * _DROP_AT <= len(self._taken) * (_DROP_AT - 1):

@@ -23,7 +23,7 @@ from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.roles import Role, maker_of, roles_of
 from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
 from rlhf.engine.materialize import working_dtype
-from rlhf.memory_plan.states import GATHERED, GRADIENTS, Item, Place, States
+from rlhf.memory_plan.states import GATHERED, GRADIENTS, GRAPHS, Item, Place, States
 from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, ModelShape, TracedMemory, trace
 from rlhf.memory_plan.workloads import PHASES, REFERENCE, ROLLOUTS, Workload
 from rlhf.runtime.launch import local_ranks
@@ -265,12 +265,17 @@ class ModelMemory:
         """At the highest moment of answering a batch of prompts."""
         states = self.states
         streams = states.engine.stream_generation and states.engine.zero_stage == 3
-        part, cache = _with_cache(self._trace(work, decoding_rows=work.rows))
+        captures = states.engine.cuda_graphs and states.device.type == "cuda" and not streams
+        parts = self._trace(replace(work, captures=captures), decoding_rows=work.rows)
+        part, cache = _with_cache(parts)
         held = states.item(GATHERED, Place.device, count=states.gathered() if streams else states.whole())
         # When rows leave, one layer's keys are copied before the others' are.
         leaving = states.item(CACHE, Place.device, count=cache + cache // (2 * sum(self.shape.runs)))
         others = [item for item in self._traced(part) if item.part != CACHE]
-        return [*self.at_rest(), held, leaving, *others]
+        # Graphs share a pool, which holds what a step allocates and which nothing else uses.
+        step = max((part.total - part.bytes.get(CACHE, 0) for part in parts if part.point.call == 1), default=0)
+        graphs = states.item(GRAPHS, Place.device, count=step if captures else 0)
+        return [*self.at_rest(), held, leaving, graphs, *others]
 
     def checkpoint_copy(self, config: CheckpointConfig) -> list[Item]:
         """The copy that a checkpoint writes while training goes on."""

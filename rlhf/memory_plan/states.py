@@ -33,7 +33,7 @@ from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 AVERAGE = "average of weights"
-GATHERED, BUFFERS, HIDDEN = "gathered weights", "buffers", "hidden states"
+GATHERED, BUFFERS, HIDDEN, GRAPHS = "gathered weights", "buffers", "hidden states", "CUDA graphs"
 
 
 class Place(StrEnum):

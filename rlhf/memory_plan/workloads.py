@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rlhf.config.bounds import as_plain
 from rlhf.config.run_config import SUPERVISED
 from rlhf.forward_passes import critic_values, response_statistics
+from rlhf.generation.decode_graphs import DecodeGraphs
 from rlhf.generation.generate import Decoding, answer
 from rlhf.memory_plan.trace import EnoughError
 from rlhf.rollout import Models
@@ -42,6 +43,8 @@ class Workload:
     rows: int
     chunk_elements: int | None
     """As in `Wanted`."""
+    captures: bool = False
+    """Whether steps of decoding are captured as CUDA graphs."""
 
     @classmethod
     def of(
@@ -101,7 +104,8 @@ def generation(model: Any, work: Workload) -> None:
     longest, new = work.config.max_prompt_tokens, work.config.max_response_tokens
     prompts = [[row >> bit & 1 for bit in range(longest)] for row in range(work.rows)]
     prompts[-1] = prompts[-1][: max(1, longest - 1)]
-    decoding = Decoding(new, stop_token_ids=[0], pad_id=0, sampling=work.config.sampling)
+    graphs = DecodeGraphs() if work.captures else None
+    decoding = Decoding(new, stop_token_ids=[0], pad_id=0, sampling=work.config.sampling, graphs=graphs)
     answer(model, prompts, sample_ids=torch.arange(work.rows), decoding=decoding, seed=0)
 
 

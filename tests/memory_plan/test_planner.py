@@ -60,6 +60,22 @@ def test_the_cache_is_keys_and_values_of_every_token(smoke):
     assert exact <= found <= 1.3 * exact + config.rollout_micro_batch_size * (259 * 8 + 4096)
 
 
+def test_captured_steps_have_a_cache_of_fixed_shape_and_memory_of_their_own(tmp_path):
+    def generating(*overrides):
+        run = run_of(tmp_path, "engine.device=cuda", *overrides)
+        items = plan_of(run, "ppo").phases[0].items
+        return run.ppo, {item.part: item.bytes for item in items if item.role == "actor"}
+
+    config, found = generating("engine.precision=bf16", "ppo.max_prompt_tokens=200", "ppo.max_response_tokens=50")
+    rows, columns = config.rollout_micro_batch_size, 256  # 250, rounded up to a multiple of 64
+    exact = 2 * rows * columns * 2 * 2 * 16 * 2  # two layers, keys and values of two heads of 16, in 2 bytes
+    assert exact <= found["KV cache"] <= 1.3 * exact + rows * (50 * 30 + 4096)
+    logits = rows * 512 * (2 + 4)  # in bf16, and weights of the draw in fp32
+    assert logits <= found["CUDA graphs"] <= 3 * logits, "a mask and a few copies of a row of logits beside"
+    for without in ("engine.cuda_graphs=false", "engine.device=cpu"):
+        assert not generating("engine.precision=bf16", without)[1].get("CUDA graphs")
+
+
 def test_with_adapters_the_reference_is_the_actor_and_without_a_critic_there_is_none(tmp_path):
     lora = plan_of(run_of(tmp_path, "stage=[sft,reward,ppo_lora]"), "ppo")
     assert {item.role for item in lora.phases[0].items} == {"actor", "critic", "reward", "process"}

@@ -1,0 +1,214 @@
+"""Decode steps of fixed shapes say what those of growing ones say; on a GPU, captured, too."""
+
+import logging
+
+import pytest
+import torch
+
+from rlhf.config.stage_configs import SamplingConfig
+from rlhf.generation import decode_graphs
+from rlhf.generation.decode_graphs import DecodeGraphs
+from rlhf.generation.generate import Decoding, generate
+from tests.generation.test_generate import FAMILIES, GREEDY, NEW, SAMPLED
+from tests.generation.test_queue import LENGTHS, Forwards, queue, unequal_stops
+from tests.models import tiny
+
+SAMPLING = {
+    "greedy": GREEDY,
+    "sampled": SAMPLED,
+    "top-k": SamplingConfig(top_k=7),
+    "top-p": SamplingConfig(temperature=1.2, top_p=0.8),
+    "both": SamplingConfig(top_k=20, top_p=0.9),
+}
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+    ),
+]
+
+
+def said(model, prompts, *, graphs=None, slots=None, stops=(), sampling=SAMPLED, new=NEW, seed=1):
+    decoding = Decoding(new, stops, pad_id=tiny.PAD, sampling=sampling, slots=slots, graphs=graphs)
+    return generate(model, prompts, decoding=decoding, seed=seed)
+
+
+def assert_same(found, expected):
+    assert torch.equal(found.responses, expected.responses)
+    assert torch.equal(found.response_mask, expected.response_mask)
+    assert torch.equal(found.ended, expected.ended)
+    torch.testing.assert_close(found.logprobs, expected.logprobs, rtol=1e-4, atol=1e-4)
+
+
+def pair(model, prompts, graphs, **settings):
+    return said(model, prompts, graphs=graphs, **settings), said(model, prompts, **settings)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("slots", [1, 3, None])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fixed_shapes_say_what_growing_ones_say(family, slots, device):
+    model, prompts = tiny.model(family).to(device), queue().to(torch.device(device))
+    stops = unequal_stops(model, prompts)
+    found, expected = pair(model, prompts, DecodeGraphs(), slots=slots, stops=stops)
+    assert found.response_mask.sum(-1).unique().numel() > 3
+    assert_same(found, expected)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("sampling", SAMPLING.values(), ids=SAMPLING)
+def test_every_kind_of_sampling_draws_the_same(sampling, device):
+    model, prompts = tiny.model("llama").to(device), queue(copies=2).to(torch.device(device))
+    stops = unequal_stops(model, prompts, sampling)
+    assert_same(*pair(model, prompts, DecodeGraphs(), sampling=sampling, slots=5, stops=stops))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_columns_and_rows_have_a_graph_each_and_the_next_queue_finds_them(device, monkeypatch):
+    monkeypatch.setattr(decode_graphs, "_COLUMNS", 16)
+    model, graphs = tiny.model("gemma3").to(device), DecodeGraphs()
+    shapes = []
+    step = decode_graphs.FixedSlots._step
+
+    def counted(self, n, columns):
+        shapes.append((n, columns))
+        step(self, n, columns)
+
+    monkeypatch.setattr(decode_graphs.FixedSlots, "_step", counted)
+    prompts = queue([40, 3, 17, 2, 9, 6, 5, 5]).to(torch.device(device))
+    stops = [int(said(model, prompts, new=60).responses[1, 30])]
+    assert_same(*pair(model, prompts, graphs, slots=6, new=60, stops=stops))
+    assert {6} < {n for n, _ in shapes} <= {6, 3, 2, 1}
+    assert {columns for _, columns in shapes} == {32, 64, 128}
+    kept = graphs._kept
+    shapes.clear()
+    assert_same(*pair(model, prompts, graphs, slots=6, new=60, stops=stops, seed=2))
+    assert graphs._kept is kept
+    if device == "cuda":
+        assert not shapes
+        assert len(kept._captured) > 2
+
+
+def test_answers_belong_to_the_caller():
+    model, prompts, graphs = tiny.model("gpt2"), queue(), DecodeGraphs()
+    first = said(model, prompts, graphs=graphs)
+    before = first.responses.clone()
+    said(model, prompts, graphs=graphs, seed=2)
+    assert torch.equal(first.responses, before)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_weights_that_change_in_place_or_move_are_those_that_answer(device):
+    model, prompts, graphs = tiny.model("llama").to(device), queue().to(torch.device(device)), DecodeGraphs()
+    said(model, prompts, graphs=graphs)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.neg_()
+    assert_same(*pair(model, prompts, graphs))
+    captured = graphs._kept._captured
+    captured[0, 0] = "of the old addresses"
+    graphs._kept._addresses = graphs._kept._weights()
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.neg()
+    found, expected = pair(model, prompts, graphs)
+    assert (0, 0) not in captured
+    assert_same(found, expected)
+
+
+def test_a_row_that_diverges_leaves_the_next_one_in_its_slot_alone():
+    model, prompts = tiny.model("mistral"), queue([6, 5, 4])
+    bad = int(prompts.input_ids[0, -6])
+    assert not prompts.input_ids[1:].eq(bad).any()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = torch.nan
+    found, expected = pair(model, prompts, DecodeGraphs(), slots=1, new=9)
+    assert found.logprobs[0].isnan().all()
+    assert torch.equal(found.responses[1:], expected.responses[1:])
+    assert torch.allclose(found.logprobs[1:], expected.logprobs[1:], atol=1e-4)
+
+
+@pytest.mark.parametrize("slots", [1, 4, None])
+def test_all_rows_may_end_at_once(slots):
+    model, prompts = tiny.model("mistral"), queue()
+    first = said(model, prompts).responses[:, 0].unique().tolist()
+    found = said(model, prompts, graphs=DecodeGraphs(), slots=slots, stops=first)
+    assert found.responses.shape == (len(LENGTHS), 1)
+    assert found.ended.all()
+
+
+def test_few_steps_are_wasted_on_rows_that_ended():
+    model, prompts = tiny.model("llama"), queue([5, 6, 7] * 16)
+    stops = sorted(set(said(model, prompts, new=100).responses[:4, 30].tolist()))
+    forwards = Forwards(model)
+    found = said(model, prompts, graphs=DecodeGraphs(), slots=8, stops=stops, new=100)
+    decoded = [rows for rows, columns in forwards.stop() if columns == 1]
+    lengths = found.response_mask.sum(-1)
+    late = 2 * decode_graphs._STEPS - 1
+    # Each row may be noticed late; at the end, less than half of the slots are taken for no longer than a response.
+    assert sum(decoded) <= int((lengths - 1).sum()) + late * len(lengths) + 8 * int(lengths.max())
+
+
+def test_a_model_that_cannot_be_captured_says_why_once_and_answers(caplog):
+    for model, graphs, reason in [
+        (tiny.model("states"), DecodeGraphs(), "its layers keep more than keys and values"),
+        (tiny.model("llama"), DecodeGraphs(refusal="it is streamed"), "it is streamed"),
+    ]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            for _ in range(2):
+                assert_same(*pair(model, queue(), graphs, slots=3))
+        lines = [record.message for record in caplog.records if "CUDA graphs" in record.message]
+        assert lines == [f"{type(model).__name__} decodes without CUDA graphs: {reason}"]
+
+
+def test_an_error_at_capture_is_logged_with_its_first_line_and_the_queue_is_answered(monkeypatch, caplog):
+    def fail(self, n, columns):
+        raise RuntimeError("operation not permitted\nwhen a stream is capturing")
+
+    monkeypatch.setattr(decode_graphs.FixedSlots, "_capture", fail)
+    model, prompts, graphs = tiny.model("llama"), queue(), DecodeGraphs()
+    said(model, prompts, graphs=graphs, slots=3)
+    graphs._kept._captures = True  # as on a device
+    found, expected = pair(model, prompts, graphs, slots=3)
+    assert_same(found, expected)
+    assert_same(said(model, prompts, graphs=graphs, slots=3), expected)
+    assert graphs._kept is None
+    lines = [record.message for record in caplog.records if "CUDA graphs" in record.message]
+    assert lines == ["LlamaForCausalLM decodes without CUDA graphs: RuntimeError: operation not permitted"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_captured_steps_never_wait_for_the_device_and_a_capture_changes_nothing():
+    model, prompts, graphs = tiny.model("llama").to("cuda"), queue().to(torch.device("cuda")), DecodeGraphs()
+    expected = said(model, prompts)
+    assert_same(said(model, prompts, graphs=graphs), expected)
+    slots = graphs._kept
+    assert slots._captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for (n, columns), graph in slots._captured.items():
+            graph.replay()
+            slots._step(n, columns)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_forward_that_reads_a_value_decodes_eagerly(caplog):
+    model, prompts, graphs = tiny.model("llama").to("cuda"), queue().to(torch.device("cuda")), DecodeGraphs()
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: kwargs["input_ids"].sum().item() and None, with_kwargs=True
+    )
+    expected = said(model, prompts)
+    assert_same(said(model, prompts, graphs=graphs), expected)
+    assert_same(said(model, prompts, graphs=graphs), expected)
+    assert len([record for record in caplog.records if "CUDA graphs" in record.message]) == 1
+
+
+def test_clearing_frees_what_was_kept():
+    graphs = DecodeGraphs()
+    said(tiny.model("opt"), queue(), graphs=graphs)
+    assert graphs._kept is not None
+    graphs.clear()
+    assert graphs._kept is None
