@@ -1,6 +1,8 @@
 """Decode steps of fixed shapes say what those of growing ones say; on a GPU, captured, too."""
 
 import logging
+from contextlib import contextmanager
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -212,3 +214,63 @@ def test_clearing_frees_what_was_kept():
     assert graphs._kept is not None
     graphs.clear()
     assert graphs._kept is None
+
+
+class Device:
+    """Stands for what `torch.cuda` does in a capture: the step in it does not run, and each replay runs it."""
+
+    def __init__(self, monkeypatch):
+        self.slots, self.mode, self.captures, self.replays = None, "default", [], 0
+        for name in ("Stream", "Event", "stream", "current_stream", "graph_pool_handle"):
+            monkeypatch.setattr(torch.cuda, name, lambda *_: MagicMock())
+        monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: self.mode)
+        monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: setattr(self, "mode", mode))
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: Graph(self))
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+        step, create = decode_graphs.FixedSlots._step, decode_graphs.FixedSlots.__init__
+
+        def counted(slots, n, columns):
+            self.slots, self.shape = slots, (n, columns)
+            if not self.captures or self.captures[-1] is not True:
+                step(slots, n, columns)
+
+        def created(slots, *args, **kwargs):
+            create(slots, *args, **kwargs)
+            slots._captures = True
+            slots._stream = slots._graphs.stream(slots._device)
+
+        monkeypatch.setattr(decode_graphs.FixedSlots, "_step", counted)
+        monkeypatch.setattr(decode_graphs.FixedSlots, "__init__", created)
+
+    @contextmanager
+    def capture(self, graph, *, pool, stream, capture_error_mode):
+        self.captures.append(True)
+        yield
+        self.captures[-1] = graph.shape = self.shape
+
+
+class Graph:
+    def __init__(self, device):
+        self._device = device
+
+    def replay(self):
+        self._device.replays += 1
+        self._device.slots._step(*self.shape)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_a_shape_is_captured_once_and_warming_up_changes_nothing(family, monkeypatch):
+    model, prompts, graphs = tiny.model(family), queue(), DecodeGraphs()
+    stops = unequal_stops(model, prompts)
+    expected = said(model, prompts, slots=4, stops=stops)
+    monkeypatch.setattr(decode_graphs, "_COLUMNS", 8)
+    device = Device(monkeypatch)
+    for _ in range(2):
+        assert_same(said(model, prompts, graphs=graphs, slots=4, stops=stops), expected)
+    assert sorted(set(device.captures)) == sorted(device.captures) == sorted(graphs._kept._captured)
+    assert len(device.captures) > 1
+    assert device.replays > 10
+    assert device.mode == "default"
+    model.model.embed_tokens.weight.data = model.model.embed_tokens.weight.data.clone()
+    assert_same(said(model, prompts, graphs=graphs, slots=4, stops=stops), expected)
+    assert len(device.captures) == 2 * len(set(device.captures))
