@@ -5,6 +5,7 @@ Run the parts one at a time, each replaces its section of `benchmarks/results/ze
     python -m benchmarks.zero disk
     python -m benchmarks.zero adam --peer PYTHON
     python -m benchmarks.zero step --peer PYTHON --sizes 25M 125M --ranks 1 2 --precisions fp32 bf16
+    python -m benchmarks.zero step --peer PYTHON --sizes 25M --ranks 2 --precisions bf16 --reductions fp32 bf16
     python -m benchmarks.zero growth
     python -m benchmarks.zero state
     python -m benchmarks.zero capped --size 500M --limit-mb 1500
@@ -54,12 +55,14 @@ def step(arguments: argparse.Namespace) -> str:
     texts = [
         zero_step.compare(
             _records(arguments),
-            _template(arguments, size=size, ranks=ranks, precision=precision),
+            replace(_template(arguments, size=size, ranks=ranks, precision=precision), reduction=reduction),
             rows=arguments.rows,
             rounds=arguments.rounds,
             peer=arguments.peer is not None,
         )
-        for size, ranks, precision in product(arguments.sizes, arguments.ranks, arguments.precisions)
+        for size, ranks, precision, reduction in product(
+            arguments.sizes, arguments.ranks, arguments.precisions, arguments.reductions
+        )
     ]
     return "\n\n".join([*skipped, *texts])
 
@@ -147,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
     parts.choices["step"].add_argument("--sizes", nargs="+", default=["25M", "125M"])
     parts.choices["step"].add_argument("--ranks", type=int, nargs="+", default=[1, 2])
     parts.choices["step"].add_argument("--precisions", nargs="+", default=["fp32", "bf16"])
+    types = "in which gradients are sent, fp32 or bf16; without it each contender's own"
+    parts.choices["step"].add_argument("--reductions", nargs="+", default=[""], help=types)
     parts.choices["growth"].add_argument("--sizes", nargs="+", default=["25M", "60M", "125M", "250M", "500M"])
     for name in ("growth", "capped", "offload"):
         parts.choices[name].add_argument("--precision", default="bf16")

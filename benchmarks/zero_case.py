@@ -50,6 +50,8 @@ class Case:
     """Of each rank."""
     peers: int = 1
     """Plain: how many ranks' batches it takes."""
+    reduction: str = ""
+    """Type in which gradients are sent to other ranks; empty: what the contender does unless it is told."""
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
     """More of `EngineConfig`, for ours."""
 

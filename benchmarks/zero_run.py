@@ -96,6 +96,7 @@ def ours(case: Case, folder: Path) -> Step:
             offload_optimizer=case["offload_optimizer"],
             offload_param=case["offload_param"],
             nvme_path=str(folder / "disk"),
+            **({"reduce_dtype": case["reduction"]} if case["reduction"] else {}),
             **case["settings"],
         ),
         world=world,
@@ -153,6 +154,8 @@ def deepspeed_config(case: Case, disk: Path, *, largest: int) -> dict[str, Any]:
         "zero_optimization": zero,
         "optimizer": {"type": "AdamW", "params": {"lr": RATE, "betas": BETAS, "eps": EPS, "weight_decay": 0.0}},
     }
+    if case["reduction"]:
+        config["communication_data_type"] = case["reduction"]
     if case["tuned"]:
         buckets = ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size")
         zero |= dict.fromkeys(buckets, 5_000_000) | {"sub_group_size": 20_000_000}

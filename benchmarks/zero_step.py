@@ -59,6 +59,7 @@ def compare(records: Records, template: Case, *, rows: Sequence[str], rounds: in
         default, tuned = [*others, [], []][:2]
         results.append(Row(name, measured[plain], measured[lines["0"][0]], own, default, tuned))
     title = f"### {template.size}, {template.ranks} rank{'s' * (template.ranks > 1)}, {template.precision}"
+    title += f", gradients sent in {template.reduction}" if template.reduction else ""
     what = f"{template.sequences} x {template.length} tokens a rank and step, {rounds} alternating rounds."
     cost = measured[plain]
     alone = f"PyTorch alone on one process: {spread(_all(cost, _cpu), 0)} ms, {spread(_all(cost, _peak), 0)} MB."

@@ -13,7 +13,7 @@ from rlhf.config.bounds import Bounds, Count, Natural, NonNegative, Positive, Se
 
 
 class Precision(StrEnum):
-    """Type of the working weights. Masters and reductions are fp32 in every case."""
+    """Type of the working weights. Masters are fp32 in every case."""
 
     auto = "auto"
     bf16 = "bf16"
@@ -53,7 +53,7 @@ class MasterWeights(StrEnum):
 
 
 class GradDtype(StrEnum):
-    """Type in which gradients are added up."""
+    """Type in which gradients are added up, or sent to other ranks."""
 
     fp32 = "fp32"
     bf16 = "bf16"
@@ -101,6 +101,9 @@ class EngineConfig(Settings):
     grad_accum_dtype: GradDtype = GradDtype.fp32
     """Gradients added up over micro-batches or ranks take 4 bytes a parameter in fp32, 2 in bf16, which rounds each sum
     (DeepSpeed: data_types.grad_accum_dtype). One micro-batch on one rank is kept as it comes: there is no sum."""
+    reduce_dtype: GradDtype = GradDtype.fp32
+    """Type in which gradients are sent to other ranks and added up over them (DeepSpeed: communication_data_type). bf16
+    sends half as much and rounds what is sent and every sum; at ZeRO 1 also sums over a rank's micro-batches."""
     sub_group_size: Count = 100_000_000
     """Largest tile of optimizer state that is loaded, updated and stored at once, off the device."""
     reduce_bucket_size: Natural = 0

@@ -111,8 +111,7 @@ def read_engine(reading: Reading, own: EngineConfig) -> None:
         _read_precision(reading, own)
     if reading.value("torch_autocast.enabled"):
         _read_autocast(reading)
-    if reading.has("data_types.grad_accum_dtype"):
-        _read_grad_accum_dtype(reading, own)
+    _read_gradient_types(reading, own)
     names = ("partition_activations", "cpu_checkpointing", "contiguous_memory_optimization", "number_checkpoints")
     asked = [path for name in names if reading.value(path := f"activation_checkpointing.{name}")]
     if asked:
@@ -192,10 +191,8 @@ def _read_device(reading: Reading, block: str, *, least: int, stage: int) -> Non
     if reading.value(_OLD_SWITCHES[block]):
         key = _OLD_SWITCHES[block]
         if raw not in ("cpu", AUTO) and asks(reading.section(f"{_ZERO}.{block}")):
-            old = key.rpartition(".")[2]
-            raise ValueError(
-                f"{reading.where(key)}=true: {block} is there too, with device={raw or 'none'}; remove {old}."
-            )
+            found, old = f"{block} is there too, with device={raw or 'none'}", key.rpartition(".")[2]
+            raise ValueError(f"{reading.where(key)}=true: {found}; remove {old}.")
         raw = "cpu"
     if raw == AUTO:
         return
@@ -270,13 +267,18 @@ def _read_bf16_state(reading: Reading) -> None:
         reading.sets("engine.grad_accum_dtype", GradDtype.bf16, key=key)
 
 
-def _read_grad_accum_dtype(reading: Reading, own: EngineConfig) -> None:
-    """Sums in bf16 are for bf16 weights; others are in fp32."""
-    dtype, known = reading.value(key := "data_types.grad_accum_dtype"), reading.settings.get("engine.precision")
-    is_bf16 = (known.value if known else own.precision) in (Precision.bf16, Precision.auto) and "bf" in dtype
-    if not is_bf16 and "32" not in dtype and dtype != "float":
-        reading.warnings.append(f"{reading.where(key)}={dtype}: gradients are summed in fp32, which is more exact")
-    reading.sets("engine.grad_accum_dtype", GradDtype.bf16 if is_bf16 else GradDtype.fp32, key=key)
+def _read_gradient_types(reading: Reading, own: EngineConfig) -> None:
+    """bf16 where the file says so, for sums of micro-batches only beside bf16 weights; everything else is fp32."""
+    known = reading.settings.get("engine.precision")
+    is_narrow = (known.value if known else own.precision) in (Precision.bf16, Precision.auto)
+    sums, sent = ("data_types.grad_accum_dtype", "grad_accum_dtype"), ("communication_data_type", "reduce_dtype")
+    for (key, name), may_be_bf16 in ((sums, is_narrow), (sent, True)):
+        if (dtype := reading.value(key)) is None:
+            continue
+        is_bf16 = may_be_bf16 and "bf" in dtype
+        if not is_bf16 and "32" not in dtype and dtype != "float":
+            reading.warnings.append(f"{reading.where(key)}={dtype}: engine.{name} stays fp32, which is more exact")
+        reading.sets(f"engine.{name}", GradDtype.bf16 if is_bf16 else GradDtype.fp32, key=key)
 
 
 # AdamW and its schedule.
@@ -341,9 +343,7 @@ def _option(reading: Reading, name: str, *, annotation: str) -> dict[str, Any]:
         return {name: None} if "None" in annotation else {}
     if name == "warmup_type":
         if raw not in ("log", "linear"):
-            reading.warnings.append(
-                f"{where}={raw!r}: is neither log nor linear; DeepSpeed takes log, as this run does"
-            )
+            reading.warnings.append(f"{where}={raw!r}: neither log nor linear; DeepSpeed takes log, as this run does")
         return {name: raw if raw == "linear" else "log"}
     if annotation.startswith("bool"):
         return {name: switch(raw, where=where)}

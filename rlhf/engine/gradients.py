@@ -5,7 +5,8 @@ accumulation nor the micro-batch size changes a gradient.
 
 Each gradient is taken from its parameter as soon as it is made and given to the store of the parameter's optimizer
 state, which adds in fp32, or, where `engine.grad_accum_dtype` says so, in bf16. Autograd and FSDP2 would add bf16
-gradients in bf16 (FSDP2 rounds each reduced one to bf16), and could add on the device only.
+gradients in bf16 (FSDP2 rounds each reduced one to bf16), and could add on the device only. Only ZeRO 1 leaves sums
+over micro-batches to FSDP2, which adds them in `engine.reduce_dtype`, the type in which it reduces.
 
 A single rank has nothing to reduce: gradients are taken from the gathered parameters as autograd makes them, before
 FSDP2 copies those of a unit together, in fp32, twice.
@@ -55,7 +56,8 @@ class Gradients:
         # Every rank adds the whole square of a replica to the global norm, so it is divided by the number of ranks.
         self._copies = {name: world.size if name in replicas else 1 for name in self._parameters}
         early = not sharding.modules
-        self._replicas = _ReplicaSum(groups, replicas, keep=self._keep, early=early) if replicas else None
+        dtype = sharding.reduce_dtype
+        self._replicas = _ReplicaSum(groups, replicas, dtype=dtype, keep=self._keep, early=early) if replicas else None
         for name, parameter in self._parameters.items():
             # On a sharded parameter, FSDP2 runs this hook after its reduce-scatter.
             parameter.register_post_accumulate_grad_hook(partial(self._collect, name))  # type: ignore[no-untyped-call]
@@ -63,8 +65,8 @@ class Gradients:
             for unit in sharding.units if sharding.modules else ():
                 self._collect_unreduced(unit, sharding.module)
             return
-        # What FSDP2 rounds is what is kept where all is fp32, and where sums are in bf16.
-        kept = {store.gradients.dtype for store in optimizer.stores}
+        # What FSDP2 casts is what is kept where all is fp32, where sums are in bf16, and where it reduced in that type.
+        kept = {dtype, *(store.gradients.dtype for store in optimizer.stores)}
         narrow = any(parameter.dtype not in kept for parameter in self._parameters.values())
         for module in sharding.modules if narrow else ():
             module.set_all_reduce_hook(self._remember)
@@ -123,7 +125,7 @@ class Gradients:
         handles = [module.register_forward_pre_hook(add_hooks) for module in unit.modules]
 
     def _remember(self, reduced: Tensor) -> None:
-        """Keep the fp32 sum over ranks of an FSDP2 group, flat, which FSDP2 is about to round and cut into gradients.
+        """Keep the sum over ranks of an FSDP2 group, flat, which FSDP2 is about to cast and cut into gradients.
 
         FSDP2 offers this hook for a second reduction; it runs between the first reduction and the rounding.
         """
@@ -143,7 +145,7 @@ class Gradients:
             self._replicas.add(name, gradient)
             return
         if self._reduced is not None and isinstance(parameter, DTensor):
-            # `gradient` is a view of the rounded copy; take the same view of the fp32 original.
+            # `gradient` is a view of the copy in the weights' type; take the same view of the original.
             gradient = self._reduced.as_strided(gradient.size(), gradient.stride(), gradient.storage_offset())
         self._keep(name, gradient)
 
@@ -159,14 +161,22 @@ class _ReplicaSum:
     """
 
     def __init__(
-        self, groups: list[ParameterGroup], names: Set[str], *, keep: Callable[[str, Tensor], None], early: bool
+        self,
+        groups: list[ParameterGroup],
+        names: Set[str],
+        *,
+        dtype: torch.dtype,
+        keep: Callable[[str, Tensor], None],
+        early: bool,
     ) -> None:
         """Sum the parameters called `names`, and pass each sum over micro-batches and ranks to `keep`.
 
+        Micro-batches are added in fp32, ranks in `dtype`.
         `early` sends during backward. It must be off beside FSDP2's own reductions: where ours came among those would
         depend on which parameters a rank's loss touches.
         """
         self._early = early
+        self._dtype = dtype
         mine = [{name: p for name, p in group.items() if name in names} for group in groups[::-1]]
         self._groups = [group for group in mine if group]
         self._group_of = {name: index for index, group in enumerate(self._groups) for name in group}
@@ -206,11 +216,11 @@ class _ReplicaSum:
         self._sent = []
 
     def _send(self) -> None:
-        """Start the all-reduce of the next group: one flat fp32 buffer, the same size on every rank."""
-        group = self._groups[len(self._sent)]
+        """Start the all-reduce of the next group: one flat buffer, of the same size and type on every rank."""
+        group, dtype = self._groups[len(self._sent)], self._dtype
         taken = self._sums.take(group)
         pieces = [
-            taken[name].float() if name in taken else torch.zeros(p.numel(), device=p.device)
+            taken[name].to(dtype) if name in taken else torch.zeros(p.numel(), dtype=dtype, device=p.device)
             for name, p in group.items()
         ]
         flat = torch.cat(pieces)

@@ -24,7 +24,7 @@ from rlhf.runtime.dist import World
 
 
 def working_dtype(precision: Precision, device: torch.device) -> torch.dtype:
-    """The type of the weights that forward and backward use on `device`; masters and reductions are always fp32.
+    """The type of the weights that forward and backward use on `device`; masters are always fp32.
 
     `auto` asks what the hardware multiplies natively and never measures, so that every run on a machine, and every
     rank on machines of one kind, gets the same answer.

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from rlhf.config.engine_config import EngineConfig, OffloadDevice
+from rlhf.config.engine_config import EngineConfig, GradDtype, OffloadDevice
 from rlhf.engine.fsdp_private import end_forwards, gather_on_compute_stream, hook_keys
 from rlhf.engine.fsdp_units import (
     FSDPUnit,
@@ -54,6 +54,8 @@ class Sharding:
     units: list[FSDPUnit]
     stage: int
     frozen: bool
+    reduce_dtype: torch.dtype = torch.float32
+    """The type in which gradients are summed over ranks."""
     offload_device: OffloadDevice = OffloadDevice.none
     """Where working weights are kept while nothing computes with them."""
     modules: list[FSDPModule] = field(default_factory=list)
@@ -176,7 +178,7 @@ def shard(spec: ModelSpec, *, config: EngineConfig, world: World, frozen: bool) 
     """Shard a model that is still on meta over all ranks, unit by unit."""
     away = offload_device(config.offload_param, world.device)
     units = find_units(spec, config=config)
-    sharding = Sharding(spec.module, units, config.zero_stage, frozen, away)
+    sharding = Sharding(spec.module, units, config.zero_stage, frozen, reduction_dtype(config), away)
     names = [name for name, _ in spec.module.named_parameters()]
     if config.zero_stage == 0 or (world.size == 1 and away == OffloadDevice.none):
         sharding.replicas = set(names) if world.size > 1 else set()
@@ -190,11 +192,16 @@ def shard(spec: ModelSpec, *, config: EngineConfig, world: World, frozen: bool) 
     return sharding
 
 
+def reduction_dtype(config: EngineConfig) -> torch.dtype:
+    """The type in which gradients are summed over ranks."""
+    return torch.bfloat16 if config.reduce_dtype == GradDtype.bf16 else torch.float32
+
+
 def _wrap(sharding: Sharding, persistent: ParameterGroup, *, world: World) -> None:
     """Hand the units to FSDP2, the root last, as it requires."""
     mesh, ignored = device_mesh(world), set(persistent.values())
-    # Gradients are reduced in fp32 whatever the working weights are: sums in bf16 would depend on the number of ranks.
-    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    # In fp32, whatever the working weights are, sums hardly depend on the number of ranks; in bf16 they do.
+    policy = MixedPrecisionPolicy(reduce_dtype=sharding.reduce_dtype)
     for unit in [*sharding.units[1:], sharding.units[0]]:
         before = {key for part in unit.modules for key in hook_keys(part)}
         parts: Any = unit.modules if len(unit.modules) > 1 else unit.modules[0]

@@ -27,6 +27,7 @@ from rlhf.engine.offload.tiles import Tile, lay_out_tiles, page_elements, tile_c
 from rlhf.engine.offload.transfers import HUGE_PAGE
 from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
+from rlhf.engine.sharding import reduction_dtype
 from rlhf.engine.state_format import STATE_KEYS, StateFormat
 from rlhf.models.lora import is_adapter
 from rlhf.models.model_spec import ModelSpec
@@ -83,8 +84,7 @@ class States:
     def gradients(self, share: float = 1.0) -> list[Item]:
         """The gradient sums of a step once `share` of them is complete."""
         here, away = self._split
-        several = self.ranks > 1 or self.micro_batches > 1
-        each = self.format.sums.itemsize if several else self.dtype.itemsize
+        each = self._sum_bytes
         items = [self.item(GRADIENTS, Place.device, count=int(share * each * here))]
         if self.offload_optimizer == OffloadDevice.cpu:  # kept from step to step
             items.append(self.item(GRADIENTS, Place.host, count=each * away))
@@ -114,14 +114,15 @@ class States:
     def in_reduction(self) -> int:
         """Device bytes of gradients on their way to their sums: those of a unit, and what is sent of them.
 
-        ZeRO 1 also keeps whole fp32 sums until the last micro-batch is reduced.
+        ZeRO 1 also keeps whole sums, in the type in which they are sent, until the last micro-batch is reduced.
         """
         if self.ranks == 1:
             return 0
         trainable = [sum(shapes.values()) for shapes in self._whole_groups]
-        waiting = 4 * sum(trainable) if self.engine.zero_stage == 1 and self.micro_batches > 1 else 0
-        # Whole gradients, and the fp32 copy that is sent: FSDP2 waits for one reduction before the next.
-        return waiting + max(trainable, default=0) * (self.dtype.itemsize + 4 if self.is_sharded else 4)
+        sent = reduction_dtype(self.engine).itemsize
+        waiting = sent * sum(trainable) if self.engine.zero_stage == 1 and self.micro_batches > 1 else 0
+        # Whole gradients, and the copy that is sent: FSDP2 waits for one reduction before the next.
+        return waiting + max(trainable, default=0) * (self.dtype.itemsize + sent if self.is_sharded else sent)
 
     def whole(self) -> int:
         """Device bytes beside this rank's shards while all units are gathered."""
@@ -190,6 +191,17 @@ class States:
         """Whether FSDP2 holds the model."""
         alone = self.ranks == 1 and self.offload_param == OffloadDevice.none
         return self.engine.zero_stage > 0 and not alone
+
+    @property
+    def _sum_bytes(self) -> int:
+        """Bytes of an element of a step's gradient sums."""
+        if self.micro_batches > 1:
+            return self.format.sums.itemsize
+        if self.ranks == 1:  # the gradient itself
+            return self.dtype.itemsize
+        # The one sum over ranks is kept as it comes, but not wider than sums are; FSDP2 casts it for fp32 weights.
+        cast = self.dtype.itemsize if self.is_sharded else 0
+        return max(cast, min(reduction_dtype(self.engine).itemsize, self.format.sums.itemsize))
 
     @property
     def _checkpoint_bytes(self) -> int:

@@ -221,6 +221,18 @@ def test_gradients_are_summed_as_asked_where_weights_are_bf16(dtype, bf16, expec
     assert values(content)["grad_accum_dtype"] is expected
 
 
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "expected"), [("bf16", GradDtype.bf16), ("FP32", GradDtype.fp32), ("fp16", GradDtype.fp32)]
+)
+def test_gradients_are_sent_as_asked_whatever_the_weights_are(dtype, expected, bf16):
+    found = resolved({"bf16": {"enabled": bf16}, "communication_data_type": dtype})
+    assert named(found.settings)["reduce_dtype"] is expected
+    warned = [f"ds.json: communication_data_type={dtype}: engine.reduce_dtype stays fp32, which is more exact"]
+    assert found.warnings == (warned if dtype == "fp16" else [])
+    assert "reduce_dtype" not in values({"bf16": {"enabled": bf16}, "communication_data_type": "auto"})
+
+
 @pytest.mark.parametrize(
     ("section", "expected"),
     [

@@ -13,7 +13,11 @@ BOTH = (
     "parity peeked tied odd adapters micro_batches bf16 bf16_sums loading spoiled hybrid low_rank frozen "
     "offload_optimizer failing_disks offload_param"
 )
-PARTS = {1: BOTH, 2: BOTH + " at_rest one_sided", 4: "parity odd micro_batches loading offload_optimizer offload_param"}
+PARTS = {
+    1: BOTH,
+    2: BOTH + " at_rest one_sided reductions",
+    4: "parity odd micro_batches loading offload_optimizer offload_param",
+}
 
 
 @pytest.fixture(scope="session")

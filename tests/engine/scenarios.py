@@ -21,6 +21,10 @@ from tests.engine.offload.optimizer_runs import failing_disks, offload_optimizer
 from tests.engine.offload.param_runs import offload_param  # noqa: F401 - found by name
 
 STAGES = (0, 1, 2, 3)
+REDUCTIONS = {
+    **{str(stage): (stage, {}) for stage in STAGES},
+    "3, small ones whole": (3, {"persistence_threshold": 100}),
+}
 
 
 def everything(parts):
@@ -187,6 +191,20 @@ def bf16_sums(world):
                 tiny.train_step(engine, 0, accumulation=accumulation)
                 pair.append(first_gradient(engine))
             found[stage, accumulation] = pair
+    return found
+
+
+def reductions(world):
+    """The first gradient, by precision, settings of the stage and micro-batches, reduced in fp32 and in bf16."""
+    found = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        for name, (stage, settings) in REDUCTIONS.items():
+            for accumulation in (1, 2):
+                for dtype in ("fp32", "bf16"):
+                    settings = {**settings, "precision": precision, "reduce_dtype": dtype, "loss_scale": 1024.0}
+                    engine = tiny.engine(world, stage, optimizer=tiny.optimizer_config(max_grad_norm=0), **settings)
+                    tiny.train_step(engine, 0, accumulation=accumulation)
+                    found[precision, name, accumulation, dtype] = first_gradient(engine)
     return found
 
 

@@ -131,6 +131,33 @@ def test_a_cuda_optimizer_on_the_host(folder):
     assert half["moments", Place.host] >= 4 * NUMEL
 
 
+LARGEST = max(VOCABULARY * WIDTH, BLOCK)  # of what is reduced at once
+
+
+@pytest.mark.parametrize(
+    ("stage", "dtype", "micro", "sent", "sums"),
+    [
+        (0, torch.bfloat16, 1, 2 * LARGEST, 2 * NUMEL),
+        (0, torch.bfloat16, 2, 2 * LARGEST, 4 * NUMEL),
+        (0, torch.float32, 1, 2 * LARGEST, 2 * NUMEL),
+        (1, torch.bfloat16, 1, (2 + 2) * LARGEST, 2 * NUMEL // 4),
+        (1, torch.bfloat16, 2, (2 + 2) * LARGEST + 2 * NUMEL, 4 * NUMEL // 4),
+        (3, torch.bfloat16, 1, (2 + 2) * LARGEST, 2 * NUMEL // 4),
+        (3, torch.float16, 1, (2 + 2) * LARGEST, 2 * NUMEL // 4),
+        (3, torch.float32, 1, (4 + 2) * LARGEST, 4 * NUMEL // 4),
+        (3, torch.bfloat16, 2, (2 + 2) * LARGEST, 4 * NUMEL // 4),
+    ],
+)
+def test_gradients_that_are_sent_in_bf16(folder, stage, dtype, micro, sent, sums):
+    """Buffers and sums, by hand; in fp32 both are wider by two bytes an element, but for sums of micro-batches."""
+    options = {"ranks": 4, "zero_stage": stage, "dtype": dtype, "micro": micro}
+    narrow, wide = (states(folder, reduce_dtype=reduced, **options) for reduced in ("bf16", "fp32"))
+    assert narrow.in_reduction() == sent
+    assert wide.in_reduction() - sent == 2 * LARGEST + (2 * NUMEL if (stage, micro) == (1, 2) else 0)
+    assert sum(item.bytes for item in narrow.gradients()) == sums
+    assert sum(item.bytes for item in wide.gradients()) == 4 * NUMEL // (4 if stage else 1)
+
+
 @pytest.mark.parametrize(
     ("settings", "micro", "ranks", "gradients", "masters", "moments"),
     [

@@ -53,6 +53,8 @@ SETTINGS = {
         Setting("odd", "bf16", 3, 3, ("half",)),
         Setting("fewer", "bf16", 3, 3, ("cpu", "nvme")),
         Setting("fewer", "bf16", 2, 3, ("half",)),
+        Setting("sent in bf16", "bf16", 3, 3, ("cpu", "nvme")),
+        Setting("sent in bf16", "fp32", 1, 3, ("cpu", "nvme")),
         Setting("adapters", "fp32", 3, 3, ("cpu", "nvme")),
         Setting("replicas", "bf16", 3, 3, ("cpu", "nvme")),
         Setting("replicas", "fp32", 3, STEPS, ()),
@@ -83,6 +85,8 @@ def train(world, *, kind="plain", steps=STEPS, accumulation=2, **config):
         options["learns"] = learns
     elif kind == "replicas":
         options["persistence_threshold"] = 100  # norms, all else is larger
+    elif kind == "sent in bf16":
+        options["reduce_dtype"] = "bf16"
     elif kind == "fewer":
         options |= FEWER
     elif kind != "plain":

@@ -196,7 +196,7 @@ def test_shares_and_steps_between_checkpoints():
 def test_only_settings_that_change_results_bind_a_checkpoint():
     names = {field.name for field in dataclasses.fields(EngineConfig)}
     assert names - set(_FREE_IN_ENGINES) == {
-        *("precision", "fast_fp32_matmul", "moments", "grad_accum_dtype", "deepspeed", "loss_scale"),
+        *("precision", "fast_fp32_matmul", "moments", "grad_accum_dtype", "reduce_dtype", "deepspeed", "loss_scale"),
         *("initial_scale_power", "loss_scale_window", "hysteresis", "consecutive_hysteresis", "min_loss_scale"),
     }
     assert set(_FREE_IN_ENGINES) <= names
