@@ -24,8 +24,10 @@ from rlhf.algorithms.kl import kl_estimate
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.engine.engine import Engine
 from rlhf.forward_passes import Around, all_statistics, critic_values, in_pieces
+from rlhf.generation.backend import Backend
 from rlhf.generation.generate import Decoding, Generated, generate
 from rlhf.hidden_states import KeptStates
+from rlhf.models.export import plain_tensors
 from rlhf.models.lora import adapters_off
 from rlhf.reward_functions import RewardRows
 from rlhf.rewards import RewardScorer, ScoreShaping
@@ -82,6 +84,8 @@ class Collector:
     scorer: RewardScorer
     shaping: ScoreShaping
     timer: Stopwatch
+    backend: Backend | None = None
+    """Generates in place of the actor's engine."""
 
     def collect(self, prompts: PromptBatch, *, seed: int, step: int, trains: bool = True) -> Rollout:
         """Generate and score responses to this rank's prompts `[B, P]`; every rank must call it with equally many.
@@ -111,7 +115,14 @@ class Collector:
             sampling=config.sampling,
             slots=config.rollout_micro_batch_size,
         )
-        return generate_responses(self.models.actor, prompts, decoding=decoding, seed=seed)
+        if self.backend is None:
+            return generate_responses(self.models.actor, prompts, decoding=decoding, seed=seed)
+        actor = self.models.actor
+        module, prompts = cast(Any, actor.module), prompts.to(actor.world.device)
+        self.backend.load(plain_tensors(module, actor.full_tensors()))  # collectives: a gather for each tensor
+        vocabulary = module.get_input_embeddings().num_embeddings
+        answer = self.backend.answer(prompts, decoding=decoding, seed=seed, vocabulary=vocabulary)
+        return _with_responses(prompts, answer)
 
     def with_scores(self, rollout: Rollout, *, trains: bool) -> Rollout:
         """The rollout of all ranks with the scores that PPO is paid, computed alike on every rank.

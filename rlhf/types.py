@@ -119,6 +119,11 @@ class PromptBatch(_TensorBatch):
     # B rows' columns for reward functions, as in `Prompt`: {} without any, None for a row that repeats another
     columns: tuple[Mapping[str, Any] | None, ...]
 
+    def token_ids(self) -> list[list[int]]:
+        """The tokens of each prompt, without padding."""
+        rows = zip(self.input_ids.cpu(), self.attention_mask.cpu(), strict=True)
+        return [row[keep].tolist() for row, keep in rows]
+
 
 @dataclass(frozen=True)
 class Sequences(_TensorBatch):

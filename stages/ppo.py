@@ -30,7 +30,9 @@ from rlhf.engine.engine import Engine
 from rlhf.engine.loss_scale import LossScale
 from rlhf.evaluation.metrics import GoldMetric, critic_metrics, load_gold, policy_metrics, rollout_metrics, sample_rows
 from rlhf.forward_passes import critic_values, response_statistics
+from rlhf.generation.backend import Backend
 from rlhf.hidden_states import may_begin_late
+from rlhf.models.model_folder import local_folder
 from rlhf.reward_calls import RewardFunctions
 from rlhf.rewards import RewardScorer, ScoredSource, ScoreScale, ScoreShaping, reward_metrics
 from rlhf.rollout import Collector, Models, replace_equal_groups, scored_rows, without_bad_rows
@@ -256,7 +258,16 @@ def new_collector(session: Session, models: Models, *, functions: RewardFunction
         ),
         shaping=shaping,
         timer=session.timer,
+        backend=generation_backend(config, session.world),
     )
+
+
+def generation_backend(config: PPOConfig, world: World) -> Backend | None:
+    """The generator that `ppo.generation_backend` names, on this rank."""
+    if config.generation_backend is None:
+        return None
+    folder = str(local_folder(config.actor))
+    return Backend.open(config.generation_backend, model=folder, rank=world.rank, ranks=world.size)
 
 
 def kl_controller(config: KLConfig) -> KLController:

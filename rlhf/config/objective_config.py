@@ -117,17 +117,18 @@ class MismatchConfig(Settings):
     """Correction for tokens that were generated with slightly other probabilities than those that training computes."""
 
     correction: MismatchCorrection = MismatchCorrection.auto
-    """auto: token_truncate where the actor computes in bf16 or fp16, none in fp32."""
+    """auto: token_truncate where the actor computes in bf16 or fp16, or another one answers
+    (`ppo.generation_backend`); else none."""
     high: Positive = 2.0
     """Largest ratio of training to generation probability: truncated to it, or left out beyond it."""
     low: NonNegative = 0.0
     """Smallest ratio that a mask keeps."""
 
-    def kind(self, is_fp32: bool) -> MismatchCorrection:
-        """The correction for an actor that computes in fp32, or not."""
+    def kind(self, is_exact: bool) -> MismatchCorrection:
+        """The correction where both paths compute alike and in fp32, or not."""
         if self.correction is not MismatchCorrection.auto:
             return self.correction
-        return MismatchCorrection.none if is_fp32 else MismatchCorrection.token_truncate
+        return MismatchCorrection.none if is_exact else MismatchCorrection.token_truncate
 
 
 @dataclass(kw_only=True)

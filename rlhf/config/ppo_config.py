@@ -104,6 +104,9 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     """First iterations in which only the critic learns."""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     """Sampling of responses."""
+    generation_backend: str | None = None
+    """A class that generates responses in place of the engine, as `file.py:Class` or `module:Class`; see
+    docs/generation.md."""
     critic_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))
     """The critic's engine, unless overridden the stage's; `engine` is the actor's."""
     reference_engine: EngineConfig = field(default_factory=lambda: inherited(EngineConfig, "ppo.engine"))

@@ -75,12 +75,9 @@ def generate(
     Returns:
         Responses, masks and log-probabilities, on the device of the model.
     """
-    token_ids = [
-        row[keep].tolist() for row, keep in zip(prompts.input_ids.cpu(), prompts.attention_mask.cpu(), strict=True)
-    ]
     return answer(
         model,
-        token_ids,
+        prompts.token_ids(),
         sample_ids=prompts.sample_ids,
         decoding=decoding,
         seed=seed,

@@ -84,9 +84,12 @@ def uniforms(seed: int, sample_ids: Tensor, *, length: int) -> Tensor:
         `[B, R]` fp32, multiples of 2**-24.
     """
     positions = torch.arange(length, device=sample_ids.device)
-    key = _mix(torch.tensor(_signed(seed), device=sample_ids.device))
-    key = _mix(key ^ sample_ids)[:, None]
-    return (_mix(key ^ positions) >> 40 & 0xFFFFFF).float() / 2**24
+    return (_mix(sample_keys(seed, sample_ids)[:, None] ^ positions) >> 40 & 0xFFFFFF).float() / 2**24
+
+
+def sample_keys(seed: int, sample_ids: Tensor) -> Tensor:
+    """A random int64 for each of `sample_ids` `[B]`, from which its random numbers follow."""
+    return _mix(_mix(torch.tensor(_signed(seed), device=sample_ids.device)) ^ sample_ids)
 
 
 def _weights(logits: Tensor, highest: Tensor, *, temperature: float) -> Tensor:

@@ -148,6 +148,9 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
         there = early if phase == REFERENCE else models
         if not there:
             continue
+        if phase == "generate" and run.ppo is not None and run.ppo.generation_backend:  # whose memory nobody knows
+            found[phase] = [item for model in there for item in model.at_rest()]
+            continue
         works = {
             role: Workload.of(compute, config, ranks=machine.ranks, chunk_elements=chunk)
             for role, compute in computed.items()

@@ -161,6 +161,11 @@ def export(
     return precision.share if adapters else None
 
 
+def plain_tensors(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """All `module.named_parameters()` as plain transformers names them: adapters merged, and with buffers."""
+    return _plain_tensors(module, tensors, adapters={}, dtype=None, precision=lora.MergePrecision())
+
+
 def _entries(module: nn.Module, dtype: torch.dtype | None) -> list[Entry]:
     """The tensors of the model without adapters, with buffers, in the order of its modules."""
     own = [(plain_name(name), p) for name, p in module.named_parameters() if ".lora_" not in name]

@@ -70,7 +70,8 @@ def training_batch(rollout: Rollout, estimate: Advantages, *, config: PPOConfig,
     batch = Experience.from_rollout(rollout, advantages=estimate.advantages, returns=estimate.returns)
     if config.mask_truncated:
         batch = replace(batch, loss_mask=rollout.response_mask & rollout.ended[:, None])
-    kind, bounds = config.mismatch.kind(dtype == torch.float32), (config.mismatch.low, config.mismatch.high)
+    is_exact = dtype == torch.float32 and config.generation_backend is None
+    kind, bounds = config.mismatch.kind(is_exact), (config.mismatch.low, config.mismatch.high)
     if kind is not MismatchCorrection.none:
         weights = mismatch_weights(
             rollout.logprobs, rollout.generation_logprobs, rollout.response_mask, kind=kind, bounds=bounds

@@ -1,4 +1,4 @@
-"""Checks reward functions before any model is loaded: they can be imported and called, and the data have their columns.
+"""Checks the user's functions before any model is loaded: they can be imported, and the data have their columns.
 
 See also: reward models, which are checked as all models are (`compatibility.py`).
 """
@@ -11,11 +11,12 @@ from data.build_samples import Splits
 from data.samples import Prompt
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import RunConfig
+from rlhf.generation.backend import find_backend
 from rlhf.reward_calls import RewardFunctions, missing_columns
 
 
 def check_rewards(run: RunConfig, stage: str) -> None:
-    """Import the reward functions of a stage, and check that its `reward` is used.
+    """Import the reward functions of a stage and its generator, and check that its `reward` is used.
 
     Raises:
         ValueError: a function cannot be used, or a reward model was named that is not among the sources.
@@ -24,6 +25,8 @@ def check_rewards(run: RunConfig, stage: str) -> None:
     if config is None:
         return
     RewardFunctions.load(config, stage=stage)
+    if stage == "ppo" and run.ppo is not None and run.ppo.generation_backend is not None:
+        find_backend(run.ppo.generation_backend)
     single, default = config.reward, f"{run.output_dir}/reward/model"
     if stage == "ppo" and single != default and "reward" not in config.model_sources(single):
         raise ValueError(

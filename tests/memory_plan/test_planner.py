@@ -76,6 +76,14 @@ def test_captured_steps_have_a_cache_of_fixed_shape_and_memory_of_their_own(tmp_
         assert not generating("engine.precision=bf16", without)[1].get("CUDA graphs")
 
 
+def test_another_generator_leaves_the_models_at_rest(tmp_path):
+    phases = plan_of(run_of(tmp_path, "ppo.generation_backend=my.py:Mine"), "ppo").phases
+    assert phases[0].name == "generate"
+    parts = [{item.part for item in phase.items if item.role == "actor"} for phase in phases]
+    assert not parts[0] & {"KV cache", "activations", "gathered weights"}
+    assert parts[0] <= parts[1]
+
+
 def test_with_adapters_the_reference_is_the_actor_and_without_a_critic_there_is_none(tmp_path):
     lora = plan_of(run_of(tmp_path, "stage=[sft,reward,ppo_lora]"), "ppo")
     assert {item.role for item in lora.phases[0].items} == {"actor", "critic", "reward", "process"}

@@ -178,14 +178,20 @@ def test_truncated_responses_count_for_the_critic_but_not_for_the_actor():
 
 
 @pytest.mark.parametrize(
-    ("correction", "dtype", "weight"),
-    [("auto", torch.float32, None), ("auto", torch.bfloat16, 2.0), ("token_mask", torch.float32, 0.0)],
+    ("correction", "dtype", "backend", "weight"),
+    [
+        ("auto", torch.float32, None, None),
+        ("auto", torch.bfloat16, None, 2.0),
+        ("auto", torch.float32, "my.py:Mine", 2.0),
+        ("none", torch.float32, "my.py:Mine", None),
+        ("token_mask", torch.float32, None, 0.0),
+    ],
 )
-def test_the_mismatch_is_corrected_where_the_paths_differ(correction, dtype, weight):
+def test_the_mismatch_is_corrected_where_the_paths_differ(correction, dtype, backend, weight):
     generated = torch.zeros(8, 4)
     generated[7, 3] = -1.0  # training finds that token e times as likely
     rollout = replace(_rollout(torch.ones(8)), generation_logprobs=generated)
-    ppo = config(mismatch=MismatchConfig(correction=MismatchCorrection(correction)))
+    ppo = config(mismatch=MismatchConfig(correction=MismatchCorrection(correction)), generation_backend=backend)
     found = training_batch(rollout, estimate_of(rollout), config=ppo, dtype=dtype)
     metrics = mismatch_metrics(rollout, found)
     assert metrics["rollout/mismatch_max"] == pytest.approx(math.e)
