@@ -1,15 +1,16 @@
 """Decode steps captured as CUDA graphs, which launch all kernels of a step at once.
 
 A step of fixed shapes reads and writes memory of fixed addresses: tokens, lengths, keys and values, and what is drawn.
-It is captured once for each number of rows (N, and half of it as often as rows end) and of columns (doubled as they are
-needed); between two replays, the host only copies data into that memory. The host learns of rows that ended from a copy
-into page-locked memory, a few steps later, and so never waits for the device while that has nothing to do.
+It is captured once for each number of rows (N, halved as rows end) and of columns (doubled as they are needed); between
+two replays, the host only copies data into that memory. The host learns of rows that ended from a copy into page-locked
+memory, a few steps later, and so never waits for the device while that has nothing to do.
 Without CUDA the same step runs eagerly, for tests and the memory plan. Left out: a compiler.
 """
 
 from __future__ import annotations
 
 import logging
+import warnings
 from itertools import chain
 from typing import Any
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 
 _STEPS = 4  # between two looks at who has ended: a row that has is noticed 4 to 7 steps later
 _COLUMNS = 256  # of the smallest graph; a step reads all columns, so there is a graph for each power of two
+_ROWS = 16  # fewer are not halved: a step would take hardly less time, and a capture takes that of several
 _ROUND = 64  # the capacity is a multiple, so that the next batch, a little longer, finds its graphs
 
 
@@ -47,7 +49,7 @@ class DecodeGraphs:
         """
         if outputs.length == 1:  # the only token comes from the prompt's forward
             return None
-        reason = self._refusal or ("" if serves(model.config) else "its layers keep more than keys and values")
+        reason = self._refusal or why_not(model)
         if reason:
             self.refuse(model, reason)
             self.clear()
@@ -74,6 +76,15 @@ class DecodeGraphs:
     def clear(self) -> None:
         """Free graphs, cache and outputs."""
         self._kept = None
+
+
+def why_not(model: PreTrainedModel) -> str:
+    """The reason why steps of this model cannot have fixed shapes; empty where they can."""
+    if not serves(model.config):
+        return "its layers keep more than keys and values"
+    # Some attention takes the last column of the cache for the newest token, without asking for a mask.
+    fixed = getattr(model, "_can_compile_fullgraph", False)
+    return "" if fixed else "transformers does not run it with a cache of fixed shape"
 
 
 class FixedSlots(Slots):
@@ -153,7 +164,7 @@ class FixedSlots(Slots):
         """Halve the slots as often as the rows that are left allow; they move to the front."""
         count, before = self._taken.count(True), len(self._taken)
         after = before
-        while after > 1 and count <= -(-after // 2):
+        while after > _ROWS and count <= -(-after // 2):
             after = -(-after // 2)
         if count == 0 or after == before:
             return
@@ -203,8 +214,9 @@ class FixedSlots(Slots):
         try:
             # A warm-up, on the stream of the capture: libraries allocate their workspaces, and whatever would wait for
             # the device says so while an error does no harm. Repeated, a step writes the same to the same places.
-            torch.cuda.set_sync_debug_mode("error")
-            with torch.cuda.stream(self._stream):
+            with warnings.catch_warnings(), torch.cuda.stream(self._stream):
+                warnings.simplefilter("ignore")  # the mode is said to be a prototype
+                torch.cuda.set_sync_debug_mode("error")
                 self._step(n, columns)
         finally:
             torch.cuda.set_sync_debug_mode(debugging)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from rlhf.config.bounds import as_plain
 from rlhf.config.run_config import SUPERVISED
 from rlhf.forward_passes import critic_values, response_statistics
-from rlhf.generation.decode_graphs import DecodeGraphs
+from rlhf.generation.decode_graphs import DecodeGraphs, why_not
 from rlhf.generation.generate import Decoding, answer
 from rlhf.memory_plan.trace import EnoughError
 from rlhf.rollout import Models
@@ -104,7 +104,7 @@ def generation(model: Any, work: Workload) -> None:
     longest, new = work.config.max_prompt_tokens, work.config.max_response_tokens
     prompts = [[row >> bit & 1 for bit in range(longest)] for row in range(work.rows)]
     prompts[-1] = prompts[-1][: max(1, longest - 1)]
-    graphs = DecodeGraphs() if work.captures else None
+    graphs = DecodeGraphs() if work.captures and not why_not(model) else None
     decoding = Decoding(new, stop_token_ids=[0], pad_id=0, sampling=work.config.sampling, graphs=graphs)
     answer(model, prompts, sample_ids=torch.arange(work.rows), decoding=decoding, seed=0)
 

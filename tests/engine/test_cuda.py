@@ -19,6 +19,7 @@ from rlhf.engine.offload.weight_stores import HostWeights
 from rlhf.engine.offload.working_weights import StagedWeights
 from rlhf.runtime import dist
 from tests.engine import plain, scenarios, tiny
+from tests.engine.test_hybrid import assert_fixed_steps_follow_the_weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -174,6 +175,12 @@ def test_generation_in_the_middle_of_training_changes_nothing(world, tmp_path, s
     assert found == scenarios.curve(calm, 3)
     for trained in (busy, calm):
         trained.close()
+
+
+@pytest.mark.parametrize("store", ["device", "cpu", "weights", "cpu cpu", "nvme nvme"])
+def test_captured_steps_follow_the_weights(world, tmp_path, store):
+    settings = {"nvme_path": str(tmp_path), **(WHOLE | OFFLOADED)[store]}
+    assert_fixed_steps_follow_the_weights(world, tmp_path / "model", zero_stage=3, **settings)
 
 
 @pytest.mark.parametrize("store", ["device", "cpu", "cpu cpu", "nvme nvme"])

@@ -7,6 +7,7 @@ from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import LoraConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
 from rlhf.forward_passes import all_statistics
+from rlhf.generation.decode_graphs import DecodeGraphs
 from rlhf.generation.generate import Decoding
 from rlhf.models.causal_lm import causal_lm
 from rlhf.rollout import generate_responses
@@ -79,6 +80,45 @@ def gap(engine, seed=0):
     with engine.evaluating() as model:
         logprobs = all_statistics(model, responses, size=32, temperature=1.0)[0]
     return (responses.generation_logprobs - logprobs)[responses.response_mask].abs().mean().item()
+
+
+def train(engine):
+    """A step on the prompts of `answers`."""
+    ids = torch.arange(24, device=engine.world.device).view(4, 6)
+    loss = torch.nn.functional.cross_entropy(engine(input_ids=ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    engine.backward(loss, last=True)
+    engine.step()
+
+
+def answers(engine, *, graphs):
+    ids, there = torch.arange(24).view(4, 6), torch.ones(4, 6, dtype=torch.bool)
+    prompts = PromptBatch(ids, there, torch.arange(4), prompts=("",) * 4, columns=({},) * 4)
+    decoding = Decoding(20, [100, *range(0, 90, 9)], pad_id=0, sampling=SamplingConfig(), slots=3)
+    engine.decode_graphs = graphs
+    return generate_responses(engine, prompts.to(engine.world.device), decoding=decoding, seed=4)
+
+
+def assert_fixed_steps_follow_the_weights(world, folder, **config):
+    """After every update, steps of fixed shapes say what those of growing ones say, and nothing of them is kept."""
+    tiny.reference().llama.save_pretrained(folder)
+    optimizer = tiny.optimizer_config(schedule="constant", warmup_steps=0)
+    config = EngineConfig(precision="fp32", **config)
+    engine = build_engine(causal_lm(folder), config=config, world=world, optimizer=optimizer, total_steps=3)
+    graphs, texts = DecodeGraphs(), set()
+    for _ in range(3):
+        train(engine)
+        found, expected = answers(engine, graphs=graphs), answers(engine, graphs=None)
+        assert torch.equal(found.sequences, expected.sequences)
+        torch.testing.assert_close(found.generation_logprobs, expected.generation_logprobs, rtol=1e-4, atol=1e-4)
+        texts.add(str(found.sequences.tolist()))
+        assert graphs._kept is None
+    assert len(texts) == 3
+    assert not graphs._refusal
+    engine.close()
+
+
+def test_fixed_steps_follow_the_weights(tmp_path):
+    assert_fixed_steps_follow_the_weights(World.alone(), tmp_path, zero_stage=0)
 
 
 def test_small_adapters_do_not_widen_the_gap_between_generation_and_training(tmp_path):

@@ -6,6 +6,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.generation import decode_graphs
@@ -29,6 +30,13 @@ DEVICES = [
         marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
     ),
 ]
+
+
+@pytest.fixture(autouse=True)
+def many_shapes(monkeypatch):
+    """Small batches and short sequences go through several shapes."""
+    monkeypatch.setattr(decode_graphs, "_COLUMNS", 8)
+    monkeypatch.setattr(decode_graphs, "_ROWS", 1)
 
 
 def said(model, prompts, *, graphs=None, slots=None, stops=(), sampling=SAMPLED, new=NEW, seed=1):
@@ -68,7 +76,6 @@ def test_every_kind_of_sampling_draws_the_same(sampling, device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_columns_and_rows_have_a_graph_each_and_the_next_queue_finds_them(device, monkeypatch):
-    monkeypatch.setattr(decode_graphs, "_COLUMNS", 16)
     model, graphs = tiny.model("gemma3").to(device), DecodeGraphs()
     shapes = []
     step = decode_graphs.FixedSlots._step
@@ -150,8 +157,22 @@ def test_few_steps_are_wasted_on_rows_that_ended():
 
 
 def test_a_model_that_cannot_be_captured_says_why_once_and_answers(caplog):
+    torch.manual_seed(0)
+    local = GPTNeoConfig(
+        vocab_size=tiny.VOCAB,
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        attention_types=[[["local"], 2]],
+        window_size=4,
+    )
     for model, graphs, reason in [
         (tiny.model("states"), DecodeGraphs(), "its layers keep more than keys and values"),
+        (
+            AutoModelForCausalLM.from_config(local).eval(),
+            DecodeGraphs(),
+            "transformers does not run it with a cache of fixed shape",
+        ),
         (tiny.model("llama"), DecodeGraphs(refusal="it is streamed"), "it is streamed"),
     ]:
         caplog.clear()
@@ -263,7 +284,6 @@ def test_a_shape_is_captured_once_and_warming_up_changes_nothing(family, monkeyp
     model, prompts, graphs = tiny.model(family), queue(), DecodeGraphs()
     stops = unequal_stops(model, prompts)
     expected = said(model, prompts, slots=4, stops=stops)
-    monkeypatch.setattr(decode_graphs, "_COLUMNS", 8)
     device = Device(monkeypatch)
     for _ in range(2):
         assert_same(said(model, prompts, graphs=graphs, slots=4, stops=stops), expected)
