@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.samples import Demonstration, Preference, Prompt
-from rlhf.config.bounds import accumulation, divisible
+from rlhf.config.bounds import MicroBatchLimit, accumulation, divisible
+from rlhf.micro_batches import deal, pieces_by_length
 from rlhf.types import EvalBatch, PreferenceBatch, PromptBatch, SFTBatch
 
 Sample = TypeVar("Sample", bound=Sized)
@@ -98,15 +99,15 @@ def shuffled_rows(num_rows: int, seed: int, *, start: int, count: int) -> list[i
 class TrainLoader(Generic[Sample, Batch]):
     """For each optimizer step, the micro-batches of this rank.
 
-    An epoch that ends within a step is followed by the next one. The rows of a step are sorted by length, the longest
-    first (so that the first step shows whether memory suffices), cut into micro-batches and dealt to the ranks in
-    turn: little padding, equal numbers, similar work.
+    An epoch that ends within a step is followed by the next one. The rows of a step are sorted by length, cut into
+    micro-batches, the largest first (so that the first step shows whether memory suffices), and dealt to the ranks:
+    little padding, equal numbers, similar work. Where `limit` is one of tokens, steps differ in their number.
     """
 
     samples: Sequence[Sample]
     collate: Callable[[Sequence[Sample]], Batch]
     global_batch_size: int
-    micro_batch_size: int
+    limit: MicroBatchLimit
     rank: int
     ranks: int
     seed: int
@@ -116,12 +117,7 @@ class TrainLoader(Generic[Sample, Batch]):
 
     def __post_init__(self) -> None:
         assert len(self.samples) > 0, "no samples to train on"
-        accumulation(
-            self.global_batch_size,
-            micro_batch_size=self.micro_batch_size,
-            ranks=self.ranks,
-            name="global_batch_size",
-        )
+        accumulation(self.global_batch_size, limit=self.limit, ranks=self.ranks, name="global_batch_size")
 
     def __len__(self) -> int:
         return self.steps
@@ -135,9 +131,10 @@ class TrainLoader(Generic[Sample, Batch]):
         """The micro-batches of this rank in optimizer step `step`, counted from 0."""
         size = self.global_batch_size
         numbers = shuffled_rows(len(self.samples), self.seed, start=step * size, count=size)
-        rows = sorted((self.samples[number] for number in numbers), key=len, reverse=True)
-        starts = range(self.rank * self.micro_batch_size, size, self.ranks * self.micro_batch_size)
-        return [self.collate(rows[start : start + self.micro_batch_size]) for start in starts]
+        rows = [self.samples[number] for number in numbers]
+        pieces = pieces_by_length(torch.tensor(list(map(len, rows))), self.limit, ranks=self.ranks)
+        own = deal(pieces, ranks=self.ranks)[self.rank]
+        return [self.collate([rows[row] for row in piece.tolist()]) for piece in own]
 
     def used(self) -> list[Sample]:
         """The samples that the steps of all ranks use, each once."""
@@ -157,22 +154,21 @@ def evaluation_batches(
     samples: Sequence[Sample],
     collate: Callable[[Sequence[Sample]], Batch],
     *,
-    micro_batch_size: int,
+    limit: MicroBatchLimit,
     rank: int,
     ranks: int,
 ) -> list[EvalBatch[Batch]]:
-    """This rank's part of all samples, once each: the same number of batches on every rank, all of one size.
+    """This rank's part of all samples, once each: the same number of batches on every rank.
 
-    Missing rows are filled by repeating one beyond `count`, which is 0 if a rank has nothing left to do.
+    A rank that has nothing left to do gets a row of others, of which it counts none.
     """
-    rows = sorted(samples, key=len, reverse=True)
-    size = max(min(micro_batch_size, -(-len(rows) // ranks)), 1)
-    batches = []
-    for start in range(0, len(rows), size * ranks):
-        own = rows[start + rank * size : start + (rank + 1) * size]
-        filler = rows[-1:] * (size - len(own))
-        batches.append(EvalBatch(collate(own + filler), len(own)))
-    return batches
+    if not samples:
+        return []
+    lengths = torch.tensor(list(map(len, samples)))
+    filler = samples[int(lengths.argmin())]
+    own = deal(pieces_by_length(lengths, limit, ranks=ranks), ranks=ranks)[rank]
+    batches = [[samples[row] for row in piece.tolist()] for piece in own]
+    return [EvalBatch(collate(rows or [filler]), len(rows)) for rows in batches]
 
 
 def evaluation_prompts(samples: Sequence[Prompt], *, rank: int, ranks: int, pad_id: int) -> PromptBatch:

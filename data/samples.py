@@ -53,7 +53,7 @@ class Preference:
     """`[2]`, log-probabilities of both responses under a reference; DPO fills them in before training."""
 
     def __len__(self) -> int:
-        return max(len(self.chosen), len(self.rejected))
+        return 2 * max(len(self.chosen), len(self.rejected))  # tokens of both in one batch, padding included
 
 
 @dataclass(frozen=True, eq=False)

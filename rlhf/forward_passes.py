@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from rlhf.algorithms.logprobs import TokenStatistics, Wanted
+from rlhf.config.bounds import MicroBatchLimit
+from rlhf.micro_batches import pieces_by_length
 from rlhf.models.causal_lm import position_ids, token_statistics
 from rlhf.models.scalar_head import response_values
+from rlhf.runtime.dist import max_over_ranks
 from rlhf.types import Responses
 
 Around = Callable[[Any], AbstractContextManager[Any]]
@@ -40,9 +43,14 @@ def response_statistics(
 
 
 def all_statistics(
-    model: Callable[..., Any], responses: Responses, *, size: int, temperature: float, around: Around = nullcontext
+    model: Callable[..., Any],
+    responses: Responses,
+    *,
+    limit: MicroBatchLimit,
+    temperature: float,
+    around: Around = nullcontext,
 ) -> Tensor:
-    """Log-probabilities and entropies, `[2, B, R]`, 0 where masked; `size` sequences per forward pass.
+    """Log-probabilities and entropies, `[2, B, R]`, 0 where masked, in pieces within `limit`; a collective.
 
     The forward of each piece runs inside `around(piece)`.
     """
@@ -51,7 +59,7 @@ def all_statistics(
         found = response_statistics(model, piece, temperature=temperature)
         return torch.stack((found.logprobs, found.entropy))
 
-    return in_pieces(responses, size, function=statistics, around=around)
+    return in_pieces(responses, limit, function=statistics, around=around)
 
 
 def critic_values(critic: Callable[..., Tensor], batch: Responses, *, shift: float) -> Tensor:
@@ -65,18 +73,22 @@ def scalar_outputs(model: Callable[..., Tensor], batch: Responses) -> Tensor:
 
 
 def in_pieces(
-    responses: Responses, size: int, *, function: Callable[[Responses], Tensor], around: Around = nullcontext
+    responses: Responses,
+    limit: MicroBatchLimit,
+    *,
+    function: Callable[[Responses], Tensor],
+    around: Around = nullcontext,
 ) -> Tensor:
-    """Apply `function` to pieces of `size` rows of similar length, trimmed; `[K, b, r]` each, together `[K, B, R]`.
+    """Apply `function` to pieces of rows of similar length, trimmed; `[K, b, r]` each, together `[K, B, R]`.
 
-    It is called inside `around(piece)`.
+    It is called inside `around(piece)`, equally often on every rank.
 
     Training cuts its minibatches into other pieces. In fp32 the difference does not matter. With 16-bit weights a
     kernel may round a row differently in another shape, so some of the new log-probabilities differ from the old ones
     even before the first update (in bf16 every twelfth, by up to 0.2).
     """
     found: Tensor | None = None
-    for rows in responses.pieces(size):
+    for rows in agreed_pieces(responses, limit):
         piece = responses.rows(rows).trimmed()
         with around(piece):
             values = function(piece) * piece.response_mask  # [K, b, r]
@@ -85,3 +97,16 @@ def in_pieces(
         found[:, rows, : values.shape[-1]] = values
     assert found is not None, "a rollout has at least one row"
     return found
+
+
+def agreed_pieces(responses: Responses, limit: MicroBatchLimit) -> list[Tensor]:
+    """Row numbers of each piece within `limit`; equally many pieces on every rank, if ranks have equally many rows.
+
+    Every rank must call it, because a forward may be a collective, and lengths differ between ranks.
+    """
+    lengths = responses.lengths
+    pieces = pieces_by_length(lengths, limit)
+    if limit.tokens is None:
+        return pieces
+    count = torch.tensor(len(pieces), device=responses.sequences.device)
+    return pieces_by_length(lengths, limit, at_least=int(max_over_ranks(count)))  # a collective, and a wait for it

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rlhf.algorithms.groups import normalize_in_groups
 from rlhf.algorithms.scores import normalize_scores, penalize_overlong, penalize_unended, weighted_scores
+from rlhf.config.bounds import MicroBatchLimit
 from rlhf.config.objective_config import ScoreConfig
 from rlhf.config.reward_config import RewardCombination
 from rlhf.engine.engine import Engine
-from rlhf.forward_passes import scalar_outputs
+from rlhf.forward_passes import agreed_pieces, scalar_outputs
 from rlhf.models.scalar_head import last_token_scores
 from rlhf.reward_calls import RewardFunctions
 from rlhf.reward_functions import RewardRows
@@ -34,8 +35,8 @@ class RewardScorer:
     """Of all sources, in the order of the settings."""
     models: Mapping[str, Engine]
     functions: RewardFunctions
-    micro_batch_size: int
-    """Sequences per forward pass of a model: memory, not results."""
+    limit: MicroBatchLimit
+    """Of a forward pass of a model: memory, not results."""
 
     def score(self, responses: Responses, rows: RewardRows) -> Tensor:
         """What each source says of this rank's responses, `[B, S]` fp32; every rank must call it equally often.
@@ -49,20 +50,20 @@ class RewardScorer:
         by_function = self.functions.score(rows).to(responses.sequences.device)  # [B, functions]
         found = {f.name: by_function[:, place] for place, f in enumerate(self.functions.functions)}
         for name, engine in self.models.items():
-            scores = reward_model_scores(engine, responses, size=self.micro_batch_size)
+            scores = reward_model_scores(engine, responses, limit=self.limit)
             found[name] = scores.float().where(scores.isfinite(), torch.inf)  # its NaN is not that of a function
         return torch.stack([found[name] for name in self.names], dim=1)
 
 
-def reward_model_scores(reward: Engine, responses: Responses, *, size: int) -> Tensor:
-    """Scores `[B]` of a reward model, in its own units; `size` sequences per forward pass.
+def reward_model_scores(reward: Engine, responses: Responses, *, limit: MicroBatchLimit) -> Tensor:
+    """Scores `[B]` of a reward model, in its own units, in pieces within `limit`; a collective.
 
     Equal sequences get equal scores, which pieces of other shapes would round differently: where scores are compared
     and divided by their deviation, as in a group, such a difference would become an advantage.
     """
     scores = torch.zeros(len(responses), device=responses.sequences.device)
     with reward.evaluating() as model:
-        for rows in responses.pieces(size):
+        for rows in agreed_pieces(responses, limit):
             piece = responses.rows(rows).trimmed()
             scores[rows] = last_token_scores(scalar_outputs(model, piece), piece.attention_mask)  # [b, t] -> [b]
     return scores[_first_equal_rows(responses).to(scores.device)]

@@ -190,8 +190,8 @@ class Collector:
     def _statistics(
         self, model: Callable[..., Tensor], generated: GeneratedResponses, *, around: Around = nullcontext
     ) -> Tensor:
-        temperature, size = self.config.sampling.temperature, self.config.micro_batch_size
-        return all_statistics(model, generated, size=size, temperature=temperature, around=around)
+        temperature, limit = self.config.sampling.temperature, self.config.micro_batch_limit
+        return all_statistics(model, generated, limit=limit, temperature=temperature, around=around)
 
     def _values(self, generated: GeneratedResponses) -> tuple[Tensor, tuple[Tensor, ...] | None]:
         """The critic's values `[B, R]`, and what its frozen layers gave."""
@@ -200,8 +200,8 @@ class Collector:
         states = KeptStates(self.models.critic, used="critic" in self.models.begin_late)
         with self.models.critic.evaluating() as critic:
             values = partial(critic_values, critic, shift=self.models.value_shift)
-            size = self.config.micro_batch_size
-            found = in_pieces(generated, size, function=lambda piece: values(piece)[None], around=states.kept)[0]
+            limit = self.config.micro_batch_limit
+            found = in_pieces(generated, limit, function=lambda piece: values(piece)[None], around=states.kept)[0]
         return found, states.of(generated.sample_ids)
 
 

@@ -51,15 +51,6 @@ def _selected(values: Any, index: Tensor) -> Any:
     return tuple(values[i] for i in index.tolist())
 
 
-def pieces_by_length(num_tokens: Tensor, size: int, *, ranks: int = 1) -> list[Tensor]:
-    """Row numbers in groups of at most `size`, of similar `num_tokens` `[B]`, the longest first.
-
-    Their number is a multiple of `ranks`, so that these can take turns; with too few rows some pieces are empty.
-    """
-    order = num_tokens.argsort(descending=True, stable=True)
-    return list(order.tensor_split(-(-len(order) // (size * ranks)) * ranks))
-
-
 @dataclass(frozen=True)
 class Responses(_TensorBatch):
     """Prompts with their responses, to be scored or trained on."""
@@ -71,9 +62,11 @@ class Responses(_TensorBatch):
     def __len__(self) -> int:
         return self.sequences.shape[0]
 
-    def pieces(self, size: int) -> list[Tensor]:
-        """Row numbers in groups of at most `size`, of similar length, the longest first."""
-        return pieces_by_length(self.attention_mask.sum(-1), size)
+    @property
+    def lengths(self) -> Tensor:
+        """Tokens of each prompt and of its response, `[B, 2]` int64 on the CPU."""
+        response = self.response_mask.sum(-1)
+        return torch.stack((self.attention_mask.sum(-1) - response, response), dim=1).cpu()  # waits for the device
 
     def trimmed(self) -> Self:
         """The same rows without the columns that are padding in every row."""

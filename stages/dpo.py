@@ -23,6 +23,7 @@ from rlhf.config.roles import Role, roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import evaluate_policy_on_pairs, response_logprobs
+from rlhf.micro_batches import deal, pieces_by_length
 from rlhf.runtime.dist import World, broadcast_object, sum_over_ranks
 from rlhf.runtime.process import trim
 from rlhf.training.supervised_step import dpo_form
@@ -75,14 +76,13 @@ class ReferenceLogprobs:
 
     def ask(self, engine: Engine, session: Session) -> None:
         """Let the model of `engine` compute them; all ranks must call it, and share the work."""
-        world, size = session.world, session.run.training_config("dpo").micro_batch_size
-        order = sorted(range(len(self.samples)), key=lambda number: len(self.samples[number]), reverse=True)
-        found = torch.zeros(len(order), 2, device=world.device)
+        world, limit = session.world, session.run.training_config("dpo").micro_batch_limit
+        pieces = pieces_by_length(torch.tensor(list(map(len, self.samples))), limit, ranks=world.size)
+        found = torch.zeros(len(self.samples), 2, device=world.device)
         with session.timer("reference"), engine.evaluating() as model:
-            for start in range(world.rank * size, len(order) + world.rank * size, world.size * size):
-                own = order[start : start + size]
+            for own in (piece.tolist() for piece in deal(pieces, ranks=world.size)[world.rank]):
                 # A rank without a row of its own computes another's, because every forward may be a collective.
-                batch = collate_preferences([self.samples[number] for number in own or order[-1:]], session.pad_id)
+                batch = collate_preferences([self.samples[number] for number in own or [0]], session.pad_id)
                 pairs = response_logprobs(model, batch.to(world.device)).view(2, -1).T  # [2B] -> [B, 2]
                 found[own] = pairs[: len(own)]
             self._set(sum_over_ranks(found).cpu().numpy())  # a row is 0 on all ranks but one

@@ -159,7 +159,7 @@ class ModelRunner:
         scale, pairs = stored_scale(role.path), self._batches(self.rows.pairs, collate_preferences)
         with self._open(role) as engine:
             for answers in self.answers.values():
-                raw = reward_model_scores(engine, answers.responses, size=self.config.micro_batch_size)
+                raw = reward_model_scores(engine, answers.responses, limit=self.config.micro_batch_limit)
                 answers.numbers["raw_score"] = raw.double()
                 if scale is not None:
                     normalized = normalize_scores(raw, mean=scale.mean, std=scale.std, clamp=None)
@@ -174,7 +174,7 @@ class ModelRunner:
         log.info("eval: %s scores", role.path)
         with self._open(role) as engine:
             for answers in self.answers.values():
-                raw = reward_model_scores(engine, answers.responses, size=self.config.micro_batch_size)
+                raw = reward_model_scores(engine, answers.responses, limit=self.config.micro_batch_limit)
                 answers.numbers[f"reward/{name}"] = raw.double()
 
     def score_by_functions(self, functions: RewardFunctions) -> None:
@@ -207,7 +207,7 @@ class ModelRunner:
         """Log-probabilities `[B, R]`, 0 where masked, at the sampling temperature (of greedy responses, at 1)."""
         temperature = self.config.sampling.temperature or 1.0
         with engine.evaluating() as model:
-            return all_statistics(model, responses, size=self.config.micro_batch_size, temperature=temperature)[0]
+            return all_statistics(model, responses, limit=self.config.micro_batch_limit, temperature=temperature)[0]
 
     def _prompts(self) -> PromptBatch:
         """This rank's part of the prompts; the last ranks repeat some."""
@@ -216,8 +216,9 @@ class ModelRunner:
 
     def _batches(self, samples: Sequence[Any], collate: Callable[..., Any]) -> list[Any]:
         """This rank's part of held-out rows."""
-        sizes = {"micro_batch_size": self.config.micro_batch_size, "rank": self.world.rank, "ranks": self.world.size}
-        return evaluation_batches(samples, partial(collate, pad_id=int(self.tokenizer.pad_token_id)), **sizes)
+        limit, world = self.config.micro_batch_limit, self.world
+        padded = partial(collate, pad_id=int(self.tokenizer.pad_token_id))
+        return evaluation_batches(samples, padded, limit=limit, rank=world.rank, ranks=world.size)
 
     @contextmanager
     def _open(self, role: Role) -> Iterator[Engine]:

@@ -235,7 +235,7 @@ def text_loader(session: Session, samples: Sequence[Demonstration]) -> TrainLoad
         samples,
         partial(collate_demonstrations, pad_id=session.pad_id),
         global_batch_size=config.ptx.batch_size,
-        micro_batch_size=config.micro_batch_size,
+        limit=config.micro_batch_limit,
         rank=session.world.rank,
         ranks=session.world.size,
         seed=config.seed,
@@ -254,7 +254,7 @@ def new_collector(session: Session, models: Models, *, functions: RewardFunction
         pad_id=session.pad_id,
         stop_token_ids=stop_token_ids(session.tokenizer, getattr(models.actor.module, "generation_config", None)),
         scorer=RewardScorer(
-            [source.name for source in shaping.sources], models.rewards, functions, config.micro_batch_size
+            [source.name for source in shaping.sources], models.rewards, functions, config.micro_batch_limit
         ),
         shaping=shaping,
         timer=session.timer,

@@ -104,7 +104,7 @@ def train_loader(
         samples,
         collate,
         global_batch_size=config.global_batch_size,
-        micro_batch_size=config.micro_batch_size,
+        limit=config.micro_batch_limit,
         rank=world.rank,
         ranks=world.size,
         seed=config.seed,
@@ -116,5 +116,5 @@ def held_out_batches(
     samples: Sequence[Any], collate: Callable[[Sequence[Any]], Batch], *, config: SupervisedConfig, world: World
 ) -> list[EvalBatch[Batch]]:
     """This rank's share of the held-out rows."""
-    size = config.micro_batch_size
-    return evaluation_batches(samples, collate, micro_batch_size=size, rank=world.rank, ranks=world.size)
+    limit = config.micro_batch_limit
+    return evaluation_batches(samples, collate, limit=limit, rank=world.rank, ranks=world.size)

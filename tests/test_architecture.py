@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("rlhf", "stages", "data", "conf")
 FLOORS = [
     {"rlhf.config", "rlhf.types"},
-    {"rlhf.runtime"},
+    {"rlhf.runtime", "rlhf.micro_batches"},
     {"rlhf.algorithms", "rlhf.text"},
     {"rlhf.deepspeed", "rlhf.tracking"},
     {"rlhf.models", "rlhf.generation", "data"},

@@ -11,10 +11,11 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3nTextConfig, LlamaConfig, LlamaForCausalLM
 
 from rlhf.algorithms.ppo import token_rewards
+from rlhf.config.bounds import MicroBatchLimit
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.engine.engine import build_engine
-from rlhf.forward_passes import all_statistics, critic_values, response_statistics
+from rlhf.forward_passes import agreed_pieces, all_statistics, critic_values, response_statistics
 from rlhf.hidden_states import KeptStates, after_frozen_layers, may_begin_late
 from rlhf.models.causal_lm import causal_lm, position_ids
 from rlhf.models.scalar_head import scalar_head_model
@@ -80,7 +81,7 @@ def responses(lengths=((4, 3), (2, 5), (4, 1), (3, 2))):
 def kept_states(engine, generated, size=2):
     states = KeptStates(engine, used=True)
     with engine.evaluating() as model:
-        found = all_statistics(model, generated, size=size, temperature=1.0, around=states.kept)[0]
+        found = all_statistics(model, generated, limit=MicroBatchLimit(size), temperature=1.0, around=states.kept)[0]
     return states, found
 
 
@@ -101,7 +102,8 @@ def test_logprobs_and_gradients_are_those_of_a_pass_through_every_layer(family, 
     assert may_begin_late(engine, logprobs, name="actor")
     generated = responses()
     states, _ = kept_states(engine, generated)
-    kept, other = generated.pieces(2)[0], torch.tensor([3, 1, 2])  # the second in other company than when it was kept
+    kept = agreed_pieces(generated, MicroBatchLimit(2))[0]
+    other = torch.tensor([3, 1, 2])  # the second in other company than when it was kept
     for rows, tolerance in ((kept, 0), (other, 1e-4)):
         batch = generated.rows(rows).trimmed()
         expected, every_layer = gradients(engine, batch, logprobs, None)
@@ -232,7 +234,7 @@ def iteration(folder, world, *, reuse, trains=True, **engine):
         decode=str,
         pad_id=tiny.PAD,
         stop_token_ids=tuple(range(0, 60, 3)),
-        scorer=RewardScorer(["model"], models.rewards, RewardFunctions.load(ppo, stage="ppo"), ppo.micro_batch_size),
+        scorer=RewardScorer(["model"], models.rewards, RewardFunctions.load(ppo, stage="ppo"), ppo.micro_batch_limit),
         shaping=ScoreShaping(ppo.score, [ScoredSource("model")], ppo.max_response_tokens),
         timer=Stopwatch(torch.device("cpu")),
     )
@@ -351,10 +353,10 @@ def test_with_16_bit_weights_the_frozen_layers_are_not_rounded_again(llama):
     kept = states.of(generated.sample_ids)
     assert {rows.dtype for rows in kept} == {torch.bfloat16}
     # The same rows in the same shape give the same bits.
-    piece = generated.rows(generated.pieces(4)[0]).trimmed()
+    piece = generated.rows(agreed_pieces(generated, MicroBatchLimit(4))[0]).trimmed()
     with engine.evaluating() as model, after_frozen_layers(engine, piece, states=states.of(piece.sample_ids)):
         found = logprobs(model, piece) * piece.response_mask
-    expected = whole[generated.pieces(4)[0], : found.shape[1]]
+    expected = whole[agreed_pieces(generated, MicroBatchLimit(4))[0], : found.shape[1]]
     assert torch.equal(found, expected)
 
 

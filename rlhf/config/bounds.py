@@ -115,10 +115,27 @@ def divisible(total: int, *, by: int, names: str) -> int:
     return total // by
 
 
-def accumulation(global_batch_size: int, *, micro_batch_size: int, ranks: int, name: str) -> int:
-    """Micro-batches per optimizer step and rank; raises ValueError when the sizes do not divide."""
-    names = f"{name} by ranks x micro_batch_size ({ranks} x {micro_batch_size})"
-    return divisible(global_batch_size, by=ranks * micro_batch_size, names=names)
+@dataclass(frozen=True)
+class MicroBatchLimit:
+    """The most that goes through a model at once: rows, and tokens, padding included. One row is always allowed."""
+
+    rows: int
+    """Sequences, or pairs of them."""
+    tokens: int | None = None
+    """None leaves them to the rows."""
+
+    def rows_of(self, width: int) -> int:
+        """How many rows of `width` tokens there may be."""
+        return self.rows if self.tokens is None else max(1, min(self.rows, self.tokens // width))
+
+
+def accumulation(global_batch_size: int, *, limit: MicroBatchLimit, ranks: int, name: str) -> int | None:
+    """Micro-batches per optimizer step and rank, None where lengths decide; raises ValueError if they do not divide."""
+    if limit.tokens is not None:
+        divisible(global_batch_size, by=ranks, names=f"{name} by ranks ({ranks})")
+        return None
+    names = f"{name} by ranks x micro_batch_size ({ranks} x {limit.rows})"
+    return divisible(global_batch_size, by=ranks * limit.rows, names=names)
 
 
 def as_plain(config: Any) -> dict[str, Any]:

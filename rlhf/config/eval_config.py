@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from rlhf.config.bounds import Count, Natural, require
+from rlhf.config.bounds import Count, MicroBatchLimit, Natural, require
 from rlhf.config.reward_config import RewardSettings
 from rlhf.config.stage_configs import SamplingConfig, StageConfig
 
@@ -52,6 +52,11 @@ class EvalConfig(RewardSettings, StageConfig):
     yours as `module:function`; see `rlhf/evaluation/judges.py`."""
     subset: str = "subset"
     """Column of the preference data with the name of the part that a pair belongs to, if it has one."""
+
+    @property
+    def micro_batch_limit(self) -> MicroBatchLimit:
+        """What goes through a model at once."""
+        return MicroBatchLimit(self.micro_batch_size)
 
     def longest_sequence(self, role: str) -> tuple[str, ...]:
         """The longest prompt with the longest response, which is one to score or one to read."""

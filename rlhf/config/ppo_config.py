@@ -60,7 +60,6 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     """Proximal policy optimisation of the actor against reward models and functions."""
 
     batch_setting = "minibatch_size"
-    micro_batch_settings = ("micro_batch_size", "rollout_micro_batch_size")
     rows = "prompts"
     best_metric = BestMetric("eval/score", 1)
 
@@ -150,8 +149,19 @@ class PPOConfig(RewardSettings, ObjectiveSettings, TrainingConfig):
     def micro_batches(self, optimizer: str | None, *, ranks: int) -> int:
         """Those of a minibatch, and for the actor those of text."""
         reads = self.ptx.coef > 0 and optimizer == "actor_optimizer"
-        text = -(-self.ptx.batch_size // (ranks * self.micro_batch_size)) if reads else 0
+        at_once = self.micro_batch_limit.rows_of(self.ptx_tokens)
+        text = -(-self.ptx.batch_size // (ranks * at_once)) if reads else 0
         return super().micro_batches(optimizer, ranks=ranks) + text
+
+    @property
+    def micro_batch_settings(self) -> tuple[str, ...]:
+        """That of updates, and that of rollouts."""
+        return (*super().micro_batch_settings, "rollout_micro_batch_size")
+
+    @property
+    def longest_row(self) -> int:
+        """The longest prompt with the longest response, or the longest text, where there are texts."""
+        return max(super().longest_row, self.ptx_tokens if self.ptx.coef else 0)
 
     @property
     def title(self) -> str:

@@ -21,11 +21,11 @@ from rlhf.config.bounds import (
     steps_of_setting,
 )
 from rlhf.config.data_config import DataConfig
+from rlhf.config.dpo_config import DPOConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.eval_config import ChatConfig, EvalConfig
 from rlhf.config.ppo_config import POLICIES, PPOConfig
 from rlhf.config.stage_configs import (
-    DPOConfig,
     RewardConfig,
     SFTConfig,
     StageConfig,

@@ -1,4 +1,4 @@
-"""Settings that training stages share (adapters, AdamW and schedule), and those of SFT, reward modelling and DPO."""
+"""Settings that training stages share (adapters, AdamW and schedule), and those of SFT and reward modelling."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 from rlhf.config.bounds import (
     Count,
+    MicroBatchLimit,
     Natural,
     NonNegative,
     Positive,
@@ -150,8 +151,6 @@ class TrainingConfig(StageConfig):
 
     batch_setting: ClassVar[str]
     """Name of the setting that holds the sequences of one optimizer step, over all ranks."""
-    micro_batch_settings: ClassVar[tuple[str, ...]] = ("micro_batch_size",)
-    """Names of the settings that trade memory for speed and leave results alone."""
     rows: ClassVar[str]
     """Kind of training data: a key of `READERS` in `data/samples.py`."""
     row_unit: ClassVar[str] = "sequences"
@@ -163,6 +162,9 @@ class TrainingConfig(StageConfig):
     """Adapters; rank 0 trains the whole model."""
     micro_batch_size: Count
     """Sequences (reward, DPO: pairs) in one forward and backward of one rank: memory, not results."""
+    micro_batch_tokens: Count | None = None
+    """Tokens in one of these, padding included: it then has as many sequences of similar length as fit, at most
+    `micro_batch_size`, and a longer one is alone. null leaves it to `micro_batch_size`."""
     max_prompt_tokens: Count
     """Longer prompts are dropped, and the run says how many."""
     max_response_tokens: Count
@@ -176,6 +178,12 @@ class TrainingConfig(StageConfig):
                     optimizer.lora_lr is None or self.lora.rank > 0,
                     f"{name}.lora_lr={optimizer.lora_lr}: expected null without adapters (lora.rank=0).",
                 )
+        limit = self.micro_batch_limit
+        require(
+            limit.tokens is None or limit.rows * self.longest_row > limit.tokens,
+            f"micro_batch_tokens={limit.tokens}: micro_batch_size={limit.rows} {self.row_unit} of at most "
+            f"{self.longest_row} tokens have no more; expected fewer, null, or a larger micro_batch_size.",
+        )
 
     @property
     def batch_size(self) -> int:
@@ -183,13 +191,33 @@ class TrainingConfig(StageConfig):
         size: int = getattr(self, self.batch_setting)
         return size
 
+    @property
+    def micro_batch_limit(self) -> MicroBatchLimit:
+        """What goes through a model at once."""
+        return MicroBatchLimit(self.micro_batch_size, self.micro_batch_tokens)
+
+    @property
+    def micro_batch_settings(self) -> tuple[str, ...]:
+        """Names of the settings that trade memory for speed and leave results alone."""
+        return ("micro_batch_size" if self.micro_batch_tokens is None else "micro_batch_tokens",)
+
+    @property
+    def sequences_per_row(self) -> int:
+        """Sequences in a row of data."""
+        return 2 if self.row_unit == "pairs" else 1
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens of the longest sequence, or pair of them."""
+        return self.sequences_per_row * (self.max_prompt_tokens + self.max_response_tokens)
+
     def longest_sequence(self, role: str) -> tuple[str, ...]:
         """The longest prompt with the longest response."""
         return ("max_prompt_tokens", "max_response_tokens")
 
     def micro_batches(self, optimizer: str | None, *, ranks: int) -> int:
-        """Micro-batches of a rank in one step of the optimizer of that setting."""
-        return -(-self.batch_size // (ranks * self.micro_batch_size))
+        """Micro-batches of a rank in one step of the optimizer of that setting, at most."""
+        return -(-self.batch_size // (ranks * self.micro_batch_limit.rows_of(self.longest_row)))
 
     def optimizer_steps(self, optimizer: str, *, num_rows: int) -> int:
         """Steps that the optimizer of the setting `optimizer` takes in the whole stage, with `num_rows` to train on."""
@@ -283,50 +311,6 @@ class RewardConfig(SupervisedConfig):
     def layers_kept(self) -> int:
         """As `num_layers` says."""
         return self.num_layers
-
-
-class DPOLossType(StrEnum):
-    """Loss of a pair; see `rlhf/algorithms/dpo.py`."""
-
-    sigmoid = "sigmoid"
-    robust = "robust"
-    hinge = "hinge"
-    ipo = "ipo"
-
-
-@dataclass(kw_only=True)
-class DPOConfig(SupervisedConfig):
-    """Direct preference optimisation: a policy learns from preferences, without a reward model."""
-
-    rows = "dpo_preferences"
-    kind = ModelKind.causal_lm
-    objective = "dpo"
-    row_unit = "pairs"
-    best_metric = BestMetric("eval/loss", -1)  # it also sees a policy that runs away; accuracy counts signs alone
-
-    init_from: str = "${output_dir}/sft/model"
-    """Policy that training starts from."""
-    reference: str | None = None
-    """Model that the policy is compared with; null is the one it starts from. It is in memory before training only."""
-    beta: Positive = 0.1
-    """Reward per nat of log-ratio to the reference: the smaller, the further the policy may go."""
-    loss_type: DPOLossType = DPOLossType.sigmoid
-    """Loss of a pair: sigmoid (DPO), robust (to wrong labels), hinge (SLiC), or ipo, which averages over tokens."""
-    label_smoothing: ShareBelowOne = 0.0
-    """Assumed share of pairs that are labelled the wrong way round, below 0.5: cDPO with sigmoid, and for robust."""
-    normalize_length: bool = False
-    """Average log-ratios over the tokens of a response instead of summing them; needs a larger `beta`."""
-    rpo_alpha: NonNegative = 0.0
-    """Weight of the chosen response's loss per token, which keeps it likely (RPO, Pang et al. 2024)."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        smoothing = f"label_smoothing={self.label_smoothing}"
-        require(self.label_smoothing < 0.5, f"{smoothing}: expected at least 0, below 0.5.")
-        require(
-            not self.label_smoothing or self.loss_type in (DPOLossType.sigmoid, DPOLossType.robust),
-            f"{smoothing}: loss_type={self.loss_type} has none; expected 0, or loss_type=sigmoid or robust.",
-        )
 
 
 @dataclass(kw_only=True)

@@ -152,7 +152,7 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
             found[phase] = [item for model in there for item in model.at_rest()]
             continue
         works = {
-            role: Workload.of(compute, config, ranks=machine.ranks, chunk_elements=chunk)
+            role: Workload.largest(compute, config, ranks=machine.ranks, chunk_elements=chunk)
             for role, compute in computed.items()
         }
         found[phase] = _busiest(there, phase=phase, works=works)
@@ -168,11 +168,11 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     return Plan(run.title(stage), machine.local_ranks, machine.device.type == "cuda", phases)
 
 
-def _busiest(models: list[ModelMemory], *, phase: str, works: dict[str, Workload]) -> list[Item]:
+def _busiest(models: list[ModelMemory], *, phase: str, works: dict[str, list[Workload]]) -> list[Item]:
     """The items of a phase: of the model that takes most of the device, beside all others at rest."""
     turns = []
-    for busy in (model for model in models if model.role.name in works):
-        moment = busy.during(phase, works[busy.role.name])
+    for busy, work in ((model, work) for model in models for work in works.get(model.role.name, [])):
+        moment = busy.during(phase, work)
         turns.append([item for model in models for item in (moment if model is busy else model.at_rest())])
     return max(turns, key=_device_bytes)
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.bounds import as_plain
+from rlhf.config.bounds import MicroBatchLimit, as_plain
 from rlhf.config.run_config import SUPERVISED
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.generation.decode_graphs import DecodeGraphs, why_not
@@ -26,7 +26,7 @@ from rlhf.training.ppo_update import policy_gradient, text_backward, value_gradi
 from rlhf.training.supervised_step import objective_of
 from rlhf.types import PPOBatch, PreferenceBatch, Responses, SFTBatch
 
-_NOT_TRACED = ("engine", "optimizer", "size", "lora")
+_NOT_TRACED = ("engine", "optimizer", "size", "micro_batch_tokens", "lora")
 """Ends of the names of settings that decide nothing about the tensors of a workload beyond its rows and its model."""
 
 
@@ -41,6 +41,13 @@ class Workload:
     settings: str
     """The settings that may decide which tensors are made, as text."""
     rows: int
+    """Sequences, or pairs of them."""
+    prompt: int
+    """Tokens of the longest prompt among them."""
+    response: int
+    """Tokens of the longest response among them."""
+    text: tuple[int, int]
+    """Rows and tokens of the text beside them (`ppo.ptx`); 0 where there is none."""
     chunk_elements: int | None
     """As in `Wanted`."""
     captures: bool = False
@@ -50,12 +57,39 @@ class Workload:
     def of(
         cls, compute: Callable[..., Tensor | None], config: Any, *, ranks: int = 1, chunk_elements: int | None = None
     ) -> Workload:
-        """The largest batch of one rank with this configuration."""
+        """The batch of one rank with the longest rows of this configuration."""
         plain = {name: value for name, value in as_plain(config).items() if not name.endswith(_NOT_TRACED)}
-        rows = config.micro_batch_size
+        prompt, response, limit = config.max_prompt_tokens, config.max_response_tokens, config.micro_batch_limit
+        rows, text = limit.rows_of(config.sequences_per_row * (prompt + response)), (0, 0)
         if compute is generation:  # a batch of the rollout, or this rank's share where that is less
             rows = min(config.rollout_micro_batch_size, -(-config.rollout_size // ranks))
-        return cls(compute, config, json.dumps(plain, default=str), rows, chunk_elements)
+        if compute is policy_update and config.ptx.coef:
+            text = (limit.rows_of(config.ptx_tokens), config.ptx_tokens)
+        settings = json.dumps(plain, default=str)
+        return cls(compute, config, settings, rows, prompt, response, text, chunk_elements)
+
+    @classmethod
+    def largest(
+        cls, compute: Callable[..., Tensor | None], config: Any, *, ranks: int = 1, chunk_elements: int | None = None
+    ) -> list[Workload]:
+        """The batches of one rank that may take the most: one of the longest rows, and one of the most tokens.
+
+        They differ where tokens are limited. Shorter rows then use up what is left of the limit, and with the shortest
+        prompts nearly all their tokens are those of responses, which go through the head.
+        """
+        longest = cls.of(compute, config, ranks=ranks, chunk_elements=chunk_elements)
+        limit: MicroBatchLimit = config.micro_batch_limit
+        if limit.tokens is None or compute is generation:
+            return [longest]
+        limit = replace(limit, tokens=limit.tokens // config.sequences_per_row)  # as many of every sequence of a row
+        width = longest.prompt + longest.response
+        shortest = width if compute in _EXAMPLES.values() else 1 + longest.response
+        rows, tokens = _fullest(limit, shortest, longest=width)
+        response = min(longest.response, tokens - 1)
+        most = replace(longest, rows=rows, prompt=tokens - response, response=response)
+        if longest.text[1]:
+            most = replace(most, text=_fullest(limit, longest.text[1], longest=longest.text[1]))
+        return list(dict.fromkeys((longest, most)))
 
     def __call__(self, model: nn.Module) -> Tensor | None:
         """Run it."""
@@ -63,15 +97,14 @@ class Workload:
 
     def mask(self, rows: int, num_tokens: int = 0) -> Tensor:
         """`[rows, num_tokens]`, or `[rows, T]`, bool: one sequence ends a token before the others."""
-        longest = self.config.max_prompt_tokens + self.config.max_response_tokens
-        mask = torch.ones(rows, num_tokens or longest, dtype=torch.bool)
+        mask = torch.ones(rows, num_tokens or self.prompt + self.response, dtype=torch.bool)
         mask[-1, -1] = False
         return mask
 
     def responses(self) -> dict[str, Tensor]:
         """Fields of sequences `[B, T]` and their responses `[B, R]`."""
         mask = self.mask(self.rows)
-        response = torch.ones(self.rows, self.config.max_response_tokens, dtype=torch.bool)
+        response = torch.ones(self.rows, self.response, dtype=torch.bool)
         return {"sequences": mask.long(), "attention_mask": mask, "response_mask": response}
 
     def ppo_batch(self) -> PPOBatch:
@@ -79,6 +112,14 @@ class Workload:
         fields: dict[str, Any] = self.responses()
         names = ("logprobs", "reference_logprobs", "values", "advantages", "returns")
         return PPOBatch(**fields, **{name: fields["response_mask"].float() for name in names})
+
+
+def _fullest(limit: MicroBatchLimit, shortest: int, *, longest: int) -> tuple[int, int]:
+    """Rows, and their tokens from about `shortest` to `longest`, that come closest to the limit of tokens."""
+    assert limit.tokens is not None
+    rows = min(limit.rows, -(-limit.tokens // shortest))
+    tokens = min(longest, limit.tokens // rows)
+    return (rows, tokens) if rows > 1 and tokens > 1 else (1, longest)
 
 
 def demonstrations(model: Any, work: Workload) -> Tensor:
@@ -101,7 +142,7 @@ def _loss(model: Any, work: Workload, *, batch: SFTBatch | PreferenceBatch) -> T
 
 def generation(model: Any, work: Workload) -> None:
     """Responses of full length to prompts of full length, but for one; all of them differ."""
-    longest, new = work.config.max_prompt_tokens, work.config.max_response_tokens
+    longest, new = work.prompt, work.response
     prompts = [[row >> bit & 1 for bit in range(longest)] for row in range(work.rows)]
     prompts[-1] = prompts[-1][: max(1, longest - 1)]
     graphs = DecodeGraphs() if work.captures and not why_not(model) else None
@@ -123,8 +164,8 @@ def scalars(model: nn.Module, work: Workload) -> None:
 def policy_update(model: nn.Module, work: Workload) -> None:
     """A micro-batch of the actor's update; ends by an exception, before ranks would have to agree on anything."""
     actor: Any = _TracedEngine(model)
-    if work.config.ptx.coef:  # a micro-batch of text comes before
-        mask = work.mask(work.rows, work.config.ptx_tokens)
+    if work.text[0]:  # a micro-batch of text comes before
+        mask = work.mask(*work.text)
         text = SFTBatch(input_ids=mask.long(), attention_mask=mask, target_mask=mask)
         text_backward(actor, text, coef=1.0, denominator=torch.ones(()), chunk_elements=work.chunk_elements)
     batches, denominator, chunk = [work.ppo_batch()], torch.ones(()), work.chunk_elements

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from rlhf.config.ppo_config import PPOConfig
+from rlhf.micro_batches import deal, pieces_by_length
 from rlhf.row_exchange import fetched
-from rlhf.types import Experience, PPOBatch, pieces_by_length
+from rlhf.types import Experience, PPOBatch
 
 
 def all_minibatches(batch: Experience, config: PPOConfig, *, iteration: int) -> Iterator[Experience]:
@@ -38,8 +39,9 @@ def dealt(minibatch: Experience, config: PPOConfig, *, ranks: int) -> list[list[
 
     With too few rows some are empty.
     """
-    pieces = pieces_by_length(minibatch.held.num_tokens, config.micro_batch_size, ranks=ranks)
-    return [pieces[rank::ranks] for rank in range(ranks)]
+    response = minibatch.response_mask.sum(-1).cpu()  # [B], waits for the device
+    lengths = torch.stack((minibatch.held.num_tokens - response, response), dim=1)
+    return deal(pieces_by_length(lengths, config.micro_batch_limit, ranks=ranks), ranks=ranks)
 
 
 def share_of(minibatch: Experience, config: PPOConfig) -> list[PPOBatch]:

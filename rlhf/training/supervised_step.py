@@ -14,7 +14,8 @@ from torch import Tensor
 from rlhf.algorithms.dpo import DPOForm, dpo_loss
 from rlhf.algorithms.logprobs import Wanted
 from rlhf.algorithms.supervised_losses import SFTLoss, count_targets, pairwise_loss, sft_loss
-from rlhf.config.stage_configs import DPOConfig, SupervisedConfig
+from rlhf.config.dpo_config import DPOConfig
+from rlhf.config.stage_configs import SupervisedConfig
 from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import response_logprobs, target_statistics
 from rlhf.models.causal_lm import position_ids

@@ -14,7 +14,10 @@ from rlhf.config.run_config import FOLDERS, RunConfig
 from rlhf.runtime.atomic_files import read_json
 
 CONFIG = "config.json"
-_FREE = ("selected", "micro_batch_size", "rollout_micro_batch_size", "reward_timeout_s", "reward_on_error")
+_FREE = (
+    *("selected", "micro_batch_size", "micro_batch_tokens", "rollout_micro_batch_size"),
+    *("reward_timeout_s", "reward_on_error"),
+)
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
     *("zero_stage", "device", "offload_optimizer", "offload_param", "nvme_path", "buffer_count", "buffer_size"),

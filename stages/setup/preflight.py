@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.build_samples import LengthLimits
 from data.samples import READERS, Demonstration, Preference, Prompt, demonstrations, preferences, prompts, ptx_texts
-from rlhf.config.bounds import accumulation, divisible
+from rlhf.config.bounds import MicroBatchLimit, accumulation, divisible
 from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.eval_config import EvalConfig
 from rlhf.config.ppo_config import PPOConfig
@@ -99,21 +99,28 @@ def batch_arithmetic(run: RunConfig, stage: str, *, ranks: int) -> str:
         ValueError: the sizes do not divide.
     """
     config = run.training_config(stage)
-    setting, size, micro = config.batch_setting, config.batch_size, config.micro_batch_size
-    steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name=f"{stage}.{setting}")
-    unit = config.row_unit
-    text = f"{run.title(stage)}: {setting} {size} = {ranks} ranks x {micro} {unit} x {steps} accumulation"
+    name, size = config.batch_setting, config.batch_size
+    shares = _shares(size, config.micro_batch_limit, ranks=ranks, name=f"{stage}.{name}", unit=config.row_unit)
+    text = f"{run.title(stage)}: {name} {shares}"
     return f"{text}; {_rollout_arithmetic(run.ppo, ranks)}" if run.ppo is not None and stage == "ppo" else text
+
+
+def _shares(size: int, limit: MicroBatchLimit, *, ranks: int, name: str, unit: str) -> str:
+    steps = accumulation(size, limit=limit, ranks=ranks, name=name)
+    if steps is None:
+        return f"{size} on {ranks} ranks in micro-batches of at most {limit.tokens} tokens and {limit.rows} {unit}"
+    return f"{size} = {ranks} ranks x {limit.rows} {unit} x {steps} accumulation"
 
 
 def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
     group = ranks * config.samples_per_prompt
     prompts_each = divisible(config.rollout_size, by=group, names="ppo.rollout_size by ranks x samples_per_prompt")
     cuts = config.rollout_size // config.minibatch_size
-    size, micro, text = config.ptx.batch_size, config.micro_batch_size, ""
+    text = ""
     if config.ptx.coef:
-        steps = accumulation(size, micro_batch_size=micro, ranks=ranks, name="ppo.ptx.batch_size")
-        text = f"; ptx.batch_size {size} = {ranks} ranks x {micro} sequences x {steps} accumulation"
+        size, limit = config.ptx.batch_size, config.micro_batch_limit
+        shares = _shares(size, limit, ranks=ranks, name="ppo.ptx.batch_size", unit="sequences")
+        text = f"; ptx.batch_size {shares}"
     return (
         f"rollout_size {config.rollout_size} = {ranks} ranks x {prompts_each} prompts x {config.samples_per_prompt} "
         f"samples; {cuts * config.epochs} steps per iteration = {cuts} minibatches x {config.epochs} epochs{text}"

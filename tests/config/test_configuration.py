@@ -16,6 +16,7 @@ from transformers import TrainingArguments
 
 from rlhf.config import (
     data_config,
+    dpo_config,
     engine_config,
     eval_config,
     objective_config,
@@ -23,7 +24,7 @@ from rlhf.config import (
     run_config,
     stage_configs,
 )
-from rlhf.config.bounds import Settings, accumulation, as_plain, bounds_of
+from rlhf.config.bounds import MicroBatchLimit, Settings, accumulation, as_plain, bounds_of
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig
 from stages.setup.command_line import check_overrides, known_keys
@@ -32,6 +33,7 @@ from stages.setup.compose import CONF_DIR, load_run, register_schema, save_run, 
 ROOT = Path(__file__).parents[2]
 MODULES = (
     data_config,
+    dpo_config,
     engine_config,
     eval_config,
     objective_config,
@@ -257,9 +259,9 @@ def test_an_evaluation_by_itself_takes_the_newest_policy(tmp_path):
 
 
 def test_batch_arithmetic_adds_up_or_says_what_would():
-    assert accumulation(64, micro_batch_size=4, ranks=4, name="sft.global_batch_size") == 4
+    assert accumulation(64, limit=MicroBatchLimit(4), ranks=4, name="sft.global_batch_size") == 4
     with pytest.raises(ValueError, match=r"global_batch_size by ranks x micro_batch_size \(3 x 4\): 64.*use 60 or 72"):
-        accumulation(64, micro_batch_size=4, ranks=3, name="sft.global_batch_size")
+        accumulation(64, limit=MicroBatchLimit(4), ranks=3, name="sft.global_batch_size")
 
 
 def config_fields():

@@ -16,18 +16,19 @@ from data.loader import (
     evaluation_prompts,
 )
 from data.samples import Demonstration, Preference, Prompt
+from rlhf.config.bounds import MicroBatchLimit
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, SFTConfig
 
 WORDS = ["x" * (1 + index * 7 % 13) + f"-{index}" for index in range(23)]
 
 
-def loader(*, ranks=1, rank=0, micro=8, steps=6, seed=3, samples=WORDS, size=8):
+def loader(*, ranks=1, rank=0, micro=8, tokens=None, steps=6, seed=3, samples=WORDS, size=8):
     return TrainLoader(
         samples,
         list,
         global_batch_size=size,
-        micro_batch_size=micro,
+        limit=MicroBatchLimit(micro, tokens),
         rank=rank,
         ranks=ranks,
         seed=seed,
@@ -42,8 +43,19 @@ def rows_of_steps(*, ranks, micro, **settings):
 
 
 @pytest.mark.parametrize(("ranks", "micro"), [(1, 1), (1, 4), (2, 4), (2, 1), (4, 2), (8, 1)])
-def test_the_rows_of_a_step_do_not_depend_on_ranks_or_micro_batches(ranks, micro):
-    assert rows_of_steps(ranks=ranks, micro=micro) == rows_of_steps(ranks=1, micro=8)
+@pytest.mark.parametrize("tokens", [None, 1, 20, 50])
+def test_the_rows_of_a_step_do_not_depend_on_ranks_or_micro_batches(ranks, micro, tokens):
+    assert rows_of_steps(ranks=ranks, micro=micro, tokens=tokens) == rows_of_steps(ranks=1, micro=8)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_with_a_limit_of_tokens_ranks_have_equally_many_micro_batches_and_steps_differ(ranks):
+    counts = [[len(batches) for batches in loader(ranks=ranks, rank=rank, tokens=25)] for rank in range(ranks)]
+    assert all(count == counts[0] for count in counts)
+    assert ranks > 1 or len(set(counts[0])) > 1
+    for rank in range(ranks):
+        for batches in loader(ranks=ranks, rank=rank, tokens=25):
+            assert all(0 < len(batch) * max(map(len, batch)) <= 25 for batch in batches)
 
 
 def test_the_seed_changes_the_rows():
@@ -78,7 +90,7 @@ def test_micro_batches_hold_rows_of_similar_length_the_longest_first():
         assert flat == sorted(flat, reverse=True)
     ((first_of_0, last_of_0),) = list(loader(ranks=2, rank=0, micro=2, steps=1))
     ((first_of_1, last_of_1),) = list(loader(ranks=2, rank=1, micro=2, steps=1))
-    lengths = [len(row) for batch in (first_of_0, first_of_1, last_of_0, last_of_1) for row in batch]
+    lengths = [len(row) for batch in (first_of_0, first_of_1, last_of_1, last_of_0) for row in batch]
     assert lengths == sorted(lengths, reverse=True)
 
 
@@ -137,23 +149,22 @@ def test_steps_see_every_row_as_often_as_there_are_epochs(num_rows, epochs, max_
 @pytest.mark.parametrize("num_rows", [1, 2, 5, 8, 9, 23])
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_row_is_evaluated_once_in_equally_many_batches(num_rows, ranks):
-    parts = [
-        evaluation_batches(WORDS[:num_rows], list, micro_batch_size=3, rank=rank, ranks=ranks) for rank in range(ranks)
-    ]
+    limit = MicroBatchLimit(3)
+    parts = [evaluation_batches(WORDS[:num_rows], list, limit=limit, rank=rank, ranks=ranks) for rank in range(ranks)]
     assert len({len(part) for part in parts}) == 1
-    assert len({len(batch.batch) for part in parts for batch in part}) == 1
+    assert all(0 <= batch.count <= len(batch.batch) <= 3 for part in parts for batch in part)
     counted = [row for part in parts for batch in part for row in batch.batch[: batch.count]]
     assert sorted(counted) == sorted(WORDS[:num_rows])
 
 
 def test_a_rank_without_rows_gets_filler_that_does_not_count():
-    first, second = (evaluation_batches(["a"], list, micro_batch_size=4, rank=rank, ranks=2) for rank in range(2))
+    first, second = (evaluation_batches(["a"], list, limit=MicroBatchLimit(4), rank=rank, ranks=2) for rank in range(2))
     assert [(b.batch, b.count) for b in first] == [(["a"], 1)]
     assert [(b.batch, b.count) for b in second] == [(["a"], 0)]
 
 
 def test_no_rows_are_no_batches():
-    assert evaluation_batches([], list, micro_batch_size=4, rank=0, ranks=2) == []
+    assert evaluation_batches([], list, limit=MicroBatchLimit(4), rank=0, ranks=2) == []
 
 
 # ---- prompts

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from rlhf.config.bounds import MicroBatchLimit
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import LoraConfig, SamplingConfig
 from rlhf.engine.engine import build_engine
@@ -78,7 +79,7 @@ def gap(engine, seed=0):
     decoding = Decoding(24, [100], pad_id=0, sampling=SamplingConfig(), slots=32)
     responses = generate_responses(engine, prompts, decoding=decoding, seed=seed)
     with engine.evaluating() as model:
-        logprobs = all_statistics(model, responses, size=32, temperature=1.0)[0]
+        logprobs = all_statistics(model, responses, limit=MicroBatchLimit(32), temperature=1.0)[0]
     return (responses.generation_logprobs - logprobs)[responses.response_mask].abs().mean().item()
 
 

@@ -127,6 +127,42 @@ def test_text_beside_the_policy_takes_what_sft_takes_of_the_same_length(tmp_path
     assert "KV cache" not in parts
 
 
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_micro_batches_by_tokens_are_planned_with_the_most_tokens_that_the_limit_allows(tmp_path, stage):
+    sizes = [f"{stage}.max_prompt_tokens=100", f"{stage}.max_response_tokens=100"]
+
+    def moving(size, tokens=None):
+        limits = [f"{stage}.micro_batch_size={size}", f"{stage}.global_batch_size=64"]
+        limits += [f"{stage}.micro_batch_tokens={tokens}"] if tokens else []
+        plan = plan_of(run_of(tmp_path, *sizes, *limits), stage)
+        (train,) = [phase for phase in plan.phases if phase.name == "train"]
+        return sum(item.bytes for item in train.items if item.part in ("activations", "logits and loss"))
+
+    each = 2 if stage == "reward" else 1
+    assert moving(64, 800 * each) == moving(4)  # 4 rows of 200 tokens
+    assert moving(4) < moving(64, 990 * each) < moving(5)  # 5 rows of 198
+    assert moving(3, 990 * each // 2) < moving(3)
+    assert moving(64, 100 * each) == moving(1)  # a longer row is alone
+
+
+def test_short_prompts_leave_more_of_the_tokens_to_responses(tmp_path):
+    def logits(*sizes):
+        lengths = ["ppo.max_prompt_tokens=300", "ppo.max_response_tokens=100", "ppo.minibatch_size=16"]
+        plan = plan_of(run_of(tmp_path, *lengths, *sizes), "ppo")
+        (train,) = [phase for phase in plan.phases if phase.name == "train"]
+        return sum(item.bytes for item in train.items if item.part == "logits and loss" and item.role == "actor")
+
+    # 4 rows of 400 tokens have 400 of responses; 16 of 100 have nearly 1600.
+    assert logits("ppo.micro_batch_size=16", "ppo.micro_batch_tokens=1600") > 2.5 * logits("ppo.micro_batch_size=4")
+
+
+def test_less_memory_is_fewer_tokens_where_these_are_the_limit(tmp_path):
+    run = run_of(tmp_path, "sft.micro_batch_size=16", "sft.micro_batch_tokens=600")
+    changes = [change.settings for change in _candidates(run, "sft", ranks=1, is_cuda=False)]
+    assert changes[0] == {"micro_batch_tokens": 300}
+    assert with_changes(run, "sft", changes=[Change("", changes[0])]).sft.micro_batch_tokens == 300
+
+
 def test_what_a_process_takes_by_itself_is_said_once(tmp_path, caplog):
     caplog.set_level(logging.INFO, logger="rlhf.memory_plan.plan_text")
     check_memory(run_of(tmp_path, "stage=[sft,reward,grpo]"), ["sft", "reward", "ppo"], ranks=1)

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 from rlhf.algorithms.ppo import token_rewards
+from rlhf.config.bounds import MicroBatchLimit
 from rlhf.config.engine_config import EngineConfig, Precision
 from rlhf.config.objective_config import AdvantageKind, AdvantageScale, KLConfig, ScoreConfig
 from rlhf.config.roles import roles_of
@@ -67,7 +68,7 @@ def rollout_of(folder, models, ppo, ids=None):
         decode=partial(decode, tokenizer),
         pad_id=int(tokenizer.pad_token_id),
         stop_token_ids=(int(tokenizer.eos_token_id), 7, 8, 9, 10, 11, 12, 13),  # so that lengths differ
-        scorer=RewardScorer(["model"], models.rewards, RewardFunctions.load(ppo, stage="ppo"), ppo.micro_batch_size),
+        scorer=RewardScorer(["model"], models.rewards, RewardFunctions.load(ppo, stage="ppo"), ppo.micro_batch_limit),
         shaping=ScoreShaping(ppo.score, [ScoredSource("model")], ppo.max_response_tokens),
         timer=Stopwatch(torch.device("cpu")),
     )
@@ -144,8 +145,8 @@ def test_micro_batches_do_not_change_an_update(folder, variant):
     names = ("advantage", "scale_advantages", "policy_loss", "ratio_level", "loss_aggregation", "clip_range_high", "kl")
     chosen = {name: getattr(published, name) for name in names}
 
-    def after(micro_batch_size):
-        ppo = settings(epochs=2, minibatch_size=8, micro_batch_size=micro_batch_size, samples_per_prompt=4, **chosen)
+    def after(**sizes):
+        ppo = settings(epochs=2, minibatch_size=8, samples_per_prompt=4, **sizes, **chosen)
         models = four_models(folder, ppo)
         torch.manual_seed(1)
         rollout = rollout_of(folder, models, ppo)
@@ -156,10 +157,11 @@ def test_micro_batches_do_not_change_an_update(folder, variant):
         metrics = update_policy(models, batch, config=ppo, iteration=1, kl_coef=0.1)
         return metrics, dict(models.actor.full_tensors())
 
-    whole, cut = after(8), after(2)
-    assert cut[0] == pytest.approx(whole[0], rel=1e-3, abs=1e-5)
-    for name, value in whole[1].items():
-        torch.testing.assert_close(cut[1][name], value, rtol=1e-4, atol=2e-5)
+    whole = after(micro_batch_size=8)
+    for cut in (after(micro_batch_size=2), after(micro_batch_size=8, micro_batch_tokens=40)):
+        assert cut[0] == pytest.approx(whole[0], rel=1e-3, abs=1e-5)
+        for name, value in whole[1].items():
+            torch.testing.assert_close(cut[1][name], value, rtol=1e-4, atol=2e-5)
 
 
 def test_generated_tokens_are_those_that_are_scored(folder):
@@ -208,7 +210,7 @@ def test_equal_responses_have_equal_scores_whatever_pieces_they_are_judged_in():
 
     mask = torch.tensor([[False, True, True, True], [True] * 4, [False, True, True, True], [False, True, True, True]])
     tokens = torch.tensor([[0, 5, 6, 7], [4, 5, 6, 7], [9, 5, 6, 7], [0, 5, 6, 8]])  # rows 0 and 2 differ in padding
-    scores = reward_model_scores(Rounding(), Responses(tokens, mask, mask[:, -2:]), size=3)
+    scores = reward_model_scores(Rounding(), Responses(tokens, mask, mask[:, -2:]), limit=MicroBatchLimit(3))
     assert scores[0] == scores[2]
     assert scores[3] != scores[0]
     assert scores.round().tolist() == [7, 7, 7, 8]

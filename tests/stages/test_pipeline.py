@@ -132,10 +132,24 @@ def test_a_reward_model_that_judges_nothing_is_said_at_its_end_and_before_ppo_st
         assert said.replace("'", "&#39;") in (folder / report).read_text(encoding="utf-8"), report
 
 
-def test_two_ranks_with_zero_3_give_the_numbers_of_one_rank(one_rank, tmp_path):
+BY_TOKENS = [
+    f"{stage}.{setting}"
+    for stage, tokens in (("sft", 100), ("reward", 200), ("ppo", 60))
+    for setting in ("micro_batch_size=8", f"micro_batch_tokens={tokens}")
+]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ([], "2 ranks x 4 sequences x 1 accumulation"),
+        (BY_TOKENS, "global_batch_size 8 on 2 ranks in micro-batches of at most 100 tokens and 8 sequences"),
+    ],
+)
+def test_two_ranks_with_zero_3_give_the_numbers_of_one_rank(one_rank, tmp_path, sizes, said):
     alone = one_rank[0]
-    output = smoke(tmp_path, "engine=zero3", "launch.ranks=2")
-    assert "2 ranks x 4 sequences x 1 accumulation" in output
+    output = smoke(tmp_path, "engine=zero3", "launch.ranks=2", *sizes)
+    assert said in output
     for stage in ("sft", "reward", "ppo"):
         for one, two in zip(
             rows(alone / stage / "metrics.jsonl"), rows(tmp_path / stage / "metrics.jsonl"), strict=True

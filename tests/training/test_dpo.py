@@ -20,8 +20,9 @@ from transformers import LlamaForCausalLM
 
 from data.loader import TrainLoader, collate_preferences, shuffled_rows
 from data.samples import Preference
+from rlhf.config.dpo_config import DPOConfig
 from rlhf.config.engine_config import EngineConfig
-from rlhf.config.stage_configs import DPOConfig, LoraConfig, OptimizerConfig
+from rlhf.config.stage_configs import LoraConfig, OptimizerConfig
 from rlhf.engine.engine import build_engine
 from rlhf.evaluation.metrics import evaluate_policy_on_pairs
 from rlhf.models.causal_lm import causal_lm
@@ -97,7 +98,7 @@ def trained(folder, settings, zero_stage=0):
         ReferenceLogprobs(rows).ask(policy, session)
         held_out = EvalBatch(collate(rows[:8]), 8)
         before = evaluate_policy_on_pairs(policy, [held_out], form=dpo_form(settings))
-        sizes = {"global_batch_size": BATCH, "micro_batch_size": settings.micro_batch_size}
+        sizes = {"global_batch_size": BATCH, "limit": settings.micro_batch_limit}
         loader = TrainLoader(rows, collate, **sizes, rank=world.rank, ranks=world.size, seed=SEED, steps=STEPS)
         objective = objective_of(settings)
         metrics = [take_step(policy, batches, objective=objective) for batches in loader]
@@ -146,10 +147,20 @@ def test_twenty_steps_are_those_of_trl(alone):
     assert_as_trl(alone)
 
 
-@pytest.mark.parametrize(("zero_stage", "micro_batch_size"), [(0, 1), (3, 4)])
-def test_two_ranks_take_the_same_steps(folder, zero_stage, micro_batch_size):
-    for found in run_on_ranks(trained, 2, folder, config(micro_batch_size=micro_batch_size), zero_stage):
+BY_TOKENS = {"micro_batch_size": 8, "micro_batch_tokens": 60}  # from 1 pair to 5 at once
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "sizes"),
+    [(0, {"micro_batch_size": 1}), (3, {"micro_batch_size": 4}), (0, BY_TOKENS), (3, BY_TOKENS)],
+)
+def test_two_ranks_take_the_same_steps(folder, zero_stage, sizes):
+    for found in run_on_ranks(trained, 2, folder, config(**sizes), zero_stage):
         assert_as_trl(found)
+
+
+def test_micro_batches_by_tokens_take_the_same_steps(folder):
+    assert_as_trl(trained(folder, config(**BY_TOKENS)))
 
 
 def test_the_reference_is_what_transformers_says(alone):

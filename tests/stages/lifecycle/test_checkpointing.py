@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from rlhf.config.dpo_config import DPOConfig
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.run_config import CheckpointConfig
-from rlhf.config.stage_configs import DPOConfig, RewardConfig, SFTConfig
+from rlhf.config.stage_configs import RewardConfig, SFTConfig
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.runtime import dist
 from rlhf.tracking.timing import Stopwatch
