@@ -29,6 +29,20 @@ class Device(StrEnum):
     cuda = "cuda"
 
 
+class Attention(StrEnum):
+    """How a model attends, by the names that transformers gives its implementations."""
+
+    eager = "eager"
+    sdpa = "sdpa"
+    flash_attention_2 = "flash_attention_2"
+    flash_attention_3 = "flash_attention_3"
+
+    @property
+    def is_flash(self) -> bool:
+        """Whether it is a package of its own, for CUDA and 16 bits."""
+        return self in (Attention.flash_attention_2, Attention.flash_attention_3)
+
+
 class OffloadDevice(StrEnum):
     """Where a part of a model is kept between uses; none keeps it on the device that computes."""
 
@@ -72,6 +86,9 @@ class EngineConfig(Settings):
     precise (`rlhf/models/fp32_matmul.py`); false leaves it to MKL everywhere."""
     device: Device = Device.auto
     """auto takes CUDA when there is one."""
+    attention: Attention | None = None
+    """Implementation of attention (transformers' `attn_implementation`): the same results up to rounding. null is
+    transformers' choice: sdpa, or eager for a model without. eager keeps all scores, and flash needs its package."""
     offload_optimizer: OffloadDevice = OffloadDevice.none
     """Where master weights, moments and reduced gradients are kept; needs ZeRO 1 or more."""
     offload_param: OffloadDevice = OffloadDevice.none
@@ -159,6 +176,11 @@ class EngineConfig(Settings):
         require(
             OffloadDevice.nvme not in (self.offload_optimizer, self.offload_param) or bool(self.nvme_path),
             "engine.nvme_path is missing: name a folder on a local disk for offloading to nvme.",
+        )
+        require(
+            self.attention is None or not self.attention.is_flash or self.precision is not Precision.fp32,
+            f"engine.attention={self.attention} computes in 16 bits; expected engine.precision=bf16, fp16 or auto, "
+            f"found {self.precision}; or engine.attention=sdpa.",
         )
         for name in ("master_weights", "grad_accum_dtype"):
             narrow = getattr(self, name) != "fp32"

@@ -209,7 +209,10 @@ def shape_of(run: RunConfig, role: Role) -> ModelShape:
         source = run.model.embedded
     lora = role.lora_config(run)
     adapters = lora if lora is not None and lora.rank else None
-    return ModelShape(source, role.kind, num_layers, dropout=role.dropout, lora=adapters)
+    attention = role.engine_config(run).attention
+    if attention is not None and attention.is_flash:
+        attention = None  # it saves the same tensors as SDPA's kernels, and needs a device
+    return ModelShape(source, role.kind, num_layers, dropout=role.dropout, lora=adapters, attention=attention)
 
 
 @dataclass(frozen=True)

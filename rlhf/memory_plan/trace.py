@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from rlhf.config.engine_config import Attention
 from rlhf.config.run_config import Embedded
 from rlhf.config.stage_configs import LoraConfig, ModelKind
 from rlhf.models.causal_lm import causal_lm_module
@@ -66,6 +67,8 @@ class ModelShape:
     """Every dropout probability of it."""
     lora: LoraConfig | None = None
     """Its adapters, of a rank above 0; None for a model without."""
+    attention: Attention | None = None
+    """Implementation of its attention; None is transformers' choice, which stands for flash, too."""
 
     def __hash__(self) -> int:
         return hash(repr(self))  # settings have no hash
@@ -101,10 +104,10 @@ def _built(shape: ModelShape, runs: tuple[int, int]) -> ModelSpec:
     config = first_layers(with_dropout(_config(shape.source), shape.dropout), sum(runs))
     module: nn.Module
     if shape.kind is ModelKind.causal_lm:
-        module = causal_lm_module(config)
+        module = causal_lm_module(config, shape.attention)
     else:
         config.num_labels = 1
-        module = ScalarHeadModel(classifier_module(config), config)
+        module = ScalarHeadModel(classifier_module(config, shape.attention), config)
     lora = shape.lora and replace(shape.lora, top_layers=runs[1] if runs[0] else 0)
     nothing: Any = None  # only the shape is ever asked for, so there are no weights
     return assemble(module, nothing, config=config, new={}, lora=lora, seed=0, dropout=shape.dropout)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from rlhf.algorithms.logprobs import TokenStatistics, Wanted, statistics_of_logits
+from rlhf.config.engine_config import Attention
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.language_head import HeadQuestion, make_answering
 from rlhf.models.model_folder import ModelFolder, local_folder
@@ -22,7 +23,14 @@ from rlhf.runtime.errors import reading
 log = logging.getLogger(__name__)
 
 
-def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None = None, seed: int = 0) -> ModelSpec:
+def causal_lm(
+    path: str | Path,
+    *,
+    dropout: float = 0.0,
+    lora: LoraConfig | None = None,
+    seed: int = 0,
+    attention: Attention | None = None,
+) -> ModelSpec:
     """The language model at `path`: any decoder that transformers knows.
 
     Args:
@@ -30,6 +38,7 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
         dropout: Every dropout probability of the model.
         lora: Adapters; None or rank 0 trains the whole model.
         seed: Seed of the adapters' initial values.
+        attention: Its implementation; None is transformers' choice.
 
     Returns:
         A spec whose module is the plain `AutoModelForCausalLM`.
@@ -40,7 +49,7 @@ def causal_lm(path: str | Path, *, dropout: float = 0.0, lora: LoraConfig | None
     folder = local_folder(path)
     config = decoder_config(folder)
     files = ModelFolder(folder)
-    module = causal_lm_module(with_dropout(config, dropout))
+    module = causal_lm_module(with_dropout(config, dropout), attention)
     module.generation_config = generation_config(folder) or module.generation_config
     config.architectures = [type(module).__name__]
     # An export writes the dropout that the folder had; the modules were built from a copy with the dropout asked for.
@@ -57,9 +66,9 @@ def generation_config(folder: Path) -> GenerationConfig | None:
         return GenerationConfig.from_pretrained(folder)
 
 
-def causal_lm_module(config: PreTrainedConfig) -> PreTrainedModel:
-    """A language model of this configuration, with its parameters on meta."""
-    module = build_on_meta(AutoModelForCausalLM, config)
+def causal_lm_module(config: PreTrainedConfig, attention: Attention | None = None) -> PreTrainedModel:
+    """A language model of this configuration, with its parameters on meta; `attention` as in `causal_lm`."""
+    module = build_on_meta(AutoModelForCausalLM, config, attention=attention)
     make_answering(module)
     return module
 

@@ -29,6 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.auto_factory import _BaseAutoModelClass
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
+from rlhf.config.engine_config import Attention
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.lora import inject
 from rlhf.models.weights import NewParameter, SeededWeights, Weights
@@ -194,12 +195,15 @@ def first_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     return shorter
 
 
-def build_on_meta(auto_class: type[_BaseAutoModelClass], config: PreTrainedConfig) -> PreTrainedModel:
+def build_on_meta(
+    auto_class: type[_BaseAutoModelClass], config: PreTrainedConfig, *, attention: Attention | None = None
+) -> PreTrainedModel:
     """The model that `auto_class` makes from `config`, with fp32 meta parameters and real buffers.
 
     Args:
         auto_class: `AutoModelForCausalLM` or `AutoModelForSequenceClassification`.
-        config: Copied. Attention is SDPA, or eager for a model that SDPA cannot serve (Gemma 2 caps its logits).
+        config: Copied.
+        attention: None is SDPA, or eager for a model that SDPA cannot serve (Gemma 2 caps its logits).
 
     Raises:
         ValueError: transformers cannot make a model from its numbers.
@@ -207,7 +211,7 @@ def build_on_meta(auto_class: type[_BaseAutoModelClass], config: PreTrainedConfi
     complaint = f"Model folder {config.name_or_path}: transformers cannot make the model of its `config.json`:"
     with reading(complaint), init_empty_weights(include_buffers=False):
         module: PreTrainedModel = auto_class.from_config(  # type: ignore[no-untyped-call]
-            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False
+            copy.deepcopy(config), dtype=torch.float32, trust_remote_code=False, attn_implementation=attention
         )
     # Moving parameters to meta one by one parts those that are tied.
     module.tie_weights()

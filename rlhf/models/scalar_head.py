@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 
+from rlhf.config.engine_config import Attention
 from rlhf.config.stage_configs import LoraConfig
 from rlhf.models.model_folder import ModelFolder, local_folder
 from rlhf.models.model_spec import ModelSpec, assemble, build_on_meta, decoder_config, first_layers, with_dropout
@@ -78,6 +79,7 @@ def scalar_head_model(
     lora: LoraConfig | None = None,
     seed: int = 0,
     head_scale: float = 1.0,
+    attention: Attention | None = None,
 ) -> ModelSpec:
     """The trunk of the model at `path` with a scalar head.
 
@@ -89,6 +91,7 @@ def scalar_head_model(
         lora: Adapters; None or rank 0 trains the whole model. The head always learns.
         seed: Seed of the new head and the adapters' initial values.
         head_scale: Factor on a loaded head: a critic predicts normalised scores, a reward model does not.
+        attention: Its implementation; None is transformers' choice.
 
     Returns:
         A spec whose module is a `ScalarHeadModel`.
@@ -99,7 +102,7 @@ def scalar_head_model(
     folder = local_folder(path)
     config = classifier_config(folder, num_layers)
     files = ModelFolder(folder)
-    classifier = classifier_module(with_dropout(config, dropout))
+    classifier = classifier_module(with_dropout(config, dropout), attention)
     config.architectures = [type(classifier).__name__]
     module = ScalarHeadModel(classifier, config)
     weights = open_weights(classifier, files, optional={HEAD})
@@ -164,9 +167,9 @@ def classifier_config(folder: Path, num_layers: int = 0) -> PreTrainedConfig:
     return first_layers(config, num_layers)
 
 
-def classifier_module(config: PreTrainedConfig) -> PreTrainedModel:
+def classifier_module(config: PreTrainedConfig, attention: Attention | None = None) -> PreTrainedModel:
     """A classifier of this configuration, with its parameters on meta; raises ValueError for an unknown head."""
-    classifier = build_on_meta(AutoModelForSequenceClassification, config)
+    classifier = build_on_meta(AutoModelForSequenceClassification, config, attention=attention)
     head = dict(classifier.named_children()).get("score")
     if not isinstance(head, nn.Linear) or head.bias is not None:
         raise ValueError(f"{type(classifier).__name__} has no bias-free linear head named `score`; not supported.")

@@ -117,19 +117,19 @@ def open_model(
         loss_scale: shared with another engine in fp16; None gives it one of its own.
         head_scale: what a scalar head is multiplied by.
     """
-    seed, lora = run.stage_config(role.stage).seed, role.lora_config(run)
+    engine = role.engine_config(run)
+    shared: dict[str, Any] = {"dropout": role.dropout, "lora": role.lora_config(run), "attention": engine.attention}
+    shared["seed"] = run.stage_config(role.stage).seed
     if role.kind is ModelKind.causal_lm:
-        spec = causal_lm(role.path, dropout=role.dropout, lora=lora, seed=seed)
+        spec = causal_lm(role.path, **shared)
     else:
-        spec = scalar_head_model(
-            role.path, num_layers=role.num_layers, dropout=role.dropout, lora=lora, seed=seed, head_scale=head_scale
-        )
+        spec = scalar_head_model(role.path, num_layers=role.num_layers, head_scale=head_scale, **shared)
     others = [f"{name}={value:g}" for name, value in spec.found_dropout.items() if value != role.dropout]
     if others:  # adapters have `lora.dropout`
         log.info("%s: dropout is %g in this stage, in place of %s", role, role.dropout, ", ".join(others))
     return open_engine(
         spec,
-        config=role.engine_config(run),
+        config=engine,
         world=world,
         optimizer=role.optimizer_config(run),
         total_steps=total_steps,

@@ -15,9 +15,12 @@ from operator import attrgetter
 from pathlib import Path
 
 from rlhf.chat.chat_model import chat_tokenizer
+from rlhf.config.engine_config import Attention
 from rlhf.config.roles import BUILT_ON, Role, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.config.stage_configs import ModelKind
+from rlhf.memory_plan.planner import machine_of
+from rlhf.models.attention import check_attention
 from rlhf.models.causal_lm import causal_lm_module, generation_config
 from rlhf.models.embedded import prepare
 from rlhf.models.model_folder import ModelFolder, local_folder
@@ -47,13 +50,22 @@ class ModelFacts:
     """Shape of each parameter by name."""
 
 
-def validate_model(folder: Path, head: ModelKind, *, num_layers: int = 0) -> ModelFacts:
+def validate_model(
+    folder: Path,
+    head: ModelKind,
+    *,
+    num_layers: int = 0,
+    attention: Attention | None = None,
+    on_cuda: bool = False,
+) -> ModelFacts:
     """Check that the model in `folder` can be loaded with the head `head`, reading no more than headers of files.
 
     Args:
         folder: with `config.json` and safetensors.
         head: the head it will be used with; a scalar head need not exist yet.
         num_layers: use only the first layers; 0 all.
+        attention: how it is to attend, None as transformers chooses.
+        on_cuda: whether it will compute on a GPU.
 
     Raises:
         ValueError: a file is missing or damaged, tensors are missing or do not have the shape that `config.json` gives
@@ -71,6 +83,7 @@ def validate_model(folder: Path, head: ModelKind, *, num_layers: int = 0) -> Mod
     else:
         module = classifier_module(classifier_config(folder, num_layers))
         keys = plain_keys(module, files, optional={HEAD})
+    check_attention(module, attention, on_cuda=on_cuda)
     if keys is None:
         log.warning("%s: transformers converts its tensors; whether all are there shows when it is loaded.", folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -82,6 +95,7 @@ class _Inspector:
 
     def __init__(self, run: RunConfig) -> None:
         self.run = run
+        self.on_cuda = machine_of(run, ranks=1).device.type == "cuda"
         self.facts, self.check_seal = cache(validate_model), cache(check_seal)
         self._plain, self._own = cache(load_tokenizer), cache(partial(stage_tokenizer, run))
 
@@ -174,7 +188,13 @@ def _examined(inspector: _Inspector, role: Role, *, folder: Path, is_made: bool)
     record = None if is_made else read_record(folder)
     if record is not None:
         inspector.check_seal(folder)
-    facts = inspector.facts(folder, role.kind, num_layers=role.num_layers)
+    facts = inspector.facts(
+        folder,
+        role.kind,
+        num_layers=role.num_layers,
+        attention=role.engine_config(inspector.run).attention,
+        on_cuda=inspector.on_cuda,
+    )
     if role.gives_scores and not facts.has_scores and not is_made:
         without = f", or set {role.setting}=null" if role.optional else ""
         raise ValueError(

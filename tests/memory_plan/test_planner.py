@@ -145,6 +145,19 @@ def test_micro_batches_by_tokens_are_planned_with_the_most_tokens_that_the_limit
     assert moving(64, 100 * each) == moving(1)  # a longer row is alone
 
 
+def test_eager_attention_is_planned_with_all_its_scores(tmp_path):
+    def activations(attention):
+        sizes = ["sft.max_prompt_tokens=100", "sft.max_response_tokens=100", "sft.micro_batch_size=4"]
+        plan = plan_of(run_of(tmp_path, *sizes, "engine.precision=fp32", f"engine.attention={attention}"), "sft")
+        (train,) = [phase for phase in plan.phases if phase.name == "train"]
+        return sum(item.bytes for item in train.items if item.part == "activations")
+
+    scores = 4 * 4 * 200 * 200 * 4  # 4 sequences, 4 heads, in fp32
+    assert activations("eager") > activations("sdpa") + scores  # softmax keeps its results
+    assert activations("sdpa") == activations("flash_attention_2") if torch.cuda.is_available() else True
+    assert activations("null") == activations("sdpa")
+
+
 def test_short_prompts_leave_more_of_the_tokens_to_responses(tmp_path):
     def logits(*sizes):
         lengths = ["ppo.max_prompt_tokens=300", "ppo.max_response_tokens=100", "ppo.minibatch_size=16"]
