@@ -154,7 +154,6 @@ def test_eager_attention_is_planned_with_all_its_scores(tmp_path):
 
     scores = 4 * 4 * 200 * 200 * 4  # 4 sequences, 4 heads, in fp32
     assert activations("eager") > activations("sdpa") + scores  # softmax keeps its results
-    assert activations("sdpa") == activations("flash_attention_2") if torch.cuda.is_available() else True
     assert activations("null") == activations("sdpa")
 
 

@@ -36,12 +36,8 @@ SETTINGS = [
     *("reward.max_steps=8", "reward.lora.rank=4", "reward.dropout=0.1"),
     *("stage=[sft,reward,dpo,ppo]", "dpo.max_steps=4", "dpo.eval_every=2"),
     *("ppo.iterations=4", "ppo.eval_every=2", "ppo.kl.target=1.0", "ppo.max_response_tokens=8"),
-    *(
-        "reward.micro_batch_size=8",
-        "reward.micro_batch_tokens=300",
-        "ppo.micro_batch_size=8",
-        "ppo.micro_batch_tokens=150",
-    ),
+    *("reward.micro_batch_size=8", "reward.micro_batch_tokens=300"),
+    *("ppo.micro_batch_size=8", "ppo.micro_batch_tokens=150"),
     *("ppo.reference_update_every=1", "ppo.ptx.coef=0.5", "data.ptx.train=${data.sft.train}"),
 ]
 PLACES = {
