@@ -54,8 +54,6 @@ class Slots:
         self._device, self._pad_id, self._waiting = model.device, pad_id, waiting
         self._limit = min(limit, len(waiting))
         self._no_row = len(waiting)
-        # Without any masked token, transformers gives SDPA no mask, and for grouped queries that is slow on a CPU.
-        self._slack = int(self._device.type == "cpu")
         self._refills = serves(model.config)
         self._prefilled: Prefilled | None = None
         self._is_reading = False
@@ -110,7 +108,7 @@ class Slots:
     def _new_cache(self, longest: int) -> DynamicCache:
         if self._refills:
             refilled = self._limit < len(self._waiting)
-            return SlotCache(self._model.config, slots=self._limit, longest=longest + self._slack, refilled=refilled)
+            return SlotCache(self._model.config, slots=self._limit, longest=longest, refilled=refilled)
         kinds = sorted({type(layer).__name__ for layer in DynamicCache(config=self._model.config).layers})
         log.info("%s keeps %s: it answers one batch after another", type(self._model).__name__, ", ".join(kinds))
         return DynamicCache()  # the first prompts bring theirs
@@ -124,8 +122,7 @@ class Slots:
 
     def _read_prompts(self, count: int) -> Step:
         rows, sources, prompts = self._waiting.take(count)
-        longest, shortest = len(prompts[0]), len(prompts[-1])
-        width = longest + (self._slack if shortest == longest else 0)
+        width = len(prompts[0])  # the longest
         filled = [[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         lengths = self._tensor([len(prompt) for prompt in prompts])  # [U]
         mask = self._last_columns(width, lengths)
@@ -140,7 +137,7 @@ class Slots:
 
     def _decode(self) -> Step | None:
         if isinstance(self._cache, SlotCache):  # columns that are padding in every row are forgotten
-            width = self._slack + max(n for n, taken in zip(self._host_lengths, self._taken, strict=True) if taken)
+            width = max(n for n, taken in zip(self._host_lengths, self._taken, strict=True) if taken)
             self._cache.trim(self._width - width)
             self._width = width
         self._width += 1
@@ -173,7 +170,7 @@ class Slots:
     def _copy(self, prompts: Prefilled, lengths: list[int], *, slots: list[int], is_last: bool) -> None:
         """Copy keys and values of prompts of these lengths into `slots`."""
         if not any(self._taken):  # nobody's columns need be kept
-            self._width = lengths[0] + self._slack
+            self._width = lengths[0]
             self._cache.start(self._width)
         self._cache.place(prompts.cache, self._tensor(prompts.sources), slots=self._tensor(slots), is_last=is_last)
 

@@ -6,20 +6,19 @@ switch for that. It allows a CPU to round to bf16 inside, which those with AMX d
 first. Nothing is timed: a run that is resumed on such a machine, and every rank, gets the same answer. Resumed on
 another kind of CPU, a run goes on with other last bits, whatever multiplies there.
 
-Attention stays with MKL, since SDPA multiplies small matrices one by one, for which oneDNN takes five times as long.
-So do models less than `_WIDE` wide.
+Attention stays with MKL, since SDPA multiplies small matrices one by one, for which oneDNN takes five times as long
+(`cpu_attention.py`). So do models less than `_WIDE` wide.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.runtime.dist import World, max_over_ranks
 
@@ -56,7 +55,6 @@ def multiply_with_onednn(width: int, *, world: World) -> bool:
     if bool(max_over_ranks(torch.tensor(int(not suits)))):
         return False
     _matmul.fp32_precision = _ONEDNN
-    ALL_ATTENTION_FUNCTIONS.register("sdpa", _attention)
     log.info("fp32 matrices are multiplied by oneDNN, which is faster on this CPU (engine.fast_fp32_matmul)")
     return True
 
@@ -91,15 +89,12 @@ def _switched(precision: str) -> Iterator[None]:
         _matmul.fp32_precision = before
 
 
-_sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-
-def _attention(*args: Any, **kwargs: Any) -> Any:
-    """The attention of transformers with MKL, forward and backward."""
+def with_mkl(attention: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """An attention function of transformers with MKL, forward and backward."""
     if not _is_on():
-        return _sdpa(*args, **kwargs)
+        return attention(*args, **kwargs)
     with _switched(_MKL):
-        output, weights = _sdpa(*args, **kwargs)
+        output, weights = attention(*args, **kwargs)
     node = output.grad_fn  # of views and copies of what the kernel gave; its own is below them
     while node is not None and "Attention" not in node.name():
         node = node.next_functions[0][0] if len(node.next_functions) == 1 else None

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING
 
 from rlhf.config.engine_config import Attention
 from rlhf.config.stage_configs import LoraConfig
+from rlhf.models.cpu_attention import speed_up_attention
 from rlhf.models.lora import inject
 from rlhf.models.weights import NewParameter, SeededWeights, Weights
 from rlhf.runtime.errors import load_auto, reading
@@ -208,6 +209,7 @@ def build_on_meta(
     Raises:
         ValueError: transformers cannot make a model from its numbers.
     """
+    speed_up_attention()
     complaint = f"Model folder {config.name_or_path}: transformers cannot make the model of its `config.json`:"
     with reading(complaint), init_empty_weights(include_buffers=False):
         module: PreTrainedModel = auto_class.from_config(  # type: ignore[no-untyped-call]

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.models import fp32_matmul
+from rlhf.models.cpu_attention import speed_up_attention
 from rlhf.models.fp32_matmul import multiply_with_mkl, multiply_with_onednn
 from rlhf.runtime.dist import World
 
@@ -86,6 +87,7 @@ def test_a_training_step_is_the_same_up_to_rounding_and_attention_never_sees_the
     loss, expected, _ = gradients()
     monkeypatch.setattr(fp32_matmul, "_relative_error", lambda: 0.0)
     assert multiply_with_onednn(256, world=LONE)
+    speed_up_attention()
     seen.clear()
     again, found, inside = gradients()
     assert seen == ["none", "none"]
