@@ -180,6 +180,7 @@ def test_generation_in_the_middle_of_training_changes_nothing(world, tmp_path, s
 @pytest.mark.parametrize("store", ["device", "cpu", "weights", "cpu cpu", "nvme nvme"])
 def test_captured_steps_follow_the_weights(world, tmp_path, store):
     settings = {"nvme_path": str(tmp_path), **(WHOLE | OFFLOADED)[store]}
+    tiny.reference().llama.save_pretrained(tmp_path / "model")
     assert_fixed_steps_follow_the_weights(world, tmp_path / "model", zero_stage=3, **settings)
 
 

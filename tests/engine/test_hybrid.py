@@ -12,9 +12,11 @@ from rlhf.generation.decode_graphs import DecodeGraphs
 from rlhf.generation.generate import Decoding
 from rlhf.models.causal_lm import causal_lm
 from rlhf.rollout import generate_responses
+from rlhf.runtime import dist
 from rlhf.runtime.dist import World
 from rlhf.types import PromptBatch
 from tests.engine import scenarios, tiny
+from tests.ranks import run_on_ranks
 
 BOTH = [(ranks, stage) for ranks in (1, 2) for stage in scenarios.STAGES]
 
@@ -101,11 +103,13 @@ def answers(engine, *, graphs):
 
 def assert_fixed_steps_follow_the_weights(world, folder, **config):
     """After every update, steps of fixed shapes say what those of growing ones say, and nothing of them is kept."""
-    tiny.reference().llama.save_pretrained(folder)
     optimizer = tiny.optimizer_config(schedule="constant", warmup_steps=0)
     config = EngineConfig(precision="fp32", **config)
     engine = build_engine(causal_lm(folder), config=config, world=world, optimizer=optimizer, total_steps=3)
     graphs, texts = DecodeGraphs(), set()
+    with engine.generating() as module:
+        addresses = [parameter.data_ptr() for parameter in module.parameters()]  # as a capture asks for them
+    assert 0 not in addresses
     for _ in range(3):
         train(engine)
         found, expected = answers(engine, graphs=graphs), answers(engine, graphs=None)
@@ -118,8 +122,15 @@ def assert_fixed_steps_follow_the_weights(world, folder, **config):
     engine.close()
 
 
-def test_fixed_steps_follow_the_weights(tmp_path):
-    assert_fixed_steps_follow_the_weights(World.alone(), tmp_path, zero_stage=0)
+def fixed_steps_of_a_rank(folder, stage):
+    assert_fixed_steps_follow_the_weights(dist.start("cpu"), folder, zero_stage=stage)
+    dist.stop()
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 2), (2, 3)])
+def test_fixed_steps_follow_the_weights(tmp_path, ranks, stage):
+    tiny.reference().llama.save_pretrained(tmp_path)
+    run_on_ranks(fixed_steps_of_a_rank, ranks, tmp_path, stage)
 
 
 def test_small_adapters_do_not_widen_the_gap_between_generation_and_training(tmp_path):
