@@ -81,7 +81,7 @@ class Workload:
         limit: MicroBatchLimit = config.micro_batch_limit
         if limit.tokens is None or compute is generation:
             return [longest]
-        limit = replace(limit, tokens=limit.tokens // config.sequences_per_row)  # as many of every sequence of a row
+        limit = replace(limit, tokens=max(1, limit.tokens // config.sequences_per_row))  # for each sequence of a row
         width = longest.prompt + longest.response
         shortest = width if compute in _EXAMPLES.values() else 1 + longest.response
         rows, tokens = _fullest(limit, shortest, longest=width)
