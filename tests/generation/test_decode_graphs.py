@@ -6,12 +6,17 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, GPTNeoConfig
 
 from rlhf.config.stage_configs import SamplingConfig
 from rlhf.generation import decode_graphs
-from rlhf.generation.decode_graphs import DecodeGraphs
+from rlhf.generation import sampling as sampling_module
+from rlhf.generation.decode_graphs import DecodeGraphs, FixedSlots
 from rlhf.generation.generate import Decoding, generate
+from rlhf.generation.outputs import Outputs
+from rlhf.generation.waiting import WaitingPrompts
 from tests.generation.test_generate import FAMILIES, GREEDY, NEW, SAMPLED
 from tests.generation.test_queue import LENGTHS, Forwards, queue, unequal_stops
 from tests.models import tiny
@@ -34,7 +39,8 @@ DEVICES = [
 
 @pytest.fixture(autouse=True)
 def many_shapes(monkeypatch):
-    """Small batches and short sequences go through several shapes."""
+    """Small batches and short sequences go through several shapes, and growing steps look at few tokens first."""
+    monkeypatch.setattr(sampling_module, "_FEW", 8)
     monkeypatch.setattr(decode_graphs, "_COLUMNS", 8)
     monkeypatch.setattr(decode_graphs, "_ROWS", 1)
 
@@ -227,6 +233,43 @@ def test_a_forward_that_reads_a_value_decodes_eagerly(caplog):
     assert_same(said(model, prompts, graphs=graphs), expected)
     assert_same(said(model, prompts, graphs=graphs), expected)
     assert len([record for record in caplog.records if "CUDA graphs" in record.message]) == 1
+
+
+class NothingFromTheHost(TorchDispatchMode):
+    """Refuses tensors of the CPU. On meta, which stands for a device here, reading a value is an error anyway."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        found = [value for value in tree_leaves((args, kwargs, out)) if isinstance(value, torch.Tensor)]
+        assert all(tensor.device.type == "meta" for tensor in found), func
+        return out
+
+
+def meta_slots(family, sampling):
+    model, meta = tiny.model(family).to("meta"), torch.device("meta")
+    outputs = Outputs(6, length=10, pad_id=tiny.PAD, stops=range(40), sampling=sampling, device=meta)
+    slots = FixedSlots(model, WaitingPrompts([[1] * 5] * 6), outputs, limit=4, graphs=DecodeGraphs())
+    config = model.config
+    like = torch.empty(1, getattr(config, "num_key_value_heads", 4), 1, 8, device=meta)
+    for layer in slots._cache.layers:
+        layer.lazy_initialization(like, like)
+    return slots
+
+
+@pytest.mark.parametrize("kind", SAMPLING)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_step_neither_reads_a_value_nor_takes_one_from_the_host(family, kind):
+    slots = meta_slots(family, SAMPLING[kind])
+    with torch.no_grad(), NothingFromTheHost():
+        slots._step(3, 32)
+
+
+def test_a_step_that_reads_a_value_would_be_found(monkeypatch):
+    slots = meta_slots("llama", SAMPLING["top-p"])
+    draw = slots.outputs.draw
+    monkeypatch.setattr(slots.outputs, "draw", lambda step, **_: draw(step))
+    with torch.no_grad(), NothingFromTheHost(), pytest.raises(RuntimeError, match="meta"):
+        slots._step(3, 32)
 
 
 def test_clearing_frees_what_was_kept():
