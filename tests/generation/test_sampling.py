@@ -90,6 +90,27 @@ def test_a_nucleus_wider_than_the_first_candidates_is_still_exact():
     assert ranks.mean().item() == pytest.approx(mean_rank.item(), rel=2e-3)
 
 
+@pytest.mark.parametrize(
+    "settings", [{"temperature": 0.0}, {"temperature": 0.8}, {"temperature": 1.0, "top_k": 40, "top_p": 0.7}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_a_large_vocabulary_are_drawn_as_each_alone(settings, dtype):
+    """They are drawn in pieces of three rows, the last of one."""
+    logits = (3 * torch.randn(7, 200_000, generator=torch.Generator().manual_seed(0))).to(dtype)
+    together = sample(logits, grid(7), **settings)
+    alone = [sample(logits[row : row + 1], grid(7)[row : row + 1], **settings) for row in range(7)]
+    assert together.tokens.tolist() == [int(drawn.tokens) for drawn in alone]
+    assert torch.equal(together.logprobs, torch.cat([drawn.logprobs for drawn in alone]))
+    expected = (logits.double() / (settings["temperature"] or 1.0)).log_softmax(-1)
+    torch.testing.assert_close(together.logprobs.double(), expected[range(7), together.tokens], rtol=1e-5, atol=1e-5)
+
+
+def test_greedily_the_first_of_equal_tokens_is_taken():
+    logits = torch.zeros(2, 300, dtype=torch.bfloat16)
+    logits[0, [7, 200]] = 2.0
+    assert sample(logits, grid(2), temperature=0.0).tokens.tolist() == [7, 0]
+
+
 def test_half_precision_logits_are_summed_in_more():
     logits = torch.zeros(1, 50_000, dtype=torch.bfloat16)
     tokens = sample(logits.expand(4, -1), torch.tensor([0.0, 0.25, 0.5, 1 - 2**-24]), temperature=1.0).tokens
