@@ -3,8 +3,9 @@
 The rows of a step follow from the seed and the number of the step alone, never from the number of ranks or the size of
 a micro-batch. So results do not depend on the machine, and resuming needs nothing but the step.
 
-A batch is as long as its longest row. Sequences are padded on the right; prompts on the left, so that every response
-starts in the same column. Masks come from lengths and never from the pad token, which may be the EOS.
+A batch is as wide as its longest row, rounded up (`width_of`). Sequences are padded on the right; prompts on the left,
+so that every response starts in the same column. Masks come from lengths and never from the pad token, which may be the
+EOS.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.samples import Demonstration, Preference, Prompt
-from rlhf.config.bounds import MicroBatchLimit, accumulation, divisible
+from rlhf.config.bounds import MicroBatchLimit, accumulation, divisible, width_of
 from rlhf.micro_batches import deal, pieces_by_length
 from rlhf.types import EvalBatch, PreferenceBatch, PromptBatch, SFTBatch
 
@@ -39,10 +40,10 @@ class Padded(NamedTuple):
 
 
 def pad(rows: Sequence[NDArray[Any]], fill: float, *, left: bool = False) -> Padded:
-    """Bring `rows`, B arrays of any lengths, to the length of the longest with `fill`."""
+    """Bring `rows`, B arrays of any lengths, to one width with `fill`."""
     lengths = np.array([len(row) for row in rows])
-    columns = np.arange(lengths.max())
-    mask = columns >= lengths.max() - lengths[:, None] if left else columns < lengths[:, None]
+    columns = np.arange(width_of(lengths.max()))
+    mask = columns >= len(columns) - lengths[:, None] if left else columns < lengths[:, None]
     values = np.full(mask.shape, fill, dtype=rows[0].dtype)
     values[mask] = np.concatenate(rows)
     return Padded(torch.from_numpy(values), torch.from_numpy(mask))

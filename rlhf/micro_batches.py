@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlhf.config.bounds import MicroBatchLimit
+from rlhf.config.bounds import MicroBatchLimit, width_of
 
 
 def pieces_by_length(lengths: Tensor, limit: MicroBatchLimit, *, ranks: int = 1, at_least: int = 1) -> list[Tensor]:
@@ -46,7 +46,7 @@ def pieces_by_length(lengths: Tensor, limit: MicroBatchLimit, *, ranks: int = 1,
 
 def padded_tokens(lengths: Tensor) -> int:
     """The tokens of a micro-batch of rows `[B, K]`, padding included."""
-    return len(lengths) * int(lengths.amax(0).sum()) if len(lengths) else 0
+    return len(lengths) * width_of(int(lengths.amax(0).sum())) if len(lengths) else 0
 
 
 def deal(pieces: Sequence[Tensor], *, ranks: int) -> list[list[Tensor]]:

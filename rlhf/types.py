@@ -23,6 +23,8 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
+from rlhf.config.bounds import width_of
+
 
 @dataclass(frozen=True)
 class _TensorBatch:
@@ -69,12 +71,14 @@ class Responses(_TensorBatch):
         return torch.stack((self.attention_mask.sum(-1) - response, response), dim=1).cpu()  # waits for the device
 
     def trimmed(self) -> Self:
-        """The same rows without the columns that are padding in every row."""
+        """The same rows without the columns that are padding in every row, but as wide as `width_of` says."""
         num_response = self.response_mask.shape[1]
         num_prompt = self.sequences.shape[1] - num_response
         first = int(self.attention_mask.any(0).int().argmax())
         counted = self.response_mask.any(0).nonzero()
         last = int(counted.max()) + 1 if len(counted) else 1
+        width = num_prompt + last - first
+        first = max(0, first - (width_of(width) - width))
         columns = {name: values[:, :last] for name, values in self._tensors().items() if values.dim() == 2}
         columns["sequences"] = self.sequences[:, first : num_prompt + last]
         columns["attention_mask"] = self.attention_mask[:, first : num_prompt + last]

@@ -104,6 +104,8 @@ def stages_to_run(run: RunConfig, ranks: int) -> list[str]:
     """Run all checks; returns the stages that are left to do."""
     todo = preflight(run, ranks=ranks)
     if todo:
+        for stage in todo:
+            stage_function(stage)  # what the process takes without a model contains its modules
         check_memory(run, todo, ranks=ranks)
     return [*todo, *(use for use in run.uses if use != "chat")]
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from rlhf.config.run_config import RunConfig
+from rlhf.engine.materialize import working_dtype
+from rlhf.memory_plan.kernels import compiled_kernels
 from rlhf.memory_plan.limits import cheapest_changes, full_disks, limits_of
 from rlhf.memory_plan.planner import Limits, Machine, Phase, Plan, machine_of, plan_stage
 from rlhf.memory_plan.states import Item, Place
@@ -28,7 +30,7 @@ from rlhf.tracking.timing import Stopwatch, resident
 
 log = logging.getLogger(__name__)
 
-RUNTIME = "runtime"
+RUNTIME, KERNELS = "runtime", "compiled kernels"
 _TEXT, _NUMBERS = "plan.txt", "plan.json"
 _CUDA_CONTEXT = 600_000_000  # bytes of a process on an H100 before its first tensor: context, kernels, cuBLAS
 
@@ -162,18 +164,23 @@ def compare_with_plan(run: RunConfig, stage: str, *, world: World, timer: Stopwa
     return measured | expected
 
 
-def runtime_items(device: torch.device) -> tuple[Item, ...]:
-    """What this process takes before it has a model; on CUDA also the context of the device."""
-    host = resident().get("RssAnon", 0)
-    on_device = (Item("process", RUNTIME, Place.device, _CUDA_CONTEXT),) if device.type == "cuda" else ()
-    return (Item("process", RUNTIME, Place.host, host), *on_device)
+def runtime_items(device: torch.device, dtype: torch.dtype) -> tuple[Item, ...]:
+    """What this process takes before it has a model; on CUDA also the context of the device.
+
+    On a CPU libraries compile kernels when they are needed, and keep them.
+    """
+    host = Item("process", RUNTIME, Place.host, resident().get("RssAnon", 0))
+    if device.type == "cuda":
+        return (host, Item("process", RUNTIME, Place.device, _CUDA_CONTEXT))
+    return (host, Item("process", KERNELS, Place.host, compiled_kernels(dtype)))
 
 
 def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
     machine = machine_of(run, ranks=ranks)
     starts_others = ranks > 1 and not under_torchrun()
     limits = limits_of(run, machine.device, computes=not starts_others)
-    return replace(machine, runtime=runtime_items(machine.device)), limits
+    dtype = working_dtype(run.engine.precision, machine.device)
+    return replace(machine, runtime=runtime_items(machine.device, dtype)), limits
 
 
 def _rows(plan: Plan, place: Place) -> Iterator[list[object]]:

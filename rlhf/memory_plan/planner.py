@@ -30,7 +30,7 @@ from rlhf.runtime.launch import local_ranks
 
 EXPORT, CHECKPOINTS = SAVED = ("export", "checkpoints")
 """Parts in the output folder; everything else on disk is below `engine.nvme_path`."""
-ALLOCATOR = "allocator"
+WRITTEN, ALLOCATOR = "tensor being written", "allocator"
 _COMES_AND_GOES = (ACTIVATIONS, LOGITS, CACHE, GRADIENTS)
 _CPU_SLACK, _CUDA_SLACK = 0.25, 0.1
 
@@ -159,6 +159,9 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     found["train"] += copies
     found["save"] = [item for model in models for item in model.at_rest()] + copies
     found["save"] += [item for model in models for item in model.saved(run.checkpoint, local_ranks=machine.local_ranks)]
+    written = [model.states for model in models if model.role.is_trained and not model.role.follows]
+    largest = max(written, key=States.in_export)  # one model after the other, tensor by tensor
+    found["save"].append(largest.item(WRITTEN, Place.host, count=largest.in_export()))
     if stage == "ppo" and run.ppo is not None and run.ppo.reuse_frozen_layers:
         learners = [model.states for model in models if model.role.is_trained and model.shape.whole.frozen_blocks]
         for phase, count in ROLLOUTS.items():

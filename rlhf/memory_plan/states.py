@@ -159,9 +159,20 @@ class States:
 
         Merged adapters are in fp32 where the working type would lose too much of them, which is not known before.
         """
+        return sum(self._exported) * (2 if self.has_average else 1)
+
+    def in_export(self) -> int:
+        """Host bytes while the largest tensor is written: as it is stored, and a copy of it from where it was."""
+        is_here = self.ranks == 1 and self.device.type == "cpu"
+        copied = 0 if is_here else max(p.numel() for p in self._parameters.values()) * self.dtype.itemsize
+        return max(self._exported) + copied
+
+    @property
+    def _exported(self) -> list[int]:
+        """Bytes of each tensor in the model's folder."""
         plain = [p.numel() for name, p in self._parameters.items() if not is_adapter(name)]
-        each = sum(plain) * (4 if len(plain) < len(self._parameters) else self.dtype.itemsize)
-        return each * (2 if self.has_average else 1)
+        each = 4 if len(plain) < len(self._parameters) else self.dtype.itemsize
+        return [each * count for count in plain]
 
     def hidden_states(self, tokens: int) -> Item:
         """What the frozen layers gave for so many tokens (`ppo.reuse_frozen_layers`)."""

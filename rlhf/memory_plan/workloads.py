@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.bounds import MicroBatchLimit, as_plain
+from rlhf.config.bounds import MicroBatchLimit, as_plain, width_of
 from rlhf.config.run_config import SUPERVISED
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.generation.decode_graphs import DecodeGraphs, why_not
@@ -97,7 +97,7 @@ class Workload:
 
     def mask(self, rows: int, num_tokens: int = 0) -> Tensor:
         """`[rows, num_tokens]`, or `[rows, T]`, bool: one sequence ends a token before the others."""
-        mask = torch.ones(rows, num_tokens or self.prompt + self.response, dtype=torch.bool)
+        mask = torch.ones(rows, width_of(num_tokens or self.prompt + self.response), dtype=torch.bool)
         mask[-1, -1] = False
         return mask
 

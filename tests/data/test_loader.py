@@ -14,6 +14,7 @@ from data.loader import (
     collate_prompts,
     evaluation_batches,
     evaluation_prompts,
+    pad,
 )
 from data.samples import Demonstration, Preference, Prompt
 from rlhf.config.bounds import MicroBatchLimit
@@ -256,7 +257,13 @@ def ids(*values):
     return np.array(values, dtype=np.int32)
 
 
-def test_demonstrations_are_padded_on_the_right():
+@pytest.fixture
+def narrow(monkeypatch):
+    """Batches as wide as their longest row."""
+    monkeypatch.setattr("rlhf.config.bounds.WIDTHS", 1)
+
+
+def test_demonstrations_are_padded_on_the_right(narrow):
     samples = [
         Demonstration(ids(1, 2, 3), np.array([False, True, True])),
         Demonstration(ids(4, 5), np.array([False, True])),
@@ -268,7 +275,7 @@ def test_demonstrations_are_padded_on_the_right():
     assert (batch.input_ids.dtype, batch.attention_mask.dtype) == (torch.int64, torch.bool)
 
 
-def test_a_pad_token_that_is_the_eos_hides_no_token():
+def test_a_pad_token_that_is_the_eos_hides_no_token(narrow):
     eos = PAD
     batch = collate_demonstrations(
         [
@@ -281,7 +288,7 @@ def test_a_pad_token_that_is_the_eos_hides_no_token():
     assert batch.target_mask.tolist() == [[False, True, True, False], [False, True, True, True]]
 
 
-def test_preferences_are_all_chosen_then_all_rejected():
+def test_preferences_are_all_chosen_then_all_rejected(narrow):
     first = (np.array([False, True]), np.array([False, False, True]))
     pairs = [
         Preference(ids(1, 2), ids(1, 3, 4), margin=0.5, targets=first, reference=np.float32([-1, -2])),
@@ -299,7 +306,7 @@ def test_preferences_are_all_chosen_then_all_rejected():
     assert batch.margin.dtype == torch.float32
 
 
-def test_prompts_are_padded_on_the_left():
+def test_prompts_are_padded_on_the_left(narrow):
     batch = collate_prompts([Prompt(ids(1, 2, 3), "abc", {"answer": [1]}), Prompt(ids(4), "d")], [70, 71], pad_id=PAD)
     assert batch.columns == ({"answer": [1]}, {})
     assert batch.rows(torch.tensor([1, 0, 0])).columns == ({}, {"answer": [1]}, {"answer": [1]})
@@ -309,7 +316,19 @@ def test_prompts_are_padded_on_the_left():
     assert batch.prompts == ("abc", "d")
 
 
-def test_rows_of_equal_length_are_not_padded():
+def test_rows_of_equal_length_are_not_padded(narrow):
     batch = collate_prompts([Prompt(ids(1, 2), "a"), Prompt(ids(3, 4), "b")], [0, 1], pad_id=PAD)
     assert batch.attention_mask.all()
     assert batch.input_ids.shape == (2, 2)
+
+
+@pytest.mark.parametrize(("longest", "width"), [(1, 8), (8, 8), (9, 16)])
+def test_widths_are_multiples_of_8_on_the_side_of_the_padding(longest, width):
+    rows = [np.arange(1, longest + 1, dtype=np.int32), ids(7)]
+    right, left = pad(rows, PAD), pad(rows, PAD, left=True)
+    assert right.values.shape == left.values.shape == right.mask.shape == left.mask.shape == (2, width)
+    for row, expected in enumerate(rows):
+        count = len(expected)
+        assert right.values[row].tolist() == [*expected, *[PAD] * (width - count)]
+        assert left.values[row].tolist() == [*[PAD] * (width - count), *expected]
+        assert right.mask[row].tolist() == [True] * count + [False] * (width - count) == left.mask[row].tolist()[::-1]

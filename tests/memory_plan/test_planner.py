@@ -300,7 +300,7 @@ def test_measured_peaks_stand_beside_the_plan(tmp_path, smoke, caplog):
 
 def test_the_plan_of_a_device_stands_beside_tensors_without_the_context_around_them(smoke):
     run = replace(smoke, engine=replace(smoke.engine, device="cuda"), memory=MemoryConfig(device_gb=80, host_gb=256))
-    items = runtime_items(torch.device("cuda"))
+    items = runtime_items(torch.device("cuda"), torch.bfloat16)
     bare, whole = (plan_stage(run, "sft", machine=Machine(torch.device("cuda"), 1, 1, kept)) for kept in ((), items))
     assert numbers(whole)["train"]["device"] == bare.phases[1].total(Place.device)
     assert numbers(whole)["train"]["host"] == whole.phases[1].total(Place.host)

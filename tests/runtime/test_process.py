@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from rlhf.runtime.process import heap_in_use
 
 CODE = """
 import torch
@@ -54,3 +57,13 @@ def test_small_ones_go_back_when_asked():
     sizes = {"count": 500_000, "pieces": 160}
     assert left_over(call="return_freed_memory()", **sizes) > 100 * MB
     assert left_over(call="return_freed_memory()", last="trim()", **sizes) < 10 * MB
+
+
+def test_what_is_in_use_of_the_heap_rises_and_falls_with_tensors():
+    before = heap_in_use()
+    if not before:
+        pytest.skip("this C library does not say")
+    tensor = torch.ones(3 << 20, dtype=torch.uint8)
+    assert heap_in_use() - before == pytest.approx(3 << 20, rel=0.05)
+    del tensor
+    assert heap_in_use() - before < 1 << 16

@@ -34,7 +34,7 @@ from rlhf.training.ppo_update import (
     training_batch,
     update_reference,
 )
-from rlhf.types import Experience, HeldRows, Rollout, Sequences
+from rlhf.types import Experience, HeldRows, Responses, Rollout, Sequences
 from tests.engine import tiny
 
 
@@ -119,12 +119,26 @@ def test_ranks_share_a_minibatch_equally_and_completely(size):
     assert tokens == int(minibatch.response_mask.sum()) == 1 + 2 + 3 + 4
 
 
-def test_trimming_drops_only_columns_that_are_padding_everywhere():
+def test_trimming_drops_only_columns_that_are_padding_everywhere(monkeypatch):
+    monkeypatch.setattr("rlhf.config.bounds.WIDTHS", 1)
     short = batch(num_rows=2)  # responses of 1 and 2 tokens, prompts of 2 with one column of padding in front
     (trimmed,) = share_of(short, config())
     assert trimmed.response_mask.tolist() == [[True, True], [True, False]]  # the longest first
     assert trimmed.sequences.tolist() == [[8, 9, 10, 11], [1, 2, 3, 4]]
     assert trimmed.attention_mask.tolist() == [[True, True, True, True], [True, True, True, False]]
+
+
+def test_trimming_leaves_widths_that_are_multiples_of_8_where_there_are_columns(monkeypatch):
+    mask = torch.zeros(2, 20, dtype=torch.bool)  # prompts of 12 columns, responses of 8
+    mask[:, 7:15] = True  # prompts of 5, responses of 3
+    response = torch.zeros(2, 8, dtype=torch.bool)
+    response[:, :3] = True
+    found = Responses(torch.arange(40).view(2, 20), mask, response).trimmed()
+    assert found.sequences[0].tolist() == list(range(7, 15))
+    response[:, :4] = mask[:, 15] = True
+    found = Responses(torch.arange(40).view(2, 20), mask, response).trimmed()
+    assert found.sequences[0].tolist() == list(range(16))  # of 9 needed
+    assert found.response_mask.shape == (2, 4)
 
 
 def test_a_group_of_equal_rewards_learns_nothing():
