@@ -180,6 +180,8 @@ def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
     starts_others = ranks > 1 and not under_torchrun()
     limits = limits_of(run, machine.device, computes=not starts_others)
     dtype = working_dtype(run.engine.precision, machine.device)
+    for stage in run.stages[:1]:
+        plan_stage(run, stage, machine=machine)  # what the process takes contains what a plan imports and keeps
     return replace(machine, runtime=runtime_items(machine.device, dtype)), limits
 
 

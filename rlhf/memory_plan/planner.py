@@ -4,13 +4,12 @@
 stage. `states.py` and `trace.py` predict the bytes of each model. Models take turns, so a phase takes what its busiest
 model takes at its highest moment, beside all others at rest. A model that an earlier stage will make has the shape of
 the model that it is made from. Lengths are those that the configuration allows: shorter data takes less.
-On a CPU the device is the host, and the plan has one number for both.
 Left out: showing a plan, and refusing a run (`plan_text.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -167,8 +166,8 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
         for phase, count in ROLLOUTS.items():
             tokens = run.ppo.tokens_held(count, ranks=machine.ranks, trains=phase == "train")
             found[phase] += [states.hidden_states(tokens) for states in learners]
-    phases = tuple(_phase(name, items, machine=machine) for name, items in found.items())
-    return Plan(run.title(stage), machine.local_ranks, machine.device.type == "cuda", phases)
+    is_cuda = machine.device.type == "cuda"
+    return Plan(run.title(stage), machine.local_ranks, is_cuda, tuple(_phases(found, machine=machine)))
 
 
 def _busiest(models: list[ModelMemory], *, phase: str, works: dict[str, list[Workload]]) -> list[Item]:
@@ -180,19 +179,23 @@ def _busiest(models: list[ModelMemory], *, phase: str, works: dict[str, list[Wor
     return max(turns, key=_device_bytes)
 
 
-def _phase(name: str, items: Iterable[Item], *, machine: Machine) -> Phase:
-    """A phase with what the process takes, and what the allocator loses between tensors that come and go.
+def _phases(found: dict[str, list[Item]], *, machine: Machine) -> Iterator[Phase]:
+    """The phases with what the process takes, and what the allocator loses between tensors that come and go.
 
-    On a CPU that is a quarter of them, as measured with glibc 2.36 (benchmarks/results/plan.md); on CUDA a tenth, which
-    nobody has measured here. Whatever is on the device of a CPU machine is in the host's memory.
+    On a CPU a heap that the largest phase has filled keeps its holes, which other phases touch: a quarter of what moved
+    there, as measured with glibc 2.36 (benchmarks/results/plan.md). On CUDA it is a tenth of what moves in a phase,
+    which nobody has measured here. Whatever is on the device of a CPU machine is in the host's memory.
     """
     is_cuda = machine.device.type == "cuda"
-    items = [*machine.runtime, *items]
-    moving = sum(item.bytes for item in items if item.place is Place.device and item.part in _COMES_AND_GOES)
-    items.append(Item("process", ALLOCATOR, Place.device, int((_CUDA_SLACK if is_cuda else _CPU_SLACK) * moving)))
-    if not is_cuda:
-        items = [replace(item, place=Place.host) if item.place is Place.device else item for item in items]
-    return Phase(name, tuple(items))
+    passing = {name: [item for item in items if item.part in _COMES_AND_GOES] for name, items in found.items()}
+    moving = {name: _device_bytes(items) for name, items in passing.items()}
+    most = max(moving.values())
+    for name, own in found.items():
+        lost = int(_CUDA_SLACK * moving[name] if is_cuda else _CPU_SLACK * most)
+        items = [*machine.runtime, *own, Item("process", ALLOCATOR, Place.device, lost)]
+        if not is_cuda:
+            items = [replace(item, place=Place.host) if item.place is Place.device else item for item in items]
+        yield Phase(name, tuple(items))
 
 
 def shape_of(run: RunConfig, role: Role) -> ModelShape:

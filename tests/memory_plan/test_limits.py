@@ -70,7 +70,10 @@ def test_a_process_that_only_starts_the_ranks_needs_its_memory_itself(
     monkeypatch.setattr(limits_module, "free_host", lambda: 20 * GB)
     monkeypatch.setattr(report_module, "under_torchrun", lambda: rank_of_torchrun)
     run = SimpleNamespace(
-        stages=[], output_dir=str(tmp_path), memory=MemoryConfig(), engine=SimpleNamespace(device="cpu", precision="fp32")
+        stages=[],
+        output_dir=str(tmp_path),
+        memory=MemoryConfig(),
+        engine=SimpleNamespace(device="cpu", precision="fp32"),
     )
     _, limits = report_module._here(run, ranks)
     assert limits.host == pytest.approx(20 * GB + ours * resident()["RssAnon"], abs=50_000_000)
