@@ -11,8 +11,8 @@ from typing import Any
 from benchmarks import plan as cases
 from benchmarks.gpu_bench import Bench, failures
 from benchmarks.zero_report import table
-from rlhf.memory_plan.planner import ALLOCATOR, Phase, machine_of, plan_stage
-from rlhf.memory_plan.states import Place
+from rlhf.memory_plan.plan import Phase, Place
+from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
 from stages.setup.compose import save_run
 
 _SMALL = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 4, "num_attention_heads": 4}

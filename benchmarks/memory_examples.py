@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.memory_plan.planner import Limits, Machine, plan_stage, shape_of
-from rlhf.memory_plan.states import Item, Place
+from rlhf.memory_plan.plan import Item, Limits, Place
+from rlhf.memory_plan.planner import Machine, plan_stage, shape_of
 from stages.setup.compose import CONF_DIR, register_schema, to_run
 
 GB = 1_000_000_000

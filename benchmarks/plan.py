@@ -26,8 +26,8 @@ from hydra import compose, initialize_config_dir
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
+from rlhf.memory_plan.plan import Place
 from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
-from rlhf.memory_plan.states import Place
 from rlhf.memory_plan.workloads import PHASES, Workload, generation, policy_update, scalars, statistics
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.rollout import Models

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.samples import Demonstration, Preference, Prompt
-from rlhf.config.bounds import MicroBatchLimit, accumulation, divisible, width_of
+from rlhf.config.bounds import MicroBatchLimit, accumulation, divisible
 from rlhf.micro_batches import deal, pieces_by_length
-from rlhf.types import EvalBatch, PreferenceBatch, PromptBatch, SFTBatch
+from rlhf.types import EvalBatch, PreferenceBatch, PromptBatch, SFTBatch, width_of
 
 Sample = TypeVar("Sample", bound=Sized)
 Batch = TypeVar("Batch")

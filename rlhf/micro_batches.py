@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rlhf.config.bounds import MicroBatchLimit, width_of
+from rlhf.config.bounds import MicroBatchLimit
+from rlhf.types import width_of
 
 
 def pieces_by_length(lengths: Tensor, limit: MicroBatchLimit, *, ranks: int = 1, at_least: int = 1) -> list[Tensor]:
@@ -65,7 +66,7 @@ def _filled(rows: Sequence[Sequence[int]], limit: MicroBatchLimit) -> list[int]:
     widest: list[int] = []
     for row in rows:
         wider = list(map(max, widest, row)) if sizes else list(row)
-        if sizes and sizes[-1] < limit.rows_of(sum(wider)):
+        if sizes and sizes[-1] < limit.rows_of(width_of(sum(wider))):
             sizes[-1] += 1
             widest = wider
         else:

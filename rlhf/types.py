@@ -23,8 +23,6 @@ from typing import Any, Generic, Self, TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.config.bounds import width_of
-
 
 @dataclass(frozen=True)
 class _TensorBatch:
@@ -51,6 +49,18 @@ def _selected(values: Any, index: Tensor) -> Any:
     if isinstance(values, HeldRows):
         return values.rows(index)
     return tuple(values[i] for i in index.tolist())
+
+
+WIDTHS = 8
+"""Batches are as wide as their longest row, rounded up to a multiple of this.
+
+oneDNN compiles kernels of half a megabyte for each width, and tensor cores like multiples of 8.
+"""
+
+
+def width_of(num_tokens: int) -> int:
+    """Columns of a batch whose longest row has so many tokens."""
+    return -(-num_tokens // WIDTHS) * WIDTHS
 
 
 @dataclass(frozen=True)

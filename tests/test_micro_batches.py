@@ -17,14 +17,13 @@ from tests.ranks import run_on_ranks
 @pytest.fixture(autouse=True)
 def widths(monkeypatch):
     """Rows are not rounded up, so that limits of few tokens say something."""
-    monkeypatch.setattr("rlhf.config.bounds.WIDTHS", 1)
+    monkeypatch.setattr("rlhf.types.WIDTHS", 1)
 
 
 def test_columns_that_round_a_width_up_count(monkeypatch):
-    monkeypatch.setattr("rlhf.config.bounds.WIDTHS", 8)
+    monkeypatch.setattr("rlhf.types.WIDTHS", 8)
     pieces = pieces_by_length(torch.tensor([9, 9, 9, 9]), MicroBatchLimit(8, 32))
     assert list(map(len, pieces)) == [2, 2]  # of 16 columns each; three of 9 would be 27 tokens
-
 
 
 def lengths_of(seed, count, longest=40):

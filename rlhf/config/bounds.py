@@ -115,18 +115,6 @@ def divisible(total: int, *, by: int, names: str) -> int:
     return total // by
 
 
-WIDTHS = 8
-"""Batches are as wide as their longest row, rounded up to a multiple of this.
-
-oneDNN compiles kernels of half a megabyte for each width, and tensor cores like multiples of 8.
-"""
-
-
-def width_of(num_tokens: int) -> int:
-    """Columns of a batch whose longest row has so many tokens."""
-    return -(-num_tokens // WIDTHS) * WIDTHS
-
-
 @dataclass(frozen=True)
 class MicroBatchLimit:
     """The most that goes through a model at once: rows, and tokens, padding included. One row is always allowed."""
@@ -138,7 +126,7 @@ class MicroBatchLimit:
 
     def rows_of(self, width: int) -> int:
         """How many rows of `width` tokens there may be."""
-        return self.rows if self.tokens is None else max(1, min(self.rows, self.tokens // width_of(width)))
+        return self.rows if self.tokens is None else max(1, min(self.rows, self.tokens // width))
 
 
 def accumulation(global_batch_size: int, *, limit: MicroBatchLimit, ranks: int, name: str) -> int | None:

@@ -22,8 +22,8 @@ import torch
 from rlhf.config.engine_config import EngineConfig, GradDtype, MasterWeights, MomentDtype, OffloadDevice, Precision
 from rlhf.config.roles import engines_of, roles_of
 from rlhf.config.run_config import RunConfig
-from rlhf.memory_plan.planner import SAVED, Limits, Plan
-from rlhf.memory_plan.states import Place
+from rlhf.memory_plan.plan import Limits, Place, Plan
+from rlhf.memory_plan.planner import SAVED
 from rlhf.tracking.timing import resident
 
 _ROOT = Path("/")

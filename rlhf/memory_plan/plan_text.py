@@ -20,8 +20,8 @@ from rlhf.config.run_config import RunConfig
 from rlhf.engine.materialize import working_dtype
 from rlhf.memory_plan.kernels import compiled_kernels
 from rlhf.memory_plan.limits import cheapest_changes, full_disks, limits_of
-from rlhf.memory_plan.planner import Limits, Machine, Phase, Plan, machine_of, plan_stage
-from rlhf.memory_plan.states import Item, Place
+from rlhf.memory_plan.plan import Item, Limits, Phase, Place, Plan
+from rlhf.memory_plan.planner import Machine, machine_of, plan_stage
 from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.runtime.dist import World, barrier
 from rlhf.runtime.launch import under_torchrun

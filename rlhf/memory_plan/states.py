@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import cached_property
 
 import torch
@@ -29,32 +28,13 @@ from rlhf.engine.offload.weight_stores import file_bytes
 from rlhf.engine.offload.working_weights import lay_out_units, unit_bytes
 from rlhf.engine.sharding import reduction_dtype
 from rlhf.engine.state_format import STATE_KEYS, StateFormat
+from rlhf.memory_plan.plan import Item, Place
 from rlhf.models.lora import is_adapter
 from rlhf.models.model_spec import ModelSpec
 
 WORKING, GRADIENTS, MASTERS, MOMENTS = "working parameters", "gradients", "master weights", "moments"
 AVERAGE = "average of weights"
 GATHERED, BUFFERS, HIDDEN, GRAPHS = "gathered weights", "buffers", "hidden states", "CUDA graphs"
-
-
-class Place(StrEnum):
-    """Where bytes are."""
-
-    device = "device"
-    host = "host"
-    disk = "disk"
-
-
-@dataclass(frozen=True)
-class Item:
-    """Bytes of one part of one role in one place, on one rank."""
-
-    role: str
-    """A model of the stage, or the process itself."""
-    part: str
-    """What takes the memory, such as gradients."""
-    place: Place
-    bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)

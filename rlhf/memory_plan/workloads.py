@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf.config.bounds import MicroBatchLimit, as_plain, width_of
+from rlhf.config.bounds import MicroBatchLimit, as_plain
 from rlhf.config.run_config import SUPERVISED
 from rlhf.forward_passes import critic_values, response_statistics
 from rlhf.generation.decode_graphs import DecodeGraphs, why_not
@@ -24,7 +24,7 @@ from rlhf.rollout import Models
 from rlhf.runtime.dist import World
 from rlhf.training.ppo_update import policy_gradient, text_backward, value_gradient
 from rlhf.training.supervised_step import objective_of
-from rlhf.types import PPOBatch, PreferenceBatch, Responses, SFTBatch
+from rlhf.types import WIDTHS, PPOBatch, PreferenceBatch, Responses, SFTBatch, width_of
 
 _NOT_TRACED = ("engine", "optimizer", "size", "micro_batch_tokens", "lora")
 """Ends of the names of settings that decide nothing about the tensors of a workload beyond its rows and its model."""
@@ -118,7 +118,7 @@ def _fullest(limit: MicroBatchLimit, shortest: int, *, longest: int) -> tuple[in
     """Rows, and their tokens from about `shortest` to `longest`, that come closest to the limit of tokens."""
     assert limit.tokens is not None
     rows = min(limit.rows, -(-limit.tokens // shortest))
-    tokens = min(longest, limit.tokens // rows)
+    tokens = min(longest, limit.tokens // rows // WIDTHS * WIDTHS)
     return (rows, tokens) if rows > 1 and tokens > 1 else (1, longest)
 
 

@@ -260,7 +260,7 @@ def ids(*values):
 @pytest.fixture
 def narrow(monkeypatch):
     """Batches as wide as their longest row."""
-    monkeypatch.setattr("rlhf.config.bounds.WIDTHS", 1)
+    monkeypatch.setattr("rlhf.types.WIDTHS", 1)
 
 
 def test_demonstrations_are_padded_on_the_right(narrow):

@@ -9,8 +9,7 @@ from rlhf.config.run_config import MemoryConfig
 from rlhf.memory_plan import limits as limits_module
 from rlhf.memory_plan import plan_text as report_module
 from rlhf.memory_plan.limits import free_host, full_disks
-from rlhf.memory_plan.planner import Limits, Phase, Plan
-from rlhf.memory_plan.states import Item, Place
+from rlhf.memory_plan.plan import Item, Limits, Phase, Place, Plan
 from rlhf.tracking.timing import resident
 from tests.config.test_configuration import composed
 

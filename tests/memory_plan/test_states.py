@@ -10,7 +10,8 @@ from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.stage_configs import LoraConfig, ModelKind, OptimizerConfig
 from rlhf.engine.engine import build_engine
 from rlhf.engine.offload.placement import Placement
-from rlhf.memory_plan.states import Place, States
+from rlhf.memory_plan.plan import Place
+from rlhf.memory_plan.states import States
 from rlhf.memory_plan.trace import ModelShape
 from rlhf.models.causal_lm import causal_lm
 from rlhf.runtime.dist import World

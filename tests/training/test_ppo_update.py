@@ -120,7 +120,7 @@ def test_ranks_share_a_minibatch_equally_and_completely(size):
 
 
 def test_trimming_drops_only_columns_that_are_padding_everywhere(monkeypatch):
-    monkeypatch.setattr("rlhf.config.bounds.WIDTHS", 1)
+    monkeypatch.setattr("rlhf.types.WIDTHS", 1)
     short = batch(num_rows=2)  # responses of 1 and 2 tokens, prompts of 2 with one column of padding in front
     (trimmed,) = share_of(short, config())
     assert trimmed.response_mask.tolist() == [[True, True], [True, False]]  # the longest first
