@@ -10,7 +10,7 @@ from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.adam_kernel import AdamKernel
 from rlhf.engine.offload.direct_io import DirectFile
 from rlhf.engine.offload.grad_accumulation import HostGradAccumulator, PinnedStaging
-from rlhf.engine.offload.optimizer_state import ParameterShard, Update
+from rlhf.engine.offload.optimizer_state import InMemoryStateStore, ParameterShard, Update
 from rlhf.engine.offload.optimizer_state_nvme import NvmeResources, NvmeStateStore
 from rlhf.engine.offload.tiles import lay_out_tiles
 from rlhf.engine.offload.transfers import BufferPool, CopyStream
@@ -72,6 +72,33 @@ def test_weights_are_there_once_they_were_flushed(late, monkeypatch, dtype):
         weights.flush()
         assert torch.equal(parameter.detach().flatten()[128:1128], values.to(dtype))
     weights.close()
+
+
+def test_split_masters_are_put_together_from_weights_that_have_arrived(late, monkeypatch):
+    """Split and whole masters of the same weights on a device, in more chunks than there are buffers."""
+    monkeypatch.setattr("rlhf.engine.offload.working_weights._STAGED", 512)
+    start, found = torch.randn(90, 100, generator=torch.Generator().manual_seed(9)), []
+    for is_split in (False, True):
+        parameter = nn.Parameter(torch.zeros(90, 100, dtype=torch.bfloat16))
+        weights = StagedWeights([{"w": parameter}], DEVICE, pin=False)
+        store = InMemoryStateStore(
+            [ParameterShard("w", parameter.shape, True)],
+            HostGradAccumulator(PinnedStaging(DEVICE, pin=False)),
+            kernel=AdamKernel(OptimizerConfig(lr=1e-2, weight_decay=0.1), CPU, limit=1024),
+            weights=weights,
+            format_=StateFormat(is_split=is_split),
+        )
+        store.write("w", "weight", shard=start)
+        for step in range(3):
+            (gradient,) = gradients(1, step, torch.bfloat16)
+            store.gradients.add("w", gradient.repeat(9))
+            store.step(Update({"w"}, 1e-2, 1.0))
+            weights.flush()
+        found.append((store.read("w", "weight").clone(), parameter.detach().clone()))
+        store.close()
+        weights.close()
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
 
 
 @pytest.fixture(params=["host", 1, 3])

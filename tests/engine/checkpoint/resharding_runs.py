@@ -162,6 +162,7 @@ def everything(root, kinds, sources):
     return {
         "same": same_ranks(world, root, kinds),
         "other": other_ranks(world, root, kinds, sources=sources),
+        "small": load_and_go_on(engine(world, root, KINDS["zero1 small"]), f"{root}/1/zero1 small"),
         "uneven": uneven(world, f"{root}/uneven-{world.size}"),
         "failing": failing(world, f"{root}/failing-{world.size}"),
         "damaged": damaged(world, f"{root}/damaged-{world.size}"),

@@ -51,6 +51,17 @@ def test_on_other_ranks_and_stages_the_rest_is_the_same_up_to_rounding(runs, pla
         assert len(rank["other"]) >= 3
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_moments_in_8_bits_are_cut_into_other_blocks(runs, ranks):
+    """Each rank's blocks begin at its own rows: the largest of a block is another, and the rest is rounded anew."""
+    _, (expected, weights) = runs[1][0]["same"]["zero1 small"]
+    for rank in runs[ranks]:
+        points, found = rank["small"]
+        assert [loss for loss, _ in points] == pytest.approx([loss for loss, _ in expected], rel=5e-3)
+        for key, tensor in weights.items():
+            torch.testing.assert_close(found[key], tensor, rtol=2e-2, atol=3e-3)
+
+
 def test_saving_does_not_change_the_run(runs, plain):
     points, weights = plain
     whole, _ = runs[1][0]["same"]["zero0"]
