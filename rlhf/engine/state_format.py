@@ -5,7 +5,7 @@
 | masters | fp32 | 4 | none |
 | | the 16 bits that bf16 working weights lack | 2 | none |
 | moments | fp32 | 4 each | none |
-| | bf16 | 2 each | 2^-9 of the value |
+| | bf16 | 2 each | at most 2^-8 of the value |
 | | 8 bits and a scale for every 256 elements | 1 1/64 each | see [Note: 8 bits] |
 
 [Note: split masters] bf16 is the upper half of fp32. A master's lower half `low`, read as a signed number, is the way

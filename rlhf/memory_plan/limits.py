@@ -220,8 +220,6 @@ def _candidates(run: RunConfig, stage: str, *, ranks: int, is_cuda: bool) -> Ite
         yield Change("about a third more compute", {"engine.activation_checkpointing": True})
     if ranks > 1 and engine.zero_stage < 3:
         yield Change("half as much communication again", {_ZERO: 3})
-    if run.checkpoint.asynchronous:
-        yield Change("training waits for checkpoints", {"checkpoint.asynchronous": False})
     yield from _for_states(run, stage, is_cuda=is_cuda)
     if config.lora.rank == 0:
         yield Change("adapters learn less than the whole model", {"lora.rank": _LORA_RANK})
@@ -232,11 +230,15 @@ def _for_states(run: RunConfig, stage: str, *, is_cuda: bool) -> Iterator[Change
     engine, on_cpu, on_disk = run.training_config(stage).engine, OffloadDevice.cpu, OffloadDevice.nvme
     optimizer, weights = "engine.offload_optimizer", "engine.offload_param"
     sharded, disk = {_ZERO: max(1, engine.zero_stage)}, {"engine.nvme_path": engine.nvme_path or "FOLDER"}
+    without = Change("training waits for checkpoints", {"checkpoint.asynchronous": False})
+    no_copy = [without] if run.checkpoint.asynchronous else []
+    yield from no_copy
     narrow = list(_narrow_state(engine)) if all(map(_may_narrow, engines_of(run, stage).values())) else []
     yield from narrow[:1]
     if is_cuda:
         yield Change("the step runs on the CPU", sharded | {optimizer: on_cpu})
         yield Change("weights travel to every use", {_ZERO: 3, weights: on_cpu})
+    yield from no_copy  # again: the host may have had room for it until the states came
     yield from narrow[1:]
     yield Change("the step reads and writes a disk", sharded | {optimizer: on_disk} | disk)
     yield Change("every use of weights reads a disk", {_ZERO: 3, weights: on_disk} | disk)
