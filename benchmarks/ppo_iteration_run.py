@@ -78,11 +78,11 @@ def ours(case: Case, turns: Turns) -> None:
     from stages.ppo import load_models, new_collector, next_rollout, score_shaping
     from stages.setup.compose import load_run
 
-    run, phases = load_run(Path(case["config"])), Phases()
+    run, world, phases = load_run(Path(case["config"])), start("cpu"), Phases()
     config, shaping = run.ppo, score_shaping(run.ppo)
-    models = load_models(run, start("cpu"), sources=shaping.sources)
+    models = load_models(run, world, sources=shaping.sources)
     tokenizer = stage_tokenizer(run, config.actor)
-    session = SimpleNamespace(run=run, tokenizer=tokenizer, pad_id=tokenizer.pad_token_id, timer=phases)
+    session = SimpleNamespace(run=run, world=world, tokenizer=tokenizer, pad_id=tokenizer.pad_token_id, timer=phases)
     functions = RewardFunctions.load(config, stage="ppo")
     collector = new_collector(session, models, functions=functions, shaping=shaping)
     collector.stop_token_ids = ()

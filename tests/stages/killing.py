@@ -32,7 +32,7 @@ from tests.ranks import forbid_unpickling, fork_until_death
 SETTINGS = [
     *("experiment=smoke", "engine.precision=fp32", "checkpoint.every=0.25", "tracking.progress=plain"),
     *("sft.max_steps=6", "sft.eval_every=3", "sft.dropout=0.1", "sft.optimizer.schedule=constant"),
-    "sft.optimizer.lr=0.03",  # so that the evaluation after step 3 is the best
+    "sft.optimizer.lr=0.06",  # so that the evaluation after step 3 is the best
     *("reward.max_steps=8", "reward.lora.rank=4", "reward.dropout=0.1"),
     *("stage=[sft,reward,dpo,ppo]", "dpo.max_steps=4", "dpo.eval_every=2"),
     *("ppo.iterations=4", "ppo.eval_every=2", "ppo.kl.target=1.0", "ppo.max_response_tokens=8"),
