@@ -1,7 +1,7 @@
 """What the compiled kernels of a CPU's matrix products take.
 
 oneDNN compiles one for each shape that it meets, and keeps as many as an environment variable says (`run_pipeline.py`).
-Their size is that of a buffer for code: it depends on the version of oneDNN and hardly on the shape, so it is measured.
+Their size is that of a buffer for code. It depends on the version of oneDNN, little on the shape: a few are measured.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def check_memory(run: RunConfig, stages: list[str], *, ranks: int) -> None:
     Raises:
         ValueError: a stage does not fit, and `memory.enforce` is true; what would make it fit.
     """
-    machine, limits = _here(run, ranks)
+    machine, limits = _here(run, ranks, stages=stages)
     plans = [plan_stage(run, stage, machine=machine) for stage in stages]
     log.info("%s", short_text(plans, limits))
     verdicts = {plan.stage: verdict(run, plan, machine=machine, limits=limits) for plan in plans}
@@ -70,7 +70,7 @@ def show_plan(run: RunConfig, world: World, *, ranks: int) -> None:
 
 def plan_text(run: RunConfig, *, ranks: int) -> str:
     """The whole plan of a run that need not be possible here."""
-    machine, limits = _here(run, ranks)
+    machine, limits = _here(run, ranks, stages=run.stages)
     plans = [plan_stage(run, stage, machine=machine) for stage in run.stages]
     texts = [f"{full_text(plan, limits)}\n{verdict(run, plan, machine=machine, limits=limits)}" for plan in plans]
     return "\n\n".join(texts + [f"{use}: has no plan; its models are frozen" for use in run.uses])
@@ -175,12 +175,12 @@ def runtime_items(device: torch.device, dtype: torch.dtype) -> tuple[Item, ...]:
     return (host, Item("process", KERNELS, Place.host, compiled_kernels(dtype)))
 
 
-def _here(run: RunConfig, ranks: int) -> tuple[Machine, Limits]:
+def _here(run: RunConfig, ranks: int, *, stages: list[str]) -> tuple[Machine, Limits]:
     machine = machine_of(run, ranks=ranks)
     starts_others = ranks > 1 and not under_torchrun()
     limits = limits_of(run, machine.device, computes=not starts_others)
     dtype = working_dtype(run.engine.precision, machine.device)
-    for stage in run.stages[:1]:
+    for stage in stages[:1]:
         plan_stage(run, stage, machine=machine)  # what the process takes contains what a plan imports and keeps
     return replace(machine, runtime=runtime_items(machine.device, dtype)), limits
 

@@ -74,7 +74,7 @@ def test_a_process_that_only_starts_the_ranks_needs_its_memory_itself(
         memory=MemoryConfig(),
         engine=SimpleNamespace(device="cpu", precision="fp32"),
     )
-    _, limits = report_module._here(run, ranks)
+    _, limits = report_module._here(run, ranks, stages=[])
     assert limits.host == pytest.approx(20 * GB + ours * resident()["RssAnon"], abs=50_000_000)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 
+import rlhf.memory_plan.plan_text as plan_text_module
 from benchmarks.memory_examples import EXAMPLES, STATES, WEIGHTS, host_row, row
 from benchmarks.plan import _measured, _supervised, compose_run, write_model
 from rlhf.config.run_config import MemoryConfig
@@ -346,3 +347,16 @@ def test_a_reference_that_follows_the_actor_is_in_checkpoints(tmp_path):
     assert held("checkpoint copy", *moves) == pytest.approx(weights, rel=0.01)  # buffers are not in it
     assert held("checkpoints", *moves) == 3 * held("checkpoint copy", *moves)  # two, and the one being written
     assert held("export", *moves) == 0
+
+
+def test_a_stage_that_is_finished_is_not_planned(tmp_path, monkeypatch):
+    """Its model may be gone."""
+    run, planned = run_of(tmp_path, "stage=[sft,reward]"), []
+
+    def recorded(run, stage, *, machine):
+        planned.append(stage)
+        return plan_stage(run, stage, machine=machine)
+
+    monkeypatch.setattr(plan_text_module, "plan_stage", recorded)
+    check_memory(run, ["reward"], ranks=1)
+    assert set(planned) == {"reward"}
