@@ -61,6 +61,19 @@ def test_cached_and_padded_decoding_says_what_the_model_says_without_either(fami
     assert len(set(map(tuple, tokens.tolist()))) == len(LENGTHS)
 
 
+def greedy_of_transformers(model, prompts, stops):
+    """Responses `[B, R]` of `transformers.generate`."""
+    sequences = model.generate(
+        input_ids=prompts.input_ids,
+        attention_mask=prompts.attention_mask.long(),
+        do_sample=False,
+        max_new_tokens=NEW,
+        eos_token_id=stops,
+        pad_token_id=tiny.PAD,
+    )
+    return sequences[:, prompts.input_ids.shape[1] :]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_decoding_equals_transformers(family):
     model = tiny.model(family)
@@ -68,14 +81,7 @@ def test_greedy_decoding_equals_transformers(family):
     free = answer(model, prompts, sampling=GREEDY)
     stops = [int(free.responses[0, 3]), int(free.responses[1, 6])]
     said = answer(model, prompts, sampling=GREEDY, stops=stops)
-    expected = model.generate(
-        input_ids=prompts.input_ids,
-        attention_mask=prompts.attention_mask.long(),
-        do_sample=False,
-        max_new_tokens=NEW,
-        eos_token_id=stops,
-        pad_token_id=tiny.PAD,
-    )[:, prompts.input_ids.shape[1] :]
+    expected = greedy_of_transformers(model, prompts, stops)
     assert torch.equal(said.responses, expected)
     assert said.ended[0]
 

@@ -7,7 +7,7 @@ import torch
 
 from rlhf.generation.generate import Decoding, generate
 from rlhf.types import PromptBatch
-from tests.generation.test_generate import FAMILIES, GREEDY, NEW, SAMPLED, batch
+from tests.generation.test_generate import FAMILIES, GREEDY, NEW, SAMPLED, batch, greedy_of_transformers
 from tests.models import tiny
 
 LENGTHS = [4, 9, 6, 2, 8, 5, 5, 9, 3, 7, 4]
@@ -74,14 +74,7 @@ def test_a_queue_is_answered_as_every_prompt_alone(family, slots):
 def test_a_greedy_queue_equals_transformers(family):
     model, prompts = tiny.model(family), queue()
     stops = unequal_stops(model, prompts, GREEDY)
-    expected = model.generate(
-        input_ids=prompts.input_ids,
-        attention_mask=prompts.attention_mask.long(),
-        do_sample=False,
-        max_new_tokens=NEW,
-        eos_token_id=stops,
-        pad_token_id=tiny.PAD,
-    )[:, prompts.input_ids.shape[1] :]
+    expected = greedy_of_transformers(model, prompts, stops)
     assert torch.equal(said(model, prompts, slots=4, sampling=GREEDY, stops=stops).responses, expected)
 
 
