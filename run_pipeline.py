@@ -33,6 +33,7 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from rlhf.config.run_config import RunConfig
 from rlhf.tracking.provenance import remember_command
 from stages.setup.command_line import check_overrides, one_sentence, overridden_keys, prepared
 from stages.setup.compose import CONF_DIR, register_schema, to_run
@@ -66,23 +67,30 @@ def start_or_work(words: list[str]) -> None:
         with one_sentence():
             run_sweep([word for word in words if word not in _MULTIRUN], script=_SCRIPT)
         return
-    if not options:
-        with one_sentence():
-            check_overrides(words)
     remember_command()
-    register_schema()
-    sys.argv[1:] = prepared(words)
-    compose_and_start()
+    if options:
+        register_schema()
+        sys.argv[1:] = prepared(words)
+        compose_and_start()
+        return
+    with one_sentence():
+        run = check_overrides(words)
+    start(run, prepared(words))
 
 
 @hydra.main(version_base=None, config_path=CONF_DIR, config_name="config")
 def compose_and_start(config: DictConfig) -> None:
-    """Compose the configuration once, and run it."""
+    """Run a configuration for which hydra was given options; those that ask a question end before this."""
     with one_sentence():
         run = to_run(config)
+    start(run, HydraConfig.get().overrides.task)
+
+
+def start(run: RunConfig, overrides: list[str]) -> None:
+    """Run a configuration that these overrides have made."""
     from stages.pipeline import run_here
 
-    run_here(run, overridden=overridden_keys(HydraConfig.get().overrides.task), script=_SCRIPT)
+    run_here(run, overridden=overridden_keys(overrides), script=_SCRIPT)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 from rlhf.config.ppo_config import POLICIES
@@ -75,7 +75,7 @@ def prepared(words: list[str]) -> list[str]:
 
 
 def check_overrides(words: list[str]) -> RunConfig:
-    """Compose the run, to find every mistake in the overrides before anything is imported or started.
+    """Compose the run, and find every mistake in the overrides before anything is imported or started.
 
     Args:
         words: the command line, such as `["stage=sft", "sft.epochs=2"]`.
@@ -88,10 +88,20 @@ def check_overrides(words: list[str]) -> RunConfig:
     for override in map(_parsed, words):
         _check_kind(override)
     try:
-        _check_stages(words)
-        return to_run(composed(words))
+        return to_run(_composed(words))
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(_explain(error, words)) from error
+
+
+def _composed(words: list[str]) -> DictConfig:
+    try:
+        config = composed(words)
+        _check_stages(words, config)
+    except (HydraException, OmegaConfBaseException, ValueError):
+        # The clearest mistake is a setting of a stage that `stage=` does not select; `sft=null` selects, too.
+        _check_stages(words, composed([word for word in words if word.startswith("stage=")]))
+        return composed(words)
+    return config
 
 
 def _parsed(word: str) -> Override:
@@ -147,6 +157,8 @@ def _check_kind(override: Override) -> None:
         if not _is_open(name) or (override.is_delete() and name in _kinds()):
             raise ValueError(f"{line}: nothing but data.gold.NAME=module:function can be added or taken away.")
         return
+    if name.split(".")[0] == "hydra":
+        raise ValueError(f"{line}: hydra composes the settings and does nothing else; its own change nothing.")
     text, value = str(line).partition("=")[2], override.value()
     if override.is_sweep_override():
         as_list, as_text = shlex.quote(f"{name}=[{text}]"), shlex.quote(f'{name}="{text}"')
@@ -173,8 +185,7 @@ def _check_choice(group: str, chosen: list[Any], *, line: str) -> None:
             raise ValueError(f"{line}: expected one of {', '.join(choices_of(group))}. {hint}".rstrip())
 
 
-def _check_stages(words: list[str]) -> None:
-    selection = composed([word for word in words if word.startswith("stage=")])
+def _check_stages(words: list[str], selection: DictConfig) -> None:
     selected = {stage: stage for stage in (*STAGES, *USES) if is_selected(selection, stage)}
     if "ppo" in selected:
         selected["ppo"] = str(selection.ppo.variant)

@@ -41,6 +41,7 @@ ROOT = Path(__file__).parents[3]
         (["stage=sft,reward"], "A list is written 'stage=[sft,reward]'"),
         (["name=a,b"], """a text with commas 'name="a,b"'; -m in front"""),
         (["plan"], "plan: expected NAME=VALUE"),
+        (["hydra.verbose=true"], "its own change nothing"),
         (["=3"], "is no name of a setting"),
         (["sft..epochs=1"], "'sft..epochs' is no name of a setting"),
         (["sft.epochs =1"], "'sft.epochs ' is no name of a setting"),
@@ -85,6 +86,12 @@ def test_an_odd_word_is_answered_with_how_to_write_it(words, sentence):
 )
 def test_what_can_be_meant_is_accepted(words):
     check_overrides(words)
+
+
+def test_a_stage_may_be_taken_out_but_its_settings_need_it():
+    assert check_overrides(["stage=[sft,reward]", "sft=null"]).stages == ["reward"]
+    with pytest.raises(ValueError, match="the stage 'ppo' is not part of this run"):
+        check_overrides(["stage=sft", "ppo.epochs=2", "sft.epochs=x"])
 
 
 def test_entries_of_a_mapping_need_no_plus():
