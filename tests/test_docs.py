@@ -43,6 +43,7 @@ def test_commands_work_one_after_another(number, checkout):  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]  # the usual one may be taken here
     text = BLOCKS[number].replace("reward/model &", f"reward/model --port {port} &")
+    text = text.replace("experiment=smoke", "experiment=smoke tracking.report=false")  # the README's show reports
     text = f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{text}"  # or a failure would leave the server behind
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"}
     environment |= {"REWARD_URL": f"http://127.0.0.1:{port}/score"}

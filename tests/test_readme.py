@@ -103,7 +103,7 @@ def smaller(command, checkout):
     if "plan=true" in command:
         return command
     words = [] if "experiment=" in command else ["experiment=smoke", "name=default"]
-    words += ["tracking.report=false"] if "name=" in command else []  # the others show that there are reports
+    words += ["tracking.report=false"] if "experiment=" in command else []  # the others show that there are reports
     if "experiment=custom" in command:
         command = command.replace("MODEL", str(own_files(checkout)))
         words += ["ppo.rollout_size=8", "ppo.minibatch_size=8", "ppo.max_response_tokens=4", "ppo.eval_prompts=2"]

@@ -47,7 +47,7 @@ SETTINGS = {
     ],
     2: [
         Setting("plain", "fp32", 3, STEPS, ("nvme",)),
-        Setting("plain", "bf16", 3, STEPS, ("cpu", "nvme")),
+        Setting("plain", "bf16", 3, 6, ("cpu", "nvme")),
         Setting("plain", "bf16", 2, 3, ("cpu", "one buffer")),
         Setting("plain", "bf16", 1, 3, ("nvme",)),
         Setting("odd", "bf16", 3, 3, ("half",)),
