@@ -15,6 +15,21 @@ import torch
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONGEST = [
+    *("tests/test_readme.py", "tests/stages/test_pipeline.py", "tests/test_docs.py"),
+    *(
+        "tests/engine/test_parity.py",
+        "tests/stages/lifecycle/test_checkpointing.py",
+        "tests/stages/test_reward_runs.py",
+    ),
+]
+"""Files that take a minute or more. They come first: one that came last would run alone, beside idle cores."""
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.nodeid.split("::")[0] not in LONGEST)
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     torch.set_num_threads(1)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import LONGEST
+
 ROOT = Path(__file__).parents[1]
 TESTS = """
 import time
@@ -34,3 +36,7 @@ def test_a_failure_is_printed_before_the_next_test(tmp_path, options):
         )
     assert done.returncode == 1
     assert "1 failed, 1 passed" in (tmp_path / "log").read_text()
+
+
+def test_files_that_come_first_exist():
+    assert [name for name in LONGEST if not (ROOT / name).exists()] == []

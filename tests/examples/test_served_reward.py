@@ -116,16 +116,16 @@ def model(tmp_path_factory):
     return prepare(Embedded.tiny, tmp_path_factory.mktemp("tiny") / "model")
 
 
-def run(model, folder, *overrides):
+def run(model, folder, *overrides, ranks=1):
     """GRPO on the example, as a user runs it."""
     words = ["experiment=smoke", "stage=grpo", f"model.path={model}", "ppo.actor=${model.path}", f"output_dir={folder}"]
     words += ["ppo.iterations=1", "ppo.eval_prompts=4", "tracking.report=false", f"ppo.rewards=[{SOURCE}]"]
-    return pipeline(*words, *overrides)
+    return pipeline(*words, *overrides, ranks=ranks)
 
 
 def test_a_run_goes_through_a_server_that_fails_first(server, model, tmp_path):
     server.troubles = [503, "reset", "fine"]
-    done = run(model, tmp_path / "run", "launch.ranks=2")
+    done = run(model, tmp_path / "run", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     last = rows(tmp_path / "run/grpo/metrics.jsonl")[-1]
     assert last["reward/served"] > 0

@@ -1,10 +1,8 @@
 """Runs that are killed again and again until they are finished, beside one that is left alone.
 
-Started once as a process of its own, which imports everything and is then forked for each life of a run: starting
-python takes longer than the runs. A life ends by SIGKILL in the middle of what a checkpoint is made of (a write, an
-fsync, a rename, a removal) or of a step, at a place that the seed decides; with several ranks, one of them dies.
-
-    python -m tests.stages.killing FOLDER SEED
+A program of its own (`tests/forking.py`), which is forked again for each life of a run. A life ends by SIGKILL in the
+middle of what a checkpoint is made of (a write, an fsync, a rename, a removal) or of a step, at a place that the seed
+decides; with several ranks, one of them dies.
 """
 
 import json
@@ -27,10 +25,12 @@ from stages.lifecycle.checkpointing import Stopped
 from stages.pipeline import run_stages, start_rank
 from stages.setup.compose import CONF_DIR, register_schema, to_run
 from stages.setup.preflight import preflight
-from tests.ranks import forbid_unpickling, fork_until_death
+from tests.forking import fork_until_death
+from tests.ranks import forbid_unpickling
 
 SETTINGS = [
-    *("experiment=smoke", "engine.precision=fp32", "checkpoint.every=0.25", "tracking.progress=plain"),
+    *("experiment=smoke", "engine.precision=fp32", "checkpoint.every=0.25"),
+    *("tracking.progress=plain", "tracking.report=false"),
     *("sft.max_steps=6", "sft.eval_every=3", "sft.dropout=0.1", "sft.optimizer.schedule=constant"),
     "sft.optimizer.lr=0.06",  # so that the evaluation after step 3 is the best
     *("reward.max_steps=8", "reward.lora.rank=4", "reward.dropout=0.1"),
@@ -127,12 +127,12 @@ def main(root, seed):
     tokens = f"data.cache_dir={root / 'tokens'}"
     one = {name: [*SETTINGS, tokens, f"output_dir={root / name}"] for name in ("whole", "killed")}
     found["whole"] = life(one["whole"])
-    shorter = ["stage=[sft]", tokens, *SETTINGS[:4], *(each for each in SETTINGS if each.startswith("sft."))]
+    shorter = ["stage=[sft]", tokens, *SETTINGS[:5], *(each for each in SETTINGS if each.startswith("sft."))]
     found["until_best"] = life([*shorter, "sft.max_steps=3", f"output_dir={root}/until_best"])
     found["killed"] = killed_until_finished(root / "killed", one["killed"], ranks=1, seed=seed, count=6)
     models = [f"ppo.actor={root}/whole/sft/model", f"ppo.reward={root}/whole/reward/model", "stage=[ppo]"]
     two = {
-        name: [*SETTINGS[:4], *SETTINGS[-4:], *models, tokens, "engine=zero3", f"output_dir={root / name}"]
+        name: [*SETTINGS[:5], *SETTINGS[-4:], *models, tokens, "engine=zero3", f"output_dir={root / name}"]
         for name in ("whole2", "killed2")
     }
     found["whole2"] = life(two["whole2"], ranks=2)

@@ -26,18 +26,19 @@ def place(tmp_path_factory):
     return folder
 
 
-def train(place, name, *overrides, target=f"{EXAMPLE}:Copy"):
+def train(place, name, *overrides, ranks=1, target=f"{EXAMPLE}:Copy"):
     words = [f"output_dir={name}", f"model.path={place / 'base'}", f"ppo.generation_backend={target}"]
-    return pipeline(*SETTINGS, *words, *overrides, cwd=place)
+    return pipeline(*SETTINGS, *words, *overrides, ranks=ranks, cwd=place)
 
 
 @pytest.mark.parametrize(
-    ("stage", "settings"),
-    [("ppo", ("engine=zero3", "launch.ranks=2")), ("ppo_lora", ("ppo.lora.rank=4",))],
+    ("stage", "ranks", "setting"),
+    [("ppo", 2, "engine=zero3"), ("ppo_lora", 1, "ppo.lora.rank=4")],
     ids=["two ranks of ZeRO 3", "adapters"],
 )
-def test_it_samples_from_the_weights_of_every_update(place, stage, settings):
-    done = train(place, stage, f"stage={stage}", *settings, "ppo.actor_optimizer.lr=1e-2")  # far from the first weights
+def test_it_samples_from_the_weights_of_every_update(place, stage, ranks, setting):
+    far = "ppo.actor_optimizer.lr=1e-2"  # from the first weights
+    done = train(place, stage, f"stage={stage}", setting, far, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     trained = [row for row in rows(place / stage / "ppo/metrics.jsonl") if "rollout/mismatch_max" in row]
     assert len(trained) == 3

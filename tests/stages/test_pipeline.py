@@ -15,21 +15,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.tracking.metric_registry import METRICS
+from tests.forking import run_forked
 from tests.tracking.test_wandb import records
 
 ROOT = Path(__file__).parents[2]
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
 
 
-def pipeline(*arguments, cwd=ROOT):
-    command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments]
-    environment = {**os.environ, **ONE_THREAD}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+def pipeline(*arguments, ranks=1, cwd=ROOT):
+    return run_forked("run_pipeline.py", *arguments, ranks=ranks, cwd=cwd, env={**os.environ, **ONE_THREAD})
 
 
-def smoke(folder, *arguments):
+def smoke(folder, *arguments, ranks=1):
     shared = ["engine.precision=fp32", "tracking.report=false", f"data.cache_dir={folder.parent / 'tokens'}"]
-    done = pipeline("experiment=smoke", *shared, f"output_dir={folder}", *arguments)
+    done = pipeline("experiment=smoke", *shared, f"output_dir={folder}", *arguments, ranks=ranks)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -148,7 +147,7 @@ BY_TOKENS = [
 )
 def test_two_ranks_with_zero_3_give_the_numbers_of_one_rank(one_rank, tmp_path, sizes, said):
     alone = one_rank[0]
-    output = smoke(tmp_path, "engine=zero3", "launch.ranks=2", *sizes)
+    output = smoke(tmp_path, "engine=zero3", *sizes, ranks=2)
     assert said in output
     for stage in ("sft", "reward", "ppo"):
         for one, two in zip(
@@ -217,7 +216,7 @@ def test_a_folder_called_data_where_the_user_stands_hides_nothing(tmp_path):
     (tmp_path / "data/__init__.py").write_text("raise RuntimeError('the wrong data')")
     (tmp_path / "mine.jsonl").write_text('{"prompt": "a", "completion": " b"}\n' * 40)
     arguments = ["experiment=smoke", "stage=sft", "data=files", "data.sft.train=[mine.jsonl]", "launch.ranks=2"]
-    done = pipeline(*arguments, "sft.max_steps=1", "output_dir=out", cwd=tmp_path)
+    done = pipeline(*arguments, "sft.max_steps=1", "tracking.report=false", "output_dir=out", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "out/sft/stage.json").exists()
 
@@ -240,7 +239,7 @@ def test_an_interruption_saves_the_run_stops_every_rank_and_says_how_to_go_on(tm
     arguments = ["experiment=smoke", "stage=sft", "sft.max_steps=100000", "sft.eval_every=5", "checkpoint.best=false"]
     command = [sys.executable, str(ROOT / "run_pipeline.py"), *arguments, f"output_dir={tmp_path}"]
     log = tmp_path / "log"
-    command = [*command, f"launch.ranks={ranks}"]
+    command = [*command, f"launch.ranks={ranks}", "tracking.report=false"]
     with (
         log.open("w") as output,
         subprocess.Popen(command, env={**os.environ, **ONE_THREAD}, stdout=output, stderr=output) as running,

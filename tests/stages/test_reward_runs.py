@@ -50,9 +50,9 @@ def place(tmp_path_factory):
     return folder
 
 
-def train(place, name, *overrides, stage="ppo", rewards=REWARDS):
+def train(place, name, *overrides, stage="ppo", rewards=REWARDS, ranks=1):
     words = [f"stage={stage}", "data.ppo.train=[rows.jsonl]", f"output_dir={name}", f"model.path={place / 'base'}"]
-    return pipeline(*SETTINGS, *words, f"ppo.rewards=[{rewards}]", *overrides, cwd=place)
+    return pipeline(*SETTINGS, *words, f"ppo.rewards=[{rewards}]", *overrides, ranks=ranks, cwd=place)
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +110,7 @@ def test_a_killed_run_goes_on_bit_for_bit(place, whole, monkeypatch):
 
 
 def test_two_ranks_give_the_numbers_of_one(place, whole):
-    done = train(place, "two", "launch.ranks=2")
+    done = train(place, "two", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     for one, two in zip(map(numbers, whole), map(numbers, rows(place / "two/ppo/metrics.jsonl")), strict=True):
         assert two.keys() == one.keys()
@@ -121,7 +121,7 @@ def test_two_ranks_give_the_numbers_of_one(place, whole):
 
 def test_every_response_is_judged_once(place):
     words = ["ppo.eval_prompts=5", "data.ppo.eval_fraction=0.2", "ppo.iterations=1"]
-    done = train(place, "once", "launch.ranks=2", *words, rewards="my.py:keeps")
+    done = train(place, "once", *words, rewards="my.py:keeps", ranks=2)
     assert done.returncode == 0, done.stdout + done.stderr
     calls = rows(place / "calls.jsonl")
     assert [sum(call["rows"] for call in calls if call["step"] == step) for step in (0, 1)] == [5 + 16, 5]
@@ -145,8 +145,8 @@ def test_groups_are_normalised_source_by_source_and_rows_without_a_score_are_lef
 
 def test_a_later_evaluation_has_the_scores_of_each_source_of_the_policy(place, whole):
     words = ["experiment=smoke", "stage=eval", "data=files", "data.ppo.eval=[rows.jsonl]", "output_dir=whole"]
-    words += ["eval.baseline=${model.path}", f"model.path={place / 'base'}", "eval.reference=null", "launch.ranks=2"]
-    done = pipeline(*words, cwd=place)
+    words += ["eval.baseline=${model.path}", f"model.path={place / 'base'}", "eval.reference=null"]
+    done = pipeline(*words, ranks=2, cwd=place)
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((place / "whole/eval/results.json").read_text())
     assert results["model"] == str(place / "whole/ppo/actor")

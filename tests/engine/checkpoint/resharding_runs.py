@@ -1,7 +1,4 @@
-"""What the tests of resharding run on several ranks: train, save, load on others, go on.
-
-python -m tests.engine.checkpoint.resharding_runs FOLDER
-"""
+"""What the tests of resharding run on several ranks, as a program: train, save, load on others, go on."""
 
 import pickle
 import sys

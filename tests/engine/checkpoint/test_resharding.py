@@ -1,26 +1,19 @@
 """Checkpoints of several ranks: bit for bit on as many, up to rounding on more or fewer and from stage to stage."""
 
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from tests.engine.checkpoint import resharding_runs
-
-ROOT = Path(__file__).parents[3]
+from tests.forking import run_forked
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """By number of ranks, then by rank: what `resharding_runs.py` found."""
     root = tmp_path_factory.mktemp("checkpoints")
-    command = [sys.executable, "-m", "tests.engine.checkpoint.resharding_runs", str(root)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+    done = run_forked("tests/engine/checkpoint/resharding_runs.py", root)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[:9000] + "\n...\n" + done.stderr[-9000:]
     return pickle.loads((root / "found").read_bytes())
 

@@ -5,9 +5,6 @@ import filecmp
 import json
 import os
 import signal
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -27,11 +24,11 @@ from stages.lifecycle.checkpointing import CHECKPOINTS, CheckpointManager, Grace
 from stages.lifecycle.session import Session
 from stages.lifecycle.stage_settings import _FREE_IN_ENGINES
 from tests.config.test_configuration import composed
+from tests.forking import run_forked
 from tests.stages import killing
 
 CONFIGS = {"sft": SFTConfig, "reward": RewardConfig, "dpo": DPOConfig, "ppo": PPOConfig}
 METRICS = {stage: config.best_metric for stage, config in CONFIGS.items()}
-ROOT = Path(__file__).parents[3]
 SEED = int(os.environ.get("KILL_SEED", "1"))
 
 
@@ -39,9 +36,7 @@ SEED = int(os.environ.get("KILL_SEED", "1"))
 def runs(tmp_path_factory):
     """The folder of `killing.py`'s runs, and what it says of them."""
     root = tmp_path_factory.mktemp("runs")
-    command = [sys.executable, "-m", "tests.stages.killing", str(root), str(SEED)]
-    quiet = {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | quiet, capture_output=True, text=True, timeout=1500)
+    done = run_forked("tests/stages/killing.py", root, SEED, env=os.environ | {"WANDB_MODE": "disabled"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
     return root, json.loads((root / "found.json").read_text())
 
