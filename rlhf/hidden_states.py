@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.engine import Engine
+from rlhf.models.padding_free import has_padding
 from rlhf.runtime.dist import max_over_ranks
 from rlhf.types import Responses
 
@@ -31,7 +32,7 @@ class KeptStates:
 
     def __init__(self, engine: Engine, *, used: bool) -> None:
         """Keep nothing at all unless they are `used`."""
-        self._layers = engine.frozen_layers if used else None
+        self._engine, self._layers = engine, engine.frozen_layers if used else None
         self._by_id: dict[int, Tensor] = {}
 
     @contextmanager
@@ -43,15 +44,14 @@ class KeptStates:
         with self._layers.watched() as found:
             yield
         mask = piece.attention_mask
-        real = found[0][mask].cpu()  # [b, t, D] -> [tokens, D]; from a GPU a copy that waits for it
-        rows = torch.split(real, mask.sum(-1).tolist())
+        hidden, lengths = found[0].flatten(0, 1), mask.sum(-1).tolist()  # of all tokens, or without padding
+        real = (hidden if len(hidden) == sum(lengths) else hidden[mask.flatten()]).cpu()  # a copy that waits for a GPU
+        rows = torch.split(real, lengths)  # b of [tokens, D]
         self._by_id |= dict(zip(piece.sample_ids.tolist(), rows, strict=True))
 
     def reused(self, piece: Any) -> AbstractContextManager[None]:
         """The forward inside, of rows that were kept, begins after the frozen layers."""
-        if self._layers is None:
-            return nullcontext()
-        return self._layers.replaced_by(_padded([self._by_id[row] for row in piece.sample_ids.tolist()], piece))
+        return after_frozen_layers(self._engine, piece, states=self.of(piece.sample_ids))
 
     def of(self, sample_ids: Tensor) -> tuple[Tensor, ...] | None:
         """The states of rows `[B]`, B of `[t, D]`; None where none are kept."""
@@ -62,16 +62,22 @@ def after_frozen_layers(
     engine: Engine, batch: Responses, *, states: Sequence[Tensor] | None
 ) -> AbstractContextManager[None]:
     """The forward of `batch` inside begins with the `states` of its B rows; None computes every layer."""
-    return nullcontext() if states is None else engine.frozen_layers.replaced_by(_padded(states, batch))
+    return nullcontext() if states is None else engine.frozen_layers.replaced_by(_joined(engine, batch, states=states))
 
 
-def _padded(states: Sequence[Tensor], batch: Responses) -> Tensor:
-    """B states `[t, D]` of real tokens at the places of these, `[B, T, D]` on the batch's device, 0 at padding."""
+def _joined(engine: Engine, batch: Responses, *, states: Sequence[Tensor]) -> Tensor:
+    """B states `[t, D]` of real tokens as the blocks of a forward see them, on the batch's device.
+
+    Returns:
+        `[1, N, D]` in a forward without padding, otherwise `[B, T, D]`, 0 at padding.
+    """
     mask = batch.attention_mask
     # A row that only keeps ranks in step has lost its response: its states are the first of those kept.
-    real = torch.cat([row[:count] for row, count in zip(states, mask.sum(-1).tolist(), strict=True)])
-    hidden = real.new_zeros(*mask.shape, real.shape[-1], device=mask.device)
-    hidden[mask] = real.to(mask.device)  # [tokens, D] -> [B, T, D]
+    real = torch.cat([row[:count] for row, count in zip(states, mask.sum(-1).tolist(), strict=True)]).to(mask.device)
+    if engine.padding_free and has_padding(mask):
+        return real.unsqueeze(0)  # [N, D] -> [1, N, D]
+    hidden = real.new_zeros(*mask.shape, real.shape[-1])
+    hidden[mask] = real  # [N, D] -> [B, T, D]
     return hidden
 
 

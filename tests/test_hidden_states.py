@@ -154,9 +154,9 @@ def test_the_reference_begins_where_the_actor_was_and_nothing_below_is_computed(
     for index, block in enumerate(engine.module.model.layers):
         block.mlp.register_forward_hook(partial(lambda index, *_: calls.append(index), index))
     with after_frozen_layers(engine, responses(), states=states.of(responses().sample_ids)):
-        engine(responses().sequences, attention_mask=responses().attention_mask)
+        logprobs(engine, responses())
     assert calls == [2]
-    engine(responses().sequences)
+    logprobs(engine, responses())
     assert calls == [2, 0, 1, 2]
 
 

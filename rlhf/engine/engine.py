@@ -29,6 +29,7 @@ from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.sharding import Sharding, shard
 from rlhf.engine.updater import StepResult, Updater
 from rlhf.generation.decode_graphs import DecodeGraphs
+from rlhf.models.attention import remove_padding
 from rlhf.models.model_spec import ModelSpec, enable_activation_checkpointing
 from rlhf.runtime.dist import World, sum_over_ranks
 from rlhf.runtime.process import return_freed_memory, trim
@@ -52,6 +53,8 @@ class Engine:
         streams: bool = False,
     ) -> None:
         self.module = module
+        self.padding_free = False
+        """Whether forwards without a cache compute real tokens alone (`rlhf/models/padding_free.py`)."""
         self.frozen_layers = frozen_layers
         self._streams = streams
         self.world = world
@@ -272,6 +275,7 @@ def build_engine(
     streams = config.stream_generation and config.zero_stage == 3
     layers = FrozenLayers(spec.frozen_blocks, sharding)
     engine = Engine(module, sharding, world=world, dtype=dtype, updater=updater, frozen_layers=layers, streams=streams)
+    engine.padding_free = remove_padding(module, config.padding_free, on_cuda=world.device.type == "cuda")
     if config.cuda_graphs and world.device.type == "cuda":
         why = "every forward gathers the weights of its blocks (engine.stream_generation=true)" if streams else ""
         engine.decode_graphs = DecodeGraphs(refusal=why)

@@ -9,6 +9,7 @@ Two batched matmuls are no faster in fp32, and in bf16 they round scores, too. S
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.models.fp32_matmul import with_mkl
+from rlhf.models.padding_free import SequenceMasks, expects_sequence_masks, sequence_masks
 
 _sdpa, _sdpa_mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 _NAMES = ("query", "key", "value", "attention_mask")
@@ -32,7 +34,10 @@ def speed_up_attention() -> None:
 def _attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Called with queries `[N, H, T, width of a head]`, keys, values and a mask; returns `[N, T, H, width]`."""
     known = dict(zip(_NAMES, args, strict=False)) | kwargs
-    query, key = known["query"], known["key"]
+    query, key, mask = known["query"], known["key"], known["attention_mask"]
+    if isinstance(mask, SequenceMasks):
+        return mask.attend(partial(with_mkl, _sdpa, module), known)
+    assert not expects_sequence_masks(), f"{type(module).__name__} makes a mask of its own: sequences would mix"
     if query.shape[2] > 1 or query.device.type != "cpu" or torch.is_grad_enabled():
         return with_mkl(_sdpa, module, **known)
     if query.shape[1] > key.shape[1]:
@@ -44,8 +49,11 @@ def _attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     return output[:, :1], weights
 
 
-def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+def _mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | SequenceMasks | None:
     """`[N, 1, T, columns]`: True where a token sees another; of one token, 0 there and else minus infinity."""
+    masks = sequence_masks(_sdpa_mask, kwargs)
+    if masks is not None:
+        return masks
     mask: Tensor | None = _sdpa_mask(*args, dtype=dtype, **kwargs)
     if mask is None or mask.shape[2] > 1 or mask.device.type != "cpu":
         return mask

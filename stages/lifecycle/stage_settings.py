@@ -24,7 +24,7 @@ _FREE_IN_ENGINES = (
     *("pipeline_read", "pipeline_write", "pin_memory", "optimizer_share", "parameters_in_cpu", "sub_group_size"),
     *("reduce_bucket_size", "prefetch_bucket_size", "max_live_parameters", "persistence_threshold", "overlap_comm"),
     *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps", "master_weights"),
-    *("cuda_graphs", "attention"),
+    *("cuda_graphs", "attention", "padding_free"),
 )
 """They change memory, speed and when a run gives up, but no results beyond rounding, unlike precision or moments."""
 

@@ -20,7 +20,7 @@ from rlhf.config.roles import BUILT_ON, Role, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.config.stage_configs import ModelKind
 from rlhf.memory_plan.planner import machine_of
-from rlhf.models.attention import check_attention
+from rlhf.models.attention import check_attention, check_padding_free
 from rlhf.models.causal_lm import causal_lm_module, generation_config
 from rlhf.models.embedded import prepare
 from rlhf.models.model_folder import ModelFolder, local_folder
@@ -56,6 +56,7 @@ def validate_model(
     *,
     num_layers: int = 0,
     attention: Attention | None = None,
+    padding_free: bool | None = None,
     on_cuda: bool = False,
 ) -> ModelFacts:
     """Check that the model in `folder` can be loaded with the head `head`, reading no more than headers of files.
@@ -65,6 +66,7 @@ def validate_model(
         head: the head it will be used with; a scalar head need not exist yet.
         num_layers: use only the first layers; 0 all.
         attention: how it is to attend, None as transformers chooses.
+        padding_free: whether it must be able to compute without padding.
         on_cuda: whether it will compute on a GPU.
 
     Raises:
@@ -84,6 +86,7 @@ def validate_model(
         module = classifier_module(classifier_config(folder, num_layers))
         keys = plain_keys(module, files, optional={HEAD})
     check_attention(module, attention, on_cuda=on_cuda)
+    check_padding_free(module, padding_free, attention=attention)
     if keys is None:
         log.warning("%s: transformers converts its tensors; whether all are there shows when it is loaded.", folder)
     shapes = {name: tuple(parameter.shape) for name, parameter in module.named_parameters()}
@@ -188,11 +191,13 @@ def _examined(inspector: _Inspector, role: Role, *, folder: Path, is_made: bool)
     record = None if is_made else read_record(folder)
     if record is not None:
         inspector.check_seal(folder)
+    engine = role.engine_config(inspector.run)
     facts = inspector.facts(
         folder,
         role.kind,
         num_layers=role.num_layers,
-        attention=role.engine_config(inspector.run).attention,
+        attention=engine.attention,
+        padding_free=engine.padding_free,
         on_cuda=inspector.on_cuda,
     )
     if role.gives_scores and not facts.has_scores and not is_made:
