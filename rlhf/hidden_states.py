@@ -17,10 +17,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rlhf.engine.engine import Engine
-from rlhf.models.padding_free import has_padding
+from rlhf.models.padding_free import row_length
 from rlhf.runtime.dist import max_over_ranks
 from rlhf.types import Responses
 
@@ -44,9 +45,10 @@ class KeptStates:
         with self._layers.watched() as found:
             yield
         mask = piece.attention_mask
-        hidden, lengths = found[0].flatten(0, 1), mask.sum(-1).tolist()  # of all tokens, or without padding
-        real = (hidden if len(hidden) == sum(lengths) else hidden[mask.flatten()]).cpu()  # a copy that waits for a GPU
-        rows = torch.split(real, lengths)  # b of [tokens, D]
+        lengths = mask.sum(-1).tolist()
+        # [1, n, D] or [b, t, D] -> [tokens, D]; from a GPU a copy that waits for it
+        real = (found[0][0, : sum(lengths)] if _row_of(self._engine, mask) else found[0][mask]).cpu()
+        rows = torch.split(real, lengths)
         self._by_id |= dict(zip(piece.sample_ids.tolist(), rows, strict=True))
 
     def reused(self, piece: Any) -> AbstractContextManager[None]:
@@ -69,16 +71,22 @@ def _joined(engine: Engine, batch: Responses, *, states: Sequence[Tensor]) -> Te
     """B states `[t, D]` of real tokens as the blocks of a forward see them, on the batch's device.
 
     Returns:
-        `[1, N, D]` in a forward without padding, otherwise `[B, T, D]`, 0 at padding.
+        `[1, n, D]` in a forward without padding, otherwise `[B, T, D]`, with 0 for what is no real token.
     """
     mask = batch.attention_mask
     # A row that only keeps ranks in step has lost its response: its states are the first of those kept.
     real = torch.cat([row[:count] for row, count in zip(states, mask.sum(-1).tolist(), strict=True)]).to(mask.device)
-    if engine.padding_free and has_padding(mask):
-        return real.unsqueeze(0)  # [N, D] -> [1, N, D]
+    length = _row_of(engine, mask)
+    if length:
+        return F.pad(real, (0, 0, 0, length - len(real))).unsqueeze(0)  # [tokens, D] -> [1, n, D]
     hidden = real.new_zeros(*mask.shape, real.shape[-1])
-    hidden[mask] = real  # [N, D] -> [B, T, D]
+    hidden[mask] = real  # [tokens, D] -> [B, T, D]
     return hidden
+
+
+def _row_of(engine: Engine, mask: Tensor) -> int:
+    """Tokens of the row as which a forward computes a batch with this mask `[B, T]`; 0 where it computes padding."""
+    return row_length(mask) if engine.padding_free else 0
 
 
 def may_begin_late(engine: Engine, forward: Callable[[Any, Responses], Tensor], *, name: str) -> bool:
