@@ -294,6 +294,7 @@ def compare(found, expected, tolerance=1e-4):
 
 VARIANTS = {
     "zero0": {"zero_stage": 0},
+    "padded": {"zero_stage": 0, "padding_free": False},
     "zero1": {"zero_stage": 1},
     "zero2": {"zero_stage": 2},
     "buckets": {"zero_stage": 2, "reduce_bucket_size": 30_000},  # units of several layers, one of them half frozen

@@ -109,10 +109,12 @@ SIZES = {"micro_batch_size": 12, "micro_batch_tokens": 64}
     ("ranks", "engine"),
     [
         (1, {"zero_stage": 0}),
+        (1, {"zero_stage": 0, "padding_free": False}),
         (2, {"zero_stage": 0}),
         (2, {"zero_stage": 1}),
         (2, {"zero_stage": 2, "offload_optimizer": "cpu"}),
         (2, {"zero_stage": 3}),
+        (2, {"zero_stage": 3, "activation_checkpointing": True}),
     ],
 )
 def test_steps_are_those_of_rows_one_after_the_other(folder, expected, ranks, engine):
