@@ -47,7 +47,8 @@ class KeptStates:
         mask = piece.attention_mask
         lengths = mask.sum(-1).tolist()
         # [1, n, D] or [b, t, D] -> [tokens, D]; from a GPU a copy that waits for it
-        real = (found[0][0, : sum(lengths)] if _row_of(self._engine, mask) else found[0][mask]).cpu()
+        is_row = self._engine.padding_free and row_length(sum(lengths), mask.numel())
+        real = (found[0][0, : sum(lengths)] if is_row else found[0][mask]).cpu()
         rows = torch.split(real, lengths)
         self._by_id |= dict(zip(piece.sample_ids.tolist(), rows, strict=True))
 
@@ -76,17 +77,12 @@ def _joined(engine: Engine, batch: Responses, *, states: Sequence[Tensor]) -> Te
     mask = batch.attention_mask
     # A row that only keeps ranks in step has lost its response: its states are the first of those kept.
     real = torch.cat([row[:count] for row, count in zip(states, mask.sum(-1).tolist(), strict=True)]).to(mask.device)
-    length = _row_of(engine, mask)
+    length = row_length(len(real), mask.numel()) if engine.padding_free else 0
     if length:
         return F.pad(real, (0, 0, 0, length - len(real))).unsqueeze(0)  # [tokens, D] -> [1, n, D]
     hidden = real.new_zeros(*mask.shape, real.shape[-1])
     hidden[mask] = real  # [tokens, D] -> [B, T, D]
     return hidden
-
-
-def _row_of(engine: Engine, mask: Tensor) -> int:
-    """Tokens of the row as which a forward computes a batch with this mask `[B, T]`; 0 where it computes padding."""
-    return row_length(mask) if engine.padding_free else 0
 
 
 def may_begin_late(engine: Engine, forward: Callable[[Any, Responses], Tensor], *, name: str) -> bool:

@@ -29,7 +29,10 @@ class FrozenLayers:
 
     @contextmanager
     def watched(self) -> Iterator[list[Tensor]]:
-        """Inside, each forward appends the hidden states that leave these layers, `[b, t, D]` in the working type."""
+        """Inside, each forward appends the hidden states that leave these layers, `[b, t, D]` in the working type.
+
+        `[1, n, D]` in a forward without padding (`rlhf/models/padding_free.py`).
+        """
         found: list[Tensor] = []
 
         def look(*hooked: Any) -> None:
@@ -52,7 +55,7 @@ class FrozenLayers:
         none of these layers either. Every rank must come here or none.
 
         Args:
-            hidden: `[b, t, D]`, what they gave for the tokens of the forward.
+            hidden: what they gave for the tokens of the forward, in the shape that it has there.
         """
         output = hidden if self._others < 0 else (hidden, *(None,) * self._others)
         with self._sharding.leaving_out(self._blocks):

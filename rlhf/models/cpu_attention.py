@@ -18,7 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from rlhf.models.fp32_matmul import with_mkl
-from rlhf.models.padding_free import SequenceMasks, expects_sequence_masks, sequence_masks
+from rlhf.models.padding_free import SequenceMasks, expect_no_row, sequence_masks
 
 _sdpa, _sdpa_mask = ALL_ATTENTION_FUNCTIONS["sdpa"], ALL_MASK_ATTENTION_FUNCTIONS["sdpa"]
 _NAMES = ("query", "key", "value", "attention_mask")
@@ -37,7 +37,7 @@ def _attention(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
     query, key, mask = known["query"], known["key"], known["attention_mask"]
     if isinstance(mask, SequenceMasks):
         return mask.attend(partial(with_mkl, _sdpa, module), known)
-    assert not expects_sequence_masks(), f"{type(module).__name__} makes a mask of its own: sequences would mix"
+    expect_no_row(module)
     if query.shape[2] > 1 or query.device.type != "cpu" or torch.is_grad_enabled():
         return with_mkl(_sdpa, module, **known)
     if query.shape[1] > key.shape[1]:

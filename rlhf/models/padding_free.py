@@ -7,7 +7,7 @@ or told where sequences begin (flash). So no sequence sees another, and nothing 
 
 What attention needs to know travels as the decoder's mask, an argument of each block: a block that is computed again in
 backward gets the same one. Results equal padded ones up to rounding, with dropout in distribution.
-Left out: generation, whose forwards use a cache; a micro-batch that has no padding, which is left as it is.
+Left out: generation, whose forwards use a cache; micro-batches with too little padding to gain anything.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def compute_without_padding(decoder: nn.Module) -> None:
     decoder.register_forward_hook(_part, always_call=True)
 
 
-def row_length(attention_mask: Tensor) -> int:
-    """Tokens of the row in which a micro-batch is computed; 0 where that is no shorter, and so the padding stays.
+def row_length(num_tokens: int, padded: int) -> int:
+    """Tokens of the row as which a micro-batch is computed; 0 where that is no shorter, and so the padding stays.
 
-    A row is as long as its real tokens, rounded up by an eighth at most: oneDNN compiles kernels for each length, and
-    tensors of ever new sizes leave holes in the heap (0.15 GB in the default run).
+    A row is rounded up, by an eighth at most: oneDNN compiles kernels for each length, and tensors of ever new sizes
+    leave holes in the heap (0.15 GB in the default run).
 
     Args:
-        attention_mask: `[B, T]`, True for real tokens; counting them waits for the device.
+        num_tokens: Real ones.
+        padded: All of `[B, T]`.
     """
-    count = int(attention_mask.sum())
-    step = max(WIDTHS, min(1 << (count // 16).bit_length(), _LARGEST_STEP))
-    length = -(-count // step) * step
-    return length if length < attention_mask.numel() else 0
+    step = max(WIDTHS, min(1 << (num_tokens // 16).bit_length(), _LARGEST_STEP))
+    length = -(-num_tokens // step) * step
+    return length if length < padded else 0
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,11 @@ class _TokenRow:
 
     @classmethod
     def of(cls, mask: Tensor) -> _TokenRow | None:
-        length = row_length(mask)
+        """The row of a micro-batch with this mask, True for real tokens; None where its padding stays."""
+        lengths = mask.sum(-1).tolist()  # waits for the device
+        length = row_length(sum(lengths), mask.numel())
         if not length:
             return None
-        lengths = mask.sum(-1).tolist()  # waits for the device
         lengths.append(length - sum(lengths))
         return cls(mask.nonzero(as_tuple=True), [count for count in lengths if count], mask.shape)
 
@@ -146,6 +147,10 @@ def sequence_masks(make: Callable[..., Tensor | None], arguments: dict[str, Any]
     return SequenceMasks(row.lengths, masks)
 
 
-def expects_sequence_masks() -> bool:
-    """Whether a row is computed whose attention must come with `SequenceMasks`: without, sequences would mix."""
-    return _ROW.get() is not None
+def expect_no_row(module: nn.Module) -> None:
+    """Raise ValueError if a row is computed: its attention, in `module`, must come with `SequenceMasks`."""
+    if _ROW.get() is not None:
+        raise ValueError(
+            f"{type(module).__name__} makes a mask of its own, with which the sequences of a row would see each other; "
+            "set engine.padding_free=false."
+        )

@@ -190,8 +190,7 @@ def test_a_micro_batch_with_little_padding_keeps_it(tmp_path):
     ("count", "length"), [(1, 8), (9, 16), (255, 256), (257, 288), (3000, 3008), (30_000, 30_016), (100_000, 0)]
 )
 def test_a_row_is_rounded_up_to_few_lengths(count, length):
-    mask = torch.arange(100_000).view(1000, 100) < count
-    assert row_length(mask) == length
+    assert row_length(count, padded=100_000) == length
 
 
 def test_generation_and_forwards_without_a_mask_are_left_alone(tmp_path):
@@ -216,6 +215,17 @@ def test_after_an_error_the_next_forward_is_whole(tmp_path):
         module(ids, use_cache=False).logits,
     )
     assert torch.equal(logprobs(module, ids, mask), expected)
+
+
+def test_a_mask_of_another_kind_is_refused_before_sequences_mix(tmp_path):
+    module, _ = padding_free(causal_lm(tiny.save("llama", tmp_path)))
+
+    def without_mask(block, args, kwargs):
+        return args, kwargs | {"attention_mask": None}
+
+    module.model.layers[1].register_forward_pre_hook(without_mask, with_kwargs=True)
+    with pytest.raises(ValueError, match=r"LlamaAttention makes a mask of its own.*set engine.padding_free=false"):
+        logprobs(module, *batch())
 
 
 def test_dropout_of_attention_reaches_every_sequence(tmp_path, monkeypatch):
