@@ -102,6 +102,7 @@ def test_an_overflow_skips_the_step_and_lowers_the_scale_and_only_the_lowest_sca
 def test_the_search_for_a_scale_uses_no_warm_up_and_is_said_to_be_normal(caplog):
     caplog.set_level(logging.INFO)
     engine = fp16(initial_scale_power=32, optimizer=tiny.optimizer_config(warmup_steps=4))
+    caplog.clear()
     results = [tiny.train_step(engine, step)[1] for step in range(24)]
     skipped = sum(result.skipped for result in results)
     assert skipped > 10
