@@ -91,8 +91,8 @@ class EngineConfig(Settings):
     transformers' choice: sdpa, or eager for a model without. eager keeps all scores, and flash needs its package."""
     padding_free: bool | None = None
     """Compute the real tokens of a micro-batch alone, as one row in which no sequence sees another (TRL's
-    `padding_free`, verl's `use_remove_padding`): the same results up to rounding. null does so where it is known to be
-    faster, on a CPU and with flash attention, if the model can; true refuses a model that cannot."""
+    `padding_free`, verl's `use_remove_padding`): the same results up to rounding. null does so on a CPU, and with flash
+    attention, whose kernels take such rows, if the model can; true also with SDPA on CUDA, and refuses other models."""
     offload_optimizer: OffloadDevice = OffloadDevice.none
     """Where master weights, moments and reduced gradients are kept; needs ZeRO 1 or more."""
     offload_param: OffloadDevice = OffloadDevice.none
