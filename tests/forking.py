@@ -30,6 +30,9 @@ STAGES = [f"stages.{stage}" for stage in ("sft", "reward", "dpo", "ppo", "eval")
 MODELS = ["transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"]
 IMPORTED = ["pytest", "hydra", "stages.pipeline", *STAGES, *MODELS, "torch._dynamo"]
 
+AS_PROGRAM = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
+"""What `run_pipeline.py` sets before its imports: threads that spin would take the other worker's core."""
+
 
 def run_forked(script, *words, ranks=1, cwd=ROOT, env=None):
     """`subprocess.run` of `python script *words`, which captures the output as text; on several ranks, of torchrun."""
@@ -55,8 +58,8 @@ def _answered(order):
 
 @functools.cache
 def _server():
-    command = [sys.executable, "-m", "tests.forking"]
-    server = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command, pipe = [sys.executable, "-m", "tests.forking"], subprocess.PIPE
+    server = subprocess.Popen(command, cwd=ROOT, env=os.environ | AS_PROGRAM, stdin=pipe, stdout=pipe, text=True)
     atexit.register(server.communicate)  # which has no more orders, so it ends
     return server
 
