@@ -18,16 +18,12 @@ import signal
 import sys
 from pathlib import Path
 
-from rlhf.runtime.process import end_with_launcher
+from rlhf.runtime.process import VARIABLES, end_with_launcher
 
 end_with_launcher()  # before the imports, which take seconds
 
-# Read when libraries are imported. Threads that spin while they wait stall a machine that is shared.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# On a CPU oneDNN compiles a kernel for each shape that it meets and keeps 1,024 of them, some 0.5 GB nobody planned.
-os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128")
-os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+for name, value in VARIABLES.items():
+    os.environ.setdefault(name, value)
 
 import hydra
 from hydra.core.hydra_config import HydraConfig

@@ -27,6 +27,7 @@ from benchmarks.plan import compose_run, write_model
 from benchmarks.rounds import ROOT, Contender, alternate
 from benchmarks.steps import shape
 from benchmarks.zero_report import spread, table, write_section
+from rlhf.runtime.process import VARIABLES
 from stages.setup.compose import save_run
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def _start(task: Case, *, log: Path, ranks: int) -> Contender:
     variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
     variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     if task["contender"] not in _THEIRS:
-        variables["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "128"  # as `run_pipeline.py` sets it
+        variables |= VARIABLES
     return Contender(
         [sys.executable, "-m", "benchmarks.generation_run", json.dumps(task)], log=log, variables=variables
     )

@@ -27,6 +27,7 @@ from benchmarks.long_run_rank import Reading
 from benchmarks.plan import compose_run, write_model
 from benchmarks.rounds import ROOT
 from benchmarks.zero_report import table, write_section
+from rlhf.runtime.process import VARIABLES
 from stages.setup.compose import save_run
 
 log = logging.getLogger(__name__)
@@ -76,8 +77,7 @@ def measure(case: Case, *, iterations: int, every: int = EVERY, device: str = "c
         command = ["-m", "benchmarks.long_run_rank", str(save_run(run)), name, str(every)]
         if case.ranks > 1:
             command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={case.ranks}", *command]
-        variables = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        variables |= {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128", "TOKENIZERS_PARALLELISM": "false"}  # as a run has them
+        variables = os.environ | VARIABLES | {"OMP_NUM_THREADS": "1"}
         subprocess.run([sys.executable, *command], cwd=ROOT, env=variables, check=True, stdout=sys.stderr)
         files = [folder / f"rank{rank}.jsonl" for rank in range(case.ranks)]
         return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]

@@ -1,6 +1,7 @@
 """What the compiled kernels of a CPU's matrix products take.
 
-oneDNN compiles one for each shape that it meets, and keeps as many as an environment variable says (`run_pipeline.py`).
+oneDNN compiles one for each shape that it meets, and keeps as many as an environment variable says. PyTorch's layer
+above it keeps what it has asked for, too, as many as another variable says (`KERNEL_CACHES`).
 Their size is that of a buffer for code. It depends on the version of oneDNN, little on the shape: a few are measured.
 """
 
@@ -12,22 +13,24 @@ from statistics import median
 import torch
 import torch.nn.functional as F
 
-from rlhf.runtime.process import heap_in_use
+from rlhf.runtime.process import KERNEL_CACHES, heap_in_use
 
-_CAPACITY, _BY_DEFAULT = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 1024
+_CAPACITY_BY_DEFAULT = 1024
 _WIDE, _WARM_UP, _TRIALS = 512, 16, 5
 
 
 def compiled_kernels(dtype: torch.dtype) -> int:
-    """Bytes of oneDNN's full cache of kernels for products in `dtype`.
+    """Bytes of the full caches of kernels for products in `dtype`.
 
-    0 where another library multiplies, as MKL does in fp32, and where the C library does not say what is in use.
+    If their capacities differ, as if both had the larger. 0 where another library multiplies, as MKL does in fp32, and
+    where the C library does not say what is in use.
     """
     matrix = torch.ones(_WIDE, _WIDE, dtype=dtype)
     for _ in range(_WARM_UP):  # MKL sets buffers aside at first, and whenever a product is larger than all before
         F.linear(matrix, matrix)
     sizes = [_kernel(torch.ones(_WIDE - trial, _WIDE, dtype=dtype), matrix) for trial in range(1, _TRIALS)]
-    return int(os.environ.get(_CAPACITY, _BY_DEFAULT)) * max(0, int(median(sizes)))
+    capacity = max(int(os.environ.get(name, _CAPACITY_BY_DEFAULT)) for name in KERNEL_CACHES)
+    return capacity * max(0, int(median(sizes)))
 
 
 def _kernel(rows: torch.Tensor, matrix: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Two settings of this process: it ends with its parent, and it returns freed memory to the system.
+"""What a run asks of its process: to end with its parent, how libraries behave, and to return freed memory.
 
 Imports only the standard library, because `run_pipeline.py` calls this before it imports anything large.
 """
@@ -15,6 +15,15 @@ import time
 
 LAUNCHER = "RLHF_LAUNCHER"
 """Environment variable with the process id of the launcher, in the ranks that it started."""
+KERNEL_CACHES = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY")
+"""How many compiled kernels oneDNN keeps, and how many PyTorch's layer above it: a half of each kernel's bytes."""
+VARIABLES = {
+    "OMP_WAIT_POLICY": "passive",  # threads that spin while they wait stall a machine that is shared
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    **dict.fromkeys(KERNEL_CACHES, "128"),  # a CPU's, one for each shape it meets; 1,024 would be some 0.6 GB
+}
+"""Environment variables of a run, which libraries read when they are imported; a user's own come first."""
 
 _LIBC = ctypes.CDLL(None)  # opened here, because loading it between fork and exec could deadlock
 _PR_SET_PDEATHSIG = 1  # of <sys/prctl.h>
