@@ -8,7 +8,6 @@ Left out: a reference that follows the policy. Run: `python run_pipeline.py 'sta
 from __future__ import annotations
 
 import base64
-import gc
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
@@ -25,7 +24,7 @@ from rlhf.engine.engine import Engine
 from rlhf.evaluation.metrics import evaluate_policy_on_pairs, response_logprobs
 from rlhf.micro_batches import deal, pieces_by_length
 from rlhf.runtime.dist import World, broadcast_object, sum_over_ranks
-from rlhf.runtime.process import trim
+from rlhf.runtime.process import free_models
 from rlhf.training.supervised_step import dpo_form
 from stages.lifecycle.checkpointing import newest_in
 from stages.lifecycle.session import Session
@@ -55,8 +54,7 @@ def with_reference(session: Session, samples: Sequence[Preference], *, open_poli
     is_known = broadcast_object(newest_in(session.folder) is not None)  # `Session.begin` restores it from there
     for role in [] if is_known else others:
         _ask_named(reference, session, role=role)
-        gc.collect()  # the model is part of reference cycles, and its memory is needed now
-        trim()
+        free_models()
     engine = open_policy()
     if not is_known and not others:
         reference.ask(engine, session)

@@ -9,7 +9,6 @@ Run: `python run_pipeline.py stage=eval`, or after the stages, `'stage=[sft,rewa
 
 from __future__ import annotations
 
-import gc
 import json
 import logging
 import sys
@@ -43,7 +42,7 @@ from rlhf.rewards import reward_model_scores
 from rlhf.rollout import GeneratedResponses, generate_responses, response_ids, response_texts
 from rlhf.runtime.atomic_files import write_text
 from rlhf.runtime.dist import World, barrier, gather_objects
-from rlhf.runtime.process import trim
+from rlhf.runtime.process import free_models
 from rlhf.text.tokenizer import Tokenizer, decode, stop_token_ids
 from rlhf.tracking.jsonl_log import JsonlLog, valid_json
 from rlhf.tracking.tracker import start_wandb
@@ -222,8 +221,7 @@ class ModelRunner:
 
     @contextmanager
     def _open(self, role: Role) -> Iterator[Engine]:
-        gc.collect()  # the last model is part of reference cycles, and its memory is needed now
-        trim()
+        free_models()
         engine = open_model(self.run, role, world=self.world)
         try:
             with torch.no_grad():

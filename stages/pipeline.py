@@ -18,6 +18,7 @@ from rlhf.models.fp32_matmul import multiply_with_mkl
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, broadcast_object, start, stop
 from rlhf.runtime.errors import RunError
+from rlhf.runtime.process import free_models
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.provenance import record_start
 from stages.lifecycle.checkpointing import Stopped
@@ -141,6 +142,7 @@ def stage_function(stage: str) -> Callable[[RunConfig, World], object]:
 
 def run_stage(run: RunConfig, stage: str, *, world: World) -> None:
     """Run one stage, and write its report even if it failed."""
+    free_models()  # of the stage before
     multiply_with_mkl()  # until a model of this stage is better off otherwise, whatever stages came before
     try:
         stage_function(stage)(run, world)

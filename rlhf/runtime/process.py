@@ -6,6 +6,7 @@ Imports only the standard library, because `run_pipeline.py` calls this before i
 from __future__ import annotations
 
 import ctypes
+import gc
 import os
 import platform
 import signal
@@ -102,6 +103,12 @@ def trim() -> None:
     """
     if _is_glibc():
         _LIBC.malloc_trim(0)
+
+
+def free_models() -> None:
+    """Free models that nobody uses any more: they hold themselves by reference cycles until Python looks for those."""
+    gc.collect()
+    trim()
 
 
 def heap_in_use() -> int:

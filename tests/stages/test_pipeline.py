@@ -1,5 +1,6 @@
 """The smoke pipeline end to end, as a user runs it: one rank, two ranks, again, and changed."""
 
+import gc
 import json
 import math
 import os
@@ -7,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.runtime.dist import World
 from rlhf.tracking.metric_registry import METRICS
+from stages.pipeline import run_stage
+from tests.config.test_configuration import composed
 from tests.forking import run_forked
 from tests.tracking.test_wandb import records
 
@@ -292,3 +297,23 @@ def test_an_evaluation_follows_stages_that_are_finished(one_rank):
     assert sent["model/normalized_score"] == pytest.approx(score)
     assert sent["win_rate/reward"] == results["judges"]["reward"]["win_rate"]["mean"]
     assert (found["run"][0]["job_type"], found["run"][0]["display_name"]) == ("eval", "smoke/eval/later")
+
+
+def test_a_stage_begins_without_the_models_of_the_one_before(monkeypatch, tmp_path):
+    models = weakref.WeakSet()
+
+    def train(_run, _world):
+        assert not models, "that of the stage before is still there"
+        model = torch.nn.Linear(2, 2)
+        model.register_forward_hook(lambda *_: model)  # as an engine's hooks hold what they belong to
+        models.add(model)
+
+    monkeypatch.setattr("stages.pipeline.stage_function", lambda _stage: train)
+    monkeypatch.setattr("stages.pipeline.report_stage", lambda *_, **__: None)
+    gc.disable()  # otherwise it may look by chance
+    try:
+        for stage in ("sft", "reward"):
+            run_stage(composed("experiment=smoke", f"output_dir={tmp_path}"), stage, world=World.alone())
+    finally:
+        gc.enable()
+    assert models
