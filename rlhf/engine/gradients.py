@@ -19,8 +19,8 @@ See also: where sums are kept (`offload/grad_accumulation.py`), and what is done
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Set
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -59,8 +59,7 @@ class Gradients:
         dtype = sharding.reduce_dtype
         self._replicas = _ReplicaSum(groups, replicas, dtype=dtype, keep=self._keep, early=early) if replicas else None
         for name, parameter in self._parameters.items():
-            # On a sharded parameter, FSDP2 runs this hook after its reduce-scatter.
-            parameter.register_post_accumulate_grad_hook(partial(self._collect, name))  # type: ignore[no-untyped-call]
+            self._watch(name, parameter)  # FSDP2 runs the hook of a sharded one after its reduce-scatter
         if world.size == 1:
             for unit in sharding.units if sharding.modules else ():
                 self._collect_unreduced(unit, sharding.module)
@@ -108,6 +107,21 @@ class Gradients:
         for store in self._optimizer.stores:
             store.gradients.clear()
 
+    def _watch(self, name: str, parameter: Tensor) -> None:
+        """Collect every gradient that `parameter` gets.
+
+        PyTorch holds the hook where Python does not look for cycles: if it held this object, the parameters and all
+        state of the optimizer would stay for the life of the process.
+        """
+        collect = weakref.WeakMethod(self._collect)
+
+        def hook(parameter: Tensor) -> None:
+            method = collect()
+            assert method is not None, "backward of a model whose engine is gone"
+            method(name, parameter)
+
+        parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
     def _collect_unreduced(self, unit: FSDPUnit, root: nn.Module) -> None:
         """Take the gradients of a unit's gathered parameters, which FSDP2 makes when a forward first needs them."""
 
@@ -117,8 +131,7 @@ class Gradients:
                 return
             for name, parameter in unit.group(root).items():
                 if isinstance(self._parameters[name], DTensor):
-                    hook = partial(self._collect, name)
-                    parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+                    self._watch(name, parameter)
             for handle in handles:
                 handle.remove()  # FSDP2 keeps the gathered parameters from now on: their hooks stay
 
