@@ -23,15 +23,12 @@ from pathlib import Path
 import torch
 
 from rlhf.runtime import dist
-from rlhf.runtime.process import end_with_parent
+from rlhf.runtime.process import VARIABLES, end_with_parent
 
 ROOT = Path(__file__).parents[1]
 STAGES = [f"stages.{stage}" for stage in ("sft", "reward", "dpo", "ppo", "eval")]
 MODELS = ["transformers.models.llama.modeling_llama", "transformers.models.auto.modeling_auto"]
 IMPORTED = ["pytest", "hydra", "stages.pipeline", *STAGES, *MODELS, "torch._dynamo"]
-
-AS_PROGRAM = {"OMP_WAIT_POLICY": "passive", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
-"""What `run_pipeline.py` sets before its imports: threads that spin would take the other worker's core."""
 
 
 def run_forked(script, *words, ranks=1, cwd=ROOT, env=None):
@@ -59,7 +56,7 @@ def _answered(order):
 @functools.cache
 def _server():
     command, pipe = [sys.executable, "-m", "tests.forking"], subprocess.PIPE
-    server = subprocess.Popen(command, cwd=ROOT, env=os.environ | AS_PROGRAM, stdin=pipe, stdout=pipe, text=True)
+    server = subprocess.Popen(command, cwd=ROOT, env=VARIABLES | os.environ, stdin=pipe, stdout=pipe, text=True)
     atexit.register(server.communicate)  # which has no more orders, so it ends
     return server
 

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from tests.forking import AS_PROGRAM, ROOT, run_forked
+from tests.forking import run_forked
 
 PROGRAM = """
 import atexit, os, signal, sys
@@ -56,8 +56,3 @@ def test_ranks_are_told_which_they_are_and_one_that_fails_ends_all(program):
     assert sorted(line.split()[-1] for line in done.stdout.splitlines() if "yes" in line) == ["0", "1"]
     waits = "os.environ['RANK'] == '1' and sys.exit(5); signal.pause()"
     assert program(waits, ranks=2).returncode == signal.SIGKILL
-
-
-def test_the_process_that_is_forked_has_the_environment_of_the_program():
-    program = (ROOT / "run_pipeline.py").read_text()
-    assert all(f'os.environ.setdefault("{name}", "{value}")' in program for name, value in AS_PROGRAM.items())
