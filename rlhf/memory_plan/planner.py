@@ -68,6 +68,7 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
     early = [model for model in everyone if model.role.before_training]
     copies = [item for model in models for item in model.checkpoint_copy(run.checkpoint)]
     found: dict[str, list[Item]] = {}
+    moving: dict[str, int] = {}  # by role: bytes that come and go in its turns
     for phase, computed in PHASES[stage].items():
         there = early if phase == REFERENCE else models
         if not there:
@@ -79,7 +80,10 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
             role: Workload.largest(compute, config, ranks=machine.ranks, chunk_elements=chunk)
             for role, compute in computed.items()
         }
-        found[phase] = _busiest(there, phase=phase, works=works)
+        turns = [(model, turn) for model in there for turn in _turns(model, there, phase=phase, works=works)]
+        found[phase] = max((items for _, items in turns), key=_device_bytes)
+        for model, items in turns:
+            moving[model.role.name] = max(moving.get(model.role.name, 0), _passing(items))
     found["train"] += copies
     found["save"] = [item for model in models for item in model.at_rest()] + copies
     found["save"] += [item for model in models for item in model.saved(run.checkpoint, local_ranks=machine.local_ranks)]
@@ -92,35 +96,43 @@ def plan_stage(run: RunConfig, stage: str, *, machine: Machine) -> Plan:
             tokens = run.ppo.tokens_held(count, ranks=machine.ranks, trains=phase == "train")
             found[phase] += [states.hidden_states(tokens) for states in learners]
     is_cuda = machine.device.type == "cuda"
-    return Plan(run.title(stage), machine.local_ranks, is_cuda, tuple(_phases(found, machine=machine)))
+    return Plan(run.title(stage), machine.local_ranks, is_cuda, tuple(_phases(found, moving, machine=machine)))
 
 
-def _busiest(models: list[ModelMemory], *, phase: str, works: dict[str, list[Workload]]) -> list[Item]:
-    """The items of a phase: of the model that takes most of the device, beside all others at rest."""
-    turns = []
-    for busy, work in ((model, work) for model in models for work in works.get(model.role.name, [])):
+def _turns(
+    busy: ModelMemory, models: list[ModelMemory], *, phase: str, works: dict[str, list[Workload]]
+) -> Iterator[list[Item]]:
+    """The items of a phase, whenever `busy` is the model that computes, beside all others at rest."""
+    for work in works.get(busy.role.name, []):
         moment = busy.during(phase, work)
-        turns.append([item for model in models for item in (moment if model is busy else model.at_rest())])
-    return max(turns, key=_device_bytes)
+        yield [item for model in models for item in (moment if model is busy else model.at_rest())]
 
 
-def _phases(found: dict[str, list[Item]], *, machine: Machine) -> Iterator[Phase]:
+def _phases(found: dict[str, list[Item]], moving: dict[str, int], *, machine: Machine) -> Iterator[Phase]:
     """The phases with what the process takes, and what the allocator loses between tensors that come and go.
 
-    On a CPU a heap that the largest phase has filled keeps its holes, which other phases touch: a quarter of what moved
-    there, as measured with glibc 2.36 (benchmarks/results/plan.md). On CUDA it is a tenth of what moves in a phase,
-    which nobody has measured here. Whatever is on the device of a CPU machine is in the host's memory.
+    On a CPU each model leaves holes in the heap that tensors of others, and of other phases, do not fit: a quarter of
+    what moves in its largest turn, as measured with glibc 2.36 (benchmarks/results/plan.md). On CUDA it is a tenth of
+    what moves in a phase, which nobody has measured here. Whatever is on the device of a CPU machine is in the host's
+    memory.
+
+    Args:
+        found: The items of each phase.
+        moving: By role, the bytes that come and go in its largest turn.
+        machine: Where the run is to be.
     """
     is_cuda = machine.device.type == "cuda"
-    passing = {name: [item for item in items if item.part in _COMES_AND_GOES] for name, items in found.items()}
-    moving = {name: _device_bytes(items) for name, items in passing.items()}
-    most = max(moving.values())
+    holes = int(_CPU_SLACK * sum(moving.values()))
     for name, own in found.items():
-        lost = int(_CUDA_SLACK * moving[name] if is_cuda else _CPU_SLACK * most)
+        lost = int(_CUDA_SLACK * _passing(own)) if is_cuda else holes
         items = [*machine.runtime, *own, Item("process", ALLOCATOR, Place.device, lost)]
         if not is_cuda:
             items = [replace(item, place=Place.host) if item.place is Place.device else item for item in items]
         yield Phase(name, tuple(items))
+
+
+def _passing(items: list[Item]) -> int:
+    return _device_bytes([item for item in items if item.part in _COMES_AND_GOES])
 
 
 def shape_of(run: RunConfig, role: Role) -> ModelShape:

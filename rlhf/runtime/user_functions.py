@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import signal
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -23,6 +24,8 @@ T = TypeVar("T")
 
 _LONGEST = 300
 """Characters of an error of the user's code that are shown: some hold a whole web page."""
+
+_NOT_THE_USERS = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
 
 
 def load_function(target: str, setting: str, *, signature: str) -> Callable[..., Any]:
@@ -95,13 +98,19 @@ def _import_error(error: Exception, setting: str) -> ValueError:
 
 
 def described(error: BaseException) -> str:
-    """An error of the user's code in one line, with the line that raised it."""
+    """An error of the user's code in one line, with the line that raised it, or that called the library that did."""
     text = " ".join(f"{type(error).__name__}: {error}".split()).removesuffix(":")
     text = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
     places = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith("<frozen")]
     if isinstance(error, SyntaxError) or not places:  # the former says itself where it is
         return text
-    return f"{text} ({Path(places[-1].filename).name}, line {places[-1].lineno})"
+    place = ([frame for frame in places if not _is_library(frame.filename)] or places)[-1]
+    return f"{text} ({Path(place.filename).name}, line {place.lineno})"
+
+
+def _is_library(file: str) -> bool:
+    """Whether a file is of this project, of Python or of a package, and not the user's."""
+    return file.startswith(_NOT_THE_USERS) or "site-packages" in file
 
 
 class TimeLimitError(BaseException):

@@ -141,7 +141,7 @@ def test_a_run_goes_through_a_server_that_fails_first(server, model, tmp_path):
     [
         ("short", "raised ValueError: the reward server answered \"{'scores': "),
         ("words", "returned 'good' for the response "),
-        ("html", "raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (decoder.py, line "),
+        ("html", "raised JSONDecodeError: Expecting value: line 1 column 1 (char 0) (served_reward.py, line "),
         ("hang", "took longer than ppo.reward_timeout_s=1.5 seconds for 4 responses, such as the response "),
     ],
 )

@@ -18,6 +18,8 @@ from rlhf.memory_plan.limits import Change, _candidates, cheapest_changes, with_
 from rlhf.memory_plan.plan import Limits, Place
 from rlhf.memory_plan.plan_text import check_memory, compare_with_plan, numbers, plan_text, runtime_items
 from rlhf.memory_plan.planner import ALLOCATOR, Machine, machine_of, plan_stage
+from rlhf.memory_plan.states import GRADIENTS
+from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS
 from rlhf.runtime.dist import World
 from rlhf.tracking.timing import Peak, Stopwatch, resident
 from stages.setup.compose import CONF_DIR, register_schema, to_run
@@ -360,3 +362,14 @@ def test_a_stage_that_is_finished_is_not_planned(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_text_module, "plan_stage", recorded)
     check_memory(run, ["reward"], ranks=1)
     assert set(planned) == {"reward"}
+
+
+def test_every_model_that_computes_leaves_holes_in_the_heap_of_a_cpu(smoke):
+    phases = plan_of(smoke, "ppo").phases
+    lost = {item.bytes for phase in phases for item in phase.items if item.part == ALLOCATOR}
+    moving = [
+        sum(item.bytes for item in phase.items if item.part in {ACTIVATIONS, LOGITS, CACHE, GRADIENTS})
+        for phase in phases
+    ]
+    assert len(lost) == 1, "the same in all phases"
+    assert 4 * min(lost) > 1.5 * max(moving), "the actor's are beside the critic's"

@@ -23,7 +23,8 @@ from rlhf.engine.checkpoint.checkpoint_state import random_state
 from rlhf.runtime import dist, launch
 from rlhf.runtime.heartbeat import RankMonitor, interval
 from rlhf.runtime.process import LAUNCHER
-from tests.ranks import ROOT, forbid_unpickling, fork_ranks, fork_until_death
+from tests.forking import ROOT
+from tests.ranks import forbid_unpickling, fork_ranks, fork_until_death
 from tests.runtime.test_launch import listening
 
 

@@ -1,5 +1,6 @@
 """A call is interrupted after its time, and wherever the signal arrives, nothing is left behind."""
 
+import json
 import signal
 import sys
 import threading
@@ -85,3 +86,9 @@ def test_an_error_is_shown_in_one_line_with_its_place_and_not_with_a_whole_page(
     assert text.startswith("ValueError: <html> <body>xxx")
     assert "... (test_user_functions.py, line " in text
     assert len(text) < 400
+
+
+def test_the_place_is_a_line_of_the_user_and_not_of_a_library():
+    with pytest.raises(ValueError, match="Expecting value") as found:
+        json.loads("<html>")
+    assert "(test_user_functions.py, line " in described(found.value)
