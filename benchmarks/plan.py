@@ -33,6 +33,7 @@ from rlhf.models.embedded import byte_tokenizer
 from rlhf.rollout import Models
 from rlhf.runtime import launch
 from rlhf.runtime.dist import World, start, stop
+from rlhf.runtime.process import VARIABLES
 from rlhf.tracking.timing import METER, resident
 from rlhf.training.ppo_update import policy_gradient, value_gradient
 from stages.lifecycle.stage_models import open_model, scored_sources
@@ -225,7 +226,7 @@ def _measured(run: RunConfig, folder: Path, *, ranks: int, environment: dict[str
     arguments = ["-m", "benchmarks.plan", "--measure", str(save_run(run)), str(out)]
     if ranks > 1:
         arguments = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    variables = {**VARIABLES, **os.environ, "OMP_NUM_THREADS": "1", **environment}
     subprocess.run([sys.executable, *arguments], cwd=ROOT, env=variables, check=True, stdout=sys.stderr)
     return json.loads(out.read_text())
 
@@ -261,7 +262,8 @@ def _table(rows: list[list[Any]]) -> str:
 
 
 def _hardware() -> str:
-    return f"`python -m benchmarks.plan`, {os.cpu_count()} cores, {platform.machine()}, torch {torch.__version__}."
+    kind = f"{os.cpu_count()} cores, {platform.machine()} with {torch.backends.cpu.get_cpu_capability()}"
+    return f"`python -m benchmarks.plan`, {kind}, torch {torch.__version__}."
 
 
 if __name__ == "__main__":

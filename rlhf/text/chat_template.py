@@ -6,8 +6,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -19,6 +19,8 @@ Message = dict[str, Any]
 ASSISTANT = "assistant"
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 NULL_CONTENT = re.compile(r"content\W*(is\s+(not\s+)?|[!=]=\s*)none\b", re.IGNORECASE)
+_TURN_ENDS = WeakKeyDictionary[PreTrainedTokenizerBase, dict[str, str]]()
+"""By tokenizer and template; weak, because a tokenizer takes some 10 MB, and each stage has its own."""
 
 
 class TextSpan(NamedTuple):
@@ -40,9 +42,15 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-@lru_cache(maxsize=16)
 def turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     """The control token that the template writes after an answer; empty if it writes none."""
+    known = _TURN_ENDS.setdefault(tokenizer, {})
+    if template not in known:
+        known[template] = _turn_end(tokenizer, template)
+    return known[template]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     controls = {index for index, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
     tail = encode(tokenizer, after_answer(tokenizer, template, name="the tokenizer's chat template"))
     return next((str(tokenizer.convert_ids_to_tokens(token)) for token in tail if token in controls), "")

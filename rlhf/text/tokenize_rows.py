@@ -17,8 +17,8 @@ import re
 from collections.abc import Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from rlhf.text.tokenizer import Tokenizer, stop_token_ids
 TextOrMessages = str | list[Message]
 
 HH_TURN = "\n\nAssistant:"
+
+_ADDED = WeakKeyDictionary[Tokenizer, dict[int, str]]()
+"""Texts of added tokens, slow to ask for; weak, because a tokenizer takes some 10 MB, and each stage has its own."""
 
 
 class TokenSequence(NamedTuple):
@@ -300,9 +303,10 @@ def _stop_texts(tokenizer: Tokenizer) -> list[str]:
     return [known[token] for token in stop_token_ids(tokenizer) if token in known]
 
 
-@lru_cache(maxsize=16)
 def _added_tokens(tokenizer: Tokenizer) -> dict[int, str]:
-    return {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}  # slow to ask for
+    if tokenizer not in _ADDED:
+        _ADDED[tokenizer] = {index: token.content for index, token in tokenizer.added_tokens_decoder.items()}
+    return _ADDED[tokenizer]
 
 
 def _require_no_end(answer: TextOrMessages, tokenizer: Tokenizer) -> None:

@@ -1,5 +1,8 @@
 """Prompts and targets of strings, conversations and preferences."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 
@@ -479,3 +482,12 @@ def test_a_prompt_may_have_turns_that_its_template_rewrites_later(tmp_path):
     assert "user\nc<|im_end|>" in tokenizer.decode(ids)
     with pytest.raises(ValueError, match="differently"):
         tokenize_demonstration(tokenizer, {"messages": [*turns, turns[1]]}, response_only=True)
+
+
+def test_a_tokenizer_is_gone_when_nobody_uses_it(tmp_path):
+    tokenizer = with_template(tmp_path, fakes.CHAT_TEMPLATE)
+    tokenize_demonstration(tokenizer, {"messages": TURNS}, response_only=True)
+    used = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert used() is None
