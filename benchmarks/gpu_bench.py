@@ -21,15 +21,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from rlhf.runtime.process import end_with_parent
-
 ROOT = Path(__file__).parents[1]
+_ENDS_WITH_US = """
+import os, sys
+from rlhf.runtime.process import end_with_parent
+end_with_parent(int(sys.argv[1]))
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
+"""What a process runs first, and not between fork and exec: in a fork of a process with threads Python frees what
+the others had, and for a process group of gloo that would wait for ever."""
 ALONE = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false", "HYDRA_FULL_ERROR": "1"}
 """No network, whatever this shell has set."""
 _LAST = 4000  # characters of a process's output that are shown when it fails
@@ -104,14 +109,13 @@ class Bench:
         before = time.monotonic()
         with tempfile.TemporaryFile("w+", errors="replace", dir=self.folder) as log:
             process = subprocess.Popen(
-                command,
+                [sys.executable, "-c", _ENDS_WITH_US, str(os.getpid()), *command],
                 cwd=ROOT,
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
-                preexec_fn=partial(end_with_parent, os.getpid()),
             )
             try:
                 status: int | None = process.wait(timeout=max(self.left, 0))
