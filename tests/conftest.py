@@ -16,12 +16,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONGEST = [
-    *("tests/test_readme.py", "tests/stages/test_pipeline.py", "tests/test_docs.py"),
-    *(
-        "tests/engine/test_parity.py",
-        "tests/stages/lifecycle/test_checkpointing.py",
-        "tests/stages/test_reward_runs.py",
-    ),
+    "tests/test_readme.py",
+    "tests/stages/test_pipeline.py",
+    "tests/test_docs.py",
+    "tests/engine/test_parity.py",
+    "tests/stages/lifecycle/test_checkpointing.py",
+    "tests/stages/test_reward_runs.py",
 ]
 """Files that take a minute or more. They come first: one that came last would run alone, beside idle cores."""
 

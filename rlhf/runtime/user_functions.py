@@ -25,7 +25,7 @@ T = TypeVar("T")
 _LONGEST = 300
 """Characters of an error of the user's code that are shown: some hold a whole web page."""
 
-_NOT_THE_USERS = (sysconfig.get_path("stdlib"), str(Path(__file__).parents[1]))
+_NOT_THE_USERS = (Path(sysconfig.get_path("stdlib")), Path(__file__).parents[1])
 
 
 def load_function(target: str, setting: str, *, signature: str) -> Callable[..., Any]:
@@ -110,7 +110,8 @@ def described(error: BaseException) -> str:
 
 def _is_library(file: str) -> bool:
     """Whether a file is of this project, of Python or of a package, and not the user's."""
-    return file.startswith(_NOT_THE_USERS) or "site-packages" in file
+    path = Path(file)
+    return any(map(path.is_relative_to, _NOT_THE_USERS)) or bool({"site-packages", "dist-packages"} & {*path.parts})
 
 
 class TimeLimitError(BaseException):

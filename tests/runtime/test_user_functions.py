@@ -5,6 +5,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -92,3 +93,10 @@ def test_the_place_is_a_line_of_the_user_and_not_of_a_library():
     with pytest.raises(ValueError, match="Expecting value") as found:
         json.loads("<html>")
     assert "(test_user_functions.py, line " in described(found.value)
+
+
+def test_a_file_beside_a_folder_of_ours_is_the_users():
+    ours = Path(user_functions.__file__).parents[1]
+    assert user_functions._is_library(f"{ours}/rewards.py")
+    assert not user_functions._is_library(f"{ours}_rewards.py")
+    assert user_functions._is_library("/usr/lib/python3/dist-packages/requests/api.py")
