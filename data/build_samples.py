@@ -21,6 +21,7 @@ from data.rows import (
     SHOWN_PROBLEMS,
     BadRow,
     ColumnSelection,
+    SkippedRow,
     SourceRows,
     bad_rows_report,
     check_row,
@@ -92,6 +93,8 @@ class SampleKind(Generic[Sample]):
     """Everything besides the row that decides how it is tokenised."""
     tokenize: Callable[[Row], list[TokenSequence]]
     build: Callable[[Row, list[TokenSequence]], list[Sample]]
+    chat: bool = False
+    """Whether there is a chat template, so that known dialogues become messages."""
     further_columns: Collection[str] | None = ()
     """Columns beside the known ones that `build` finds in a row if the source has them; None for all."""
 
@@ -170,7 +173,7 @@ class _StageRows:
 
 def _stage_rows(source: SourceConfig, kind: SampleKind[Sample], *, data: DataConfig, where: str) -> _StageRows:
     wanted = None if kind.further_columns is None else {*KNOWN_COLUMNS, *kind.further_columns}
-    rows = load_rows(source, wanted)
+    rows = load_rows(source, wanted, stage=kind.stage, chat=kind.chat)
     if rows.found:  # if there are no columns, no row could be read, and the error about the rows says more
         found = ColumnSelection(source.columns).our_names(rows.found).values()
         require_columns([*found], kind.alternatives, where=where)
@@ -265,7 +268,8 @@ class _SplitBuilder(Generic[Sample]):
         dropped: Counter[str] = Counter()
         for index, (row, tokens) in enumerate(zip(rows, self._tokens(rows, source, numbers=distinct), strict=True)):
             if isinstance(tokens, BadRow):
-                dropped[f"row that cannot be used: {tokens.reason}"] += 1
+                is_left_out = isinstance(tokens, SkippedRow)
+                dropped[tokens.reason if is_left_out else f"row that cannot be used: {tokens.reason}"] += 1
             elif reason := self.kind.limits.broken_by(tokens):
                 dropped[reason] += 1
             else:
@@ -290,7 +294,11 @@ class _SplitBuilder(Generic[Sample]):
         key = content_key(rows, self.kind.settings) if self.cache_dir else ""
         results = cached(self.cache_dir, key, make=lambda: [self._tokenize(row) for row in rows])
         pairs = zip(numbers.tolist(), results, strict=True)
-        bad = [(source.rows.place(number), result) for number, result in pairs if isinstance(result, BadRow)]
+        bad = [
+            (source.rows.place(number), result)
+            for number, result in pairs
+            if isinstance(result, BadRow) and not isinstance(result, SkippedRow)
+        ]
         if bad and self.bad_rows is BadRows.stop:
             raise ValueError(bad_rows_report(bad, where=source.where, num_rows=len(rows)))
         return results

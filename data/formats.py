@@ -7,14 +7,17 @@ looked at. Every field of a CSV stays text. Nothing is unpickled.
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
+import io
 import itertools
 import json
+import lzma
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
 
 READABLE = (".json", ".jsonl", ".csv", ".parquet")
 MAX_NESTING = 100
-DAMAGE = (EOFError, OSError, zlib.error)
+DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError)
 GIT_LFS = b"version https://git-lfs"
 LIST_START, LIST_NEXT = re.compile(r"\s*\[\s*(\])?"), re.compile(r"\s*(?:,|(\]))\s*")
 
@@ -44,9 +47,24 @@ def _integer(digits: str) -> int | _HugeInteger:
 DECODER = json.JSONDecoder(parse_int=_integer)
 
 
+def _open_zstd(path: Path, mode: str, **text: Any) -> TextIO:
+    import pyarrow as pa
+
+    return io.TextIOWrapper(pa.input_stream(str(path), compression="zstd"), **text)
+
+
+COMPRESSED: Mapping[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zstd,
+}
+"""How a compressed file is opened, by the last part of its name."""
+
+
 def file_type(path: Path) -> str:
-    """The suffix without `.gz`, in lower case."""
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()
+    """The suffix without that of a compressed file, in lower case."""
+    return (path.with_suffix("") if path.suffix in COMPRESSED else path).suffix.lower()
 
 
 def read_file(path: Path, columns: ColumnSelection) -> FileRows:
@@ -69,7 +87,7 @@ def read_file(path: Path, columns: ColumnSelection) -> FileRows:
 
 def _opened(path: Path) -> TextIO:
     """The text of a file; bytes that are not UTF-8 become halves of characters, see `_problem`."""
-    opened = partial(gzip.open, path) if path.suffix == ".gz" else path.open
+    opened = partial(COMPRESSED.get(path.suffix, Path.open), path)
     newline = "" if file_type(path) == ".csv" else "\n"
     return cast(TextIO, opened(mode="rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline))
 

@@ -33,6 +33,11 @@ class BadRow:
 
 
 @dataclass(frozen=True)
+class SkippedRow(BadRow):
+    """Stands in for a row that its data set's map leaves out, which is no error."""
+
+
+@dataclass(frozen=True)
 class ColumnSelection:
     """Which columns of a file are kept, and under which name."""
 

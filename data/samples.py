@@ -91,6 +91,7 @@ def demonstrations(
             *(f"response_only={config.response_only}", f"rewritten_turns={data.sft.rewritten_turns}"),
         ),
         tokenize=tokenize,
+        chat=tokenizer.chat_template is not None,
         build=lambda row, sequences: [Demonstration(tokens.input_ids, tokens.target_mask) for tokens in sequences],
     )
     return build_samples(kind, data, only_held_out=held_out is not None)
@@ -129,6 +130,7 @@ def preferences(
         limits=held_out or LengthLimits(stage, config.max_prompt_tokens, config.max_response_tokens),
         settings=("reward", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
+        chat=tokenizer.chat_template is not None,
         build=build,
         further_columns=(subset_column,) if subset_column else (),
     )
@@ -167,6 +169,7 @@ def prompts(
         limits=held_out or LengthLimits("ppo", config.max_prompt_tokens, config.max_response_tokens),
         settings=("ppo", tokenizer_fingerprint(tokenizer)),
         tokenize=tokenize,
+        chat=tokenizer.chat_template is not None,
         build=build,
         further_columns=columns,
     )
@@ -196,6 +199,7 @@ def ptx_texts(data: DataConfig, config: PPOConfig, *, tokenizer: Tokenizer) -> S
         limits=LengthLimits("ppo.ptx", longest, longest, max_tokens=longest),
         settings=("ptx", tokenizer_fingerprint(tokenizer), f"max_tokens={longest}"),
         tokenize=tokenize,
+        chat=tokenizer.chat_template is not None,
         build=lambda row, sequences: [Demonstration(tokens.input_ids, tokens.target_mask) for tokens in sequences],
     )
     return build_samples(kind, data)

@@ -40,7 +40,7 @@ GATES = {
     "omegaconf": ("run_pipeline", "stages"),
     "wandb": ("rlhf.tracking.",),
     "wandb_workspaces": ("rlhf.tracking.dashboard",),
-    "yaml": ("rlhf.deepspeed.", "data.sources"),
+    "yaml": ("rlhf.deepspeed.", "data.known_datasets", "data.split_files"),
     "matplotlib": ("rlhf.tracking.report.charts",),
     "jinja2": ("rlhf.tracking.report.page", "rlhf.text."),
     "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation"),

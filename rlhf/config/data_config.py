@@ -48,6 +48,10 @@ class StageDataConfig(Settings):
                 setattr(self, name, [SourceConfig.parse(source) for source in sources])
 
 
+_WRITTEN = {"as": "known_as", "config": "name"}
+"""Other names of settings of a source: `as` cannot be a name in Python."""
+
+
 @dataclass(kw_only=True)
 class SourceConfig(Settings):
     """One data set: a JSON, JSONL, CSV or Parquet file, a `save_to_disk` folder, a hub id, or a function's rows."""
@@ -55,9 +59,13 @@ class SourceConfig(Settings):
     path: str
     """File, folder, hub id, or a function that generates rows: `module:function` or `file.py:function`."""
     name: str | None = None
-    """Configuration of a hub data set, or of a clone of one."""
+    """Configuration of a hub data set, or of a clone of one; also written `config`."""
     split: str = "train"
-    """Split of a folder or hub data set, in full: `train_sft` where that is what it is called; given to a function."""
+    """Split of a folder or hub data set, in full: `train_sft` where that is what it is called; given to a function.
+    `train` and `eval` of a known data set are those that DeepSpeed-Chat or TRL use."""
+    known_as: str | None = None
+    """Written `as`: read as this known data set (`data/known_datasets.yaml`), whatever the path; null does so where the
+    path is one's short name or ends with its hub id, and `columns` are not given."""
     arguments: dict[str, Any] = field(default_factory=dict)
     """What a function is called with besides `split`; it must return the same rows each time."""
     weight: NonNegative = 1.0
@@ -73,6 +81,7 @@ class SourceConfig(Settings):
         if isinstance(source, str):
             return cls(path=source)
         require(isinstance(source, dict), f"data source {source}: expected a path, or a mapping with `path`.")
+        source = {_WRITTEN.get(name, name): value for name, value in source.items()}
         unknown = set(source) - set(cls.__dataclass_fields__)
         require(
             not unknown, f"data source {source}: unknown {sorted(unknown)}; expected {[*cls.__dataclass_fields__]}."

@@ -9,7 +9,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from data.sources import files_of_split, load_rows, local_path
+from data.sources import load_rows, local_path
+from data.split_files import files_of_split
 from rlhf.config.data_config import SourceConfig
 
 ROWS = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d\ne"}]
@@ -218,15 +219,18 @@ def test_names_of_files_and_folders_tell_splits_apart(tmp_path, names, split, ex
     assert found(folder(tmp_path, *names), split) == expected
 
 
-def test_one_split_in_several_places_is_refused_with_the_places(tmp_path):
+def test_a_split_in_several_folders_is_read_whole_and_said(tmp_path, caplog):
     path = folder(tmp_path, "main/train-0.jsonl", "socratic/train-0.jsonl")
-    assert refusal(path).startswith(
-        "found files of one split in ['main/*.json', 'socratic/*.json']; expected one place"
-    )
+    with caplog.at_level(logging.WARNING):
+        assert found(path) == ["main/train-0.jsonl", "socratic/train-0.jsonl"]
+    assert "reading the files of ['main', 'socratic']; `name` would choose one of them" in caplog.text
     assert found(path, name="main") == ["main/train-0.jsonl"]
     assert refusal(path, name="other").startswith("found no configuration 'other'")
-    twice = folder(tmp_path / "twice", "train.jsonl", "train.parquet")
-    assert refusal(twice).startswith("found files of one split in ['./*.json', './*.parquet']")
+
+
+def test_a_split_in_two_formats_is_refused(tmp_path):
+    path = folder(tmp_path, "train.jsonl", "train.parquet")
+    assert refusal(path).startswith("found files of one split in the formats ['.json', '.parquet']; expected one")
 
 
 def test_what_the_card_says_comes_first(tmp_path):
