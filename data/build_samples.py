@@ -56,6 +56,12 @@ class Splits(Generic[Sample]):
     note: str = ""
     """A warning that the user should read once; empty if there is none."""
 
+    @property
+    def counts(self) -> dict[str, Any]:
+        """Rows to train on, held out and dropped, and what identifies them, as JSON values for the stage's record."""
+        found = {"train": len(self.train), "held_out": len(self.eval), "dropped": self.dropped}
+        return found | {"fingerprint": self.fingerprint}
+
 
 @dataclass(frozen=True)
 class LengthLimits:

@@ -97,7 +97,7 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
         session.export()
         units = (models.value_shift, 1.0)  # mean and deviation of the critic's outputs
-        return session.finish(score_units=None if models.critic is None else lambda _: units)
+        return session.finish(score_units=None if models.critic is None else lambda _: units, data=splits.counts)
 
 
 def score_shaping(config: PPOConfig) -> ScoreShaping:

@@ -77,7 +77,7 @@ def run_supervised(run: RunConfig, world: World, *, name: str, stage: Supervised
             session.begin(state, evaluate=evaluate)
             _train(session, engine, loader=loader, evaluate=evaluate)
             session.export()
-        return session.finish(score_units=stage.score_units)
+        return session.finish(score_units=stage.score_units, data=splits.counts)
 
 
 def _train(

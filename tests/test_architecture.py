@@ -31,7 +31,7 @@ FLOORS = [
     {"stages.lifecycle"},
     {"stages.setup"},
     {"stages.supervised"},
-    {"stages.sft", "stages.reward", "stages.dpo", "stages.ppo", "stages.eval", "stages.chat"},
+    {"stages.sft", "stages.reward", "stages.dpo", "stages.ppo", "stages.eval", "stages.chat", "stages.publish"},
     {"stages.pipeline"},
     {"run_pipeline"},
 ]
@@ -42,7 +42,7 @@ GATES = {
     "wandb_workspaces": ("rlhf.tracking.dashboard",),
     "yaml": ("rlhf.deepspeed.", "data.known_datasets", "data.split_files"),
     "matplotlib": ("rlhf.tracking.report.charts",),
-    "jinja2": ("rlhf.tracking.report.page", "rlhf.text."),
+    "jinja2": ("rlhf.tracking.report.page", "rlhf.text.", "stages.lifecycle.model_card"),
     "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation"),
     "torch.distributed": ("rlhf.runtime.dist", "rlhf.engine"),
 }

@@ -1,4 +1,4 @@
-"""The commands of docs/rewards.md do what it says, as they are printed and one after another in one checkout."""
+"""The commands of the pages in docs/ do what they say, as they are printed and one after another in one checkout."""
 
 import contextlib
 import json
@@ -13,12 +13,17 @@ import pytest
 
 from examples import verifier
 from rlhf.reward_functions import _GIVEN as GIVEN
+from tests.stages.hub_server import serving
 from tests.stages.test_pipeline import rows
 from tests.test_readme import checkout  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/rewards.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
+BLOCKS = [
+    pytest.param(block, id=f"{page}-{number}")
+    for page in ("rewards", "publishing")
+    for number, block in enumerate(re.findall(r"```bash\n(.*?)```", (ROOT / f"docs/{page}.md").read_text(), re.DOTALL))
+]
 
 
 def test_the_page_is_short():
@@ -38,15 +43,23 @@ def test_the_page_names_whatever_a_function_is_given():
     assert "`log_extra`" in PAGE
 
 
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_commands_work_one_after_another(number, checkout):  # noqa: F811
+@pytest.fixture(scope="module")
+def hub():
+    with serving() as hub:
+        yield hub
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_commands_work_one_after_another(block, checkout, hub):  # noqa: F811
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]  # the usual one may be taken here
-    text = BLOCKS[number].replace("reward/model &", f"reward/model --port {port} &")
+    text = block.replace("reward/model &", f"reward/model --port {port} &")
     text = text.replace("experiment=smoke", "experiment=smoke tracking.report=false")  # the README's show reports
     text = f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{text}"  # or a failure would leave the server behind
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"}
     environment |= {"REWARD_URL": f"http://127.0.0.1:{port}/score"}
+    if "--to" in block:
+        environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_good", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     process = subprocess.Popen(
         ["bash", "-ec", text],
         cwd=checkout,
@@ -72,3 +85,7 @@ def test_they_leave_what_the_page_says(checkout):  # noqa: F811
     assert not {"objective/raw_scores", "eval/raw_score"} & last["served"].keys()
     results = json.loads((checkout / "outputs/sums/eval/results.json").read_text())
     assert {"reward/correct", "reward/formatted"} <= {row["name"] for row in results["measures"]}
+
+
+def test_a_published_model_is_on_the_hub(hub):
+    assert {"model.safetensors", "adapter_model.safetensors", "README.md"} <= hub.files.keys()

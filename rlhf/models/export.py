@@ -20,11 +20,12 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.models import lora
 from rlhf.models.weights import persistent_buffers, plain_name
 from rlhf.runtime.atomic_files import writing
+from rlhf.text.tokenizer import stop_token_ids
 
 _TYPES = {
     torch.float64: "F64",
@@ -245,11 +246,22 @@ def _write_configs(folder: Path, module: nn.Module, *, tokenizer: PreTrainedToke
     if isinstance(module, PreTrainedModel):
         generation = copy.deepcopy(module.generation_config)
         generation.pad_token_id = tokenizer.pad_token_id
-        if generation.eos_token_id is None:
-            generation.eos_token_id = tokenizer.eos_token_id
+        generation.eos_token_id = _stop_tokens(tokenizer, generation)
         # Not `save_pretrained`: it refuses settings that published models carry, such as a temperature without
         # sampling.
         generation.to_json_file(folder / "generation_config.json")
+
+
+def _stop_tokens(tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig) -> int | list[int] | None:
+    """The model's own, then those that also ended responses here: the EOS where it has none, and the end of a turn."""
+    own = generation.eos_token_id
+    listed = own if isinstance(own, list) else [own] if own is not None else []
+    try:
+        ends = stop_token_ids(tokenizer, generation)
+    except ValueError:  # a template that does not render has ended no turn
+        ends = (tokenizer.eos_token_id,)
+    stops = [*listed, *(end for end in ends if end is not None and end not in listed)]
+    return stops if len(stops) > 1 else next(iter(stops), None)
 
 
 def _publish(partial: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ from rlhf.runtime.atomic_files import read_json
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]  # its head states the licence
 _HUB_SKIPPED = ["*/*", "consolidated*"]
 
 

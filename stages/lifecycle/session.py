@@ -26,6 +26,7 @@ from rlhf.text.tokenizer import Tokenizer, load_tokenizer, template_fingerprint
 from rlhf.tracking.timing import Stopwatch, memory_metrics
 from rlhf.tracking.tracker import Tracker
 from stages.lifecycle.checkpointing import CheckpointManager, GracefulStop, TrainingProgress, TrainingState
+from stages.lifecycle.model_card import write_card
 from stages.lifecycle.stage_models import export_model
 from stages.lifecycle.stage_record import RECORD, StageRecord, claim_folder, model_files, write_record
 from stages.lifecycle.stage_settings import CONFIG
@@ -155,14 +156,20 @@ class Session:
         if self.checkpoints.return_to_best():
             self._export_to(self.folder / BEST)
 
-    def finish(self, *, score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None) -> StageRecord:
-        """Write `stage.json` beside each model and, last of all, into the stage's folder, which marks it as finished.
+    def finish(
+        self,
+        *,
+        score_units: Callable[[dict[str, float]], tuple[float, float]] | None = None,
+        data: Mapping[str, Any] | None = None,
+    ) -> StageRecord:
+        """Write `stage.json` and a card beside each model, and `stage.json` into the stage's folder: it is finished.
 
         Args:
             score_units: from held-out metrics to the mean and standard deviation of the scalar head's outputs; None
                 without a scalar head.
+            data: what the record says of the rows.
         """
-        record = self._record(self.progress.after, score_units)
+        record = replace(self._record(self.progress.after, score_units), data=dict(data or {}))
         broken = [name for name, value in record.after.items() if not math.isfinite(value)]
         if broken:
             raise RunError(
@@ -171,7 +178,8 @@ class Session:
             )
         self._warn_of_no_steps()
         self.tracker.summary(record.after | compare_with_plan(self.run, self.title, world=self.world, timer=self.timer))
-        best = self._record(self.progress.best, score_units) if self.folder / BEST in self._merged else record
+        is_best_kept = self.folder / BEST in self._merged
+        best = replace(self._record(self.progress.best, score_units), data=record.data) if is_best_kept else record
         self._write_records(record, best)
         if self.world.is_main:
             self.tracker.models({name: self.folder / name for name in self._merged[self.folder]})
@@ -211,6 +219,7 @@ class Session:
             for name, merge in merges.items():
                 own_record = replace(record if folder == self.folder else best, merged=_made({name: merge}))
                 if self.world.is_main:
+                    write_card(folder / name, own_record)
                     write_record(own_record, folder / name, files=model_files(folder / name))
                 dist.barrier()
                 sealed.append(folder / name / RECORD)

@@ -51,6 +51,8 @@ class StageRecord:
     """Held-out metrics after training."""
     merged: dict[str, dict[str, Any]] = field(default_factory=dict)
     """How adapters were merged, by model: the fields of `stage_models.Merge`. A model's own record has only its own."""
+    data: dict[str, Any] = field(default_factory=dict)
+    """`train` and `held_out` rows, `dropped` ones by the reason, and the `fingerprint` of all tokens."""
     files: Seal = field(default_factory=dict)
     """Sizes and checksums of its files, which `check_seal` compares."""
 

@@ -206,6 +206,25 @@ def test_tokenizer_template_and_generation_settings_come_along(tmp_path):
     assert (settings.eos_token_id, settings.pad_token_id, settings.temperature) == ([7, tiny.EOS], tiny.PAD, 0.6)
 
 
+@pytest.mark.parametrize(
+    ("own", "template", "expected"),
+    [
+        (None, "{{ messages[0]['content'] }}", tiny.EOS),
+        (7, "{% for m in messages %}{{ m['content'] }}<pad>{% endfor %}", [7, tiny.EOS, tiny.PAD]),
+        (7, "{{ raise_exception('no answers') }}", [7, tiny.EOS]),
+    ],
+    ids=["eos", "turn end", "template that does not render"],
+)
+def test_plain_generation_stops_where_responses_ended_here(own, template, expected, tmp_path):
+    base = tiny.save("llama", tmp_path / "base")
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": own}))
+    module = tiny.materialized(causal_lm(base))
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = template
+    export(module, tiny.named_tensors(module), folder=tmp_path / "out", tokenizer=tokenizer)
+    assert GenerationConfig.from_pretrained(tmp_path / "out").eos_token_id == expected
+
+
 def test_generation_settings_that_transformers_would_not_save_are_kept(tmp_path):
     base = tiny.save("llama", tmp_path / "base")
     (base / "generation_config.json").write_text(
