@@ -7,6 +7,7 @@ becomes several runs (`stages/setup/sweep.py`).
     python run_pipeline.py                       the whole pipeline on the embedded model and data
     python run_pipeline.py stage=sft             one stage
     python run_pipeline.py engine=zero3 launch.ranks=2
+    rlhf-pipeline --num_gpus 2 engine=zero3      the same, after `pip install`, with DeepSpeed's flags
     python run_pipeline.py engine.deepspeed=ds_config.json
     python run_pipeline.py -m stage=sft sft.optimizer.lr=1e-4,3e-4
 """
@@ -17,6 +18,11 @@ import os
 import signal
 import sys
 from pathlib import Path
+
+_SCRIPT = Path(__file__).resolve()
+if sys.path[0] != str(_SCRIPT.parent):  # started as a command or a module: a user's folder `data` must not hide ours
+    started_in = [sys.path.pop(0)] if sys.path[0] == str(Path.cwd()) else []
+    sys.path += [str(_SCRIPT.parent), *started_in]
 
 from rlhf.runtime.process import VARIABLES, end_with_launcher
 
@@ -30,13 +36,16 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from rlhf.config.run_config import RunConfig
+from rlhf.runtime.cluster_env import rank_variables
+from rlhf.runtime.deepspeed_flags import apply_flags, has_flags, read_flags
 from rlhf.tracking.provenance import remember_command
 from stages.setup.command_line import check_overrides, one_sentence, overridden_keys, prepared
 from stages.setup.compose import CONF_DIR, register_schema, to_run
 from stages.setup.sweep import run_sweep
 
+_PROGRAM = [sys.argv[0]] if sys.argv[0].endswith(".py") else ["-m", "run_pipeline"]
+"""How torchrun starts this program: as a file, or, after `pip install`, as a module."""
 _MULTIRUN = ("-m", "--multirun")
-_SCRIPT = Path(__file__).resolve()
 
 
 def main() -> None:
@@ -58,6 +67,10 @@ def start_or_work(words: list[str]) -> None:
 
         run_worker(Path(words[1]), words[2:])
         return
+    with one_sentence():
+        os.environ |= rank_variables(os.environ)
+        if has_flags(words):
+            words = apply_flags(read_flags(words), program=_PROGRAM)
     options = {word for word in words if word.startswith("-")}
     if options and options.issubset(_MULTIRUN):
         with one_sentence():

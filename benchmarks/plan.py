@@ -25,13 +25,13 @@ from hydra import compose, initialize_config_dir
 
 from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import roles_of
-from rlhf.config.run_config import RunConfig
+from rlhf.config.run_config import LaunchConfig, RunConfig
 from rlhf.memory_plan.plan import Place
 from rlhf.memory_plan.planner import ALLOCATOR, machine_of, plan_stage
 from rlhf.memory_plan.workloads import PHASES, Workload, generation, policy_update, scalars, statistics
 from rlhf.models.embedded import byte_tokenizer
 from rlhf.rollout import Models
-from rlhf.runtime import launch
+from rlhf.runtime.cores import use_cores
 from rlhf.runtime.dist import World, start, stop
 from rlhf.runtime.process import VARIABLES
 from rlhf.tracking.timing import METER, resident
@@ -117,7 +117,7 @@ def measure(config: Path | str, out: Path | str) -> None:
     """In a process of its own: run the phases of the case and write their peaks."""
     run = load_run(Path(config))
     world = start(run.engine.device)
-    launch.use_threads(1 if world.device.type == "cpu" else 0, ranks=1)
+    use_cores(world, LaunchConfig(threads=1 if world.device.type == "cpu" else 0))
     bare = resident().get("RssAnon", 0)
     torch.zeros(1, device=world.device)  # a CUDA context is no part of any model
     runtime = resident().get("RssAnon", 0)

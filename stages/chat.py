@@ -26,7 +26,8 @@ from rlhf.config.roles import roles_of
 from rlhf.config.run_config import RunConfig
 from rlhf.models.model_folder import local_folder
 from rlhf.models.model_spec import decoder_config, max_positions
-from rlhf.runtime import dist, launch
+from rlhf.runtime import dist
+from rlhf.runtime.cores import use_cores
 from rlhf.runtime.dist import World
 from stages.lifecycle.stage_models import open_model
 from stages.lifecycle.stage_record import is_finished
@@ -48,7 +49,7 @@ def run_chat(run: RunConfig) -> None:
         with ExitStack() as stack:
             world = dist.start(config.engine.device)
             stack.callback(dist.stop)
-            launch.use_threads(run.launch.threads, ranks=1)
+            use_cores(world, run.launch)
             if run.stages:  # the first check came before the stages that made the models
                 check_models(run, ["chat"])
             models = []

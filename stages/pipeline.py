@@ -6,6 +6,7 @@ Finished stages are skipped. See also: `stages/setup/command_line.py`, and `stag
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -16,6 +17,8 @@ from rlhf.deepspeed.apply import with_deepspeed
 from rlhf.memory_plan.plan_text import check_memory, show_plan
 from rlhf.models.fp32_matmul import multiply_with_mkl
 from rlhf.runtime import launch
+from rlhf.runtime.cluster_env import check_tasks
+from rlhf.runtime.cores import use_cores
 from rlhf.runtime.dist import World, broadcast_object, start, stop
 from rlhf.runtime.errors import RunError
 from rlhf.runtime.process import free_models
@@ -41,6 +44,7 @@ def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
         script: the program that started ranks run, with `WORKER` as its first argument.
     """
     with one_sentence():
+        check_tasks(os.environ, ranks=run.launch.ranks)
         world = start_rank(run) if launch.under_torchrun() else World.alone()
         setup_logging(world, quiet=run.tracking.progress is ProgressDisplay.quiet)
         ranks = world.size if launch.under_torchrun() else run.launch.ranks
@@ -114,7 +118,7 @@ def stages_to_run(run: RunConfig, ranks: int) -> list[str]:
 def start_rank(run: RunConfig) -> World:
     """Join the process group and take this rank's share of the cores."""
     world = start(run.engine.device, launch=run.launch)
-    launch.use_threads(run.launch.threads, ranks=launch.local_ranks(world.size))
+    use_cores(world, run.launch)
     return world
 
 

@@ -109,6 +109,9 @@ class LaunchConfig(Settings):
     """Processes on this machine; above 1 they are started from this one. Ignored when torchrun started us."""
     threads: Natural = 0
     """CPU threads of each rank; 0 shares the cores between the ranks."""
+    bind_cores: bool | None = None
+    """Keep each rank to cores of its own, on the NUMA node of its GPU (DeepSpeed: --bind_cores_to_rank). null does so
+    where every rank of a machine gets at least two, and nobody has bound it before."""
     warn_after_s: Positive = 60.0
     """Seconds for which the others wait for a rank before it is named. It may be at work: nothing else happens."""
     timeout_s: Positive = 1800.0

@@ -15,8 +15,6 @@ import time
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from rlhf.config.run_config import LaunchConfig
 from rlhf.runtime.dist import host_store
 from rlhf.runtime.errors import RunError
@@ -46,13 +44,6 @@ def local_ranks(ranks: int) -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
 
 
-def use_threads(threads: int, *, ranks: int) -> int:
-    """Set the CPU threads of this process; 0 shares the cores between the `ranks` of this machine."""
-    chosen = threads or max(1, (os.cpu_count() or 1) // ranks)
-    torch.set_num_threads(chosen)
-    return chosen
-
-
 def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
     """Run `script` on `launch.ranks` processes of this machine; returns what went wrong, or an empty string.
 
@@ -65,7 +56,7 @@ def run_ranks(script: Path, *arguments: str, launch: LaunchConfig) -> str:
     """
     store, place = host_store()  # lives as long as the ranks
     size = str(launch.ranks)
-    # More OpenMP threads than cores would stall each other; each rank then chooses its own (`use_threads`).
+    # More OpenMP threads than cores would stall each other; each rank then chooses its own (`cores.py`).
     shared = {"OMP_NUM_THREADS": "1", **os.environ, **place, LAUNCHER: str(os.getpid())}
     shared |= {"WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     workers: list[Worker] = []

@@ -28,7 +28,9 @@ _SOURCES = Path(__file__).parents[2]
 
 def remember_command() -> None:
     """Keep this process's command line, which a person typed, for the ranks that it may start."""
-    os.environ[_COMMAND] = shlex.join(["python", *sys.argv])
+    program = Path(sys.argv[0])
+    words = ["python", sys.argv[0]] if program.suffix == ".py" else [program.name]
+    os.environ[_COMMAND] = shlex.join([*words, *sys.argv[1:]])
 
 
 def record_start(folder: Path, *, ranks: int, device: torch.device) -> None:
