@@ -1,0 +1,86 @@
+"""Translates a command of DeepSpeed-Chat or TRL: the table (`flags.yaml`) decides what it can, and rules the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rlhf.migrate import deepspeed_chat_rules as chat
+from rlhf.migrate import shared_rules as shared
+from rlhf.migrate import trl_rules as trl
+from rlhf.migrate.flags import Fate, Flag, Peer
+from rlhf.migrate.translation import Translation
+
+RULES: dict[str, Callable[[Translation], None]] = {
+    rule.__name__: rule
+    for rule in (
+        *(
+            shared.model,
+            shared.batch,
+            shared.lengths,
+            shared.schedule,
+            chat.rollout_dsc,
+            trl.rollout_trl,
+            shared.epochs,
+        ),
+        *(chat.data_dsc, chat.rates_dsc, chat.lora_dsc, chat.engine_dsc, chat.dropout, chat.eval_rows, chat.ptx),
+        *(trl.data_trl, trl.learns, trl.betas, trl.optim, trl.precision_trl, trl.report_to, trl.saving),
+        *(trl.engine_trl, trl.attention, trl.lora_trl, trl.loss_type, trl.reference, trl.rewards),
+    )
+}
+"""In the order in which they run: the length of PPO follows from its batches."""
+
+
+def translate(
+    peer: Peer, given: Mapping[str, Any], *, step: str, ranks: int = 1, rows: int | None = None
+) -> Translation:
+    """Settings of the flags that were `given`, and of the defaults of all others.
+
+    Raises:
+        ValueError: a flag has a value of another kind than its default.
+    """
+    found, flags = Translation(peer, step, ranks, rows), peer.steps[step]
+    for name, value in given.items():
+        _take(found, name, value=value)
+    found.put("stage", [step], note=f"{peer.name}, {step}")
+    wanted = {flag.target for flag in flags.values() if flag.fate is Fate.rule}
+    for name, rule in RULES.items():
+        if name in wanted:
+            rule(found)
+    for flag in flags.values():
+        _apply(found, flag)
+    for constant in peer.constants[step]:
+        found.put(constant["set"], constant["value"], note=constant["note"])
+    if ranks > 1:
+        found.put("launch.ranks", ranks, note="devices")
+    found.notes += peer.differs[step]
+    return found
+
+
+def _take(found: Translation, name: str, *, value: Any) -> None:
+    """Note a flag, if it is known and has a value that can be used."""
+    flag = found.peer.steps[found.step].get(name)
+    number = flag is not None and isinstance(flag.default, int | float) and not isinstance(flag.default, bool)
+    if flag is None:
+        near = found.peer.near(found.step, name)
+        found.unknown.append(f"--{name}" + (f" ({near})" if near else ""))
+    elif value is None and flag.fate in (Fate.set, Fate.rule) and flag.target != "lengths":
+        found.notes.append(f"--{name} has no value: its default is taken")
+    elif number and not isinstance(value, int | float | None):
+        raise ValueError(f"--{name} {value}: expected a number.")
+    else:
+        found.given[name] = value
+
+
+def _apply(found: Translation, flag: Flag) -> None:
+    """What the table says about a flag, if it was given or has a default that a setting takes."""
+    if flag.fate is Fate.set and (flag.name in found.given or flag.default is not None):
+        value = found.get(flag.name)
+        ours = (flag.values or {}).get(str(value), value)
+        if not (flag.values and str(value) in flag.values and ours is None):
+            for setting in flag.settings:
+                found.put(setting, ours, flag.name)
+    if flag.name in found.given and flag.fate in found.reasons:
+        found.reasons[flag.fate].append(f"--{flag.name}: {flag.target}")
+    elif flag.name in found.given and flag.note and flag.fate is Fate.set:
+        found.notes.append(f"--{flag.name}: {flag.note}")
