@@ -6,6 +6,7 @@ Run the parts one at a time, each replaces its section of `benchmarks/results/ze
     python -m benchmarks.zero adam --peer PYTHON
     python -m benchmarks.zero step --peer PYTHON --sizes 25M 125M --ranks 1 2 --precisions fp32 bf16
     python -m benchmarks.zero step --peer PYTHON --sizes 25M --ranks 2 --precisions bf16 --reductions fp32 bf16
+    python -m benchmarks.zero engines --peer PYTHON
     python -m benchmarks.zero growth
     python -m benchmarks.zero state
     python -m benchmarks.zero capped --size 500M --limit-mb 1500
@@ -24,7 +25,7 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-from benchmarks import zero_adam, zero_disk, zero_growth, zero_offload, zero_state, zero_step
+from benchmarks import zero_adam, zero_disk, zero_engines, zero_growth, zero_offload, zero_state, zero_step
 from benchmarks.zero_case import Case, Outcome, run
 from benchmarks.zero_records import Records
 from benchmarks.zero_report import RESULT, write_section
@@ -65,6 +66,13 @@ def step(arguments: argparse.Namespace) -> str:
         )
     ]
     return "\n\n".join([*skipped, *texts])
+
+
+def engines(arguments: argparse.Namespace) -> str:
+    """A step of ours, of FSDP2 by itself and of DeepSpeed, side by side."""
+    template = _template(arguments, size=arguments.size, ranks=arguments.ranks, precision=arguments.precision)
+    peers = ["fsdp2", *(["deepspeed"] if arguments.peer else [])]
+    return zero_engines.compare(_records(arguments), template, peers=peers, rounds=arguments.rounds)
 
 
 def growth(arguments: argparse.Namespace) -> str:
@@ -129,7 +137,7 @@ def _records(arguments: argparse.Namespace) -> Records:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
-    for action in (disk, adam, step, growth, state, capped, offload):
+    for action in (disk, adam, step, engines, growth, state, capped, offload):
         part = parts.add_parser(action.__name__, help=action.__doc__)
         part.set_defaults(action=action)
         part.add_argument("--folder", type=Path, default=Path("outputs/zero"), help="on the disk to use")
@@ -137,13 +145,13 @@ def _parser() -> argparse.ArgumentParser:
         part.add_argument("--rounds", type=int, default=3)
         part.add_argument("--buffer-count", type=int, default=4)
         part.add_argument("--buffer-size", type=int, default=8_000_000, help="elements of four bytes")
-        if action in (step, growth, state, capped, offload):
+        if action in (step, engines, growth, state, capped, offload):
             _add_training(part)
     parts.choices["disk"].add_argument("--gigabytes", type=float, default=2.0)
     for name, elements in (("adam", 100_000_000), ("state", 20_000_000)):
         parts.choices[name].add_argument("--elements", type=int, default=elements)
     parts.choices["adam"].add_argument("--threads", type=int, nargs="+", default=[1])
-    for name in ("adam", "step"):
+    for name in ("adam", "step", "engines"):
         parts.choices[name].add_argument("--peer", help="interpreter with deepspeed")
     for name in ("step", "growth"):
         parts.choices[name].add_argument("--rows", nargs="+", choices=zero_step.ROWS, default=list(zero_step.ROWS))
@@ -153,10 +161,12 @@ def _parser() -> argparse.ArgumentParser:
     types = "in which gradients are sent, fp32 or bf16; without it each contender's own"
     parts.choices["step"].add_argument("--reductions", nargs="+", default=[""], help=types)
     parts.choices["growth"].add_argument("--sizes", nargs="+", default=["25M", "60M", "125M", "250M", "500M"])
-    for name in ("growth", "capped", "offload"):
+    for name in ("engines", "growth", "capped", "offload"):
         parts.choices[name].add_argument("--precision", default="bf16")
     _add_offload(parts.choices["offload"])
-    parts.choices["state"].add_argument("--size", default="125M")
+    for name, size in (("engines", "25M"), ("state", "125M")):
+        parts.choices[name].add_argument("--size", default=size)
+    parts.choices["engines"].add_argument("--ranks", type=int, default=2)
     parts.choices["state"].set_defaults(steps=4, sequences=2, length=16)
     parts.choices["capped"].add_argument("--size", default="500M")
     parts.choices["capped"].add_argument("--ranks", type=int, default=1)

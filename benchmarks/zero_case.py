@@ -27,7 +27,7 @@ class Case:
     """A random Llama, trained for some steps by one of the contenders."""
 
     contender: str
-    """ours, deepspeed, or plain: one process without an engine."""
+    """ours, deepspeed, fsdp2, or plain: one process without an engine."""
     size: str
     ranks: int = 1
     precision: str = "fp32"

@@ -35,7 +35,12 @@ SIZES = {  # name: width, inner width, layers, vocabulary
 }
 RATE, BETAS, EPS, CLIP = 1e-3, (0.9, 0.95), 1e-8, 1.0
 BATCHES = 4  # come again and again, so that there is something to learn
-PACKAGES = {"ours": "rlhf.engine.engine", "deepspeed": "deepspeed", "plain": "torch"}
+PACKAGES = {
+    "ours": "rlhf.engine.engine",
+    "deepspeed": "deepspeed",
+    "fsdp2": "torch.distributed.fsdp",
+    "plain": "torch",
+}
 
 Case = dict[str, Any]
 Step = Callable[[int], float]  # trains on the batch of this number, and returns the loss of this rank's share
@@ -57,7 +62,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(case["threads"])
     importlib.import_module(PACKAGES[case["contender"]])
     before, on_cuda = resident(), case["device"] == "cuda"
-    step = {"ours": ours, "deepspeed": deepspeed, "plain": plain}[case["contender"]](case, folder)
+    contenders = {"ours": ours, "deepspeed": deepspeed, "fsdp2": fsdp2, "plain": plain}
+    step = contenders[case["contender"]](case, folder)
     report: dict[str, Any] = {"cpu_seconds": [], "wall_seconds": [], "losses": []}
     for number in range(case["steps"]):
         if number == case["warmup"]:
@@ -166,6 +172,31 @@ def deepspeed_config(case: Case, disk: Path, *, largest: int) -> dict[str, Any]:
             zero["offload_param"] |= buffers
         config["aio"] = {"block_size": 8 << 20, "queue_depth": 32, "single_submit": False, "overlap_events": True}
     return config
+
+
+def fsdp2(case: Case, _folder: Path) -> Step:
+    """FSDP2 by itself, one unit for each block: parameters in fp32, computed in the precision, reduced in fp32."""
+    import torch.distributed as dist
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    dist.init_process_group("gloo")
+    model = filled_llama(case)
+    dtype = torch.bfloat16 if case["precision"] == "bf16" else torch.float32
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in (*model.model.layers, model):
+        fully_shard(module, mp_policy=policy, reshard_after_forward=case["stage"] == 3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
+
+    def step(number: int) -> float:
+        ids = batch(case, number)[dist.get_rank()]
+        loss = token_loss(model(input_ids=ids).logits, ids)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
 
 
 def plain(case: Case, _folder: Path) -> Step:
