@@ -57,7 +57,8 @@ def test_commands_work_one_after_another(block, checkout, hub):  # noqa: F811
     tested = {*commands(), *INSTALLING_HERE}  # the README's are run with it
     block = "\n".join(line for line in block.splitlines() if line not in tested)
     text = block.replace("reward/model &", f"reward/model --port {port} &")
-    text = text.replace("experiment=smoke", "experiment=smoke tracking.report=false")  # the README's show reports
+    without = " tracking.report=false tracking.wandb=disabled"  # the README's show reports
+    text = re.sub(r"experiment=(smoke|custom)", rf"\g<0>{without}", text)
     text = f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{text}"  # or a failure would leave the server behind
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"}
     environment |= {"REWARD_URL": f"http://127.0.0.1:{port}/score"}
