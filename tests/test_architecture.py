@@ -19,6 +19,8 @@ FLOORS = [
     {"rlhf.deepspeed", "rlhf.migrate", "rlhf.tracking"},
     {"rlhf.models", "rlhf.generation", "data"},
     {"rlhf.engine"},
+    {"rlhf.hf_trainer"},
+    {"rlhf.hf"},
     {"rlhf.forward_passes", "rlhf.hidden_states"},
     {"rlhf.reward_functions"},
     {"rlhf.reward_calls"},
@@ -43,7 +45,8 @@ GATES = {
     "yaml": ("rlhf.deepspeed.", "rlhf.migrate.", "data.known_datasets", "data.split_files"),
     "matplotlib": ("rlhf.tracking.report.charts",),
     "jinja2": ("rlhf.tracking.report.page", "rlhf.text.", "stages.lifecycle.model_card"),
-    "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation"),
+    "transformers": ("rlhf.models", "rlhf.text.", "rlhf.generation", "rlhf.hf"),
+    "trl": ("rlhf.hf",),
     "torch.distributed": ("rlhf.runtime.dist", "rlhf.engine"),
 }
 

@@ -67,7 +67,7 @@ class _Files:
 
     def __init__(self, run: RunConfig, ranks: int, overridden: Collection[str]) -> None:
         self.run, self.ranks, self.overridden = run, ranks, overridden
-        self.report = _Report()
+        self.report = ConfigurationReport()
 
     def stage(self, stage: str) -> StageConfig:
         """The settings of a stage with those that the files of its models decide."""
@@ -296,7 +296,7 @@ def _without_effect(path: Path, key: Key | None) -> tuple[str, str]:
 # What the start says.
 
 
-class _Report:
+class ConfigurationReport:
     """What was decided, each line once for all the models it is true of."""
 
     def __init__(self) -> None:

@@ -15,8 +15,7 @@ See also: how state is stored (`state_format.py`) and where (`offload/placement.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from itertools import product
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +60,15 @@ class ParameterSlice(NamedTuple):
         return ParameterSlice(self.name, self.start + start, self.decays, self.step, weight, gradient, *moments)
 
 
+class AdamGroup(NamedTuple):
+    """The settings by which some parameters are updated, as in a group of `torch.optim.AdamW`."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
 _Ready = tuple[ParameterSlice, Tensor]
 """A slice and its masters in fp32."""
 
@@ -85,7 +93,13 @@ class AdamKernel:
 
     @torch.no_grad()
     def update(
-        self, slices: Sequence[ParameterSlice], *, lr: float, scale: float, betas: Sequence[float] | None = None
+        self,
+        slices: Sequence[ParameterSlice],
+        *,
+        lr: float,
+        scale: float,
+        betas: Sequence[float] | None = None,
+        groups: Mapping[str, AdamGroup] | None = None,
     ) -> Iterator[list[UpdatedWeights]]:
         """Update in place, a chunk at a time.
 
@@ -94,25 +108,29 @@ class AdamKernel:
             lr: learning rate.
             scale: factor on every gradient; the gradients themselves stay as they are, or become useless.
             betas: of this step, where a schedule cycles them.
+            groups: settings of every parameter by name, instead of `lr`, `betas` and the configuration; gradients are
+                then multiplied by `scale` in fp32 before anything else, as `clip_grad_norm_` does, to the bit.
 
         Yields:
             The weights of each chunk after its update; they are valid until the next one is asked for.
         """
-        config, betas = self._config, betas or self._config.betas
-        kinds = [*product((True, False), (False, True) if config.lora_lr else (False,))]
         for chunk in _chunks(slices, self._chunk_size(slices, scale=scale)):
             weights = self._in_fp32("weight", [part.weight for part in chunk])
             ready = [*zip(chunk, weights, strict=True)]
-            for decays, adapts in kinds:  # one call for each: on CUDA it is a kernel
-                some = [each for each in ready if each[0].decays == decays and self._adapts(each[0]) == adapts]
-                rate, decay = lr * config.lora_factor if adapts else lr, config.weight_decay if decays else 0.0
-                self._call(some, lr=rate, decay=decay, scale=scale, betas=betas)
+            alike: dict[AdamGroup, list[_Ready]] = {}
+            for each in ready:
+                group = groups[each[0].name] if groups else self._group(each[0], lr=lr, betas=betas)
+                alike.setdefault(group, []).append(each)
+            for group, some in alike.items():  # one call for each: on CUDA it is a kernel
+                self._call(some, group=group, scale=scale, multiply=groups is not None)
             self._store([(part.weight, weight, part.step) for part, weight in ready])
             yield [UpdatedWeights(part.name, part.start, weight) for part, weight in ready]
 
-    def _adapts(self, part: ParameterSlice) -> bool:
-        """Whether the rate of adapters is a part's own."""
-        return self._config.lora_lr is not None and is_adapter(part.name)
+    def _group(self, part: ParameterSlice, *, lr: float, betas: Sequence[float] | None) -> AdamGroup:
+        """The settings of a parameter by the configuration: adapters may have a rate, and vectors no decay."""
+        config, (beta1, beta2) = self._config, betas or self._config.betas
+        rate = lr * config.lora_factor if config.lora_lr is not None and is_adapter(part.name) else lr
+        return AdamGroup(rate, (beta1, beta2), config.eps, config.weight_decay if part.decays else 0.0)
 
     def _chunk_size(self, slices: Sequence[ParameterSlice], *, scale: float) -> int:
         on_cpu = self.device.type == "cpu"
@@ -121,25 +139,18 @@ class AdamKernel:
             return self._limit
         return min(_CPU_CHUNK * torch.get_num_threads() if on_cpu else CUDA_CHUNK, self._limit)
 
-    def _call(
-        self,
-        ready: list[tuple[ParameterSlice, Tensor]],
-        *,
-        lr: float,
-        decay: float,
-        scale: float,
-        betas: Sequence[float],
-    ) -> None:
-        """Update slices with the same rate and decay, each with its fp32 weights."""
-        if not ready:
-            return
+    def _call(self, ready: list[_Ready], *, group: AdamGroup, scale: float, multiply: bool) -> None:
+        """Update slices with the same settings, each with its fp32 weights."""
         slices = [part for part, _ in ready]
         # On the CPU the kernel writes scaled gradients back: a pass over memory, unless it is over scratch in cache.
-        scales_in_place = scale != 1 and self.device.type == "cpu"
+        scales_in_place = scale != 1 and self.device.type == "cpu" and not multiply
         gradients = self._in_fp32("gradient", [part.gradient for part in slices], copy=scales_in_place)
         exp_avg = self._in_fp32("exp_avg", [part.exp_avg for part in slices])
         exp_avg_sq = self._in_fp32("exp_avg_sq", [part.exp_avg_sq for part in slices])
-        beta1, beta2 = betas
+        if multiply and scale != 1:
+            torch._foreach_mul_(gradients, scale)  # the gradients themselves, or scratch: nobody reads them again
+            scale = 1.0
+        beta1, beta2 = group.betas
         torch._fused_adamw_(
             [weight for _, weight in ready],
             gradients,
@@ -147,11 +158,11 @@ class AdamKernel:
             exp_avg_sq,
             [],
             [part.step for part in slices],
-            lr=lr,
+            lr=group.lr,
             beta1=beta1,
             beta2=beta2,
-            weight_decay=decay,
-            eps=self._config.eps,
+            weight_decay=group.weight_decay,
+            eps=group.eps,
             amsgrad=False,
             maximize=False,
             # The kernel divides by it. On CUDA it is filled there: no wait for the device.

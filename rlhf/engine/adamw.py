@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlhf.config.engine_config import EngineConfig
 from rlhf.config.stage_configs import OptimizerConfig
+from rlhf.engine.adam_kernel import AdamGroup
 from rlhf.engine.fsdp_units import ParameterGroup
 from rlhf.engine.offload.optimizer_state import OptimizerStateStore, Update
 from rlhf.engine.offload.placement import Placement
@@ -48,6 +49,9 @@ class AdamW:
         self.stores: list[OptimizerStateStore] = Placement(groups, config, engine, world, offloaded).stores()
         self._store_of = {name: store for store in self.stores for name in store.shards}
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._store_of
+
     def store_of(self, name: str) -> OptimizerStateStore:
         """The store of a parameter's state and gradient sum."""
         return self._store_of[name]
@@ -61,7 +65,13 @@ class AdamW:
             store.weights.flush()
 
     def step(
-        self, touched: Collection[str], *, lr: float, scale: float = 1.0, betas: Sequence[float] | None = None
+        self,
+        touched: Collection[str],
+        *,
+        lr: float = 0.0,
+        scale: float = 1.0,
+        betas: Sequence[float] | None = None,
+        groups: Mapping[str, AdamGroup] | None = None,
     ) -> None:
         """Update the parameters that have a gradient, from the sums in their stores; working weights follow masters.
 
@@ -70,11 +80,12 @@ class AdamW:
             lr: learning rate.
             scale: factor on every gradient, applied on the way.
             betas: of this step, where a schedule cycles them; else those of the settings.
+            groups: settings of each parameter, instead of `lr`, `betas` and the configuration.
 
         Raises:
             RunError: a disk failed, on this or another rank; the weights are of no use any more.
         """
-        update = Update(touched, lr, scale, betas)
+        update = Update(touched, lr, scale, betas, groups)
         for store in self.stores:  # one by one: gradients of later groups may still be on their way to the host
             store.step(update)
         for weights in self._distinct_weights:

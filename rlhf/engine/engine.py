@@ -22,12 +22,12 @@ from rlhf.engine.checkpoint.checkpoint_state import CheckpointTensor, optimizer_
 from rlhf.engine.ema import WeightAverage
 from rlhf.engine.frozen_layers import FrozenLayers
 from rlhf.engine.fsdp_units import full_tensor, local_rows, sharded_like
-from rlhf.engine.gradients import Gradients
+from rlhf.engine.gradients import GradientNorm, Gradients
 from rlhf.engine.loss_scale import LossScale
 from rlhf.engine.materialize import allocate, fill, working_dtype
 from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.sharding import Sharding, shard
-from rlhf.engine.updater import StepResult, Updater
+from rlhf.engine.updater import AdamGroups, StepResult, Updater
 from rlhf.generation.decode_graphs import DecodeGraphs
 from rlhf.models.attention import remove_padding
 from rlhf.models.model_spec import ModelSpec, enable_activation_checkpointing
@@ -92,6 +92,28 @@ class Engine:
             RunError: `engine.max_skipped_steps` steps in a row were skipped.
         """
         return step_together(self)[0]
+
+    def reduce_norm(self) -> GradientNorm:
+        """First half of a step whose settings a caller decides: the norm, on all ranks alike; `update` follows."""
+        self._sharding.release()  # gathered weights are out of date after the step
+        found = self._training.reduce_norm()  # a collective
+        same = None if self.loss_scale.is_used else self._training.gradients.torch_norm()
+        return found if same is None else found._replace(norm=same)
+
+    def update(self, gradients: GradientNorm, *, groups: AdamGroups, clip: float) -> StepResult:
+        """Second half: multiply by `clip`, update every parameter as its group says, and clear the gradients.
+
+        Raises:
+            RunError: `engine.max_skipped_steps` steps in a row were skipped.
+        """
+        overflow = not math.isfinite(gradients.norm)
+        result = self._training.finish(gradients, skip=overflow, groups=groups, clip=clip)
+        self.loss_scale.update(overflow=overflow)
+        return result
+
+    def drop_gradients(self) -> None:
+        """Forget the gradients since the last step."""
+        self._training.gradients.clear()
 
     def advance(self, steps: int) -> None:
         """Advance the schedule by steps that will not be taken, so that it still ends with the stage."""
@@ -166,6 +188,30 @@ class Engine:
             the model's memory.
         """
         return self._sharding.full_tensors()
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it has gradients and an optimizer."""
+        return self._updater is not None
+
+    @property
+    def sharding(self) -> Sharding:
+        """How the module is spread over the ranks."""
+        return self._sharding
+
+    def read_weight(self, name: str) -> Tensor:
+        """This rank's shard of a parameter: the fp32 master of one that learns, else the working weights."""
+        if self._updater is not None and name in self._updater.optimizer:
+            return self._updater.optimizer.read_shard(name, "weight")
+        return self._sharding.read_shard(name)
+
+    @torch.no_grad()
+    def write_weight(self, name: str, shard: Tensor) -> None:
+        """Set it: masters, and the working weights that follow them."""
+        if self._updater is not None and name in self._updater.optimizer:
+            self._updater.optimizer.write_shard(name, shard.float(), key="weight")
+        else:
+            self._sharding.write_shard(name, shard)
 
     def close(self) -> None:
         """Release files, threads and page-locked memory; the engine cannot be used any more."""

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
+
+_FSDP = "torch.distributed.fsdp"
 
 
 def hook_keys(module: nn.Module) -> set[int]:
@@ -43,3 +49,17 @@ def gather_on_compute_stream(module: FSDPModule) -> None:
     state = module._get_fsdp_state()
     if state._fsdp_param_group is not None:
         state._fsdp_param_group.unshard_async_op = True  # FSDP2 then copies in and out on the current stream
+
+
+@contextmanager
+def without_load_hooks(root: nn.Module) -> Iterator[None]:
+    """Inside, loading a state dict does not make FSDP2 look for its own parameters, which are not there."""
+    saved = [(part, part._load_state_dict_post_hooks) for part in root.modules()]
+    for part, hooks in saved:
+        foreign = ((key, hook) for key, hook in hooks.items() if not str(hook.__module__).startswith(_FSDP))
+        part._load_state_dict_post_hooks = OrderedDict(foreign)
+    try:
+        yield
+    finally:
+        for part, hooks in saved:
+            part._load_state_dict_post_hooks = hooks

@@ -75,10 +75,9 @@ def find_units(spec: ModelSpec, *, config: EngineConfig) -> list[FSDPUnit]:
 
 
 def persistent_parameters(module: nn.Module, config: EngineConfig) -> ParameterGroup:
-    """The parameters that every rank keeps whole at ZeRO 3 because they are small, by name."""
-    if config.zero_stage < 3:
-        return {}
-    return {name: p for name, p in module.named_parameters() if p.numel() < config.persistence_threshold}
+    """The parameters that every rank keeps whole, by name: single numbers, and at ZeRO 3 small ones."""
+    limit = config.persistence_threshold if config.zero_stage == 3 else 0
+    return {name: p for name, p in module.named_parameters() if p.ndim == 0 or p.numel() < limit}
 
 
 def prefetched_units(units: list[FSDPUnit], *, config: EngineConfig) -> list[list[FSDPUnit]]:
@@ -156,12 +155,15 @@ def _buckets(blocks: list[nn.Module], config: EngineConfig) -> Iterator[FSDPUnit
             bucket, held = FSDPUnit([]), 0
         bucket.modules.append(block)
         held += numel
-    yield bucket
+    if bucket.modules:
+        yield bucket
 
 
 def _outer_matrices(spec: ModelSpec) -> tuple[list[FSDPUnit], list[FSDPUnit]]:
     """Modules outside the blocks that own an untied matrix: those before the blocks, and those after them."""
     root, blocks = spec.module, spec.blocks
+    if not blocks:
+        return [], []
     uses = Counter(id(parameter) for _, parameter in root.named_parameters(remove_duplicate=False))
     taken = {id(part) for block in blocks for part in block.modules()}
     # The blocks' ancestors, the root among them, are no units: their parameters belong to the first one.
@@ -177,6 +179,8 @@ def _outer_matrices(spec: ModelSpec) -> tuple[list[FSDPUnit], list[FSDPUnit]]:
         owns = id(part) in adapted or any(min(p.shape) > 1 for p in part.parameters(recurse=False) if p.ndim >= 2)
         # Tied matrices stay in the first unit: two modules use them, and a unit is gathered for one module's forward.
         if id(part) in taken | ancestors or not owns or any(uses[id(p)] > 1 for p in part.parameters()):
+            continue
+        if not spec.reads_alone(part):
             continue
         units.append(FSDPUnit([part], needed_in_backward=not isinstance(part, nn.Embedding)))
         taken |= {id(child) for child in part.modules()}

@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import get_total_norm
 
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup, local_shard
@@ -49,6 +50,7 @@ class Gradients:
         """Put a hook on every parameter of `groups`; the stores of `optimizer` are given the gradients."""
         self._parameters = {name: parameter for group in groups for name, parameter in group.items()}
         self._optimizer = optimizer
+        self._module = sharding.module
         self._world = world
         self._touched: set[str] = set()
         self._reduced: Tensor | None = None
@@ -101,9 +103,19 @@ class Gradients:
         # Rounded to fp32, the last bits of the fp64 sum, which depend on the order, are gone: see [Note: norms].
         return GradientNorm(torch.tensor(squared, dtype=torch.float64).sqrt().float().item(), names)
 
+    def torch_norm(self) -> float | None:
+        """The norm rounded as `torch.nn.utils.get_total_norm` does; None unless one rank has all sums, in fp32."""
+        sums = {name: total for store in self._optimizer.stores for name, total in store.gradients.in_memory().items()}
+        whole = [sums[name] for name, _ in self._module.named_parameters() if name in sums]
+        if self._world.size > 1 or {*sums} != self._touched or any(total.dtype != torch.float32 for total in whole):
+            return None
+        return get_total_norm(whole).item()  # a wait for the device
+
     def clear(self) -> None:
-        """Drop the step's gradients."""
+        """Drop the step's gradients, also in the middle of a step."""
         self._touched = set()
+        if self._replicas:
+            self._replicas.clear()
         for store in self._optimizer.stores:
             store.gradients.clear()
 
@@ -227,6 +239,10 @@ class _ReplicaSum:
                 self._keep(name, piece)
         self._missing = []
         self._sent = []
+
+    def clear(self) -> None:
+        """Drop what was added and not sent yet."""
+        self._sums.clear()
 
     def _send(self) -> None:
         """Start the all-reduce of the next group: one flat buffer, of the same size and type on every rank."""

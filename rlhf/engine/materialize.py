@@ -54,7 +54,7 @@ def allocate(spec: ModelSpec, sharding: Sharding, *, config: EngineConfig, dtype
     def replace(parameter: nn.Parameter, shard: Tensor) -> None:
         replacement = nn.Parameter(sharded_like(parameter, shard), requires_grad=parameter.requires_grad)
         for owner, key in owners[id(parameter)]:  # every owner of a tied parameter gets the same one
-            owner.register_parameter(key, replacement)
+            setattr(owner, key, replacement)  # not `register_parameter`: recurrent modules keep a list beside it
 
     offloaded = {}
     for name, parameter in list(module.named_parameters()):
@@ -98,7 +98,7 @@ def _owners(root: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in root.modules():
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            # By module, not by dotted name: `register_parameter` needs the owner.
+            # By module, not by dotted name: an attribute is set on its owner.
             owners[id(parameter)].append((module, key))
     return owners
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from rlhf.algorithms.schedules import learning_rate_multiplier
 from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.deepspeed.arithmetic import SHAPES, DeepSpeedSchedule, deepspeed_schedule
+from rlhf.engine.adam_kernel import AdamGroup
 from rlhf.engine.adamw import AdamW
 from rlhf.engine.ema import WeightAverage
 from rlhf.engine.gradients import GradientNorm, Gradients
@@ -15,6 +17,9 @@ from rlhf.engine.loss_scale import LossScale
 from rlhf.runtime.errors import RunError
 
 logger = logging.getLogger(__name__)
+
+AdamGroups = Mapping[str, AdamGroup]
+"""The settings of each parameter by its name."""
 
 
 class StepResult(NamedTuple):
@@ -74,8 +79,16 @@ class Updater:
         found = self.gradients.reduce_norm()  # a collective
         return found._replace(norm=found.norm / self.loss_scale.value)
 
-    def finish(self, gradients: GradientNorm, *, skip: bool) -> StepResult:
+    def finish(
+        self, gradients: GradientNorm, *, skip: bool, groups: AdamGroups | None = None, clip: float = 1.0
+    ) -> StepResult:
         """Clip, update and clear the gradients; with `skip`, only clear them. The caller updates the loss scale.
+
+        Args:
+            gradients: what `reduce_norm` returned.
+            skip: a gradient is not finite.
+            groups: settings of each parameter, for this step; None follows the configuration and its schedule.
+            clip: the factor on gradients that belongs to `groups`.
 
         Raises:
             RunError: `engine.max_skipped_steps` steps in a row were skipped, or a disk failed on some rank.
@@ -92,8 +105,8 @@ class Updater:
         )
         if not skip:
             # The optimizer applies the factor as it reads each gradient: no pass over memory for clipping.
-            factor = self._clip(norm) / scale.value
-            self.optimizer.step(touched, lr=result.lr, scale=factor, betas=self.betas)
+            factor = (clip if groups else self._clip(norm)) / scale.value
+            self.optimizer.step(touched, lr=result.lr, scale=factor, betas=self.betas, groups=groups)
             self.steps_taken += 1
             if self.average is not None:
                 self.average.update()

@@ -65,6 +65,10 @@ class ModelSpec:
             return []
         return list(takewhile(lambda block: not any(p.requires_grad for p in block.parameters()), self.blocks))
 
+    def reads_alone(self, part: nn.Module) -> bool:
+        """Whether nothing but the forward of `part`, which is outside the blocks, reads its parameters."""
+        return True  # of decoders, whose tied matrices are found by themselves
+
 
 def assemble(
     module: nn.Module,

@@ -181,6 +181,12 @@ def _reduced(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     return total
 
 
+def copy_from_first(x: Tensor) -> None:
+    """Overwrite `x` with the first rank's."""
+    if dist.is_initialized():
+        dist.broadcast(x, src=0)  # every rank must come here
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """Every rank's `rows` `[b, ...]`, equally many, one rank after the other: `[ranks x b, ...]`."""
     if not dist.is_initialized() or dist.get_world_size() == 1:

@@ -78,6 +78,10 @@ class GradAccumulator(ABC):
     def squared_norms(self) -> dict[str, Tensor]:
         """Squared 2-norm of each sum there is: [] fp64, on any device."""
 
+    def in_memory(self) -> dict[str, Tensor]:
+        """The sums that are where the gradients were made; not all of them, where they leave it."""
+        return {}
+
     @abstractmethod
     def clear(self) -> None:
         """Drop the sums."""
@@ -111,6 +115,10 @@ class DeviceGradAccumulator(GradAccumulator):
             return {name: squared_norm(gradient) for name, gradient in self._sums.items()}
         norms = torch._foreach_norm(list(self._sums.values()), 2, dtype=torch.float32)
         return {name: norm.double().square() for name, norm in zip(self._sums, norms, strict=True)}
+
+    def in_memory(self) -> dict[str, Tensor]:
+        """All sums."""
+        return self._sums
 
     def take(self, names: Collection[str] | None = None) -> dict[str, Tensor]:
         """The sums themselves, of `names` or all; what is added from now on belongs to the next step."""

@@ -7,14 +7,14 @@ See also: state on disk (`optimizer_state_nvme.py`), and which parameters get wh
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlhf.engine.adam_kernel import AdamKernel, ParameterSlice
+from rlhf.engine.adam_kernel import AdamGroup, AdamKernel, ParameterSlice, UpdatedWeights
 from rlhf.engine.fsdp_units import ParameterGroup, local_shard
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator, GradAccumulator, HostGradAccumulator
 from rlhf.engine.offload.working_weights import ShardedWeights
@@ -58,6 +58,11 @@ class Update(NamedTuple):
     lr: float
     scale: float  # factor on every gradient
     betas: Sequence[float] | None = None  # where a schedule cycles them
+    groups: Mapping[str, AdamGroup] | None = None  # settings by parameter, where a caller has groups of its own
+
+    def run(self, kernel: AdamKernel, slices: Sequence[ParameterSlice]) -> Iterator[list[UpdatedWeights]]:
+        """See `AdamKernel.update`."""
+        return kernel.update(slices, lr=self.lr, scale=self.scale, betas=self.betas, groups=self.groups)
 
 
 class OptimizerStateStore(ABC):
@@ -149,7 +154,7 @@ class InMemoryStateStore(OptimizerStateStore):
         # One call for all counts: on CUDA each would be a kernel of its own.
         torch._foreach_add_([self.steps[shard.name] for shard in shards], 1)
         slices = [self._slice(shard, taken[shard.name]) for shard in shards]
-        for chunk in self.kernel.update(slices, lr=update.lr, scale=update.scale, betas=update.betas):
+        for chunk in update.run(self.kernel, slices):
             if self.has_masters:
                 self.weights.write_back(chunk)  # while the chunk is in cache
 

@@ -210,7 +210,7 @@ class NvmeStateStore(OptimizerStateStore):
                 reads.append(PlannedRead(tile, tile.offset + start, slice(start, tile.nbytes)))
         for tile, buffer in self._resources.read(reads):
             slices = [self._slice(tile, part, buffer=buffer) for part in tile.slices if part.name in names]
-            for chunk in self.kernel.update(slices, lr=update.lr, scale=update.scale, betas=update.betas):
+            for chunk in update.run(self.kernel, slices):
                 self.weights.write_back(chunk)  # while the chunk is in cache
             # Slices without a gradient go back as they came.
             self._resources.write(tile, buffer, place=slice(tile.state_start, tile.nbytes))

@@ -1,0 +1,237 @@
+"""What the Trainer on the engine refuses, and what it does with optimizers, schedules and precisions."""
+
+import math
+
+import pytest
+import torch
+import transformers
+
+from rlhf import hf
+from rlhf.deepspeed.arithmetic import WarmupDecayLR
+from rlhf.hf_trainer.trainer_mixin import HOOKS, check_hooks
+from tests.hf.runs import MODELS, OPTIONS, close, rows, train, zero
+
+
+def arguments(folder, deepspeed=None, **options):
+    return hf.TrainingArguments(output_dir=str(folder), **OPTIONS | {"max_steps": 4} | options, deepspeed=deepspeed)
+
+
+def trained(folder, deepspeed, *, model="llama", optimizers=(None, None), kind=hf.Trainer, **options):
+    made = MODELS[model]()
+    given = optimizers(made) if callable(optimizers) else optimizers
+    args = arguments(folder, deepspeed, **options)
+    trainer = kind(model=made, args=args, train_dataset=rows(made), optimizers=given)
+    trainer.train()
+    return trainer
+
+
+def losses(trainer):
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def test_the_trainer_of_the_installed_transformers_has_the_hooks():
+    check_hooks()
+
+
+def test_another_trainer_is_refused_by_name(monkeypatch):
+    class Changed(transformers.Trainer):
+        def _wrap_model(self, model, mode):
+            """Has another parameter."""
+
+    with pytest.raises(RuntimeError, match=r"_wrap_model: found \(model, mode\), expected \(model, training, dataload"):
+        check_hooks(Changed)
+    monkeypatch.setitem(HOOKS, "_gone", ())
+    with pytest.raises(RuntimeError, match="_gone: found no such method"):
+        check_hooks()
+
+
+def test_without_deepspeed_it_is_the_plain_trainer(tmp_path):
+    trainer = trained(tmp_path, None)
+    assert type(trainer.optimizer).__name__ == "AcceleratedOptimizer"
+    assert trainer.args.zero_settings is None
+    assert "generate" not in vars(trainer.model)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"torch_compile": True}, "torch_compile=True"),
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True"),
+        ({"deepspeed": {"zero_optimization": {"stage": 3, "stag3_prefetch": 1}}}, "there is no such key"),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}, "amp": {"enabled": True}}}, "cannot be honoured"),
+        ({"deepspeed": {"bf16": {"enabled": True}}}, "no zero_optimization"),
+        ({"deepspeed": "no/such/file.json"}, "there is no such file"),
+        ({"deepspeed": '{"zero_optimization": '}, "is not JSON"),
+        ({"deepspeed": 5}, "expected a DeepSpeed JSON file"),
+    ],
+)
+def test_arguments_that_cannot_be_honoured(tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        arguments(tmp_path, **{"deepspeed": zero(2), **options})
+
+
+def test_mismatches_are_refused_together_when_training_starts(tmp_path):
+    config = zero(2, gradient_clipping=9.0, train_batch_size=5, scheduler={"type": "WarmupDecayLR", "params": {}})
+    config["scheduler"]["params"] = {"total_num_steps": 77, "warmup_num_steps": "auto"}
+    with pytest.raises(ValueError, match="mismatch TrainingArguments") as error:
+        trained(tmp_path, config)
+    lines = [line for line in str(error.value).splitlines() if line.startswith("- ds ")]
+    assert lines == [
+        "- ds train_batch_size=5 vs hf train_batch_size (calculated)=2",
+        "- ds gradient_clipping=9.0 vs hf max_grad_norm=0.5",
+        "- ds scheduler.params.total_num_steps=77 vs hf num_training_steps (calculated)=4",
+    ]
+
+
+@pytest.mark.parametrize("optim", ["adafactor", "sgd"])
+def test_another_optimizer_is_refused(tmp_path, optim):
+    with pytest.raises(ValueError, match=f"optim='{optim}'.*expected 'adamw_torch'"):
+        trained(tmp_path, zero(2), optim=optim)
+
+
+@pytest.mark.parametrize("make", [torch.optim.SGD, lambda p, lr: torch.optim.Adam(p, lr=lr, weight_decay=0.1)])
+def test_an_optimizer_of_the_user_that_is_no_adamw_is_refused(tmp_path, make):
+    with pytest.raises(ValueError, match=r"the optimizer is torch\.optim\..*Expected optim="):
+        trained(tmp_path, zero(2), optimizers=lambda model: (make(model.parameters(), lr=1e-3), None))
+
+
+def of_the_user(model):
+    """Layers with rates of their own, frozen ones in a group, some in none; a schedule bound to this optimizer."""
+    names = dict(model.named_parameters())
+    slow = [p for name, p in names.items() if "layers.0" in name]
+    fast = [p for name, p in names.items() if "layers.1" in name or "lm_head" in name]
+    names["lm_head.weight"].requires_grad_(False)
+    groups = [{"params": slow, "lr": 1e-4}, {"params": fast, "betas": (0.8, 0.9), "weight_decay": 0.3, "eps": 1e-6}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, fused=True)
+    return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+def test_groups_and_schedules_of_the_user_are_kept(tmp_path):
+    plain = trained(tmp_path / "plain", None, optimizers=of_the_user)
+    engine = trained(tmp_path / "zero", zero(2), optimizers=of_the_user)
+    assert losses(engine) == losses(plain)
+    for (name, mine), theirs in zip(engine.model.named_parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
+    assert engine.optimizer.param_groups[1]["lr"] == plain.optimizer.param_groups[1]["lr"] == 1e-2 / 2**4
+
+
+class WithOwnOptimizer(hf.Trainer):
+    """Makes its optimizer itself, as many subclasses do."""
+
+    def create_optimizer(self, model=None):
+        if self.optimizer is None:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, weight_decay=0.0)
+        return self.optimizer
+
+
+def test_a_subclass_may_make_the_optimizer(tmp_path):
+    plain = trained(tmp_path / "plain", None, kind=WithOwnOptimizer)
+    assert losses(trained(tmp_path / "zero", zero(1), kind=WithOwnOptimizer)) == pytest.approx(losses(plain), abs=2e-6)
+
+
+def test_training_twice_goes_on(tmp_path):
+    twice = []
+    for deepspeed in (None, zero(3)):
+        trainer = trained(tmp_path, deepspeed)
+        trainer.train()
+        twice.append(losses(trainer))
+    assert twice[0] == twice[1]
+
+
+def test_optimizer_and_schedule_of_the_configuration(tmp_path):
+    """One group that decays everything, as DeepSpeed makes it, by DeepSpeed's schedule, against torch step by step."""
+    adam = {"lr": "auto", "betas": [0.8, 0.95], "eps": "auto", "weight_decay": "auto"}
+    config = zero(
+        2,
+        optimizer={"type": "AdamW", "params": adam},
+        scheduler={"type": "WarmupDecayLR", "params": {"warmup_num_steps": 2, "total_num_steps": "auto"}},
+    )
+    options = {"adam_beta1": 0.8, "adam_beta2": 0.95, "warmup_steps": 2, "lr_scheduler_type": "constant"}
+    engine = trained(tmp_path / "zero", config, **options)
+    schedule = WarmupDecayLR(lr=3e-3, warmup_num_steps=2, total_num_steps=4)
+
+    def same(model):
+        optimizer = torch.optim.AdamW(
+            model.parameters(), lr=1.0, betas=(0.8, 0.95), eps=1e-8, weight_decay=0.1, fused=True
+        )
+        return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule.lr_at)
+
+    plain = trained(tmp_path / "plain", None, optimizers=same)
+    assert [row["learning_rate"] for row in engine.state.log_history if "loss" in row] == [
+        schedule.lr_at(step) for step in range(4)
+    ]
+    assert losses(engine) == pytest.approx(losses(plain), abs=2e-6)
+
+
+def test_fp16_searches_its_scale(tmp_path):
+    fp16 = {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 24, "hysteresis": 1}
+    trainer = trained(tmp_path, zero(2, fp16=fp16), fp16=True, max_steps=12, learning_rate=1e-2, warmup_steps=0)
+    assert trainer.model.dtype == torch.float16
+    engine = trainer._engine
+    assert engine.loss_scale.value < 2**24
+    assert engine.steps_taken < 12
+    assert trainer.lr_scheduler.last_epoch == engine.steps_taken  # skipped steps do not count
+    assert all(map(math.isfinite, losses(trainer)))
+
+
+def test_fp16_with_a_fixed_scale_is_near_fp32(tmp_path):
+    plain = trained(tmp_path / "plain", None, max_steps=10)
+    engine = trained(tmp_path / "zero", zero(3, fp16={"enabled": True, "loss_scale": 128}), max_steps=10, fp16=True)
+    assert losses(engine) == pytest.approx(losses(plain), abs=0.02)
+    assert losses(engine) != losses(plain)
+
+
+def test_two_generations_are_the_same_before_and_after_sharding(tmp_path):
+    made = MODELS["llama"]().eval()
+    prompt = torch.randint(1, 90, (2, 5))
+    before = made.generate(prompt, max_new_tokens=6, do_sample=False)
+    trainer = hf.Trainer(
+        model=made, args=arguments(tmp_path, zero(3)), train_dataset=rows(made), eval_dataset=rows(made)
+    )
+    trainer.evaluate()
+    assert torch.equal(made.generate(prompt, max_new_tokens=6, do_sample=False), before)
+    made.save_pretrained(tmp_path / "saved")
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.generate(prompt, max_new_tokens=6, do_sample=False), before)
+    close(trainer)
+
+
+def test_a_backward_past_the_accelerator_is_noticed(tmp_path):
+    class Direct(hf.Trainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            loss = self.compute_loss(model, self._prepare_inputs(inputs))
+            loss.backward()
+            return loss.detach()
+
+    with pytest.raises(RuntimeError, match=r"not `loss\.backward\(\)`"):
+        trained(tmp_path, zero(2), kind=Direct)
+
+
+def test_a_checkpoint_of_the_plain_trainer_gives_its_weights(tmp_path, caplog):
+    train(tmp_path / "plain", save_strategy="steps", save_steps=2, max_steps=2)
+    found = train(tmp_path / "zero", zero(2), max_steps=4, resume=tmp_path / "plain/checkpoint-2")
+    assert len(found["loss"]) == 4
+    assert "has no state of this engine" in caplog.text
+
+
+def test_what_the_configuration_leaves_out_is_said(tmp_path, caplog):
+    config = {"zero_optimization": {"stage": 2}, "activation_checkpointing": {"partition_activations": True}}
+    trained(tmp_path, config, max_steps=1)
+    assert "has no gradient_clipping; gradients are clipped to max_grad_norm=0.5" in caplog.text
+    assert "activation_checkpointing has no effect" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: model.to("meta"), "has no value"),
+        (lambda model: setattr(model.config, "layerdrop", 0.1), "layerdrop"),
+        (lambda model: model.register_parameter("codes", torch.nn.Parameter(torch.ones(2).byte(), False)), "uint8"),
+    ],
+)
+def test_models_that_cannot_be_sharded(tmp_path, change, words):
+    made = MODELS["llama"]()
+    change(made)
+    trainer = hf.Trainer(model=made, args=arguments(tmp_path, zero(2)), train_dataset=rows(made))
+    with pytest.raises(ValueError, match=words):
+        trainer.train()
