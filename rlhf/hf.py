@@ -1,10 +1,12 @@
 """The Hugging Face Trainer and TRL's trainers on this project's engine, by one changed line of a script.
 
-    from rlhf.hf import Trainer, TrainingArguments  # was: from transformers import Trainer, TrainingArguments
-    from rlhf.hf import SFTConfig, SFTTrainer  # was: from trl import SFTConfig, SFTTrainer
+    from rlhf.hf import AutoTokenizer, Trainer, TrainingArguments  # was: from transformers import ...
+    from rlhf.hf import SFTConfig, SFTTrainer  # was: from trl import ...
+    import rlhf.hf as transformers  # was: import transformers
 
-`TrainingArguments(deepspeed="ds_config.json")` then needs no DeepSpeed. Trainers and arguments of TRL are made when
-they are asked for; those of other libraries are made with the two mixins. See docs/trainer.md.
+`TrainingArguments(deepspeed="ds_config.json")` then needs no DeepSpeed. TRL's trainers and their arguments are made
+when they are asked for, those of other libraries with the two mixins; every other name is transformers' or TRL's own.
+See docs/trainer.md.
 """
 
 from __future__ import annotations
@@ -29,19 +31,19 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if not name.endswith(("Trainer", "Config")):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return _of_trl(name)
+    if name.startswith("__"):
+        raise AttributeError(name)  # such as __path__, which modules are asked for
+    return getattr(transformers, name) if hasattr(transformers, name) else _of_trl(name)
 
 
 @cache  # one class for each name: pickled arguments name it
-def _of_trl(name: str) -> type:
-    """A trainer of TRL, or its arguments, on this engine."""
+def _of_trl(name: str) -> Any:
+    """A trainer of TRL on this engine, its arguments, or any other name of TRL's."""
     try:
         own = getattr(importlib.import_module("trl"), name)
     except (ImportError, AttributeError) as error:
-        raise AttributeError(f"module {__name__!r} has no {name!r}, and TRL gives none: {error}") from error
+        raise AttributeError(f"neither {__name__} nor transformers has {name!r}, and TRL: {error}") from error
     for base, mixin in ((transformers.Trainer, ZeroTrainerMixin), (transformers.TrainingArguments, ZeroArgumentsMixin)):
         if isinstance(own, type) and issubclass(own, base):
             return type(name, (mixin, own), {"__module__": __name__, "__doc__": f"`trl.{name}` on this engine."})
-    raise AttributeError(f"module {__name__!r} has no {name!r}: TRL's is neither a Trainer nor its arguments")
+    return own
