@@ -153,6 +153,8 @@ class Collector:
         texts, ids = response_texts(generated, self.decode), response_ids(generated)
         values, critic_states = self._values(generated) if trains else (torch.zeros_like(logprobs), None)
         rows = RewardRows.of(columns, texts=texts, token_ids=ids, step=step, total_steps=self.config.iterations)
+        with self.timer.part("score/reward"):
+            source_scores = self.scorer.score(generated, rows)
         mask = generated.attention_mask
         own = Sequences(
             generated.sequences,
@@ -173,7 +175,7 @@ class Collector:
             values=values,
             kl=kl,
             entropy=entropy,
-            source_scores=self.scorer.score(generated, rows),
+            source_scores=source_scores,
             raw_scores=torch.zeros(len(texts)),  # the scores follow once those of all ranks are there
             scores=torch.zeros(len(texts)),
         )
@@ -261,7 +263,7 @@ def replace_equal_groups(
         A rollout of at most `ppo.rollout_size` rows in whole groups, and metrics.
     """
     parts = [_varied(rollout, config)]
-    metrics = {"rollout/groups_equal": 1 - len(parts[0]) / len(rollout), "rollout/further_rollouts": 0.0}
+    metrics = {"rollout/groups_equal": share_of_equal_groups(rollout, config), "rollout/further_rollouts": 0.0}
     while sum(map(len, parts)) < config.rollout_size and metrics["rollout/further_rollouts"] < config.dynamic_sampling:
         parts.append(_varied(more(), config))
         metrics["rollout/further_rollouts"] += 1
@@ -276,9 +278,17 @@ def replace_equal_groups(
     return joined, metrics
 
 
+def share_of_equal_groups(rollout: Rollout, config: PPOConfig) -> float:
+    """Share of the responses whose group has a single score; reading it waits for the device, once."""
+    return 1 - float(_differs(rollout, config).double().mean())
+
+
 def _varied(rollout: Rollout, config: PPOConfig) -> Rollout:
-    groups = rollout.sample_ids // config.samples_per_prompt
-    return rollout.rows(groups_that_differ(rollout.scores, groups).nonzero().flatten())
+    return rollout.rows(_differs(rollout, config).nonzero().flatten())
+
+
+def _differs(rollout: Rollout, config: PPOConfig) -> Tensor:
+    return groups_that_differ(rollout.scores, rollout.sample_ids // config.samples_per_prompt)  # [B] bool
 
 
 def scored_rows(rollout: Rollout) -> Rollout:

@@ -7,6 +7,7 @@ Run: `python run_pipeline.py stage=ppo`.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from copy import deepcopy
@@ -35,7 +36,14 @@ from rlhf.hidden_states import may_begin_late
 from rlhf.models.model_folder import local_folder
 from rlhf.reward_calls import RewardFunctions
 from rlhf.rewards import RewardScorer, ScoredSource, ScoreScale, ScoreShaping, reward_metrics
-from rlhf.rollout import Collector, Models, replace_equal_groups, scored_rows, without_bad_rows
+from rlhf.rollout import (
+    Collector,
+    Models,
+    replace_equal_groups,
+    scored_rows,
+    share_of_equal_groups,
+    without_bad_rows,
+)
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import decode, stop_token_ids
@@ -82,8 +90,9 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             rewards = token_rewards(rollout.scores, rollout.kl, rollout.response_mask, kl_coef=price)
             estimate = advantages_of(rollout, rewards, config=config)
             ppo_batch = training_batch(rollout, estimate, config=config, dtype=models.actor.dtype)
+            update = partial(update_policy, config=config, iteration=step, texts=text, part=session.timer.part)
             with session.timer("train"):
-                metrics = update_policy(models, ppo_batch, config=config, iteration=step, kl_coef=kl.value, texts=text)
+                metrics = update(models, ppo_batch, kl_coef=kl.value)
             metrics |= drawn | mismatch_metrics(rollout, ppo_batch)
             metrics |= rollout_metrics(rollout, kl_coef=price, kl_kind=config.kl.kind)
             metrics |= critic_metrics(rollout, estimate.returns) if models.critic is not None else {}
@@ -93,11 +102,17 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
             evaluates = session.evaluates_at(step, config.eval_every)
             evaluation = evaluator.evaluate(collector, step=step) if evaluates else {}
             metrics |= update_reference(models, config, iteration=step)
-            tokens = float(rollout.held.num_tokens.sum())  # of all ranks
-            session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
+            session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens_by_phase(rollout, metrics))
         session.export()
         units = (models.value_shift, 1.0)  # mean and deviation of the critic's outputs
         return session.finish(score_units=None if models.critic is None else lambda _: units, data=splits.counts)
+
+
+def tokens_by_phase(rollout: Rollout, metrics: Mapping[str, float]) -> dict[str, float]:
+    """Tokens of all ranks that each phase of an iteration worked on; of the step, those of the rollout once."""
+    names = {"generate": "generated", "score": "scored", "train": "trained"}
+    tokens = {phase: metrics[f"rollout/{name}_tokens"] for phase, name in names.items()}
+    return tokens | {"step": float(rollout.held.num_tokens.sum())}  # on the CPU
 
 
 def score_shaping(config: PPOConfig) -> ScoreShaping:
@@ -120,22 +135,27 @@ def next_rollout(
         loader: gives further prompts, which later iterations will not see, if groups of equal scores are replaced.
     """
     config, found = collector.config, list[Tensor]()  # the scores of every response that was drawn
+    tokens = Counter[str]()
 
     def collect(batch: PromptBatch) -> Rollout:
         rollout = collector.collect(batch, seed=config.seed, step=loader.iteration - 1)
         found.append(rollout.source_scores)
+        tokens["generated"] += int(rollout.lengths.sum())  # waits for the device, which scoring has done before
+        tokens["scored"] += int(rollout.held.num_tokens.sum())
         return without_bad_rows(scored_rows(rollout))
 
     rollout = collect(prompts)
-    metrics: dict[str, float] = {}
+    metrics = {"rollout/groups_equal": share_of_equal_groups(rollout, config)} if config.compares_groups else {}
     unscored = int(found[0].isnan().all(-1).sum())
     left_out = config.rollout_size - unscored - len(rollout)
     if config.dynamic_sampling:
-        rollout, metrics = replace_equal_groups(
+        rollout, drawn = replace_equal_groups(
             rollout, lambda: collect(loader.further()), config=config, pad_id=collector.pad_id
         )
+        metrics |= drawn
     metrics |= reward_metrics(collector.scorer.names, torch.cat(found)) | collector.scorer.functions.metrics()
     episodes = loader.drawn * config.rollout_size
+    metrics |= {f"rollout/{name}_tokens": float(count) for name, count in tokens.items()}
     return rollout, metrics | {
         "rollout/left_out": left_out,
         "rollout/unscored": unscored,

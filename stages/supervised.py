@@ -93,7 +93,8 @@ def _train(
         if session.evaluates_at(step, config.eval_every):
             with session.timer("evaluate"):
                 evaluation = with_average(engine, evaluate)
-        session.finish_step(step, metrics, evaluation=evaluation, num_tokens=metrics["train/tokens"])
+        tokens = dict.fromkeys(("step", "train"), metrics["train/tokens"])
+        session.finish_step(step, metrics, evaluation=evaluation, num_tokens=tokens)
 
 
 def train_loader(

@@ -30,6 +30,7 @@ ENTROPY_SHARE = 0.1  # of the entropy at the start
 SMALL_DEVIATION = 0.1  # a reward model prefers one of two responses that far apart with probability 0.525
 CORRELATED = 0.5
 REPEATED = 0.2  # of the responses
+_FEW_ROLLOUTS = 3
 
 
 class Finding(NamedTuple):
@@ -57,6 +58,8 @@ class Seen:
     first_bad: str = ""
     """The first number that was not finite, in words."""
     skipped_steps: float = 0.0
+    has_scored: frozenset[str] = frozenset()
+    """Reward sources that did not say None of everything."""
     best: dict[str, tuple[Row, Sequence[Row]]] = field(default_factory=dict)
     """Row and answers of the evaluation with the highest value of each gold metric."""
     evaluations: Counter[str] = field(default_factory=Counter)
@@ -168,6 +171,19 @@ def _within_clamp(row: Row, _: Seen) -> Iterator[Finding]:
             )
             yield Finding(share > REPEATED, text)
             return
+
+
+def _sources(row: Row, seen: Seen) -> Iterator[Finding]:
+    """Wrong where a source has scored nothing so far, once there were a few rollouts to which it might apply."""
+    shares = {key.split("/")[1]: row[key] for key in row if key.startswith("reward/") and key.endswith("/none")}
+    seen.has_scored |= {name for name, share in shares.items() if share != 1}
+    if shares and row["step"] >= min(_FEW_ROLLOUTS, seen.total_steps):
+        silent = sorted(shares.keys() - seen.has_scored - {"log"})  # reward/log/none is a function's own metric
+        text = (
+            f"Up to step {row['step']} {', '.join(silent)} had a score for none of the responses: what it is to reward "
+            "counts for nothing. Look at which columns of the data it reads, or take it out of ppo.rewards."
+        )
+        yield Finding(bool(silent), text)
 
 
 def _kl(row: Row, _: Seen) -> Iterator[Finding]:
@@ -310,6 +326,7 @@ CHECKS = {
     "coin": Check(_BOTH, _better_than_coin, "the reward model is better than a coin on held-out pairs", _UNKNOWN),
     "pairs": Check(DPO, _pairs_ranked, "held-out pairs are ranked better than by chance", "the stage has not ended"),
     "flat": Check(_BOTH, _scores_differ, "the reward model's scores differ", _UNKNOWN),
+    "silent": Check(PPO, _sources, "every reward source gives scores", "too few rollouts were scored"),
     "clamp": Check(PPO, _within_clamp, "few scores are at the clamp", "no scores were logged"),
     "kl": Check(PPO, _kl, "KL has not run away", "no KL was logged"),
     "entropy": Check(PPO, _entropy, "entropy has not collapsed", "it takes two rows with an entropy"),

@@ -1,4 +1,4 @@
-"""The W&B workspace: a chart for every metric of the registry. The only user of wandb_workspaces.
+"""The W&B workspace: every metric of the registry in a chart of its kind. The only user of wandb_workspaces.
 
     python -m rlhf.tracking.dashboard --project rlhf-pipeline       saves a view of the project and prints its address
     python -m rlhf.tracking.dashboard --run-name NAME               shows the stages of that run alone
@@ -13,12 +13,16 @@ import argparse
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any
 
+from rlhf.tracking.chart_table import charts, pattern
 from rlhf.tracking.metric_registry import METRICS, STEP
 
 OVER_KL = ("eval/score", "gold/*")
 """Metrics drawn over KL too, at the start of `Evaluation`."""
+PHASES = ("generate", "score", "train", "evaluate", "save")
+"""Phases of a step that follow each other, stacked at the start of `Throughput`."""
 
 
 def workspace(*, entity: str, project: str, name: str, run_name: str = "") -> Any:
@@ -26,15 +30,20 @@ def workspace(*, entity: str, project: str, name: str, run_name: str = "") -> An
     from wandb_workspaces import workspaces
     from wandb_workspaces.reports.v2 import interface as v2
 
-    def plot(key: str, x: str = STEP) -> Any:
-        entry, named = METRICS[key], {"metric_regex": f"{key[:-1]}.+"} if key.endswith("/*") else {"y": [key]}
-        title = f"{entry.meaning}, over KL" if x == "eval/kl" else entry.meaning
-        return v2.LinePlot(title=title, x=x, title_y=entry.unit or None, **named)
+    def plot(title: str, keys: Sequence[str], *, unit: str, x: str = STEP, **look: Any) -> Any:
+        is_family = any("*" in key for key in keys)
+        named = {"metric_regex": f"^({'|'.join(map(pattern, keys))})$"} if is_family else {"y": list(keys)}
+        return v2.LinePlot(title=title, x=x, title_y=unit or None, **named, **look)
 
     panels = defaultdict(list)
-    for key, entry in METRICS.items():
-        panels[entry.section].append(plot(key))
-    panels["Evaluation"] = [plot(key, "eval/kl") for key in OVER_KL] + panels["Evaluation"]
+    for (section, title), keys in charts().items():
+        entry, is_alone = METRICS[keys[0]], title in METRICS
+        panels[section].append(plot(entry.meaning if is_alone else title, keys, unit=entry.unit))
+    panels["Evaluation"] = [
+        plot(f"{METRICS[key].meaning}, over KL", [key], unit=METRICS[key].unit, x="eval/kl") for key in OVER_KL
+    ] + panels["Evaluation"]
+    phases = [f"timing_s/{phase}" for phase in PHASES]
+    panels["Throughput"].insert(0, plot("Where the time goes", phases, unit="seconds", plot_type="stacked-area"))
     panels["Rollout"].append(v2.WeavePanelSummaryTable(table_name="samples"))
     # Escaped letter by letter: the filter's parser would change `lr=0.1` to `lr==0.1` even between quotes.
     group = "".join(letter if letter.isalnum() else f"\\U{ord(letter):08x}" for letter in run_name)

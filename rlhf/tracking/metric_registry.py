@@ -1,8 +1,7 @@
 """The registry of metrics: what each logged number means, its unit, and which stages log it.
 
 A metric must be here before it can be logged; console, dashboard and report are built from the registry, so they cannot
-drift apart. A key ending in `/*` stands for every name that a stage or the user puts there. Left out: how a metric is
-computed.
+drift apart. In a key `*` stands for every name that a stage or the user puts there. Left out: how a metric is computed.
 """
 
 from __future__ import annotations
@@ -56,7 +55,9 @@ METRICS: dict[str, Metric] = {
     "objective/scores": Metric("Objective", "score", PPO, "normalised score, with clamp and penalty", headline=True),
     "objective/clamped": Metric("Objective", "fraction", PPO, "responses whose score is at the clamp"),
     "objective/raw_scores": Metric("Objective", "score", PPO, RAW, headline=True),
-    "reward/*": Metric("Objective", "score", PPO, "of one reward source: mean, /std, and /none, the share without one"),
+    "reward/*": Metric("Objective", "score", PPO, "what one reward source says of the responses, mean"),
+    "reward/*/std": Metric("Objective", "score", PPO, "deviation of the scores of one reward source"),
+    "reward/*/none": Metric("Objective", "fraction", PPO, "responses to which one reward source does not apply"),
     "reward/log/*": Metric("Objective", "", PPO, "what reward functions gave to log_metric under this name, mean"),
     "objective/non_score_reward": Metric("Objective", "score", PPO, "KL penalty of a response: -kl_coef times its KL"),
     "objective/rlhf_reward": Metric("Objective", "score", PPO, "what PPO maximises: score plus non-score reward"),
@@ -75,6 +76,7 @@ METRICS: dict[str, Metric] = {
     "eval/score": Metric("Evaluation", "score", PPO, PAID, 1, headline=True),
     "eval/raw_score": Metric("Evaluation", "score", PPO, f"for held-out answers: {RAW}", 1),
     "eval/reward/*": Metric("Evaluation", "score", PPO, "what one reward source says of held-out answers", 1),
+    "eval/reward/log/*": Metric("Evaluation", "", PPO, "what reward functions logged of held-out answers, mean"),
     "eval/clamped": Metric("Evaluation", "fraction", PPO, "held-out answers whose score is at the clamp", -1),
     "eval/kl": Metric("Evaluation", "nats", PPO, "KL to the reference per held-out response"),
     "eval/response_length": Metric("Evaluation", "tokens", PPO, "length of answers to held-out prompts"),
@@ -111,6 +113,9 @@ METRICS: dict[str, Metric] = {
     "rollout/mismatch_max": Metric("Rollout", "", PPO, "training over generation probability of tokens, largest"),
     "rollout/mismatch_weight": Metric("Rollout", "", PPO, "weight that corrects for it in the loss, mean"),
     "rollout/mismatch_left_out": Metric("Rollout", "fraction", PPO, "response tokens that the correction leaves out"),
+    "rollout/generated_tokens": Metric("Rollout", "tokens", PPO, "response tokens that were generated, all ranks"),
+    "rollout/scored_tokens": Metric("Rollout", "tokens", PPO, "tokens of these responses and their prompts"),
+    "rollout/trained_tokens": Metric("Rollout", "tokens", PPO, "tokens of all minibatches: of the rollout, each epoch"),
     "train/loss": Metric("Training", "nats", EXAMPLES, "loss of the step's global batch", -1, headline=True),
     "train/accuracy": Metric("Training", "fraction", EXAMPLES, ACCURACY, 1, headline=True),
     "train/margin": Metric("Training", "score", PAIRS, "chosen minus rejected score, mean over the batch", 1),
@@ -137,7 +142,13 @@ METRICS: dict[str, Metric] = {
     "critic/loss_scale": Metric("Optimizer", "", PPO, "fp16: factor on the critic's loss, the smallest of the updates"),
     "critic/scale_search_steps": Metric("Optimizer", "steps", PPO, SEARCHED),
     "timing_s/*": Metric("Throughput", "seconds", ALL, "time spent in this phase of the step"),
+    "timing_s/*/*": Metric("Throughput", "seconds", PPO, "time spent in this part of a phase"),
     "perf/tokens_per_second": Metric("Throughput", "tokens/s", ALL, "tokens per second of the whole step, all ranks"),
+    "perf/tokens_per_second/*": Metric(
+        "Throughput", "tokens/s", ALL, "tokens of this phase over its seconds, all ranks"
+    ),
+    "perf/fastest_rank_s/*": Metric("Throughput", "seconds", ALL, "time of the rank that was first through this phase"),
+    "perf/slowest_rank_s/*": Metric("Throughput", "seconds", ALL, "time of the rank that was last through this phase"),
     "memory/rss_bytes": Metric("Memory", "bytes", ALL, "resident memory of this process"),
     "memory/device_bytes": Metric("Memory", "bytes", ALL, "memory that PyTorch holds of this process's GPU"),
     "memory/*": Metric("Memory", "bytes", ALL, "peak memory of this process in this phase, as measured or as planned"),
@@ -155,14 +166,21 @@ COLUMNS = {
 
 
 def metric(key: str) -> Metric:
-    """The registry's entry of `key`.
+    """The registry's entry of `key`. Raises ValueError where it has none."""
+    return METRICS[registered(key)]
+
+
+def registered(key: str) -> str:
+    """The name under which the registry has `key`: itself, or that of its family.
 
     Raises:
         ValueError: the registry has no such metric.
     """
     parts = key.split("/")
     families = ["/".join([*parts[:count], "*"]) for count in range(len(parts) - 1, 0, -1)]  # the longest first
-    found = next((METRICS[name] for name in (key, *families) if name in METRICS), None)
+    if len(parts) == 3:
+        families[1:1] = [f"{parts[0]}/*/{parts[2]}", f"{parts[0]}/*/*"]
+    found = next((name for name in (key, *families) if name in METRICS), None)
     if found is None or parts[-1] in ("", "*"):
         raise ValueError(f"metric {key!r} is not registered; add it to METRICS in metric_registry.py.")
     return found

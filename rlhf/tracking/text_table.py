@@ -22,6 +22,8 @@ def printable(text: str) -> str:
 
     Control characters (newlines too), bidirectional overrides, line separators and lone surrogates are escaped.
     """
+    if text.isprintable():  # nothing of the kind is in it, and it may be long
+        return text
     return "".join(char if _harmless(char) else char.encode("unicode_escape").decode() for char in text)
 
 

@@ -11,13 +11,15 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from rlhf.runtime.dist import World, max_over_ranks
 from rlhf.runtime.process import trim
 
 log = logging.getLogger(__name__)
@@ -101,6 +103,7 @@ class Stopwatch:
         self._device = device
         self._seconds: dict[str, float] = {}
         self._peaks: dict[str, Peak] = {}
+        self._parts: list[tuple[str, Any, Any]] = []
         self.highest: dict[str, Peak] = {}
         """Peak memory of each phase since the stopwatch was created."""
 
@@ -122,17 +125,81 @@ class Stopwatch:
             for peaks in (self._peaks, self.highest):
                 peaks.setdefault(phase, Peak()).raise_to(peak)
 
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time inside the block to `name`, such as `train/actor`: a part of the open phase, without its memory.
+
+        No device sync: on CUDA an event is recorded at both ends, which `take` reads after the phase has waited.
+        """
+        begun = self._now()
+        try:
+            yield
+        finally:
+            self._parts.append((name, begun, self._now()))
+
+    def _now(self) -> Any:
+        """The clock in seconds; on CUDA an event in the current stream, which takes its time when work comes to it."""
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(self._device))
+        return event
+
     def take(self) -> dict[str, float]:
         """Return the metrics since the last call, and start again.
 
-        These are `timing_s/PHASE` in seconds, and the peak memory of each phase in bytes: `memory/PHASE_host_bytes`,
-        and for CUDA tensors `memory/PHASE_device_bytes`.
+        These are `timing_s/PHASE` and `timing_s/PHASE/PART` in seconds, and the peak memory of each phase in bytes:
+        `memory/PHASE_host_bytes`, and for CUDA tensors `memory/PHASE_device_bytes`.
         """
+        for name, begun, ended in self._parts:
+            if self._device.type == "cuda":
+                ended.synchronize()  # no wait: the phase around it has ended with one
+                seconds = begun.elapsed_time(ended) / 1000
+            else:
+                seconds = ended - begun
+            self._seconds[name] = self._seconds.get(name, 0.0) + seconds
         taken = {f"timing_s/{phase}": seconds for phase, seconds in self._seconds.items()}
         for phase, peak in self._peaks.items():
             taken |= peak.metrics(phase)
-        self._seconds, self._peaks = {}, {}
+        self._seconds, self._peaks, self._parts = {}, {}, []
         return taken
+
+
+def seconds_by_rank(timing: Mapping[str, float], world: World) -> dict[str, float]:
+    """The seconds of the fastest and of the slowest rank in each phase; every rank must call it. Nothing on one rank.
+
+    What the ranks differ by, the fast ones wait at the next collective. A phase that is full of collectives takes all
+    of them equally long.
+    """
+    if world.size == 1:
+        return {}
+    names = sorted(key.removeprefix("timing_s/") for key in timing if key.startswith("timing_s/"))
+    seconds = torch.tensor([timing[f"timing_s/{name}"] for name in names], dtype=torch.float64)
+    # One small collective a step, by gloo: the tensor is on the CPU, so no device is waited for.
+    highest = max_over_ranks(torch.cat([seconds, -seconds])).tolist()
+    slowest, fastest = highest[: len(names)], [-value for value in highest[len(names) :]]
+    found = {f"perf/slowest_rank_s/{name}": value for name, value in zip(names, slowest, strict=True)}
+    return found | {f"perf/fastest_rank_s/{name}": value for name, value in zip(names, fastest, strict=True)}
+
+
+def throughput(
+    tokens: Mapping[str, float], timing: Mapping[str, float], *, by_rank: Mapping[str, float]
+) -> dict[str, float]:
+    """Tokens per second of all ranks, of the whole step without evaluating and saving, and of each phase.
+
+    Args:
+        tokens: of all ranks, by phase; `step` is the whole step.
+        timing: `timing_s/PHASE` of this rank.
+        by_rank: what `seconds_by_rank` found: the slowest rank decides.
+    """
+    found = {}
+    for phase, count in tokens.items():
+        seconds = by_rank.get(f"perf/slowest_rank_s/{phase}", timing.get(f"timing_s/{phase}", 0.0))
+        if phase == "step":
+            seconds -= sum(timing.get(f"timing_s/{other}", 0.0) for other in ("evaluate", "save"))
+        if seconds > 0:
+            found["perf/tokens_per_second" if phase == "step" else f"perf/tokens_per_second/{phase}"] = count / seconds
+    return found
 
 
 def resident() -> dict[str, int]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ from rlhf.training.supervised_step import next_token_loss, summed
 from rlhf.types import Experience, PPOBatch, Rollout, SFTBatch
 
 log = logging.getLogger(__name__)
+
+Part = Callable[[str], AbstractContextManager[Any]]
+"""Measures a part of a phase, by its name, as `Stopwatch.part` does."""
 
 
 def advantages_of(rollout: Rollout, rewards: Tensor, *, config: PPOConfig) -> Advantages:
@@ -99,6 +103,7 @@ def update_policy(
     iteration: int,
     kl_coef: float = 0.0,
     texts: Iterable[list[SFTBatch]] | None = None,
+    part: Part = nullcontext,
 ) -> dict[str, float]:
     """Train on one rollout for several epochs of minibatches; returns metrics, mostly means over all updates.
 
@@ -110,13 +115,15 @@ def update_policy(
         kl_coef: weight of the KL in the loss, if `ppo.kl.in_loss` puts it there.
         texts: this rank's micro-batches of text for the steps of the actor; each `iter` goes on where the last one
             stopped. None where `ppo.ptx.coef` is 0.
+        part: measures the seconds of actor and critic.
     """
     actor = models.actor if iteration > config.critic_warmup else None
     learning = {name: engine for name, engine in (("actor", actor), ("critic", models.critic)) if engine is not None}
     history: list[dict[str, float]] = []
     for minibatch in all_minibatches(batch, config, iteration=iteration):
         text = next(iter(texts)) if texts is not None and actor is not None else []
-        history.append(update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef, text=text))
+        found = update(models, learning, minibatch=minibatch, config=config, kl_coef=kl_coef, text=text, part=part)
+        history.append(found | {"rollout/trained_tokens": float(minibatch.held.num_tokens.sum())})  # on the CPU
         if config.target_kl is not None and history[-1].get("actor/approxkl_avg", 0.0) > config.target_kl:
             break  # on all ranks: the KL is that of the whole minibatch
     for engine in learning.values():  # updates that target_kl skipped still count for the learning-rate schedule
@@ -133,6 +140,7 @@ def update(
     config: PPOConfig,
     kl_coef: float,
     text: Sequence[SFTBatch] = (),
+    part: Part = nullcontext,
 ) -> dict[str, float]:
     """One optimizer step of each model in `learning`; the critic's backward follows the actor's step.
 
@@ -145,20 +153,23 @@ def update(
     together = len({id(engine.loss_scale) for engine in learning.values()}) < len(learning)
     measured: dict[str, float] = {}
     if "actor" in learning:
-        # First, as the last micro-batch of a step must be one of the minibatch.
-        measured |= text_gradient(models.actor, text, coef=config.ptx.coef) if text else {}
-        measured |= policy_gradient(
-            models.actor, micro_batches, config=config, denominator=denominator, kl_coef=kl_coef
-        )
-        measured |= take_steps(actor=models.actor) if not together else {}
+        with part("train/actor"):
+            # First, as the last micro-batch of a step must be one of the minibatch.
+            measured |= text_gradient(models.actor, text, coef=config.ptx.coef) if text else {}
+            measured |= policy_gradient(
+                models.actor, micro_batches, config=config, denominator=denominator, kl_coef=kl_coef
+            )
+            measured |= take_steps(actor=models.actor) if not together else {}
     if "critic" in learning:
-        measured |= value_gradient(models, micro_batches, config=config, denominator=denominator)
-        measured |= take_steps(**learning) if together else take_steps(critic=learning["critic"])
+        with part("train/critic"):  # and both steps, where they are taken together
+            measured |= value_gradient(models, micro_batches, config=config, denominator=denominator)
+            measured |= take_steps(**learning) if together else take_steps(critic=learning["critic"])
     return measured
 
 
 _COMBINED: dict[str, Callable[[list[float]], float]] = {
     "actor/ratio_max": max,
+    "rollout/trained_tokens": sum,
     **{f"{name}/{steps}": sum for name in ("actor", "critic") for steps in ("skipped_steps", "scale_search_steps")},
     **{f"{name}/loss_scale": min for name in ("actor", "critic")},
 }

@@ -23,7 +23,7 @@ from rlhf.runtime import dist
 from rlhf.runtime.dist import World
 from rlhf.runtime.errors import RunError
 from rlhf.text.tokenizer import Tokenizer, load_tokenizer, template_fingerprint
-from rlhf.tracking.timing import Stopwatch, memory_metrics
+from rlhf.tracking.timing import Stopwatch, memory_metrics, seconds_by_rank, throughput
 from rlhf.tracking.tracker import Tracker
 from stages.lifecycle.checkpointing import CheckpointManager, GracefulStop, TrainingProgress, TrainingState
 from stages.lifecycle.model_card import write_card
@@ -97,6 +97,8 @@ class Session:
         )
         if self.checkpoints.resume():
             self.tracker.rewind(self.progress.step)
+            self.timer.take()
+            self.step_started = time.perf_counter()  # opening the models again is no part of a step
         else:
             self.tracker.rewind(-1)
             seed_random_numbers(config.seed, rank=self.world.rank)
@@ -110,7 +112,7 @@ class Session:
         return enumerate(loader, start=self.progress.step + 1)
 
     def finish_step(
-        self, step: int, metrics: dict[str, float], *, evaluation: dict[str, float], num_tokens: float
+        self, step: int, metrics: dict[str, float], *, evaluation: dict[str, float], num_tokens: Mapping[str, float]
     ) -> None:
         """Log a step, and save a checkpoint if one is due.
 
@@ -118,7 +120,7 @@ class Session:
             step: steps taken.
             metrics: training metrics of the step.
             evaluation: held-out metrics, empty if there was no evaluation.
-            num_tokens: tokens in the step, over all ranks.
+            num_tokens: tokens over all ranks, by phase; `step` is the whole step.
 
         Raises:
             Stopped: the run was interrupted, and a checkpoint has been saved.
@@ -133,15 +135,14 @@ class Session:
             if dist.max_over_ranks(late).item():
                 raise KeyboardInterrupt
 
-    def _log(self, step: int, metrics: dict[str, float], *, num_tokens: float = 0.0) -> None:
+    def _log(self, step: int, metrics: dict[str, float], *, num_tokens: Mapping[str, float] | None = None) -> None:
         """Log a step with its timing, memory and throughput."""
         now = time.perf_counter()
         seconds, self.step_started = now - self.step_started, now
         timing = self.timer.take() | {"timing_s/step": seconds}
-        if num_tokens:
-            busy = seconds - timing.get("timing_s/evaluate", 0.0) - timing.get("timing_s/save", 0.0)
-            metrics = metrics | {"perf/tokens_per_second": num_tokens / busy}
-        self.tracker.log(step, metrics | timing | memory_metrics(self.world.device))
+        by_rank = seconds_by_rank(timing, self.world)  # a collective
+        metrics = metrics | timing | by_rank | throughput(num_tokens or {}, timing, by_rank=by_rank)
+        self.tracker.log(step, metrics | memory_metrics(self.world.device))
 
     def evaluates_at(self, step: int, every: int) -> bool:
         """True after every `every` steps (0: only at the end) and after the last step."""

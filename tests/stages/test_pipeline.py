@@ -17,7 +17,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from rlhf.runtime.dist import World
+from rlhf.tracking.dashboard import PHASES
 from rlhf.tracking.metric_registry import METRICS
+from rlhf.tracking.metric_registry import registered as registry_name
 from stages.pipeline import run_stage
 from tests.config.test_configuration import composed
 from tests.forking import run_forked
@@ -107,13 +109,23 @@ def test_a_stage_logs_what_the_registry_says_and_nothing_else(one_rank, stage):
     elsewhere |= {"rollout/mismatch_weight", "rollout/mismatch_left_out"}  # with mismatch.correction; the rest in fp16
     elsewhere |= {name for name in METRICS if name.endswith(("/loss_scale", "/scale_search_steps"))}
     elsewhere |= {"objective/raw_scores", "eval/raw_score", "reward/log/*"}  # with several sources, with functions
+    elsewhere |= {"eval/reward/log/*", "perf/fastest_rank_s/*", "perf/slowest_rank_s/*"}  # with several ranks
     registered = {name for name, entry in METRICS.items() if stage in entry.stages} - elsewhere
-    families = {name for name in registered if name.endswith("/*")}
-    assert registered - families <= logged
-    of_families = logged - registered  # memory/rss_bytes is an entry of its own, and none of memory/*
-    nested = {name for name in of_families if name.startswith("eval/reward/")}
-    found = {f"{name.split('/')[0]}/*" for name in of_families - nested} | ({"eval/reward/*"} if nested else set())
-    assert found == families
+    assert {registry_name(name) for name in logged} == registered
+
+
+def test_the_time_of_an_iteration_is_known_by_phase_and_part(one_rank):
+    folder, _ = one_rank
+    for row in rows(folder / "ppo/metrics.jsonl")[1:]:
+        actor, critic = row["timing_s/train/actor"], row["timing_s/train/critic"]
+        assert 0 < actor + critic <= row["timing_s/train"]
+        assert 0 < row["timing_s/score/reward"] <= row["timing_s/score"]
+        assert sum(row.get(f"timing_s/{phase}", 0.0) for phase in PHASES) <= row["timing_s/step"]
+        assert row["rollout/trained_tokens"] == 2 * row["rollout/scored_tokens"]  # two epochs
+        assert row["rollout/generated_tokens"] == 16 * row["rollout/response_length"]
+        for phase, tokens in (("generate", "generated"), ("score", "scored"), ("train", "trained")):
+            speed = row[f"rollout/{tokens}_tokens"] / row[f"timing_s/{phase}"]
+            assert row[f"perf/tokens_per_second/{phase}"] == pytest.approx(speed)
 
 
 def test_before_training_the_policy_is_the_reference(one_rank):
@@ -158,6 +170,7 @@ def test_two_ranks_with_zero_3_give_the_numbers_of_one_rank(one_rank, tmp_path, 
         for one, two in zip(
             rows(alone / stage / "metrics.jsonl"), rows(tmp_path / stage / "metrics.jsonl"), strict=True
         ):
+            assert two["perf/fastest_rank_s/step"] <= two["perf/slowest_rank_s/step"]
             numbers = [name for name in one if not name.startswith(("time", "timing_s", "memory", "perf"))]
             assert {name: two[name] for name in numbers} == pytest.approx(
                 {name: one[name] for name in numbers}, rel=2e-3, abs=2e-3

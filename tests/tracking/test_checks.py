@@ -52,6 +52,7 @@ def test_nothing_is_reported_of_a_run_that_goes_well_and_everything_was_checked(
         evaluation(s, g, **{"objective/kl_per_token": 0.1, "objective/entropy": 2.0, "objective/clamped": 0.0})
         for s, g in ((0, 0.1), (9, 0.5))
     ]
+    rows[1] |= {"reward/model/none": 0.0}
     rows[0] |= {"reward_model/accuracy": 0.75, "reward_model/pairs": 100.0, "reward_model/score_std": 0.8}
     first = answers(0, scores=SCORES, gold=[0.1] * 10)
     last = answers(9, scores=[score + 0.2 for score in SCORES], gold=[0.5] * 10)
@@ -291,3 +292,17 @@ def test_a_policy_without_a_critic_is_watched_like_one_of_ppo(stage):
     rows = [{"step": 1, "objective/kl_per_token": 1.2}]
     assert names(rows, stage=stage) == names(rows) == ["kl"]
     assert results(rows, stage=stage).keys() == results(rows).keys()
+
+
+def test_a_reward_source_that_never_applied_is_reported_once_it_had_the_chance():
+    def row(step, **none):
+        return {"step": step, "reward/log/none": 1.0} | {f"reward/{name}/none": share for name, share in none.items()}
+
+    early = [row(1, brief=1.0, right=1.0), row(2, brief=1.0, right=0.5)]
+    assert names(early) == []
+    found = results([*early, row(3, brief=1.0, right=1.0)])["silent"]
+    assert found.is_wrong
+    assert found.text.startswith("Up to step 3 brief had a score for none of the responses")
+    assert "right" not in found.text
+    assert names([*early, row(3, brief=0.9, right=1.0)]) == []
+    assert names(early[:1], total_steps=1) == ["silent"]

@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.tracking import dashboard
-from rlhf.tracking.metric_registry import METRICS, STEP
+from rlhf.tracking.metric_registry import METRICS, STEP, metric, registered
 from tests.tracking.test_wandb import HANGS, KEY, environment, port
 from tests.tracking.wandb_server import serving
 
@@ -69,17 +70,52 @@ def panels(spec):
     return {name: [plot for plot in found if "xAxis" in plot] for name, found in plots.items()}
 
 
-def keys_of(plot):
-    return plot.get("metrics") or [plot["metricRegex"].removesuffix(".+") + "*"]
+def shown(plot, keys):
+    """The keys among `keys` that a panel draws."""
+    if plot.get("metrics"):
+        return [key for key in keys if key in plot["metrics"]]
+    return [key for key in keys if re.search(plot["metricRegex"], key)]
+
+
+EXAMPLES = [
+    *[key for key in METRICS if "*" not in key],
+    *("reward/length", "reward/length/std", "reward/length/none", "reward/log/a/b", "eval/reward/length"),
+    *("eval/reward/log/a", "ema/loss", "ema/reward/length", "gold/rating", "timing_s/train", "timing_s/train/actor"),
+    *("perf/tokens_per_second/train", "perf/fastest_rank_s/train", "perf/slowest_rank_s/train/actor"),
+    "memory/train_host_bytes",
+]
+"""A key for every entry of the registry."""
 
 
 def test_every_chart_shows_what_some_stage_logs_and_every_metric_has_a_chart(spec):
-    assert {key for found in panels(spec).values() for plot in found for key in keys_of(plot)} == set(METRICS)
+    assert {registered(key) for key in EXAMPLES} == set(METRICS)
+    plots = [plot for found in panels(spec).values() for plot in found]
+    assert [plot for plot in plots if not shown(plot, EXAMPLES)] == []
+    assert {key for plot in plots for key in shown(plot, EXAMPLES)} == set(EXAMPLES)
+    for plot in plots:  # of every line, too, there is a metric
+        assert set(plot.get("metrics") or []) == set(shown(plot, EXAMPLES))
+
+
+@pytest.mark.parametrize(
+    ("drawn", "together"),
+    [
+        ("reward/length", ["reward/length"]),
+        ("reward/length/std", ["reward/length/std"]),
+        ("reward/length/none", ["reward/length/none"]),
+        ("eval/reward/length", ["eval/reward/length"]),
+        ("train/margin", ["train/margin", "train/reward_chosen", "train/reward_rejected"]),
+        ("rollout/mismatch_max", ["rollout/mismatch_mean", "rollout/mismatch_max", "rollout/mismatch_weight"]),
+        ("perf/tokens_per_second", ["perf/tokens_per_second", "perf/tokens_per_second/train"]),
+    ],
+)
+def test_metrics_of_one_kind_share_a_chart_and_others_have_their_own(spec, drawn, together):
+    (plot,) = [plot for found in panels(spec).values() for plot in found if shown(plot, [drawn])]
+    assert set(shown(plot, EXAMPLES)) == set(together)
 
 
 def test_every_chart_is_drawn_over_what_its_metrics_are_logged_with(spec):
     for plot in (plot for found in panels(spec).values() for plot in found):
-        for entry in (METRICS[key] for key in keys_of(plot)):
+        for entry in map(metric, shown(plot, EXAMPLES)):
             over = METRICS.get(plot["xAxis"])
             assert over.stages == entry.stages if over else plot["xAxis"] == STEP, plot
 
@@ -94,12 +130,13 @@ def test_what_is_sent_has_the_axes_units_families_samples_and_groups(spec):
     found = panels(spec)
     (kl,) = [plot for plot in found["Objective"] if plot.get("metrics") == ["objective/kl"]]
     assert (kl["xAxis"], kl["yAxisTitle"]) == ("trainer/step", "nats")
-    assert [(plot["xAxis"], keys_of(plot)) for plot in found["Evaluation"][:2]] == [
+    assert [(plot["xAxis"], shown(plot, EXAMPLES)) for plot in found["Evaluation"][:2]] == [
         ("eval/kl", ["eval/score"]),
-        ("eval/kl", ["gold/*"]),
+        ("eval/kl", ["gold/rating"]),
     ]
-    (timing,) = [plot for plot in found["Throughput"] if "metricRegex" in plot]
-    assert (timing["xAxis"], timing["metricRegex"]) == ("trainer/step", "timing_s/.+")
+    stacked, timing, *_ = found["Throughput"]
+    assert (stacked["plotType"], stacked["metrics"][:2]) == ("stacked-area", ["timing_s/generate", "timing_s/score"])
+    assert (timing["xAxis"], timing["metricRegex"]) == ("trainer/step", "^(timing_s/[^/]+)$")
     (samples,) = [
         panel
         for section in spec["section"]["panelBankConfig"]["sections"]

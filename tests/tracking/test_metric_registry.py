@@ -1,10 +1,13 @@
 """The registry knows what the stages log, and refuses the rest."""
 
+import re
+
 import pytest
 
 from rlhf.config.run_config import FOLDERS, STAGES
+from rlhf.tracking.chart_table import LOOK_FOR, SHARED, charts, pattern
 from rlhf.tracking.console import headlines
-from rlhf.tracking.metric_registry import METRICS, check, metric
+from rlhf.tracking.metric_registry import METRICS, check, metric, registered
 
 SUPERVISED = """train/loss train/accuracy train/grad_norm train/lr train/tokens eval/loss eval/accuracy
 perf/tokens_per_second memory/rss_bytes memory/device_bytes timing_s/train timing_s/step"""
@@ -31,6 +34,40 @@ def test_the_names_of_the_field_are_registered_for_their_stage(stage):
 def test_an_unknown_metric_is_refused_and_the_registry_is_named(key):
     with pytest.raises(ValueError, match=r"not registered; add it to METRICS in metric_registry\.py"):
         metric(key)
+
+
+@pytest.mark.parametrize(
+    ("key", "entry"),
+    [
+        ("reward/length", "reward/*"),
+        ("reward/length/std", "reward/*/std"),
+        ("reward/length/none", "reward/*/none"),
+        ("reward/log/std", "reward/log/*"),  # a function may call what it logs so
+        ("reward/log/a/none", "reward/log/*"),
+        ("eval/reward/length", "eval/reward/*"),
+        ("eval/reward/log/a", "eval/reward/log/*"),
+        ("timing_s/train", "timing_s/*"),
+        ("timing_s/train/actor", "timing_s/*/*"),
+        ("memory/rss_bytes", "memory/rss_bytes"),
+    ],
+)
+def test_a_metric_belongs_to_the_narrowest_entry(key, entry):
+    assert registered(key) == entry
+    drawn_by = {name for name in METRICS if "*" in name and re.fullmatch(pattern(name), key)}
+    assert entry in drawn_by | {key}
+    if "log/" not in key and entry != key:  # no panel leaves those out that a function has named like ours
+        assert drawn_by == {entry}
+
+
+def test_charts_that_several_metrics_share_have_metrics_of_one_unit_and_stand_once():
+    keys = [key for chart in SHARED for key in chart.keys]
+    assert len(keys) == len(set(keys))
+    assert set(keys) <= set(METRICS)
+    for chart in SHARED:
+        assert len({METRICS[key].unit for key in chart.keys}) == 1, chart.title
+    assert len({chart.title for chart in SHARED}) == len(SHARED)
+    assert set(LOOK_FOR) <= {title for _, title in charts()}
+    assert sorted(key for found in charts().values() for key in found) == sorted(METRICS)
 
 
 def test_a_metric_of_another_stage_is_refused():

@@ -8,9 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from rlhf.runtime.dist import World
 from rlhf.tracking import timing
 from rlhf.tracking.metric_registry import check
-from rlhf.tracking.timing import Peak, PeakMeter, Stopwatch, memory_metrics, resident
+from rlhf.tracking.timing import (
+    Peak,
+    PeakMeter,
+    Stopwatch,
+    memory_metrics,
+    resident,
+    seconds_by_rank,
+    throughput,
+)
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -50,6 +59,83 @@ def test_a_phase_that_fails_is_timed_too():
     with pytest.raises(RuntimeError, match="no score"):
         failing_phase()
     assert timer.take()["timing_s/score"] >= 0.01
+
+
+def test_parts_of_a_phase_add_up_within_it_and_have_no_memory_of_their_own():
+    timer = Stopwatch(CPU)
+    with timer("train"):
+        for part in ("actor", "critic", "actor"):
+            with timer.part(f"train/{part}"):
+                time.sleep(0.01)
+    taken = timer.take()
+    check("ppo", list(taken))
+    parts = taken["timing_s/train/actor"], taken["timing_s/train/critic"]
+    assert parts[0] >= 0.02
+    assert parts[1] >= 0.01
+    assert sum(parts) <= taken["timing_s/train"]
+    assert [name for name in taken if name.startswith("memory/")] == ["memory/train_host_bytes"]
+    assert timer.take() == {}
+
+
+class StreamClock:
+    """Stands for CUDA events: what is recorded gets its time when the device comes to it, 5 s after it was told to."""
+
+    log: list = []
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self, stream):
+        self.at, self.is_done = len(self.log) + 1, False
+        self.log.append("record")
+
+    def synchronize(self):
+        self.is_done = True
+
+    def elapsed_time(self, other):
+        assert other.is_done
+        return 5000.0 * (other.at - self.at)
+
+
+def test_a_part_on_a_device_is_timed_by_events_and_waits_for_nothing(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", StreamClock)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: pytest.fail("a part waited for the device"))
+    timer = Stopwatch(torch.device("cuda"))
+    with timer.part("train/actor"):
+        pass
+    assert StreamClock.log == ["record", "record"]
+    assert timer.take() == {"timing_s/train/actor": 5.0}
+
+
+def test_throughput_of_a_phase_is_its_tokens_over_the_seconds_of_the_slowest_rank():
+    timing = {"timing_s/step": 10.0, "timing_s/evaluate": 3.0, "timing_s/save": 1.0, "timing_s/generate": 2.0}
+    tokens = {"step": 60.0, "generate": 20.0, "train": 7.0}
+    alone = throughput(tokens, timing, by_rank={})
+    assert alone == {"perf/tokens_per_second": 10.0, "perf/tokens_per_second/generate": 10.0}  # 60 / 6, 20 / 2
+    by_rank = {"perf/slowest_rank_s/generate": 4.0}
+    assert throughput(tokens, timing, by_rank=by_rank)["perf/tokens_per_second/generate"] == 5.0
+    check("ppo", list(alone))
+    assert throughput({}, timing, by_rank={}) == {}
+
+
+def test_the_fastest_and_the_slowest_rank_are_known_in_each_phase(monkeypatch):
+    mine, other = {"timing_s/b": 2.0, "timing_s/a/x": 4.0, "memory/b_host_bytes": 9.0}, [7.0, 1.0]  # of a/x and b
+
+    def max_over_ranks(x):
+        theirs = torch.tensor([*other, *(-value for value in other)], dtype=torch.float64)
+        return torch.maximum(x, theirs)
+
+    monkeypatch.setattr(timing, "max_over_ranks", max_over_ranks)
+    found = seconds_by_rank(mine, World(0, 2, CPU))
+    assert found == {
+        "perf/slowest_rank_s/a/x": 7.0,
+        "perf/fastest_rank_s/a/x": 4.0,
+        "perf/slowest_rank_s/b": 2.0,
+        "perf/fastest_rank_s/b": 1.0,
+    }
+    check("ppo", list(found))
+    assert seconds_by_rank(mine, World.alone()) == {}
 
 
 def test_resident_memory_is_what_the_kernel_says_and_grows_with_a_tensor():
@@ -150,6 +236,23 @@ def test_metrics_of_a_peak_are_registered():
     assert found == {"memory/train_host_bytes": 3, "memory/train_device_bytes": 2}
     check("ppo", list(found))
     assert Peak(host=3).metrics("train") == {"memory/train_host_bytes": 3}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_parts_on_the_gpu_are_charged_for_their_own_kernels():
+    device = torch.device("cuda")
+    x = torch.randn(4096, 4096, device=device)
+    timer = Stopwatch(device)
+    with timer("train"):
+        with timer.part("train/actor"):
+            for _ in range(50):
+                x = torch.tanh(x @ x)
+        with timer.part("train/critic"):  # begins on the CPU long before the device is done with the actor
+            x = x + 1
+    taken = timer.take()
+    assert taken["timing_s/train/actor"] > 5 * taken["timing_s/train/critic"]
+    assert taken["timing_s/train/actor"] + taken["timing_s/train/critic"] <= taken["timing_s/train"] * 1.01
 
 
 @pytest.mark.gpu

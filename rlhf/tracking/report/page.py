@@ -27,7 +27,7 @@ from rlhf.tracking.answer_statistics import change
 from rlhf.tracking.checks import CHECKS
 from rlhf.tracking.jsonl_log import Row, by_step, is_number
 from rlhf.tracking.metric_registry import COLUMNS
-from rlhf.tracking.report import charts
+from rlhf.tracking.report import stage_charts as charts
 from rlhf.tracking.report.run_folder import (
     EvaluationFolder,
     FolderReader,
@@ -118,7 +118,7 @@ def _run_line(run: Path, folder: Path) -> dict[str, Any]:
 def _render(template: str, **content: Any) -> str:
     """Fill in a template; everything is escaped and in the style of all pages."""
     environment = Environment(loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined)
-    environment.filters |= {"visible": visible, "numbers": _formatted}
+    environment.filters |= {"visible": visible, "numbers": _formatted, "short": number}
     return environment.get_template(template).render(style=Markup(_part("page.css")), **content)
 
 

@@ -98,7 +98,7 @@ class StageFolder:
 
     name: str
     rows: list[Row]
-    """Rows of `metrics.jsonl`, oldest first; each has an integer `step`."""
+    """Rows of `metrics.jsonl`, one for each `step`, in their order."""
     samples: list[Row]
     """Rows of `samples.jsonl`."""
     before: dict[str, float]
@@ -199,7 +199,7 @@ def read_run(folder: Path) -> RunFolder:
 def read_stage(reader: FolderReader, name: str, *, planned: Any = None) -> StageFolder:
     """Read one stage of a run; `planned` is its part of `plan.json`."""
     record = reader.mapping(f"{name}/stage.json", required=False)
-    rows = reader.rows(f"{name}/metrics.jsonl")
+    rows = _one_row_each(reader.rows(f"{name}/metrics.jsonl"))
     evaluations = [row for row in rows if any(key.startswith("eval/") for key in row)] or [{}]
     return StageFolder(
         name,
@@ -211,6 +211,14 @@ def read_stage(reader: FolderReader, name: str, *, planned: Any = None) -> Stage
         planned={phase: numbers_in(places) for phase, places in planned.items()} if isinstance(planned, dict) else {},
         is_finished=bool(record),
     )
+
+
+def _one_row_each(rows: list[Row]) -> list[Row]:
+    """One row for each step, in their order: of a value that was logged twice, the later one."""
+    steps: dict[int, dict[str, Any]] = {}
+    for row in rows:
+        steps.setdefault(row["step"], {}).update(row)
+    return [steps[step] for step in sorted(steps)]
 
 
 def _read_evaluations(reader: FolderReader) -> list[EvaluationFolder]:

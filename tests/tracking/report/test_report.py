@@ -227,6 +227,24 @@ def test_what_is_missing_or_broken_is_said_and_the_rest_is_shown(run):
     assert 'aria-label="train/loss"' in html
 
 
+def test_a_stage_that_was_resumed_twice_has_each_step_once_and_in_order(run):
+    """Rows that a kill has left behind come a second time; W&B's copy or a hand may have left them so."""
+    steps = [0, 1, 2, 3, 2, 3, 4, 3, 4, 5]
+    rows = [{"step": step, "train/loss": 10.0 * step + place} for place, step in enumerate(steps)]
+    write(run, "sft/metrics.jsonl", [*rows, {"step": 5, "eval/loss": 0.5}])
+    (stage,) = [stage for stage in read_run(run).stages if stage.name == "sft"]
+    assert stage.series("train/loss") == [(0, 0.0), (1, 11.0), (2, 24.0), (3, 37.0), (4, 48.0), (5, 59.0)]
+    assert stage.series("eval/loss") == [(5, 0.5)]
+
+
+def test_what_never_changed_is_said_in_a_line(run):
+    with (run / "sft/metrics.jsonl").open("a") as file:
+        file.writelines(f'{{"step": {step}, "train/lr": 0.25}}\n' for step in (1, 2))
+    html = page(read_run(run / "sft"))
+    assert "<dt>train/lr</dt><dd>0.25</dd>" in html
+    assert 'aria-label="train/lr"' not in html
+
+
 def test_values_of_odd_types_are_left_out(run):
     (run / "plan.json").write_text('{"ppo": {"train": 3, "save": {"host": "much"}}}')
     with (run / "ppo/samples.jsonl").open("a") as file:
@@ -239,7 +257,7 @@ def test_values_of_odd_types_are_left_out(run):
 @pytest.mark.filterwarnings("error")
 def test_odd_names_and_numbers_break_no_chart(run):
     odd = {"gold/$x_{$": 1.0, "gold/<b>\u65e5\u202e": 2.0, "gold/": 3.0, "odd/\x00\x1b": 4.0, "timing_s/$y$": 5.0}
-    rows = [{"step": step, "eval/kl": step, **odd} for step in (10, 11)]
+    rows = [{"step": step, "eval/kl": step, **{key: step * value for key, value in odd.items()}} for step in (10, 11)]
     rows += [{"step": 12, "odd/size": sign * 1.7e308, "odd/whole": 10**400} for sign in (1, -1)]
     with (run / "ppo/metrics.jsonl").open("a") as file:
         file.writelines(json.dumps(row) + "\n" for row in [*rows, {"step": 10**400}, {"step": True}])
