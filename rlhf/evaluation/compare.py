@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 
+from rlhf.algorithms.intervals import wilson
 from rlhf.algorithms.statistics import (
     bootstrap_mean,
     expected_calibration_error,
     fitted_temperature,
     preference_nll,
     reliability,
-    wilson,
 )
 from rlhf.config.bounds import as_plain
 from rlhf.config.eval_config import EvalConfig

@@ -10,9 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
-from rlhf.algorithms.statistics import Interval, bootstrap_mean
+from rlhf.algorithms.intervals import Interval
 from rlhf.tracking.jsonl_log import Row, is_number
 
 SMALLEST_SAMPLE = 8  # responses below which nothing is concluded from their distribution
@@ -32,6 +30,11 @@ def change(before: Sequence[Row], after: Sequence[Row], *, key: str) -> Interval
     ]
     if len(changes) < SMALLEST_SAMPLE:
         return None
+    # Imported here: the report of a stage without answers need not wait for torch.
+    import torch
+
+    from rlhf.algorithms.statistics import bootstrap_mean
+
     return bootstrap_mean(torch.tensor(changes, dtype=torch.float64), seed=0)
 
 

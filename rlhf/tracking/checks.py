@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from rlhf.algorithms.statistics import Z, wilson
+from rlhf.algorithms.intervals import Z, wilson
 from rlhf.tracking.answer_statistics import (
     SMALLEST_SAMPLE,
     change,

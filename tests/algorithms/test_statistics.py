@@ -6,16 +6,13 @@ import statistics
 import pytest
 import torch
 
+from rlhf.algorithms.intervals import Interval, Z, share_change, wilson
 from rlhf.algorithms.statistics import (
-    Interval,
-    Z,
     bootstrap_mean,
     expected_calibration_error,
     fitted_temperature,
     preference_nll,
     reliability,
-    share_change,
-    wilson,
 )
 
 

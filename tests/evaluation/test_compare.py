@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from rlhf.algorithms.statistics import wilson
+from rlhf.algorithms.intervals import wilson
 from rlhf.evaluation.compare import (
     MEASURES,
     ModelAnswers,

@@ -18,7 +18,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from rlhf.algorithms.statistics import Interval, share_change, wilson
+from rlhf.algorithms.intervals import Interval, share_change, wilson
 from rlhf.config.run_config import FOLDERS
 from rlhf.evaluation.result_tables import tables
 from rlhf.runtime.atomic_files import write_text

@@ -308,6 +308,11 @@ def test_runs_are_compared_by_their_results(run):
     assert policy == "default-src 'none'; style-src 'unsafe-inline'"
 
 
+def test_a_report_does_not_wait_for_torch():
+    script = "import sys, rlhf.tracking.report.__main__; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[3], check=False).returncode == 0
+
+
 def test_the_command_writes_the_report_or_says_what_is_wrong(run):
     def call(*words):
         words = [sys.executable, "-m", "rlhf.tracking.report", *map(str, words)]
