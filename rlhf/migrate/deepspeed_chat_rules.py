@@ -18,6 +18,10 @@ def data_dsc(t: Translation) -> None:
     if extra:
         t.none("sft_only_data_path", t.peer.steps["sft"]["sft_only_data_path"].note)
     sources = ["data/train.json" if path == "local/jsonfile" else path for path in paths]
+    if "local/jsonfile" in paths:
+        t.notes.append(
+            "local/jsonfile is data/train.json and data/eval.json of DeepSpeed-Chat's folder: give their paths"
+        )
     held_out: list[Any] = [
         {"path": path, "split": "eval"}
         for path in paths

@@ -59,7 +59,7 @@ def schedule(t: Translation) -> None:
     theirs = t.get("lr_scheduler_type")
     ours = SCHEDULES.get(theirs, theirs)
     options = t.get("lr_scheduler_kwargs") or {}
-    if ours == "cosine_with_min_lr":
+    if ours == "cosine_with_min_lr" and options:
         ours, share = "cosine", options.get("min_lr_rate", options.get("min_lr", 0) / t.get("learning_rate"))
         t.put("O.min_ratio", share, "lr_scheduler_type", "lr_scheduler_kwargs")
     elif options:
@@ -72,6 +72,9 @@ def schedule(t: Translation) -> None:
     name = next((name for name in ("warmup_ratio", "num_warmup_steps", "warmup_steps") if name in t.given), None)
     name = name or ("num_warmup_steps" if t.peer.name == "deepspeed-chat" else "warmup_steps")
     warmup = 0 if theirs == "constant" else t.get(name) or 0
+    if t.steps and warmup > t.steps:
+        t.notes.append(f"--{name} {warmup}: the run has {t.steps} steps, so the full rate is reached at its end")
+        warmup = t.steps
     for optimizer in [t.optimizer] + ["ppo.critic_optimizer"] * (t.step == "ppo"):
         t.put(f"{optimizer}.schedule", ours, "lr_scheduler_type")
         t.put(f"{optimizer}.warmup_steps", warmup, name)
@@ -82,6 +85,7 @@ def epochs(t: Translation) -> None:
     epochs, steps = t.get("num_train_epochs"), t.get("max_steps") or -1
     if t.stage != "ppo":
         t.put(*(("S.max_steps", steps, "max_steps") if steps > 0 else ("S.epochs", epochs, "num_train_epochs")))
+        t.steps = steps if steps > 0 else None
         return
     size, minibatch = t.settings["ppo.rollout_size"].value, t.settings["ppo.minibatch_size"].value
     updates = size // minibatch * (t.get("num_iterations") or t.get("ppo_epochs"))
@@ -98,6 +102,8 @@ def epochs(t: Translation) -> None:
         t.notes.append(
             f"ppo.iterations is our own; {epochs} epochs of N prompts are {epochs} x N / {prompts}: say --rows N"
         )
+        return
+    t.steps = t.settings["ppo.iterations"].value * updates
 
 
 def _known_rows(t: Translation) -> int | None:

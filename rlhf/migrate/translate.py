@@ -14,21 +14,14 @@ from rlhf.migrate.translation import Translation
 RULES: dict[str, Callable[[Translation], None]] = {
     rule.__name__: rule
     for rule in (
-        *(
-            shared.model,
-            shared.batch,
-            shared.lengths,
-            shared.schedule,
-            chat.rollout_dsc,
-            trl.rollout_trl,
-            shared.epochs,
-        ),
-        *(chat.data_dsc, chat.rates_dsc, chat.lora_dsc, chat.engine_dsc, chat.dropout, chat.eval_rows, chat.ptx),
-        *(trl.data_trl, trl.learns, trl.betas, trl.optim, trl.precision_trl, trl.report_to, trl.saving),
-        *(trl.engine_trl, trl.attention, trl.lora_trl, trl.loss_type, trl.reference, trl.rewards),
+        *(shared.model, shared.batch, shared.lengths, chat.rollout_dsc, trl.rollout_trl, shared.epochs),
+        *(shared.schedule, chat.data_dsc, chat.rates_dsc, chat.lora_dsc, chat.engine_dsc, chat.dropout),
+        *(chat.eval_rows, chat.ptx, trl.data_trl, trl.learns, trl.betas, trl.optim, trl.precision_trl),
+        *(trl.report_to, trl.saving, trl.engine_trl, trl.attention, trl.lora_trl, trl.loss_type),
+        *(trl.reference, trl.rewards, trl.offloading),
     )
 }
-"""In the order in which they run: the length of PPO follows from its batches."""
+"""In the order in which they run: the length of PPO follows from its batches, and a warm-up is no longer than it."""
 
 
 def translate(
@@ -66,10 +59,10 @@ def _take(found: Translation, name: str, *, value: Any) -> None:
         found.unknown.append(f"--{name}" + (f" ({near})" if near else ""))
     elif value is None and flag.fate in (Fate.set, Fate.rule) and flag.target != "lengths":
         found.notes.append(f"--{name} has no value: its default is taken")
-    elif number and not isinstance(value, int | float | None):
+    elif number and not isinstance(value, int | float | None) and flag.target != "lengths":
         raise ValueError(f"--{name} {value}: expected a number.")
     else:
-        found.given[name] = value
+        found.given[name] = [value] if flag.kind == "list" and not isinstance(value, list) else value
 
 
 def _apply(found: Translation, flag: Flag) -> None:

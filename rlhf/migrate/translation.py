@@ -34,6 +34,8 @@ class Translation:
     ranks: int = 1
     rows: int | None = None
     """Rows of the training data, where they are known."""
+    steps: int | None = None
+    """Optimizer steps, where they are known."""
     given: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, TracedSetting] = field(default_factory=dict)
     reasons: dict[Fate, list[str]] = field(default_factory=lambda: {Fate.itself: [], Fate.none: []})

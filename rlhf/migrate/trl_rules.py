@@ -12,8 +12,7 @@ from rlhf.migrate.translation import Translation
 
 def data_trl(t: Translation) -> None:
     """Sources with their splits and columns, and whether anything is held out."""
-    data, text = f"data.{t.stage}", t.get("dataset_text_field")
-    listed = t.get("datasets")
+    text, listed = t.get("dataset_text_field"), t.get("datasets")
     sources = [_source(entry) for entry in listed or []]
     if not listed:
         name = t.get("dataset_name")
@@ -23,26 +22,33 @@ def data_trl(t: Translation) -> None:
         if name is None:
             t.notes.append("no data set is named: give one in place of DATA")
     t.put(
-        f"{data}.train",
+        "data.S.train",
         sources,
         *(["datasets"] if listed else ["dataset_name", "dataset_train_split", "dataset_config"]),
     )
     strategy = str(t.get("eval_strategy"))
+    if strategy in ("no", "False") and t.stage == "ppo":
+        t.put("data.S.eval_fraction", 0, "eval_strategy")
+        t.put("ppo.eval_prompts", 0, "eval_strategy")
+        return
     if strategy in ("no", "False"):
-        t.put(f"{data}.eval_fraction", 0, "eval_strategy")
-        if t.stage == "ppo":
-            t.put("ppo.eval_prompts", 0, "eval_strategy")
+        t.put(
+            "data.S.eval_fraction", 0.01, "eval_strategy", note="nothing is held out there; a stage is always evaluated"
+        )
         return
     if not listed:
         source = {"path": t.get("dataset_name") or "DATA", "name": t.get("dataset_config")}
         t.put(
-            f"{data}.eval",
+            "data.S.eval",
             [_source(source | {"split": t.get("dataset_test_split")})],
             "dataset_name",
             "dataset_test_split",
         )
     every = t.get("eval_steps") or t.get("logging_steps")
-    t.put("S.eval_every", max(1, int(every)) if strategy == "steps" else 0, "eval_strategy", "eval_steps")
+    if every < 1:  # a share of the run
+        t.notes += [f"--eval_steps {every} of the run: give the steps, {t.stage}.eval_every"] * (t.steps is None)
+        every = every * (t.steps or 0)
+    t.put("S.eval_every", math.ceil(every) if strategy == "steps" else 0, "eval_strategy", "eval_steps")
 
 
 def _source(entry: Mapping[str, Any]) -> Any:
@@ -91,15 +97,18 @@ def precision_trl(t: Translation) -> None:
 
 def report_to(t: Translation) -> None:
     """W&B or nothing; other trackers are said."""
-    named = t.get("report_to")
-    wanted = {str(name) for name in (named if isinstance(named, list) else [named])}
+    wanted = {str(name) for name in t.get("report_to")}
     t.put("tracking.wandb", "auto" if wanted & {"wandb", "all"} else "disabled", "report_to")
     for name in sorted(wanted - {"wandb", "all", "none", "False"}):
         t.none("report_to", f"nothing is sent to {name}; metrics.jsonl has every number")
 
 
 def saving(t: Translation) -> None:
-    """When checkpoints are written, and how many are kept."""
+    """When checkpoints and metrics are written, and how many checkpoints are kept."""
+    every = t.get("logging_steps")
+    t.put("tracking.log_every", max(1, int(every)), "logging_steps")
+    if every < 1:
+        t.none("logging_steps", "tracking.log_every counts steps; a share of the run is not one")
     strategy = str(t.get("save_strategy"))
     if strategy in ("no", "False"):
         t.put("checkpoint.every", 0, "save_strategy")
@@ -130,10 +139,20 @@ def attention(t: Translation) -> None:
     name = t.get("attn_implementation")
     kernels = re.fullmatch(r"kernels-community/.*flash-attn(2|3)", str(name))
     name = f"flash_attention_{kernels[1]}" if kernels else name
-    if name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
+    if str(name).startswith("flash") and t.settings["engine.precision"].value == "fp32":
+        t.none("attn_implementation", "flash attention computes in 16 bits, there too")
+    elif name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
         t.put("S.engine.attention", name, "attn_implementation")
     elif name:
         t.none("attn_implementation", "expected eager, sdpa, flash_attention_2 or flash_attention_3 (engine.attention)")
+
+
+def offloading(t: Translation) -> None:
+    """Activations that are kept, not recomputed, stay on the device."""
+    if t.get("activation_offloading") and t.get("gradient_checkpointing"):
+        t.put("S.engine.activation_offload", True, "activation_offloading")
+    elif t.get("activation_offloading"):
+        t.none("activation_offloading", "engine.activation_offload needs engine.activation_checkpointing=true")
 
 
 def lora_trl(t: Translation) -> None:
@@ -162,8 +181,7 @@ def lora_trl(t: Translation) -> None:
 
 def loss_type(t: Translation) -> None:
     """The loss of the step."""
-    kinds = t.get("loss_type")
-    kinds = [str(kind) for kind in (kinds if isinstance(kinds, list) else [kinds])]
+    kinds = [str(kind) for kind in t.get("loss_type")]
     if t.step == "sft":
         if kinds not in (["nll"], ["chunked_nll"]):
             t.none("loss_type", "SFT learns by the likelihood of the tokens (nll)")
@@ -185,6 +203,9 @@ def _dpo_loss(t: Translation, kinds: list[str]) -> None:
         return
     kind, weight = next(iter(weighted.items()))
     t.put("dpo.loss_type", kind, "loss_type")
+    if t.get("label_smoothing") and kind not in ("sigmoid", "robust"):
+        t.put("dpo.label_smoothing", 0, "loss_type")
+        t.none("label_smoothing", f"the loss {kind} has none, there too")
     if sft:
         t.put("dpo.rpo_alpha", sft / weight, "loss_type", "loss_weights")
 
@@ -207,6 +228,7 @@ def _grpo_loss(t: Translation, kind: str) -> None:
         high = t.get("epsilon_high") or t.get("epsilon")  # there the bound itself, here how far it is above 1
         t.put("ppo.policy_loss", "cispo", "loss_type")
         t.put("ppo.clip_range", 1.0, "loss_type")
+        t.put("ppo.dual_clip", None, "loss_type")
         t.put("ppo.clip_range_high", max(high - 1, 1e-6), "loss_type", "epsilon_high")
 
 
@@ -218,6 +240,9 @@ def reference(t: Translation) -> None:
         t.none(
             "sync_ref_model", "the reference of DPO does not move: its log-probabilities are computed before training"
         )
+        return
+    if t.get("use_peft"):
+        t.none("sync_ref_model", "with adapters the reference is the model without them, and does not move")
         return
     size, minibatch = t.settings["ppo.rollout_size"].value, t.settings["ppo.minibatch_size"].value
     updates = size // minibatch * t.get("num_iterations")

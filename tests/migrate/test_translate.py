@@ -118,7 +118,12 @@ def test_the_third_step():
         ),
         (
             "--unsupervised_dataset_name w --unsupervised_dataset_config_name c --enable_test_mode --test_stop_step 3",
-            {"ppo.ptx.coef": 27.8, "data.ptx.train": [{"path": "w", "name": "c"}], "ppo.iterations": 3},
+            {
+                "ppo.ptx.coef": 27.8,
+                "data.ptx.train": [{"path": "w", "name": "c"}],
+                "ppo.iterations": 3,
+                "ppo.critic_optimizer.warmup_steps": 12,
+            },  # of 100: 3 iterations of 192 / 48 steps
         ),
         ("--unsupervised_dataset_name w --data_path me/mine", {"ppo.ptx.coef": None, "ppo.iterations": None}),
         (
@@ -197,7 +202,7 @@ def test_supervised_fine_tuning_with_the_defaults_of_trl():
     assert (sft.epochs, sft.global_batch_size, sft.micro_batch_size, run.seed) == (3, 8, 8, 42)
     assert (sft.max_prompt_tokens, sft.max_response_tokens, sft.response_only) == (512, 512, False)
     assert (sft.engine.precision, sft.engine.activation_checkpointing, sft.lora.rank) == ("bf16", True, 0)
-    assert (run.data.sft.eval, run.data.sft.eval_fraction) == ([], 0)
+    assert (run.data.sft.eval, run.data.sft.eval_fraction) == ([], 0.01)  # it is always evaluated here
     assert (run.checkpoint.every, run.tracking.log_every, run.tracking.wandb) == (500, 10, "disabled")
     assert found.unknown == []
 
@@ -268,10 +273,13 @@ def test_a_configuration_file_comes_after_the_command_line(tmp_path):
             },
         ),
         (
-            "--fsdp full_shard --attn_implementation kernels-community/flash-attn2 --lr_scheduler_type "
+            "--eval_strategy steps --eval_steps 0.3 --max_steps 10 --activation_offloading --fsdp full_shard "
+            "--attn_implementation kernels-community/flash-attn2 --lr_scheduler_type "
             """cosine_with_min_lr --lr_scheduler_kwargs '{"min_lr": 1e-7}' --max_length 301""",
             {
                 "engine": "zero3",
+                "dpo.eval_every": 3,
+                "dpo.engine.activation_offload": True,
                 "dpo.engine.attention": "flash_attention_2",
                 "dpo.optimizer.schedule": "cosine",
                 "dpo.optimizer.min_ratio": pytest.approx(0.1),
@@ -331,12 +339,13 @@ def test_groups_are_counted_in_responses():
             },
         ),
         (
-            "--loss_type cispo --epsilon_high 5.0 --max_steps 12 --steps_per_generation 3 --num_iterations 2 "
-            "--sync_ref_model --reward_model_name_or_path R",
+            "--loss_type cispo --epsilon_high 5.0 --delta 4.0 --max_steps 12 --steps_per_generation 3 "
+            "--num_iterations 2 --sync_ref_model --reward_model_name_or_path R",
             {
                 "ppo.policy_loss": "cispo",
                 "ppo.clip_range": 1.0,
                 "ppo.clip_range_high": 4.0,
+                "ppo.dual_clip": None,
                 "ppo.iterations": 2,
                 "ppo.epochs": 2,
                 "ppo.reference": "M",  # without a KL there is no other
@@ -371,6 +380,7 @@ def test_what_has_no_counterpart_says_why():
         "attn_implementation flex_attention": "expected eager",
         "reward_funcs get_soft_overlong_punishment": "overlong_share",
         "lora_r 8": "without --use_peft",
+        "logging_steps 0.1": "counts steps",
     }
     found, _ = translate(TRL, f"{GRPO} " + " ".join(f"--{flag}" for flag in expected))
     for flag, words in expected.items():
@@ -379,6 +389,21 @@ def test_what_has_no_counterpart_says_why():
             for reason in found.reasons[Fate.none]
             if reason.startswith(f"--{flag.split()[0]}") and words in reason
         ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "reason"),
+    [
+        ("--attn_implementation flash_attention_2 --bf16 false", "--attn_implementation flash_attention_2: flash"),
+        ("--activation_offloading --no_gradient_checkpointing", "--activation_offloading: engine.activation_offload"),
+        ("--loss_type hinge --label_smoothing 0.1", "--label_smoothing 0.1: the loss hinge has none"),
+        ("--sync_ref_model", "--sync_ref_model: the reference of DPO does not move"),
+        ("--loss_type sigmoid bco_pair", "--loss_type sigmoid bco_pair: expected one of sigmoid"),
+    ],
+)
+def test_flags_that_do_not_go_together_here_compose_all_the_same(flags, reason):
+    found, _ = translate(TRL, f"trl dpo --model_name_or_path M --dataset_name d/e {flags}")
+    assert [text for text in found.reasons[Fate.none] if text.startswith(reason)]
 
 
 def test_generation_servers_are_not_needed():
