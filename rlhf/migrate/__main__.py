@@ -91,6 +91,11 @@ def _translation(
     translation = translate(project, given, step=told, ranks=counted or 1, rows=rows)
     if counted is None:
         translation.notes.append("devices are not counted: the batch is that of one; say --ranks N for N of them")
+    if _nodes(given) > 1:
+        translation.settings.pop("launch.ranks", None)
+        translation.notes.append(
+            f"on {_nodes(given)} machines, start it on each with torchrun; the batch counts all devices"
+        )
     return translation
 
 
@@ -122,7 +127,10 @@ def _step_of(project: Peer, program: str, *, place: str, rest: list[str]) -> str
             )
         return SCRIPTS[name]
     if Path(program).name not in ("main.py", "chat.py"):
-        raise ValueError(f"{program}: expected main.py or chat.py; stage=eval compares models here (eval.baseline).")
+        raise ValueError(
+            f"{program}: expected main.py or chat.py. e2e_rlhf.py starts the scripts of the steps, which can be given; "
+            "stage=eval compares models here (eval.baseline)."
+        )
     path = f"{place}/{program}"
     by_path = next((step for part, step in STEPS.items() if part in path), None)
     by_flag = next((step for flag, step in TELLING.items() if f"--{flag}" in rest), None)
@@ -161,12 +169,19 @@ def _value(words: list[str], flag: Any) -> Any:
 
 
 def _devices(given: dict[str, Any]) -> int | None:
-    """How many devices the launcher was told to use, None if it was not."""
-    per_node = next((given[name] for name in ("num_gpus", "num_processes", "nproc_per_node") if name in given), None)
-    nodes = (
-        1 if "num_processes" in given else next((given[name] for name in ("num_nodes", "nnodes") if name in given), 1)
-    )
-    return per_node * nodes if isinstance(per_node, int) and isinstance(nodes, int) else None
+    """How many devices the launcher was told to use, itself or by a file of Accelerate; None if it was not."""
+    file = given.get("config_file")
+    said = yaml.safe_load(Path(file).read_text("utf-8")) if isinstance(file, str) and Path(file).is_file() else {}
+    everywhere = given.get("num_processes", said.get("num_processes") if isinstance(said, dict) else None)
+    here = given.get("num_gpus", given.get("nproc_per_node"))
+    if isinstance(everywhere, int):
+        return everywhere
+    return here * _nodes(given) if isinstance(here, int) else None
+
+
+def _nodes(given: dict[str, Any]) -> int:
+    found = next((given[name] for name in ("num_nodes", "num_machines", "nnodes") if name in given), 1)
+    return found if isinstance(found, int) else 1
 
 
 def command_of(found: Translation) -> list[str]:

@@ -191,6 +191,21 @@ def test_a_script_with_arguments(tmp_path):
     check_overrides(command_of(found))
 
 
+def test_devices_are_counted_over_machines():
+    (found,) = translations(CHAT, [STEP1.replace("--num_gpus 1", "--num_gpus 4 --num_nodes 2")], step="sft")
+    assert values(found)["sft.global_batch_size"] == 16 * 4 * 2
+    assert "launch.ranks" not in found.settings
+    assert any("on 2 machines, start it on each with torchrun" in note for note in found.notes)
+
+
+def test_a_file_of_accelerate_counts_devices_too(tmp_path):
+    file = tmp_path / "deepspeed.yaml"
+    file.write_text("distributed_type: DEEPSPEED\nnum_processes: 8\n")
+    (found,) = translations(TRL, [f"accelerate launch --config_file {file} sft.py"])
+    assert values(found)["sft.global_batch_size"] == 64
+    assert (values(found)["launch.ranks"], values(found)["engine.deepspeed"]) == (8, str(file))
+
+
 # ---- TRL
 
 
