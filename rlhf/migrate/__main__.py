@@ -25,8 +25,6 @@ from rlhf.migrate.translation import Translation, override, scalar
 
 STEPS = {"step1": "sft", "step2_dpo": "dpo", "step2": "reward", "step3": "ppo", "chat.py": "chat"}
 """Parts of paths of DeepSpeed-Chat -> its steps."""
-TELLING = {"actor_model_name_or_path": "ppo", "beta": "dpo", "num_padding_at_beginning": "reward", "path": "chat"}
-"""Flags that only one step has and many commands give."""
 SCRIPTS = {"sft": "sft", "reward": "reward", "dpo": "dpo", "grpo": "grpo"}
 """First words of scripts and subcommands of TRL -> steps."""
 ELSEWHERE = {"vlm", "online", "diffusion", "agent"}
@@ -89,6 +87,8 @@ def _translation(
         given = {str(name): value for name, value in head.items() if name != "env"} | given
     counted = ranks or _devices(given)
     translation = translate(project, given, step=told, ranks=counted or 1, rows=rows)
+    if not step and project.name == "deepspeed-chat" and not any(part in f"{place}/{program}" for part in STEPS):
+        translation.notes.append(f"taken for the step {told} by its flags; --step names another")
     if counted is None:
         translation.notes.append("devices are not counted: the batch is that of one; say --ranks N for N of them")
     if _nodes(given) > 1:
@@ -133,10 +133,9 @@ def _step_of(project: Peer, program: str, *, place: str, rest: list[str]) -> str
         )
     path = f"{place}/{program}"
     by_path = next((step for part, step in STEPS.items() if part in path), None)
-    by_flag = next((step for flag, step in TELLING.items() if f"--{flag}" in rest), None)
-    if by_path or by_flag:
-        return str(by_path or by_flag)
-    raise ValueError(f"{program}: not told which step it is of; say --step sft, reward, dpo or ppo.")
+    names = [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
+    unknown = {step: sum(name not in flags for name in names) for step, flags in project.steps.items()}
+    return by_path or min(unknown, key=lambda step: unknown[step])  # the first of those that know most of the flags
 
 
 def _values(words: list[str], flags: Any) -> dict[str, Any]:

@@ -180,6 +180,22 @@ def test_other_steps_and_data():
     assert (run.reward.eval_every, run.reward.eval_rows) == (50, 320)
 
 
+@pytest.mark.parametrize(
+    ("flags", "step"),
+    [
+        ("--zero_stage 3 --offload", "sft"),
+        ("--num_padding_at_beginning 0", "reward"),
+        ("--eval_iters=5", "reward"),
+        ("--label_smoothing 0.1", "dpo"),
+        ("--actor_model_name_or_path A --seed 1", "ppo"),
+    ],
+)
+def test_a_step_is_told_by_its_flags(flags, step):
+    (found,) = translations(CHAT, [f"deepspeed main.py --data_path Dahoas/rm-static {flags}"])
+    assert found.step == step
+    assert f"taken for the step {step} by its flags; --step names another" in found.notes
+
+
 def test_a_script_with_arguments(tmp_path):
     script = tmp_path / "step3_rlhf_finetuning/run.sh"
     script.parent.mkdir()
@@ -434,7 +450,6 @@ def test_generation_servers_are_not_needed():
 @pytest.mark.parametrize(
     ("project", "command", "message"),
     [
-        (CHAT, "deepspeed main.py --model_name_or_path M", "not told which step"),
         (CHAT, "python prompt_eval.py", "expected main.py or chat.py"),
         (CHAT, "ls", "found no command"),
         (CHAT, f"{STEP3} --ppo_epochs two", "--ppo_epochs two: expected a number"),
