@@ -18,7 +18,7 @@ from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.engine import Engine, build_engine
 from rlhf.engine.fsdp_private import without_load_hooks
 from rlhf.engine.fsdp_units import full_tensor, local_rows, sharded_like
-from rlhf.models.module_spec import replace_parameters, spec_of
+from rlhf.models.module_spec import replace_parameters, require_all_layers, spec_of
 from rlhf.runtime.dist import World, copy_from_first
 
 
@@ -31,6 +31,8 @@ def shard_module(module: nn.Module, *, config: EngineConfig, world: World, optim
         world: this rank among the others; all must call.
         optimizer: Adam's settings, which groups of parameters replace in every step; None for a frozen model.
     """
+    if config.zero_stage >= 1 and world.size > 1:
+        require_all_layers(module)
     attributes = {name: dict(vars(parameter)) for name, parameter in module.named_parameters()}
     engine = build_engine(spec_of(module), config=config, world=world, optimizer=optimizer, total_steps=1)
     for part in module.modules():

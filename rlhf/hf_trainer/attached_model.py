@@ -9,6 +9,7 @@ from typing import Any
 
 from rlhf.engine import hybrid
 from rlhf.engine.engine import Engine
+from rlhf.engine.fsdp_units import local_shard
 from rlhf.engine.in_memory import full_state_dict
 from rlhf.hf_trainer.zero_optimizer import ZeroOptimizer
 
@@ -58,4 +59,9 @@ class _SavePretrained:
             kwargs["state_dict"] = full_state_dict(self._engine, keep=is_main)  # collectives
             if not is_main:
                 return None
+        elif any(local_shard(value).shape != value.shape for value in kwargs["state_dict"].values()):
+            raise ValueError(
+                "save_pretrained: the state_dict has shards, as `model.state_dict()` returns them; expected whole "
+                "tensors. Leave state_dict out and call it on all ranks, or use trainer.save_model."
+            )
         return self._original(save_directory, *args, **kwargs)

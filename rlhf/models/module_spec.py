@@ -50,7 +50,7 @@ def spec_of(module: nn.Module) -> InMemorySpec:
     """Take the values out of a module, whose parameters are on meta afterwards.
 
     Raises:
-        ValueError: a parameter is no floating-point number or has no value, or layers are dropped by chance.
+        ValueError: a parameter is no floating-point number or has no value.
     """
     parameters = dict(module.named_parameters())
     for name, parameter in parameters.items():
@@ -63,17 +63,23 @@ def spec_of(module: nn.Module) -> InMemorySpec:
             raise ValueError(f"{name} has no value (it is on meta); expected a model that is loaded into memory.")
     config = getattr(module, "config", None)
     config = config if isinstance(config, PreTrainedConfig) else PreTrainedConfig()
-    dropped = {key: value for key, value in dropout_settings(config).items() if "layerdrop" in key and value}
-    if dropped:
-        raise ValueError(
-            f"the model's configuration has {dropped}: whole layers would be dropped by chance, on every rank others, "
-            f"and ranks would wait for each other; expected 0."
-        )
     weights = InMemoryWeights({name: parameter.detach() for name, parameter in parameters.items()})
     blocks = find_layers(module)
     replace_parameters(module, {id(parameter): _outline(parameter) for parameter in parameters.values()})
     trainable = {name for name, parameter in parameters.items() if parameter.requires_grad}
     return InMemorySpec(module, weights, blocks, trainable, config)
+
+
+def require_all_layers(module: nn.Module) -> None:
+    """Raise ValueError where layers are dropped by chance: ranks that gather together must compute the same ones."""
+    config = getattr(module, "config", None)
+    found = dropout_settings(config) if isinstance(config, PreTrainedConfig) else {}
+    dropped = {key: value for key, value in found.items() if "layerdrop" in key and value}
+    if dropped:
+        raise ValueError(
+            f"the model's configuration has {dropped}: whole layers would be dropped by chance, on every rank others, "
+            f"and ranks would wait for each other. Set it to 0, or use ZeRO stage 0."
+        )
 
 
 def replace_parameters(root: nn.Module, new: Mapping[int, nn.Parameter]) -> None:

@@ -7,8 +7,11 @@ import torch
 import transformers
 
 from rlhf import hf
+from rlhf.config.engine_config import EngineConfig
 from rlhf.deepspeed.arithmetic import WarmupDecayLR
+from rlhf.engine.in_memory import shard_module
 from rlhf.hf_trainer.trainer_mixin import HOOKS, check_hooks
+from rlhf.runtime.dist import World
 from tests.hf.runs import MODELS, OPTIONS, close, rows, train, zero
 
 
@@ -196,6 +199,38 @@ def test_two_generations_are_the_same_before_and_after_sharding(tmp_path):
     close(trainer)
 
 
+def test_an_evaluation_without_training_is_that_of_the_plain_trainer(tmp_path):
+    found = []
+    for deepspeed in (None, zero(3), zero(3, bf16={"enabled": True})):
+        made = MODELS["bert"]()
+        args = arguments(tmp_path, deepspeed, bf16=deepspeed is not None and "bf16" in deepspeed)
+        trainer = hf.Trainer(model=made, args=args, eval_dataset=rows(made))
+        found.append((trainer.evaluate()["eval_loss"], trainer.predict(rows(made)).predictions))
+    plain, same, rounded = found
+    assert plain[0] == same[0] != rounded[0]
+    assert (plain[1] == same[1]).all()
+    assert rounded[0] == pytest.approx(plain[0], abs=0.02)
+
+
+def test_a_model_for_each_trial(tmp_path):
+    args = arguments(tmp_path, zero(3))
+    trainer = hf.Trainer(model_init=lambda: MODELS["llama"](), args=args, train_dataset=rows(MODELS["llama"]()))
+    trainer.train()
+    first, engine = losses(trainer), trainer._engine
+    trainer.train()
+    assert losses(trainer) == first
+    assert trainer._engine is not engine
+
+
+def test_layers_must_not_be_dropped_where_ranks_gather_together(tmp_path):
+
+    made = MODELS["llama"]()
+    made.config.layerdrop = 0.1
+    world = World(0, 2, torch.device("cpu"))
+    with pytest.raises(ValueError, match="layerdrop.*use ZeRO stage 0"):
+        shard_module(made, config=EngineConfig(zero_stage=1), world=world, optimizer=None)
+
+
 def test_a_backward_past_the_accelerator_is_noticed(tmp_path):
     class Direct(hf.Trainer):
         def training_step(self, model, inputs, num_items_in_batch=None):
@@ -225,7 +260,6 @@ def test_what_the_configuration_leaves_out_is_said(tmp_path, caplog):
     ("change", "words"),
     [
         (lambda model: model.to("meta"), "has no value"),
-        (lambda model: setattr(model.config, "layerdrop", 0.1), "layerdrop"),
         (lambda model: model.register_parameter("codes", torch.nn.Parameter(torch.ones(2).byte(), False)), "uint8"),
     ],
 )

@@ -30,12 +30,12 @@ def whole(folder):
 
 
 def resumed(folder, output):
-    """The same from the checkpoints in the middle."""
+    """The same from the checkpoints in the middle, also into a model that is sharded already."""
     size = 4 // (torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1)
     options = {"per_device_train_batch_size": size, "max_steps": 8}
     return {
-        name: train(f"{output}/{name}", **kind, **options, resume=f"{folder}/{name}/checkpoint-4")
-        for name, kind in KINDS.items()
+        name: train(f"{output}/{name}", **kind, **options, resume=f"{folder}/{name}/checkpoint-4", first=first)
+        for (name, kind), first in zip(KINDS.items(), ("evaluate", "train", "evaluate"), strict=True)
     }
 
 
