@@ -26,7 +26,7 @@ from rlhf.tracking.console import setup_logging
 from rlhf.tracking.provenance import record_start
 from stages.lifecycle.checkpointing import Stopped
 from stages.lifecycle.stage_record import check_shared, is_finished, lock_folder
-from stages.lifecycle.summary import show_results, where_it_stands, write_report
+from stages.lifecycle.summary import show_results, show_start, where_it_stands, write_report
 from stages.setup.command_line import one_sentence
 from stages.setup.compatibility import check_made
 from stages.setup.compose import from_yaml, load_run, save_run, to_yaml
@@ -107,6 +107,7 @@ def run_on_ranks(run: RunConfig, todo: list[str], *, world: World, ranks: int, s
 
 def stages_to_run(run: RunConfig, ranks: int) -> list[str]:
     """Run all checks; returns the stages that are left to do."""
+    show_start(run)
     todo = preflight(run, ranks=ranks)
     if todo:
         for stage in todo:

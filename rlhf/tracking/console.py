@@ -1,12 +1,15 @@
-"""Shows a running stage on the terminal: log lines, and a progress bar or plain lines. All of it goes to stderr."""
+"""Shows a running stage on the terminal: log lines, and a growing curve or plain lines. All of it goes to stderr."""
 
 from __future__ import annotations
 
 import io
 import logging
+import math
+import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 from tqdm import tqdm
@@ -20,8 +23,11 @@ logger = logging.getLogger(__name__)
 
 _OUR_LOGGERS = ("rlhf", "stages", "data", "run_pipeline", "__main__")
 _SECONDS_BETWEEN_LINES = 10.0
-_BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {elapsed}<{remaining} {rate_fmt}{postfix}"
-"""Short, so that the headline metrics fit into 80 columns."""
+_BAR = "{desc} {n_fmt}/{total_fmt} |{bar:0}CURVE| {elapsed}<{remaining} {rate_fmt}{postfix}"
+"""Short, so that the headline metrics fit into 80 columns. A curve stands where others have a bar: it grows as far."""
+_CURVES = ("train/loss", "objective/scores")
+"""Metrics of that curve; a stage has one of them."""
+_LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 
 
 def setup_logging(world: World, *, quiet: bool = False) -> None:
@@ -79,12 +85,35 @@ def _first_of_each() -> Callable[[logging.LogRecord], bool]:
 
 def headlines(metrics: Mapping[str, float]) -> dict[str, str]:
     """The headline metrics among `metrics`, formatted, by a short name (`loss`, `kl`, but `eval/loss`)."""
-    keys = [key for key in metrics if metric(key).headline]
-    return {key if key.startswith("eval/") else key.split("/")[-1]: number(metrics[key]) for key in keys}
+    return {_short(key): number(metrics[key]) for key in metrics if metric(key).headline}
+
+
+def _short(key: str) -> str:
+    return key if key.startswith("eval/") else key.split("/")[-1]
+
+
+def sparkline(values: Sequence[float], width: int, *, encoding: str | None) -> str:
+    """A curve of at most `width` characters: means of equally many values, blank where none is finite.
+
+    Plain ASCII where the terminal's `encoding` has no block characters.
+    """
+    count = min(width, len(values))
+    parts = [values[len(values) * i // count : len(values) * (i + 1) // count] for i in range(count)]
+    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0) or 1.0
+    finite = [[value / largest for value in part if math.isfinite(value)] for part in parts]
+    means = [fmean(part) if part else None for part in finite]
+    known = [mean for mean in means if mean is not None]
+    try:
+        levels = _LEVELS if _LEVELS.encode(encoding or "ascii") else ""
+    except (UnicodeEncodeError, LookupError):
+        levels = _ASCII_LEVELS
+    low, spread = min(known, default=0.0), max(known, default=0.0) - min(known, default=0.0)
+    top = len(levels) - 1
+    return "".join(" " if mean is None else levels[round((mean - low) / (spread or 1.0) * top)] for mean in means)
 
 
 class StageProgress:
-    """Shows how far a stage is: one bar on a terminal, elsewhere lines, or nothing.
+    """Shows how far a stage is: one bar with a curve on a terminal, elsewhere lines, or nothing.
 
     A line is printed for the first and the last step and for each evaluation, and otherwise at most every ten seconds.
     """
@@ -95,19 +124,29 @@ class StageProgress:
             self._mode = ProgressDisplay.bar if sys.stderr.isatty() else ProgressDisplay.plain
         self._bar: tqdm[Any] | None = None
         self._headlines: dict[str, str] = {}
+        self._history: dict[str, list[float]] = {}
         self._first_step, self._start, self._last_line = 0, 0.0, 0.0
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` steps are finished, with the headline metrics."""
         if self._mode is ProgressDisplay.bar:
+            for key in metrics:
+                if metric(key).headline:
+                    self._history.setdefault(key, []).append(metrics[key])
             self._draw(step, headlines(metrics))
         elif self._mode is ProgressDisplay.plain:
             self._print(step, headlines(metrics))
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Leave the bar as it is, and below it on a terminal the curve of each headline metric."""
         if self._bar is not None:
             self._bar.close()
+        for key, values in self._history.items():
+            if len(values) > 2:
+                curve = sparkline(values, 40, encoding=sys.stderr.encoding)
+                logger.info(
+                    "%s %-16s %s  %s to %s", self._stage, _short(key), curve, *map(number, (values[0], values[-1]))
+                )
 
     def _draw(self, step: int, shown: dict[str, str]) -> None:
         # Each stays until it has a new value. Training metrics come first: what does not fit is cut off at the end.
@@ -115,7 +154,13 @@ class StageProgress:
         ordered = dict(sorted(self._headlines.items(), key=lambda item: item[0].startswith("eval/")))
         if self._bar is None:  # created late, because a resumed stage does not begin at step 0
             about = {"desc": self._stage, "total": self._total, "unit": "step"}
-            self._bar = tqdm(initial=step, dynamic_ncols=True, bar_format=_BAR, **about)
+            self._bar = tqdm(initial=step, dynamic_ncols=True, bar_format=_BAR.replace("CURVE", ""), **about)
+        # As far as the stage has come: what is left of 80 columns beside the numbers, and more on a wide terminal.
+        width = min(24, max(6, shutil.get_terminal_size().columns - 74))
+        drawn = next((self._history[key] for key in _CURVES if key in self._history), [])
+        come = -(-step * width // self._total) if self._total else 0
+        curve = sparkline(drawn, come, encoding=sys.stderr.encoding) if drawn and come else ""
+        self._bar.bar_format = _BAR.replace("CURVE", curve.ljust(width))
         self._bar.set_postfix(ordered, refresh=step == self._bar.n)
         self._bar.update(step - self._bar.n)
 

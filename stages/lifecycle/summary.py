@@ -1,4 +1,4 @@
-"""The end of a run: a table of held-out results, a few samples before and after, the report, and how to resume."""
+"""What a run says at its start and its end: results, a few samples, the report, what to do next, how to resume."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from rlhf.config.roles import policy_path
-from rlhf.config.run_config import FOLDERS, RunConfig
+from rlhf.config.run_config import FOLDERS, Embedded, RunConfig
 from rlhf.tracking.metric_registry import metric
 from rlhf.tracking.report.run_folder import FolderReader, can_report
 from rlhf.tracking.text_table import table
@@ -37,6 +37,35 @@ def show_results(run: RunConfig) -> None:
     write_report(run, folder)
     shown = f"; {folder / 'report.html'} shows it" if run.tracking.report else ""
     log.info("everything is in %s%s", folder, shown)
+    log.info("%s", "\n".join(["Next:", *next_steps(run)]))
+
+
+def show_start(run: RunConfig) -> None:
+    """Say what a run with the tiny model is; any other is what it was asked to be."""
+    if run.model.embedded is Embedded.tiny and run.stages:
+        log.info(
+            "A tiny model with random weights tries the whole code: its texts and scores mean nothing. With the steps "
+            "of experiment=smoke that takes about a minute on two idle cores."
+        )
+
+
+def next_steps(run: RunConfig) -> list[str]:
+    """At most five lines on what to do with a finished run, each a command or a file."""
+    folder = Path(run.output_dir)
+    steps = [f"  open {folder / 'report.html'} in a browser"] if run.tracking.report and can_report(folder) else []
+    policy = next((path for path in (policy_path(run), f"{folder}/sft/model") if Path(path).exists()), None)
+    if policy:
+        steps.append(f"  python run_pipeline.py stage=chat {shlex.quote(f'chat.model={policy}')}   talks to it")
+    if run.model.embedded is Embedded.tiny:
+        return [
+            *steps,
+            "  python run_pipeline.py   the real recipe: a 135M model and human ratings, 6 to 10 minutes on two cores",
+            "  python run_pipeline.py experiment=custom model.path=MODEL 'data.sft.train=[FILE]' "
+            "'data.reward.train=[FILE]' 'data.ppo.train=[FILE]'   your own model and data",
+        ]
+    if policy:
+        steps.append(f"  python -m stages.publish {shlex.quote(policy)}   shows what `--to OWNER/NAME` would upload")
+    return steps
 
 
 def write_report(run: RunConfig, folder: Path) -> None:

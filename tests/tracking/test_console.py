@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import re
 import sys
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ import torch
 
 from rlhf.config.run_config import ProgressDisplay
 from rlhf.runtime.dist import World
-from rlhf.tracking.console import StageProgress, setup_logging
+from rlhf.tracking.console import StageProgress, setup_logging, sparkline
 
 
 def world(rank):
@@ -132,7 +133,7 @@ def test_auto_is_a_bar_on_a_terminal(monkeypatch, caplog):
     assert "loss=0.5" in last
     assert "eval/loss=0.75" in last
     assert "lr=" not in last
-    assert caplog.records == []
+    assert [record.getMessage() for record in caplog.records] == ["sft loss             #:._  2 to 0.5"]
 
 
 def test_eighty_columns_show_what_training_is_about(monkeypatch):
@@ -148,6 +149,51 @@ def test_eighty_columns_show_what_training_is_about(monkeypatch):
     assert len(last) <= 80
     assert "loss=0.6512" in last
     assert "accuracy=0.63" in last
+
+
+@pytest.mark.parametrize(
+    ("values", "width", "curve"),
+    [
+        ([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 8, "▁▂▃▄▅▆▇█"),
+        ([7.0, 7.0, 0.0, 0.0], 2, "█▁"),  # means of two each
+        ([1.0, 1.0, 1.0], 8, "▁▁▁"),  # no more characters than values
+        ([0.0, math.nan, 1.0, math.inf], 4, "▁ █ "),
+        ([math.nan, 3.0], 1, "▁"),
+        ([math.nan], 4, " "),
+        ([-1e308, 1e308], 2, "▁█"),
+        ([], 4, ""),
+    ],
+)
+def test_a_sparkline_has_the_means_of_equally_many_values(values, width, curve):
+    assert sparkline(values, width, encoding="utf-8") == curve
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", None, "unknown-8"])
+def test_a_terminal_without_block_characters_has_a_curve_of_plain_ones(encoding):
+    curve = sparkline([0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0], 8, encoding=encoding)
+    assert curve == "_.:-=+*#"
+    assert curve.isascii()
+
+
+def test_the_bar_is_a_curve_that_grows_and_the_end_has_one_of_each_headline(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
+    terminal = Terminal()
+    monkeypatch.setattr(Terminal, "encoding", "utf-8")
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr("tqdm.std._screen_shape_wrapper", lambda: lambda file: (98, 24))
+    monkeypatch.setenv("COLUMNS", "98")
+    progress = StageProgress("sft", 48, mode=ProgressDisplay.bar)
+    progress.show(0, {"eval/loss": 3.0})
+    for step in range(1, 49):
+        progress.show(step, {"train/loss": float(step <= 24), "train/lr": 0.5})
+        if step == 24:
+            half = str(progress._bar)
+    whole = str(progress._bar)
+    progress.close()
+    assert re.match(r"sft 24/48 \|▁{12} {12}\|", half)
+    assert re.match(r"sft 48/48 \|█{12}▁{12}\|", whole)
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"sft loss +█{20}▁{20}  1 to 0", line)
 
 
 def test_auto_is_plain_without_a_terminal_and_quiet_is_silent(caplog, capfd):
