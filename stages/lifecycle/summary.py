@@ -37,7 +37,9 @@ def show_results(run: RunConfig) -> None:
     write_report(run, folder)
     shown = f"; {folder / 'report.html'} shows it" if run.tracking.report else ""
     log.info("everything is in %s%s", folder, shown)
-    log.info("%s", "\n".join(["Next:", *next_steps(run)]))
+    steps = next_steps(run)
+    if steps:
+        log.info("%s", "\n".join(["Next:", *steps]))
 
 
 def show_start(run: RunConfig) -> None:
@@ -45,7 +47,7 @@ def show_start(run: RunConfig) -> None:
     if run.model.embedded is Embedded.tiny and run.stages:
         log.info(
             "A tiny model with random weights tries the whole code: its texts and scores mean nothing. With the steps "
-            "of experiment=smoke that takes about a minute on two idle cores."
+            "of experiment=smoke that takes one to two minutes on two cores."
         )
 
 

@@ -67,6 +67,10 @@ def test_a_run_says_its_arithmetic_and_its_results(one_rank):
     assert "4 steps per iteration = 2 minibatches x 2 epochs" in output
     assert "Held-out results" in output
     assert "before and after PPO" in output
+    assert "A tiny model with random weights" in output.splitlines()[0]
+    *_, title, report, chat, real, own = output.splitlines()
+    assert title.endswith("Next:")
+    assert [line.startswith("  ") for line in (report, chat, real, own)] == [True] * 4
 
 
 def test_the_report_of_a_run_misses_nothing(one_rank):

@@ -79,6 +79,8 @@ def sections(stage: StageFolder) -> list[ChartSection]:
         groups[section, _chart_of(key, stage)][key] = points
         place = found.setdefault(section, ChartSection(section))
         place.is_open |= section in ("Training", "Objective") or (section == "Evaluation" and len(points) > 2)
+    for series in groups.values():
+        series.update({key: series.pop(key) for key in sorted(series, key=_place_in_registry)})
     for (section, title), series in sorted(groups.items(), key=lambda group: min(map(_place_in_registry, group[1]))):
         if all(_is_constant(key, stage) for key in series):
             found[section].constant |= {key: points[0][1] for key, points in series.items()}
