@@ -56,8 +56,10 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
 }
 matplotlib.rcParams.update(_STYLE)
+PHASES = ("generate", "score", "reward", "train", "actor", "critic", "evaluate", "save")
+"""Phases of a step, one after the other, and parts of them."""
 OTHER = "other"
-"""Name of the rest, which has a quiet colour."""
+"""Name of the rest of a step."""
 _OUTSIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1, 1)}  # a legend beside the axes
 
 
@@ -184,8 +186,9 @@ def _strength(layer: str) -> float:
 
 
 def _colours(layers: Mapping[str, Any]) -> list[str]:
-    """A colour for each layer; the rest, which nobody asks about, is quiet."""
-    return [_QUIET if name == OTHER else _SERIES[place % len(_SERIES)] for place, name in enumerate(layers)]
+    """A colour for each layer, in every chart the same; the rest, which nobody asks about, is quiet."""
+    colours = dict(zip(PHASES, _SERIES, strict=True)) | {OTHER: _QUIET}
+    return [colours.get(name, _SERIES[place % len(_SERIES)]) for place, name in enumerate(layers)]
 
 
 def bars(title: str, caption: str, *, x: str, groups: Mapping[str, Mapping[str, float]]) -> Chart:

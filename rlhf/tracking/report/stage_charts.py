@@ -17,6 +17,7 @@ from rlhf.tracking.jsonl_log import Row, by_step, is_number
 from rlhf.tracking.metric_registry import METRICS, Metric, registered
 from rlhf.tracking.report.charts import (
     OTHER,
+    PHASES,
     Chart,
     Points,
     bars,
@@ -31,8 +32,6 @@ from rlhf.tracking.report.run_folder import StageFolder
 
 _ROUNDING = 1e-5  # a curve that moves by less of its value says nothing
 _SPEED = "perf/tokens_per_second"
-_ORDER = ("reference", "generate", "score", "reward", "train", "actor", "critic", "evaluate", "save")
-"""Phases of a step, one after the other."""
 
 
 @dataclass
@@ -71,7 +70,8 @@ def sections(stage: StageFolder) -> list[ChartSection]:
     """Curves by section, those of one kind in one chart; two points, which the table of results has too, open none."""
     found: dict[str, ChartSection] = {}
     groups: dict[tuple[str, str], dict[str, Points]] = defaultdict(dict)
-    for key in stage.logged():
+    order = {name: place for place, name in enumerate(METRICS)}
+    for key in sorted(stage.logged(), key=lambda key: order.get(_registered(key), len(order))):
         points, section = stage.series(key), known(key).section
         is_drawn_by_cost = section in ("Throughput", "Memory")
         if is_drawn_by_cost or not points or len(points) == 1 < len(stage.rows):
@@ -79,22 +79,12 @@ def sections(stage: StageFolder) -> list[ChartSection]:
         groups[section, _chart_of(key, stage)][key] = points
         place = found.setdefault(section, ChartSection(section))
         place.is_open |= section in ("Training", "Objective") or (section == "Evaluation" and len(points) > 2)
-    for series in groups.values():
-        series.update({key: series.pop(key) for key in sorted(series, key=_place_in_registry)})
-    for (section, title), series in sorted(groups.items(), key=lambda group: min(map(_place_in_registry, group[1]))):
+    for (section, title), series in groups.items():
         if all(_is_constant(key, stage) for key in series):
             found[section].constant |= {key: points[0][1] for key, points in series.items()}
         else:
             found[section].charts.append(_of_one_kind(stage, title, series=series))
-    order = list(dict.fromkeys(entry.section for entry in METRICS.values()))
-    return sorted(
-        found.values(), key=lambda section: order.index(section.name) if section.name in order else len(order)
-    )
-
-
-def _place_in_registry(key: str) -> int:
-    names = list(METRICS)
-    return names.index(_registered(key)) if _registered(key) in METRICS else len(names)
+    return list(found.values())
 
 
 def _registered(key: str) -> str:
@@ -179,7 +169,7 @@ def phases_of(row: Row) -> dict[str, float]:
 def _place(layer: tuple[str, Any]) -> int:
     """The place of a phase in a step, by its name; the rest of the step comes last."""
     name = layer[0]
-    return _ORDER.index(name) if name in _ORDER else len(_ORDER) + (name == OTHER)
+    return PHASES.index(name) if name in PHASES else len(PHASES) + (name == OTHER)
 
 
 def _times(stage: StageFolder) -> list[Chart]:
