@@ -110,9 +110,9 @@ def run_ppo(run: RunConfig, world: World) -> StageRecord:
 
 def tokens_by_phase(rollout: Rollout, metrics: Mapping[str, float]) -> dict[str, float]:
     """Tokens of all ranks that each phase of an iteration worked on; of the step, those of the rollout once."""
-    names = {"generate": "generated", "score": "scored", "train": "trained"}
-    tokens = {phase: metrics[f"rollout/{name}_tokens"] for phase, name in names.items()}
-    return tokens | {"step": float(rollout.held.num_tokens.sum())}  # on the CPU
+    phases = (("generate", "generated"), ("score", "scored"), ("train", "trained"))
+    tokens = {"step": float(rollout.held.num_tokens.sum())}  # on the CPU
+    return tokens | {phase: metrics[f"rollout/{name}_tokens"] for phase, name in phases}
 
 
 def score_shaping(config: PPOConfig) -> ScoreShaping:
@@ -134,8 +134,8 @@ def next_rollout(
         prompts: this rank's.
         loader: gives further prompts, which later iterations will not see, if groups of equal scores are replaced.
     """
-    config, found = collector.config, list[Tensor]()  # the scores of every response that was drawn
-    tokens = Counter[str]()
+    config, tokens = collector.config, Counter[str]()
+    found = list[Tensor]()  # the scores of every response that was drawn
 
     def collect(batch: PromptBatch) -> Rollout:
         rollout = collector.collect(batch, seed=config.seed, step=loader.iteration - 1)
@@ -145,22 +145,20 @@ def next_rollout(
         return without_bad_rows(scored_rows(rollout))
 
     rollout = collect(prompts)
-    metrics = {"rollout/groups_equal": share_of_equal_groups(rollout, config)} if config.compares_groups else {}
+    metrics = dict[str, float]()
     unscored = int(found[0].isnan().all(-1).sum())
     left_out = config.rollout_size - unscored - len(rollout)
     if config.dynamic_sampling:
-        rollout, drawn = replace_equal_groups(
+        rollout, metrics = replace_equal_groups(
             rollout, lambda: collect(loader.further()), config=config, pad_id=collector.pad_id
         )
-        metrics |= drawn
+    elif config.compares_groups:
+        metrics = {"rollout/groups_equal": share_of_equal_groups(rollout, config)}
     metrics |= reward_metrics(collector.scorer.names, torch.cat(found)) | collector.scorer.functions.metrics()
     episodes = loader.drawn * config.rollout_size
     metrics |= {f"rollout/{name}_tokens": float(count) for name, count in tokens.items()}
-    return rollout, metrics | {
-        "rollout/left_out": left_out,
-        "rollout/unscored": unscored,
-        "rollout/episodes": episodes,
-    }
+    counts = {"rollout/left_out": left_out, "rollout/unscored": unscored, "rollout/episodes": episodes}
+    return rollout, metrics | counts
 
 
 def learners(models: Models) -> dict[str, Engine]:

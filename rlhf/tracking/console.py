@@ -27,6 +27,7 @@ _BAR = "{desc} {n_fmt}/{total_fmt} |{bar:0}CURVE| {elapsed}<{remaining} {rate_fm
 """Short, so that the headline metrics fit into 80 columns. A curve stands where others have a bar: it grows as far."""
 _CURVES = ("train/loss", "objective/scores")
 """Metrics of that curve; a stage has one of them."""
+_PARTS = 240  # of a stage, whose means are kept: the curve of a long one costs no more
 _LEVELS, _ASCII_LEVELS = "▁▂▃▄▅▆▇█", "_.:-=+*#"
 
 
@@ -124,15 +125,13 @@ class StageProgress:
             self._mode = ProgressDisplay.bar if sys.stderr.isatty() else ProgressDisplay.plain
         self._bar: tqdm[Any] | None = None
         self._headlines: dict[str, str] = {}
-        self._history: dict[str, list[float]] = {}
+        self._history: dict[str, dict[int, tuple[float, int]]] = {}  # sum and count of each part of the stage
         self._first_step, self._start, self._last_line = 0, 0.0, 0.0
 
     def show(self, step: int, metrics: Mapping[str, float]) -> None:
         """Show that `step` steps are finished, with the headline metrics."""
         if self._mode is ProgressDisplay.bar:
-            for key in metrics:
-                if metric(key).headline:
-                    self._history.setdefault(key, []).append(metrics[key])
+            self._remember(step, metrics)
             self._draw(step, headlines(metrics))
         elif self._mode is ProgressDisplay.plain:
             self._print(step, headlines(metrics))
@@ -141,12 +140,24 @@ class StageProgress:
         """Leave the bar as it is, and below it on a terminal the curve of each headline metric."""
         if self._bar is not None:
             self._bar.close()
-        for key, values in self._history.items():
+        for key in self._history:
+            values = self._values(key)
             if len(values) > 2:
                 curve = sparkline(values, 40, encoding=sys.stderr.encoding)
                 logger.info(
                     "%s %-16s %s  %s to %s", self._stage, _short(key), curve, *map(number, (values[0], values[-1]))
                 )
+
+    def _remember(self, step: int, metrics: Mapping[str, float]) -> None:
+        part = max(step - 1, 0) * min(_PARTS, self._total) // max(self._total, 1)
+        for key in metrics:
+            if metric(key).headline:
+                total, count = self._history.setdefault(key, {}).get(part, (0.0, 0))
+                self._history[key][part] = (total + metrics[key], count + 1)
+
+    def _values(self, key: str) -> list[float]:
+        """What was logged of a metric: all of a short stage, means over the parts of a long one."""
+        return [total / count for total, count in self._history.get(key, {}).values()]
 
     def _draw(self, step: int, shown: dict[str, str]) -> None:
         # Each stays until it has a new value. Training metrics come first: what does not fit is cut off at the end.
@@ -157,7 +168,7 @@ class StageProgress:
             self._bar = tqdm(initial=step, dynamic_ncols=True, bar_format=_BAR.replace("CURVE", ""), **about)
         # As far as the stage has come: what is left of 80 columns beside the numbers, and more on a wide terminal.
         width = min(24, max(6, shutil.get_terminal_size().columns - 74))
-        drawn = next((self._history[key] for key in _CURVES if key in self._history), [])
+        drawn = next(filter(None, map(self._values, _CURVES)), [])
         come = -(-step * width // self._total) if self._total else 0
         curve = sparkline(drawn, come, encoding=sys.stderr.encoding) if drawn and come else ""
         self._bar.bar_format = _BAR.replace("CURVE", curve.ljust(width))

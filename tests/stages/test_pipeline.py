@@ -224,6 +224,10 @@ def test_a_policy_without_a_critic_learns_from_groups(one_rank, tmp_path):
     smoke(tmp_path, "stage=grpo", *models, "ppo.iterations=1", "ppo.samples_per_prompt=4")
     assert (tmp_path / "grpo/actor").exists()
     assert not (tmp_path / "grpo/critic").exists()
+    last = rows(tmp_path / "grpo/metrics.jsonl")[-1]
+    assert 0 <= last["rollout/groups_equal"] <= 1
+    assert "timing_s/train/actor" in last
+    assert "timing_s/train/critic" not in last
 
 
 def test_a_missing_input_is_named_before_anything_is_loaded(tmp_path):

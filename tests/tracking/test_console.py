@@ -196,6 +196,19 @@ def test_the_bar_is_a_curve_that_grows_and_the_end_has_one_of_each_headline(monk
     assert re.fullmatch(r"sft loss +█{20}▁{20}  1 to 0", line)
 
 
+def test_a_long_stage_keeps_no_more_than_means_of_its_parts(monkeypatch, caplog):
+    caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
+    monkeypatch.setattr(Terminal, "encoding", "utf-8")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    progress = StageProgress("sft", 2_400, mode=ProgressDisplay.bar)
+    for step in range(1, 2_401):
+        progress.show(step, {"train/loss": float(step % 2 + (step > 1_200))})
+    assert len(progress._values("train/loss")) == 240
+    progress.close()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"sft loss +▁{20}█{20}  0\.5 to 1\.5", line)
+
+
 def test_auto_is_plain_without_a_terminal_and_quiet_is_silent(caplog, capfd):
     caplog.set_level(logging.INFO, logger="rlhf.tracking.console")
     StageProgress("sft", 2, mode=ProgressDisplay.auto).show(1, {"train/loss": 2.0})

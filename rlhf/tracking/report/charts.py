@@ -44,7 +44,7 @@ _STYLE: dict[Any, Any] = {
     "axes.edgecolor": _QUIET,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.prop_cycle": cycler(color=_SERIES),
+    "axes.prop_cycle": cycler(linestyle=("-", "--", ":")) * cycler(color=_SERIES),
     "axes.grid": True,
     "axes.formatter.use_mathtext": False,
     "axes.unicode_minus": True,
@@ -84,7 +84,8 @@ def curves(title: str, caption: str, *, x: str, y: str, series: Mapping[str, Poi
         marker = "o" if len(shown) < 3 else ""
         (line,) = axes.plot(*_columns(shown), label=label, marker=marker, markersize=3, linewidth=1.5)
         if width:
-            axes.plot(*_columns(thin(points)), color=line.get_color(), alpha=0.3, linewidth=1)
+            logged = _columns(thin(points))
+            axes.plot(*logged, color=line.get_color(), linestyle=line.get_linestyle(), alpha=0.3, linewidth=1)
     lines = 0
     if len(series) > 1:  # above the axes, where it hides no curve
         columns = max(1, min(len(series), _LEGEND_CHARACTERS // (5 + max(map(len, series)))))
@@ -130,7 +131,7 @@ def reward_against_kl(paths: Mapping[str, Points]) -> Chart:
     for label, points in paths.items():
         x, y = _columns([(math.sqrt(max(kl, 0.0)), value) for kl, value in points])
         (line,) = axes.plot(x, y, marker="o", markersize=4, linewidth=1, label=label)
-        axes.plot(x[:1], y[:1], color=line.get_color(), marker="o", markersize=9, fillstyle="none")
+        axes.plot(x[:1], y[:1], color=line.get_color(), linestyle="", marker="o", markersize=9, fillstyle="none")
     axes.legend()
     caption = (
         "One point for each evaluation, joined in the order of training; the ring is the start. Where the score "

@@ -182,3 +182,10 @@ def test_what_never_changed_is_a_number_and_no_chart():
 def test_a_stage_of_one_step_shows_its_numbers_as_dots():
     (chart,) = charts_of(rows_of(**{"reward/a": [1.0], "reward/b": [2.0]})).values()
     assert {"a", "b"} <= set(texts(chart.svg))
+
+
+def test_more_sources_than_colours_are_still_told_apart():
+    found = curves("t", "", x="x", y="y", series={f"s{n}": [(0, n), (1, n + 1.0)] for n in range(12)})
+    lines = re.findall(r"stroke-dasharray: [\d. ,]+;[^\"]*stroke: (var\(--series-\d\))", found.svg)
+    assert sorted(set(lines)) == [f"var(--series-{n})" for n in range(4)]  # the ninth to the twelfth are dashed
+    assert set(texts(found.svg)) >= {f"s{n}" for n in range(12)}
