@@ -5,6 +5,7 @@ The methods are replaced on the object alone, so its class stays what it is.
 
 from __future__ import annotations
 
+from functools import update_wrapper
 from typing import Any
 
 from rlhf.engine import hybrid
@@ -38,6 +39,7 @@ class _Generate:
 
     def __init__(self, engine: Engine, original: Any, *, streams: bool) -> None:
         self._engine, self._original, self._streams = engine, original, streams
+        update_wrapper(self, original)  # its signature stays known
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         engine = self._engine
@@ -52,6 +54,7 @@ class _SavePretrained:
 
     def __init__(self, engine: Engine, original: Any) -> None:
         self._engine, self._original = engine, original
+        update_wrapper(self, original)
 
     def __call__(self, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("state_dict") is None:

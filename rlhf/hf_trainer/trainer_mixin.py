@@ -152,6 +152,7 @@ class ZeroTrainerMixin(_Trainer):
             adam = OptimizerConfig(lr=1.0) if learns else None
             self._engine = shard_module(self._module, config=config, world=_world(self.args), optimizer=adam)
             attach(self._engine, streams=config.offload_param != OffloadDevice.none)
+            self.deepspeed: Any = self._module  # scripts ask whether it is there, and then use `save_model`
         if given is not None:
             self._take_over(groups)
         elif training and not self._engine.is_trained:

@@ -82,8 +82,16 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self._end()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the groups' options; the engine's checkpoint has the rest."""
-        super().load_state_dict({**state_dict, "state": {}})
+        """Set the groups' options in place, for schedulers hold them; the engine's checkpoint has the rest."""
+        saved = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        if [len(group["params"]) for group in saved] != sizes:
+            raise ValueError(
+                f"the checkpoint's optimizer has groups of {[len(group['params']) for group in saved]} parameters; "
+                f"expected {sizes}, as this run has. Make the groups as the saved run did."
+            )
+        for group, options in zip(self.param_groups, saved, strict=True):
+            group.update({key: value for key, value in options.items() if key != "params"})
 
     def _end(self) -> None:
         self._found, self._limit, self._has_backward = None, 0.0, False

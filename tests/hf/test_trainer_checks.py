@@ -19,12 +19,12 @@ def arguments(folder, deepspeed=None, **options):
     return hf.TrainingArguments(output_dir=str(folder), **OPTIONS | {"max_steps": 4} | options, deepspeed=deepspeed)
 
 
-def trained(folder, deepspeed, *, model="llama", optimizers=(None, None), kind=hf.Trainer, **options):
+def trained(folder, deepspeed, *, model="llama", optimizers=(None, None), kind=hf.Trainer, resume=None, **options):
     made = MODELS[model]()
     given = optimizers(made) if callable(optimizers) else optimizers
     args = arguments(folder, deepspeed, **options)
     trainer = kind(model=made, args=args, train_dataset=rows(made), optimizers=given)
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer
 
 
@@ -113,9 +113,20 @@ def test_groups_and_schedules_of_the_user_are_kept(tmp_path):
     plain = trained(tmp_path / "plain", None, optimizers=of_the_user)
     engine = trained(tmp_path / "zero", zero(2), optimizers=of_the_user)
     assert losses(engine) == losses(plain)
+    assert engine.deepspeed is engine.model
+    assert plain.deepspeed is None
     for (name, mine), theirs in zip(engine.model.named_parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
     assert engine.optimizer.param_groups[1]["lr"] == plain.optimizer.param_groups[1]["lr"] == 1e-2 / 2**4
+
+
+def test_groups_and_schedules_of_the_user_go_on_from_a_checkpoint(tmp_path):
+    options = {"optimizers": of_the_user, "save_strategy": "steps", "save_steps": 2}
+    whole = trained(tmp_path, zero(2), **options)
+    again = trained(tmp_path / "again", zero(2), resume=str(tmp_path / "checkpoint-2"), **options)
+    assert losses(again) == losses(whole)
+    with pytest.raises(ValueError, match=r"groups of \[9, 9\] parameters; expected \["):
+        trained(tmp_path / "other", zero(2), resume=str(tmp_path / "checkpoint-2"))
 
 
 class WithOwnOptimizer(hf.Trainer):
