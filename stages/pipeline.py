@@ -25,9 +25,10 @@ from rlhf.runtime.process import free_models
 from rlhf.tracking.console import setup_logging
 from rlhf.tracking.provenance import record_start
 from stages.lifecycle.checkpointing import Stopped
-from stages.lifecycle.stage_record import check_shared, is_finished, lock_folder
+from stages.lifecycle.stage_record import is_finished, lock_folder
 from stages.lifecycle.summary import show_results, show_start, where_it_stands, write_report
 from stages.setup.command_line import one_sentence
+from stages.setup.compare_hosts import check_shared, compare_hosts
 from stages.setup.compatibility import check_made
 from stages.setup.compose import from_yaml, load_run, save_run, to_yaml
 from stages.setup.preflight import preflight
@@ -47,6 +48,7 @@ def run_here(run: RunConfig, *, overridden: set[str], script: Path) -> None:
         check_tasks(os.environ, ranks=run.launch.ranks)
         world = start_rank(run) if launch.under_torchrun() else World.alone()
         setup_logging(world, quiet=run.tracking.progress is ProgressDisplay.quiet)
+        compare_hosts(run, world)
         ranks = world.size if launch.under_torchrun() else run.launch.ranks
         if world.is_main:
             run = with_deepspeed(run, ranks=ranks, overridden=overridden)
@@ -80,7 +82,7 @@ def run_unfinished(run: RunConfig, *, world: World, ranks: int, script: Path) ->
     """Run the unfinished stages with the output folder locked, and show the results."""
     with one_sentence():
         lock = lock_folder(run) if world.is_main else None
-        check_shared(run)
+        check_shared(run, world)
         todo = broadcast_object(stages_to_run(run, ranks) if world.is_main else [])
     if todo:
         run_on_ranks(run, todo, world=world, ranks=ranks, script=script)

@@ -79,6 +79,10 @@ class EngineConfig(Settings):
 
     zero_stage: Annotated[int, Bounds(0, 3)]
     """What is sharded over the ranks: 0 nothing, 1 optimizer states, 2 gradients too, 3 parameters too."""
+    shard_ranks: Natural = 0
+    """Ranks that share one copy of what is sharded, usually those of one machine; other machines hold copies of their
+    own (HSDP: FSDP's HYBRID_SHARD, DeepSpeed's MiCS). Weights then travel inside a machine only, for more memory. 0:
+    all ranks share one copy."""
     precision: Precision = Precision.auto
     """Working weights; auto is bf16 where the device multiplies it natively, else fp32. fp16 scales the loss."""
     fast_fp32_matmul: bool = True
@@ -172,6 +176,11 @@ class EngineConfig(Settings):
         require(
             self.offload_optimizer == OffloadDevice.none or self.zero_stage >= 1,
             f"engine.offload_optimizer={self.offload_optimizer}: expected engine.zero_stage 1, 2 or 3, found 0.",
+        )
+        require(
+            self.shard_ranks == 0 or (self.shard_ranks > 1 and self.zero_stage >= 1),
+            f"engine.shard_ranks={self.shard_ranks} at engine.zero_stage={self.zero_stage}: expected 0, or two ranks "
+            "or more at ZeRO 1, 2 or 3; engine.zero_stage=0 keeps a copy on every rank.",
         )
         require(
             self.offload_param == OffloadDevice.none or self.zero_stage == 3,

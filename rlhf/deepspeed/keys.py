@@ -71,6 +71,15 @@ class Key:
     fields: Mapping[str, Kind] | None = None
     """Keys of a whole section, as far as they are checked."""
 
+    @property
+    def least(self) -> float:
+        """The least number that is taken: any of an ignored key, as in DeepSpeed; else 0, or -1 as its default is."""
+        return -math.inf if self.decision is Decision.ignored else -1 if self.default == -1 else 0
+
+    def read(self, value: Any, *, where: str) -> Any:
+        """A value of this key: see `read_value`."""
+        return read_value(value, self.kind, where=where, among=self.among, least=self.least)
+
     @classmethod
     def from_row(cls, path: Path, row: Mapping[str, Any]) -> Key:
         """The key that a row of `keys.yaml` describes."""
@@ -209,8 +218,7 @@ def check_value(value: Any, *, key: Key, path: Path, where: Callable[[Path], str
     Raises:
         ValueError: DeepSpeed would not take it.
     """
-    # A number that is ignored may be negative or infinite, as in DeepSpeed.
-    least = -math.inf if key.decision is Decision.ignored else 0
+    least = key.least
     fields = key.fields or {}
     if ".".join(path) != key.path:  # a key in a section that is one row
         read_value(value, fields.get(path[-1], Kind.other), where=where(path), least=least)
@@ -236,7 +244,7 @@ def number(value: Any, *, where: str, least: float = 0) -> float:
     except (ValueError, OverflowError):
         found = math.nan
     if not (found >= least and (math.isfinite(found) or least == -math.inf)):
-        raise _unfit(value, where, expected="a number, or auto" if least < 0 else "a number of 0 or more, or auto")
+        raise _unfit(value, where, expected=f"a number{f' of {least} or more' * (least > -math.inf)}, or auto")
     return found
 
 

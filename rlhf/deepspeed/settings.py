@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rlhf.config.engine_config import EngineConfig, GradDtype, MasterWeights, MomentDtype, OffloadDevice, Precision
 from rlhf.config.stage_configs import OptimizerConfig, Schedule
 from rlhf.deepspeed.arithmetic import SHAPES
-from rlhf.deepspeed.keys import AUTO, TABLE, Path, asks, choice, integer, number, read_value, section, switch
+from rlhf.deepspeed.keys import AUTO, TABLE, Path, asks, choice, integer, number, section, switch
 from rlhf.deepspeed.reader import Document
 
 _ZERO = "zero_optimization"
@@ -75,7 +75,7 @@ class Reading:
         """The value of a key by the kind in the table; None where it is not there or auto."""
         raw, key = self.raw(dotted), TABLE.find(_path(dotted))
         assert key is not None, dotted
-        return None if raw in (None, AUTO) else read_value(raw, key.kind, where=self.where(dotted), among=key.among)
+        return None if raw in (None, AUTO) else key.read(raw, where=self.where(dotted))
 
     def where(self, dotted: str) -> str:
         """Where a key is written, for messages."""
@@ -164,8 +164,7 @@ def _copy(reading: Reading, own: EngineConfig | OptimizerConfig, *, sections: tu
 
 
 def _read_stage(reading: Reading, own: EngineConfig) -> None:
-    path = f"{_ZERO}.stage"
-    raw = reading.raw(path)
+    raw = reading.raw(path := f"{_ZERO}.stage")
     stage = own.zero_stage if raw == AUTO else reading.value(path) or 0
     if stage not in range(4):
         raise ValueError(f"{reading.where(path)}={raw!r}: expected 0, 1, 2 or 3.")
@@ -174,8 +173,9 @@ def _read_stage(reading: Reading, own: EngineConfig) -> None:
     _read_device(reading, "offload_optimizer", least=1, stage=stage)
     _read_device(reading, "offload_param", least=3, stage=stage)
     _read_blocks(reading)
-    path = f"{_ZERO}.stage3_model_persistence_threshold"
-    limit = reading.value(path)
+    if (ranks := reading.value(path := f"{_ZERO}.mics_shard_size")) is not None and stage == 3:
+        reading.sets("engine.shard_ranks", max(ranks, 0), key=path)
+    limit = reading.value(path := f"{_ZERO}.stage3_model_persistence_threshold")
     if limit == 0:
         reading.sets("engine.persistence_threshold", 0, key=path)
     elif limit is not None and limit < sys.maxsize:

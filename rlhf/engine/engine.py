@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from rlhf.config.engine_config import EngineConfig, OffloadDevice
@@ -161,8 +162,8 @@ class Engine:
         """Move the weights of this frozen engine towards those of `other`, which is trained, by `share` of the way.
 
         One parameter after the other, in fp32, from the masters, and rounded once to this engine's type. Both may be
-        sharded and kept as they like; where both shard a parameter, or neither does, no rank needs another. All ranks
-        must call it.
+        sharded and kept as they like; where both shard a parameter alike, or neither does, no rank needs another. All
+        ranks must call it.
         """
         self._sharding.release()  # parameters are looked up below, and gathered weights would be out of date
         other._sharding.release()
@@ -170,10 +171,12 @@ class Engine:
         for name, parameter in self.module.named_parameters():
             master = other._training.optimizer.read_shard(name, "weight")  # [rows of this rank in `other`, ...]
             is_shard, wants_shard = isinstance(theirs[name], DTensor), isinstance(parameter, DTensor)
-            if is_shard and not wants_shard:
+            # `shard_ranks` may differ. Not asked by rows: those of one rank may be the same, those of another not.
+            is_other_shard = is_shard and wants_shard and _mesh(theirs[name]) != _mesh(parameter)
+            if (is_shard and not wants_shard) or is_other_shard:
                 # Collective: every rank comes here or none, because a parameter is sharded on all ranks or on none.
                 master = full_tensor(sharded_like(theirs[name], master.to(theirs[name].device)))
-            elif wants_shard and not is_shard:
+            if wants_shard and (is_other_shard or not is_shard):
                 rows = local_rows(parameter)
                 master = master[rows.start : rows.stop]
             own = self._sharding.read_shard(name)
@@ -265,6 +268,12 @@ def step_together(*engines: Engine) -> list[StepResult]:
     results = [engine._training.finish(found, skip=overflow) for engine, found in zip(engines, gradients, strict=True)]
     engines[0].loss_scale.update(overflow=overflow)  # once: they share it
     return results
+
+
+def _mesh(parameter: Tensor) -> DeviceMesh:
+    """The ranks over which a parameter is sharded."""
+    assert isinstance(parameter, DTensor)
+    return parameter.device_mesh
 
 
 def build_engine(

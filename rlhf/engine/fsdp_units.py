@@ -8,8 +8,9 @@
 
 So at ZeRO 3, nothing larger than a block or one matrix has to be in memory at a time. Units are in forward order.
 
-FSDP2 shards dimension 0 evenly: every rank holds `ceil(size / ranks)` rows of a parameter, the last ranks fewer or
-none. A tensor that is not a DTensor is held whole by every rank, and counts as its own shard.
+FSDP2 shards dimension 0 evenly: of those that share a copy (`engine.shard_ranks`), every rank holds
+`ceil(size / ranks)` rows of a parameter, the last ranks fewer or none. A tensor that is not a DTensor is held whole by
+every rank, and counts as its own shard.
 See also: who gathers them (`sharding.py`), and where offloaded ones are kept (`offload/weight_stores.py`).
 """
 
@@ -110,7 +111,8 @@ def local_rows(parameter: Tensor) -> range:
     total = parameter.shape[0] if parameter.ndim else 1
     if not isinstance(parameter, DTensor):
         return range(total)
-    return rows_of(total, ranks=parameter.device_mesh.size(), rank=parameter.device_mesh.get_local_rank())
+    mesh = parameter.device_mesh  # its last dimension is the one that shares a copy
+    return rows_of(total, ranks=mesh.size(mesh.ndim - 1), rank=mesh.get_local_rank(mesh.ndim - 1))
 
 
 def rows_of(total: int, *, ranks: int, rank: int) -> range:

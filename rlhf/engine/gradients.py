@@ -55,8 +55,8 @@ class Gradients:
         self._touched: set[str] = set()
         self._reduced: Tensor | None = None
         replicas = sharding.replicas
-        # Every rank adds the whole square of a replica to the global norm, so it is divided by the number of ranks.
-        self._copies = {name: world.size if name in replicas else 1 for name in self._parameters}
+        # Every rank adds the squares of what it holds to the global norm, so they are divided by how many hold it.
+        self._copies = {name: world.size if name in replicas else sharding.copies for name in self._parameters}
         early = not sharding.modules
         dtype = sharding.reduce_dtype
         self._replicas = _ReplicaSum(groups, replicas, dtype=dtype, keep=self._keep, early=early) if replicas else None

@@ -7,6 +7,8 @@
 | 2 | sharded | from a step's first forward to its last backward | reduced after every micro-batch |
 | 3 | sharded | one unit at a time, and those prefetched | reduced after every micro-batch |
 
+With `engine.shard_ranks`, each group of that many ranks holds a copy: it gathers among itself, and what it has reduced
+is summed over the groups (an all-reduce of shards after every reduce-scatter).
 Stage 0 and a single rank leave the module as it is, so they cost nothing. (FSDP2 could replicate, over a mesh of one
 shard, but it would keep two copies of the parameters and copy them in every step.) Offloaded weights are the exception:
 FSDP2 then wraps even a single rank, because it knows when a unit is needed.
@@ -17,6 +19,7 @@ See also: which parameters form a unit (`fsdp_units.py`), and offloaded weights 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +29,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from rlhf.config.engine_config import EngineConfig, GradDtype, OffloadDevice
@@ -44,6 +48,9 @@ from rlhf.engine.offload.placement import offload_device
 from rlhf.engine.offload.working_weights import OffloadedWeights
 from rlhf.models.model_spec import ModelSpec
 from rlhf.runtime.dist import World, device_mesh
+from rlhf.runtime.launch import local_ranks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -64,6 +71,8 @@ class Sharding:
     """All modules that FSDP2 put hooks on."""
     hooks: set[int] = field(default_factory=set)
     """Keys of these hooks."""
+    copies: int = 1
+    """How many groups of ranks hold everything that is sharded, each a copy (`engine.shard_ranks`)."""
     replicas: set[str] = field(default_factory=set)
     """Parameters that several ranks hold whole, though each rank computes a gradient of its own for them."""
     offloaded: OffloadedWeights | None = None
@@ -183,9 +192,10 @@ def shard(spec: ModelSpec, *, config: EngineConfig, world: World, frozen: bool) 
     if config.zero_stage == 0 or (world.size == 1 and away == OffloadDevice.none):
         sharding.replicas = set(names) if world.size > 1 else set()
         return sharding
+    sharding.copies = copies_of(config, ranks=world.size)
     persistent = persistent_parameters(spec.module, config)
     sharding.replicas = set(persistent) if world.size > 1 else set()
-    _wrap(sharding, persistent, world=world)
+    _wrap(sharding, persistent, mesh=device_mesh(world, shard_ranks=world.size // sharding.copies))
     if config.zero_stage == 3:
         _prefetch(sharding, config)
     _stay_gathered(sharding)
@@ -197,9 +207,32 @@ def reduction_dtype(config: EngineConfig) -> torch.dtype:
     return torch.bfloat16 if config.reduce_dtype == GradDtype.bf16 else torch.float32
 
 
-def _wrap(sharding: Sharding, persistent: ParameterGroup, *, world: World) -> None:
+def copies_of(config: EngineConfig, *, ranks: int) -> int:
+    """How many copies of what is sharded there are.
+
+    Raises:
+        ValueError: the ranks cannot be divided into groups of `engine.shard_ranks`.
+    """
+    size = min(config.shard_ranks, ranks) or ranks
+    if ranks % size:
+        raise ValueError(f"engine.shard_ranks={size}: found {ranks} ranks, expected a multiple of {size}.")
+    return ranks // size
+
+
+def check_copies(name: str, config: EngineConfig, *, ranks: int) -> None:
+    """Warn if a copy would be shared by several machines; `name` is the engine's. Raises as `copies_of` does."""
+    size, here = config.shard_ranks, local_ranks(ranks)
+    if copies_of(config, ranks=ranks) > 1 and here % size:
+        log.warning(
+            "%s.shard_ranks=%s: this machine has %s ranks, so copies are shared between machines, and all weights "
+            "travel from one to the other",
+            *(name, size, here),
+        )
+
+
+def _wrap(sharding: Sharding, persistent: ParameterGroup, *, mesh: DeviceMesh) -> None:
     """Hand the units to FSDP2, the root last, as it requires."""
-    mesh, ignored = device_mesh(world), set(persistent.values())
+    ignored = set(persistent.values())
     # In fp32, whatever the working weights are, sums hardly depend on the number of ranks; in bf16 they do.
     policy = MixedPrecisionPolicy(reduce_dtype=sharding.reduce_dtype)
     for unit in [*sharding.units[1:], sharding.units[0]]:
@@ -210,7 +243,7 @@ def _wrap(sharding: Sharding, persistent: ParameterGroup, *, world: World) -> No
         sharding.wrapped += unit.modules
         first = unit.fsdp_module
         # Reduce to plain sums, because losses are divided by the global denominator already.
-        if world.size > 1:  # a single rank would still divide, into a copy of the gradients
+        if mesh.size() > 1:  # a single rank would still divide, into a copy of the gradients
             first.set_gradient_divide_factor(1.0)
         first.set_force_sum_reduction_for_comms(True)
         # An embedding is not gathered for backward; see `FSDPUnit.needed_in_backward`.

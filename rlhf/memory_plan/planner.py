@@ -22,6 +22,7 @@ from rlhf.config.engine_config import OffloadDevice, Precision
 from rlhf.config.roles import Role, maker_of, roles_of
 from rlhf.config.run_config import CheckpointConfig, Embedded, RunConfig
 from rlhf.engine.materialize import working_dtype
+from rlhf.engine.sharding import copies_of
 from rlhf.memory_plan.plan import Item, Phase, Place, Plan
 from rlhf.memory_plan.states import GATHERED, GRADIENTS, GRAPHS, States
 from rlhf.memory_plan.trace import ACTIVATIONS, CACHE, LOGITS, Computation, Mode, ModelShape, TracedMemory, trace
@@ -180,7 +181,8 @@ class ModelMemory:
             role=role.name,
             spec=shape.whole,
             engine=engine,
-            ranks=machine.ranks,
+            ranks=min(engine.shard_ranks, machine.ranks) or machine.ranks,
+            copies=copies_of(engine, ranks=machine.ranks),
             device=device,
             dtype=working_dtype(precision, device),
             micro_batches=config.micro_batches(role.optimizer, ranks=machine.ranks) if role.is_trained else 0,

@@ -46,7 +46,9 @@ class States:
     """On meta, not sharded; `requires_grad` says what learns."""
     engine: EngineConfig
     ranks: int
-    """Over which it is sharded, on all machines."""
+    """Over which it is sharded: those that share a copy."""
+    copies: int = 1
+    """Groups of that many ranks, which share the writing of checkpoints."""
     device: torch.device
     """Only its type counts; the device need not be there."""
     dtype: torch.dtype
@@ -124,11 +126,12 @@ class States:
     def copied_for_a_checkpoint(self) -> int:
         """Host bytes of a copy of what learns, while a thread writes it; state on disk is not copied."""
         here, away = self._split
-        return (here if self.offload_optimizer == OffloadDevice.nvme else here + away) * self._checkpoint_bytes
+        elements = here if self.offload_optimizer == OffloadDevice.nvme else here + away
+        return -(-elements * self._checkpoint_bytes // self.copies)
 
     def in_a_checkpoint(self) -> int:
         """Disk bytes of this rank's share of a checkpoint."""
-        return sum(self._split) * self._checkpoint_bytes
+        return -(-sum(self._split) * self._checkpoint_bytes // self.copies)
 
     def working_weights(self) -> int:
         """Bytes of this rank's shards of the working weights, wherever they are."""

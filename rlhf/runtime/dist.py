@@ -23,14 +23,16 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from rlhf.config.run_config import LaunchConfig
-from rlhf.runtime.heartbeat import Heartbeat, RankMonitor
+from rlhf.runtime.errors import RunError
+from rlhf.runtime.heartbeat import HEARTBEAT, Heartbeat, RankMonitor
+from rlhf.runtime.network import choose_device
 from rlhf.runtime.process import LAUNCHER, return_freed_memory
 
 T = TypeVar("T")
 
 _LOOPBACK = "127.0.0.1"
 _SLACK = timedelta(minutes=1)  # so that the heartbeats name a missing rank before a collective fails without a name
-_heartbeat: list[Heartbeat] = []  # at most one: this process's, while it is one of several ranks
+_meshes: dict[int, DeviceMesh] = {}  # those of two dimensions, by `shard_ranks`
 
 
 @dataclass(frozen=True)
@@ -99,13 +101,29 @@ def _join(device: torch.device, launch: LaunchConfig) -> None:
     """Form the group, with a heartbeat from the first moment on."""
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
         _stay_on_this_machine()
+    else:
+        choose_device(os.environ["MASTER_ADDR"])
     timeout = timedelta(seconds=launch.timeout_s)
-    store, rank, size = next(rendezvous("env://", timeout=timeout + _SLACK))
+    store, rank, size = _meet(timeout)
     watched = LAUNCHER in os.environ  # by our own launcher; torchrun does not look for missing ranks
     # Clones, because a connection on which one thread waits serves no other.
     monitor = None if watched else RankMonitor(store.clone(), range(size), launch=launch)
-    _heartbeat[:] = [Heartbeat(store.clone(), rank, progress=_collectives, launch=launch, monitor=monitor)]
+    HEARTBEAT[:] = [Heartbeat(store.clone(), rank, progress=_collectives, launch=launch, monitor=monitor)]
     dist.init_process_group(_backend(device), store=store, rank=rank, world_size=size, timeout=timeout + _SLACK)
+
+
+def _meet(timeout: timedelta) -> tuple[Any, int, int]:
+    """The store of the ranks, this one's number, and how many there are."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        met: tuple[Any, int, int] = next(rendezvous("env://", timeout=timeout + _SLACK))
+        return met
+    except dist.DistNetworkError as error:
+        taken = "EADDRINUSE" in str(error)
+        raise RunError(
+            f"the ranks cannot meet at {place} (MASTER_ADDR, MASTER_PORT): "
+            + ("another program has this port; choose another." if taken else str(error).partition("\n")[0])
+        ) from error
 
 
 def _stay_on_this_machine() -> None:
@@ -135,8 +153,8 @@ def _collectives() -> int:
     """How many collectives this rank has begun; -1 before it has joined."""
     if not dist.is_initialized():
         return -1
-    # A device mesh may have a group of its own besides the default one. All groups here contain every rank, so their
-    # sequence numbers can be added.
+    # Device meshes may have groups of their own besides the default one. Every rank is in one group of each kind and
+    # makes the same calls, so their sequence numbers can be added.
     groups: list[Any] = list(dist.distributed_c10d._world.pg_map)
     backends = {id(found): found for group in groups for found in map(group._get_backend, group._device_types)}
     return sum(backend._get_sequence_number_for_group() for backend in backends.values())
@@ -146,8 +164,9 @@ def stop() -> None:
     """Leave the group, once all ranks have come here."""
     if dist.is_initialized():
         barrier()  # a rank that left early would take the store with it, or seem missing
-        while _heartbeat:
-            _heartbeat.pop().stop()
+        while HEARTBEAT:
+            HEARTBEAT.pop().stop()
+        _meshes.clear()
         dist.destroy_process_group()
 
 
@@ -157,11 +176,19 @@ def barrier() -> None:
         dist.barrier()
 
 
-def device_mesh(world: World) -> DeviceMesh:
-    """All ranks in one dimension called `ranks`; a single process becomes a group of one."""
+def device_mesh(world: World, *, shard_ranks: int = 0) -> DeviceMesh:
+    """All ranks in one dimension called `ranks`; a single process becomes a group of one.
+
+    With `shard_ranks`, in two: `copies`, and `ranks`, that many consecutive ones, which hold one copy together.
+    """
     if not dist.is_initialized():
         dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
+    if not shard_ranks or shard_ranks == world.size:
+        return init_device_mesh(world.device.type, (world.size,), mesh_dim_names=("ranks",))
+    if shard_ranks not in _meshes:  # each has communicators of its own, which the engines of a run share
+        shape, names = (world.size // shard_ranks, shard_ranks), ("copies", "ranks")
+        _meshes[shard_ranks] = init_device_mesh(world.device.type, shape, mesh_dim_names=names)
+    return _meshes[shard_ranks]
 
 
 def sum_over_ranks(x: Tensor) -> Tensor:

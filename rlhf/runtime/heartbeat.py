@@ -3,7 +3,8 @@
 In every rank a thread writes heartbeats into the store of the process group: how many it has written, and how many
 collectives the main thread has begun. A rank is missing when its heartbeats stop (it was stopped, or its machine is
 gone), or when it has begun fewer collectives than others for a while. It may still be computing, so a warning comes
-first. `launch.py` reads the heartbeats of the ranks it started. Under torchrun every rank reads them, on every machine,
+first. A machine that is gone breaks its connections (`network.py`), and `lost` says who is missing then.
+`launch.py` reads the heartbeats of the ranks it started. Under other launchers every rank reads them, on every machine,
 and the first rank that is not missing reports.
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterable
@@ -23,17 +25,29 @@ from typing import Any
 
 from rlhf.config.run_config import LaunchConfig
 from rlhf.runtime.errors import RunError
+from rlhf.runtime.network import GONE_AFTER_S, notice_lost_machines
 
 log = logging.getLogger(__name__)
 
 _LEFT = "left"
+_CAUSE = "cause"
+"""Key in the store: who is gone, once a rank knows it."""
 _LONGEST_INTERVAL_S = 5.0
+_POLLS_FOR_OTHERS = 4
+"""Polls that the main thread has for ending by its own error, after the store is gone."""
 _STATES = {"R": "running", "S": "waiting", "D": "waiting for a disk", "T": "stopped", "t": "stopped by a debugger"}
 
 
 def interval(launch: LaunchConfig) -> float:
     """Seconds between two heartbeats, and between two polls."""
     return min(_LONGEST_INTERVAL_S, launch.warn_after_s / 4)
+
+
+_BROKEN = re.compile(
+    "Connection (closed|reset)|Connection was likely closed|Connection timed out|Broken pipe|failed to recv|"
+    "No route to host|Network is unreachable|ncclRemoteError|ncclSystemError|watchdog"
+)
+"""What gloo, NCCL and the store say about a peer that is gone."""
 
 
 class Heartbeat:
@@ -52,28 +66,85 @@ class Heartbeat:
             monitor: finds missing ranks; None if the launcher does.
         """
         self._store, self._rank, self._progress, self._monitor = store, rank, progress, monitor
-        self._interval_s = interval(launch)
+        self._spare = store.clone()  # for the main thread, while the other is in use
+        self._launch, self._interval_s = launch, interval(launch)
+        self._beats, self._is_store_gone, self._cause = 0, False, ""
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
         self._thread.start()
+        threading.Thread(target=self._watch_store, name="heartbeat-store", daemon=True).start()
         atexit.register(self.stop)  # a thread that is inside the store when Python ends would abort the process
 
     def stop(self) -> None:
         """Write that this rank has left, and end the thread."""
         self._end.set()
         if self._thread.is_alive():
-            self._thread.join()
+            self._thread.join(GONE_AFTER_S)  # a store that does not answer is given up by then
         atexit.unregister(self.stop)
 
+    def lost(self, ranks: Iterable[int]) -> str:
+        """Who is gone, for a connection that has broken: whoever sends no heartbeat while this waits for two.
+
+        The first rank that knows it tells the others, whose connections may break because that rank ends.
+        """
+        if self._cause:
+            return self._cause
+        before = self._read(ranks)
+        self._end.wait(2 * self._interval_s + 1)
+        cause = self._cause or self._cause_by(before, self._read(ranks))
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            if not self._is_store_gone:
+                self._spare.set(_CAUSE, cause)
+                self._end.wait(2 * self._interval_s)  # until they have read it: the store ends with rank 0
+        return cause
+
+    def _cause_by(self, before: dict[int, Any], after: dict[int, Any]) -> str:
+        if not after:
+            where = os.environ.get("MASTER_ADDR", "its machine")
+            return f"rank 0 or its machine ({where}), where the ranks meet, is gone"
+        silent = [rank for rank in after if after[rank] == before.get(rank) != _LEFT and rank != self._rank]
+        if silent:
+            found = ", ".join(_Peer(after[rank]).place(rank) for rank in silent)
+            return f"{found}: gone (the process was killed, or its machine or the network has failed)"
+        ended = ", ".join(f"rank {rank}" for rank in after if after[rank] == _LEFT)
+        return f"{ended or 'another rank'} has ended: its own error is above, or in its log"
+
+    def _read(self, ranks: Iterable[int]) -> dict[int, Any]:
+        """The last heartbeat of each rank; empty if the store is gone."""
+        if self._is_store_gone:
+            return {}
+        try:
+            keys = {rank: _key(rank) for rank in ranks}
+            return {r: json.loads(self._spare.get(key)) for r, key in keys.items() if self._spare.check([key])}
+        except RuntimeError:
+            return {}
+
     def _beat(self) -> None:
-        beats = 0
-        with contextlib.suppress(RuntimeError):  # the store is gone, and with it whoever would read
-            while not self._end.wait(self._interval_s if beats else 0):
-                beats += 1
-                heartbeat = [beats, self._progress(), os.getpid(), socket.gethostname()]
+        try:
+            while not self._end.wait(self._interval_s if self._beats else 0):
+                self._beats += 1
+                notice_lost_machines()
+                heartbeat = [self._beats, self._progress(), os.getpid(), socket.gethostname()]
                 self._store.set(_key(self._rank), json.dumps(heartbeat))
+                if self._store.check([_CAUSE]):
+                    self._cause = self._store.get(_CAUSE).decode()
                 self._poll()
             self._store.set(_key(self._rank), json.dumps(_LEFT))
+        except RuntimeError:  # the store is gone
+            self._is_store_gone = True
+
+    def _watch_store(self) -> None:
+        """Warn while the store does not answer, which would keep `_beat` from naming anybody; end where it is gone."""
+        beats, waited = -1, 0
+        while not self._end.wait(self._interval_s):
+            waited = 0 if self._beats != beats else waited + 1  # polls, as in `_Peer`
+            beats, seconds = self._beats, waited * self._interval_s
+            where = f"rank 0's machine ({os.environ.get('MASTER_ADDR')}), where the ranks meet,"
+            if self._is_store_gone and waited >= _POLLS_FOR_OTHERS:
+                log.error("%s is gone, so the run ends", where)
+                os._exit(1)  # the main thread has had the time to end by itself
+            if not self._is_store_gone and seconds - self._interval_s < self._launch.warn_after_s <= seconds:
+                log.warning("%s has not answered for %.3g s", where, seconds)
 
     def _poll(self) -> None:
         try:
@@ -82,6 +153,21 @@ class Heartbeat:
         except RunError as error:
             log.error("%s", error)
             os._exit(1)  # the main thread waits in a collective, which nothing else ends
+
+
+HEARTBEAT: list[Heartbeat] = []
+"""At most one: this process's, while it is one of several ranks."""
+
+
+def broken_connection(error: BaseException) -> str | None:
+    """A sentence that says who is gone, for an error of a collective whose connection broke; None for other errors.
+
+    Waits for some seconds for heartbeats of the others.
+    """
+    if not isinstance(error, RuntimeError) or not HEARTBEAT or not _BROKEN.search(str(error)):
+        return None
+    who = HEARTBEAT[0].lost(range(int(os.environ["WORLD_SIZE"])))
+    return f"{who}. Start the same command again, on the machines that are left, to go on from the last checkpoint."
 
 
 @dataclass
@@ -106,14 +192,17 @@ class _Peer:
             self.behind = 0
         self.heartbeat = heartbeat
 
+    def place(self, rank: int) -> str:
+        """Where a rank runs, such as "rank 1 (pid 7 on host2)"."""
+        _, _, pid, host = self.heartbeat
+        return f"rank {rank} (pid {pid}{_state(pid) if host == socket.gethostname() else f' on {host}'})"
+
     def description(self, rank: int, *, seconds: float) -> str:
         """What is known about a missing rank, such as "rank 1 (pid 7, stopped) has sent no heartbeat for 60 s"."""
         if self.heartbeat is None:
             return f"rank {rank} has not joined the others for {seconds:.3g} s"
-        _, _, pid, host = self.heartbeat
-        where = f"pid {pid}{_state(pid)}" if host == socket.gethostname() else f"pid {pid} on {host}"
         what = "has sent no heartbeat" if 2 * self.silent > self.behind else "has not reached where others wait"
-        return f"rank {rank} ({where}) {what} for {seconds:.3g} s"
+        return f"{self.place(rank)} {what} for {seconds:.3g} s"
 
 
 class RankMonitor:

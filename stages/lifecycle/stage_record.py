@@ -18,7 +18,6 @@ from typing import IO, Any
 from rlhf.config.run_config import RunConfig
 from rlhf.engine.checkpoint.checkpoints import steps_in
 from rlhf.runtime.atomic_files import Seal, broken_seal, read_json, seal, write_text
-from rlhf.runtime.dist import barrier, gather_objects
 from rlhf.tracking.jsonl_log import JsonlLog
 from stages.lifecycle.checkpointing import CHECKPOINTS
 from stages.lifecycle.stage_settings import CONFIG, settings_of
@@ -172,22 +171,6 @@ def lock_folder(run: RunConfig) -> IO[bytes]:
     except OSError as error:
         raise ValueError(f"output_dir={folder}: cannot be written ({error}). Choose another.") from error
     return lock
-
-
-def check_shared(run: RunConfig) -> None:
-    """Check that every rank sees the output folder that the first one has locked; all ranks must call it.
-
-    Raises:
-        ValueError: some ranks are on machines that do not share it.
-    """
-    barrier()  # the first rank has created the lock file before anyone looks for it
-    sees = gather_objects((Path(run.output_dir) / LOCK).exists())
-    blind = [str(rank) for rank, found in enumerate(sees) if not found]
-    if blind:
-        raise ValueError(
-            f"output_dir={run.output_dir}: ranks {', '.join(blind)} do not see what rank 0 wrote there. Models and "
-            "checkpoints pass through this folder: choose one on a file system that all machines share."
-        )
 
 
 def is_finished(run: RunConfig, stage: str) -> bool:

@@ -20,7 +20,16 @@ _FREE = (
 )
 _FREE_SUFFIXES = ("cache_dir",)
 _FREE_IN_ENGINES = (
-    *("zero_stage", "device", "offload_optimizer", "offload_param", "nvme_path", "buffer_count", "buffer_size"),
+    *(
+        "zero_stage",
+        "shard_ranks",
+        "device",
+        "offload_optimizer",
+        "offload_param",
+        "nvme_path",
+        "buffer_count",
+        "buffer_size",
+    ),
     *("pipeline_read", "pipeline_write", "pin_memory", "optimizer_share", "parameters_in_cpu", "sub_group_size"),
     *("reduce_bucket_size", "prefetch_bucket_size", "max_live_parameters", "persistence_threshold", "overlap_comm"),
     *("stream_generation", "activation_checkpointing", "activation_offload", "max_skipped_steps", "master_weights"),
@@ -34,7 +43,7 @@ def settings_of(run: RunConfig, stage: str) -> dict[str, Any]:
     plain = as_plain(run)
     parts = {stage: plain[stage], "model": plain["model"], "data": {stage: plain["data"][stage]}}
     parts["data"] |= {name: plain["data"][name] for name in ("stage_split", "split_seed")}
-    flat = {name: value for name, value in _flat(parts, "").items() if not _is_free(name)}
+    flat = {name: value for name, value in flat_settings(parts, "").items() if not _is_free(name)}
     here = run.output_dir  # not part of the settings: a folder may be moved
     flat = {name: value.replace(here, "OUTPUT") if isinstance(value, str) else value for name, value in flat.items()}
     makers = [maker for maker in FOLDERS if any(str(value).startswith(f"OUTPUT/{maker}/") for value in flat.values())]
@@ -63,10 +72,11 @@ def _is_free(name: str) -> bool:
     return name.partition(".")[2] in _FREE or setting in _FREE_SUFFIXES or (in_engine and setting in _FREE_IN_ENGINES)
 
 
-def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+def flat_settings(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """All settings by dotted name, of groups and of lists of groups."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         if isinstance(value, list) and any(isinstance(item, dict) for item in value):
             value = {str(place): item for place, item in enumerate(value)}
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= flat_settings(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return flat

@@ -27,6 +27,7 @@ from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue
 from rlhf.config.ppo_config import POLICIES
 from rlhf.config.run_config import STAGES, USES, RunConfig
 from rlhf.runtime.errors import keep_traceback, sentence_of
+from rlhf.runtime.heartbeat import broken_connection
 from rlhf.tracking.text_table import printable
 from stages.setup.compose import CONF_DIR, composed, is_selected, to_run
 
@@ -62,7 +63,7 @@ def one_sentence(kind: type[Exception] = ValueError, *, folder: str | None = Non
     try:
         yield
     except Exception as error:
-        sentence = str(error) if isinstance(error, kind) else sentence_of(error)
+        sentence = str(error) if isinstance(error, kind) else sentence_of(error) or broken_connection(error)
         if sentence is None or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         note = keep_traceback(error, Path(folder)) if folder and Path(folder).is_dir() else ""

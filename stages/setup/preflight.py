@@ -21,6 +21,7 @@ from rlhf.config.ppo_config import PPOConfig
 from rlhf.config.roles import engines_of, maker_of, origin_of, roles_of
 from rlhf.config.run_config import STAGES, RunConfig
 from rlhf.engine.offload.direct_io import check_nvme_path
+from rlhf.engine.sharding import check_copies
 from rlhf.evaluation.judges import HUMAN, REWARD, load_judges
 from rlhf.evaluation.metrics import load_gold
 from rlhf.reward_calls import RewardFunctions
@@ -58,7 +59,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
         remove_checkpoints(Path(run.folder(stage)))
     for stage in todo:
         log.info("%s", batch_arithmetic(run, stage, ranks=ranks))
-        check_device(run, stage)
+        check_device(run, stage, ranks=ranks)
         check_disks(run, stage)
     for stage in [*todo, *(use for use in run.uses if use == "eval")]:
         check_rewards(run, stage)
@@ -68,7 +69,7 @@ def preflight(run: RunConfig, *, ranks: int) -> list[str]:
     if todo:
         check_data(run, todo)
     if run.eval is not None:
-        check_device(run, "eval")
+        check_device(run, "eval", ranks=ranks)
         check_disks(run, "eval")
         check_evaluation(run, todo, ranks=ranks)
     return todo
@@ -127,13 +128,14 @@ def _rollout_arithmetic(config: PPOConfig, ranks: int) -> str:
     )
 
 
-def check_device(run: RunConfig, stage: str) -> None:
-    """Check that all engines use the run's device, on which a process stays.
+def check_device(run: RunConfig, stage: str, *, ranks: int) -> None:
+    """Check that all engines use the run's device, on which a process stays, and can share copies between the ranks.
 
     Raises:
-        ValueError: an engine asks for another one.
+        ValueError: an engine asks for another device, or the ranks do not divide.
     """
     for name, engine in engines_of(run, stage).items():
+        check_copies(f"{stage}.{name}", engine, ranks=ranks)
         if engine.device != run.engine.device:
             raise ValueError(
                 f"{stage}.{name}.device={engine.device} differs from engine.device={run.engine.device}: ranks stay on "

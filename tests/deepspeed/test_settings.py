@@ -139,6 +139,9 @@ def test_to_a_frozen_model_optimizer_and_scheduler_mean_nothing():
         (zero(stage=3, max_live_parameters=3e7, param_persistence_threshold=1e4, prefetch_bucket_size="10"),
          {"max_live_parameters": 30_000_000, "persistence_threshold": 10_000, "prefetch_bucket_size": 10}),
         (zero(stage=3, stage3_model_persistence_threshold="0"), {"persistence_threshold": 0}),
+        (zero(stage=3, mics_shard_size=8), {"shard_ranks": 8}),
+        (zero(stage=3, mics_shard_size=-1), {"shard_ranks": 0}),
+        (zero(stage=2, mics_shard_size=8), {"shard_ranks": None}),  # MiCS is for stage 3 alone
         (zero(stage=3, stage3_param_persistence_threshold=9223372036854775807),
          {"persistence_threshold": 9223372036854775807}),
         (zero(stage=3, cpu_offload=True, offload_optimizer="auto"), {"offload_optimizer": Offload.cpu}),

@@ -35,10 +35,17 @@ def folder(tmp_path_factory):
     return path
 
 
-def states(folder, *, ranks=1, device=CPU, dtype=torch.bfloat16, micro=1, lora=None, **engine):
+def states(folder, *, ranks=1, copies=1, device=CPU, dtype=torch.bfloat16, micro=1, lora=None, **engine):
     config = EngineConfig(**({"zero_stage": 0} | engine))
     spec = ModelShape(str(folder), ModelKind.causal_lm, lora=lora).whole
-    settings = {"engine": config, "ranks": ranks, "device": device, "dtype": dtype, "micro_batches": micro}
+    settings = {
+        "engine": config,
+        "ranks": ranks,
+        "copies": copies,
+        "device": device,
+        "dtype": dtype,
+        "micro_batches": micro,
+    }
     return States(role="model", spec=spec, **settings)
 
 
@@ -61,6 +68,15 @@ def test_sixteen_bytes_an_element_without_zero(folder):
     assert parts["master weights", Place.device] == 4 * NUMEL
     assert parts["moments", Place.device] == 8 * NUMEL
     assert sum(item.bytes for item in found.gradients()) == 2 * NUMEL
+
+
+def test_copies_hold_the_same_and_share_the_writing(folder):
+    """Eight ranks, of which four share a copy: a quarter each, and half of that in each rank's file."""
+    found = states(folder, ranks=4, copies=2, zero_stage=3, shard_ranks=4)
+    parts = at_rest(found)
+    assert parts["moments", Place.device] == 8 * NUMEL // 4
+    assert parts["working parameters", Place.device] == 2 * NUMEL // 4 + buffers(found)
+    assert found.in_a_checkpoint() == found.copied_for_a_checkpoint() == 12 * NUMEL // 8
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -235,7 +235,8 @@ def offload_weights(
     parameters = dict(module.named_parameters())
     sharded = {name: parameter.shape for name, parameter in parameters.items() if isinstance(parameter, DTensor)}
     shapes = [{name: sharded[name] for name in unit.names if name in sharded} for unit in units]
-    slots = lay_out_units(shapes, ranks=world.size, rank=world.rank, dtype=dtype)
+    ranks = min(config.shard_ranks, world.size) or world.size  # that share a copy
+    slots = lay_out_units(shapes, ranks=ranks, rank=world.rank % ranks, dtype=dtype)
     sizes = unit_bytes(slots, len(shapes))
     in_memory = units_in_host_memory(sizes, config=config, dtype=dtype)
     # Both stores are asked by unit, so each is laid out for all units, with size 0 for those in the other.

@@ -5,7 +5,6 @@ import logging
 import shutil
 
 import pytest
-import torch
 from transformers import BertConfig, LlamaConfig, LlamaForSequenceClassification
 
 from rlhf.config.run_config import Embedded
@@ -17,14 +16,12 @@ from rlhf.text.tokenizer import load_tokenizer, template_fingerprint
 from stages.lifecycle.stage_record import (
     StageRecord,
     check_folder,
-    check_shared,
     claim_folder,
     lock_folder,
     write_record,
 )
 from stages.setup.preflight import batch_arithmetic, check_texts, preflight
 from tests.config.test_configuration import composed
-from tests.ranks import run_on_ranks
 
 
 @pytest.fixture(scope="module")
@@ -230,26 +227,6 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*cannot be written"):
         lock_folder(composed("experiment=smoke", f"output_dir={tmp_path / 'file'}"))
-
-
-def test_machines_that_do_not_share_the_folder_are_noticed(tmp_path):
-    shared, apart = [tmp_path / "a"] * 2, [tmp_path / "a", tmp_path / "b"]
-    assert run_on_ranks(_shared_or_not, 2, shared) == ["", ""]
-    assert all("ranks 1 do not see" in said for said in run_on_ranks(_shared_or_not, 2, apart))
-
-
-def _shared_or_not(folders):
-    rank = torch.distributed.get_rank()
-    run = composed("experiment=smoke", f"output_dir={folders[rank]}")
-    lock = lock_folder(run) if rank == 0 else None
-    try:
-        check_shared(run)
-    except ValueError as error:
-        return str(error)
-    finally:
-        if lock is not None:
-            lock.close()
-    return ""
 
 
 def test_the_cores_of_a_machine_are_shared_by_its_own_ranks_only(monkeypatch):
