@@ -121,6 +121,7 @@ def stages_to_run(run: RunConfig, ranks: int) -> list[str]:
 def start_rank(run: RunConfig) -> World:
     """Join the process group and take this rank's share of the cores."""
     world = start(run.engine.device, launch=run.launch)
+    setup_logging(world, quiet=run.tracking.progress is ProgressDisplay.quiet)
     use_cores(world, run.launch)
     return world
 
