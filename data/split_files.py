@@ -64,7 +64,7 @@ def files_of_split(folder: Path, split: str, *, name: str | None, usual: str | N
 
 def _configuration(folder: Path, name: str | None, *, usual: str | None) -> Mapping[str, Any]:
     """The configuration called `name` in README.md, or the folder of that name."""
-    configs = {str(config.get("config_name", "default")): config for config in _card(folder).get("configs") or []}
+    configs = {str(config.get("config_name", "default")): config for config in card_head(folder).get("configs") or []}
     name = usual if name is None and usual and (usual in configs or (folder / usual).is_dir()) else name
     if not configs:
         if name is not None and not (folder / name).is_dir():
@@ -78,7 +78,7 @@ def _configuration(folder: Path, name: str | None, *, usual: str | None) -> Mapp
     return found
 
 
-def _card(folder: Path) -> Mapping[str, Any]:
+def card_head(folder: Path) -> Mapping[str, Any]:
     """The head of README.md, or .huggingface.yaml, which comes first."""
     own, readme = folder / ".huggingface.yaml", folder / "README.md"
     text = own.read_text("utf-8") if own.is_file() else None

@@ -53,11 +53,12 @@ def provenance(*, ranks: int, device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in _PACKAGES},
+        **{name: version_of(name) for name in _PACKAGES},
     }
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of a package that is installed; a checkout that is run as it is has none."""
     try:
         return version(package)
     except PackageNotFoundError:

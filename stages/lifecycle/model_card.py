@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCardData, metadata_load
+from huggingface_hub import ModelCardData
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from data.formats import READABLE, file_type
+from data.known_datasets import known_dataset
 from data.sources import FUNCTION, HUB_ID, local_path
+from data.split_files import card_head
+from rlhf.config.data_config import SourceConfig
 from rlhf.config.roles import AVERAGE
 from rlhf.runtime.atomic_files import read_json, write_text
 from rlhf.tracking.alerts import StageChecks
 from rlhf.tracking.metric_registry import metric
 from rlhf.tracking.provenance import FILE as STARTS
+from rlhf.tracking.provenance import version_of
 from rlhf.tracking.report.run_folder import FolderReader, read_stage
 from rlhf.tracking.text_table import number, printable
 from stages.lifecycle.stage_record import StageRecord
@@ -45,6 +49,7 @@ _SHOWN = re.compile(
 """Settings that a reader of a card asks for; `config.json` of the stage has all."""
 _PATHS = re.compile(r"(?<![\w.:/])[/~][^\s'\",\]}]+")
 """Absolute paths on a command line, which tell strangers about a machine."""
+_UNKNOWN = "unknown"
 _LICENCE_FILES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*")
 
 
@@ -89,7 +94,7 @@ def card(model: Path, record: StageRecord, *, is_adapter: bool = False) -> str:
         pipeline_tag="text-generation" if kind == "causal_lm" else "text-classification",
         tags=["rlhf", record.stage, *(["lora"] if record.merged else [])],
         datasets=list(dict.fromkeys(source.hub_id for source in sources if source.hub_id)) or None,
-        license=base.licence if re.fullmatch(r"[a-z0-9.-]+", base.licence) else None,
+        license=base.licence if re.fullmatch(r"(?!unknown)[a-z0-9.-]+", base.licence) else None,
     )
     text: str = _template().render(
         head=head.to_yaml(),
@@ -112,7 +117,7 @@ def card(model: Path, record: StageRecord, *, is_adapter: bool = False) -> str:
         findings=_findings(reader, stage.name) if (stage / "metrics.jsonl").is_file() else [],
         start=starts[-1] if starts else {},
         command=_PATHS.sub(lambda found: f".../{Path(found[0]).name}", starts[-1]["command"]) if starts else "",
-        version=version("rlhf-pipeline"),
+        version=version_of("rlhf-pipeline"),
     )
     return text
 
@@ -137,7 +142,7 @@ def _lineage(settings: Mapping[str, Any], *, role: str) -> tuple[Source, list[st
         if path is None and role == "critic":  # it starts from the reward model, or from the actor
             path = settings.get("ppo.reward") or settings.get("ppo.actor")
         if path is None:
-            return Source("unknown", "unknown", "", None), trail
+            return Source(_UNKNOWN, _UNKNOWN, "", None), trail
         earlier = Path(str(path))
         role = earlier.name.removesuffix(AVERAGE)
         before = settings_behind(str(path))
@@ -162,12 +167,20 @@ def _data(settings: Mapping[str, Any]) -> list[Source]:
             split, weight = settings.get(f"{match[1]}.split"), settings.get(f"{match[1]}.weight", 1.0)
             use = "training" if match[2] == "train" else "held out"
             share = f", weight {number(weight)}" if match[2] == "train" and weight != 1 else ""
-            found.append(_source(str(value), note=f"split {split}, {use}{share}"))
+            config = SourceConfig(path=str(value), known_as=settings.get(f"{match[1]}.known_as"))
+            known = known_dataset(config)
+            source = _source(str(value), note=f"split {split}, {use}{share}", kind="datasets/")
+            if known is not None and source.hub_id is None:  # a known name, or a copy of what it names
+                is_unknown = source.licence.startswith(_UNKNOWN)
+                licence = f"see huggingface.co/datasets/{known.hub}" if is_unknown else source.licence
+                source = Source(source.name, licence, f"{source.note}, read as {known.hub}", known.hub)
+            found.append(source)
     return found
 
 
-def _source(path: str, *, note: str) -> Source:
-    return Source(_named(path), _licence(path), note, _hub_id(path))
+def _source(path: str, *, note: str, kind: str = "") -> Source:
+    """A model, or with `kind` as in the addresses of a hub a data set."""
+    return Source(_named(path), _licence(path, kind=kind), note, _hub_id(path))
 
 
 def _named(path: str) -> str:
@@ -178,23 +191,27 @@ def _named(path: str) -> str:
 
 
 def _hub_id(path: str) -> str | None:
-    return path if HUB_ID.fullmatch(path) and not Path(path).suffix and not Path(path).exists() else None
+    is_file = file_type(Path(path)) in READABLE or Path(path).exists()
+    return path if HUB_ID.fullmatch(path) and not is_file else None
 
 
-def _licence(path: str) -> str:
+def _licence(path: str, *, kind: str) -> str:
     """The licence in the head of a README.md, else the licence files in the folder, else that there is none."""
     try:
         place = None if FUNCTION.fullmatch(path) else local_path(path)
-    except ValueError:  # it has been moved since
+    except ValueError:  # it has been moved since, or is a known name
         place = None
     if place is None:
-        return f"see huggingface.co/{path}" if _hub_id(path) else "unknown"
+        return f"see huggingface.co/{kind}{path}" if _hub_id(path) else _UNKNOWN
     folder = place if place.is_dir() else place.parent
-    stated = (metadata_load(folder / CARD) or {}).get("license") if (folder / CARD).is_file() else None
+    try:
+        stated = card_head(folder).get("license")
+    except (ValueError, OSError):  # its head is broken: what it says is not known
+        stated = None
+    if stated:
+        return str(stated)
     files = sorted({file.name for pattern in _LICENCE_FILES for file in folder.glob(pattern)})
-    return (
-        str(stated) if stated else f"see {', '.join(files)} beside it" if files else "unknown: nothing there states it"
-    )
+    return f"see {', '.join(files)} beside it" if files else f"{_UNKNOWN}: nothing there states it"
 
 
 # ---- what became of it

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import ModelCard, constants
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+from rlhf.tracking import provenance
 from stages.lifecycle.model_card import card
 from stages.lifecycle.stage_record import StageRecord, read_record
 from stages.publish import main
@@ -22,6 +24,7 @@ from tests.forking import run_forked
 from tests.stages.hub_server import serving
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+OF_SFT = {"sft.engine.precision": "auto", "sft.init_from": "Qwen/Qwen2.5-0.5B", "model.path": "Qwen/Qwen2.5-0.5B"}
 ROWS = [{"text": f"Movie review: number {number} is a film."} for number in range(40)]
 
 
@@ -118,14 +121,57 @@ def test_a_card_has_the_results_of_the_record(run):
         assert float(after) == pytest.approx(record.after[name], rel=1e-3)
 
 
-def test_a_card_of_little_knowledge_says_so(tmp_path):
+def test_a_card_of_little_knowledge_says_so(tmp_path, monkeypatch):
     (tmp_path / "model").mkdir()
+    monkeypatch.setattr(provenance, "version", absent)  # a checkout that is run as it is
     record = StageRecord("sft", "template", 0)
     text = card(tmp_path / "model", record)
     assert "**Base model**: unknown. Licence: unknown." in text
     assert "None were measured" in text
     assert "How many rows there were is not recorded" in text
-    assert "The command was not recorded" in text
+    assert "The command was not recorded. rlhf-pipeline not installed." in text
+
+
+def absent(package):
+    raise PackageNotFoundError(package)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (
+            {"path": "rm-static"},
+            "| rm-static | split train, training, read as Dahoas/rm-static | see huggingface.co/da",
+        ),
+        (
+            {"path": "Dahoas/rm-static"},
+            "training | see huggingface.co/datasets/Dahoas/rm-static |",
+        ),
+        (
+            {"path": "COPY", "known_as": "rm-static"},
+            "| data/copy | split train, training, read as Dahoas/rm-static | mit |",
+        ),
+        ({"path": "COPY"}, "| data/copy | split train, training | mit |"),
+        ({"path": "BROKEN"}, "| data/broken | split train, training | unknown: nothing there states it |"),
+        ({"path": "/gone/a.jsonl", "weight": 0.5}, "| gone/a.jsonl | split train, training, weight 0.5 | unknown |"),
+        ({"path": "my/rows.py:made"}, "| rows.py:made | split train, training | unknown |"),
+    ],
+    ids=["known name", "hub id", "copy of a known set", "folder", "broken head", "gone", "function"],
+)
+def test_a_card_names_every_kind_of_data(settings, expected, tmp_path):
+    for name, head in (("copy", "license: mit"), ("broken", "license: [")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        (tmp_path / "data" / name / "README.md").write_text(f"---\n{head}\n---\n")
+    (tmp_path / "sft/model").mkdir(parents=True)
+    places = {"COPY": str(tmp_path / "data/copy"), "BROKEN": str(tmp_path / "data/broken")}
+    source = {"split": "train", **settings, "path": places.get(settings["path"], settings["path"])}
+    flat = {f"data.sft.train.0.{name}": value for name, value in source.items()}
+    (tmp_path / "sft/config.json").write_text(json.dumps({**OF_SFT, **flat}))
+    text = card(tmp_path / "sft/model", StageRecord("sft", "template", 0))
+    assert expected in text
+    head = ModelCard(text).data
+    assert (head.base_model, head.license) == ("Qwen/Qwen2.5-0.5B", None)
+    assert "Base model**: Qwen/Qwen2.5-0.5B. Licence: see huggingface.co/Qwen/Qwen2.5-0.5B." in text
 
 
 def test_without_a_repository_nothing_is_sent(run):
