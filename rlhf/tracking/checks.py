@@ -180,8 +180,8 @@ def _sources(row: Row, seen: Seen) -> Iterator[Finding]:
     if shares and row["step"] >= min(_FEW_ROLLOUTS, seen.total_steps):
         silent = sorted(shares.keys() - seen.has_scored - {"log"})  # reward/log/none is a function's own metric
         text = (
-            f"Up to step {row['step']} {', '.join(silent)} had a score for none of the responses: what it is to reward "
-            "counts for nothing. Look at which columns of the data it reads, or take it out of ppo.rewards."
+            f"Up to step {row['step']} no response had a score of reward/{', reward/'.join(silent)}: what that is to "
+            "reward counts for nothing. Look at which columns of the data it reads, or take it out of ppo.rewards."
         )
         yield Finding(bool(silent), text)
 

@@ -302,7 +302,7 @@ def test_a_reward_source_that_never_applied_is_reported_once_it_had_the_chance()
     assert names(early) == []
     found = results([*early, row(3, brief=1.0, right=1.0)])["silent"]
     assert found.is_wrong
-    assert found.text.startswith("Up to step 3 brief had a score for none of the responses")
+    assert found.text.startswith("Up to step 3 no response had a score of reward/brief:")
     assert "right" not in found.text
     assert names([*early, row(3, brief=0.9, right=1.0)]) == []
     assert names(early[:1], total_steps=1) == ["silent"]

@@ -72,9 +72,18 @@ class Chart:
     svg: str
 
 
-def curves(title: str, caption: str, *, x: str, y: str, series: Mapping[str, Points]) -> Chart:
+def curves(
+    title: str,
+    caption: str,
+    *,
+    x: str,
+    y: str,
+    series: Mapping[str, Points],
+    gaps: Mapping[str, Sequence[int]] | None = None,
+) -> Chart:
     """Draw lines over a common axis, with a legend if there are several; one point is drawn as a dot.
 
+    A line is broken at the `gaps` of its series, where it has no value.
     A noisy curve is drawn faint, with its exponential mean over about `window` points on top.
     """
     axes = _axes(x, y)
@@ -82,9 +91,10 @@ def curves(title: str, caption: str, *, x: str, y: str, series: Mapping[str, Poi
         width = window(points)
         shown = thin(smoothed(points, width) if width else points)
         marker = "o" if len(shown) < 3 else ""
-        (line,) = axes.plot(*_columns(shown), label=label, marker=marker, markersize=3, linewidth=1.5)
+        missing = (gaps or {}).get(label, ())
+        (line,) = axes.plot(*_broken(shown, missing), label=label, marker=marker, markersize=3, linewidth=1.5)
         if width:
-            logged = _columns(thin(points))
+            logged = _broken(thin(points), missing)
             axes.plot(*logged, color=line.get_color(), linestyle=line.get_linestyle(), alpha=0.3, linewidth=1)
     lines = 0
     if len(series) > 1:  # above the axes, where it hides no curve
@@ -252,3 +262,12 @@ def _short(value: float, _position: int) -> str:
 
 def _columns(points: Points) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [max(-_LARGEST, min(y, _LARGEST)) for _, y in points]
+
+
+def _broken(points: Points, gaps: Sequence[int]) -> tuple[list[float], list[float]]:
+    """The columns with NaN at the gaps, where matplotlib ends a line and begins another."""
+    x, y = _columns(points)
+    whole = sorted(
+        [*zip(x, y, strict=True), *((float(gap), math.nan) for gap in thin(gaps))], key=lambda point: point[0]
+    )
+    return [x for x, _ in whole], [y for _, y in whole]

@@ -245,11 +245,13 @@ def _of_one_kind(stage: StageFolder, title: str, *, series: Mapping[str, Points]
     else:
         about = "; ".join(f"{label}: {known(key).meaning}" for label, key in zip(labels, keys, strict=True))
     caption = f"{about}{smoothing(*series.values())}."
+    gaps = {label: stage.gaps(key) for label, key in zip(labels, keys, strict=True)}
     for key in keys:
         steps = ", ".join(map(str, stage.gaps(key)[:5]))
         caption += f" {key} was not finite at {axis} {steps}." if steps else ""
     unit = known(keys[0]).unit or ("" if len(keys) > 1 else keys[0].split("/")[-1])
-    return curves(title, caption, x=axis, y=unit, series=dict(zip(labels, series.values(), strict=True)))
+    drawn = dict(zip(labels, series.values(), strict=True))
+    return curves(title, caption, x=axis, y=unit, series=drawn, gaps=gaps)
 
 
 def labels_of(keys: Iterable[str], stage: StageFolder) -> list[str]:

@@ -189,3 +189,13 @@ def test_more_sources_than_colours_are_still_told_apart():
     lines = re.findall(r"stroke-dasharray: [\d. ,]+;[^\"]*stroke: (var\(--series-\d\))", found.svg)
     assert sorted(set(lines)) == [f"var(--series-{n})" for n in range(4)]  # the ninth to the twelfth are dashed
     assert set(texts(found.svg)) >= {f"s{n}" for n in range(12)}
+
+
+def test_a_line_is_broken_where_values_are_missing():
+    def strokes_in(values):
+        (chart,) = charts_of(rows_of(**{"actor/grad_norm": values})).values()
+        drawn = re.search(r'<path d="([^"]*)"[^>]*stroke: var\(--series-0\)', chart.svg)[1]
+        return drawn.count("M"), drawn.count("L")
+
+    assert strokes_in([1.0, 2.0, 4.0, 3.0, 1.0]) == (1, 4)
+    assert strokes_in([1.0, 2.0, None, 3.0, 1.0]) == (2, 2)

@@ -229,11 +229,11 @@ def test_what_is_missing_or_broken_is_said_and_the_rest_is_shown(run):
 
 def test_a_stage_that_was_resumed_twice_has_each_step_once_and_in_order(run):
     """Rows that a kill has left behind come a second time; W&B's copy or a hand may have left them so."""
-    steps = [0, 1, 2, 3, 2, 3, 4, 3, 4, 5]
+    steps = [2, 3, 0, 1, 2, 3, 4, 3, 4, 5]
     rows = [{"step": step, "train/loss": 10.0 * step + place} for place, step in enumerate(steps)]
     write(run, "sft/metrics.jsonl", [*rows, {"step": 5, "eval/loss": 0.5}])
     (stage,) = [stage for stage in read_run(run).stages if stage.name == "sft"]
-    assert stage.series("train/loss") == [(0, 0.0), (1, 11.0), (2, 24.0), (3, 37.0), (4, 48.0), (5, 59.0)]
+    assert stage.series("train/loss") == [(0, 2.0), (1, 13.0), (2, 24.0), (3, 37.0), (4, 48.0), (5, 59.0)]
     assert stage.series("eval/loss") == [(5, 0.5)]
 
 
