@@ -57,6 +57,12 @@ class DeepSpeedSettings:
         settings._read(args)
         return settings
 
+    def again(self, args: transformers.TrainingArguments) -> DeepSpeedSettings:
+        """The same configuration for arguments that may have changed, in a script or from one trial to the next."""
+        settings = DeepSpeedSettings.of(args.deepspeed, args)
+        settings.reported = self.reported
+        return settings
+
     def engine(self, args: transformers.TrainingArguments, model: nn.Module, *, total_steps: int) -> EngineConfig:
         """The engine's settings, for a model and a number of optimizer steps; 0 where nothing is trained yet.
 

@@ -72,6 +72,13 @@ class ZeroTrainerMixin(_Trainer):
     def _settings(self) -> DeepSpeedSettings | None:
         return getattr(self.args, "zero_settings", None)
 
+    def _read_again(self) -> DeepSpeedSettings:
+        """Fill the configuration from the arguments as they are now: scripts and trials change them."""
+        assert self._settings is not None, "the caller has asked"
+        settings = self._settings.again(self.args)
+        vars(self.args)["zero_settings"] = settings
+        return settings
+
     @property
     def _module(self) -> nn.Module:
         assert isinstance(self.model, nn.Module), "the Trainer has one from its construction on"
@@ -85,6 +92,7 @@ class ZeroTrainerMixin(_Trainer):
         if self._settings is None:
             return
         check_hooks()
+        self._read_again()
         accelerator: Any = self.accelerator
         accelerator.backward = self._backward
         accelerator.clip_grad_norm_ = self._clip
@@ -141,9 +149,9 @@ class ZeroTrainerMixin(_Trainer):
         if self._engine is not None and self._engine.module is not self._module:  # `model_init` has made another
             self._engine.close()
             self._engine = None
-        assert self._settings is not None, "the caller has asked"
+        settings = self._read_again()
         total = self.state.max_steps if training else 0
-        config = self._settings.engine(self.args, self._module, total_steps=total)
+        config = settings.engine(self.args, self._module, total_steps=total)
         given = None if isinstance(self.optimizer, ZeroOptimizer) else self.optimizer
         groups = [] if given is None else named_groups(given, self._module)  # before parameters are replaced
         if self._engine is None:
@@ -278,7 +286,7 @@ def check_hooks(trainer: type = transformers.Trainer) -> None:
             has = "no such method" if found is None else f"({', '.join(found)})"
             raise RuntimeError(
                 f"transformers {transformers.__version__}: Trainer.{name}: found {has}, expected ({', '.join(known)}). "
-                f"The Trainer on this engine does not know this version; versions 5.17 to 5.24 are known to have it."
+                f"The Trainer on this engine was made for 5.24; install that, or train without `deepspeed`."
             )
 
 

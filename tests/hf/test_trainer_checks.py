@@ -143,6 +143,28 @@ def test_a_subclass_may_make_the_optimizer(tmp_path):
     assert losses(trained(tmp_path / "zero", zero(1), kind=WithOwnOptimizer)) == pytest.approx(losses(plain), abs=2e-6)
 
 
+def test_arguments_may_change_after_they_are_made(tmp_path):
+    adam = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
+    warmup = {"total_num_steps": "auto", "warmup_num_steps": "auto", "warmup_max_lr": "auto"}
+    sections = {"optimizer": {"type": "AdamW", "params": adam}}
+    sections["scheduler"] = {"type": "WarmupDecayLR", "params": {**warmup, "warmup_type": "linear"}}
+    args = arguments(tmp_path, zero(2, **sections))
+    args.learning_rate, args.max_grad_norm = 0.25, 2.0
+    made = MODELS["llama"]()
+    trainer = hf.Trainer(model=made, args=args, train_dataset=rows(made))
+    trainer.train()
+    args.max_steps = 6
+    trainer.train()
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+    assert len(rates) == 6
+    assert rates == [
+        WarmupDecayLR(lr=0.25, warmup_max_lr=0.25, warmup_num_steps=3, warmup_type="linear", total_num_steps=6).lr_at(
+            step
+        )
+        for step in range(6)
+    ]
+
+
 def test_training_twice_goes_on(tmp_path):
     twice = []
     for deepspeed in (None, zero(3)):
