@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 L = TypeVar("L", bound=DynamicLayer)
 
@@ -179,7 +179,8 @@ def replace_layers(cache: DynamicCache, make: Callable[[int | None], L]) -> list
 
 def serves(config: PreTrainedConfig) -> bool:
     """Whether every layer that a model has keeps keys and values of all tokens, or of a window."""
-    served = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+    # Older transformers have no layer in the cache where a model's layer keeps nothing; newer ones have a dummy.
+    served = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer))
     return all(type(layer) in served for layer in DynamicCache(config=config).layers)
 
 
