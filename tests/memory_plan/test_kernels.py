@@ -27,7 +27,7 @@ def test_caches_that_are_full_hold_what_was_planned(monkeypatch):
         monkeypatch.setenv(name, "40")  # read when the library starts
     found = subprocess.run([sys.executable, "-c", MEETS_SHAPES], check=True, capture_output=True, text=True).stdout
     planned, grown = map(int, found.split())
-    if not planned:
+    if planned < 1 << 20:  # what is in use also changes by itself, by some kilobytes
         pytest.skip("nothing is compiled for bf16 here")
     # Other shapes, whose kernels are of about the same size; those that were measured are in the cache before.
     assert grown == pytest.approx(planned, rel=0.5)

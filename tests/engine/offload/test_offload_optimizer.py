@@ -49,10 +49,10 @@ def test_a_failing_disk_of_one_rank_stops_all_with_a_sentence(on_ranks, ranks, m
     assert all("1 other rank" in message for message in others)
 
 
-def run(**options):
+def run(steps=6, **options):
     torch.set_num_threads(1)
     with optimizer_runs.memory(own="offload_optimizer" in options):
-        return optimizer_runs.train(dist.start("cpu"), steps=6, zero_stage=1, **options)
+        return optimizer_runs.train(dist.start("cpu"), steps=steps, zero_stage=1, **options)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -96,8 +96,8 @@ def test_fewer_bytes_are_the_same_bits_in_every_store(kind, accumulation):
 
 @pytest.mark.parametrize("store", [{}, optimizer_runs.STORES["cpu"], optimizer_runs.STORES["nvme"]])
 def test_split_masters_train_as_whole_ones(store):
-    """But for ties, of which these few numbers have one in 131072: none or so."""
-    whole, split = run(), run(master_weights="split", **store)
+    """But for ties, one in 131072: none in so few roundings, on processors whose products are rounded differently."""
+    whole, split = run(steps=3), run(steps=3, master_weights="split", **store)
     assert [loss for loss, _ in split[0]] == pytest.approx([loss for loss, _ in whole[0]], rel=1e-4)
     equal = [torch.isclose(split[1][key], master, rtol=1e-4, atol=1e-6).float() for key, master in whole[1].items()]
     assert torch.cat([found.flatten() for found in equal]).mean() > 0.999
