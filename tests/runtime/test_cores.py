@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from rlhf.config.run_config import LaunchConfig
-from rlhf.runtime import cores
+from rlhf.runtime import cores, dist
 from rlhf.runtime.dist import World
-from tests.forking import fork_until_death
+from tests.ranks import run_on_ranks
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="binds threads")
 
@@ -99,25 +99,21 @@ def test_all_threads_of_a_process_are_bound():
         thread.join()
 
 
+def bound(wanted):
+    """The cores of a rank, and its threads."""
+    cores.use_cores(dist.start("cpu"), LaunchConfig(bind_cores=wanted))
+    return sorted(os.sched_getaffinity(0)), torch.get_num_threads()
+
+
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two cores")
 @pytest.mark.parametrize("wanted", [True, None])
-def test_ranks_have_cores_of_their_own_where_that_is_asked_for(tmp_path, wanted):
-    def work(rank):
-        from rlhf.runtime import dist
-
-        world = dist.start("cpu")
-        cores.use_cores(world, LaunchConfig(bind_cores=wanted))
-        mine, threads = os.sched_getaffinity(0), torch.get_num_threads()
-        (tmp_path / str(rank)).write_text(f"{sorted(mine)} {threads}")
-        dist.stop()
-
-    assert fork_until_death(work, 2) == [0, 0]
-    first, second = ((tmp_path / str(rank)).read_text() for rank in range(2))
-    count = len(os.sched_getaffinity(0))
-    if wanted or count >= 4:
+def test_ranks_have_cores_of_their_own_where_that_is_asked_for(wanted):
+    first, second = run_on_ranks(bound, 2, wanted)
+    allowed = sorted(os.sched_getaffinity(0))
+    if wanted or len(allowed) >= 4:
         assert first != second
     else:  # one core each is too few to be bound to
-        assert first == second == f"{sorted(os.sched_getaffinity(0))} 1"
+        assert first == second == (allowed, 1)
 
 
 def test_a_rank_that_the_launcher_has_bound_stays_there(monkeypatch, caplog):
