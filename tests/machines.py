@@ -1,16 +1,13 @@
 """Several machines on this one: network namespaces on a bridge, each with a host name and, if asked, its own folders.
 
-Ranks are forks of the process that tests, which has imported everything, and start as srun starts its tasks; programs
-such as torchrun are started. Needs root and `ip` (iproute2).
+Ranks start as srun starts its tasks. Needs root and `ip` (iproute2).
 """
 
-import atexit
 import contextlib
 import ctypes
-import gc
 import itertools
+import json
 import os
-import runpy
 import shutil
 import signal
 import socket
@@ -18,13 +15,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from rlhf.runtime.process import VARIABLES, end_with_parent
-from tests.forking import IMPORTED, ROOT, _at_exit, end_with
+from tests.forking import ROOT
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_MOUNTS, _NEW_NAME, _NEW_NETWORK = 0x00020000, 0x04000000, 0x40000000  # of <sched.h>
@@ -59,16 +55,22 @@ class Machine:
 
     def run(self, *words, log, cwd, **variables):
         """Start a program."""
-        return self._fork(lambda: self._exec(words, variables), log=log, cwd=cwd)
+        # A fork of the process that tests, which has threads, might wait for ever.
+        order = [self.name, self.host, {str(seen): str(real) for seen, real in self.mounts.items()}, list(words)]
+        command = [sys.executable, "-m", "tests.machines", json.dumps([os.getpid(), str(cwd), *order])]
+        environment = os.environ | {**VARIABLES, "OMP_NUM_THREADS": "1"} | variables
+        with Path(log).open("ab") as file:
+            started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
+        self.children.append(started)
 
     def rank(self, *words, log, cwd, **variables):
         """Start `run_pipeline.py` as a rank; `variables` say which."""
-        return self._fork(lambda: self._become(words, variables), log=log, cwd=cwd)
+        self.run(sys.executable, str(ROOT / "run_pipeline.py"), *words, log=log, cwd=cwd, **variables)
 
     def signal(self, number):
         """Send a signal to all that was started here."""
-        for pid in self.children:
-            for process in [*_descendants(pid), pid]:
+        for child in self.children:
+            for process in [*_descendants(child.pid), child.pid]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process, number)
 
@@ -76,38 +78,20 @@ class Machine:
         """Set the cable `up` or `down`."""
         _ip(f"-n {self.switch} link set {self.name} {state}")
 
-    def _fork(self, work, *, log, cwd):
-        parent, child = os.getpid(), os.fork()
-        if child == 0:
-            end_with_parent(parent)
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            end_with(self._inside, work, log, cwd, at_exit=_at_exit)
-        self.children.append(child)
-        return child
 
-    def _inside(self, work, log, cwd):
-        atexit._clear()  # of the process that tests: one would wait for a server that goes on
-        for number in (1, 2):
-            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-        sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: PTH123, SIM115 - not pytest's
-        namespace = os.open(f"/run/netns/{self.name}", os.O_RDONLY)
-        _check(_LIBC.setns(namespace, _NEW_NETWORK))
-        _check(_LIBC.unshare(_NEW_NAME | _NEW_MOUNTS))
-        socket.sethostname(self.host)
-        _check(_LIBC.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None))
-        for seen, real in self.mounts.items():
-            _check(_LIBC.mount(str(real).encode(), str(seen).encode(), None, _BIND, None))
-        os.chdir(cwd)
-        work()
-
-    def _exec(self, words, variables):
-        os.environ |= {**VARIABLES, "OMP_NUM_THREADS": "1"} | variables
-        os.execvp(words[0], list(words))
-
-    def _become(self, words, variables):
-        os.environ |= {**VARIABLES, "OMP_NUM_THREADS": "1"} | variables
-        sys.argv = [str(ROOT / "run_pipeline.py"), *words]
-        runpy.run_path(sys.argv[0], run_name="__main__")
+def _become(parent, cwd, name, host, mounts, words):
+    """Become a program of a machine: only this process sees its network, name and folders."""
+    end_with_parent(parent)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    namespace = os.open(f"/run/netns/{name}", os.O_RDONLY)
+    _check(_LIBC.setns(namespace, _NEW_NETWORK))
+    _check(_LIBC.unshare(_NEW_NAME | _NEW_MOUNTS))
+    socket.sethostname(host)
+    _check(_LIBC.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None))
+    for seen, real in mounts.items():
+        _check(_LIBC.mount(real.encode(), seen.encode(), None, _BIND, None))
+    os.chdir(cwd)
+    os.execvp(words[0], words)
 
 
 def _check(result):
@@ -127,15 +111,8 @@ def _descendants(pid):
 @contextlib.contextmanager
 def machines(count):
     """Machines with the addresses 10.77.0.1, 10.77.0.2, ... on one network, which nothing else reaches."""
-    for module in IMPORTED:
-        import_module(module)
-    gc.collect()
     own = f"{os.getpid()}-{next(_numbers)}"
-    switch, found, folder = (
-        f"sw{own}",
-        [],
-        tempfile.mkdtemp(),
-    )  # no TemporaryDirectory: a fork that ends would remove it
+    switch, found, folder = f"sw{own}", [], tempfile.mkdtemp()
     _ip(f"netns add {switch}")
     try:
         _ip(f"-n {switch} link add name bridge type bridge")
@@ -184,10 +161,10 @@ def statuses(hosts, *, seconds):
     end, found = time.monotonic() + seconds, []
     for host in hosts:
         for child in host.children:
-            while (ended := os.waitpid(child, os.WNOHANG))[0] == 0:
+            while child.poll() is None:
                 assert time.monotonic() < end, "still running"
                 time.sleep(0.05)
-            found.append(os.waitstatus_to_exitcode(ended[1]))
+            found.append(child.returncode)
         host.children.clear()
     return found
 
@@ -197,3 +174,7 @@ def until(condition, *, seconds):
     while not condition():
         assert time.monotonic() < end, "not in time"
         time.sleep(0.05)
+
+
+if __name__ == "__main__":
+    _become(*json.loads(sys.argv[1]))
