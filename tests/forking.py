@@ -1,18 +1,22 @@
-"""Runs a program of this repository in a fork of a process that has imported everything: starting python takes longest.
+"""Runs programs in forks of a process that has imported everything: starting python takes longest.
 
 The process is started once by whoever tests, and forks for each program, which has its own arguments, folder,
-environment and output and ends as any program does. It computes nothing itself, for a fork takes no threads along. What
+environment and files and ends as any program does. It computes nothing itself, for a fork takes no threads along. What
 a library reads from the environment while it is imported is that of the tests, so a test of such a variable, or of how
 a program starts, starts python.
 """
 
 import atexit
+import contextlib
 import functools
 import gc
 import json
 import os
 import runpy
+import select
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -23,7 +27,8 @@ from pathlib import Path
 import torch
 
 from rlhf.runtime import dist
-from rlhf.runtime.process import VARIABLES, end_with_parent
+from rlhf.runtime.process import LAUNCHER, VARIABLES, end_with_parent
+from tests.forked_program import start
 
 ROOT = Path(__file__).parents[1]
 STAGES = [f"stages.{stage}" for stage in ("sft", "reward", "dpo", "ppo", "eval")]
@@ -31,51 +36,103 @@ MODELS = ["transformers.models.llama.modeling_llama", "transformers.models.auto.
 IMPORTED = ["pytest", "hydra", "stages.pipeline", *STAGES, *MODELS, "torch._dynamo"]
 
 
+class Forked:
+    """A program that runs: what `subprocess.Popen` has of it."""
+
+    def __init__(self, order, files):
+        self._answers = start(_server(), order, files).makefile()
+        self.pid = int(self._answers.readline())
+        self.returncode = None
+
+    def poll(self):
+        """The exit status, negative for a signal; None while it runs."""
+        if self.returncode is None and select.select([self._answers], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self):
+        if self.returncode is None:
+            self.returncode = int(self._answers.readline())
+            self._answers.close()
+        return self.returncode
+
+
 def run_forked(script, *words, ranks=1, cwd=ROOT, env=None):
     """`subprocess.run` of `python script *words`, which captures the output as text; on several ranks, of torchrun."""
     command = [str(ROOT / script), *map(str, words)]
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [f"{folder}/{name}" for name in ("stdout", "stderr")]
-        order = {"command": command, "ranks": ranks, "cwd": str(cwd), "env": dict(env or os.environ)}
-        status = _answered(json.dumps(order | {"outputs": outputs}))
-        return subprocess.CompletedProcess(command, status, *(Path(output).read_text() for output in outputs))
+    order = {"command": command, "ranks": ranks, "cwd": str(cwd), "env": dict(env or os.environ)}
+    with (
+        Path(os.devnull).open() as stdin,
+        tempfile.TemporaryFile("w+") as stdout,
+        tempfile.TemporaryFile("w+") as stderr,
+    ):
+        files = [file.fileno() for file in (stdin, stdout, stderr)]
+        status = Forked(order, files).wait()  # if this is interrupted, it ends, for nobody waits for it any more
+        return subprocess.CompletedProcess(command, status, *(_written(file) for file in (stdout, stderr)))
 
 
-def _answered(order):
-    server = _server()
-    try:
-        server.stdin.write(f"{order}\n")
-        server.stdin.flush()
-        return int(server.stdout.readline())
-    except BaseException:  # such as the time limit of a test: whatever runs there ends, and the next one starts anew
-        server.kill()
-        _server.cache_clear()
-        raise
+def _written(file):
+    file.seek(0)
+    return file.read()
+
+
+def make_programs(folder, **programs):
+    """Programs for a shell, which run here: names, and the words behind `python` that each of them stands for."""
+    folder.mkdir(parents=True, exist_ok=True)
+    client = shlex.join([sys.executable, "-ISE", str(ROOT / "tests/forked_program.py"), _server(), f"{folder}/python"])
+    for name, words in {"python": "", **programs}.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec {client} {words} "$@"\n')
+        (folder / name).chmod(0o755)
 
 
 @functools.cache
 def _server():
-    command, pipe = [sys.executable, "-m", "tests.forking"], subprocess.PIPE
-    server = subprocess.Popen(command, cwd=ROOT, env=VARIABLES | os.environ, stdin=pipe, stdout=pipe, text=True)
-    atexit.register(server.communicate)  # which has no more orders, so it ends
-    return server
+    """The path of the socket of a server, which ends with this process."""
+    folder = tempfile.TemporaryDirectory()
+    atexit.register(folder.cleanup)
+    path, listener = f"{folder.name}/socket", socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen(128)  # so that programs may ask from now on
+    command = [sys.executable, "-m", "tests.forking", str(os.getpid()), str(listener.fileno())]
+    subprocess.Popen(command, cwd=ROOT, env=VARIABLES | os.environ, pass_fds=[listener.fileno()])
+    return path
 
 
-def _serve():
-    """Answer orders until there are no more."""
-    end_with_parent(os.getppid())
+def _serve(parent, listener):
+    end_with_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # who tests hears it as well, and ends us
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody asks how those who wait for programs end
     for module in IMPORTED:
         import_module(module)
     gc.freeze()  # or a fork's first collection would copy the pages of all modules
-    for line in sys.stdin:
-        server, child = os.getpid(), os.fork()
-        if child == 0:
-            end_with_parent(server)
-            end_with(_become, json.loads(line), at_exit=_at_exit)
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
-        sys.stdout.flush()
+    while True:
+        connection, _ = listener.accept()
+        if os.fork() == 0:
+            listener.close()
+            end_with(_run_for, connection)
+        connection.close()
+
+
+def _run_for(connection):
+    """Run the program that is asked for, until it ends, or whoever has asked."""
+    end_with_parent(_serving)
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    _, files, *_ = socket.recv_fds(connection, 1, 3)
+    order = json.loads(connection.makefile().readline())
+    waiting, child = os.getpid(), os.fork()
+    if child == 0:
+        connection.close()
+        end_with_parent(waiting)
+        end_with(_become, order, files, at_exit=_at_exit)
+    for file in files:
+        os.close(file)
+    connection.sendall(f"{child}\n".encode())
+    ended = os.pidfd_open(child)
+    if ended not in select.select([ended, connection], [], [])[0]:
+        os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    with contextlib.suppress(BrokenPipeError):
+        connection.sendall(f"{os.waitstatus_to_exitcode(status)}\n".encode())
 
 
 def fork_until_death(work, ranks, *, alone=False):
@@ -130,26 +187,45 @@ def _at_exit():
     atexit._run_exitfuncs()
 
 
-def _become(order):
+def _become(order, files):
     command = order["command"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    for number, path in enumerate([os.devnull, *order["outputs"]]):
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = Path(os.devnull).open()  # noqa: SIM115 - open as long as the program runs
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115, PTH123 - open as long as the program runs
+    if "machine" in order:
+        import_module("tests.machines").enter(*order["machine"])
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
-    sys.argv = command
-    if order["ranks"] > 1:
-        sys.exit(max(map(abs, fork_until_death(lambda rank: _run(command[0]), order["ranks"]))))
-    _run(command[0])
+    if "executable" in order:
+        sys.executable = os.environ["PYTHON_EXEC"] = order[
+            "executable"
+        ]  # what the launchers start; torchrun the second
+    if LAUNCHER in os.environ:
+        os.environ[LAUNCHER] = str(os.getppid())  # it ends when the launcher's own child does
+    if order.get("ranks", 1) > 1:
+        sys.exit(max(map(abs, fork_until_death(lambda rank: _run(command), order["ranks"]))))
+    _run(command)
 
 
-def _run(script):
-    runpy.run_path(script, run_name="__main__")
+def _run(words):
+    """What `python *words` does."""
+    first, *rest = [word for word in words[:1] if word != "-u"] + words[1:]
+    if first == "-c":
+        sys.argv = words
+        exec(rest[0], {"__name__": "__main__"})  # noqa: S102 - as asked
+    elif first == "-m":
+        sys.argv = rest
+        sys.path.insert(0, str(Path.cwd()))
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [first, *rest]
+        sys.path.insert(0, str(Path(first).resolve().parent))
+        runpy.run_path(first, run_name="__main__")
 
 
 if __name__ == "__main__":
-    _serve()
+    _serving = os.getpid()
+    _serve(int(sys.argv[1]), socket.socket(fileno=int(sys.argv[2])))

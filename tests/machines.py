@@ -6,21 +6,18 @@ Ranks start as srun starts its tasks. Needs root and `ip` (iproute2).
 import contextlib
 import ctypes
 import itertools
-import json
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import pytest
 
-from rlhf.runtime.process import VARIABLES, end_with_parent
-from tests.forking import ROOT
+from tests.forking import ROOT, Forked
 
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _NEW_MOUNTS, _NEW_NAME, _NEW_NETWORK = 0x00020000, 0x04000000, 0x40000000  # of <sched.h>
@@ -54,18 +51,16 @@ class Machine:
         """Folders of this machine alone: where they are seen, and where they are."""
 
     def run(self, *words, log, cwd, **variables):
-        """Start a program."""
-        # A fork of the process that tests, which has threads, might wait for ever.
-        order = [self.name, self.host, {str(seen): str(real) for seen, real in self.mounts.items()}, list(words)]
-        command = [sys.executable, "-m", "tests.machines", json.dumps([os.getpid(), str(cwd), *order])]
-        environment = os.environ | {**VARIABLES, "OMP_NUM_THREADS": "1"} | variables
-        with Path(log).open("ab") as file:
-            started = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=file)
-        self.children.append(started)
+        """Start `python *words`."""
+        mounts = {str(seen): str(real) for seen, real in self.mounts.items()}
+        order = {"command": words, "cwd": str(cwd), "env": os.environ | {"OMP_NUM_THREADS": "1"} | variables}
+        with Path(log).open("ab") as file, Path(os.devnull).open() as nothing:
+            files = [file.fileno() for file in (nothing, file, file)]
+            self.children.append(Forked(order | {"machine": [self.name, self.host, mounts]}, files))
 
     def rank(self, *words, log, cwd, **variables):
         """Start `run_pipeline.py` as a rank; `variables` say which."""
-        self.run(sys.executable, str(ROOT / "run_pipeline.py"), *words, log=log, cwd=cwd, **variables)
+        self.run(str(ROOT / "run_pipeline.py"), *words, log=log, cwd=cwd, **variables)
 
     def signal(self, number):
         """Send a signal to all that was started here."""
@@ -79,10 +74,8 @@ class Machine:
         _ip(f"-n {self.switch} link set {self.name} {state}")
 
 
-def _become(parent, cwd, name, host, mounts, words):
-    """Become a program of a machine: only this process sees its network, name and folders."""
-    end_with_parent(parent)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def enter(name, host, mounts):
+    """Become a process of a machine: only this one sees its network, name and folders."""
     namespace = os.open(f"/run/netns/{name}", os.O_RDONLY)
     _check(_LIBC.setns(namespace, _NEW_NETWORK))
     _check(_LIBC.unshare(_NEW_NAME | _NEW_MOUNTS))
@@ -90,8 +83,6 @@ def _become(parent, cwd, name, host, mounts, words):
     _check(_LIBC.mount(b"none", b"/", None, _RECURSIVE | _PRIVATE, None))
     for seen, real in mounts.items():
         _check(_LIBC.mount(real.encode(), seen.encode(), None, _BIND, None))
-    os.chdir(cwd)
-    os.execvp(words[0], words)
 
 
 def _check(result):
@@ -174,7 +165,3 @@ def until(condition, *, seconds):
     while not condition():
         assert time.monotonic() < end, "not in time"
         time.sleep(0.05)
-
-
-if __name__ == "__main__":
-    _become(*json.loads(sys.argv[1]))

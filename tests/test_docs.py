@@ -7,6 +7,7 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -60,9 +61,11 @@ def test_commands_work_one_after_another(block, checkout, hub):  # noqa: F811
     without = " tracking.report=false tracking.wandb=disabled"  # the README's show reports
     text = re.sub(r"experiment=(smoke|custom)", rf"\g<0>{without}", text)
     text = f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{text}"  # or a failure would leave the server behind
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{checkout}/.venv/bin:{os.environ['PATH']}"}
+    published = "--to" in block  # where the hub is, its library reads when it is imported: python is started
+    programs = Path(sys.executable).parent if published else checkout / ".venv/bin"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{programs}:{os.environ['PATH']}"}
     environment |= {"REWARD_URL": f"http://127.0.0.1:{port}/score"}
-    if "--to" in block:
+    if published:
         environment |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": "hf_good", "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     process = subprocess.Popen(
         ["bash", "-ec", text],

@@ -5,7 +5,6 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from rlhf.runtime.deepspeed_flags import has_flags, read_flags
 from stages.setup.command_line import check_overrides
-from tests.forking import run_forked
+from tests.forking import make_programs, run_forked
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/launching.md").read_text()
@@ -40,13 +39,9 @@ def test_the_page_is_short():
 
 @pytest.mark.parametrize("command", RUN)
 def test_commands_run_as_they_are_printed(command, tmp_path):
-    programs = tmp_path / "bin"
-    programs.mkdir()
-    for name, words in {"rlhf-pipeline": "-m run_pipeline", "torchrun": "-m torch.distributed.run"}.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
-        (programs / name).chmod(0o755)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{programs}:{os.environ['PATH']}"}
-    environment["PYTHONPATH"] = str(ROOT)
+    programs = {"rlhf-pipeline": "-m run_pipeline", "torchrun": "-m torch.distributed.run"}
+    make_programs(tmp_path / "bin", **programs)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
     done = subprocess.run(
         ["bash", "-c", f"{command} {SMALL}"],
         cwd=tmp_path,

@@ -66,7 +66,7 @@ def folder(tmp_path):
     "launcher",
     [
         ["{site}/bin/rlhf-pipeline", "--num_gpus", "2"],
-        ["torchrun", "--nproc-per-node", "2", "-m", "run_pipeline"],
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "run_pipeline"],
     ],
     ids=["command", "module"],
 )

@@ -5,10 +5,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.forking import make_programs
 
 ROOT = Path(__file__).parents[1]
 INSTALLING = ("python3 -m venv", "pip install", "pytest", "make test")
@@ -66,11 +67,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     for entry in ("run_pipeline.py", "Makefile", "pyproject.toml", "rlhf", "stages", "data", "conf", "examples"):
         (folder / entry).symlink_to(ROOT / entry)
-    programs = folder / ".venv/bin"
-    programs.mkdir(parents=True)
-    for name, words in {"python": "", "torchrun": " -m torch.distributed.run"}.items():
-        (programs / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)}{words} "$@"\n')
-        (programs / name).chmod(0o755)
+    make_programs(folder / ".venv/bin", torchrun="-m torch.distributed.run")
     (folder / ".venv/installed").touch()
     return folder
 

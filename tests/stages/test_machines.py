@@ -143,7 +143,8 @@ def test_a_machine_that_differs_is_refused_before_any_work(hosts, tmp_path, what
 
 def test_torchrun_replaces_a_lost_machine_by_a_restart_on_those_that_are_left(hosts, tmp_path):
     for number, host in enumerate(hosts[:2], start=1):
-        torchrun = ["torchrun", "--nnodes", "1:2", "--nproc-per-node", "1", "--max-restarts", "1"]
+        torchrun = ["-m", "torch.distributed.run", "--nnodes", "1:2"]
+        torchrun += ["--nproc-per-node", "1", "--max-restarts", "1"]
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29500", "--rdzv-conf", "last_call_timeout=2"]
         words = (*SFT, "sft.max_steps=12", "checkpoint.every=2")
         host.run(*torchrun, str(ROOT / "run_pipeline.py"), *words, log=tmp_path / f"rank{number}", cwd=tmp_path)
