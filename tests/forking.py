@@ -193,16 +193,16 @@ def _become(order, files):
     for number, file in enumerate(files):
         os.dup2(file, number)
         os.close(file)
-    sys.stdin = open(0, closefd=False)  # noqa: SIM115, PTH123 - open as long as the program runs
+    # Those of the server remember what kind of file they had.
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1, errors="backslashreplace")
     if "machine" in order:
         import_module("tests.machines").enter(*order["machine"])
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
     if "executable" in order:
-        sys.executable = os.environ["PYTHON_EXEC"] = order[
-            "executable"
-        ]  # what the launchers start; torchrun the second
+        # What our launcher starts, and what torchrun does.
+        sys.executable = os.environ["PYTHON_EXEC"] = order["executable"]
     if LAUNCHER in os.environ:
         os.environ[LAUNCHER] = str(os.getppid())  # it ends when the launcher's own child does
     if order.get("ranks", 1) > 1:

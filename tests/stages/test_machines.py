@@ -20,6 +20,8 @@ TWELVE = "sft.global_batch_size=12"
 STEPS = (TWELVE, "sft.max_steps=8", "checkpoint.every=3", "checkpoint.best=false")
 LONG = ("sft.max_steps=10000", "checkpoint.every=1", "launch.warn_after_s=2")
 PRECISE = "sft.engine.precision=fp32"
+STAGES = ("sft", "reward", "ppo")
+COMPARED = ("train", "eval", "objective", "actor", "critic", "reward")
 
 
 def logs(folder):
@@ -75,6 +77,29 @@ def test_a_lost_machine_ends_the_job_and_the_rest_finish_it_as_one_process_would
             assert our[key] == pytest.approx(their[key], abs=1e-5), (key, our["step"])
     (_, last) = (json.loads(line) for line in (tmp_path / "out/origin.jsonl").read_text().splitlines())
     assert last["ranks"] == 3
+
+
+def test_all_stages_on_machines_of_which_one_is_slow_are_those_of_one_process(hosts, tmp_path):
+    words = ("experiment=smoke", "tracking.report=false", *(f"{stage}.engine.precision=fp32" for stage in STAGES))
+    start_ranks(hosts[:2], *words, "output_dir=out", logs=tmp_path, counts=[1, 1], cwd=tmp_path)
+    end, running = time.monotonic() + 300, [*hosts[0].children, *hosts[1].children]
+    while any(child.poll() is None for child in running):
+        assert time.monotonic() < end, logs(tmp_path)
+        for sent in (signal.SIGSTOP, signal.SIGCONT):  # the second machine has half of its time
+            hosts[1].signal(sent)
+            time.sleep(0.1)
+    assert statuses(hosts, seconds=1) == [0, 0], logs(tmp_path)
+    alone = run_forked("run_pipeline.py", *words, "output_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    for stage in STAGES:
+        ours, theirs = (rows(tmp_path / name / stage / "metrics.jsonl") for name in ("out", "alone"))
+        assert len(ours) == len(theirs)
+        for our, their in zip(ours, theirs, strict=True):
+            assert our["step"] == their["step"]
+            shared = {key for key in our.keys() & their.keys() if key.partition("/")[0] in COMPARED}
+            assert shared or "eval/loss" not in our
+            for key in shared:
+                assert our[key] == pytest.approx(their[key], rel=1e-3, abs=1e-5), (stage, key, our["step"])
 
 
 @pytest.mark.parametrize("lost", [0, 1])
