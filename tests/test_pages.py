@@ -9,6 +9,8 @@ import pytest
 from benchmarks.memory_examples import GB
 from benchmarks.memory_picture import SETTINGS, bars_of
 from rlhf.config.run_config import STAGES, USES
+from rlhf.tracking import metrics_page
+from rlhf.tracking.metric_registry import METRICS, metric
 from stages.setup.command_line import known_keys
 from stages.setup.settings_page import page
 
@@ -69,6 +71,17 @@ def test_what_troubleshooting_quotes_is_said():
 
 def test_the_page_of_settings_is_the_one_that_is_made():
     assert (ROOT / "docs/configuration.md").read_text() == page()
+
+
+def test_the_page_of_metrics_is_the_one_that_is_made():
+    assert (ROOT / "docs/metrics.md").read_text() == metrics_page.page(), "python -m rlhf.tracking.metrics_page"
+
+
+def test_metrics_that_pages_name_are_logged():
+    sections = {name.partition("/")[0] for name in METRICS} - {"memory", "ptx"}
+    for file in PAGES:
+        for name in re.findall(rf"`((?:{'|'.join(sections)})/[a-z_0-9/]+[a-z_0-9])`", file.read_text()):
+            assert metric(name), f"{file.name}: {name}"
 
 
 def test_every_setting_has_its_meaning_on_the_page():

@@ -12,23 +12,28 @@ import json
 import re
 import shlex
 import sys
+from collections.abc import Callable
+from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
-from rlhf.migrate.flags import Fate, Peer, page, peer
+from rlhf.migrate.flags import Fate, Flag, Peer, page, peer
 from rlhf.migrate.shell import commands
 from rlhf.migrate.translate import translate
 from rlhf.migrate.translation import Translation, override, scalar
 
-STEPS = {"step1": "sft", "step2_dpo": "dpo", "step2": "reward", "step3": "ppo", "chat.py": "chat"}
+PATHS = {"step1": "sft", "step2_dpo": "dpo", "step2": "reward", "step3": "ppo", "chat.py": "chat"}
 """Parts of paths of DeepSpeed-Chat -> its steps."""
-SCRIPTS = {"sft": "sft", "reward": "reward", "dpo": "dpo", "grpo": "grpo"}
+SCRIPTS = {"sft": "sft", "reward": "reward", "dpo": "dpo", "ppo": "ppo", "grpo": "grpo", "gspo": "grpo", "rloo": "rloo"}
 """First words of scripts and subcommands of TRL -> steps."""
 ELSEWHERE = {"vlm", "online", "diffusion", "agent"}
 """Further words of scripts whose trainers or models are not here."""
+SWITCH = {"true": True, "t": True, "yes": True, "y": True, "1": True}
+SWITCH |= {"false": False, "f": False, "no": False, "n": False, "0": False}
+"""What Transformers reads as true or false."""
 
 
 def main() -> None:
@@ -36,10 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m rlhf.migrate", description="The command here that does the same.")
     parser.add_argument("peer", choices=["deepspeed-chat", "trl", "docs"])
     parser.add_argument("command", nargs="*", help="a command in quotes, or a script and its arguments")
-    parser.add_argument("--step", help="sft, reward, dpo, ppo, chat; or grpo: where the command does not tell")
+    parser.add_argument("--step", help="sft, reward, dpo, ppo, grpo, rloo, chat: where the command does not tell")
     parser.add_argument("--ranks", type=int, help="devices in all, where the command does not tell")
-    parser.add_argument("--rows", type=int, help="rows of the training data, which the length of PPO follows from")
-    given = parser.parse_args()
+    parser.add_argument("--rows", type=int, help="prompts of the training data, which the length of PPO follows from")
+    given, others = parser.parse_known_intermixed_args()
+    if others:
+        parser.error(f"found {others[0]}; expected the whole command in one pair of quotes.")
     if given.peer == "docs":
         sys.stdout.write(page(resources.files("rlhf.migrate").joinpath("page.md").read_text("utf-8")))
         return
@@ -60,66 +67,82 @@ def translations(
     """
     can_be_file = words and all(len(part.encode()) < 256 for part in words[0].split("/"))  # else `stat` raises
     file = Path(words[0]) if can_be_file and Path(words[0]).is_file() else None
+    if file and file.suffix == ".py":
+        raise ValueError(f"{file}: the settings of a Python script are in its code; docs/trainer.md runs it as it is.")
+    if file and file.suffix in (".yaml", ".yml"):
+        file, words = None, [f"trl {step or 'sft, reward, dpo, ...'} --config {shlex.quote(str(file))}"]
+        if not step:
+            raise ValueError(f"{words[0].split()[-1]}: give the command that reads it, {words[0]}.")
     text = file.read_text("utf-8") if file else " ".join(words)
-    found = commands(text, words[1:] if file else ())
+    found = commands(text, words[1:] if file else (), file=file)
     if not found:
-        raise ValueError("found no command that starts a training, such as deepspeed main.py ... or trl sft ...")
+        missing = f"{words[0]} is no file here, and " if re.fullmatch(r"\S+\.(sh|py|ya?ml)", text.strip()) else ""
+        raise ValueError(f"{missing}there is no command that starts a training, such as deepspeed main.py or trl sft.")
     place = str(file.resolve()) if file else ""
-    return [_translation(project, command, place=place, step=step, ranks=ranks, rows=rows) for command in found]
+    done, left_out = list[Translation](), list[str]()
+    for command in found:
+        try:
+            done.append(_translation(project, command, place=place, step=step, ranks=ranks, rows=rows))
+        except ValueError as error:  # a server, the download of data, ... beside the training
+            left_out.append(str(error))
+    if not done:
+        raise ValueError(left_out[0])
+    done[0].notes += [f"left out: {error}" for error in left_out]
+    return done
 
 
 def _translation(
     project: Peer, words: list[str], *, place: str, step: str | None, ranks: int | None, rows: int | None
 ) -> Translation:
-    launch, program, rest = _split(words)
-    told = step or _step_of(project, program, place=place, rest=rest)
+    program = _program(words)
+    launch, rest = words[1:program], words[program + 1 :]
+    told = step or _step_of(project, words[program], place=place, rest=rest)
     if told not in project.steps:
-        raise ValueError(f"{program}: found step {told!r}; expected one of {', '.join(project.steps)} (--step).")
-    flags = project.steps[told]
-    given = _values(rest, flags) | _values(launch, flags)
+        raise ValueError(f"{words[program]}: found step {told!r}; expected one of {', '.join(project.steps)} (--step).")
+    flag_of = partial(project.flag, told)
+    given = _values(rest, flag_of) | {name: value for name, value in _values(launch, flag_of).items() if flag_of(name)}
     if "config" in given:
         file = next((f for f in (Path(given["config"]), Path(place).parent / given["config"]) if f.is_file()), None)
         if file is None:
             raise ValueError(f"--config {given['config']}: no such file; its settings are needed.")
-        head = yaml.safe_load(file.read_text("utf-8"))
-        if not isinstance(head, dict):
-            raise ValueError(f"--config {file}: found {type(head).__name__}; expected NAME: VALUE, as TRL reads.")
-        given = {str(name): value for name, value in head.items() if name != "env"} | given
-    counted = ranks or _devices(given)
+        given = {name: value for name, value in _mapping(file).items() if name != "env"} | given
+    nodes = next((n for n in map(given.get, ("num_nodes", "num_machines", "nnodes")) if isinstance(n, int)), 1)
+    counted = ranks or _devices(given, nodes)
     translation = translate(project, given, step=told, ranks=counted or 1, rows=rows)
-    if not step and project.name == "deepspeed-chat" and not any(part in f"{place}/{program}" for part in STEPS):
+    if not step and project.name == "deepspeed-chat" and not any(part in f"{place}/{words[program]}" for part in PATHS):
         translation.notes.append(f"taken for the step {told} by its flags; --step names another")
     if counted is None:
         translation.notes.append("devices are not counted: the batch is that of one; say --ranks N for N of them")
-    if _nodes(given) > 1:
+    if nodes > 1:
         translation.settings.pop("launch.ranks", None)
         translation.notes.append(
-            f"on {_nodes(given)} machines, start it on each with torchrun; the batch counts all devices"
+            f"on {nodes} machines, start it on each with torchrun (docs/launching.md); the batch counts all devices"
         )
     return translation
 
 
-class _Command(NamedTuple):
-    """A command in its parts."""
+def _mapping(file: Path) -> dict[str, Any]:
+    found = yaml.safe_load(file.read_text("utf-8"))
+    if not isinstance(found, dict):
+        raise ValueError(f"{file}: found {type(found).__name__}; expected NAME: VALUE, as TRL and Accelerate read.")
+    return {str(name): value for name, value in found.items()}
 
-    launcher: list[str]
-    program: str  # or a subcommand
-    words: list[str]
 
-
-def _split(words: list[str]) -> _Command:
-    """Words of the launcher, the program or subcommand, and its own words."""
-    start = next((n for n, word in enumerate(words) if word.endswith(".py")), None)
+def _program(words: list[str]) -> int:
+    """Where the program, module or subcommand is; before it are the launcher's words."""
     if words[0].rpartition("/")[2] == "trl" and len(words) > 1:
-        return _Command([], words[1], words[2:])
+        return 1
+    modules = (n for n, word in enumerate(words) if words[max(n - 1, 0)] in ("-m", "--module") and "launch" not in word)
+    start = next((n for n, word in enumerate(words) if word.endswith(".py")), None) or next(modules, None)
     if start is None:
         raise ValueError(f"{shlex.join(words)[:80]}: found no program; expected one such as main.py, or trl sft.")
-    return _Command(words[1:start], words[start], words[start + 1 :])
+    return start
 
 
 def _step_of(project: Peer, program: str, *, place: str, rest: list[str]) -> str:
     if project.name == "trl":
-        name, *others = [word for word in re.split("[_-]", Path(program).stem) if word not in ("train", "run")] or [""]
+        stem = Path(program).stem if program.endswith(".py") else program.rpartition(".")[2]
+        name, *others = [word for word in re.split("[_-]", stem) if word not in ("train", "run")] or [""]
         if name not in SCRIPTS or set(others) & ELSEWHERE:
             raise ValueError(
                 f"{program}: expected one of {', '.join(SCRIPTS)}; the other trainers of TRL are not here, and images "
@@ -131,14 +154,13 @@ def _step_of(project: Peer, program: str, *, place: str, rest: list[str]) -> str
             f"{program}: expected main.py or chat.py. e2e_rlhf.py starts the scripts of the steps, which can be given; "
             "stage=eval compares models here (eval.baseline)."
         )
-    path = f"{place}/{program}"
-    by_path = next((step for part, step in STEPS.items() if part in path), None)
+    by_path = next((step for part, step in PATHS.items() if part in f"{place}/{program}"), None)
     names = [word[2:].partition("=")[0] for word in rest if word.startswith("--")]
-    unknown = {step: sum(name not in flags for name in names) for step, flags in project.steps.items()}
+    unknown = {step: sum(project.flag(step, name) is None for name in names) for step in project.steps}
     return by_path or min(unknown, key=lambda step: unknown[step])  # the first of those that know most of the flags
 
 
-def _values(words: list[str], flags: Any) -> dict[str, Any]:
+def _values(words: list[str], flag_of: Callable[[str], Flag | None]) -> dict[str, Any]:
     """The flags among `words` with their values, which are read by kind; `--no_NAME` is false."""
     values: dict[str, Any] = {}
     name, many = "", list[str]()
@@ -147,40 +169,38 @@ def _values(words: list[str], flags: Any) -> dict[str, Any]:
             many.append(word)
             continue
         if name:
-            values[name] = _value(many, flags.get(name))
+            values[name] = _value(f"--{name} {' '.join(many)}", many, flag=flag_of(name))
         name, equals, value = word[2:].partition("=")
         name, many = name.replace("-", "_"), [value] * bool(equals)
-        if name.startswith("no_") and name not in flags and name[3:] in flags:
+        if name.startswith("no_") and not flag_of(name) and flag_of(name[3:]):
             name, many = name[3:], ["false"]
     return values
 
 
-def _value(words: list[str], flag: Any) -> Any:
+def _value(written: str, words: list[str], *, flag: Flag | None) -> Any:
     kind = flag.kind if flag else "text"
     if kind == "list":
-        return [scalar(word) for word in words]
+        return [scalar(word.rstrip(",")) for word in words]
     if kind == "switch":
-        return scalar(words[0]) if words else True
-    if kind == "json" and words:
-        return json.loads(words[0])
-    has_value = flag is not None and flag.fate in (Fate.set, Fate.rule)
-    return scalar(words[0]) if words else None if has_value else True
+        if len(words) > 1 or (words and words[0].lower() not in SWITCH):
+            raise ValueError(f"{written}: expected true or false, or nothing.")
+        return SWITCH[words[0].lower()] if words else True
+    if flag and flag.fate in (Fate.set, Fate.rule):
+        if len(words) > 1:
+            raise ValueError(f"{written}: expected one value.")
+        return (json.loads if kind == "json" else scalar)(words[0]) if words else None
+    return scalar(words[0]) if words else True
 
 
-def _devices(given: dict[str, Any]) -> int | None:
+def _devices(given: dict[str, Any], nodes: int) -> int | None:
     """How many devices the launcher was told to use, itself or by a file of Accelerate; None if it was not."""
-    file = given.get("config_file")
-    said = yaml.safe_load(Path(file).read_text("utf-8")) if isinstance(file, str) and Path(file).is_file() else {}
-    everywhere = given.get("num_processes", said.get("num_processes") if isinstance(said, dict) else None)
+    file = given.get("config_file", given.get("accelerate_config"))
+    said = _mapping(Path(file)) if isinstance(file, str) and Path(file).is_file() else {}
+    everywhere = given.get("num_processes", said.get("num_processes"))
     here = given.get("num_gpus", given.get("nproc_per_node"))
     if isinstance(everywhere, int):
         return everywhere
-    return here * _nodes(given) if isinstance(here, int) else None
-
-
-def _nodes(given: dict[str, Any]) -> int:
-    found = next((given[name] for name in ("num_nodes", "num_machines", "nnodes") if name in given), 1)
-    return found if isinstance(found, int) else 1
+    return here * nodes if isinstance(here, int) else None
 
 
 def command_of(found: Translation) -> list[str]:
@@ -192,22 +212,25 @@ def command_of(found: Translation) -> list[str]:
 
 def described(found: Translation) -> str:
     """The command, and below it where each setting comes from and what became of the other flags."""
-    words = [shlex.quote(word) for word in command_of(found)]
-    lines = [f"# {found.peer.name}, {found.step}", " \\\n    ".join(["python run_pipeline.py", *words]), ""]
-    width = max(len(word) for word in command_of(found) if len(word) < 60)
-    for title, is_default in (("from the command", False), ("theirs by default, or fixed there", True)):
-        part = {word.partition("=")[0]: word for word in command_of(found)[2:]}
-        part = {name: word for name, word in part.items() if found.settings[name].is_default is is_default}
-        rows = [f"{word:{width}}  {found.settings[name].source}" for name, word in part.items()]
-        lines += _section(title, rows)
-    lines += _section("here by itself", found.reasons[Fate.itself])
-    lines += _section("no counterpart", found.reasons[Fate.none])
-    lines += _section("not recognised", found.unknown)
-    return "\n".join([*lines, *_section("look at", found.notes), ""])
-
-
-def _section(title: str, rows: list[str]) -> list[str]:
-    return [f"{title}:", *(f"  {row}" for row in dict.fromkeys(rows)), ""] if rows else []
+    words = command_of(found)
+    quoted = " \\\n    ".join(["python run_pipeline.py", *map(shlex.quote, words)])
+    width = max(len(word) for word in words if len(word) < 60)
+    rows: dict[bool, list[str]] = {False: [], True: []}
+    for word in words[1:]:
+        setting = found.settings[word.partition("=")[0]]
+        rows[setting.is_default].append(f"{word:{width}}  {setting.source}")
+    sections = {
+        "from the command": rows[False],
+        "theirs by default, or fixed there": rows[True],
+        "here by itself": found.reasons[Fate.itself],
+        "no counterpart": found.reasons[Fate.none],
+        "not recognised": found.unknown,
+        "look at": found.notes,
+    }
+    lines = [f"# {found.peer.name}, {found.step}", quoted, ""]
+    for title, part in sections.items():
+        lines += [f"{title}:", *(f"  {row}" for row in dict.fromkeys(part)), ""] if part else []
+    return "\n".join([*lines, ""])
 
 
 if __name__ == "__main__":

@@ -9,26 +9,22 @@ from typing import Any
 from rlhf.migrate.flags import Fate
 from rlhf.migrate.translation import Translation
 
+OWN_FILE = "local/jsonfile"
+"""Stands for data/train.json and data/eval.json of its folder."""
+
 
 def data_dsc(t: Translation) -> None:
     """Sources, their split between the steps, and what is evaluated on."""
     extra = t.get("sft_only_data_path") or []
     paths = [*t.get("data_path"), *extra]
-    flags = ("data_path", *["sft_only_data_path"] * bool(extra))
     if extra:
         t.none("sft_only_data_path", t.peer.steps["sft"]["sft_only_data_path"].note)
-    sources = ["data/train.json" if path == "local/jsonfile" else path for path in paths]
-    if "local/jsonfile" in paths:
-        t.notes.append(
-            "local/jsonfile is data/train.json and data/eval.json of DeepSpeed-Chat's folder: give their paths"
-        )
-    held_out: list[Any] = [
-        {"path": path, "split": "eval"}
-        for path in paths
-        if path not in (*t.peer.lists["without_eval"], "local/jsonfile")
-    ]
-    held_out += ["data/eval.json"] * ("local/jsonfile" in paths)
-    t.put("data.S.train", sources, *flags)
+    if OWN_FILE in paths:
+        t.notes.append(f"{OWN_FILE} is data/train.json and data/eval.json of DeepSpeed-Chat's folder: give their paths")
+    sources = ["data/train.json" if path == OWN_FILE else path for path in paths]
+    t.put("data.S.train", sources, "data_path", *["sft_only_data_path"] * bool(extra))
+    held_out: list[Any] = [path for path in paths if path not in (*t.peer.about["without_eval"], OWN_FILE)]
+    held_out = [{"path": path, "split": "eval"} for path in held_out] + ["data/eval.json"] * (OWN_FILE in paths)
     if held_out:
         t.put("data.S.eval", held_out, note="there every step evaluates on them; PPO does not")
     else:
@@ -41,19 +37,14 @@ def data_dsc(t: Translation) -> None:
 def rates_dsc(t: Translation) -> None:
     """Adapters have a rate of their own there; where nothing else learns here, it is that of the optimizer."""
     prefix = "actor_" if t.step == "ppo" else ""
+    usual, adapters = f"{prefix}learning_rate", f"{prefix}lora_learning_rate"
     has_adapters = bool(t.get(f"{prefix}lora_dim"))
-    if t.step == "reward":
-        t.put("reward.optimizer.lr", t.get("learning_rate"), "learning_rate")
-        if has_adapters:
-            t.put("reward.optimizer.lora_lr", t.get("lora_learning_rate"), "lora_learning_rate")
-        return
-    flag = f"{prefix}lora_learning_rate" if has_adapters else f"{prefix}learning_rate"
-    t.put("O.lr", t.get(flag), flag)
-    if has_adapters and f"{prefix}learning_rate" in t.given:
-        t.none(
-            f"{prefix}learning_rate",
-            f"it is the rate of embeddings, norms and biases there; adapters learn at --{flag}",
-        )
+    flag = adapters if has_adapters and t.step != "reward" else usual
+    t.put(f"{t.optimizers[0]}.lr", t.get(flag), flag)
+    if has_adapters and t.step == "reward":
+        t.put("O.lora_lr", t.get(adapters), adapters)
+    elif has_adapters and usual in t.given:
+        t.none(usual, f"it is the rate of embeddings, norms and biases there; adapters learn at --{flag}")
     if t.step == "ppo" and has_adapters:
         t.put("ppo.critic_optimizer.lora_lr", t.get("critic_lora_learning_rate"), "critic_lora_learning_rate")
 
@@ -63,12 +54,11 @@ def lora_dsc(t: Translation) -> None:
     prefix = "actor_" if t.step == "ppo" else ""
     rank, other = t.get(f"{prefix}lora_dim"), t.get("critic_lora_dim") or 0
     t.put("S.lora.rank", rank or other, f"{prefix}lora_dim", *["critic_lora_dim"] * (not rank and bool(other)))
-    if t.step == "ppo" and rank != other and (rank or other):
-        t.notes.append(
-            f"the actor has adapters of rank {rank} there and the critic of {other}; here both have ppo.lora.rank"
-        )
     if not (rank or other):
         return
+    if t.step == "ppo" and rank != other:
+        ranks = f"the actor has adapters of rank {rank} there and the critic of {other}"
+        t.notes.append(f"{ranks}; here both have ppo.lora.rank")
     t.put("S.lora.alpha", 1, note="there the product is divided by the rank, and not scaled")
     flag = f"{prefix}lora_module_name"
     linear = re.search(r"\w+_proj$|fc\d$|\w*dense\w*$|query_key_value$", t.get(flag))
@@ -76,17 +66,15 @@ def lora_dsc(t: Translation) -> None:
     if not linear and not re.fullmatch(r"[a-z.]*(layers|h|blocks)\.", t.get(flag)):
         t.none(flag, "adapters are on all linear layers, or on those that lora.targets names by their last part")
     if not t.get("only_optimize_lora"):
-        t.notes.append(
-            "without --only_optimize_lora embeddings, norms and biases learn too there; here adapters alone do"
-        )
+        also = "embeddings, norms and biases learn too there; here adapters alone do"
+        t.notes.append(f"without --only_optimize_lora {also}")
 
 
 def engine_dsc(t: Translation) -> None:
     """ZeRO stages and offloading of every model."""
     name = "actor_zero_stage" if t.step == "ppo" else "zero_stage"
     stage, offload = int(t.get(name)), bool(t.get("offload"))
-    cpu = "_cpu" if offload and stage else ""
-    t.put("engine", f"zero{stage}{cpu}", name, *["offload"] * offload)
+    t.put("engine", f"zero{stage}{'_cpu' if offload and stage else ''}", name, *["offload"] * offload)
     if offload and not stage:
         t.none("offload", "nothing is offloaded at ZeRO 0, where every rank holds everything; engine=zero1_cpu does it")
     if t.get("dtype") == "fp16":
@@ -105,9 +93,9 @@ def _other_engines(t: Translation, stage: int, *, offload: bool) -> None:
         "reference": (3 if stage == 3 else 0, "actor_zero_stage", "offload_reference_model"),
         "reward": (3 if critic == 3 else 0, "critic_zero_stage", "offload_reward_model"),
     }
+    actor = _engine(stage, is_offloaded=offload, has_optimizer=True)
     for role, (zero, flag, asked) in parts.items():
         own = _engine(zero, is_offloaded=bool(t.get(asked)), has_optimizer=role == "critic")
-        actor = _engine(stage, is_offloaded=offload, has_optimizer=True)
         if role != "critic" and zero:
             own["offload_optimizer"] = actor["offload_optimizer"]  # it has none
         if role != "critic" and 3 not in (zero, stage):
@@ -139,7 +127,7 @@ def dropout(t: Translation) -> None:
 
 def eval_rows(t: Translation) -> None:
     """Batches become rows."""
-    rows = t.get("eval_iters") * t.get("per_device_eval_batch_size") * t.ranks
+    rows = t.get("eval_iters") * (t.get("per_device_eval_batch_size") or 16) * t.ranks
     t.put("reward.eval_rows", rows, "eval_iters", "per_device_eval_batch_size")
 
 
@@ -150,17 +138,15 @@ def ptx(t: Translation) -> None:
         t.put("ppo.ptx.coef", t.get("unsup_coef"), "unsup_coef")
         t.put("data.ptx.train", [{"path": name, "name": config}], "unsupervised_dataset_name")
     elif name or config or "unsup_coef" in t.given:
-        t.notes.append(
-            "no text is learnt beside PPO: it needs --unsupervised_dataset_name and its config_name, there too"
-        )
+        both = "--unsupervised_dataset_name and its config_name"
+        t.notes.append(f"no text is learnt beside PPO: it needs {both}, there too")
 
 
 def rollout_dsc(t: Translation) -> None:
     """Where a step accumulates over several rollouts there, one rollout is as large here: the same update."""
     flags = ("per_device_generation_batch_size", "per_device_training_batch_size", "generation_batches")
     generated, trained, batches = map(t.get, flags)
-    accumulated = t.get("gradient_accumulation_steps")
-    minibatch = trained * accumulated * t.ranks
+    minibatch = trained * t.get("gradient_accumulation_steps") * t.ranks
     t.put("ppo.rollout_micro_batch_size", generated, flags[0])
     t.put("ppo.micro_batch_size", trained, flags[1])
     t.put("ppo.minibatch_size", minibatch, flags[1], "gradient_accumulation_steps")

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ class Fate(StrEnum):
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag of one step."""
+    """One flag of one step, or all that fit a pattern such as `ddp_*`."""
 
     name: str
     fate: Fate
@@ -37,6 +39,7 @@ class Flag:
     """text, or list, switch or json."""
     default: Any = None
     values: Mapping[str, Any] | None = None
+    otherwise: str = ""
     note: str = ""
 
     @property
@@ -46,6 +49,12 @@ class Flag:
             return []
         return [self.target] if isinstance(self.target, str) else [*self.target]
 
+    def fitting(self, value: Any) -> list[Any]:
+        """What the settings take for their value, where None sets nothing; empty if it has no counterpart."""
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        found = [ours for pattern, ours in (self.values or {}).items() if re.fullmatch(pattern, text)]
+        return [value if ours == "=" else ours for ours in found[:1]] or ([] if self.otherwise else [value])
+
 
 @dataclass(frozen=True)
 class Peer:
@@ -53,21 +62,21 @@ class Peer:
 
     name: str
     steps: Mapping[str, Mapping[str, Flag]]
-    """Step -> its flags by name, those of launchers too."""
-    constants: Mapping[str, Sequence[Mapping[str, Any]]]
-    """Step -> settings that are fixed there, with `set`, `value` and `note`."""
-    differs: Mapping[str, Sequence[str]]
-    """Step -> what differs, and no setting changes."""
-    rows: Mapping[str, int]
-    """Rows of the training split of data sets."""
-    lists: Mapping[str, Sequence[str]]
-    """Data sets about which a rule must know something."""
+    """Step -> its flags by name or pattern, those of launchers too."""
+    about: Mapping[str, Any]
+    """Besides: by step, `constants` (settings that are fixed there) and what `differs`; and data sets of which a rule
+    must know something: `rows`, and lists of names."""
+
+    def flag(self, step: str, name: str) -> Flag | None:
+        """The flag of that name; None if neither the table nor a pattern of it knows it."""
+        flags = self.steps[step]
+        return flags.get(name) or next((flags[key] for key in flags if "*" in key and fnmatchcase(name, key)), None)
 
     def near(self, step: str, name: str) -> str:
         """The flag that a mistyped one may mean, or the step that it is of; empty if there is none."""
         close = difflib.get_close_matches(name, self.steps[step], n=1, cutoff=0.7)
         others = [other for other, flags in self.steps.items() if name in flags]
-        return f"did you mean --{close[0]}?" if close else f"it is one of {', '.join(others)}" if others else ""
+        return f" (did you mean --{close[0]}?)" if close else f" (it is one of {', '.join(others)})" if others else ""
 
 
 @cache
@@ -80,26 +89,22 @@ def _file() -> dict[str, Any]:
 @cache
 def peer(name: str) -> Peer:
     """The peer called deepspeed-chat or trl."""
-    part, shared = _file()[name], _file()["launcher"]
-    steps = [*part["constants"]]
-    trained = [step for step in steps if step != "chat"]
+    about = _file()[name]
+    steps = [*about["constants"]]
     by_step: dict[str, dict[str, Flag]] = {step: {} for step in steps}
-    for flag, row in [*_rows(shared), *_rows(part)]:
-        for step in row.get("in", steps if flag in dict(_rows(shared)) else trained):
-            by_step[step][flag] = _flag(flag, row, step=step)
-    known = {"constants", "differs", "rows", "flags", "groups"}
-    lists = {key: value for key, value in part.items() if key not in known}
-    return Peer(name, by_step, part["constants"], part["differs"], part["rows"], lists)
+    for part, usual in ((_file()["launcher"], steps), (about, [step for step in steps if step != "chat"])):
+        for flags, row in _rows(part):
+            for step in row.get("in", usual):
+                by_step[step] |= {flag: _flag(flag, row, step=step) for flag in flags}
+    return Peer(name, by_step, about)
 
 
-def _rows(part: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every flag of a part with its row, those of its groups too."""
-    rows = [*part.get("flags", {}).items()]
-    for group in part["groups"]:
-        shared = {key: value for key, value in group.items() if key not in ("flags", "switches")}
-        rows += [(flag, shared) for flag in group["flags"]]
-        rows += [(flag, shared | {"is": "switch"}) for flag in group.get("switches", ())]
-    return rows
+def _rows(part: Mapping[str, Any]) -> list[tuple[Sequence[str], dict[str, Any]]]:
+    """Flags that share a row, with it."""
+    rows: list[tuple[Sequence[str], dict[str, Any]]] = [((flag,), row) for flag, row in part.get("flags", {}).items()]
+    for row in part["groups"]:
+        rows += [(row.get("flags", ()), row), (row.get("switches", ()), row | {"is": "switch"})]
+    return [row for row in rows if row[0]]
 
 
 def _flag(name: str, row: Mapping[str, Any], *, step: str) -> Flag:
@@ -107,7 +112,8 @@ def _flag(name: str, row: Mapping[str, Any], *, step: str) -> Flag:
     default, target = row.get("default"), row[fate]
     default = default.get(step) if isinstance(default, dict) else default
     target = target[step] if isinstance(target, dict) else target
-    return Flag(name, fate, target, row.get("is", "text"), default, row.get("values"), row.get("note", ""))
+    others = {key: row[key] for key in ("values", "otherwise", "note") if key in row}
+    return Flag(name, fate, target, row.get("is", "text"), default, **others)
 
 
 # The documentation.
@@ -118,20 +124,19 @@ _WORDS = {Fate.set: "set", Fate.rule: "set", Fate.itself: "by itself", Fate.none
 def page(text: str) -> str:
     """`docs/migrating.md` after its introduction `text`: a table of each peer's flags."""
     for name in ("deepspeed-chat", "trl"):
-        rows = [_row(flag, row, project=peer(name)) for flag, row in _rows(_file()[name])]
+        rows = [_row(flags, row, project=peer(name)) for flags, row in _rows(_file()[name])]
         head = "| flag | steps | their default | here | what |\n|---|---|---|---|---|"
         text += f"\n## {name}\n\n{head}\n" + "\n".join(rows) + "\n"
     return text
 
 
-def _row(flag: str, row: Mapping[str, Any], *, project: Peer) -> str:
-    steps = [step for step, flags in project.steps.items() if flag in flags]
-    flags = [project.steps[step][flag] for step in steps]
+def _row(names: Sequence[str], row: Mapping[str, Any], *, project: Peer) -> str:
+    steps = [step for step, flags in project.steps.items() if names[0] in flags]
+    flags = [project.steps[step][names[0]] for step in steps]
     settings = dict.fromkeys(setting for own in flags for setting in own.settings)
-    named = [setting.replace("S.", "STAGE.").replace("O.", "STAGE.optimizer.") for setting in settings]
-    note = row.get("note", "") or ("" if named else str(flags[0].target))
-    what = "; ".join(filter(None, [", ".join(f"`{setting}`" for setting in named), note]))
+    named = [f"`{setting.replace('S.', 'STAGE.').replace('O.', 'STAGE.optimizer.')}`" for setting in settings]
+    what = "; ".join(filter(None, [", ".join(named), flags[0].note or ("" if named else str(flags[0].target))]))
     default = row.get("default", "")
-    each = default if isinstance(default, dict) else {}
-    shown = ", ".join(f"{step}: {value}" for step, value in each.items()) or default
-    return f"| `{flag}` | {' '.join(steps)} | {shown} | {_WORDS[flags[0].fate]} | {what} |"
+    shown = ", ".join(f"{step}: {value}" for step, value in default.items()) if isinstance(default, dict) else default
+    flag = ", ".join(f"`{name}`" for name in names)
+    return f"| {flag} | {' '.join(steps)} | {shown} | {_WORDS[flags[0].fate]} | {what} |"

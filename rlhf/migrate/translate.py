@@ -8,17 +8,16 @@ from typing import Any
 from rlhf.migrate import deepspeed_chat_rules as chat
 from rlhf.migrate import shared_rules as shared
 from rlhf.migrate import trl_rules as trl
-from rlhf.migrate.flags import Fate, Flag, Peer
-from rlhf.migrate.translation import Translation
+from rlhf.migrate.flags import Fate, Peer
+from rlhf.migrate.translation import Translation, shown
 
 RULES: dict[str, Callable[[Translation], None]] = {
     rule.__name__: rule
     for rule in (
-        *(shared.model, shared.batch, shared.lengths, chat.rollout_dsc, trl.rollout_trl, shared.epochs),
-        *(shared.schedule, chat.data_dsc, chat.rates_dsc, chat.lora_dsc, chat.engine_dsc, chat.dropout),
-        *(chat.eval_rows, chat.ptx, trl.data_trl, trl.learns, trl.betas, trl.optim, trl.precision_trl),
-        *(trl.report_to, trl.saving, trl.engine_trl, trl.attention, trl.lora_trl, trl.loss_type),
-        *(trl.reference, trl.rewards, trl.offloading),
+        *(shared.model, shared.batch, shared.lengths, chat.rollout_dsc, trl.rollout_trl, trl.rollout_ppo),
+        *(shared.epochs, shared.warmup, chat.data_dsc, chat.rates_dsc, chat.lora_dsc, chat.engine_dsc),
+        *(chat.dropout, chat.eval_rows, chat.ptx, trl.data_trl, trl.every, trl.learns, trl.betas),
+        *(trl.precision_trl, trl.engine_trl, trl.lora_trl, trl.loss_type, trl.rewards),
     )
 }
 """In the order in which they run: the length of PPO follows from its batches, and a warm-up is no longer than it."""
@@ -40,40 +39,42 @@ def translate(
     for name, rule in RULES.items():
         if name in wanted:
             rule(found)
-    for flag in flags.values():
-        _apply(found, flag)
-    for constant in peer.constants[step]:
+    for name in dict.fromkeys((*flags, *found.given)):
+        _apply(found, name)
+    for constant in peer.about["constants"][step]:
         found.put(constant["set"], constant["value"], note=constant["note"])
     if ranks > 1:
         found.put("launch.ranks", ranks, note="devices")
-    found.notes += peer.differs[step]
+    found.notes += peer.about["differs"][step]
     return found
 
 
 def _take(found: Translation, name: str, *, value: Any) -> None:
     """Note a flag, if it is known and has a value that can be used."""
-    flag = found.peer.steps[found.step].get(name)
-    number = flag is not None and isinstance(flag.default, int | float) and not isinstance(flag.default, bool)
+    flag = found.peer.flag(found.step, name)
+    counts = flag is not None and isinstance(flag.default, int | float) and not isinstance(flag.default, bool)
     if flag is None:
-        near = found.peer.near(found.step, name)
-        found.unknown.append(f"--{name}" + (f" ({near})" if near else ""))
+        found.unknown.append(f"--{name}{found.peer.near(found.step, name)}")
     elif value is None and flag.fate in (Fate.set, Fate.rule) and flag.target != "lengths":
         found.notes.append(f"--{name} has no value: its default is taken")
-    elif number and not isinstance(value, int | float | None) and flag.target != "lengths":
-        raise ValueError(f"--{name} {value}: expected a number.")
+    elif counts and not isinstance(value, int | float | None) and flag.target != "lengths":
+        raise ValueError(f"--{name} {shown(value)}: expected a number.")
     else:
         found.given[name] = [value] if flag.kind == "list" and not isinstance(value, list) else value
 
 
-def _apply(found: Translation, flag: Flag) -> None:
+def _apply(found: Translation, name: str) -> None:
     """What the table says about a flag, if it was given or has a default that a setting takes."""
-    if flag.fate is Fate.set and (flag.name in found.given or flag.default is not None):
-        value = found.get(flag.name)
-        ours = (flag.values or {}).get(str(value), value)
-        if not (flag.values and str(value) in flag.values and ours is None):
-            for setting in flag.settings:
-                found.put(setting, ours, flag.name)
-    if flag.name in found.given and flag.fate in found.reasons:
-        found.reasons[flag.fate].append(f"--{flag.name}: {flag.target}")
-    elif flag.name in found.given and flag.note and flag.fate is Fate.set:
-        found.notes.append(f"--{flag.name}: {flag.note}")
+    flag = found.peer.flag(found.step, name)
+    value = found.get(name)
+    if flag is None or value is None:
+        return
+    fitting = flag.fitting(value)
+    for setting in flag.settings if fitting not in ([], [None]) else ():
+        found.put(setting, fitting[0], name)
+    if not fitting:
+        found.none(name, flag.otherwise)
+    if name in found.given and flag.fate in found.reasons:
+        found.reasons[flag.fate].append(f"--{name}: {flag.target}")
+    elif name in found.given and flag.note and flag.fate is Fate.set:
+        found.notes.append(f"--{name}: {flag.note}")

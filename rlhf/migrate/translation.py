@@ -11,9 +11,6 @@ from typing import Any
 
 from rlhf.migrate.flags import Fate, Peer
 
-STAGES = {"grpo": "ppo"}
-"""Names of settings of a step, where they are not its own."""
-
 
 @dataclass(frozen=True)
 class TracedSetting:
@@ -45,25 +42,40 @@ class Translation:
     @property
     def stage(self) -> str:
         """First part of the stage's settings."""
-        return STAGES.get(self.step, self.step)
+        return "ppo" if self.step in ("grpo", "rloo") else self.step
 
     @property
-    def optimizer(self) -> str:
-        """Dotted name of the optimizer; in PPO the actor's."""
-        return f"{self.stage}.actor_optimizer" if self.stage == "ppo" else f"{self.stage}.optimizer"
+    def optimizers(self) -> list[str]:
+        """Dotted names of the optimizers: in PPO, those of actor and critic."""
+        own = f"{self.stage}.actor_optimizer" if self.stage == "ppo" else f"{self.stage}.optimizer"
+        return [own, *["ppo.critic_optimizer"] * (self.step == "ppo")]
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps of an iteration of PPO; 1 in stages that count steps."""
+        if self.stage != "ppo":
+            return 1
+        epochs = next(filter(None, map(self.get, ("ppo_epochs", "num_ppo_epochs", "num_iterations"))))
+        return int(self.value("ppo.rollout_size") // self.value("ppo.minibatch_size") * epochs)
 
     def get(self, name: str) -> Any:
         """The value of a flag, given or theirs by default; None for one that the step does not have."""
-        flag = self.peer.steps[self.step].get(name)
+        flag = self.peer.flag(self.step, name)
         return self.given.get(name, flag.default if flag else None)
+
+    def value(self, setting: str) -> Any:
+        """The value of a setting that a rule has put."""
+        return self.settings[setting].value
 
     def put(self, setting: str, value: Any, *flags: str, note: str = "") -> None:
         """Set a setting from flags; the first that sets it decides, unless a later one was given."""
-        name = setting.replace("S.", f"{self.stage}.").replace("O.", f"{self.optimizer}.")
         written = [f"--{flag} {shown(self.given[flag])}".rstrip() for flag in flags if flag in self.given]
-        source = ", ".join(written) or note or ", ".join(f"--{flag} {shown(self.get(flag))}" for flag in flags)
-        if name not in self.settings or (written and self.settings[name].is_default):
-            self.settings[name] = TracedSetting(value, source, not written)
+        theirs = [f"--{flag} {shown(self.get(flag))}".rstrip() for flag in flags if self.get(flag) is not None]
+        source = ", ".join(written) or note or ", ".join(theirs or [f"no --{flag}" for flag in flags])
+        for optimizer in self.optimizers if setting.startswith("O.") else [""]:
+            name = setting.replace("S.", f"{self.stage}.").replace("O.", f"{optimizer}.")
+            if name not in self.settings or (written and self.settings[name].is_default):
+                self.settings[name] = TracedSetting(value, source, not written)
 
     def none(self, flag: str, reason: str) -> None:
         """A flag as given has no counterpart."""

@@ -5,50 +5,42 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlhf.migrate.translation import Translation
+
+AGGREGATIONS = {
+    "grpo": "sequence_mean",
+    "dr_grpo": "constant",
+    "dapo": "token_mean",
+    "bnpo": "token_mean",
+    "cispo": "token_mean",
+}
+"""Losses of GRPO -> `ppo.loss_aggregation`."""
 
 
 def data_trl(t: Translation) -> None:
     """Sources with their splits and columns, and whether anything is held out."""
     text, listed = t.get("dataset_text_field"), t.get("datasets")
-    sources = [_source(entry) for entry in listed or []]
-    if not listed:
-        name = t.get("dataset_name")
-        source = {"path": name or "DATA", "name": t.get("dataset_config"), "split": t.get("dataset_train_split")}
-        source |= {"columns": {"text": text}} if text not in (None, "text") else {}
-        sources = [_source(source)]
-        if name is None:
-            t.notes.append("no data set is named: give one in place of DATA")
-    t.put(
-        "data.S.train",
-        sources,
-        *(["datasets"] if listed else ["dataset_name", "dataset_train_split", "dataset_config"]),
-    )
-    strategy = str(t.get("eval_strategy"))
-    if strategy in ("no", "False") and t.stage == "ppo":
+    source = {"path": t.get("dataset_name") or "DATA", "name": t.get("dataset_config")}
+    own = source | {"split": t.get("dataset_train_split")}
+    own |= {"columns": {"text": text}} if text not in (None, "text") else {}
+    if not listed and source["path"] == "DATA":
+        t.notes.append("no data set is named: give one in place of DATA")
+    flags = ["datasets"] if listed else ["dataset_name", "dataset_train_split", "dataset_config"]
+    t.put("data.S.train", [_source(entry) for entry in listed or [own]], *flags)
+    if str(t.get("eval_strategy")) not in ("no", "False"):
+        held_out = [_source(source | {"split": t.get("dataset_test_split")})]
+        t.put("data.S.eval", held_out, "dataset_name", "dataset_test_split") if not listed else None
+    elif t.stage == "ppo":
         t.put("data.S.eval_fraction", 0, "eval_strategy")
         t.put("ppo.eval_prompts", 0, "eval_strategy")
-        return
-    if strategy in ("no", "False"):
-        t.put(
-            "data.S.eval_fraction", 0.01, "eval_strategy", note="nothing is held out there; a stage is always evaluated"
-        )
-        return
-    if not listed:
-        source = {"path": t.get("dataset_name") or "DATA", "name": t.get("dataset_config")}
-        t.put(
-            "data.S.eval",
-            [_source(source | {"split": t.get("dataset_test_split")})],
-            "dataset_name",
-            "dataset_test_split",
-        )
-    every = t.get("eval_steps") or t.get("logging_steps")
-    if every < 1:  # a share of the run
-        t.notes += [f"--eval_steps {every} of the run: give the steps, {t.stage}.eval_every"] * (t.steps is None)
-        every = every * (t.steps or 0)
-    t.put("S.eval_every", math.ceil(every) if strategy == "steps" else 0, "eval_strategy", "eval_steps")
+    else:
+        note = "nothing is held out there; a stage is always evaluated"
+        t.put("data.S.eval_fraction", 0.01, "eval_strategy", note=note)
 
 
 def _source(entry: Mapping[str, Any]) -> Any:
@@ -60,31 +52,56 @@ def _source(entry: Mapping[str, Any]) -> Any:
     return path if [*kept] == ["path"] else kept
 
 
+def every(t: Translation) -> None:
+    """What happens every N optimizer steps there; PPO counts iterations here, and below 1 it is a share of the run."""
+    evaluates, saves = str(t.get("eval_strategy")), str(t.get("save_strategy"))
+    follows = t.get("sync_ref_model") and t.stage == "ppo" and not t.get("use_peft")
+    t.put("S.eval_every", _every(t, "eval_steps") if evaluates == "steps" else 0, "eval_strategy", "eval_steps")
+    t.put("tracking.log_every", _every(t, "logging_steps") or 1, "logging_steps")
+    if saves in ("no", "steps", "False"):
+        steps = t.get("save_steps") if saves == "steps" else 0
+        t.put("checkpoint.every", steps if steps < 1 else _every(t, "save_steps"), "save_steps", "save_strategy")
+    if follows:
+        t.put("ppo.reference_update_every", _every(t, "ref_model_sync_steps"), "sync_ref_model", "ref_model_sync_steps")
+        t.put("ppo.reference_update_mix", t.get("ref_model_mixup_alpha"), "ref_model_mixup_alpha")
+        if not t.get("beta"):  # without a KL there is no other reason to load it
+            t.put("ppo.reference", t.get("model_name_or_path") or "MODEL", "sync_ref_model")
+    elif t.get("sync_ref_model"):
+        why = (
+            "its log-probabilities are computed before training" if t.step == "dpo" else "with adapters it is the base"
+        )
+        t.none("sync_ref_model", f"the reference does not move: {why}")
+
+
+def _every(t: Translation, flag: str) -> int:
+    """Optimizer steps, or iterations where ours count them; 0 where it is a share of a run of unknown length.
+
+    TRL's PPO counts batches, which are iterations.
+    """
+    steps: float = t.get(flag) or t.get("logging_steps")
+    updates = 1 if t.step == "ppo" else t.updates
+    if steps >= 1:
+        return max(1, math.ceil(steps) // updates)
+    if not t.steps:
+        t.none(flag, "a share of the run, whose length is not known here: give the steps")
+    return math.ceil(steps * (t.steps or 0) / t.updates)
+
+
 def learns(t: Translation) -> None:
     """Which tokens of demonstrations are learnt."""
     asked = [t.get("completion_only_loss"), t.get("assistant_only_loss")]
     if any(asked):
         t.put("sft.response_only", True, "completion_only_loss", "assistant_only_loss")
-    elif asked[0] is False or t.get("dataset_name") in t.peer.lists["learns_all"]:
+    elif asked[0] is False or t.get("dataset_name") in t.peer.about["learns_all"]:
         t.put("sft.response_only", False, "completion_only_loss", note="there all turns of `messages` are learnt")
     else:
-        t.notes.append(
-            "TRL learns all of `messages` unless --assistant_only_loss; sft.response_only=false does so here"
-        )
+        note = "TRL learns all of `messages` unless --assistant_only_loss; sft.response_only=false does so here"
+        t.notes.append(note)
 
 
 def betas(t: Translation) -> None:
     """Two flags, one list."""
     t.put("O.betas", [t.get("adam_beta1"), t.get("adam_beta2")], "adam_beta1", "adam_beta2")
-
-
-def optim(t: Translation) -> None:
-    """AdamW in full, or with moments in 8 bits."""
-    name = str(t.get("optim"))
-    if "8bit" in name and "adamw" in name:
-        t.put("engine.moments", "int8", "optim")
-    elif not name.startswith(("adamw_torch", "adamw_hf", "adamw_apex", "adamw_anyprecision")):
-        t.none("optim", "the optimizer is AdamW; with less memory engine.moments=int8")
 
 
 def precision_trl(t: Translation) -> None:
@@ -95,64 +112,26 @@ def precision_trl(t: Translation) -> None:
     t.put("engine.precision", precision, "fp16", "bf16", "dtype", note="TRL computes in bf16 unless told otherwise")
 
 
-def report_to(t: Translation) -> None:
-    """W&B or nothing; other trackers are said."""
-    wanted = {str(name) for name in t.get("report_to")}
-    t.put("tracking.wandb", "auto" if wanted & {"wandb", "all"} else "disabled", "report_to")
-    for name in sorted(wanted - {"wandb", "all", "none", "False"}):
-        t.none("report_to", f"nothing is sent to {name}; metrics.jsonl has every number")
-
-
-def saving(t: Translation) -> None:
-    """When checkpoints and metrics are written, and how many checkpoints are kept."""
-    every = t.get("logging_steps")
-    t.put("tracking.log_every", max(1, int(every)), "logging_steps")
-    if every < 1:
-        t.none("logging_steps", "tracking.log_every counts steps; a share of the run is not one")
-    strategy = str(t.get("save_strategy"))
-    if strategy in ("no", "False"):
-        t.put("checkpoint.every", 0, "save_strategy")
-    elif strategy == "steps":
-        t.put("checkpoint.every", t.get("save_steps"), "save_steps", "save_strategy")
-    if t.get("save_total_limit"):
-        t.put("checkpoint.keep", t.get("save_total_limit"), "save_total_limit")
-
-
 def engine_trl(t: Translation) -> None:
-    """A DeepSpeed file is read as it is; FSDP's sharding has a ZeRO stage."""
-    names = [name for name in ("deepspeed", "config_file", "accelerate_config") if isinstance(t.get(name), str)]
-    flag = names[0] if names else ""
-    file = t.get(flag)
-    zero = re.fullmatch(r"zero([123])", str(file))
-    if zero:
-        t.put("engine", f"zero{zero[1]}", flag)
-    elif t.get("fsdp") or "fsdp" in str(file):
-        t.put("engine", "zero2" if "shard_grad_op" in str(t.get("fsdp")) else "zero3", "fsdp", *[flag] * bool(flag))
-    elif file and re.search(r"deepspeed|zero|ds_|\.json", str(file)):
-        t.put("engine.deepspeed", str(file), flag)
-    elif file and not re.search(r"(multi|single)_gpu", str(file)):
-        t.none(flag, "not known to be for DeepSpeed or FSDP; engine=zero0 to zero3, or engine.deepspeed=FILE")
-
-
-def attention(t: Translation) -> None:
-    """Implementations that Transformers itself has."""
-    name = t.get("attn_implementation")
-    kernels = re.fullmatch(r"kernels-community/.*flash-attn(2|3)", str(name))
-    name = f"flash_attention_{kernels[1]}" if kernels else name
-    if str(name).startswith("flash") and t.settings["engine.precision"].value == "fp32":
-        t.none("attn_implementation", "flash attention computes in 16 bits, there too")
-    elif name in ("eager", "sdpa", "flash_attention_2", "flash_attention_3"):
-        t.put("S.engine.attention", name, "attn_implementation")
-    elif name:
-        t.none("attn_implementation", "expected eager, sdpa, flash_attention_2 or flash_attention_3 (engine.attention)")
-
-
-def offloading(t: Translation) -> None:
-    """Activations that are kept, not recomputed, stay on the device."""
-    if t.get("activation_offloading") and t.get("gradient_checkpointing"):
-        t.put("S.engine.activation_offload", True, "activation_offloading")
-    elif t.get("activation_offloading"):
-        t.none("activation_offloading", "engine.activation_offload needs engine.activation_checkpointing=true")
+    """A DeepSpeed file is read as it is; for one that is not here its name must do, and FSDP has a ZeRO stage."""
+    flags = ("deepspeed", "config_file", "accelerate_config", "deepspeed_config_file")
+    flag = next((name for name in flags if isinstance(t.get(name), str)), "")
+    file = str(t.get(flag) or "")
+    is_here, fsdp = Path(file).is_file(), str(t.get("fsdp") or t.get("use_fsdp") or "")
+    head = yaml.safe_load(Path(file).read_text("utf-8")) if is_here else {}
+    kind = str(head.get("distributed_type", "")) if isinstance(head, dict) else ""
+    stage = re.search(r"(?:zero_?|stage_?)([0-3])", file)
+    if fsdp or "FSDP" in kind or (not is_here and "fsdp" in file):
+        t.put(
+            "engine", "zero2" if "shard_grad_op" in f"{fsdp}{head}".lower() else "zero3", "fsdp", *[flag] * bool(flag)
+        )
+    elif t.get("zero_stage") is not None and not is_here:
+        t.put("engine", f"zero{t.get('zero_stage')}", "zero_stage")
+    elif not is_here and stage and not file.endswith(".json"):
+        t.put("engine", f"zero{stage[1]}", flag)
+        t.notes.append(f"--{flag} {file} is not here: its stage is taken from its name")
+    elif file and kind in ("", "DEEPSPEED") and not re.search(r"(multi|single)_gpu", file):
+        t.put("engine.deepspeed", file, flag)
 
 
 def lora_trl(t: Translation) -> None:
@@ -170,36 +149,26 @@ def lora_trl(t: Translation) -> None:
         t.put("S.lora.dropout", dropout, "lora_dropout")
     elif dropout:
         t.notes.append(f"--lora_dropout {dropout}: responses are generated and learnt without dropout here")
-    chosen = targets or ["q_proj", "v_proj"]
-    t.put(
-        "S.lora.targets",
-        chosen,
-        "lora_target_modules",
-        note="PEFT's choice for Llama, Qwen, OPT; others have other names",
-    )
+    note = "PEFT's choice for Llama, Qwen, OPT; others have other names"
+    t.put("S.lora.targets", targets or ["q_proj", "v_proj"], "lora_target_modules", note=note)
 
 
 def loss_type(t: Translation) -> None:
     """The loss of the step."""
     kinds = [str(kind) for kind in t.get("loss_type")]
-    if t.step == "sft":
-        if kinds not in (["nll"], ["chunked_nll"]):
-            t.none("loss_type", "SFT learns by the likelihood of the tokens (nll)")
-    elif t.step == "dpo":
+    if t.step == "dpo":
         _dpo_loss(t, kinds)
-    else:
+    elif t.step == "grpo":
         _grpo_loss(t, kinds[0])
+    elif kinds not in (["nll"], ["chunked_nll"]):
+        t.none("loss_type", "SFT learns by the likelihood of the tokens (nll)")
 
 
 def _dpo_loss(t: Translation, kinds: list[str]) -> None:
-    weights = t.get("loss_weights") or [1.0] * len(kinds)
-    weighted = dict(zip(kinds, weights, strict=False))
+    weighted = dict(zip(kinds, t.get("loss_weights") or [1.0] * len(kinds), strict=False))
     sft = weighted.pop("sft", 0.0)
-    other = [kind for kind in weighted if kind not in ("sigmoid", "robust", "hinge", "ipo")]
-    if other or len(weighted) != 1:
-        t.none(
-            "loss_type", "expected one of sigmoid, robust, hinge and ipo, perhaps with sft beside it (dpo.loss_type)"
-        )
+    if len(weighted) != 1 or not {*weighted} <= {"sigmoid", "robust", "hinge", "ipo"}:
+        t.none("loss_type", "expected one of sigmoid, robust, hinge and ipo, perhaps with sft beside it")
         return
     kind, weight = next(iter(weighted.items()))
     t.put("dpo.loss_type", kind, "loss_type")
@@ -211,50 +180,16 @@ def _dpo_loss(t: Translation, kinds: list[str]) -> None:
 
 
 def _grpo_loss(t: Translation, kind: str) -> None:
-    means = {
-        "grpo": "sequence_mean",
-        "dr_grpo": "constant",
-        "dapo": "token_mean",
-        "bnpo": "token_mean",
-        "cispo": "token_mean",
-    }
-    if kind not in means:
-        t.none(
-            "loss_type", f"expected one of {', '.join(means)}; stage=gspo, rloo and reinforce_pp are further ones here"
-        )
+    if kind not in AGGREGATIONS:
+        known = ", ".join(AGGREGATIONS)
+        t.none("loss_type", f"expected one of {known}; stage=gspo, rloo and reinforce_pp are further ones here")
         return
-    t.put("ppo.loss_aggregation", means[kind], "loss_type")
+    t.put("ppo.loss_aggregation", AGGREGATIONS[kind], "loss_type")
     if kind == "cispo":
         high = t.get("epsilon_high") or t.get("epsilon")  # there the bound itself, here how far it is above 1
-        t.put("ppo.policy_loss", "cispo", "loss_type")
-        t.put("ppo.clip_range", 1.0, "loss_type")
-        t.put("ppo.dual_clip", None, "loss_type")
+        for setting, value in (("policy_loss", "cispo"), ("clip_range", 1.0), ("dual_clip", None)):
+            t.put(f"ppo.{setting}", value, "loss_type")
         t.put("ppo.clip_range_high", max(high - 1, 1e-6), "loss_type", "epsilon_high")
-
-
-def reference(t: Translation) -> None:
-    """A reference that follows the policy, counted in iterations here."""
-    if not t.get("sync_ref_model"):
-        return
-    if t.step == "dpo":
-        t.none(
-            "sync_ref_model", "the reference of DPO does not move: its log-probabilities are computed before training"
-        )
-        return
-    if t.get("use_peft"):
-        t.none("sync_ref_model", "with adapters the reference is the model without them, and does not move")
-        return
-    size, minibatch = t.settings["ppo.rollout_size"].value, t.settings["ppo.minibatch_size"].value
-    updates = size // minibatch * t.get("num_iterations")
-    t.put(
-        "ppo.reference_update_every",
-        max(1, t.get("ref_model_sync_steps") // updates),
-        "sync_ref_model",
-        "ref_model_sync_steps",
-    )
-    t.put("ppo.reference_update_mix", t.get("ref_model_mixup_alpha"), "ref_model_mixup_alpha")
-    if not t.get("beta"):
-        t.put("ppo.reference", t.get("model_name_or_path") or "MODEL", "sync_ref_model")
 
 
 def rollout_trl(t: Translation) -> None:
@@ -262,48 +197,47 @@ def rollout_trl(t: Translation) -> None:
     size, accumulated = t.get("per_device_train_batch_size"), t.get("gradient_accumulation_steps")
     minibatch, steps = size * accumulated * t.ranks, t.get("steps_per_generation") or accumulated
     generated = t.get("generation_batch_size") or size * steps * t.ranks
-    flags = (
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "generation_batch_size",
-        "steps_per_generation",
-    )
+    flags = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    both = (*flags, "generation_batch_size", "steps_per_generation")
     rollout = math.lcm(generated, minibatch, t.get("num_generations"))
-    t.put("ppo.minibatch_size", minibatch, *flags[:2])
-    t.put("ppo.rollout_size", rollout, *flags)
-    t.put("ppo.rollout_micro_batch_size", math.ceil(generated / t.ranks), *flags)
+    t.put("ppo.minibatch_size", minibatch, *flags)
+    t.put("ppo.rollout_size", rollout, *both)
+    t.put("ppo.rollout_micro_batch_size", math.ceil(generated / t.ranks), *both)
     if rollout != generated:
-        t.notes.append(
-            f"{generated} responses are generated at once there; here {rollout}, a multiple of the batch and the group"
-        )
+        ours = f"here {rollout}, a multiple of the batch and the group"
+        t.notes.append(f"{generated} responses are generated at once there; {ours}")
+
+
+def rollout_ppo(t: Translation) -> None:
+    """All of a batch is generated at once; a step comes after gradient_accumulation_steps micro-batches of it."""
+    flags = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    size, accumulated = map(t.get, flags)
+    micro = max(1, min(size, size * accumulated // t.get("num_mini_batches")))
+    t.put("ppo.rollout_size", size * accumulated * t.ranks, *flags)
+    t.put("ppo.minibatch_size", micro * accumulated * t.ranks, *flags, "num_mini_batches")
 
 
 def rewards(t: Translation) -> None:
     """Sources of scores: a model, functions by their import path, and their weights."""
-    model, functions = t.get("reward_model_name_or_path"), t.get("reward_funcs") or []
-    sources: list[dict[str, Any]] = [{"source": model, "normalize": False}] if model else []
-    for name in functions:
+    model = t.get("reward_model_name_or_path")
+    sources: list[Any] = [{"source": model, "normalize": False}] if model else []
+    for name in t.get("reward_funcs") or []:
+        module, _, function = (name if "." in name else f"trl.rewards.{name}").rpartition(".")
         if name == "get_soft_overlong_punishment":
-            t.none(
-                "reward_funcs", "get_soft_overlong_punishment: ppo.score.overlong_share=0.2 of max_response_tokens=1280"
-            )
+            t.none("reward_funcs", f"{name}: ppo.score.overlong_share=0.2 of max_response_tokens=1280")
             continue
-        module, _, function = f"trl.rewards.{name}".removeprefix("" if "." not in name else "trl.rewards.").rpartition(
-            "."
-        )
         sources.append({"source": f"{module}:{function}"})
         if "." not in name:
-            t.notes.append(
-                f"{module}:{function} is TRL's own function, which is called as there and needs `pip install trl`"
-            )
+            t.notes.append(f"{module}:{function} is TRL's own function, called as there; it needs `pip install trl`")
     for source, weight in zip(sources, t.get("reward_weights") or [], strict=False):
         source["weight"] = weight
-    if sources:
-        t.put("ppo.rewards", sources, "reward_model_name_or_path", "reward_funcs", "reward_weights")
-        if model:
-            t.put("ppo.reward", model, "reward_model_name_or_path")
-        return
-    t.put("ppo.rewards", ["rewards.py:reward"], note="the functions of a Python script are not on its command line")
-    t.notes.append(
-        "name your reward functions in place of rewards.py:reward, as file.py:function; they are called as by TRL"
-    )
+    if not sources:
+        sources = ["rewards.py:reward"]
+        hint = (
+            "name your reward functions in place of rewards.py:reward, as file.py:function; they are called as by TRL"
+        )
+        t.notes.append(hint)
+    flags = ("reward_model_name_or_path", "reward_funcs", "reward_weights")
+    t.put("ppo.rewards", sources, *flags, note="the functions of a Python script are not on its command line")
+    if model:
+        t.put("ppo.reward", model, "reward_model_name_or_path")

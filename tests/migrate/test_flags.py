@@ -21,20 +21,22 @@ PAGE = ROOT / "docs/migrating.md"
 @pytest.mark.parametrize(("name", "step"), STEPS)
 def test_every_flag_of_a_peer_is_in_the_table(name, step):
     theirs = f"{FLAGS[name].get('all', '')} {FLAGS[name][step]}".split()
-    assert set(theirs) - set(peer(name).steps[step]) == set()
+    assert [flag for flag in theirs if not peer(name).flag(step, flag)] == []
 
 
-@pytest.mark.parametrize("step", ["sft", "reward", "dpo", "grpo"])
+@pytest.mark.parametrize("step", ["sft", "reward", "dpo", "grpo", "rloo", "ppo"])
 def test_flags_and_defaults_are_those_of_the_installed_trl(step):
     trl = pytest.importorskip("trl")
-    scripts = pytest.importorskip(f"trl.scripts.{step}")
     utils = pytest.importorskip("trl.scripts.utils")
-    config = {"sft": "SFTConfig", "reward": "RewardConfig", "dpo": "DPOConfig", "grpo": "GRPOConfig"}[step]
-    arguments = getattr(scripts, "GRPOScriptArguments", utils.ScriptArguments)
-    classes = [getattr(trl, config), trl.ModelConfig, arguments, utils.DatasetMixtureConfig]
+    configs = trl if step != "ppo" else pytest.importorskip("trl.experimental.ppo")
+    config = {"sft": "SFTConfig", "reward": "RewardConfig"}.get(step, f"{step.upper()}Config")
+    scripts = pytest.importorskip(f"trl.scripts.{step}") if step != "ppo" else utils
+    arguments = getattr(scripts, f"{step.upper()}ScriptArguments", utils.ScriptArguments)
+    classes = [getattr(configs, config), trl.ModelConfig, arguments]
+    classes += [utils.DatasetMixtureConfig] * (step != "ppo")
     fields = [field for cls in classes for field in dataclasses.fields(cls) if field.init]
-    flags = peer("trl").steps[step]
-    assert [field.name for field in fields if field.name not in flags] == []
+    flags = {field.name: peer("trl").flag(step, field.name) for field in fields}
+    assert [name for name, flag in flags.items() if not flag] == []
     for field in fields:
         flag = flags[field.name]
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
@@ -49,22 +51,22 @@ def test_every_row_names_settings_and_rules_that_exist():
     used = set()
     for name in FLAGS:
         for step, flags in peer(name).steps.items():
-            stage = "ppo" if step in ("grpo", "ppo") else step
+            stage = "ppo" if step in ("grpo", "rloo", "ppo") else step
             optimizer = "ppo.actor_optimizer" if stage == "ppo" else f"{stage}.optimizer"
             for flag in flags.values():
                 for setting in flag.settings:
                     assert setting.replace("S.", f"{stage}.").replace("O.", f"{optimizer}.") in settings, flag
                 used |= {flag.target} if flag.fate is Fate.rule else set()
                 assert flag.fate in (Fate.set, Fate.rule) or len(str(flag.target)) > 10
-            for constant in peer(name).constants[step]:
-                assert constant["set"] in settings
+            for constant in peer(name).about["constants"][step]:
+                assert constant["set"].replace("O.", f"{optimizer}.") in settings
     assert used == set(RULES)
 
 
 def test_data_sets_without_an_eval_split_are_those_of_the_maps():
-    for name in peer("deepspeed-chat").lists["without_eval"]:
+    for name in peer("deepspeed-chat").about["without_eval"]:
         assert all("eval" not in entry.splits for entry in named(name))
-    listed = peer("deepspeed-chat").lists["without_eval"]
+    listed = peer("deepspeed-chat").about["without_eval"]
     deepspeed_chat = [*known_datasets().values()][: [*known_datasets()].index("ultrafeedback")]
     without = [entry for entry in deepspeed_chat if "eval" not in entry.splits]
     assert {entry.name for entry in without} == {entry.name for name in listed for entry in named(name)}

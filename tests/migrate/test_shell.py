@@ -4,6 +4,7 @@ import subprocess
 
 import pytest
 
+from rlhf.migrate import shell
 from rlhf.migrate.shell import commands
 
 SCRIPT = r"""#!/bin/bash
@@ -67,18 +68,76 @@ def test_other_ways_to_write_a_command(text, words):
     assert commands(text) == [words]
 
 
+ARGUMENTS = """set -euo pipefail
+export PATH=/opt/cuda/bin:$PATH
+while [[ $# -gt 0 ]]; do
+  case $1 in
+    --model) MODEL=$2; shift ;;
+    *) EXTRA+=" $1" ;;
+  esac
+  shift
+done
+train() {
+  local lr=$1
+  deepspeed main.py --model "$MODEL" --lr "$lr" $EXTRA > /tmp/$lr.log 2>&1
+}
+for lr in 1e-3 1e-4; do train $lr || exit 1; done
+"""
+
+
+def test_loops_functions_and_options_are_those_of_bash():
+    found = commands(ARGUMENTS, ["--model", "the model", "--bf16"])
+    words = ["deepspeed", "main.py", "--model", "the model", "--lr"]
+    assert found[0] == [*words, "1e-3", "--bf16"]
+
+
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "words"),
     [
-        ("for i in 1 2\ndo\n trl sft\ndone", "line 1: 'for i in 1 2' is not followed"),
-        ("A=1\nrun() {\n trl sft\n}", "line 2: 'run()"),
-        ("if [ -z $A ] && [ -z $B ]; then\n trl sft\nfi", "is not followed"),
-        ("if test -f x; then\n trl sft\nfi", "the condition 'if test -f x' is not followed"),
+        ("for i in 1 2\ndo\n trl sft --n $i\ndone", [["trl", "sft", "--n", "1"], ["trl", "sft", "--n", "2"]]),
+        ("srun --nodes=2 env A=1 accelerate launch x.py &\nwait", [["accelerate", "launch", "x.py"]]),
+        ("cmd='trl sft --a \"b c\"'\necho $cmd\neval $cmd", [["trl", "sft", "--a", "b c"]]),
+        ('trl sft --n $(nproc) --a "it\'s"', [["trl", "sft", "--n", "$(nproc)", "--a", "it's"]]),
+        ("trl sft --kwargs '{\n\"a\": 1}'", [["trl", "sft", "--kwargs", '{\n"a": 1}']]),
+        ("N=$(python count.py)\ntrl dpo", [["trl", "dpo"]]),
+        (
+            "trap 'kill 0' EXIT\ncd nowhere && python a.py; kill 0; python b.py",
+            [["python", "a.py"], ["python", "b.py"]],
+        ),
     ],
 )
-def test_what_is_not_followed_is_said(text, message):
-    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(")", r"\)")):
-        commands(text)
+def test_what_a_script_may_do(text, words):
+    assert commands(text) == words
+
+
+def test_scripts_that_a_script_starts_are_followed(tmp_path):
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep/one.sh").write_text("deepspeed main.py --zero_stage $1\n")
+    sweep = tmp_path / "sweep/all.sh"
+    sweep.write_text('for z in 2 3; do cmd="bash sweep/one.sh $z"; $cmd; pkill -9 python; sleep 60; done\n')
+    found = commands(f"bash {sweep}")
+    assert commands(sweep.read_text(), file=sweep) == found
+    assert [words[-1] for words in found] == ["2", "3"]
+
+
+def test_nothing_is_started_or_written(tmp_path):
+    file, kept = tmp_path / "file", tmp_path / "kept"
+    kept.write_text("kept")
+    commands(f"/bin/touch {file}; touch {file}; echo a > {file}; {{ trl sft; }} > {file}")
+    commands(f"/bin/rm {kept}; exec /bin/rm {kept}")
+    commands(f"trl sft --a b &> {kept}; echo >| {kept}; python - > {kept}")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+    assert kept.read_text() == "kept"
+
+
+def test_a_script_that_does_not_end_or_is_none_is_refused(monkeypatch):
+    monkeypatch.setattr(shell, "SECONDS", 0.5)
+    with pytest.raises(ValueError, match="does not end by itself"):
+        commands("while true; do sleep 1; done")
+    with pytest.raises(ValueError, match="bash does not understand the command: unexpected EOF"):
+        commands("trl sft --a 'b")
+    with pytest.raises(ValueError, match="bash does not understand `trl sft <data>': syntax error"):
+        commands("cd a\ntrl sft <data>")
 
 
 def test_a_script_without_a_training_has_no_commands():

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from rlhf.migrate.__main__ import command_of, described, translations
+from rlhf.migrate.__main__ import command_of, described, main, translations
 from rlhf.migrate.flags import Fate, peer
 from rlhf.migrate.translation import scalar
 from stages.setup.command_line import check_overrides
@@ -313,7 +313,6 @@ def test_a_configuration_file_comes_after_the_command_line(tmp_path):
                 "dpo.engine.activation_offload": True,
                 "dpo.engine.attention": "flash_attention_2",
                 "dpo.optimizer.schedule": "cosine",
-                "dpo.optimizer.min_ratio": pytest.approx(0.1),
                 "dpo.max_prompt_tokens": 150,
                 "dpo.max_response_tokens": 151,
             },
@@ -392,6 +391,126 @@ def test_flags_of_grpo(flags, settings):
     assert {name: values(found).get(name) for name in settings} == settings
 
 
+def test_what_happens_every_few_steps_is_counted_in_iterations():
+    """Three steps of 16 responses to a rollout of 48, each learnt twice, are six optimizer steps to an iteration."""
+    flags = "--steps_per_generation 3 --num_iterations 2 --save_steps 120 --eval_strategy steps --eval_steps 7"
+    found, _ = translate(TRL, f"{GRPO} {flags} --max_steps 600 --logging_steps 0.1")
+    expected = {"checkpoint.every": 20, "ppo.eval_every": 1, "tracking.log_every": 10, "ppo.iterations": 100}
+    assert {name: values(found)[name] for name in expected} == expected
+
+
+def test_a_policy_is_trained_with_a_critic_as_by_trl():
+    command = (
+        "accelerate launch --config_file examples/accelerate_configs/deepspeed_zero2.yaml --num_processes 4 "
+        "examples/scripts/ppo/ppo.py --dataset_name d/e --learning_rate 3e-6 --per_device_train_batch_size 4 "
+        "--gradient_accumulation_steps 8 --num_mini_batches 4 --total_episodes 10000 --warmup_steps 5 "
+        "--model_name_or_path M --sft_model_path S --reward_model_path R --missing_eos_penalty 1.0"
+    )
+    found, run = translate(TRL, command)
+    ppo = run.ppo
+    # 4 x 8 on each of 4 devices are a batch of 128; a step comes after 8 micro-batches of 4, which is all of it
+    assert (ppo.rollout_size, ppo.minibatch_size, ppo.micro_batch_size, ppo.rollout_micro_batch_size) == (
+        128,
+        128,
+        4,
+        64,
+    )
+    assert (ppo.iterations, ppo.epochs) == (79, 4)  # 10,000 / 128 = 78.1
+    assert (run.model.path, ppo.actor, ppo.reward, ppo.critic) == ("M", "S", "R", "R")
+    assert [(s.source, s.normalize) for s in ppo.rewards] == [("R", False)]
+    assert (ppo.kl.coef, ppo.kl.kind, ppo.clip_range, ppo.value_clip_range) == (0.05, "k1", 0.2, 0.2)
+    assert (ppo.gamma, ppo.lam, ppo.sampling.temperature, ppo.max_response_tokens) == (1, 0.95, 0.7, 53)
+    assert (ppo.scale_advantages, ppo.score.missing_eos_penalty, ppo.score.missing_eos_mode) == (
+        "whiten",
+        1,
+        "subtract",
+    )
+    for optimizer in (ppo.actor_optimizer, ppo.critic_optimizer):  # one optimizer, whose rate moves once per batch
+        assert (optimizer.lr, optimizer.eps, optimizer.betas, optimizer.schedule) == (
+            3e-6,
+            1e-8,
+            [0.9, 0.999],
+            "linear",
+        )
+        assert optimizer.warmup_steps == 5 * 4
+    assert (ppo.engine.zero_stage, run.launch.ranks, found.unknown) == (2, 4, [])
+    assert (run.checkpoint.every, run.tracking.log_every) == (500, 10)  # of batches, there too
+
+
+@pytest.mark.parametrize(
+    ("flags", "minibatch"),
+    [
+        ("--gradient_accumulation_steps 1 --num_mini_batches 4", 2),  # four micro-batches of 2, a step after each
+        ("--gradient_accumulation_steps 2 --num_mini_batches 4", 8),  # four of 4, a step after two
+        ("--gradient_accumulation_steps 16 --num_mini_batches 4", 128),
+    ],
+)
+def test_steps_of_trl_come_after_as_many_micro_batches_as_are_accumulated(flags, minibatch):
+    (found,) = translations(TRL, [f"python ppo.py --per_device_train_batch_size 8 --total_episodes 9 {flags}"])
+    assert values(found)["ppo.minibatch_size"] == minibatch
+
+
+def test_leave_one_out():
+    command = "trl rloo --model_name_or_path M --dataset_name d/e --reward_model_name_or_path R --num_processes 2"
+    found, run = translate(TRL, f"{command} --max_steps 10 --vllm_gpu_memory_utilization 0.3")
+    ppo = run.ppo
+    assert (ppo.variant, ppo.advantage, ppo.scale_advantages, ppo.kl.in_loss) == ("rloo", "rloo", "none", False)
+    assert (ppo.rollout_size, ppo.samples_per_prompt, ppo.kl.coef, ppo.iterations) == (16, 2, 0.05, 10)
+    assert values(translate(TRL, f"{command} --normalize_advantages")[0])["ppo.scale_advantages"] == "whiten"
+    assert found.unknown == []
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "python -m trl.scripts.dpo",
+        "torchrun --nproc-per-node=2 -m trl.scripts.dpo",
+        "accelerate launch --use_deepspeed --zero_stage=2 --num_cpu_threads_per_process 4 -m trl.scripts.dpo",
+        "CUDA_VISIBLE_DEVICES=0,1 WANDB_MODE=offline python3 -u train_dpo.py",
+        "python -m torch.distributed.run --nproc_per_node 2 trl/scripts/dpo.py",
+        'uv run "https://raw.githubusercontent.com/huggingface/trl/main/trl/scripts/dpo.py"',
+    ],
+)
+def test_other_launchers(launcher):
+    (found,) = translations(
+        TRL, [f"{launcher} --model_name_or_path M --dataset_name d/e --bf16 yes --seed -1 --seed=7"]
+    )
+    assert (found.step, values(found)["seed"], values(found)["engine.precision"], found.unknown) == (
+        "dpo",
+        7,
+        "bf16",
+        [],
+    )
+    assert values(found).get("engine") == ("zero2" if "zero" in launcher else None)
+
+
+def test_what_is_no_training_is_left_out():
+    found = translations(
+        TRL, ["python data.py; trl vllm-serve --model M; trl sft --dataset_name d/e; accelerate config"]
+    )
+    assert [one.step for one in found] == ["sft"]
+    assert [note.partition(": expected")[0] for note in found[0].notes if "left out" in note][:2] == [
+        "left out: data.py",
+        "left out: vllm-serve",
+    ]
+
+
+def test_files_of_accelerate_say_what_they_are_for(tmp_path):
+    for kind, setting in (("FSDP", {"engine": "zero3"}), ("MULTI_GPU", {}), ("DEEPSPEED", None)):
+        file = tmp_path / f"{kind.lower()}.yaml"
+        file.write_text(f"distributed_type: {kind}\nnum_processes: 2\n")
+        found = translations(TRL, [f"trl sft --accelerate_config {file}"])[0]
+        engine = {name: value for name, value in values(found).items() if name in ("engine", "engine.deepspeed")}
+        assert engine == ({"engine.deepspeed": str(file)} if setting is None else setting)
+        assert found.ranks == 2
+
+
+def test_lists_may_have_commas():
+    flags = """--use_peft --lora_target_modules "q_proj", "v_proj" --report_to wandb trackio"""
+    found, run = translate(TRL, f"trl sft --model_name_or_path M --dataset_name d/e {flags}")
+    assert (run.sft.lora.targets, values(found)["tracking.wandb"]) == (["q_proj", "v_proj"], "auto")
+
+
 def test_rows_give_the_iterations():
     assert values(*translations(TRL, [GRPO], rows=1000))["ppo.iterations"] == 1500  # 3 x 1,000 prompts, 2 at a time
 
@@ -404,14 +523,13 @@ def test_what_has_no_counterpart_says_why():
         "push_to_hub": "uploaded",
         "min_p 0.1": "temperature",
         "optim adafactor": "AdamW",
-        "report_to tensorboard": "nothing is sent to tensorboard",
         "trust_remote_code": "refused",
         "dataset_streaming": "streamed",
         "lr_scheduler_type inverse_sqrt": "expected linear, cosine or constant",
         "attn_implementation flex_attention": "expected eager",
         "reward_funcs get_soft_overlong_punishment": "overlong_share",
         "lora_r 8": "without --use_peft",
-        "logging_steps 0.1": "counts steps",
+        "logging_steps 0.1": "a share of the run",
     }
     found, _ = translate(TRL, f"{GRPO} " + " ".join(f"--{flag}" for flag in expected))
     for flag, words in expected.items():
@@ -425,10 +543,8 @@ def test_what_has_no_counterpart_says_why():
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        ("--attn_implementation flash_attention_2 --bf16 false", "--attn_implementation flash_attention_2: flash"),
-        ("--activation_offloading --no_gradient_checkpointing", "--activation_offloading: engine.activation_offload"),
         ("--loss_type hinge --label_smoothing 0.1", "--label_smoothing 0.1: the loss hinge has none"),
-        ("--sync_ref_model", "--sync_ref_model: the reference of DPO does not move"),
+        ("--sync_ref_model", "--sync_ref_model: the reference does not move: its log-prob"),
         ("--loss_type sigmoid bco_pair", "--loss_type sigmoid bco_pair: expected one of sigmoid"),
     ],
 )
@@ -451,9 +567,15 @@ def test_generation_servers_are_not_needed():
     ("project", "command", "message"),
     [
         (CHAT, "python prompt_eval.py", "expected main.py or chat.py"),
-        (CHAT, "ls", "found no command"),
+        (CHAT, "ls", "there is no command"),
+        (CHAT, "", "there is no command"),
+        (CHAT, "run_1.3b.sh", "run_1.3b.sh is no file here"),
+        (CHAT, f"{STEP3} --actor_learning_rate 1e-5 1e-6", "--actor_learning_rate 1e-5 1e-6: expected one value"),
+        (CHAT, f"{STEP3} --offload maybe", "--offload maybe: expected true or false"),
+        (TRL, "trl sft --a 'b", "bash does not understand the command: unexpected EOF"),
+        (TRL, "trl sft --config run.yaml --bf16 2", "--bf16 2: expected true or false"),
         (CHAT, f"{STEP3} --ppo_epochs two", "--ppo_epochs two: expected a number"),
-        (TRL, "trl kto --a", "kto: expected one of sft, reward, dpo, grpo"),
+        (TRL, "trl kto --a", "kto: expected one of sft, reward, dpo, ppo, grpo"),
         (TRL, "python examples/scripts/grpo_vlm.py", "images"),
         (TRL, "trl sft --config none.yaml", "no such file"),
         (TRL, "accelerate launch", "found no program"),
@@ -462,6 +584,28 @@ def test_generation_servers_are_not_needed():
 def test_a_command_that_cannot_be_translated_is_one_sentence(project, command, message):
     with pytest.raises(ValueError, match=message):
         translations(project, [command])
+
+
+def test_a_file_that_is_no_script_says_what_to_give(tmp_path):
+    for name, message in (
+        ("train.py", "docs/trainer.md runs it as it is"),
+        ("sft.yaml", "give the command that reads it"),
+    ):
+        (tmp_path / name).write_text("learning_rate: 1.0e-3\n")
+        with pytest.raises(ValueError, match=message):
+            translations(TRL, [str(tmp_path / name)])
+    (found,) = translations(TRL, [str(tmp_path / "sft.yaml")], step="sft")
+    assert values(found)["sft.optimizer.lr"] == 1e-3
+
+
+def test_options_may_come_before_the_command_which_is_quoted(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["migrate", "trl", "--ranks", "2", "trl sft --model_name_or_path M", "--rows", "9"])
+    main()
+    assert "    launch.ranks=2 \\" in capsys.readouterr().out.splitlines()
+    monkeypatch.setattr("sys.argv", ["migrate", "trl", "trl", "sft", "--model_name_or_path", "M"])
+    with pytest.raises(SystemExit):
+        main()
+    assert "found --model_name_or_path; expected the whole command in one pair of quotes" in capsys.readouterr().err
 
 
 def test_unknown_flags_have_a_near_one():
