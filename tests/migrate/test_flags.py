@@ -63,6 +63,14 @@ def test_every_row_names_settings_and_rules_that_exist():
     assert used == set(RULES)
 
 
+def test_a_pattern_takes_no_flag_that_may_be_another_mistyped():
+    for name in FLAGS:
+        for flags in peer(name).steps.values():
+            families = tuple(flag.removesuffix("*") for flag in flags if "*" in flag)
+            kept = [flag for flag in flags if flags[flag].fate in (Fate.set, Fate.rule)]
+            assert [flag for flag in kept if flag.startswith(families)] == []
+
+
 def test_data_sets_without_an_eval_split_are_those_of_the_maps():
     for name in peer("deepspeed-chat").about["without_eval"]:
         assert all("eval" not in entry.splits for entry in named(name))

@@ -615,6 +615,9 @@ def test_unknown_flags_have_a_near_one():
         "--beta (it is one of dpo)",
         "--foo",
     ]
+    (found,) = translations(TRL, ["trl sft --save_step 5 --lora_rnk 8 --eval_step 3 --zero_stag 2 --loging_steps 1"])
+    assert all("did you mean" in text for text in found.unknown)
+    assert len(found.unknown) == 5
 
 
 def test_the_print_can_be_pasted_and_explains_every_setting():
