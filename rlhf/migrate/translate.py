@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -45,8 +46,18 @@ def translate(
         found.put(constant["set"], constant["value"], note=constant["note"])
     if ranks > 1:
         found.put("launch.ranks", ranks, note="devices")
+    _mention_all(found)
     found.notes += peer.about["differs"][step]
     return found
+
+
+def _mention_all(found: Translation) -> None:
+    """A line for what was given and had no part in anything, such as the epochs of a run with max_steps."""
+    sources = [setting.source for setting in found.settings.values()]
+    said = " ".join((*sources, *found.reasons[Fate.itself], *found.reasons[Fate.none], *found.notes))
+    for name, value in found.given.items():
+        if not re.search(rf"--{name}\b", said):
+            found.reasons[Fate.itself].append(f"--{name} {shown(value)}".rstrip() + ": nothing to set here")
 
 
 def _take(found: Translation, name: str, *, value: Any) -> None:

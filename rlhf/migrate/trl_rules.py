@@ -61,6 +61,9 @@ def every(t: Translation) -> None:
     if saves in ("no", "steps", "False"):
         steps = t.get("save_steps") if saves == "steps" else 0
         t.put("checkpoint.every", steps if steps < 1 else _every(t, "save_steps"), "save_steps", "save_strategy")
+    for flag, setting in (("eval_strategy", f"{t.stage}.eval_every"), ("save_strategy", "checkpoint.every")):
+        if str(t.get(flag)) in ("epoch", "best"):
+            t.none(flag, f"{setting} counts steps: give those of an epoch")
     if follows:
         t.put("ppo.reference_update_every", _every(t, "ref_model_sync_steps"), "sync_ref_model", "ref_model_sync_steps")
         t.put("ppo.reference_update_mix", t.get("ref_model_mixup_alpha"), "ref_model_mixup_alpha")
@@ -68,7 +71,7 @@ def every(t: Translation) -> None:
             t.put("ppo.reference", t.get("model_name_or_path") or "MODEL", "sync_ref_model")
     elif t.get("sync_ref_model"):
         why = (
-            "its log-probabilities are computed before training" if t.step == "dpo" else "with adapters it is the base"
+            "with adapters it is the base" if t.stage == "ppo" else "its log-probabilities are computed before training"
         )
         t.none("sync_ref_model", f"the reference does not move: {why}")
 

@@ -5,6 +5,7 @@ import yaml
 
 from rlhf.migrate.__main__ import command_of, described, main, translations
 from rlhf.migrate.flags import Fate, peer
+from rlhf.migrate.translate import translate as translate_given
 from rlhf.migrate.translation import scalar
 from stages.setup.command_line import check_overrides
 
@@ -646,3 +647,15 @@ def test_the_print_can_be_pasted_and_explains_every_setting():
 def test_words_are_read_as_numbers_where_they_are(word, value):
     assert scalar(word) == value
     assert type(scalar(word)) is type(value)
+
+
+SAMPLES = {"json": {}, "list": ["a"], "switch": True}
+
+
+@pytest.mark.parametrize(("project", "step"), [(project, step) for project in (CHAT, TRL) for step in project.steps])
+def test_no_flag_goes_without_a_line(project, step):
+    """Each alone, with its default or another value; what becomes of it is found by its name."""
+    for name, flag in project.steps[step].items():
+        given = {name: SAMPLES.get(flag.kind, 3 if flag.default is None else flag.default)}
+        lines = described(translate_given(project, given, step=step)).splitlines()
+        assert any(f"--{name} " in f"{line} " or f"--{name}:" in line or f"--{name}," in line for line in lines), name
