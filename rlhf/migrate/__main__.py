@@ -50,6 +50,8 @@ def main() -> None:
     if given.peer == "docs":
         sys.stdout.write(page(resources.files("rlhf.migrate").joinpath("page.md").read_text("utf-8")))
         return
+    if any(count is not None and count < 1 for count in (given.ranks, given.rows)):
+        parser.error("--ranks and --rows: expected 1 or more.")
     try:
         for found in translations(peer(given.peer), given.command, step=given.step, ranks=given.ranks, rows=given.rows):
             sys.stdout.write(described(found))
@@ -96,16 +98,16 @@ def _translation(
 ) -> Translation:
     program = _program(words)
     launch, rest = words[1:program], words[program + 1 :]
+    if rest and Path(rest[0]).suffix in (".yaml", ".yml", ".json"):
+        rest.insert(0, "--config")
+    if rest and not rest[0].startswith("--"):
+        raise ValueError(f"{shlex.join(words[: program + 2])}: found {rest[0]}; expected a flag, --NAME.")
     told = step or _step_of(project, words[program], place=place, rest=rest)
     if told not in project.steps:
         raise ValueError(f"{words[program]}: found step {told!r}; expected one of {', '.join(project.steps)} (--step).")
     flag_of = partial(project.flag, told)
     given = _values(rest, flag_of) | {name: value for name, value in _values(launch, flag_of).items() if flag_of(name)}
-    if "config" in given:
-        file = next((f for f in (Path(given["config"]), Path(place).parent / given["config"]) if f.is_file()), None)
-        if file is None:
-            raise ValueError(f"--config {given['config']}: no such file; its settings are needed.")
-        given = {name: value for name, value in _mapping(file).items() if name != "env"} | given
+    given = _config(given, place) | given
     nodes = next((n for n in map(given.get, ("num_nodes", "num_machines", "nnodes")) if isinstance(n, int)), 1)
     counted = ranks or _devices(given, nodes)
     translation = translate(project, given, step=told, ranks=counted or 1, rows=rows)
@@ -119,6 +121,17 @@ def _translation(
             f"on {nodes} machines, start it on each with torchrun (docs/launching.md); the batch counts all devices"
         )
     return translation
+
+
+def _config(given: dict[str, Any], place: str) -> dict[str, Any]:
+    """What the file of --config says; its texts are read as those of the command line are."""
+    if "config" not in given:
+        return {}
+    file = next((f for f in (Path(given["config"]), Path(place).parent / given["config"]) if f.is_file()), None)
+    if file is None:
+        raise ValueError(f"--config {given['config']}: no such file; its settings are needed.")
+    read = {name: value for name, value in _mapping(file).items() if name != "env"}
+    return {name: scalar(value) if isinstance(value, str) else value for name, value in read.items()}
 
 
 def _mapping(file: Path) -> dict[str, Any]:
@@ -198,8 +211,11 @@ def _devices(given: dict[str, Any], nodes: int) -> int | None:
     said = _mapping(Path(file)) if isinstance(file, str) and Path(file).is_file() else {}
     everywhere = given.get("num_processes", said.get("num_processes"))
     here = given.get("num_gpus", given.get("nproc_per_node"))
+    listed = re.fullmatch(r"(?:\w+:)?(\d+(?:,\d+)*)", str(given.get("include", given.get("gpu_ids", ""))))
     if isinstance(everywhere, int):
         return everywhere
+    if listed:
+        return len(listed[1].split(","))
     return here * nodes if isinstance(here, int) else None
 
 

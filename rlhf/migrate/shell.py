@@ -63,6 +63,7 @@ def _traced(text: str, arguments: Sequence[str]) -> list[list[str]]:
     environment = {name: os.environ[name] for name in ("HOME", "USER") if name in os.environ}
     # `set -e` would end the script at the first file that it may not write.
     text = re.sub(r"(?m)^\s*set [-+][a-zA-Z].*$", ":", text)
+    text = re.sub(r"(?m)^\s*(?:\$ |[!%])(?=\w)", "", text)  # the prompt of a terminal or a notebook
     with tempfile.TemporaryFile() as trace:
         head = f"{STUBS}PS4=$'\\x01'; BASH_XTRACEFD={trace.fileno()}; set -x\n"
         try:

@@ -99,6 +99,10 @@ def test_loops_functions_and_options_are_those_of_bash():
         ("cmd='trl sft --a \"b c\"'\necho $cmd\neval $cmd", [["trl", "sft", "--a", "b c"]]),
         ('trl sft --n $(nproc) --a "it\'s"', [["trl", "sft", "--n", "$(nproc)", "--a", "it's"]]),
         ("trl sft --kwargs '{\n\"a\": 1}'", [["trl", "sft", "--kwargs", '{\n"a": 1}']]),
+        (
+            "$ trl sft --a b\n!python x.py\n%accelerate launch y.py",
+            [["trl", "sft", "--a", "b"], ["python", "x.py"], ["accelerate", "launch", "y.py"]],
+        ),
         ("N=$(python count.py)\ntrl dpo", [["trl", "dpo"]]),
         (
             "trap 'kill 0' EXIT\ncd nowhere && python a.py; kill 0; python b.py",

@@ -496,6 +496,30 @@ def test_what_is_no_training_is_left_out():
     ]
 
 
+@pytest.mark.parametrize(
+    ("launcher", "ranks"),
+    [
+        ("deepspeed --include localhost:0,2,5", 3),
+        ("accelerate launch --gpu_ids=0,1", 2),
+        ("accelerate launch --gpu_ids all", 1),
+        ("deepspeed --num_nodes 2 --num_gpus=4", 8),
+        ("torchrun --nnodes 2 --nproc_per_node 8", 16),
+    ],
+)
+def test_devices_are_counted(launcher, ranks):
+    (found,) = translations(TRL, [f"{launcher} sft.py --dataset_name d/e"])
+    assert found.ranks == ranks
+    assert any("devices are not counted" in note for note in found.notes) == (ranks == 1)
+
+
+def test_numbers_of_a_file_are_numbers_as_argparse_reads_them(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("learning_rate: 1e-5\nmax_length: '300'\nbf16: 'false'\n")  # a text, in YAML
+    (found,) = translations(TRL, [f"accelerate launch run_sft.py {file} --num_train_epochs 2"])
+    assert [values(found)[f"sft.{name}"] for name in ("optimizer.lr", "max_prompt_tokens", "epochs")] == [1e-5, 150, 2]
+    assert values(found)["engine.precision"] == "fp32"
+
+
 def test_files_of_accelerate_say_what_they_are_for(tmp_path):
     for kind, setting in (("FSDP", {"engine": "zero3"}), ("MULTI_GPU", {}), ("DEEPSPEED", None)):
         file = tmp_path / f"{kind.lower()}.yaml"
@@ -570,6 +594,8 @@ def test_generation_servers_are_not_needed():
         (CHAT, "python prompt_eval.py", "expected main.py or chat.py"),
         (CHAT, "ls", "there is no command"),
         (CHAT, "", "there is no command"),
+        (TRL, "trl sft M --dataset_name d", "trl sft M: found M; expected a flag"),
+        (TRL, "trl sft -learning_rate 1", "found -learning_rate; expected a flag"),
         (CHAT, "run_1.3b.sh", "run_1.3b.sh is no file here"),
         (CHAT, f"{STEP3} --actor_learning_rate 1e-5 1e-6", "--actor_learning_rate 1e-5 1e-6: expected one value"),
         (CHAT, f"{STEP3} --offload maybe", "--offload maybe: expected true or false"),
