@@ -72,9 +72,7 @@ def translations(
     if file and file.suffix == ".py":
         raise ValueError(f"{file}: the settings of a Python script are in its code; docs/trainer.md runs it as it is.")
     if file and file.suffix in (".yaml", ".yml"):
-        file, words = None, [f"trl {step or 'sft, reward, dpo, ...'} --config {shlex.quote(str(file))}"]
-        if not step:
-            raise ValueError(f"{words[0].split()[-1]}: give the command that reads it, {words[0]}.")
+        raise ValueError(f"{file}: give the command that reads it, such as 'trl sft --config {file}'.")
     text = file.read_text("utf-8") if file else " ".join(words)
     found = commands(text, words[1:] if file else (), file=file)
     if not found:

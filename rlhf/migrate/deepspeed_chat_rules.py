@@ -115,16 +115,6 @@ def _engine(zero: int, *, is_offloaded: bool, has_optimizer: bool) -> dict[str, 
     }
 
 
-def dropout(t: Translation) -> None:
-    """Unset it is the model's own there."""
-    if t.step != "dpo" and t.get("dropout") is not None:
-        t.put("S.dropout", t.get("dropout"), "dropout")
-    elif t.get("dropout"):
-        t.none("dropout", "DPO runs without dropout, so that policy and reference start alike")
-    elif t.step != "dpo":
-        t.notes.append(f"without --dropout it is the model's own there (OPT: 0.1); here {t.stage}.dropout=0")
-
-
 def eval_rows(t: Translation) -> None:
     """Batches become rows."""
     rows = t.get("eval_iters") * (t.get("per_device_eval_batch_size") or 16) * t.ranks
@@ -137,9 +127,8 @@ def ptx(t: Translation) -> None:
     if name and config:
         t.put("ppo.ptx.coef", t.get("unsup_coef"), "unsup_coef")
         t.put("data.ptx.train", [{"path": name, "name": config}], "unsupervised_dataset_name")
-    elif name or config or "unsup_coef" in t.given:
-        both = "--unsupervised_dataset_name and its config_name"
-        t.notes.append(f"no text is learnt beside PPO: it needs {both}, there too")
+    elif name or config:
+        t.notes.append("--unsupervised_dataset_name and its config_name: nothing is learnt without both, there too")
 
 
 def rollout_dsc(t: Translation) -> None:

@@ -124,19 +124,23 @@ _WORDS = {Fate.set: "set", Fate.rule: "set", Fate.itself: "by itself", Fate.none
 def page(text: str) -> str:
     """`docs/migrating.md` after its introduction `text`: a table of each peer's flags."""
     for name in ("deepspeed-chat", "trl"):
-        rows = [_row(flags, row, project=peer(name)) for flags, row in _rows(_file()[name])]
+        about = _file()[name]
+        rows = [_row([flag], row, project=peer(name)) for flag, row in about["flags"].items()]
+        for row in about["groups"]:
+            rows.append(_row([*row.get("flags", ()), *row.get("switches", ())], row, project=peer(name)))
         head = "| flag | steps | their default | here | what |\n|---|---|---|---|---|"
         text += f"\n## {name}\n\n{head}\n" + "\n".join(rows) + "\n"
     return text
 
 
 def _row(names: Sequence[str], row: Mapping[str, Any], *, project: Peer) -> str:
-    steps = [step for step, flags in project.steps.items() if names[0] in flags]
+    trained = [step for step in project.steps if step != "chat"]
+    steps = row.get("in", trained)
     flags = [project.steps[step][names[0]] for step in steps]
     settings = dict.fromkeys(setting for own in flags for setting in own.settings)
     named = [f"`{setting.replace('S.', 'STAGE.').replace('O.', 'STAGE.optimizer.')}`" for setting in settings]
     what = "; ".join(filter(None, [", ".join(named), flags[0].note or ("" if named else str(flags[0].target))]))
     default = row.get("default", "")
     shown = ", ".join(f"{step}: {value}" for step, value in default.items()) if isinstance(default, dict) else default
-    flag = ", ".join(f"`{name}`" for name in names)
-    return f"| {flag} | {' '.join(steps)} | {shown} | {_WORDS[flags[0].fate]} | {what} |"
+    flag, told = ", ".join(f"`{name}`" for name in names), "all" if [*steps] == trained else " ".join(steps)
+    return f"| {flag} | {told} | {shown} | {_WORDS[flags[0].fate]} | {what} |"

@@ -17,7 +17,7 @@ RULES: dict[str, Callable[[Translation], None]] = {
     for rule in (
         *(shared.model, shared.batch, shared.lengths, chat.rollout_dsc, trl.rollout_trl, trl.rollout_ppo),
         *(shared.epochs, shared.warmup, chat.data_dsc, chat.rates_dsc, chat.lora_dsc, chat.engine_dsc),
-        *(chat.dropout, chat.eval_rows, chat.ptx, trl.data_trl, trl.every, trl.learns, trl.betas),
+        *(chat.eval_rows, chat.ptx, trl.data_trl, trl.every, trl.learns, trl.betas),
         *(trl.precision_trl, trl.engine_trl, trl.lora_trl, trl.loss_type, trl.rewards),
     )
 }
