@@ -61,6 +61,7 @@ def run_forked(script, *words, ranks=1, cwd=ROOT, env=None):
     """`subprocess.run` of `python script *words`, which captures the output as text; on several ranks, of torchrun."""
     command = [str(ROOT / script), *map(str, words)]
     order = {"command": command, "ranks": ranks, "cwd": str(cwd), "env": dict(env or os.environ)}
+    order["executable"] = python()
     with (
         Path(os.devnull).open() as stdin,
         tempfile.TemporaryFile("w+") as stdout,
@@ -83,6 +84,13 @@ def make_programs(folder, **programs):
     for name, words in {"python": "", **programs}.items():
         (folder / name).write_text(f'#!/bin/sh\nexec {client} {words} "$@"\n')
         (folder / name).chmod(0o755)
+
+
+@functools.cache
+def python():
+    """The path of a program that stands for `python`."""
+    make_programs(Path(_server()).parent)
+    return str(Path(_server()).parent / "python")
 
 
 @functools.cache
@@ -200,6 +208,8 @@ def _become(order, files):
     os.chdir(order["cwd"])
     os.environ.clear()
     os.environ.update(order["env"])
+    if "PYTHONUNBUFFERED" in os.environ:
+        sys.stdout.reconfigure(line_buffering=True)
     if "executable" in order:
         # What our launcher starts, and what torchrun does.
         sys.executable = os.environ["PYTHON_EXEC"] = order["executable"]
@@ -214,7 +224,7 @@ def _run(words):
     """What `python *words` does."""
     first, *rest = [word for word in words[:1] if word != "-u"] + words[1:]
     if first == "-c":
-        sys.argv = words
+        sys.argv = ["-c", *rest[1:]]
         exec(rest[0], {"__name__": "__main__"})  # noqa: S102 - as asked
     elif first == "-m":
         sys.argv = rest

@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks import generation, generation_run
 
+pytestmark = pytest.mark.usefixtures("forked_contenders")
+
 SMALL = {"rows": 8, "prompts": 16, "prompt": 4, "new": 16, "lengths": "unequal", "draws": "greedy"}
 
 

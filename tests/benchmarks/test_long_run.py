@@ -5,6 +5,8 @@ import pytest
 from benchmarks import long_run
 from benchmarks.long_run import CASES, growth, measure, report
 
+pytestmark = pytest.mark.usefixtures("forked_contenders")
+
 
 def readings(values, name="threads"):
     return [{"step": 10.0 * number, name: float(value)} for number, value in enumerate(values, start=1)]

@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks import ppo_iteration
 
+pytestmark = pytest.mark.usefixtures("forked_contenders")
+
 
 def turn(*seconds, tokens=64):
     return dict(zip(ppo_iteration.PHASES, seconds, strict=True)) | {"tokens": tokens}

@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.rollout_rows import EPOCHS, Shape, compared, expected, measure
 
+pytestmark = pytest.mark.usefixtures("forked_contenders")
+
 SMALL = Shape(rows=8, prompt=2, response=3, width=4, minibatch=4)
 NUMBERS = 3 * 25 + 29  # a mask and six fp32 numbers a token; two int64, three scores and a flag a row
 SEQUENCE = 5 * (8 + 1 + 2 * 4)

@@ -9,9 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks import steps, steps_run
 from benchmarks.rounds import Contender, alternate
 
+pytestmark = pytest.mark.usefixtures("forked_contenders")
+
 ECHO = """
 import sys
 from benchmarks.rounds import Steps, Turns
+
 steps = Steps(Turns(), 2)
 for number in range(100):
     print("what a package prints")
