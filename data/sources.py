@@ -97,8 +97,9 @@ def local_path(path: str) -> Path | None:
         return None
     if file_type(Path(path)) in READABLE or not HUB_ID.fullmatch(path):
         near = difflib.get_close_matches(path, known_datasets(), n=1)
+        places = dict.fromkeys((str(Path.cwd()), str(project)))
         raise ValueError(
-            f"data source {path}: no such file or folder in {Path.cwd()} or {project}; expected one of {READABLE} "
+            f"data source {path}: no such file or folder in {' or '.join(places)}; expected {', '.join(READABLE)} "
             f"(also {', '.join(COMPRESSED)}), a folder, a hub id such as owner/name, or the name of a known data set"
             f"{f' ({near[0]}?)' if near else ''}."
         )
