@@ -162,8 +162,8 @@ def _step_of(project: Peer, program: str, *, place: str, rest: list[str]) -> str
         return SCRIPTS[name]
     if Path(program).name not in ("main.py", "chat.py"):
         raise ValueError(
-            f"{program}: expected main.py or chat.py. e2e_rlhf.py starts the scripts of the steps, which can be given; "
-            "stage=eval compares models here (eval.baseline)."
+            f"{program}: expected main.py or chat.py. e2e_rlhf.py starts step*/training_scripts/opt/DEPLOYMENT-TYPE/"
+            "run_SIZE.sh: give these one after another. stage=eval compares models here (eval.baseline)."
         )
     by_path = next((step for part, step in PATHS.items() if part in f"{place}/{program}"), None)
     names = [word[2:].partition("=")[0] for word in rest if word.startswith("--")]

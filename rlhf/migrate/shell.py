@@ -19,9 +19,10 @@ SECONDS = 10
 """After which a script is taken to wait for something."""
 STUBS = r"""
 cd() { :; }; source() { :; }; kill() { :; }
-command_not_found_handle() { printf '$(%s)' "$*"; }
+command_not_found_handle() { local IFS=_; printf '$(%s)' "${*// /_}"; }
+seq() { local from=1 to=$1; (($# > 1)) && { from=$1; to=${!#}; }; for ((; from <= to; from++)); do echo $from; done; }
 """
-"""What a restricted shell refuses does no harm; what asks for the output of a program, `$(nproc)`, stays as it is."""
+"""What a restricted shell refuses does no harm. The output of a program is replaced by one word, `$(date_+%s)`."""
 
 
 def commands(text: str, arguments: Sequence[str] = (), *, file: Path | None = None) -> list[list[str]]:
@@ -62,6 +63,7 @@ def _traced(text: str, arguments: Sequence[str]) -> list[list[str]]:
     """The words of every simple command in the order in which bash comes to it."""
     environment = {name: os.environ[name] for name in ("HOME", "USER") if name in os.environ}
     # `set -e` would end the script at the first file that it may not write.
+    text = re.sub(r"(?m)\r$", "", text)
     text = re.sub(r"(?m)^\s*set [-+][a-zA-Z].*$", ":", text)
     text = re.sub(r"(?m)^\s*(?:\$ |[!%])(?=\w)", "", text)  # the prompt of a terminal or a notebook
     with tempfile.TemporaryFile() as trace:

@@ -103,6 +103,11 @@ def test_loops_functions_and_options_are_those_of_bash():
             "$ trl sft --a b\n!python x.py\n%accelerate launch y.py",
             [["trl", "sft", "--a", "b"], ["python", "x.py"], ["accelerate", "launch", "y.py"]],
         ),
+        (
+            "trl sft --output_dir out/$(date +%Y -u)\r\ntrl dpo\r\n",
+            [["trl", "sft", "--output_dir", "out/$(date_+%Y_-u)"], ["trl", "dpo"]],
+        ),
+        ("for i in $(seq 2) $(seq 7 8); do trl sft --n $i; done", [["trl", "sft", "--n", n] for n in "1278"]),
         ("N=$(python count.py)\ntrl dpo", [["trl", "dpo"]]),
         (
             "trap 'kill 0' EXIT\ncd nowhere && python a.py; kill 0; python b.py",
