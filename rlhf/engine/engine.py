@@ -62,6 +62,8 @@ class Engine:
         self.dtype = dtype
         self.decode_graphs: DecodeGraphs | None = None
         """Captured steps of decoding, kept while `generating`; None where none are wanted, or there is no CUDA."""
+        self.is_whole = False
+        """Whether the module's parameters are whole for now (`in_memory.whole_parameters`)."""
         self._sharding = sharding
         self._updater = updater
 

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
+from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+from torch.distributed._composable_state import _module_state_mapping
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 
@@ -63,3 +65,20 @@ def without_load_hooks(root: nn.Module) -> Iterator[None]:
     finally:
         for part, hooks in saved:
             part._load_state_dict_post_hooks = hooks
+
+
+def unwrap(module: FSDPModule) -> None:
+    """Make a module what it was before `fully_shard`, but for its parameters, which the caller has replaced."""
+    state = module._get_fsdp_state()
+    group = state._fsdp_param_group
+    handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
+    if group is not None:
+        handles += [*group._module_to_pre_save_state_dict_hook_handle.values()]
+        handles += [*group._module_to_pre_load_state_dict_hook_handle.values()]
+        handles += [parameter._post_load_hook_handle for parameter in group.fsdp_params]
+    for handle in handles:
+        handle.remove()
+    for part in state._modules:  # those of a group share a state
+        part.__class__ = type(part).__mro__[2]  # FSDP2 derives a class from `FSDPModule` and the module's own
+        del part.__dict__[REGISTRY_KEY], part.__dict__[STATE_KEY]
+        del _module_state_mapping[part]

@@ -13,7 +13,7 @@ FSDP2 copies those of a unit together, in fp32, twice.
 
 Replicas (every parameter at stage 0, small ones at stage 3) are summed over ranks here, because FSDP2 does not.
 A parameter that no rank's loss touched has no gradient and is not updated, as in `torch.optim`. Ranks may touch
-different replicas; where parameters are sharded (stages 1 to 3), every rank must touch the same ones.
+different ones; those that one does not touch count as zero there, if its forward has gathered them.
 See also: where sums are kept (`offload/grad_accumulation.py`), and what is done with them (`adamw.py`).
 """
 
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import get_total_norm
 
@@ -34,6 +35,9 @@ from rlhf.engine.fsdp_units import FSDPUnit, ParameterGroup, local_shard
 from rlhf.engine.offload.grad_accumulation import DeviceGradAccumulator
 from rlhf.engine.sharding import Sharding
 from rlhf.runtime.dist import World, sum_over_ranks
+from rlhf.runtime.errors import RunError
+
+_REDUCES_UNUSED = hasattr(FSDPModule, "set_reduce_scatter_unused_params")  # not in all versions of PyTorch
 
 
 class GradientNorm(NamedTuple):
@@ -61,11 +65,15 @@ class Gradients:
         dtype = sharding.reduce_dtype
         self._replicas = _ReplicaSum(groups, replicas, dtype=dtype, keep=self._keep, early=early) if replicas else None
         for name, parameter in self._parameters.items():
-            self._watch(name, parameter)  # FSDP2 runs the hook of a sharded one after its reduce-scatter
+            # FSDP2 runs the hook of a sharded one after its reduce-scatter, also where no rank has touched it.
+            self._watch(name, parameter, notify=self._collect)
+        for unit in sharding.units if sharding.modules else ():
+            self._watch_gathered(unit, sharding.module)
         if world.size == 1:
-            for unit in sharding.units if sharding.modules else ():
-                self._collect_unreduced(unit, sharding.module)
             return
+        for module in sharding.modules if _REDUCES_UNUSED else ():
+            # Ranks may touch different parameters of a unit: their reduce-scatters must be of the same size.
+            module.set_reduce_scatter_unused_params(True, recurse=False)
         # What FSDP2 casts is what is kept where all is fp32, where sums are in bf16, and where it reduced in that type.
         kept = {dtype, *(store.gradients.dtype for store in optimizer.stores)}
         narrow = any(parameter.dtype not in kept for parameter in self._parameters.values())
@@ -100,8 +108,19 @@ class Gradients:
         squared, failed, *counts = totals.tolist()  # here the host waits for the device
         self._optimizer.raise_failure(ranks=int(failed))
         names = {name for name, count in zip(self._parameters, counts, strict=True) if count}
+        if not _REDUCES_UNUSED:
+            self._require_same(counts)
         # Rounded to fp32, the last bits of the fp64 sum, which depend on the order, are gone: see [Note: norms].
         return GradientNorm(torch.tensor(squared, dtype=torch.float64).sqrt().float().item(), names)
+
+    def _require_same(self, counts: list[float]) -> None:
+        sharded = [count for count, p in zip(counts, self._parameters.values(), strict=True) if isinstance(p, DTensor)]
+        partly = sum(0 < count < self._world.size for count in sharded)
+        if partly:
+            raise RunError(
+                f"the loss has touched {partly} parameters on some ranks only, whose gradients PyTorch "
+                f"{torch.__version__} cannot sum; expected 2.13, or ZeRO stage 0."
+            )
 
     def torch_norm(self) -> float | None:
         """The norm rounded as `torch.nn.utils.get_total_norm` does; None unless one rank has all sums, in fp32."""
@@ -119,23 +138,28 @@ class Gradients:
         for store in self._optimizer.stores:
             store.gradients.clear()
 
-    def _watch(self, name: str, parameter: Tensor) -> None:
-        """Collect every gradient that `parameter` gets.
+    def _watch(self, name: str, parameter: Tensor, *, notify: Callable[[str, Tensor], None]) -> None:
+        """Call a method of this object with every gradient that `parameter` gets.
 
         PyTorch holds the hook where Python does not look for cycles: if it held this object, the parameters and all
         state of the optimizer would stay for the life of the process.
         """
-        collect = weakref.WeakMethod(self._collect)
+        reference = weakref.WeakMethod(notify)
 
         def hook(parameter: Tensor) -> None:
-            method = collect()
+            method = reference()
             assert method is not None, "backward of a model whose engine is gone"
             method(name, parameter)
 
         parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
-    def _collect_unreduced(self, unit: FSDPUnit, root: nn.Module) -> None:
-        """Take the gradients of a unit's gathered parameters, which FSDP2 makes when a forward first needs them."""
+    def _watch_gathered(self, unit: FSDPUnit, root: nn.Module) -> None:
+        """Watch a unit's gathered parameters, which FSDP2 makes when a forward first needs them.
+
+        A single rank takes their gradients, before anything is reduced. On several ranks they tell which parameters the
+        loss has touched: what FSDP2 has reduced is zero for others.
+        """
+        notify = self._collect if self._world.size == 1 else self._touch
 
         def add_hooks(*_: Any) -> None:
             # Wait for the first forward that a backward can follow.
@@ -143,7 +167,7 @@ class Gradients:
                 return
             for name, parameter in unit.group(root).items():
                 if isinstance(self._parameters[name], DTensor):
-                    self._watch(name, parameter)
+                    self._watch(name, parameter, notify=notify)
             for handle in handles:
                 handle.remove()  # FSDP2 keeps the gathered parameters from now on: their hooks stay
 
@@ -160,12 +184,16 @@ class Gradients:
             reduced.record_stream(torch.cuda.current_stream(reduced.device))
         self._reduced = reduced
 
+    def _touch(self, name: str, parameter: Tensor) -> None:  # noqa: ARG002 - as the other
+        self._touched.add(name)
+
     def _collect(self, name: str, parameter: Tensor) -> None:
         """Take one micro-batch's gradient from `parameter`."""
         assert parameter.grad is not None
         gradient = local_shard(parameter.grad)
         parameter.grad = None  # else autograd adds the next micro-batch's to it, in the working type
-        self._touched.add(name)
+        if self._world.size == 1 or not isinstance(parameter, DTensor):
+            self._touch(name, parameter)
         if self._replicas and self._replicas.takes(name):
             self._replicas.add(name, gradient)
             return

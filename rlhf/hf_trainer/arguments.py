@@ -38,6 +38,7 @@ _SIZES = (TRAIN, MICRO, STEPS)
 class DeepSpeedSettings:
     """A DeepSpeed configuration beside training arguments, which fill its `"auto"`."""
 
+    original: Document  # with its "auto"
     document: Document
     auto: AutoValues
     reported: bool = field(default=False, init=False)
@@ -49,9 +50,12 @@ class DeepSpeedSettings:
         Raises:
             ValueError: a key is unknown or refused, or a value unfit. Mismatches with `args` wait for `engine`.
         """
-        document = read_deepspeed(os.fspath(source) if isinstance(source, os.PathLike) else source, setting=_SETTING)
-        document = replace(document, content=copy.deepcopy(document.content))  # a mapping is the user's own
-        settings = cls(document, AutoValues(document.content))
+        return cls._fill(copy.deepcopy(read_deepspeed(source, setting=_SETTING)), args)  # a mapping is the user's own
+
+    @classmethod
+    def _fill(cls, original: Document, args: transformers.TrainingArguments) -> DeepSpeedSettings:
+        document = copy.deepcopy(original)
+        settings = cls(original, document, AutoValues(document.content))
         settings.auto.fill_arguments(args)
         settings.auto.fill_environment(args)
         settings._read(args)
@@ -59,7 +63,7 @@ class DeepSpeedSettings:
 
     def again(self, args: transformers.TrainingArguments) -> DeepSpeedSettings:
         """The same configuration for arguments that may have changed, in a script or from one trial to the next."""
-        settings = DeepSpeedSettings.of(args.deepspeed, args)
+        settings = self._fill(self.original, args)  # not read again: a script may be in another folder by now
         settings.reported = self.reported
         return settings
 
@@ -183,7 +187,8 @@ class ZeroArgumentsMixin(_Arguments):
 
 
 def _parsed(given: Any) -> Any:
-    """A configuration that is written out, as `--deepspeed '{...}'` gives it, as a mapping."""
+    """A configuration that is written out, as `--deepspeed '{...}'` gives it, as a mapping; a path as text."""
+    given = os.fspath(given) if isinstance(given, os.PathLike) else given  # as JSON, arguments have no other
     if not (isinstance(given, str) and given.lstrip().startswith("{")):
         return given
     try:

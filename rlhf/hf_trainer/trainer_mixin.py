@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import inspect
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,13 +27,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from rlhf.config.engine_config import OffloadDevice
+from rlhf.config.engine_config import EngineConfig, OffloadDevice
 from rlhf.config.stage_configs import OptimizerConfig
 from rlhf.engine.checkpoint.checkpoints import Checkpoints
 from rlhf.engine.engine import Engine
 from rlhf.engine.in_memory import full_state_dict, shard_module, whole_parameters
 from rlhf.hf_trainer.arguments import DeepSpeedSettings
-from rlhf.hf_trainer.attached_model import attach, forget_gradients_of
+from rlhf.hf_trainer.attached_model import attach, detach, engine_of, forget_gradients_of
 from rlhf.hf_trainer.zero_optimizer import DeepSpeedScheduler, NamedGroup, ZeroOptimizer, named_groups
 from rlhf.runtime.dist import World
 
@@ -66,7 +68,13 @@ class ZeroTrainerMixin(_Trainer):
     Its arguments must be those of a `ZeroArgumentsMixin`; without `deepspeed` in them it is the class itself.
     """
 
-    _engine: Engine | None = None
+    _own: Engine | None = None
+    """The engine that this Trainer has built."""
+
+    @property
+    def _engine(self) -> Engine | None:
+        """The engine of the model, which another Trainer with the same model may have built."""
+        return engine_of(self.model)
 
     @property
     def _settings(self) -> DeepSpeedSettings | None:
@@ -109,8 +117,12 @@ class ZeroTrainerMixin(_Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimizer whose groups the engine takes over; the configuration's own decays every parameter alike."""
+        if self._settings is None and self._engine is not None:  # this Trainer is a plain one, another was not
+            detach(self._engine)
+            self._move_model_to_device(self._module, self.args.device)
         adam = self._settings and self._settings.adam(self.args)
         if adam and not isinstance(self.optimizer, ZeroOptimizer):
+            self.lr_scheduler = None  # one of the user would go on with the optimizer that this replaces
             learning = [p for p in (model or self._module).parameters() if p.requires_grad]
             self.optimizer = torch.optim.AdamW([{"params": learning, **adam}])
             return self.optimizer
@@ -146,35 +158,66 @@ class ZeroTrainerMixin(_Trainer):
 
     def _prepare_engine(self, *, training: bool) -> None:
         """Build the engine, unless there is one, and put an optimizer in front of it."""
-        if self._engine is not None and self._engine.module is not self._module:  # `model_init` has made another
-            self._engine.close()
-            self._engine = None
-        settings = self._read_again()
-        total = self.state.max_steps if training else 0
-        config = settings.engine(self.args, self._module, total_steps=total)
-        given = None if isinstance(self.optimizer, ZeroOptimizer) else self.optimizer
+        engine, settings = self._engine, self._read_again()
+        config = settings.engine(self.args, self._module, total_steps=self.state.max_steps if training else 0)
+        if engine is not None and not training:
+            return
+        # In an evaluation before training, only if it is kept: `create_optimizer` prefers the configuration's own.
+        is_taken = not isinstance(self.optimizer, ZeroOptimizer) and (training or not settings.adam(self.args))
+        given = self.optimizer if is_taken else None
         groups = [] if given is None else named_groups(given, self._module)  # before parameters are replaced
-        if self._engine is None:
-            learns = training or self.train_dataset is not None
-            # Rates and decay come with every step; what is set here has no effect.
-            adam = OptimizerConfig(lr=1.0) if learns else None
-            self._engine = shard_module(self._module, config=config, world=_world(self.args), optimizer=adam)
-            attach(self._engine, streams=config.offload_param != OffloadDevice.none)
-            self.deepspeed: Any = self._module  # scripts ask whether it is there, and then use `save_model`
+        if engine is None or engine is not self._own or not engine.is_trained:
+            if given is None and training:
+                raise ValueError(
+                    "another Trainer has trained the model since this one did, and this one's optimizer has no state "
+                    "any more; expected a new Trainer for the model."
+                )
+            self._build_engine(config, learns=training or given is not None or self.train_dataset is not None)
         if given is not None:
             self._take_over(groups)
-        elif training and not self._engine.is_trained:
-            raise ValueError(
-                "the model was evaluated before there was a train_dataset; give it to the Trainer at once."
-            )
+
+    def _build_engine(self, config: EngineConfig, *, learns: bool) -> None:
+        if self._engine is not None:  # of another Trainer, or without an optimizer
+            detach(self._engine)
+        elif self._own is not None:  # `model_init` has made another model
+            self._own.close()
+        # Rates and decay come with every step; what is set here has no effect.
+        adam = OptimizerConfig(lr=1.0) if learns else None
+        self._own = shard_module(self._module, config=config, world=_world(self.args), optimizer=adam)
+        attach(self._own, streams=config.offload_param != OffloadDevice.none)
+        self.deepspeed: Any = self._module  # scripts ask whether it is there, and then use `save_model`
 
     def _take_over(self, groups: list[NamedGroup]) -> None:
-        assert self._engine is not None, "it was built before"
-        self.optimizer = ZeroOptimizer(self._engine, groups)
-        vars(self._module)["_is_accelerate_prepared"] = True  # Accelerate must not wrap it in DDP
+        assert self._own is not None, "it was built before"
+        self.optimizer = ZeroOptimizer(self._own, groups)
         forget_gradients_of(self.optimizer)
 
     # Training and evaluation.
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer."""
+        with self._inside():
+            return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """As in the Trainer."""
+        with self._inside():
+            return super().evaluate(*args, **kwargs)
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        """Outside of the Trainer's own code `is_deepspeed_enabled` is true: scripts ask it before they save a model.
+
+        Inside it is false, for the code under it would look for the package.
+        """
+        if self._settings is None:
+            yield
+            return
+        self.is_deepspeed_enabled = False
+        try:
+            yield
+        finally:
+            self.is_deepspeed_enabled = not self.is_in_train
 
     def _backward(self, loss: Tensor, **_: Any) -> None:
         assert isinstance(self.optimizer, ZeroOptimizer), "training has begun"
@@ -199,7 +242,8 @@ class ZeroTrainerMixin(_Trainer):
         full = self.args.fp16_full_eval, self.args.bf16_full_eval
         self.args.fp16_full_eval = self.args.bf16_full_eval = False  # casting would replace the shards
         try:
-            return super().evaluation_loop(*args, **kwargs)
+            with self._inside():
+                return super().evaluation_loop(*args, **kwargs)
         finally:
             self.args.fp16_full_eval, self.args.bf16_full_eval = full
             if self._engine is not None:
@@ -256,7 +300,7 @@ class ZeroTrainerMixin(_Trainer):
         return Checkpoints(Path(folder) / _FOLDER, self._engine.world, keep=1, asynchronous=False)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._engine is None or self._engine.module is not self.model:
+        if self._engine is None:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         with whole_parameters(self._engine):

@@ -103,6 +103,24 @@ def recurrent():
     return Recurrent()
 
 
+class Branching(torch.nn.Module):
+    """Each batch uses one of three heads, which ranks choose by their own rows; the last is never used."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCAB, 16)
+        self.heads = torch.nn.ModuleList(torch.nn.Linear(16, VOCAB) for _ in range(3))
+
+    def forward(self, input_ids, labels=None, attention_mask=None):
+        logits = self.heads[int(input_ids[0, 0]) % 2](self.embedding(input_ids))
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+def branching():
+    torch.manual_seed(7)
+    return Branching()
+
+
 def rows(model):
     """Data for a model: sequences of different lengths, labels, and in some rows few of them."""
     generator = torch.Generator().manual_seed(3)
@@ -125,7 +143,7 @@ def rows(model):
     return found
 
 
-MODELS = {make.__name__: make for make in (llama, tied, lora, bert, t5, vit, recurrent)}
+MODELS = {make.__name__: make for make in (llama, tied, lora, bert, t5, vit, recurrent, branching)}
 
 
 def train(output, deepspeed=None, *, model="llama", resume=None, first="train", **options):

@@ -1,6 +1,9 @@
 """What the Trainer on the engine refuses, and what it does with optimizers, schedules and precisions."""
 
+import copy
+import json
 import math
+import pickle
 
 import pytest
 import torch
@@ -129,6 +132,15 @@ def test_groups_and_schedules_of_the_user_go_on_from_a_checkpoint(tmp_path):
         trained(tmp_path / "other", zero(2), resume=str(tmp_path / "checkpoint-2"))
 
 
+def test_a_schedule_of_the_user_goes_with_its_optimizer(tmp_path):
+    """Where the configuration has an optimizer, as with DeepSpeed."""
+    config = zero(2, optimizer={"type": "AdamW", "params": {"lr": "auto", "weight_decay": "auto"}})
+    trainer = trained(tmp_path, config, optimizers=of_the_user, warmup_steps=0)
+    rates = [row["learning_rate"] for row in trainer.state.log_history if "loss" in row]
+    assert rates == pytest.approx([3e-3 * (4 - step) / 4 for step in range(4)])  # linear, of the training arguments
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == [0.0]
+
+
 class WithOwnOptimizer(hf.Trainer):
     """Makes its optimizer itself, as many subclasses do."""
 
@@ -217,6 +229,14 @@ def test_fp16_with_a_fixed_scale_is_near_fp32(tmp_path):
     assert losses(engine) != losses(plain)
 
 
+def test_batch_norms_compute_in_bf16(tmp_path):
+    config = {"zero_optimization": {"stage": 2}}
+    plain = trained(tmp_path / "plain", None, model="recurrent")
+    engine = trained(tmp_path / "zero", config | {"bf16": {"enabled": True}}, model="recurrent", bf16=True)
+    assert losses(engine) == pytest.approx(losses(plain), abs=0.06)  # the loss itself is bf16
+    assert engine.model.norm.running_mean.dtype == torch.bfloat16
+
+
 def test_two_generations_are_the_same_before_and_after_sharding(tmp_path):
     made = MODELS["llama"]().eval()
     prompt = torch.randint(1, 90, (2, 5))
@@ -230,6 +250,55 @@ def test_two_generations_are_the_same_before_and_after_sharding(tmp_path):
     again = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(again.generate(prompt, max_new_tokens=6, do_sample=False), before)
     close(trainer)
+
+
+def test_weights_are_kept_and_set_as_wholes(tmp_path):
+    """With masters beside the working weights, which would otherwise undo what was set in the next step."""
+    trainer = trained(tmp_path, zero(3, bf16={"enabled": True}), bf16=True)
+    kept = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    assert all(value.dtype == torch.bfloat16 for value in kept.values())
+    trainer.train()
+    assert any((kept[name] != value).any() for name, value in trainer.model.state_dict().items())
+    trainer.model.load_state_dict(kept)
+    parent = torch.nn.ModuleDict({"inside": trainer.model})
+    assert all(torch.equal(kept[name.removeprefix("inside.")], value) for name, value in parent.state_dict().items())
+    assert all(torch.equal(trainer._engine.read_weight(name), value.float()) for name, value in kept.items())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        trainer.model.load_state_dict({"lm_head.weight": torch.zeros_like(kept["lm_head.weight"])})
+    assert torch.equal(trainer.model.state_dict()["lm_head.weight"], kept["lm_head.weight"])
+
+
+def test_copies_of_the_model_are_plain_models(tmp_path):
+    trainer = trained(tmp_path, zero(3), max_steps=1)
+    for made in (copy.deepcopy(trainer.model), pickle.loads(pickle.dumps(trainer.model))):
+        assert "rlhf" not in repr(vars(made))
+        prompt = {"inputs": torch.randint(1, 90, (2, 5)), "max_new_tokens": 6, "do_sample": False}
+        assert torch.equal(made.generate(**prompt), trainer.model.generate(**prompt))
+        made.load_state_dict({name: value * 0 for name, value in trainer.model.state_dict().items()})
+    assert trainer.model.lm_head.weight.any()
+
+
+def test_the_optimizer_is_not_shared_by_trainers_of_one_model(tmp_path):
+    first = trained(tmp_path, zero(2), max_steps=1)
+    options = {"model": first.model, "train_dataset": first.train_dataset, "eval_dataset": first.train_dataset[:3]}
+    second = hf.Trainer(args=arguments(tmp_path, zero(3, bf16={"enabled": True}), bf16=True), **options)
+    second.train()
+    assert first.evaluate(options["eval_dataset"])["eval_loss"] == second.evaluate()["eval_loss"]
+    with pytest.raises(ValueError, match="another Trainer has trained the model since"):
+        first.train()
+    third = hf.Trainer(args=arguments(tmp_path), **options)  # a plain one
+    third.train()
+    assert "state_dict" not in vars(third.model)
+    assert losses(third)[-1] < losses(second)[0]
+
+
+def test_the_configuration_is_read_once(tmp_path, monkeypatch):
+    (tmp_path / "zero.json").write_text(json.dumps(zero(3)))
+    monkeypatch.chdir(tmp_path)
+    args = arguments(tmp_path / "out", "zero.json", max_steps=1)
+    monkeypatch.chdir("/")
+    made = MODELS["llama"]()
+    assert hf.Trainer(model=made, args=args, train_dataset=rows(made)).train().global_step == 1
 
 
 def test_an_evaluation_without_training_is_that_of_the_plain_trainer(tmp_path):

@@ -78,13 +78,31 @@ def adapters(module, deepspeed):
     return found
 
 
+def one_after_the_other(module, deepspeed):
+    """Two Trainers of one model, whose weights are kept in memory and set again before each is done."""
+    model, options = llama(), {"output_dir": dist.broadcast_object(tempfile.mkdtemp()), "max_steps": 3}
+    data, found = rows(model), []
+    for rate in (3e-3, 1e-3):
+        args = module.TrainingArguments(**OPTIONS | options | {"learning_rate": rate}, deepspeed=deepspeed)
+        trainer = module.Trainer(model=model, args=args, train_dataset=data, eval_dataset=data[:7])
+        trainer.train()
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        found += [trainer.evaluate()["eval_loss"], *(value.norm().item() for value in kept.values())]
+        trainer.train()
+        found += [row["loss"] for row in trainer.state.log_history if "loss" in row]
+        # Not evaluated again: the plain Trainer marks the model then, and the next one would average no gradients.
+        model.load_state_dict(kept)
+    close(trainer)
+    return found
+
+
 def both():
     return {
         work.__name__: (
             work(transformers, None),
             work(hf, zero(3, zero_optimization={"stage3_prefetch_bucket_size": 0})),
         )
-        for work in (summaries, adapters)
+        for work in (summaries, adapters, one_after_the_other)
     }
 
 
@@ -108,3 +126,8 @@ def test_callbacks_see_every_step_and_may_end_training(found):
 def test_adapters_above_frozen_layers_that_are_recomputed(found):
     plain, engine = found["adapters"]
     assert np.array(engine) == pytest.approx(np.array(plain), abs=2e-6)
+
+
+def test_a_model_goes_from_one_trainer_to_the_next(found):
+    plain, engine = found["one_after_the_other"]
+    assert engine == pytest.approx(plain, abs=2e-6, rel=1e-6)

@@ -27,6 +27,7 @@ CASES = {
     "t5": (zero(3), {"model": "t5", **FEW}),
     "vit": (zero(2), {"model": "vit", **FEW}),
     "recurrent": ({"zero_optimization": {"stage": 3}}, {"model": "recurrent", **FEW}),
+    "branching": ({"zero_optimization": {"stage": 2}}, {"model": "branching", "max_steps": 12}),
     "checkpointing": (zero(3), {"gradient_checkpointing": True, **FEW}),
 }
 """The data has 37 rows: on two ranks the last batch of an epoch is uneven, and so is the last accumulation."""
