@@ -22,7 +22,8 @@ PAIRS = [{"prompt": f"Name {a}:", "chosen": f" {a} {b} and {a}", "rejected": f" 
 FLAGS = (
     "--max_length 128 --per_device_train_batch_size 2 --gradient_accumulation_steps 2 --max_steps 4 "
     "--max_grad_norm 0.5 --learning_rate 1e-3 --lr_scheduler_type cosine --weight_decay 0.1 "
-    "--bf16 false --no_gradient_checkpointing --logging_steps 1 --report_to none --use_cpu --save_strategy no --eval_strategy steps --eval_steps 4"
+    "--bf16 false --no_gradient_checkpointing --logging_steps 1 --report_to none --use_cpu --save_strategy no "
+    "--eval_strategy steps --eval_steps 4"
 )
 
 
