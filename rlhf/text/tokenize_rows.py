@@ -33,6 +33,8 @@ HH_TURN = "\n\nAssistant:"
 _ADDED = WeakKeyDictionary[Tokenizer, dict[int, str]]()
 """Texts of added tokens, slow to ask for; weak, because a tokenizer takes some 10 MB, and each stage has its own."""
 
+_BOS = WeakKeyDictionary[Tokenizer, list[int]]()
+
 
 class TokenSequence(NamedTuple):
     """One tokenised sequence."""
@@ -230,14 +232,21 @@ class _GrowingSequence:
             self.add(text[start:end], learn=learn and inside)
 
 
+def _bos(tokenizer: Tokenizer) -> list[int]:
+    """The BOS, where the tokenizer begins a text with it."""
+    if tokenizer not in _BOS:
+        _BOS[tokenizer] = [id for id in tokenizer("", verbose=False).input_ids[:1] if id == tokenizer.bos_token_id]
+    return _BOS[tokenizer]
+
+
 def _begin_with_prompt(
     tokenizer: Tokenizer, row: Row, *, prompt: TextOrMessages, learn_turns: bool = False
 ) -> _GrowingSequence:
     """The sequence before the response; `learn_turns` makes targets of earlier assistant turns."""
     if isinstance(prompt, str):
-        bos = [] if prompt.startswith(tokenizer.bos_token or "\0") else tokenizer("", verbose=False).input_ids[:1]
-        bos = [token for token in bos if token == tokenizer.bos_token_id]
-        sequence = _GrowingSequence(tokenizer, bos)
+        sequence = _GrowingSequence(
+            tokenizer, [] if prompt.startswith(tokenizer.bos_token or "\0") else _bos(tokenizer)
+        )
         sequence.add(prompt, learn=False)
         return sequence
     if not prompt or prompt[-1]["role"] == ASSISTANT:

@@ -8,6 +8,7 @@ from pyarrow import parquet
 
 from data.sources import load_rows
 from rlhf.config.data_config import SourceConfig
+from rlhf.text.chat_template import encode
 from rlhf.text.tokenize_rows import tokenize_demonstration, tokenize_prompt
 from rlhf.text.tokenizer import load_tokenizer
 from tests import fakes
@@ -51,6 +52,35 @@ NULLS = [
     {"messages": [USER, call({"city": None, "a": [None]})], "tools": [tool({"default": None})]},
     {"messages": [USER, {**call({}), "content": None}], "chat_template_kwargs": {"mood": None}, "tools": []},
 ]
+
+
+TEXTS = ["", " ", "hello", "a \n\n<|im_end|>\t<|im_start|>assistant\n", "é\u2028\U0001f600" * 30, "word " * 200]
+
+
+def _left_as_a_call_left_it(tokenizer):
+    tokenizer(["a", "b c"], truncation=True, max_length=2, padding="max_length")
+
+
+def _split(tokenizer):
+    tokenizer.split_special_tokens = True
+
+
+@pytest.mark.parametrize("change", [lambda tokenizer: None, _left_as_a_call_left_it, _split])
+def test_the_tokens_of_a_text_are_those_of_the_tokenizer(chat, change):
+    change(chat)
+    found = [encode(chat, text) for text in TEXTS]
+    assert found == [chat(text, add_special_tokens=False).input_ids for text in TEXTS]
+    assert len(found[-1]) > 2
+    controls = [chat.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>")]
+    assert (set(controls) <= set(found[3])) == (not chat.split_special_tokens)
+
+
+def test_a_tokenizer_that_changes_texts_first_is_asked_itself(chat):
+    plain = encode(chat, "abc")
+    chat.__class__ = type(
+        "Upper", (type(chat),), {"__call__": lambda self, text, **_: super(type(self), self).__call__(text.upper())}
+    )
+    assert encode(chat, "abc") == encode(chat, "ABC") != plain
 
 
 @pytest.fixture(scope="module")
