@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from rlhf.config.engine_config import Attention
-from rlhf.models.model_spec import find_blocks
+from rlhf.models.model_spec import caps_scores, find_blocks
 from rlhf.models.padding_free import compute_without_padding
 
 log = logging.getLogger(__name__)
@@ -34,19 +34,19 @@ def check_attention(module: PreTrainedModel, attention: Attention | None, *, on_
     Raises:
         ValueError: it cannot; the message says what can be used.
     """
-    obstacle = "" if attention is None else _obstacle(attention, type(module), on_cuda=on_cuda)
+    obstacle = "" if attention is None else _obstacle(attention, module, on_cuda=on_cuda)
     if obstacle:
-        usable = [str(other) for other in Attention if not _obstacle(other, type(module), on_cuda=on_cuda)]
+        usable = [str(other) for other in Attention if not _obstacle(other, module, on_cuda=on_cuda)]
         raise ValueError(f"engine.attention={attention}: {obstacle}; expected {', '.join(usable)}, or null.")
 
 
-def _obstacle(attention: Attention, model: type[PreTrainedModel], *, on_cuda: bool) -> str:
-    """Why a model class cannot use an implementation; empty if it can."""
+def _obstacle(attention: Attention, model: PreTrainedModel, *, on_cuda: bool) -> str:
+    """Why a model cannot use an implementation; empty if it can."""
     if attention is Attention.eager:
         return ""
     supports = "_supports_flash_attn" if attention.is_flash else "_supports_sdpa"
-    if not getattr(model, supports, False):
-        return f"{model.__name__} does not support it"
+    if not getattr(model, supports, False) or (not attention.is_flash and caps_scores(model.config)):
+        return f"{type(model).__name__} does not support it"
     if not attention.is_flash:
         return ""
     name, is_available = _PACKAGES[attention]

@@ -214,6 +214,7 @@ def build_on_meta(
         ValueError: transformers cannot make a model from its numbers.
     """
     speed_up_attention()
+    attention = attention or (Attention.eager if caps_scores(config) else None)
     complaint = f"Model folder {config.name_or_path}: transformers cannot make the model of its `config.json`:"
     with reading(complaint), init_empty_weights(include_buffers=False):
         module: PreTrainedModel = auto_class.from_config(  # type: ignore[no-untyped-call]
@@ -226,6 +227,11 @@ def build_on_meta(
             # It would keep the pad token from learning, which in many models is the EOS.
             child.padding_idx = None
     return module
+
+
+def caps_scores(config: PreTrainedConfig) -> bool:
+    """Whether a model caps its attention scores, which SDPA does not do: some versions of transformers let it."""
+    return getattr(config, "attn_logit_softcapping", None) is not None
 
 
 def find_blocks(module: nn.Module, count: int) -> list[nn.Module]:
