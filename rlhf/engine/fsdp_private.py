@@ -46,6 +46,12 @@ def end_forwards(modules: list[FSDPModule]) -> None:
         root._comm_ctx.post_forward_order.clear()
 
 
+def gather_root(root: FSDPModule) -> None:
+    """Gather the first unit, which its modules read, before any forward of the root: parts may be called first."""
+    root._get_fsdp_state()._lazy_init()  # in the first forward otherwise, and a part would take itself for the root
+    root.unshard()  # all-gather: all ranks must come here
+
+
 def gather_on_compute_stream(module: FSDPModule) -> None:
     """Queue a module's all-gathers on the stream that computes, so that the two never overlap."""
     state = module._get_fsdp_state()

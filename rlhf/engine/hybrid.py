@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from rlhf.engine.fsdp_private import gather_root
 from rlhf.engine.sharding import Sharding
 
 
@@ -26,6 +27,7 @@ def generating(module: nn.Module, sharding: Sharding, *, streamed: bool = False)
     """
     with evaluating(module, sharding):
         if streamed and sharding.modules:
+            gather_root(sharding.modules[0])  # decoding calls an encoder by itself
             yield module
             return
         sharding.gather()  # the only collective; those in FSDP2's hooks are off below

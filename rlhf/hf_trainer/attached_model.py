@@ -32,6 +32,8 @@ def attach(engine: Engine, *, streams: bool) -> None:
         module.generate = _Generate(engine, module.generate, streams=streams)
     if hasattr(module, "save_pretrained"):
         module.save_pretrained = _SavePretrained(engine, module.save_pretrained)
+    if hasattr(module, "merge_and_unload"):
+        module.merge_and_unload = _MergeAndUnload(engine, module.merge_and_unload)
     module._is_accelerate_prepared = True  # Accelerate must neither move the model nor wrap it in DDP
 
 
@@ -124,6 +126,15 @@ class _SavePretrained(_Method):
                 "trainer.save_model."
             )
         return self.original(save_directory, *args, **kwargs)
+
+
+class _MergeAndUnload(_Method):
+    """`model.merge_and_unload` of adapters, which makes another model: it is whole and on the CPU, on every rank."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        detach(self.engine)
+        self.engine.module.to(self.engine.dtype)  # as the model was
+        return self.original(*args, **kwargs)
 
 
 class _ZeroGrad(_Method):

@@ -70,6 +70,8 @@ class ZeroTrainerMixin(_Trainer):
 
     _own: Engine | None = None
     """The engine that this Trainer has built."""
+    _is_inside = False
+    """Whether the Trainer's own code runs; see `_inside`."""
 
     @property
     def _engine(self) -> Engine | None:
@@ -104,6 +106,7 @@ class ZeroTrainerMixin(_Trainer):
         accelerator: Any = self.accelerator
         accelerator.backward = self._backward
         accelerator.clip_grad_norm_ = self._clip
+        accelerator.clip_grad_value_ = _refuse_clipping_by_value
         accelerator.get_state_dict = self._whole_state_dict
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -213,11 +216,12 @@ class ZeroTrainerMixin(_Trainer):
         if self._settings is None:
             yield
             return
-        self.is_deepspeed_enabled = False
+        is_outermost = not self._is_inside
+        self._is_inside, self.is_deepspeed_enabled = True, False
         try:
             yield
         finally:
-            self.is_deepspeed_enabled = not self.is_in_train
+            self._is_inside, self.is_deepspeed_enabled = not is_outermost, is_outermost
 
     def _backward(self, loss: Tensor, **_: Any) -> None:
         assert isinstance(self.optimizer, ZeroOptimizer), "training has begun"
@@ -312,6 +316,10 @@ class ZeroTrainerMixin(_Trainer):
             return
         with whole_parameters(self._engine):
             super()._load_best_model()
+
+
+def _refuse_clipping_by_value(*_: Any) -> None:
+    raise ValueError("accelerator.clip_grad_value_: parameters have no gradients here; expected clip_grad_norm_.")
 
 
 def _world(args: transformers.TrainingArguments) -> World:

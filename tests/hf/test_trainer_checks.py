@@ -344,6 +344,35 @@ def test_a_backward_past_the_accelerator_is_noticed(tmp_path):
         trained(tmp_path, zero(2), kind=Direct)
 
 
+def test_gradients_are_not_clipped_by_value(tmp_path):
+    class Clipping(hf.Trainer):
+        def _clip_grad_norm(self, model):
+            self.accelerator.clip_grad_value_(model.parameters(), 0.1)
+
+    with pytest.raises(ValueError, match="clip_grad_value_: parameters have no gradients here"):
+        trained(tmp_path, zero(2), kind=Clipping)
+
+
+def test_scripts_ask_whether_deepspeed_is_there(tmp_path):
+    """After training, to choose how to save; under it the Trainer's own code must not."""
+    seen = []
+
+    class Asking(transformers.TrainerCallback):
+        def on_evaluate(self, args, state, control, **_):
+            seen.append(trainer.is_deepspeed_enabled)
+
+    made = MODELS["llama"]()
+    args = arguments(tmp_path, zero(2), eval_strategy="steps", eval_steps=2)
+    options = {"train_dataset": rows(made), "eval_dataset": rows(made)[:3], "callbacks": [Asking()]}
+    trainer = hf.Trainer(model=made, args=args, **options)
+    trainer.train()
+    assert trainer.is_deepspeed_enabled
+    trainer.evaluate()
+    assert trainer.is_deepspeed_enabled
+    assert seen == [False, False, False]
+    assert not trained(tmp_path, None, max_steps=1).is_deepspeed_enabled
+
+
 def test_a_checkpoint_of_the_plain_trainer_gives_its_weights(tmp_path, caplog):
     train(tmp_path / "plain", save_strategy="steps", save_steps=2, max_steps=2)
     found = train(tmp_path / "zero", zero(2), max_steps=4, resume=tmp_path / "plain/checkpoint-2")
