@@ -16,7 +16,7 @@ from tests.forking import make_programs, run_forked
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/launching.md").read_text()
-SMALL = "tracking.report=false sft.max_steps=1"
+SMALL = "tracking.report=false sft.max_steps=1 data.cache_dir=../tokens"
 
 
 def lines(blocks):
