@@ -92,7 +92,7 @@ class RidgeJudge:
         ]
         rows, columns, occurrences = np.array(entries, dtype=int).reshape(-1, 3).T
         values = occurrences * self._idf[columns]
-        norms = np.sqrt(_sums(rows, values**2, len(counts)))
+        norms = np.sqrt(_sums(values**2, rows, count=len(counts)))
         return _Sparse(rows, columns, values / norms[rows], (len(counts), len(self._column)))
 
     def __call__(self, texts: Sequence[str]) -> Floats:
@@ -109,13 +109,13 @@ class _Sparse(NamedTuple):
     shape: tuple[int, int]
 
     def times(self, vector: Floats) -> Floats:
-        return _sums(self.rows, self.values * vector[self.columns], self.shape[0])
+        return _sums(self.values * vector[self.columns], self.rows, count=self.shape[0])
 
     def transposed_times(self, vector: Floats) -> Floats:
-        return _sums(self.columns, self.values * vector[self.rows], self.shape[1])
+        return _sums(self.values * vector[self.rows], self.columns, count=self.shape[1])
 
 
-def _sums(places: NDArray[np.intp], values: Floats, count: int) -> Floats:
+def _sums(values: Floats, places: NDArray[np.intp], *, count: int) -> Floats:
     """The sum of the values of each place."""
     return np.asarray(np.bincount(places, weights=values, minlength=count), dtype=np.float64)
 
