@@ -6,6 +6,7 @@ The contender's side, `Turns`, needs nothing but the standard library. Left out:
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -27,6 +28,8 @@ class Turns:
         # What the contender's packages print goes to its log; the pipe is for reports alone.
         self._reports = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)  # it is killed in the end
 
     def report(self, found: dict[str, Any]) -> None:
         """Report this turn and wait for the next one; the process ends where there is none."""

@@ -19,6 +19,7 @@ LONGEST = [
     "tests/test_readme.py",
     "tests/stages/test_pipeline.py",
     "tests/test_docs.py",
+    "tests/stages/test_machines.py",
     "tests/engine/test_parity.py",
     "tests/stages/lifecycle/test_checkpointing.py",
     "tests/stages/test_reward_runs.py",

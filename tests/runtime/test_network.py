@@ -17,7 +17,8 @@ def chosen(monkeypatch):
     """The device for a machine with these devices, which others see by this address."""
 
     def choose(devices, own):
-        monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "")  # so that it will be as it was
+        monkeypatch.delenv("GLOO_SOCKET_IFNAME")
         monkeypatch.setattr(network, "_devices", lambda: devices)
         monkeypatch.setattr(network, "_own_address", lambda other: own)
         network.choose_device("host1")

@@ -56,17 +56,17 @@ def hosts(three, tmp_path):
 
 def test_a_lost_machine_ends_the_job_and_the_rest_finish_it_as_one_process_would(hosts, tmp_path):
     start_ranks(hosts, *SFT, *STEPS, PRECISE, logs=tmp_path, counts=[1, 1, 1], cwd=tmp_path)
-    until(lambda: at_work(tmp_path), seconds=150)
+    until(lambda: at_work(tmp_path), seconds=400)
     hosts[2].signal(signal.SIGKILL)
     began = time.monotonic()
-    assert statuses(hosts, seconds=150) == [1, 1, -signal.SIGKILL]
-    assert time.monotonic() - began < 30
+    assert statuses(hosts, seconds=400) == [1, 1, -signal.SIGKILL]
+    assert time.monotonic() - began < 60
     for name in ("rank0", "rank1"):
         assert re.match(r"rank 2 \(pid \d+ on host3\): gone .* go on from the last checkpoint", errors(tmp_path)[name])
     for file in tmp_path.glob("rank*"):
         file.unlink()
     start_ranks(hosts[:2], *SFT, *STEPS, PRECISE, logs=tmp_path, counts=[2, 1], cwd=tmp_path)  # of unequal sizes
-    assert statuses(hosts, seconds=90) == [0, 0, 0]
+    assert statuses(hosts, seconds=400) == [0, 0, 0]
     assert "resuming after step" in logs(tmp_path)["rank0"]
     alone = run_forked("run_pipeline.py", *SFT[:-1], *STEPS, PRECISE, "output_dir=alone", cwd=tmp_path)
     assert alone.returncode == 0, alone.stderr
@@ -105,7 +105,7 @@ def test_all_stages_on_machines_of_which_one_is_slow_are_those_of_one_process(ho
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_cut_cable_ends_the_job_on_both_sides_in_half_a_minute(hosts, tmp_path, lost):
     start_ranks(hosts[:2], *SFT, *LONG, TWELVE, logs=tmp_path, counts=[2, 1], cwd=tmp_path)
-    until(lambda: at_work(tmp_path), seconds=150)
+    until(lambda: at_work(tmp_path), seconds=400)
     hosts[lost].link("down")
     try:
         assert statuses(hosts, seconds=58) == [1, 1, 1]
@@ -120,7 +120,7 @@ def test_a_cut_cable_ends_the_job_on_both_sides_in_half_a_minute(hosts, tmp_path
 @pytest.mark.parametrize("slow", [0, 1])
 def test_a_machine_that_stands_still_is_named_and_waited_for(hosts, tmp_path, slow):
     start_ranks(hosts[:2], *SFT, *LONG, logs=tmp_path, counts=[1, 1], cwd=tmp_path)
-    until(lambda: at_work(tmp_path), seconds=150)
+    until(lambda: at_work(tmp_path), seconds=400)
     before = {name: len(text) for name, text in logs(tmp_path).items()}
     hosts[slow].signal(signal.SIGSTOP)
     message = [
@@ -131,7 +131,7 @@ def test_a_machine_that_stands_still_is_named_and_waited_for(hosts, tmp_path, sl
     until(lambda: re.search(message, logs(tmp_path)[waiting][before[waiting] :]), seconds=60)
     hosts[slow].signal(signal.SIGCONT)
     (newest,) = (path.name for path in tmp_path.glob("out/sft/checkpoints/step-??????"))
-    until(lambda: at_work(tmp_path, after=int(newest[5:])), seconds=120)
+    until(lambda: at_work(tmp_path, after=int(newest[5:])), seconds=400)
 
 
 @pytest.mark.parametrize("what", ["code", "files", "settings", "folder"])
@@ -155,7 +155,7 @@ def test_a_machine_that_differs_is_refused_before_any_work(hosts, tmp_path, what
     start_ranks(hosts[:1], *SFT, *data, logs=tmp_path, counts=[1], of=2, cwd=work)
     seed = ["seed=5"] if what == "settings" else []
     start_ranks(hosts[:2], *SFT, *data, *seed, logs=tmp_path, counts=[0, 1], first=1, of=2, cwd=work)
-    assert statuses(hosts, seconds=150) == [1, 1]
+    assert statuses(hosts, seconds=400) == [1, 1]
     message = {
         "code": r"host2 \(rank 1\) differs from host1 \(rank 0\) in code: rlhf/types.py is \w+, on host1 \w+. Install",
         "files": r"host2 \(rank 1\) .* in files: data.sft.eval.0.path=rows.jsonl is .* Copy the files",
@@ -173,9 +173,9 @@ def test_torchrun_replaces_a_lost_machine_by_a_restart_on_those_that_are_left(ho
         torchrun += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "host1:29500", "--rdzv-conf", "last_call_timeout=2"]
         words = (*SFT, "sft.max_steps=12", "checkpoint.every=2")
         host.run(*torchrun, str(ROOT / "run_pipeline.py"), *words, log=tmp_path / f"rank{number}", cwd=tmp_path)
-    until(lambda: at_work(tmp_path), seconds=120)
+    until(lambda: at_work(tmp_path), seconds=400)
     hosts[1].signal(signal.SIGKILL)
-    assert statuses(hosts, seconds=120) == [0, -signal.SIGKILL]
+    assert statuses(hosts, seconds=400) == [0, -signal.SIGKILL]
     assert re.search(r"error: rank 1 \(pid \d+ on host2\): gone", logs(tmp_path)["rank1"])
     assert "resuming after step" in logs(tmp_path)["rank1"]
     starts = [json.loads(line) for line in (tmp_path / "out/origin.jsonl").read_text().splitlines()]
