@@ -18,11 +18,12 @@ WRAPPERS = ("env", "exec", "nohup", "numactl", "sudo", "srun", "mpirun")
 SECONDS = 10
 """After which a script is taken to wait for something."""
 STUBS = r"""
-cd() { :; }; source() { :; }; kill() { :; }
+cd() { :; }; source() { :; }; enable -n kill
 command_not_found_handle() { local IFS=_; printf '$(%s)' "${*// /_}"; }
 seq() { local from=1 to=$1; (($# > 1)) && { from=$1; to=${!#}; }; for ((; from <= to; from++)); do echo $from; done; }
 """
-"""What a restricted shell refuses does no harm. The output of a program is replaced by one word, `$(date_+%s)`."""
+"""What a restricted shell refuses does no harm; its own `kill` it would not refuse. The output of a program is replaced
+by one word, `$(date_+%s)`."""
 
 
 def commands(text: str, arguments: Sequence[str] = (), *, file: Path | None = None) -> list[list[str]]:

@@ -151,3 +151,14 @@ def test_a_script_that_does_not_end_or_is_none_is_refused(monkeypatch):
 
 def test_a_script_without_a_training_has_no_commands():
     assert commands("echo trl\nls -l # trl sft\n") == []
+
+
+@pytest.mark.parametrize("kill", ["kill", "builtin kill", "command kill", "enable kill; kill"])
+def test_a_script_signals_nobody(kill):
+    with subprocess.Popen(["/bin/sleep", "60"]) as bystander:
+        try:
+            found = commands(f"{kill} -KILL {bystander.pid}; deepspeed main.py")
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+    assert found == [["deepspeed", "main.py"]]
