@@ -5,6 +5,7 @@ from contextlib import closing
 
 import pytest
 import torch
+from transformers.models.gemma2.modeling_gemma2 import Gemma2PreTrainedModel
 
 from rlhf.config.engine_config import Attention, EngineConfig, Precision
 from rlhf.config.stage_configs import LoraConfig, OptimizerConfig, RewardConfig, SFTConfig
@@ -89,6 +90,14 @@ def test_what_cannot_be_used_is_refused_with_what_can(tmp_path, family, attentio
     folder = tiny.save(family, tmp_path)
     with pytest.raises(ValueError, match=f"engine.attention={attention}: .*{said}"):
         validate_model(folder, ModelKind.causal_lm, attention=Attention(attention), on_cuda=on_cuda)
+
+
+def test_scores_are_capped_also_where_transformers_would_let_sdpa_drop_the_cap(tmp_path, monkeypatch):
+    monkeypatch.setattr(Gemma2PreTrainedModel, "_supports_sdpa", True)  # as in transformers 5.17
+    folder = tiny.save("gemma2", tmp_path)
+    assert causal_lm(folder).module.config._attn_implementation == "eager"
+    with pytest.raises(ValueError, match="Gemma2ForCausalLM does not support it; expected eager, or null"):
+        validate_model(folder, ModelKind.causal_lm, attention=Attention.sdpa, on_cuda=False)
 
 
 PACKAGES = {"flash_attention_2": "flash-attn", "flash_attention_3": "flash-attn-3"}
