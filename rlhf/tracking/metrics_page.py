@@ -10,7 +10,7 @@ from rlhf.tracking.metric_registry import ALL, EXAMPLES, METRICS, PPO
 
 def page() -> str:
     """The page: how to read the time, then a table of each section of the registry."""
-    text = resources.files("rlhf.tracking").joinpath("page.md").read_text("utf-8")
+    text = resources.files("rlhf.tracking").joinpath("metrics_page.md").read_text("utf-8")
     for section in dict.fromkeys(metric.section for metric in METRICS.values()):
         text += f"\n## {section}\n\n| key | unit | stages | meaning |\n| --- | --- | --- | --- |\n"
         for key, metric in METRICS.items():
