@@ -67,8 +67,12 @@ def run_forked(script, *words, ranks=1, cwd=ROOT, env=None):
         tempfile.TemporaryFile("w+") as stdout,
         tempfile.TemporaryFile("w+") as stderr,
     ):
-        files = [file.fileno() for file in (stdin, stdout, stderr)]
-        status = Forked(order, files).wait()  # if this is interrupted, it ends, for nobody waits for it any more
+        running = Forked(order, [file.fileno() for file in (stdin, stdout, stderr)])
+        try:
+            status = running.wait()
+        except BaseException:  # such as the time limit of a test
+            os.kill(running.pid, signal.SIGKILL)
+            raise
         return subprocess.CompletedProcess(command, status, *(_written(file) for file in (stdout, stderr)))
 
 

@@ -2,10 +2,12 @@
 
 import os
 import signal
+import subprocess
+import time
 
 import pytest
 
-from tests.forking import run_forked
+from tests.forking import make_programs, run_forked
 
 PROGRAM = """
 import atexit, os, signal, sys
@@ -56,3 +58,39 @@ def test_ranks_are_told_which_they_are_and_one_that_fails_ends_all(program):
     assert sorted(line.split()[-1] for line in done.stdout.splitlines() if "yes" in line) == ["0", "1"]
     waits = "os.environ['RANK'] == '1' and sys.exit(5); signal.pause()"
     assert program(waits, ranks=2).returncode == signal.SIGKILL
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """Starts a line of bash that finds the programs `python` and `named`."""
+    make_programs(tmp_path / "bin", named="-m named")
+    (tmp_path / "named.py").write_text("import os, sys\nprint(sys.argv[1:], __name__, os.getpid())\n")
+    env = os.environ | {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+
+    def start(line):
+        pipe = subprocess.PIPE
+        return subprocess.Popen(["bash", "-c", line], cwd=tmp_path, env=env, text=True, stdin=pipe, stdout=pipe)
+
+    return start
+
+
+def test_a_shell_has_modules_code_pipes_and_statuses(shell):
+    running = shell("named 'a b' && python -c 'import sys; print(sys.argv, sys.stdin.read()); sys.exit(7)' c")
+    said, _ = running.communicate("typed")
+    module, code = said.splitlines()
+    assert module.startswith("['a b'] __main__ ")
+    assert code == "['-c', 'c'] typed"
+    assert running.returncode == 7
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_program_of_a_shell_ends_when_it_is_told_to(shell, sent):
+    with shell("exec python -c 'import os, signal; print(os.getpid(), flush=True); signal.pause()'") as running:
+        program = int(running.stdout.readline())
+        os.kill(program, 0)
+        running.send_signal(sent)
+        assert running.wait(timeout=60) == -sent
+    end = time.monotonic() + 60
+    while os.path.exists(f"/proc/{program}"):  # noqa: PTH110
+        assert time.monotonic() < end
+        time.sleep(0.01)
