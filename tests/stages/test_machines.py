@@ -60,7 +60,7 @@ def test_a_lost_machine_ends_the_job_and_the_rest_finish_it_as_one_process_would
     hosts[2].signal(signal.SIGKILL)
     began = time.monotonic()
     assert statuses(hosts, seconds=400) == [1, 1, -signal.SIGKILL]
-    assert time.monotonic() - began < 60
+    assert time.monotonic() - began < 30
     for name in ("rank0", "rank1"):
         assert re.match(r"rank 2 \(pid \d+ on host3\): gone .* go on from the last checkpoint", errors(tmp_path)[name])
     for file in tmp_path.glob("rank*"):
@@ -124,8 +124,8 @@ def test_a_machine_that_stands_still_is_named_and_waited_for(hosts, tmp_path, sl
     before = {name: len(text) for name, text in logs(tmp_path).items()}
     hosts[slow].signal(signal.SIGSTOP)
     message = [
-        r"rank 0's machine \(10.77.0.1\), where the ranks meet, has not answered for \d",
-        r"rank 1 \(pid \d+ on host2\) has (sent no heartbeat|not reached where others wait) for \d",
+        r"rank 0's machine \(10.77.0.1\), where the ranks meet, has not answered for ([2-9]|\d\d)",
+        r"rank 1 \(pid \d+ on host2\) has (sent no heartbeat|not reached where others wait) for ([2-9]|\d\d)",
     ][slow]
     waiting = f"rank{1 - slow}"
     until(lambda: re.search(message, logs(tmp_path)[waiting][before[waiting] :]), seconds=60)
