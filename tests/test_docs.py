@@ -58,9 +58,8 @@ def test_commands_work_one_after_another(block, checkout, hub):  # noqa: F811
     tested = {*commands(), *INSTALLING_HERE}  # the README's are run with it
     block = "\n".join(line for line in block.splitlines() if line not in tested)
     text = block.replace("reward/model &", f"reward/model --port {port} &")
-    without = (
-        f" tracking.report=false tracking.wandb=disabled data.cache_dir={checkout}/tokens"  # the README's show reports
-    )
+    # The README's show reports.
+    without = f" tracking.report=false tracking.wandb=disabled data.cache_dir={checkout}/tokens"
     text = re.sub(r"experiment=(smoke|custom)", rf"\g<0>{without}", text)
     text = f"trap 'kill $(jobs -p) 2>/dev/null || true' EXIT\n{text}"  # or a failure would leave the server behind
     published = "--to" in block  # where the hub is, its library reads when it is imported: python is started

@@ -100,9 +100,8 @@ def smaller(command, checkout):
         return f"{command} ARGS='experiment=smoke name=made stage=sft sft.max_steps=2 {cache}'"
     if "plan=true" in command:
         return command
-    words = [cache] if "run_pipeline.py" in command else []
-    words += [] if "experiment=" in command else ["experiment=smoke", "name=default"]
-    words += ["tracking.report=false"] if "experiment=" in command else []  # the others show that there are reports
+    # Commands that name no experiment show that there are reports.
+    words = [cache, *(["tracking.report=false"] if "experiment=" in command else ["experiment=smoke", "name=default"])]
     if "experiment=custom" in command:
         command = command.replace("MODEL", str(own_files(checkout)))
         words += ["ppo.rollout_size=8", "ppo.minibatch_size=8", "ppo.max_response_tokens=4", "ppo.eval_prompts=2"]

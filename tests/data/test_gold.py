@@ -1,4 +1,4 @@
-"""The independent judges: the closed form against least squares, and what they say of real reviews."""
+"""The independent judges: the fit against least squares, and what they say of real reviews."""
 
 import numpy as np
 import pytest
