@@ -14,6 +14,7 @@ becomes several runs (`stages/setup/sweep.py`).
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -27,6 +28,8 @@ if sys.path[0] != str(_SCRIPT.parent):  # started as a command or a module: a us
 from rlhf.runtime.process import VARIABLES, end_with_launcher
 
 end_with_launcher()  # before the imports, which take seconds
+if not faulthandler.is_enabled():
+    faulthandler.enable()  # a crash in a library prints where each thread was
 
 for name, value in VARIABLES.items():
     os.environ.setdefault(name, value)

@@ -8,6 +8,7 @@ a program starts, starts python.
 
 import atexit
 import contextlib
+import faulthandler
 import functools
 import gc
 import json
@@ -207,6 +208,7 @@ def _become(order, files):
         os.close(file)
     # Those of the server remember what kind of file they had.
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", 1, errors="backslashreplace")
+    faulthandler.enable()  # a crash prints where each thread was
     if "machine" in order:
         import_module("tests.machines").enter(*order["machine"])
     os.chdir(order["cwd"])

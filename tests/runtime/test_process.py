@@ -1,6 +1,7 @@
 """What is resident after tensors were freed, in a process of its own: the heap of this one has a past."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -67,3 +68,11 @@ def test_what_is_in_use_of_the_heap_rises_and_falls_with_tensors():
     assert heap_in_use() - before == pytest.approx(3 << 20, rel=0.05)
     del tensor
     assert heap_in_use() - before < 1 << 16
+
+
+def test_a_crash_says_where_each_thread_was():
+    crash = "import os, run_pipeline, signal\ndef here(): os.kill(os.getpid(), signal.SIGSEGV)\nhere()"
+    done = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in done.stderr
+    assert "in here" in done.stderr
