@@ -18,12 +18,12 @@ WRAPPERS = ("env", "exec", "nohup", "numactl", "sudo", "srun", "mpirun")
 SECONDS = 10
 """After which a script is taken to wait for something."""
 STUBS = r"""
-cd() { :; }; source() { :; }; enable -n kill
+cd() { :; }; source() { :; }; enable -n kill history
 command_not_found_handle() { local IFS=_; printf '$(%s)' "${*// /_}"; }
 seq() { local from=1 to=$1; (($# > 1)) && { from=$1; to=${!#}; }; for ((; from <= to; from++)); do echo $from; done; }
 """
-"""What a restricted shell refuses does no harm; its own `kill` it would not refuse. The output of a program is replaced
-by one word, `$(date_+%s)`."""
+"""What a restricted shell refuses does no harm; it would not refuse `kill`, and `history`, which may write a file. The
+output of a program is replaced by one word, `$(date_+%s)`."""
 
 
 def commands(text: str, arguments: Sequence[str] = (), *, file: Path | None = None) -> list[list[str]]:

@@ -162,3 +162,11 @@ def test_a_script_signals_nobody(kill):
         finally:
             bystander.kill()
     assert found == [["deepspeed", "main.py"]]
+
+
+@pytest.mark.parametrize("history", ["history", "builtin history", "enable history; history"])
+def test_a_script_writes_no_file(history, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    script = f"history -s text; {history} -w written\necho text > written\ndeepspeed main.py"
+    assert commands(script) == [["deepspeed", "main.py"]]
+    assert not [*tmp_path.iterdir()]
