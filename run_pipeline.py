@@ -28,8 +28,6 @@ if sys.path[0] != str(_SCRIPT.parent):  # started as a command or a module: a us
 from rlhf.runtime.process import VARIABLES, end_with_launcher
 
 end_with_launcher()  # before the imports, which take seconds
-if not faulthandler.is_enabled():
-    faulthandler.enable()  # a crash in a library prints where each thread was
 
 for name, value in VARIABLES.items():
     os.environ.setdefault(name, value)
@@ -54,6 +52,8 @@ _MULTIRUN = ("-m", "--multirun")
 def main() -> None:
     """Run what the command line asks for; mistakes in it and interruptions end with one sentence, not a traceback."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if sys.stderr and not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash in a library prints where each thread was
     try:
         start_or_work(sys.argv[1:])
     except KeyboardInterrupt:

@@ -70,9 +70,19 @@ def test_what_is_in_use_of_the_heap_rises_and_falls_with_tensors():
     assert heap_in_use() - before < 1 << 16
 
 
-def test_a_crash_says_where_each_thread_was():
-    crash = "import os, run_pipeline, signal\ndef here(): os.kill(os.getpid(), signal.SIGSEGV)\nhere()"
-    done = subprocess.run([sys.executable, "-c", crash], capture_output=True, text=True)
+CRASH = """
+import os, run_pipeline, signal
+def crash(words): os.kill(os.getpid(), signal.SIGSEGV)
+run_pipeline.start_or_work = crash
+run_pipeline.main()
+"""
+
+
+@pytest.mark.parametrize("closed", ["", "2>&-"])
+def test_a_crash_says_where_each_thread_was(closed, tmp_path):
+    line = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", CRASH]
+    done = subprocess.run(line, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == -signal.SIGSEGV
-    assert "Fatal Python error: Segmentation fault" in done.stderr
-    assert "in here" in done.stderr
+    if not closed:
+        assert "Fatal Python error: Segmentation fault" in done.stderr
+        assert "in crash" in done.stderr
